@@ -1,0 +1,55 @@
+# `make` lists the targets. Everything runs in .venv, which `make venv` builds from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+EXTRAS ?= cpu,torch,export,dicom,bench,dev
+# Further arguments for pip, such as another index for torch.
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := lite export kernels benchmarks tests
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check fix coverage clean
+# A recipe that fails half-way leaves no stamp behind.
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## make .venv with everything in it, or bring it up to date
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: got no $(PYTHON) · expected Python 3.10 or newer · install it, or: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: got $$($(PYTHON) --version) · expected Python 3.10 or newer · name another one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
+	@echo "Installing into $(VENV) (the first time downloads a few hundred MB; with CUDA builds of torch a few GB) ..."
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)  ## export the phantom model, draft findings for a few films, save a picture
+	@$(BIN)/python -m benchmarks.demo
+
+# The models in the tests are tiny: more threads than two only wait for one another.
+test coverage: export OMP_NUM_THREADS ?= 2
+
+test: $(STAMP)  ## run all tests
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## formatting, lint, types; changes nothing
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/mypy
+
+fix: $(STAMP)  ## format, and fix what ruff can fix
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+coverage: $(STAMP)  ## run all tests and list the lines none of them reaches
+	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage report
+
+clean:  ## remove .venv, build/ and caches
+	rm -rf $(VENV) build dist .coverage .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
