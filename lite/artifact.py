@@ -1,0 +1,353 @@
+"""The artifact: a folder with everything the runtime needs, and a manifest that says what is in it.
+
+    artifact/
+      manifest.json       what each part is, the prompt, the preprocessing, every file with its bytes and sha256
+      vision.onnx         pixel_values [B,3,S,S] -> image_features [B,P,C]
+      decoder/            a Hugging Face Llama folder: config.json, model.safetensors
+      tokenizer.model     SentencePiece
+
+The manifest is the only thing that decides: the runtime opens no file it does not list. An artifact is written to a
+temporary sibling folder and renamed when it is complete, so it exists whole or not at all. Its id is the hash of the
+manifest, which holds the hash of everything else: two artifacts with one id hold the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from lite.config import DecoderConfig, DecodingDefaults, Preprocessing, PromptTemplate, from_json, to_json
+from lite.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMAT_VERSION: Final = 1
+MANIFEST_NAME: Final = "manifest.json"
+VISION_NAME: Final = "vision.onnx"
+DECODER_CONFIG_NAME: Final = "decoder/config.json"
+TOKENIZER_NAME: Final = "tokenizer.model"
+
+NOTICE: Final = (
+    "Research draft, not for clinical use. Findings written by a language model can be wrong or incomplete: "
+    "do not use them for diagnosis or care."
+)
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """The size and the hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VisionPart:
+    """What `vision.onnx` is. Its input and output are float32 whatever it computes in."""
+
+    format: Literal["fp32", "fp16"]
+    image_size: int
+    num_image_tokens: int
+    hidden_size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderPart:
+    """What `decoder/` holds."""
+
+    format: Literal["fp16"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What an artifact is made of."""
+
+    format_version: int = FORMAT_VERSION
+    model: str
+    created_by: str  # "llava-rad-lite X.Y.Z"
+    sources: dict[str, str]  # source file -> sha256
+    vision: VisionPart
+    decoder: DecoderPart
+    preprocessing: Preprocessing
+    prompt: PromptTemplate = dataclasses.field(default_factory=PromptTemplate)
+    decoding: DecodingDefaults = dataclasses.field(default_factory=DecodingDefaults)
+    fidelity: dict[str, Any] = dataclasses.field(default_factory=dict)  # measured at export, by the exporter
+    notice: str = NOTICE
+    files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)  # filled in when the artifact is finished
+
+    def to_json(self) -> str:
+        """Write the manifest as JSON text, always the same text for the same manifest."""
+        return json.dumps(to_json(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, *, where: str = MANIFEST_NAME) -> Manifest:
+        """Read a manifest.
+
+        Raises:
+            ArtifactError: not JSON, written by a newer version, a key missing, unknown or of the wrong type, or a
+                file name that leads out of the artifact.
+        """
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            msg = f"{where}: got text that is not JSON ({error}) · expected a manifest · export the artifact again"
+            raise ArtifactError(msg) from error
+        version = value.get("format_version") if isinstance(value, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
+            newer = version > FORMAT_VERSION
+            todo = "upgrade llava-rad-lite" if newer else "export the artifact again with this version"
+            msg = f"{where}: got format_version {version} · this version reads {FORMAT_VERSION} · {todo}"
+            raise ArtifactError(msg)
+        if version is None:
+            msg = f"{where}: got no format_version · expected the manifest of an artifact · export the artifact again"
+            raise ArtifactError(msg)
+        manifest = from_json(cls, value, where=where)
+        for name, record in manifest.files.items():
+            _check_file_record(name, record, where)
+        return manifest
+
+
+def _check_file_record(name: str, record: FileRecord, where: str) -> None:
+    path = PurePosixPath(name)
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in name
+    if not inside or str(path) != name or name == MANIFEST_NAME:
+        msg = f"{where}: got the file name {name!r} · expected a path inside the artifact · do not use this artifact"
+        raise ArtifactError(msg)
+    if record.bytes < 0 or not _SHA256.fullmatch(record.sha256):
+        msg = (
+            f"{where}: got bytes={record.bytes} sha256={record.sha256!r} for {name} · expected a size and 64 hex "
+            "digits · export the artifact again"
+        )
+        raise ArtifactError(msg)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """An artifact on disk whose manifest has been read and whose files have the sizes it says."""
+
+    path: Path
+    manifest: Manifest
+    id: str  # the first 16 hex digits of the sha256 of manifest.json
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all listed files."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """Return the path of a listed file; a file the manifest does not list is never opened."""
+        if name not in self.manifest.files:
+            msg = (
+                f"{self.path}: got a manifest that does not list {name} · expected it among its files · "
+                "the artifact is incomplete: export it again"
+            )
+            raise ArtifactError(msg)
+        return self.path / name
+
+    def decoder_config(self) -> DecoderConfig:
+        """Read the decoder's shape."""
+        file = self.file(DECODER_CONFIG_NAME)
+        return DecoderConfig.from_hf(read_json_object(file), where=str(file))
+
+    def verify(self) -> None:
+        """Hash every listed file; raise ArtifactError naming the first that is not what the manifest says."""
+        for name, record in self.manifest.files.items():
+            got = sha256_of(self.path / name)
+            if got != record.sha256:
+                msg = (
+                    f"{self.path / name}: got sha256 {got} · expected {record.sha256} · the file is damaged or was "
+                    "changed: copy or export the artifact again"
+                )
+                raise ArtifactError(msg)
+
+
+def load_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Read an artifact's manifest and check that each listed file is there with the right size.
+
+    This reads one small file and asks for sizes; `Artifact.verify` hashes.
+
+    Raises:
+        ArtifactError: there is no artifact there, its manifest cannot be used, or a file is missing or has another
+            size.
+    """
+    folder = Path(path)
+    manifest_path = folder / MANIFEST_NAME
+    try:
+        raw = manifest_path.read_bytes()
+    except OSError as error:
+        msg = (
+            f"{folder}: got {_why_no_manifest(folder, error)} · expected an artifact folder with {MANIFEST_NAME} · "
+            "make one with `python -m export`"
+        )
+        raise ArtifactError(msg) from error
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        msg = f"{manifest_path}: got bytes that are not UTF-8 · expected JSON · export the artifact again"
+        raise ArtifactError(msg) from error
+    manifest = Manifest.parse(text, where=str(manifest_path))
+    artifact = Artifact(path=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest()[:16])
+    for name in (VISION_NAME, DECODER_CONFIG_NAME, TOKENIZER_NAME):
+        artifact.file(name)
+    for name, record in manifest.files.items():
+        _check_size(folder / name, record)
+    return artifact
+
+
+def _why_no_manifest(folder: Path, error: OSError) -> str:
+    if not folder.exists():
+        return "a path that does not exist"
+    if not folder.is_dir():
+        return "a file"
+    if isinstance(error, FileNotFoundError):
+        return f"a folder without {MANIFEST_NAME}"
+    return f"a folder whose {MANIFEST_NAME} cannot be read ({error.strerror})"
+
+
+def _check_size(file: Path, record: FileRecord) -> None:
+    if not file.is_file():
+        msg = (
+            f"{file}: got no such file · expected {record.bytes} bytes, sha256 {record.sha256} · "
+            "copy or export the artifact again"
+        )
+        raise ArtifactError(msg)
+    size = file.stat().st_size
+    if size != record.bytes:
+        msg = (
+            f"{file}: got {size} bytes · expected {record.bytes} bytes, sha256 {record.sha256} · the file is truncated "
+            "or was changed: copy or export the artifact again"
+        )
+        raise ArtifactError(msg)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of the artifact."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"{file}: got something unreadable ({error}) · expected a JSON object · export the artifact again"
+        raise ArtifactError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{file}: got a {type(value).__name__} · expected a JSON object · export the artifact again"
+        raise ArtifactError(msg)
+    return value
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a file of any size in constant memory."""
+    digest = hashlib.sha256()
+    buffer = bytearray(1 << 20)
+    view = memoryview(buffer)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(view[:count])
+    except OSError as error:
+        msg = f"{file}: got {error.strerror} · expected a readable file · check the disk and its permissions"
+        raise ArtifactError(msg) from error
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class StagedArtifact:
+    """An artifact being written. Nothing is at `out` until `finish` returns."""
+
+    out: Path
+    path: Path  # write the files here
+    overwrite: bool
+    finished: bool = False
+
+    def finish(self, manifest: Manifest) -> Artifact:
+        """Hash what was written, write the manifest, and move the folder to its place.
+
+        Args:
+            manifest: everything but `files`, which is filled in from what lies in the folder.
+
+        Returns:
+            The artifact at `out`.
+        """
+        written = sorted(file for file in self.path.rglob("*") if file.is_file())
+        files = {
+            file.relative_to(self.path).as_posix(): FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
+            for file in written
+        }
+        text = dataclasses.replace(manifest, files=files).to_json()
+        # A manifest that could not be read back must fail here, on the exporter's machine.
+        Manifest.parse(text, where=str(self.path / MANIFEST_NAME))
+        (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        load_artifact(self.path)
+        for entry in [*self.path.rglob("*"), self.path]:
+            _fsync(entry)
+        if self.overwrite and self.out.exists():
+            replaced = self.path.with_name(f"{self.path.name}.replaced")
+            self.out.rename(replaced)
+            self.path.rename(self.out)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            self.path.rename(self.out)
+        _fsync(self.out.parent)
+        self.finished = True
+        return load_artifact(self.out)
+
+
+@contextlib.contextmanager
+def staged_artifact(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[StagedArtifact]:
+    """Yield a temporary folder beside `out`; leaving the block without `finish`, by any way, removes it.
+
+    Args:
+        out: where the artifact will be. Something there already is refused unless `overwrite`.
+        overwrite: replace an artifact (or an empty folder) that is there, at the last moment. Anything else there is
+            refused all the same.
+
+    Raises:
+        ArtifactError: `out` exists, or its parent folder cannot be written.
+    """
+    target = Path(out).absolute()
+    _check_target(target, overwrite=overwrite)
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except OSError as error:
+        msg = f"{target.parent}: got {error.strerror} · expected a folder that can be written · choose another place"
+        raise ArtifactError(msg) from error
+    staged = StagedArtifact(out=target, path=folder, overwrite=overwrite)
+    try:
+        yield staged
+    finally:
+        if not staged.finished:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        msg = f"{target}: got a path that exists · expected a new one · choose another place or ask to overwrite"
+        raise ArtifactError(msg)
+    # Overwriting deletes: only ever an artifact, never somebody's home folder.
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_NAME).is_file()):
+        msg = (
+            f"{target}: got something that is not an artifact · expected an artifact to overwrite · remove it yourself"
+        )
+        raise ArtifactError(msg)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,205 @@
+"""Plain settings: preprocessing, prompt, decoding defaults, and the decoder's shape.
+
+The first three travel in the artifact's manifest; the last is read from `decoder/config.json` and keeps Hugging Face's
+field names. All are read strictly: a key nobody knows, or a value of another type, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lite.errors import ArtifactError
+
+T = TypeVar("T")
+
+OPENAI_CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+
+IMAGE_TOKEN: Final = "<image>"  # noqa: S105 - a placeholder in a prompt, not a secret
+IMAGE_TOKEN_ID: Final = -200
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """How a film becomes pixel_values: shortest edge to image_size, centre crop, then (x / 255 - mean) / std."""
+
+    image_size: int
+    mean: tuple[float, float, float] = OPENAI_CLIP_MEAN
+    std: tuple[float, float, float] = OPENAI_CLIP_STD
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTemplate:
+    """The words around the image, exactly as the model was trained with them.
+
+    `conversation` holds `<image>` and `{question}`; `question_with_reason` holds `{reason}`.
+    """
+
+    conversation: str = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
+    )
+    question_with_reason: str = (
+        "Provide a description of the findings in the radiology image given the following indication: {reason}"
+    )
+    question_without_reason: str = "Provide a description of the findings in the radiology image."
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecodingDefaults:
+    """When decoding stops, and the special token ids. Decoding is greedy."""
+
+    max_new_tokens: int = 256
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a Llama decoder, under the names `config.json` uses."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    dtype: Literal["float32", "float16", "bfloat16"]  # of the stored weights
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], *, where: str = "config.json") -> DecoderConfig:
+        """Read a Hugging Face Llama configuration.
+
+        Keys that change nothing here are ignored, as every library that writes the file adds its own; the ones that
+        would change the maths (another activation, biases, scaled rotary embeddings, quantised weights) are refused.
+
+        Args:
+            config: the parsed `config.json`. transformers 5 writes rope_theta inside `rope_parameters` and the dtype
+                as `dtype`; older versions write `rope_theta` and `torch_dtype`. Both are read.
+            where: the file's name, for the error message.
+
+        Raises:
+            ArtifactError: a key is missing, has the wrong type, or asks for something this decoder does not do.
+        """
+        _refuse_other_maths(config, where)
+        rope = config.get("rope_parameters") or {}
+        values = {
+            "num_key_value_heads": config.get("num_attention_heads"),
+            "rms_norm_eps": 1e-6,
+            "rope_theta": rope.get("rope_theta", 10000.0),
+            "tie_word_embeddings": False,
+            "dtype": config.get("torch_dtype") or "float32",
+        }
+        names = [field.name for field in dataclasses.fields(cls)]
+        values |= {name: config[name] for name in names if config.get(name) is not None}
+        hidden_size, heads = values.get("hidden_size"), values.get("num_attention_heads")
+        if isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0:
+            values.setdefault("head_dim", hidden_size // heads)
+        values.setdefault("head_dim", 0)  # refused below, after what it should have come from
+        read = from_json(cls, values, where=where)
+        for name in names:
+            value = getattr(read, name)
+            if type(value) in (int, float) and value <= 0:
+                msg = f"{where}: got {name}={value} · expected more than 0 · export the artifact again"
+                raise ArtifactError(msg)
+        if read.num_attention_heads % read.num_key_value_heads:
+            msg = (
+                f"{where}: got {read.num_attention_heads} attention heads over {read.num_key_value_heads} "
+                "key/value heads · expected a whole multiple · export the artifact again"
+            )
+            raise ArtifactError(msg)
+        return read
+
+
+def _refuse_other_maths(config: dict[str, Any], where: str) -> None:
+    """Refuse settings that this decoder would silently compute wrongly."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    expected: dict[str, tuple[Any, Any]] = {
+        "model_type": (config.get("model_type", "llama"), "llama"),
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (bool(config.get("attention_bias")), False),
+        "mlp_bias": (bool(config.get("mlp_bias")), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "quantization_config": (config.get("quantization_config"), None),
+    }
+    for name, (got, wanted) in expected.items():
+        if got != wanted:
+            msg = (
+                f"{where}: got {name}={_shown(got)} · expected {wanted!r} · this version computes plain, unquantised "
+                "Llama decoders: upgrade llava-rad-lite or export again"
+            )
+            raise ArtifactError(msg)
+
+
+def from_json(cls: type[T], value: object, *, where: str) -> T:
+    """Build a dataclass from parsed JSON; refuse unknown keys, missing keys and wrong types, naming them.
+
+    Understands what the settings here are made of: int, float, str, bool, None, Literal, tuples, lists, dicts with
+    string keys, unions, and dataclasses of these. An integer is taken for a float; nothing else is converted.
+    """
+    built: T = _read(cls, value, where)
+    return built
+
+
+def to_json(value: Any) -> Any:  # noqa: ANN401 - JSON is made of anything
+    """Turn a dataclass into what `json.dumps` takes; `from_json` reads it back."""
+    return dataclasses.asdict(value)
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - see to_json
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _read_dataclass(hint, value, where)
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if hint in (int, str, bool, type(None)) and type(value) is hint:
+        return value
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
+            if choice in (int, float, str, bool, type(None)) and type(value) is not choice:
+                continue
+            return _read(choice, value, where)
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
+        return tuple(_read(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(arguments, value, strict=True)))
+    if origin is list and isinstance(value, list):
+        return [_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    expected = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")
+    msg = f"{where}: got {_shown(value)} · expected {expected} · the file is damaged or was edited: export it again"
+    raise ArtifactError(msg)
+
+
+def _read_dataclass(cls: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - see _read
+    if not isinstance(value, dict):
+        msg = f"{where}: got {_shown(value)} · expected an object · the file is damaged or was edited: export it again"
+        raise ArtifactError(msg)
+    hints = get_type_hints(cls)
+    for key in value:
+        if key not in hints:
+            msg = f"{where}: got an unknown key {key!r} · expected {', '.join(hints)} · remove it or export again"
+            raise ArtifactError(msg)
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in value:
+            msg = f"{where}: got no key {field.name!r} · expected one · the file is damaged: export it again"
+            raise ArtifactError(msg)
+    return cls(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
