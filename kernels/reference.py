@@ -1,0 +1,84 @@
+"""The specification: each op in plain PyTorch, computed in float32, written to be obviously right.
+
+Every kernel is tested against the function of the same name here, and each runs where no kernel does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each row to a root mean square of one, then by `weight`.
+
+    Args:
+        x: [..., hidden_size], any float dtype.
+        weight: [hidden_size].
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden_size] in the dtype of x.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype)
+
+
+def rotary_table(position_ids: Tensor, head_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of the rotary angles, position * theta^(-2i / head_dim).
+
+    Args:
+        position_ids: [...], integers.
+        head_dim: even.
+        rope_theta: the base of the frequencies.
+
+    Returns:
+        cos and sin, each float32 [..., head_dim / 2].
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids.float().unsqueeze(-1) * rope_theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each head's vector by its position, in the Llama convention: component i pairs with i + head_dim / 2.
+
+    Args:
+        x: [B, T, heads, head_dim].
+        cos: [B, T, head_dim / 2], from `rotary_table`.
+        sin: like cos.
+
+    Returns:
+        [B, T, heads, head_dim] in the dtype of x.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position_ids: Tensor) -> Tensor:
+    """Attend over a static cache in which the rows have different lengths.
+
+    A query at position p sees the slots 0 … p of its own row and nothing else, so what lies in later slots (padding,
+    an earlier request) cannot matter. Query head h reads key/value head h // (heads / kv_heads).
+
+    Args:
+        q: [B, heads, T, head_dim].
+        k_cache: [B, kv_heads, S, head_dim], the keys of slots 0 … S - 1.
+        v_cache: like k_cache.
+        position_ids: [B, T], the slot each query itself lies in.
+
+    Returns:
+        [B, heads, T, head_dim] in the dtype of q.
+    """
+    groups = q.shape[1] // k_cache.shape[1]
+    k, v = (cache.float().repeat_interleave(groups, dim=1) for cache in (k_cache, v_cache))
+    scores = q.float() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, heads, T, S]
+    slots = torch.arange(k_cache.shape[2], device=q.device)
+    hidden = slots > position_ids[:, None, :, None]  # [B, 1, T, S]
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    # A zero weight times a NaN is a NaN: unseen slots may hold anything, so they are cleared and not only weighted.
+    unseen = hidden.all(2)[:, 0, :, None].unsqueeze(1)  # [B, 1, S, 1]
+    out: Tensor = weights @ v.masked_fill(unseen, 0.0)
+    return out.to(q.dtype)
