@@ -1,0 +1,291 @@
+"""The command line: `python -m lite generate ARTIFACT IMAGE...` and `python -m lite info ARTIFACT`.
+
+Text goes to stdout and everything else to stderr. Exit status: 0 all went well, 1 something failed (each failure is
+one line on stderr), 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from lite._version import __version__
+from lite.artifact import load_artifact
+from lite.errors import LiteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lite.artifact import Artifact
+    from lite.model import Findings, FindingsModel
+
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+EXIT_BROKEN_PIPE: Final = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter the terminal cannot show must not end the run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except LiteError as error:
+        _say(f"error: {error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lite",
+        description="Draft the findings of frontal chest X-rays with an exported LLaVA-Rad artifact. "
+        "A research tool: not for clinical use.",
+    )
+    parser.add_argument("--version", action="version", version=f"llava-rad-lite {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="draft the findings of one or more films",
+        description="Draft the findings of one or more films. The text is printed as it is made.",
+        epilog='example: python -m lite generate artifact film.dcm --reason "Cough and fever for three days."',
+    )
+    generate.set_defaults(run=_generate)
+    generate.add_argument("artifact", metavar="ARTIFACT", help="the folder written by `python -m export`")
+    generate.add_argument("images", metavar="IMAGE", nargs="+", help="frontal films: PNG, JPEG, DICOM …")
+    question = generate.add_mutually_exclusive_group()
+    question.add_argument("--reason", metavar="TEXT", help="the reason for the exam, used for every film")
+    question.add_argument("--query", metavar="TEXT", help="ask this instead of the question the model was trained with")
+    generate.add_argument("--json", action="store_true", help="print one JSON object per film, one per line")
+    generate.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="films that go through the decoder together: faster, more memory, text only when all are done (default 1)",
+    )
+    generate.add_argument(
+        "--max-new-tokens", metavar="N", type=_positive, help="stop after N tokens (default: the artifact's)"
+    )
+    generate.add_argument(
+        "--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is)"
+    )
+    generate.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="what the decoder computes in (default: the stored one on a GPU, float32 on the CPU)",
+    )
+    generate.add_argument(
+        "--rendering",
+        choices=["mimic-cxr-jpg", "voi-lut"],
+        default="mimic-cxr-jpg",
+        help="how DICOM values become grey levels: the way of the training films, or the file's own window "
+        "(default mimic-cxr-jpg)",
+    )
+    generate.add_argument(
+        "--no-verify", action="store_true", help="do not compare the artifact's files with their hashes first"
+    )
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    info = commands.add_parser("info", help="say what an artifact is", description="Say what an artifact is.")
+    info.set_defaults(run=_info)
+    info.add_argument("artifact", metavar="ARTIFACT", help="the folder written by `python -m export`")
+    info.add_argument("--verify", action="store_true", help="compare every file with its hash")
+    info.add_argument("--json", action="store_true", help="print the manifest and the id as one JSON object")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from lite.model import load
+
+    model = load(arguments.artifact, device=arguments.device, dtype=arguments.dtype, verify=not arguments.no_verify)
+    # One reason for all films: if it cannot be used, say so once and not for each film.
+    model.prompt.encode(arguments.reason, query=arguments.query)
+    if arguments.json:
+        return _print_json(model, arguments)
+    _say(f"note: {model.notice}")
+    if arguments.batch_size == 1:
+        return _print_streams(model, arguments)
+    return _print_texts(model, arguments)
+
+
+def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
+    """Print the text of each film as it is made."""
+    status = 0
+    for image in arguments.images:
+        try:
+            stream = model.stream(
+                image,
+                arguments.reason,
+                query=arguments.query,
+                max_new_tokens=arguments.max_new_tokens,
+                rendering=arguments.rendering,
+            )
+        except LiteError as error:
+            status = _report(image, error)
+            continue
+        _print_heading(image, arguments)
+        try:
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        finally:  # also when interrupted: what follows begins on a line of its own
+            _print("")
+        _note_cut(stream.findings)
+    return status
+
+
+def _print_texts(model: FindingsModel, arguments: argparse.Namespace) -> int:
+    """Print each film's text when its batch is done."""
+    status = 0
+    for image, result in _results(model, arguments):
+        if isinstance(result, LiteError):
+            status = _report(image, result)
+            continue
+        _print_heading(image, arguments)
+        _print(result.text)
+        _note_cut(result)
+    return status
+
+
+def _print_json(model: FindingsModel, arguments: argparse.Namespace) -> int:
+    """Print one JSON object per film."""
+    status = 0
+    for image, result in _results(model, arguments):
+        if isinstance(result, LiteError):
+            status = _report(image, result)
+            _print(json.dumps({"image": image, "error": str(result), "notice": model.notice}))
+        else:
+            _print(json.dumps({"image": image, **_findings_json(result)}))
+    return status
+
+
+def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tuple[str, Findings | LiteError]]:
+    """Yield each film's path with its findings or what is wrong with it, in order."""
+    from lite.model import Study, StudyError
+
+    results = model.findings_batch(
+        (Study(image, arguments.reason, arguments.query) for image in arguments.images),
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        rendering=arguments.rendering,
+    )
+    for image, result in zip(arguments.images, results, strict=True):
+        yield image, result.error if isinstance(result, StudyError) else result
+
+
+def _findings_json(findings: Findings) -> dict[str, Any]:
+    """Return what `--json` prints of a study, beside its path."""
+    timings = dataclasses.asdict(findings.timings)
+    timings |= {"ttft_s": findings.timings.ttft_s, "total_s": findings.timings.total_s}
+    return {
+        "text": findings.text,
+        "finish_reason": findings.finish_reason,
+        "num_prompt_tokens": findings.num_prompt_tokens,
+        "num_new_tokens": findings.num_new_tokens,
+        "timings": {name: round(value, 6) for name, value in timings.items()},
+        "memory": dataclasses.asdict(findings.memory),
+        "artifact": findings.artifact_id,
+        "device": findings.device,
+        "dtype": findings.dtype,
+        "provider": findings.provider,
+        "rendering": findings.rendering,
+        "notice": findings.notice,
+    }
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    artifact = load_artifact(arguments.artifact)
+    if arguments.verify:
+        artifact.verify()
+    if arguments.json:
+        manifest = json.loads(artifact.manifest.to_json())
+        _print(json.dumps({"artifact": artifact.id, "verified": arguments.verify, "manifest": manifest}))
+        return 0
+    for name, value in _summary(artifact):
+        _print(f"{name:<18}{value}")
+    if arguments.verify:
+        _print(f"{'verified':<18}all {len(artifact.manifest.files)} files match their hashes")
+    return 0
+
+
+def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    manifest, config = artifact.manifest, artifact.decoder_config()
+    vision = manifest.vision
+    yield "model", manifest.model
+    yield "artifact", f"{artifact.id} (format {manifest.format_version}, by {manifest.created_by})"
+    yield "vision", f"{vision.format}, {vision.image_size} px, {vision.num_image_tokens} image tokens"
+    yield (
+        "decoder",
+        f"{manifest.decoder.format}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
+        f"vocab_size {config.vocab_size}, context {config.max_position_embeddings}",
+    )
+    yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
+    for name, record in manifest.files.items():
+        yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"
+    for name, value in manifest.fidelity.items():
+        yield f"fidelity {name}", json.dumps(value)
+    yield "notice", manifest.notice
+
+
+def _print_heading(image: str, arguments: argparse.Namespace) -> None:
+    """Name the film when there are several."""
+    if len(arguments.images) > 1:
+        _print(f"== {image}")
+
+
+def _note_cut(findings: Findings | None) -> None:
+    if findings is not None and findings.finish_reason == "length":
+        _say(
+            f"note: the text was cut after {findings.num_new_tokens} tokens (--max-new-tokens, or the context is full)"
+        )
+
+
+def _report(image: str, error: LiteError) -> int:
+    """Say on one line what is wrong with a film; return the exit status it leads to."""
+    text = str(error)
+    _say(f"error: {text if image in text else f'{image}: {text}'}")
+    return EXIT_FAILED
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _positive(text: str) -> int:
+    """Read an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        msg = f"got {text!r}, expected a whole number from 1"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,445 @@
+"""The façade: an artifact loaded, and the way of a study through it. No maths here.
+
+    image ──image──▶ pixel_values ──vision──▶ image_features ─┐
+    reason ──prompt─▶ input_ids ───────────────────────────── generate ──▶ token ids ──prompt──▶ text
+
+A `FindingsModel` holds read-only weights; everything a request changes (its cache, its text) belongs to the request.
+So one model may be used from several threads at once: the requests share the cores and the weights and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lite.artifact import TOKENIZER_NAME, load_artifact
+from lite.errors import ArtifactError, BackendUnavailable, LiteError, PromptError
+from lite.generate import Generation
+from lite.image import load_image, preprocess
+from lite.prompt import PromptEncoder, TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Generator, Iterable, Iterator, Sequence
+
+    from lite.artifact import Artifact
+    from lite.decoder import LlamaDecoder
+    from lite.generate import FinishReason
+    from lite.image import ImageSource, Rendering
+    from lite.vision import VisionEncoder
+
+
+class Study(NamedTuple):
+    """One exam: a film, and why it was made. Any tuple of this form will do."""
+
+    image: ImageSource
+    reason: str | None = None
+    query: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went, in seconds. A batch goes through each stage together: its studies share these numbers."""
+
+    image_s: float  # reading and preprocessing the film; this one is the study's own
+    vision_s: float  # tower and projector
+    prefill_s: float  # the prompt through the decoder, to the first token
+    decode_s: float  # all further tokens
+    batch_size: int
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token, from the file on."""
+        return self.image_s + self.vision_s + self.prefill_s
+
+    @property
+    def total_s(self) -> float:
+        """Time to the last token."""
+        return self.ttft_s + self.decode_s
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """The process's memory peaks since it began, in bytes, and this request's cache."""
+
+    peak_rss_bytes: int
+    peak_vram_bytes: int | None  # of torch's allocator; None without a GPU
+    cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """The drafted findings of one study, and how they were made."""
+
+    text: str
+    finish_reason: FinishReason  # "length": cut at max_new_tokens or at the end of the context
+    token_ids: tuple[int, ...]  # generated, without EOS
+    num_prompt_tokens: int  # places in the context, the image's included
+    timings: Timings
+    memory: Memory
+    rendering: str  # how the film's values became grey levels: see lite.image
+    artifact_id: str
+    device: str  # of the decoder: "cpu", "cuda"
+    dtype: str  # what the decoder computes in
+    provider: str  # ONNX Runtime's, for the vision tower
+    notice: str
+
+    @property
+    def num_new_tokens(self) -> int:
+        """The number of generated tokens, without EOS."""
+        return len(self.token_ids)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StudyError:
+    """Stands in the place of a study's findings when its image or its reason cannot be used."""
+
+    index: int  # of the study, from 0
+    error: LiteError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A study that has passed every check and waits for the models."""
+
+    input_ids: list[int]
+    pixel_values: np.ndarray
+    rendering: str
+    image_s: float
+
+
+class FindingsStream:
+    """The text of one study as it is made: an iterator over pieces, which joined are `findings.text`."""
+
+    def __init__(self, pieces: Generator[str, None, Findings]) -> None:
+        self.findings: Findings | None = None  # there when the pieces have ended
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[str]:
+        """Return itself: the pieces come once."""
+        return self
+
+    def __next__(self) -> str:
+        """Return the next piece."""
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.findings = self.findings or end.value
+            raise
+
+    def result(self) -> Findings:
+        """Run to the end and return the findings."""
+        for _ in self:
+            pass
+        if self.findings is None:
+            msg = "got a stream that an error has ended · expected findings · start a new one"
+            raise LiteError(msg)
+        return self.findings
+
+
+class FindingsModel:
+    """An artifact ready to draft findings. Made by `load`. Safe to use from several threads at once."""
+
+    def __init__(
+        self, artifact: Artifact, *, tokenizer: Tokenizer, prompt: PromptEncoder, vision: VisionEncoder,
+        decoder: LlamaDecoder,
+    ) -> None:  # fmt: skip
+        self.artifact = artifact
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.vision = vision
+        self.decoder = decoder
+
+    @property
+    def notice(self) -> str:
+        """What every reader of the text must know."""
+        return self.artifact.manifest.notice
+
+    def findings(
+        self,
+        image: ImageSource,
+        reason: str | None = None,
+        *,
+        query: str | None = None,
+        max_new_tokens: int | None = None,
+        rendering: Rendering = "mimic-cxr-jpg",
+    ) -> Findings:
+        """Draft the findings of one film.
+
+        Args:
+            image: whatever `lite.image.load_image` takes: a path (PNG, JPEG, DICOM …), bytes, an array, a PIL image.
+            reason: the reason for the exam, in a sentence or two; None or blank if unknown.
+            query: ask this instead of the question the model was trained with; excludes a reason.
+            max_new_tokens: stop after so many tokens; None takes the artifact's default.
+            rendering: how DICOM and 16-bit values become grey levels.
+
+        Raises:
+            ImageError: the image cannot be read or is not a frontal film.
+            PromptError: the reason cannot be used; ContextLengthError if it is too long. Found before any work.
+        """
+        stream = self.stream(image, reason, query=query, max_new_tokens=max_new_tokens, rendering=rendering)
+        return stream.result()
+
+    def stream(
+        self,
+        image: ImageSource,
+        reason: str | None = None,
+        *,
+        query: str | None = None,
+        max_new_tokens: int | None = None,
+        rendering: Rendering = "mimic-cxr-jpg",
+    ) -> FindingsStream:
+        """Draft the findings of one film, a piece of text at a time.
+
+        The arguments and the errors are those of `findings`; the errors are raised here and not at the first piece.
+        """
+        limit = self._max_new_tokens(max_new_tokens)
+        return FindingsStream(self._pieces(self._prepare(Study(image, reason, query), rendering), limit))
+
+    def findings_batch(
+        self,
+        studies: Iterable[Study | tuple[Any, ...] | ImageSource],
+        *,
+        batch_size: int = 8,
+        max_new_tokens: int | None = None,
+        rendering: Rendering = "mimic-cxr-jpg",
+    ) -> Iterator[Findings | StudyError]:
+        """Draft the findings of many films, a batch at a time.
+
+        Args:
+            studies: `Study`s, tuples like them, or images alone. Read lazily, `batch_size` at a time, so it may be a
+                generator over more films than fit in memory.
+            batch_size: how many go through the decoder together. More is faster and takes more memory: the cache
+                grows with it.
+            max_new_tokens: as for `findings`.
+            rendering: as for `findings`.
+
+        Yields:
+            One result per study, in order. A study whose image or reason cannot be used yields a `StudyError` in its
+            place; the others of its batch are not affected.
+        """
+        if batch_size < 1:
+            msg = f"got batch_size={batch_size} · expected at least 1 · 1 runs the studies one by one"
+            raise LiteError(msg)
+        limit = self._max_new_tokens(max_new_tokens)
+        return self._batches(iter(studies), batch_size, limit, rendering)
+
+    def score(
+        self,
+        image: ImageSource,
+        token_ids: Sequence[int],
+        reason: str | None = None,
+        *,
+        query: str | None = None,
+        rendering: Rendering = "mimic-cxr-jpg",
+    ) -> np.ndarray:
+        """Return the logits with which the model predicts each of the given tokens, one after the other.
+
+        This is teacher forcing: what a comparison of two artifacts on the same text needs.
+
+        Args:
+            image: as for `findings`.
+            token_ids: an answer, such as `Findings.token_ids` of a reference, with EOS if its end counts too.
+            reason: as for `findings`.
+            query: as for `findings`.
+            rendering: as for `findings`.
+
+        Returns:
+            logits, float32 [len(token_ids), vocab_size].
+
+        Raises:
+            PromptError: there are no tokens, or one is not in the vocabulary.
+            ContextLengthError: prompt and answer together are longer than the context.
+        """
+        prepared = self._prepare(Study(image, reason, query), rendering)
+        self._check_answer(token_ids, self.prompt.num_tokens(prepared.input_ids))
+        features = self.vision(prepared.pixel_values[None])[0]
+        logits: np.ndarray = self.decoder.score(prepared.input_ids, token_ids, features).cpu().numpy()
+        return logits
+
+    def _check_answer(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        vocab_size = self.decoder.config.vocab_size
+        if not token_ids or not all(0 <= token_id < vocab_size for token_id in token_ids):
+            msg = f"got token_ids {list(token_ids)[:8]} · expected ids from 0 to {vocab_size - 1}, at least one · check"
+            msg += " that they come from the same tokenizer"
+            raise PromptError(msg)
+        self.prompt.check_length(num_prompt_tokens + len(token_ids) - 1, what="prompt and answer", shorten="answer")
+
+    def _max_new_tokens(self, max_new_tokens: int | None) -> int:
+        if max_new_tokens is None:
+            return self.artifact.manifest.decoding.max_new_tokens
+        if max_new_tokens < 1:
+            msg = f"got max_new_tokens={max_new_tokens} · expected at least 1 · leave it out for the default"
+            raise LiteError(msg)
+        return max_new_tokens
+
+    def _prepare(self, study: Study, rendering: Rendering) -> _Prepared:
+        """Check everything about a study, the cheap things first."""
+        input_ids = self.prompt.encode(study.reason, query=study.query)
+        started = time.perf_counter()
+        loaded = load_image(study.image, rendering=rendering)
+        pixel_values = preprocess(loaded.image, self.artifact.manifest.preprocessing)
+        image_s = time.perf_counter() - started
+        return _Prepared(input_ids=input_ids, pixel_values=pixel_values, rendering=loaded.rendering, image_s=image_s)
+
+    def _start(self, batch: Sequence[_Prepared], max_new_tokens: int) -> tuple[Generation, float]:
+        """Run the tower over a batch; return its generation, not yet begun, and the seconds it took."""
+        started = time.perf_counter()
+        image_features = self.vision(np.stack([prepared.pixel_values for prepared in batch]))
+        vision_s = time.perf_counter() - started
+        generation = Generation(
+            self.decoder,
+            [prepared.input_ids for prepared in batch],
+            image_features,
+            num_prompt_tokens=[self.prompt.num_tokens(prepared.input_ids) for prepared in batch],
+            max_new_tokens=max_new_tokens,
+            max_seq_len=self.prompt.max_seq_len,
+            eos_token_id=self.artifact.manifest.decoding.eos_token_id,
+        )
+        return generation, vision_s
+
+    def _finish(self, batch: Sequence[_Prepared], generation: Generation, vision_s: float) -> list[Findings]:
+        """Put the results of a finished generation together."""
+        from lite.decoder import peak_vram_bytes
+
+        memory = Memory(
+            peak_rss_bytes=peak_rss_bytes(),
+            peak_vram_bytes=peak_vram_bytes(self.decoder.device),
+            cache_bytes=generation.cache_bytes,
+        )
+        return [
+            Findings(
+                text=self.tokenizer.decode(row.token_ids),
+                finish_reason=row.finish_reason or "length",
+                token_ids=tuple(row.token_ids),
+                num_prompt_tokens=row.num_prompt_tokens,
+                timings=Timings(
+                    image_s=prepared.image_s,
+                    vision_s=vision_s,
+                    prefill_s=generation.prefill_s,
+                    decode_s=generation.decode_s,
+                    batch_size=len(batch),
+                ),
+                memory=memory,
+                rendering=prepared.rendering,
+                artifact_id=self.artifact.id,
+                device=str(self.decoder.device),
+                dtype=str(self.decoder.dtype).removeprefix("torch."),
+                provider=self.vision.provider,
+                notice=self.notice,
+            )
+            for prepared, row in zip(batch, generation.rows, strict=True)
+        ]
+
+    def _pieces(self, prepared: _Prepared, max_new_tokens: int) -> Generator[str, None, Findings]:
+        generation, vision_s = self._start([prepared], max_new_tokens)
+        text = TextStream(self.tokenizer)
+        for (token_id,) in generation:
+            if token_id is not None and (piece := text.push(token_id)):
+                yield piece
+        if rest := text.finish():
+            yield rest
+        return self._finish([prepared], generation, vision_s)[0]
+
+    def _batches(
+        self, studies: Iterator[Any], batch_size: int, max_new_tokens: int, rendering: Rendering
+    ) -> Iterator[Findings | StudyError]:
+        index = 0
+        while chunk := list(itertools.islice(studies, batch_size)):
+            ready: list[_Prepared | StudyError] = []
+            for item in chunk:
+                try:
+                    study = Study(*item) if isinstance(item, tuple) else Study(item)
+                    ready.append(self._prepare(study, rendering))
+                except BackendUnavailable:  # nothing to do with this study: every other one would fail too
+                    raise
+                except LiteError as error:
+                    ready.append(StudyError(index=index, error=error))
+                index += 1
+            batch = [entry for entry in ready if isinstance(entry, _Prepared)]
+            results = iter(self._run_batch(batch, max_new_tokens) if batch else [])
+            for entry in ready:
+                yield entry if isinstance(entry, StudyError) else next(results)
+
+    def _run_batch(self, batch: Sequence[_Prepared], max_new_tokens: int) -> list[Findings]:
+        generation, vision_s = self._start(batch, max_new_tokens)
+        for _ in generation:
+            pass
+        return self._finish(batch, generation, vision_s)
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str = "auto", dtype: str | None = None, verify: bool = True
+) -> FindingsModel:
+    """Load an artifact.
+
+    Args:
+        path: the artifact's folder.
+        device: "auto" (an NVIDIA GPU if torch sees one, or the CPU), "cpu", "cuda" or "cuda:N".
+        dtype: what the decoder computes in: "float32", "float16" or "bfloat16". None takes the stored dtype on a GPU
+            and float32 on the CPU, where it takes twice the memory and a fiftieth of the time.
+        verify: compare the sha256 of every file with the manifest first, a few seconds for a 7B model.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
+        BackendUnavailable: a package or the device is not there.
+    """
+    artifact = load_artifact(path)
+    if verify:
+        artifact.verify()
+    manifest, config = artifact.manifest, artifact.decoder_config()
+    tokenizer = Tokenizer(artifact.file(TOKENIZER_NAME), manifest.decoding)
+    _check_parts_fit(artifact, tokenizer.vocab_size)
+    prompt = PromptEncoder(
+        tokenizer,
+        manifest.prompt,
+        num_image_tokens=manifest.vision.num_image_tokens,
+        max_seq_len=config.max_position_embeddings,
+    )
+    # Heavy packages from here on. torch first: onnxruntime then finds the CUDA libraries that torch has brought.
+    from lite.decoder import DTYPES, check_device, load_decoder
+    from lite.vision import VisionEncoder
+
+    if dtype is not None and dtype not in DTYPES:
+        msg = f"got dtype {dtype!r} · expected {', '.join(DTYPES)} or None · choose one of them"
+        raise LiteError(msg)
+    target = check_device(device)
+    vision = VisionEncoder(artifact, device=target)
+    decoder = load_decoder(artifact, device=target, dtype=dtype)
+    return FindingsModel(artifact, tokenizer=tokenizer, prompt=prompt, vision=vision, decoder=decoder)
+
+
+def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:
+    """Refuse an artifact whose parts do not belong together, now rather than at some token."""
+    manifest, config = artifact.manifest, artifact.decoder_config()
+    vision = manifest.vision
+    for got, fits, expected in (
+        (f"image features of width {vision.hidden_size}", vision.hidden_size == config.hidden_size,
+         f"the decoder's hidden_size {config.hidden_size}"),
+        (f"preprocessing to {manifest.preprocessing.image_size} pixels",
+         manifest.preprocessing.image_size == vision.image_size, f"the tower's image_size {vision.image_size}"),
+        (f"a tokenizer of {tokenizer_vocab_size} pieces", tokenizer_vocab_size <= config.vocab_size,
+         f"at most the decoder's vocab_size {config.vocab_size}"),
+        (f"{vision.num_image_tokens} image tokens", 0 < vision.num_image_tokens < config.max_position_embeddings,
+         f"fewer than the decoder's max_position_embeddings {config.max_position_embeddings}"),
+    ):  # fmt: skip
+        if not fits:
+            msg = f"{artifact.path}: got {got} · expected {expected} · the parts do not belong together: export again"
+            raise ArtifactError(msg)
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory the process has had resident since it began."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -1,0 +1,388 @@
+"""The façade: one way in, one result out, whatever the batch, and no torch before it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, film, write_tiny_artifact
+from PIL import Image
+
+import lite
+from lite.artifact import Artifact, load_artifact, sha256_of
+from lite.cores import available_cores
+from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, ImageError, LiteError, PromptError
+from lite.model import Findings, FindingsModel, Study, StudyError, load
+from lite.vision import VisionEncoder
+
+REASONS = [None, "cough", "Fever and shortness of breath for three days, rule out pneumonia.", "", "chest pain"]
+
+
+def texts(results: Iterator[Findings | StudyError]) -> list[str]:
+    found = []
+    for result in results:
+        assert isinstance(result, Findings), result
+        found.append(result.text)
+    return found
+
+
+def test_findings_are_complete(tiny_model: FindingsModel, tiny_artifact: Artifact, films: list[Path]) -> None:
+    findings = tiny_model.findings(films[0], "cough")
+    assert findings.text == tiny_model.tokenizer.decode(findings.token_ids)
+    assert findings.text
+    assert findings.finish_reason in {"eos", "length"}
+    assert findings.num_new_tokens == len(findings.token_ids) <= tiny_artifact.manifest.decoding.max_new_tokens
+    assert findings.num_prompt_tokens == tiny_model.prompt.num_tokens(tiny_model.prompt.encode("cough"))
+    assert findings.artifact_id == tiny_artifact.id
+    assert (findings.device, findings.dtype, findings.provider) == ("cpu", "float32", "CPUExecutionProvider")
+    assert findings.rendering == "as-is"
+    assert findings.notice == "For tests. Not for clinical use."
+    assert findings.memory.peak_rss_bytes > 10_000_000
+    assert findings.memory.peak_vram_bytes is None
+    slots = findings.num_prompt_tokens + 24
+    assert findings.memory.cache_bytes == 2 * 2 * 1 * 2 * slots * 16 * 4
+    timings = findings.timings
+    assert min(timings.image_s, timings.vision_s, timings.prefill_s, timings.decode_s) > 0
+    assert timings.ttft_s == timings.image_s + timings.vision_s + timings.prefill_s
+    assert timings.total_s == timings.ttft_s + timings.decode_s
+    assert timings.batch_size == 1
+    json.dumps(dataclasses.asdict(findings))
+
+
+def test_image_and_reason_matter(tiny_model: FindingsModel, films: list[Path]) -> None:
+    """Otherwise every equality below would prove nothing."""
+    made = {tiny_model.findings(image, reason).text for image in films[:3] for reason in REASONS[:3]}
+    assert len(made) == 9
+
+
+def test_stream_is_findings(tiny_model: FindingsModel, films: list[Path]) -> None:
+    stream = tiny_model.stream(films[0], "cough")
+    pieces = list(stream)
+    assert len(pieces) > 3
+    assert all(pieces)
+    expected = tiny_model.findings(films[0], "cough")
+    assert stream.findings is not None
+    assert "".join(pieces) == stream.findings.text == expected.text
+    assert stream.findings.token_ids == expected.token_ids
+    assert list(stream) == []
+    assert stream.result() is stream.findings
+
+
+def test_stream_checks_before_the_first_piece(tiny_model: FindingsModel, films: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ImageError):
+        tiny_model.stream(tmp_path / "nothing.png")
+    with pytest.raises(ContextLengthError):
+        tiny_model.stream(films[0], "long " * 1000)
+
+
+def test_an_abandoned_stream_has_no_findings(tiny_model: FindingsModel, films: list[Path]) -> None:
+    stream = tiny_model.stream(films[0])
+    next(stream)
+    assert stream.findings is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 16])
+def test_a_batch_says_what_each_says_alone(tiny_model: FindingsModel, films: list[Path], batch_size: int) -> None:
+    alone = [tiny_model.findings(image, reason) for image, reason in zip(films, REASONS, strict=True)]
+    assert len({findings.num_prompt_tokens for findings in alone}) > 2, "prompts of one length would prove nothing"
+    studies = [Study(image, reason) for image, reason in zip(films, REASONS, strict=True)]
+    together = list(tiny_model.findings_batch(studies, batch_size=batch_size))
+    for one, other in zip(alone, together, strict=True):
+        assert isinstance(other, Findings)
+        assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+        assert other.timings.batch_size <= batch_size
+
+
+def test_a_batch_takes_studies_tuples_and_images(tiny_model: FindingsModel, films: list[Path]) -> None:
+    studies: list[Any] = [Study(films[0], "cough"), (films[0], "cough"), films[0], (films[0],), film(0), str(films[0])]
+    made = texts(tiny_model.findings_batch(studies, batch_size=4))
+    assert made[0] == made[1] == tiny_model.findings(films[0], "cough").text
+    assert len(set(made[2:])) == 1
+
+
+def test_query_in_a_batch(tiny_model: FindingsModel, films: list[Path]) -> None:
+    question = "What is seen?\n"
+    (got,) = tiny_model.findings_batch([Study(films[0], query=question)])
+    assert isinstance(got, Findings)
+    assert got.text == tiny_model.findings(films[0], query=question).text != tiny_model.findings(films[0]).text
+
+
+def test_one_bad_study_does_not_lose_the_others(tiny_model: FindingsModel, films: list[Path], tmp_path: Path) -> None:
+    not_an_image = tmp_path / "notes.png"
+    not_an_image.write_text("not a picture")
+    studies = [
+        Study(films[0]),
+        Study(not_an_image),
+        Study(films[1], "cough <image>"),
+        Study(films[2], "long " * 1000),
+        Study(films[3]),
+    ]
+    results = list(tiny_model.findings_batch(studies, batch_size=2))
+    assert [type(result) for result in results] == [Findings, StudyError, StudyError, StudyError, Findings]
+    errors = [result for result in results if isinstance(result, StudyError)]
+    assert [error.index for error in errors] == [1, 2, 3]
+    assert [type(error.error) for error in errors] == [ImageError, PromptError, ContextLengthError]
+    assert "notes.png" in str(errors[0].error)
+    good = [result.text for result in results if isinstance(result, Findings)]
+    assert good == [tiny_model.findings(films[0]).text, tiny_model.findings(films[3]).text]
+
+
+def test_a_batch_reads_no_further_than_it_must(tiny_model: FindingsModel, films: list[Path]) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Study]:
+        nonlocal taken
+        for image in itertools.cycle(films):
+            taken += 1
+            yield Study(image)
+
+    results = tiny_model.findings_batch(endless(), batch_size=2, max_new_tokens=2)
+    assert taken == 0
+    list(itertools.islice(results, 3))
+    assert taken == 4
+
+
+def test_no_studies_no_findings(tiny_model: FindingsModel) -> None:
+    assert list(tiny_model.findings_batch([])) == []
+
+
+def test_bad_numbers_are_refused(tiny_model: FindingsModel, films: list[Path]) -> None:
+    with pytest.raises(LiteError, match="batch_size=0"):
+        tiny_model.findings_batch([], batch_size=0)
+    with pytest.raises(LiteError, match="max_new_tokens=0"):
+        tiny_model.findings(films[0], max_new_tokens=0)
+
+
+def test_max_new_tokens_cuts_the_same_text(tiny_model: FindingsModel, films: list[Path]) -> None:
+    long = tiny_model.findings(films[0])
+    short = tiny_model.findings(films[0], max_new_tokens=3)
+    assert short.token_ids == long.token_ids[:3]
+    assert short.finish_reason == "length"
+
+
+def test_a_long_reason_fails_before_the_image_is_read(tiny_model: FindingsModel, tmp_path: Path) -> None:
+    with pytest.raises(ContextLengthError, match="640"):
+        tiny_model.findings(tmp_path / "nowhere.png", "long " * 1000)
+
+
+def test_score_agrees_with_greedy_decoding(tiny_model: FindingsModel, films: list[Path]) -> None:
+    findings = tiny_model.findings(films[0], "cough")
+    logits = tiny_model.score(films[0], findings.token_ids, "cough")
+    assert logits.shape == (len(findings.token_ids), tiny_model.decoder.config.vocab_size)
+    assert logits.dtype == np.float32
+    assert tuple(logits.argmax(-1)) == findings.token_ids
+
+
+def test_score_checks_its_tokens(tiny_model: FindingsModel, films: list[Path]) -> None:
+    for wrong in ([], [-200], [5, 10**6]):
+        with pytest.raises(PromptError, match="token_ids"):
+            tiny_model.score(films[0], wrong)
+    with pytest.raises(ContextLengthError, match="shorten the answer"):
+        tiny_model.score(films[0], [5] * 700)
+
+
+def test_threads_share_a_model(tiny_model: FindingsModel, films: list[Path]) -> None:
+    expected = [tiny_model.findings(image).text for image in films]
+    got: list[str | None] = [None] * len(films)
+
+    def run(index: int) -> None:
+        got[index] = tiny_model.findings(films[index]).text
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(films))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == expected
+
+
+def test_any_form_of_one_picture(tiny_model: FindingsModel, films: list[Path]) -> None:
+    with Image.open(films[0]) as opened:
+        picture = opened.convert("RGB")
+    forms: list[Any] = [films[0], str(films[0]), films[0].read_bytes(), picture, np.asarray(picture)]
+    assert len({tiny_model.findings(form).text for form in forms}) == 1
+
+
+def test_the_eos_token_ends_the_text(tmp_path: Path, tokenizer_model: bytes, films: list[Path]) -> None:
+    """Another model: one whose EOS comes early, for some films earlier than for others."""
+    artifact = write_tiny_artifact(tmp_path / "artifact", tokenizer_model)
+    model = load(artifact.path, device="cpu")
+    token_id = model.findings(films[0]).token_ids[4]
+    head = model.decoder.lm_head.weight.data
+    head[[2, token_id]] = head[[token_id, 2]]
+    findings = model.findings(films[0])
+    assert findings.finish_reason == "eos"
+    assert findings.num_new_tokens < 5
+    assert 2 not in findings.token_ids
+    together = list(model.findings_batch([Study(image) for image in films], batch_size=5))
+    alone = [model.findings(image) for image in films]
+    assert [getattr(one, "token_ids", None) for one in together] == [one.token_ids for one in alone]
+
+
+def test_the_demo_model_reads_in_batches_what_it_reads_alone(demo_model: FindingsModel, tmp_path: Path) -> None:
+    from benchmarks.phantom.write import write_studies
+
+    listed = json.loads(write_studies(tmp_path, count=6, seed=4242, dicom=False).read_text())
+    studies = [Study(tmp_path / entry["image"], entry["reason"]) for entry in listed]
+    alone = [demo_model.findings(study.image, study.reason) for study in studies]
+    assert len({findings.text for findings in alone}) > 1
+    assert all(findings.finish_reason == "eos" for findings in alone)
+    assert texts(demo_model.findings_batch(studies, batch_size=6)) == [findings.text for findings in alone]
+    logits = demo_model.score(studies[0].image, alone[0].token_ids, studies[0].reason)
+    assert tuple(logits.argmax(-1)) == alone[0].token_ids
+
+
+# ---- loading
+
+
+def test_load_hashes_unless_told_not_to(own_artifact: Path) -> None:
+    file = own_artifact / "decoder" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: got sha256"):
+        load(own_artifact, device="cpu")
+    load(own_artifact, device="cpu", verify=False)
+
+
+def relist(folder: Path, name: str, **manifest_changes: Any) -> None:
+    """Make the manifest agree with a changed file: only the content is wrong then."""
+    file = folder / "manifest.json"
+    value = json.loads(file.read_text())
+    value["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    file.write_text(json.dumps(value | manifest_changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision": {"format": "fp32", "image_size": 28, "num_image_tokens": 4, "hidden_size": 32}}, "width 32"),
+        ({"preprocessing": {"image_size": 42}}, "42 pixels"),
+        ({"vision": {"format": "fp32", "image_size": 28, "num_image_tokens": 640, "hidden_size": 64}}, "640 image tok"),
+    ],
+)
+def test_parts_that_do_not_fit_fail_at_load(own_artifact: Path, changes: dict[str, Any], message: str) -> None:
+    relist(own_artifact, "vision.onnx", **changes)
+    with pytest.raises(ArtifactError, match=f"got .*{message}"):
+        load(own_artifact, device="cpu")
+
+
+def test_a_small_vocabulary_fails_at_load(tmp_path: Path, tokenizer_model: bytes) -> None:
+    artifact = write_tiny_artifact(tmp_path / "artifact", tokenizer_model, llama_changes={"vocab_size": 300})
+    with pytest.raises(ArtifactError, match="420 pieces .* vocab_size 300"):
+        load(artifact.path, device="cpu")
+
+
+def test_a_vision_graph_of_another_shape_fails_at_load(own_artifact: Path) -> None:
+    file = own_artifact / "vision.onnx"
+    graph = onnx.load(file)
+    graph.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 42
+    graph.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 42
+    onnx.save(graph, file)
+    relist(own_artifact, "vision.onnx")
+    with pytest.raises(ArtifactError, match=r"vision\.onnx: got"):
+        VisionEncoder(load_artifact(own_artifact))
+
+
+def test_what_is_no_graph_fails_at_load(own_artifact: Path) -> None:
+    (own_artifact / "vision.onnx").write_bytes(b"\x00garbage")
+    relist(own_artifact, "vision.onnx")
+    with pytest.raises(ArtifactError, match="cannot load"):
+        load(own_artifact, device="cpu")
+
+
+def test_unknown_device_and_dtype(tiny_artifact: Artifact) -> None:
+    with pytest.raises(BackendUnavailable, match="'abacus'"):
+        load(tiny_artifact.path, device="abacus")
+    with pytest.raises(LiteError, match="'int3'"):
+        load(tiny_artifact.path, device="cpu", dtype="int3")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tiny_artifact: Artifact) -> None:
+    assert load(tiny_artifact.path, device="auto").decoder.device.type == "cpu"
+    with pytest.raises(BackendUnavailable, match="0 GPUs"):
+        load(tiny_artifact.path, device="cuda")
+
+
+@pytest.mark.parametrize(("module", "extra"), [("onnxruntime", "cpu"), ("torch", "torch"), ("safetensors", "torch")])
+def test_a_missing_package_names_its_extra(tiny_artifact: Artifact, module: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "import lite\n"
+        f"try: lite.load({str(tiny_artifact.path)!r})\n"
+        "except lite.BackendUnavailable as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"llava-rad-lite[{extra}]" in done.stdout
+
+
+def test_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr("lite.cores._CGROUP_CPU_MAX", quota)
+    assert available_cores() == 8
+    for text, cores in (("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("garbage", 8)):
+        quota.write_text(text)
+        assert available_cores() == cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert available_cores() == 1 if quota.read_text().startswith("50000") else 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert available_cores() == 8
+
+
+# ---- the public surface
+
+
+def test_public_surface() -> None:
+    assert sorted(lite.__all__) == [
+        "ArtifactError",
+        "BackendUnavailable",
+        "CheckpointError",
+        "ContextLengthError",
+        "Findings",
+        "FindingsModel",
+        "FindingsStream",
+        "ImageError",
+        "LiteError",
+        "Memory",
+        "MemoryBudgetError",
+        "PromptError",
+        "Study",
+        "StudyError",
+        "Timings",
+        "__version__",
+        "load",
+    ]
+    assert dir(lite) == sorted(lite.__all__)
+    for name in lite.__all__:
+        assert getattr(lite, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'surprise'"):
+        _ = lite.surprise
+
+
+def test_import_lite_is_light() -> None:
+    code = "import sys, lite, lite.__main__; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "lite" in loaded
+    assert not loaded & {"torch", "numpy", "PIL", "onnxruntime", "sentencepiece", "transformers", "kernels", "pydicom"}
+
+
+def test_errors_are_one_tree() -> None:
+    errors = [getattr(lite, name) for name in lite.__all__ if name.endswith(("Error", "Unavailable"))]
+    errors.remove(StudyError)
+    assert all(issubclass(error, LiteError) for error in errors)
+    assert issubclass(ContextLengthError, PromptError)
