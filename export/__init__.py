@@ -1,0 +1,32 @@
+"""Checkpoint to artifact: reads LLaVA-Rad's published layout, writes what `lite` runs.
+
+    import export
+    artifact = export.export_artifact("llava-rad", "vicuna-7b-v1.5", "artifact", vision_format="fp16")
+
+or `python -m export --help`. Importing this package loads nothing heavy; the first call does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lite.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from export.pipeline import export_artifact
+
+__all__ = ["export_artifact"]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
+    if name not in __all__:
+        msg = f"module 'export' has no attribute {name!r}"
+        raise AttributeError(msg)
+    try:
+        from export.pipeline import export_artifact
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in {"export", "lite", "kernels"}:
+            raise
+        msg = f'got no package {error.name!r} · expected it to export · pip install "llava-rad-lite[export]"'
+        raise BackendUnavailable(msg) from error
+    return export_artifact

@@ -1,0 +1,147 @@
+"""LoRA: what an adapter may be, and how it is merged.
+
+The published model is base + LoRA: each decoder linear computes `W x + s · B (A x)` with s = lora_alpha / r. Merging
+writes `W + s · B A` once, in float32, and rounds once. (Merging in 16 bit, or merging into quantised weights, is how
+other loaders of this model go wrong.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from lite.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LINEARS: Final = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""The linear maps of one Llama layer, in the order they are run."""
+
+# PEFT features that change the maths of a merge; each must be absent, empty or at its default.
+_UNSUPPORTED: Final = (
+    "alpha_pattern",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layer_replication",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_bias",
+    "megatron_config",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """The part of `adapter_config.json` that a merge depends on."""
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    base_model_name_or_path: str
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of B·A."""
+        return self.lora_alpha / self.r
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The adapted linears of each layer, named as in `LINEARS`."""
+        return tuple(name for name in LINEARS if name.rpartition(".")[2] in self.target_modules)
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any], *, where: str) -> AdapterConfig:
+        """Read a PEFT configuration.
+
+        Raises:
+            CheckpointError: It is no LoRA, or uses a feature whose merge is not implemented here.
+        """
+        peft_type, bias = config.get("peft_type"), config.get("bias", "none")
+        if peft_type != "LORA" or bias != "none":
+            msg = f"{where}: got {peft_type=} {bias=} · expected peft_type 'LORA' and bias 'none' · merge it with PEFT"
+            raise CheckpointError(msg)
+        for name in _UNSUPPORTED:
+            if config.get(name):
+                msg = (
+                    f"{where}: got {name}={config[name]!r} · expected a plain LoRA without it · "
+                    "merging it as one would be wrong: merge it with PEFT first"
+                )
+                raise CheckpointError(msg)
+        r, lora_alpha = config.get("r"), config.get("lora_alpha")
+        if type(r) is not int or r < 1 or not isinstance(lora_alpha, int | float) or not lora_alpha > 0:
+            msg = f"{where}: got {r=} {lora_alpha=} · expected two positive numbers · fetch the file again"
+            raise CheckpointError(msg)
+        known = {name.rpartition(".")[2] for name in LINEARS}
+        targets = config.get("target_modules")
+        if not isinstance(targets, list) or not targets or not set(targets) <= known:
+            msg = (
+                f"{where}: got target_modules={targets!r} · expected a list out of {sorted(known)} · "
+                "this adapter is for another architecture"
+            )
+            raise CheckpointError(msg)
+        return cls(
+            r=r,
+            lora_alpha=float(lora_alpha),
+            target_modules=tuple(targets),
+            base_model_name_or_path=str(config.get("base_model_name_or_path", "")),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPair:
+    """The two factors of one linear's update, and the factor in front."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Compute the update's output without merging: s · B (A x)."""
+        return self.scale * torch.nn.functional.linear(torch.nn.functional.linear(x, self.a), self.b)
+
+
+def merge(weight: Tensor, pair: LoraPair | None) -> Tensor:
+    """Merge a LoRA pair into a linear weight, in float32.
+
+    Args:
+        weight: [out, in], any floating dtype.
+        pair: The update, or None for a linear that has none.
+
+    Returns:
+        A new float32 tensor `W + s · B A`; rounding it is up to the caller, once.
+
+    Raises:
+        CheckpointError: The factors do not fit the weight.
+    """
+    merged = weight.to(torch.float32, copy=True)
+    if pair is None:
+        return merged
+    if pair.b.shape[0] != weight.shape[0] or pair.a.shape[1] != weight.shape[1] or pair.a.shape[0] != pair.b.shape[1]:
+        msg = (
+            f"LoRA: got A {list(pair.a.shape)} and B {list(pair.b.shape)} for a weight {list(weight.shape)} · "
+            "expected A [r, in] and B [out, r] · the adapter belongs to another base model"
+        )
+        raise CheckpointError(msg)
+    return merged.addmm_(pair.b.to(torch.float32), pair.a.to(torch.float32), alpha=pair.scale)

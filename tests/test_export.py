@@ -1,0 +1,442 @@
+"""Export end to end on a tiny random checkpoint, against transformers' own tower and decoder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+import random_checkpoint
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import export.checkpoint
+import export.pipeline
+import export.vision_onnx
+from export import export_artifact, forward, verify
+from export.__main__ import main
+from export.checkpoint import open_checkpoint
+from export.decoder import SafetensorsWriter, TensorSpec, fp16_specs
+from lite.artifact import load_artifact
+from lite.errors import ArtifactError, BackendUnavailable, CheckpointError
+from lite.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from export.checkpoint import Checkpoint
+    from lite.artifact import Artifact
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return random_checkpoint.write(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def source(folders: tuple[Path, Path]) -> Checkpoint:
+    return open_checkpoint(*folders)
+
+
+@pytest.fixture(scope="module")
+def artifact(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return export_artifact(*folders, tmp_path_factory.mktemp("out") / "artifact")
+
+
+@pytest.fixture(scope="module")
+def artifact_fp16(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return export_artifact(*folders, tmp_path_factory.mktemp("out") / "artifact", vision_format="fp16")
+
+
+def _pixel_values(batch: int = 2) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).standard_normal((batch, 3, 42, 42), dtype=np.float32)
+
+
+def _transformers_tower(trunk: dict[str, torch.Tensor], folder: Path) -> Any:
+    """Put the trunk's weights into transformers' DINOv2, which knows nothing of ours.
+
+    Through a folder with the names of published DINOv2 checkpoints: the ones inside change between versions.
+    """
+    from transformers import Dinov2Config, Dinov2Model
+
+    dim, depth = random_checkpoint.DIM, random_checkpoint.DEPTH
+    config = Dinov2Config(
+        hidden_size=dim,
+        num_hidden_layers=depth,
+        num_attention_heads=dim // 64,
+        mlp_ratio=4,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        image_size=42,
+        patch_size=14,
+        qkv_bias=True,
+    )
+    state = {
+        "embeddings.cls_token": trunk["cls_token"],
+        "embeddings.mask_token": torch.zeros(1, dim),
+        "embeddings.position_embeddings": trunk["pos_embed"],
+        "embeddings.patch_embeddings.projection.weight": trunk["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.projection.bias": trunk["patch_embed.proj.bias"],
+        "layernorm.weight": trunk["norm.weight"],
+        "layernorm.bias": trunk["norm.bias"],
+    }
+    names = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.proj": "attention.output.dense",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    for block in range(depth):
+        ours, theirs = f"blocks.{block}.", f"encoder.layer.{block}."
+        for kind in ("weight", "bias"):
+            for name, other in names.items():
+                state[f"{theirs}{other}.{kind}"] = trunk[f"{ours}{name}.{kind}"]
+            parts = trunk[f"{ours}attn.qkv.{kind}"].chunk(3)
+            for name, part in zip(("query", "key", "value"), parts, strict=True):
+                state[f"{theirs}attention.attention.{name}.{kind}"] = part
+        state[f"{theirs}layer_scale1.lambda1"] = trunk[f"{ours}ls1.gamma"]
+        state[f"{theirs}layer_scale2.lambda1"] = trunk[f"{ours}ls2.gamma"]
+    config.save_pretrained(folder)
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    model, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def expected_features(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
+    """The features by transformers' tower, hidden state -2, CLS dropped, and the projector by hand."""
+    trunk, projector, _ = random_checkpoint.weights()
+    with torch.inference_mode():
+        tower = _transformers_tower(trunk, tmp_path_factory.mktemp("dinov2"))
+        hidden_states = tower(torch.from_numpy(_pixel_values()), output_hidden_states=True).hidden_states
+        x = hidden_states[-2][:, 1:] @ projector["0.weight"].half().float().T + projector["0.bias"].half().float()
+        x = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+        return (x @ projector["2.weight"].half().float().T + projector["2.bias"].half().float()).numpy()
+
+
+def test_onnx_tower_is_transformers_dinov2(artifact: Artifact, expected_features: np.ndarray[Any, Any]) -> None:
+    features = VisionEncoder(artifact)(_pixel_values())
+    assert features.shape == (2, 9, 128)
+    np.testing.assert_allclose(features, expected_features, atol=2e-5)
+
+
+def test_plain_tower_is_transformers_dinov2(source: Checkpoint, expected_features: np.ndarray[Any, Any]) -> None:
+    features = forward.image_features(source.read_tower(), source.tower, torch.from_numpy(_pixel_values()))
+    np.testing.assert_allclose(features.numpy(), expected_features, atol=2e-5)
+
+
+def test_fp16_tower_is_close_and_takes_float32(
+    artifact_fp16: Artifact, expected_features: np.ndarray[Any, Any]
+) -> None:
+    features = VisionEncoder(artifact_fp16)(_pixel_values())
+    assert features.dtype == np.float32
+    error = np.abs(features - expected_features).max()
+    assert 1e-6 < error < 0.02
+    assert artifact_fp16.manifest.vision.format == "fp16"
+
+
+def test_batch_is_free_and_rows_do_not_mix(artifact: Artifact) -> None:
+    encoder, pixel_values = VisionEncoder(artifact), _pixel_values(3)
+    together = encoder(pixel_values)
+    for row in range(3):
+        np.testing.assert_allclose(encoder(pixel_values[row : row + 1])[0], together[row], atol=1e-5)
+
+
+def test_onnx_holds_only_what_is_run(artifact: Artifact, artifact_fp16: Artifact) -> None:
+    for exported, dtype in ((artifact, onnx.TensorProto.FLOAT), (artifact_fp16, onnx.TensorProto.FLOAT16)):
+        model = onnx.load(exported.file("vision.onnx"))
+        names = {tensor.name for tensor in model.graph.initializer}
+        assert not [name for name in names if name.startswith(("blocks.2.", "norm."))]
+        assert "blocks.1.attn.qkv.weight" in names
+        assert {tensor.data_type for tensor in model.graph.initializer if tensor.dims != []} <= {
+            dtype,
+            onnx.TensorProto.INT64,
+        }
+        assert {opset.domain for opset in model.opset_import} == {""}
+
+
+def test_decoder_opens_in_transformers_and_is_the_trained_one(artifact: Artifact) -> None:
+    """Scales folded in, LoRA split off, rounded, published, read, merged, rounded: still what was trained."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ours = LlamaForCausalLM.from_pretrained(artifact.path / "decoder", dtype=torch.float32).eval()
+    assert ours.config.eos_token_id == 2
+    assert ours.generation_config.do_sample is False
+    assert ours.generation_config.temperature in (None, 1.0)
+    _, _, llama = random_checkpoint.weights()
+    config = {**random_checkpoint.llama_config(), "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
+    trained = LlamaForCausalLM(LlamaConfig(**config, tie_word_embeddings=False)).eval()
+    trained.load_state_dict(llama)
+    input_ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        p, q = (torch.log_softmax(model(input_ids).logits.double(), -1) for model in (trained, ours))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-5
+    assert torch.equal(p.argmax(-1), q.argmax(-1))
+
+
+def test_decoder_folder_says_what_it_is(artifact: Artifact) -> None:
+    config = json.loads(artifact.file("decoder/config.json").read_text())
+    assert (config["torch_dtype"], config["model_type"]) == ("float16", "llama")
+    assert "quantization_config" not in config
+    assert "Microsoft Research License" in artifact.file("decoder/NOTICE").read_text()
+    tensors = load_file(artifact.file("decoder/model.safetensors"))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert len(tensors) == random_checkpoint.LAYERS * 9 + 3
+
+
+def test_manifest_records_sources_parity_and_terms(artifact: Artifact, folders: tuple[Path, Path]) -> None:
+    manifest = artifact.manifest
+    adapter = (folders[0] / "adapter_model.bin").read_bytes()
+    assert manifest.sources["checkpoint/adapter_model.bin"] == hashlib.sha256(adapter).hexdigest()
+    assert len(manifest.sources) == 10
+    assert "Microsoft Research License" in manifest.notice
+    assert "not for clinical use" in manifest.notice
+    vision, decoder, merge = (manifest.fidelity[part] for part in ("vision", "decoder", "merge"))
+    assert vision["min_cosine"] > 0.999999
+    assert 0 < vision["max_abs"] < 1e-4
+    assert decoder["tokens"] > 100
+    assert 0 <= decoder["mean_kl"] < 1e-5
+    assert decoder["same_top"] > 0.99
+    assert merge["lora_scale"] == 2.0
+    assert 0 < merge["relative_rms_rounding"] < 5e-4
+    artifact.verify()
+
+
+def test_export_is_reproducible(folders: tuple[Path, Path], artifact: Artifact, tmp_path: Path) -> None:
+    again = export_artifact(*folders, tmp_path / "again")
+    assert again.manifest.files == artifact.manifest.files
+
+
+def test_layer_by_layer_measures_what_the_runtime_decoder_computes(
+    source: Checkpoint, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = verify.Studies(source, artifact.manifest, max_tokens=16).built_in(2)
+    whole = verify.measure(source, artifact.path, artifact.manifest, studies)["decoder"]
+    monkeypatch.setattr(verify, "_fits_in_memory", lambda *_: False)
+    layered = verify.measure(source, artifact.path, artifact.manifest, studies)["decoder"]
+    assert (whole["computed_by"], layered["computed_by"]) == ("lite.decoder", "export.forward, layer by layer")
+    assert layered["mean_kl"] == pytest.approx(whole["mean_kl"], rel=0.02, abs=1e-9)
+    assert layered["tokens"] == whole["tokens"] == 32
+
+
+def _fails(folders: tuple[Path, Path], out: Path, match: str) -> None:
+    with pytest.raises(ArtifactError, match=match):
+        export_artifact(*folders, out)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, -1.0])
+def test_a_wrong_merge_fails_and_leaves_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    right = export.checkpoint.merge
+
+    def wrong(weight: torch.Tensor, pair: Any) -> torch.Tensor:
+        if pair is None:
+            return right(weight, pair)
+        return weight.float() + factor * (right(weight, pair) - weight.float())
+
+    monkeypatch.setattr(export.checkpoint, "merge", wrong)
+    _fails(folders, tmp_path / "artifact", "parity of decoder fp16: got mean KL")
+
+
+@pytest.mark.parametrize("fault", ["eps", "layer scale", "position"])
+def test_a_wrong_tower_fails_and_leaves_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    graph = export.vision_onnx._Graph
+    right = graph.source
+    if fault == "eps":
+        monkeypatch.setattr(export.vision_onnx, "LAYER_NORM_EPS", 1e-2)
+    else:
+        part = {"layer scale": "ls2.gamma", "position": "pos_embed"}[fault]
+        monkeypatch.setattr(graph, "source", lambda self, name: right(self, name) * (1 - 0.05 * (part in name)))
+    _fails(folders, tmp_path / "artifact", "parity of vision fp32")
+
+
+def test_parity_that_is_not_a_number_fails(artifact: Artifact) -> None:
+    fidelity = json.loads(json.dumps(artifact.manifest.fidelity))
+    verify.require_parity(fidelity, artifact.manifest)
+    fidelity["decoder"]["mean_kl"] = float("nan")
+    with pytest.raises(ArtifactError, match="got mean KL nan"):
+        verify.require_parity(fidelity, artifact.manifest)
+
+
+def test_interruption_leaves_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SafetensorsWriter, "write", interrupt)
+    arguments = ["--checkpoint", str(folders[0]), "--base", str(folders[1]), "--out", str(tmp_path / "artifact")]
+    assert main([*arguments, "--quiet"]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_explained_and_leaves_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    _fails(folders, tmp_path / "artifact", "got a full disk .* free some space")
+
+
+def test_a_disk_too_small_is_refused_before_the_work(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(export.pipeline.shutil, "disk_usage", lambda _: usage)
+    _fails(folders, tmp_path / "artifact", "GiB free · expected at least")
+
+
+def test_an_existing_artifact_is_kept_unless_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    first = export_artifact(*folders, out)
+    with pytest.raises(ArtifactError, match="exists"):
+        export_artifact(*folders, out, vision_format="fp16")
+    assert load_artifact(out).id == first.id
+    second = export_artifact(*folders, out, vision_format="fp16", overwrite=True)
+    assert load_artifact(out).id == second.id != first.id
+
+
+def test_verification_reads_the_evaluation_format(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50), dtype=np.uint8)).save(films / "a.png")
+    conversation = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "The lungs are clear."}]
+    entry = {"id": "1", "image": "a.png", "view": "PA", "reason": "Cough.", "conversations": conversation}
+    studies = tmp_path / "studies.json"
+    studies.write_text(json.dumps([entry, entry, {"image": "never.png"}]))
+    options = {"verify_data": studies, "image_folder": films, "verify_studies": 2}
+    artifact = export_artifact(*folders, tmp_path / "artifact", **options)
+    assert artifact.manifest.fidelity["verify_data"] == "studies.json"
+    assert artifact.manifest.fidelity["decoder"]["studies"] == 2
+    with pytest.raises(CheckpointError, match="not a study"):
+        export_artifact(*folders, tmp_path / "other", **{**options, "verify_studies": 3})
+    studies.write_text("[]")
+    with pytest.raises(CheckpointError, match="got no studies"):
+        export_artifact(*folders, tmp_path / "other", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "films", "studies.json"]
+
+
+def test_a_decoder_that_overflows_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folders[0].parent, copy)
+    file = copy / "llava-rad-phantom/adapter_model.bin"
+    adapter = random_checkpoint.load(file)
+    name = "base_model.model.model.layers.1.self_attn.o_proj.lora_"
+    adapter[f"{name}A.weight"] += 1000
+    adapter[f"{name}B.weight"] += 1000
+    torch.save(adapter, file)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight: .*fits float16"):
+        export_artifact(copy / "llava-rad-phantom", copy / "base", tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_shards_are_written_with_an_index_others_read(source: Checkpoint, artifact: Artifact, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    tensors = load_file(artifact.file("decoder/model.safetensors"))
+    with SafetensorsWriter(tmp_path, fp16_specs(source.decoder), max_shard_bytes=200_000) as writer:
+        for spec in fp16_specs(source.decoder):
+            writer.write(spec.name, tensors[spec.name])
+    shutil.copyfile(artifact.file("decoder/config.json"), tmp_path / "config.json")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_size < 210_000 for shard in shards)
+    for shard in shards:
+        # What follows the header is aligned, for whoever maps the file.
+        assert int.from_bytes(shard.read_bytes()[:8], "little") % 8 == 0
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_the_writer_takes_only_what_was_planned(tmp_path: Path) -> None:
+    specs = [TensorSpec(name=name, shape=(2, 3), dtype=torch.float16) for name in "ab"]
+    with pytest.raises(CheckpointError, match="got b"), SafetensorsWriter(tmp_path, specs) as writer:
+        writer.write("b", torch.zeros(2, 3, dtype=torch.float16))
+    with pytest.raises(CheckpointError, match="float32"), SafetensorsWriter(tmp_path, specs) as writer:
+        writer.write("a", torch.zeros(2, 3))
+    with pytest.raises(CheckpointError, match="before b was written"), SafetensorsWriter(tmp_path, specs) as writer:
+        writer.write("a", torch.zeros(2, 3, dtype=torch.float16))
+
+
+def test_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--checkpoint", str(folders[0]), "--base", str(folders[1]), "--out", str(tmp_path / "artifact")]
+    assert main([*arguments, "--decoder", "fp16", "--vision", "fp32"]) == 0
+    printed = capsys.readouterr()
+    for part in ("KL", "cosine", "Microsoft Research License", "python -m lite generate"):
+        assert part in printed.out
+    assert "merging the decoder" in printed.err
+    assert main([*arguments, "--quiet"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert "exists" in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--checkpoint", "a", "--base", "b", "--out", "c", "--decoder", "gguf"], ["--verify-tokens", "0"]]
+)
+def test_wrong_use_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+
+
+def test_wrong_choices_are_refused_by_the_function_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="got decoder format 'int3'"):
+        export_artifact(*folders, tmp_path / "artifact", decoder_format="int3")  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match="verify_studies=0"):
+        export_artifact(*folders, tmp_path / "artifact", verify_studies=0)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export_artifact(tmp_path / "nowhere", folders[1], tmp_path / "artifact")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
+def test_a_device_that_is_not_there_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="got device 'cuda'"):
+        export_artifact(*folders, tmp_path / "artifact", device="cuda")
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    code = (
+        "import sys, export, export.__main__ as m\n"
+        "try:\n    m.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--verify-data" in done.stdout
+
+
+def test_a_missing_package_names_the_extra() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import export\n"
+        "from lite.errors import BackendUnavailable\n"
+        "try:\n    export.export_artifact\nexcept BackendUnavailable as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert 'pip install "llava-rad-lite[export]"' in done.stdout, done.stderr

@@ -1,0 +1,92 @@
+"""LoRA: the adapter's configuration, and the merge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from export.lora import AdapterConfig, LoraPair, merge
+from lite.errors import CheckpointError
+
+PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "r": 8,
+    "lora_alpha": 16,
+    "bias": "none",
+    "target_modules": ["q_proj", "v_proj"],
+    "base_model_name_or_path": "somewhere/base",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+}
+
+
+def _pair(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, LoraPair]:
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((6, 10), (2, 10), (6, 2)))
+    return weight.to(dtype), LoraPair(a=a.to(dtype), b=b.to(dtype), scale=2.0)
+
+
+def test_merged_weight_computes_base_plus_update() -> None:
+    weight, pair = _pair()
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    expected = x @ weight.T + 2.0 * (x @ pair.a.T) @ pair.b.T
+    torch.testing.assert_close(x @ merge(weight, pair).T, expected)
+    torch.testing.assert_close(x @ weight.T + pair.apply(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merge_is_computed_in_float32(dtype: torch.dtype) -> None:
+    weight, pair = _pair(dtype)
+    merged = merge(weight, pair)
+    exact = weight.double() + 2.0 * pair.b.double() @ pair.a.double()
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged.double(), exact, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(merged.to(dtype).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    weight, pair = _pair()
+    before = weight.clone()
+    merge(weight, pair)
+    assert torch.equal(weight, before)
+    assert merge(weight, None).data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("shapes", [((2, 9), (6, 2)), ((2, 10), (5, 2)), ((2, 10), (6, 3)), ((10, 2), (2, 6))])
+def test_factors_that_do_not_fit_are_refused(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    weight, _ = _pair()
+    pair = LoraPair(a=torch.zeros(shapes[0]), b=torch.zeros(shapes[1]), scale=1.0)
+    with pytest.raises(CheckpointError, match=r"expected A \[r, in\]"):
+        merge(weight, pair)
+
+
+def test_config_gives_scale_and_linears() -> None:
+    config = AdapterConfig.from_json(PLAIN, where="adapter_config.json")
+    assert config.scale == 2.0
+    assert config.linears == ("self_attn.q_proj", "self_attn.v_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_rslora": True}, "use_rslora"),
+        ({"use_dora": True}, "use_dora"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": 0}, "r=0"),
+        ({"lora_alpha": None}, "lora_alpha"),
+        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        AdapterConfig.from_json({**PLAIN, **change}, where="adapter_config.json")
