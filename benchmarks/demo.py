@@ -1,0 +1,297 @@
+"""The demo behind `make demo`: export the phantom model, draft findings for a few films, show them beside the truth.
+
+It takes the way of the real checkpoint, with nothing left out: the published layout (LoRA and all) through the exporter
+to an artifact, films through the runtime to text. Only the model is small, and reads synthetic films only.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import lite
+from benchmarks.phantom.predict import ListedStudy, read_list
+from benchmarks.phantom.write import write_studies
+from lite.bench.labels import Label, Reading, read_labels
+from lite.image import load_image
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "benchmarks" / "phantom" / "checkpoint"
+OUT = ROOT / "build" / "demo"
+NUM_FILMS = 6
+# Neither training nor the figures in benchmarks/phantom/README.md use films of this seed.
+SEED = 20_261_123
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What draft and truth say of one label that at least one of them reports."""
+
+    label: Label
+    verdict: str  # "agrees", or what is wrong
+    right: bool
+
+    def __str__(self) -> str:
+        """Return one short line."""
+        return self.label if self.right else f"{self.label}: {self.verdict}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafted:
+    """A film with its drafted findings and how they agree with what was drawn."""
+
+    study: ListedStudy
+    findings: lite.Findings
+    agreements: tuple[Agreement, ...]
+
+
+def _say(text: str = "") -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _verdict(truth: Reading, draft: Reading) -> str:
+    if draft.status != "positive":
+        return "missed"
+    if truth.status != "positive":
+        return "not there"
+    for name in ("side", "zone", "size"):
+        drawn, drafted = getattr(truth, name), getattr(draft, name)
+        if drawn and drawn != drafted:
+            return f"{drafted or f'no {name}'}, should be {drawn}"
+    return "agrees"
+
+
+def compare(truth: str, draft: str) -> tuple[Agreement, ...]:
+    """Compare two findings texts label by label, as far as either reports something."""
+    expected, got = read_labels(truth), read_labels(draft)
+    verdicts = {
+        label: _verdict(expected[label], got[label])
+        for label in expected
+        if "positive" in (expected[label].status, got[label].status)
+    }
+    return tuple(
+        Agreement(label=label, verdict=verdict, right=verdict == "agrees") for label, verdict in verdicts.items()
+    )
+
+
+def _side_by_side(left: str, right: str, width: int) -> Iterator[str]:
+    """Yield lines with two texts in columns that fill `width` characters together."""
+    column = max(24, (width - 5) // 2)
+    columns = [textwrap.wrap(text, column) or [""] for text in (left, right)]
+    for index in range(max(map(len, columns))):
+        cells = [lines[index] if index < len(lines) else "" for lines in columns]
+        yield f"  {cells[0]:<{column}} │ {cells[1]}".rstrip()
+
+
+def _print_film(number: int, drafted: Drafted, width: int) -> None:
+    study, findings = drafted.study, drafted.findings
+    _say(f"Film {number}  {study.image.name}  reason: {study.reason or 'none given'}")
+    for line in _side_by_side("DRAFTED", "TRUTH", width):
+        _say(line)
+    for line in _side_by_side(findings.text, study.reference, width):
+        _say(line)
+    # A no-break space keeps a mark and its words on one line.
+    marks = [f"{'✓' if agreement.right else '✗'} {agreement}".replace(" ", "\xa0") for agreement in drafted.agreements]
+    for line in textwrap.wrap("   ".join(marks), width - 2, break_long_words=False):
+        _say(f"  {line}".replace("\xa0", " "))
+    _say()
+
+
+# The picture: cards in two columns, each a film with its texts to the right.
+_FILM = 300
+_TEXT = 420
+_GAP = 24
+_CARD = _FILM + _GAP + _TEXT
+_COLUMNS = 2
+_INK, _PAPER, _QUIET = (28, 30, 34), (250, 249, 246), (110, 112, 118)
+_RIGHT, _WRONG = (22, 110, 60), (176, 32, 32)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+class _Column:
+    """Text set from the top down in a column of fixed width."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw, x: int, y: int, width: int) -> None:
+        self.draw = draw
+        self.x = x
+        self.y = y
+        self.width = width
+
+    def write(self, text: str, *, size: int = 16, colour: tuple[int, int, int] = _INK, after: int = 4) -> None:
+        """Set a paragraph, broken between words where the column ends."""
+        font = _font(size)
+        line = ""
+        for word in text.split():
+            longer = f"{line} {word}".strip()
+            if line and self.draw.textlength(longer, font=font) > self.width:
+                self._line(line, font, size, colour)
+                longer = word
+            line = longer
+        self._line(line, font, size, colour)
+        self.y += after
+
+    def _line(
+        self,
+        text: str,
+        font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+        size: int,
+        colour: tuple[int, int, int],
+    ) -> None:
+        self.draw.text((self.x, self.y), text, font=font, fill=colour)
+        self.y += round(size * 1.3)
+
+
+def _draw_card(number: int, drafted: Drafted) -> Image.Image:
+    """Draw one film and its texts, as high as they need."""
+    card = Image.new("RGB", (_CARD, 4 * _FILM), _PAPER)
+    film = load_image(drafted.study.image).image
+    card.paste(film.resize((_FILM, _FILM), Image.Resampling.LANCZOS), (0, 0))
+    column = _Column(ImageDraw.Draw(card), _FILM + _GAP, 0, _TEXT)
+    column.write(f"Film {number} · {drafted.study.reason or 'no reason given'}", size=15, colour=_QUIET, after=8)
+    column.write("DRAFTED", size=12, colour=_QUIET, after=0)
+    column.write(drafted.findings.text, after=8)
+    column.write("TRUTH", size=12, colour=_QUIET, after=0)
+    column.write(drafted.study.reference, after=8)
+    for agreement in drafted.agreements:
+        colour = _RIGHT if agreement.right else _WRONG
+        column.write(f"{agreement.label}: {agreement.verdict}", size=14, colour=colour, after=0)
+    return card.crop((0, 0, _CARD, max(_FILM, column.y)))
+
+
+def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
+    """Draw the films in a grid with drafted text, truth and agreement beside each."""
+    cards = [_draw_card(number, film) for number, film in enumerate(drafted, start=1)]
+    rows = [cards[start : start + _COLUMNS] for start in range(0, len(cards), _COLUMNS)]
+    heights = [max(card.height for card in row) for row in rows]
+    width = _COLUMNS * _CARD + (_COLUMNS + 1) * 2 * _GAP
+    picture = Image.new("RGB", (width, sum(heights) + (len(rows) + 1) * 2 * _GAP + 80), _PAPER)
+    text = _Column(ImageDraw.Draw(picture), 2 * _GAP, _GAP, width - 4 * _GAP)
+    text.write("Findings drafted for synthetic chest films by the phantom model", size=26, after=_GAP)
+    for row, height in zip(rows, heights, strict=True):
+        for column, card in enumerate(row):
+            picture.paste(card, (2 * _GAP + column * (_CARD + 2 * _GAP), text.y))
+        text.y += height + 2 * _GAP
+    text.write(notice, size=14, colour=_QUIET)
+    return picture.crop((0, 0, width, text.y + _GAP))
+
+
+def _step(number: int, what: str) -> Callable[[], None]:
+    """Announce a step; call what is returned when it is done."""
+    _say(f"[{number}/4] {what} ...")
+    started = time.perf_counter()
+
+    def done() -> None:
+        _say(f"      done in {time.perf_counter() - started:.1f} s\n")
+
+    return done
+
+
+def _export(artifact: Path) -> None:
+    """Export the phantom checkpoint by the command that a user would type: benchmarks do not import export."""
+    published, base = CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base"
+    for folder in (published, base):
+        if not folder.is_dir():
+            msg = f"{folder}: got no such folder · expected the phantom checkpoint · check out the whole repository"
+            raise lite.CheckpointError(msg)
+    command = ["--checkpoint", published, "--base", base, "--decoder", "fp16", "--out", artifact, "--overwrite"]
+    artifact.parent.mkdir(parents=True, exist_ok=True)
+    exit_code = subprocess.run([sys.executable, "-m", "export", *map(str, command)], cwd=ROOT, check=False).returncode
+    if exit_code:
+        msg = f"got exit code {exit_code} from the export · expected an artifact in {artifact} · see its message above"
+        raise lite.LiteError(msg)
+
+
+def _write_films(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return write_studies(folder, count=NUM_FILMS, seed=SEED, dicom=True)
+
+
+def _draft(artifact: Path, studies: Sequence[ListedStudy]) -> tuple[list[Drafted], str]:
+    model = lite.load(artifact)
+    drafted: list[Drafted] = []
+    for study, findings in zip(
+        studies, model.findings_batch([(study.image, study.reason) for study in studies]), strict=True
+    ):
+        if isinstance(findings, lite.StudyError):
+            raise findings.error
+        agreements = compare(study.reference, findings.text)
+        drafted.append(Drafted(study=study, findings=findings, agreements=agreements))
+    return drafted, model.notice
+
+
+def _shown(path: Path) -> str:
+    """Return a path as one would type it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
+    python = _shown(ROOT / ".venv/bin/python") if Path(sys.prefix) == ROOT / ".venv" else "python"
+    predictions = _shown(OUT / "predictions.jsonl")
+    commands = {
+        "one of these films again, as DICOM": f"-m lite generate {_shown(artifact)} {_shown(film)}",
+        "a film of your own (nonsense: the phantom model knows synthetic films only)": (
+            f"-m lite generate {_shown(artifact)} FILM"
+        ),
+        "hundreds of films": "-m benchmarks.phantom write build/films --count 300 --seed 7",
+        "findings for all films of a list": (
+            f"-m benchmarks.phantom predict {_shown(artifact)} {_shown(listed)} --out {predictions}"
+        ),
+        "how good they are": f"-m benchmarks.phantom score {predictions}",
+        "the real checkpoint, from your own download": "-m export --help",
+    }
+    _say("Next:")
+    for what, command in commands.items():
+        _say(f"  # {what}\n  {python} {command}")
+    _say("  # all tests\n  make test")
+
+
+def main() -> int:
+    """Run the demo; return the exit code."""
+    started = time.perf_counter()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a mark that the terminal cannot show must not end the demo
+        sys.stdout.reconfigure(errors="replace")
+    width = min(shutil.get_terminal_size((110, 40)).columns, 160)
+    artifact, picture = OUT / "artifact", OUT / "findings.png"
+    try:
+        done = _step(1, "Exporting the phantom checkpoint to an fp16 artifact")
+        _export(artifact)
+        done()
+        done = _step(2, f"Drawing {NUM_FILMS} synthetic films that the model has never seen")
+        listed = _write_films(OUT / "films")
+        studies = read_list(listed)
+        done()
+        done = _step(3, "Drafting their findings")
+        drafted, notice = _draft(artifact, studies)
+        done()
+    except lite.LiteError as error:
+        sys.stderr.write(f"demo: {error}\n")
+        return 1
+    for number, film in enumerate(drafted, start=1):
+        _print_film(number, film, width)
+    right = sum(agreement.right for film in drafted for agreement in film.agreements)
+    _say(f"{right} of {sum(len(film.agreements) for film in drafted)} findings agree in label, side, zone and size.")
+    _say("This model reads synthetic films only: on a real film its text means nothing.")
+    _say(f"{textwrap.fill(notice, width)}\n")
+    done = _step(4, f"Saving films and texts as {_shown(picture)}")
+    draw_picture(drafted, notice).save(picture)
+    done()
+    _say_what_next(artifact, drafted[0].study.image.with_suffix(".dcm"), listed)
+    _say(f"\nThe demo took {time.perf_counter() - started:.0f} s.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""`python -m benchmarks.phantom`: write films, look at them, train the model, draft findings, score them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.phantom import predict, score
+from lite.errors import LiteError
+
+_EPILOG = """\
+examples:
+  python -m benchmarks.phantom write build/films --count 200 --seed 1
+  python -m benchmarks.phantom predict build/demo/artifact build/films/studies.json --out build/predictions.jsonl
+  python -m benchmarks.phantom score build/predictions.jsonl
+
+exit status: 0 done, 1 something was skipped or failed, 2 wrong use, 130 interrupted.
+"""
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    from benchmarks.phantom.write import write_studies
+
+    path = write_studies(arguments.out, count=arguments.count, seed=arguments.seed, dicom=arguments.dicom)
+    sys.stdout.write(f"{arguments.count} studies in {path}\n")
+    return 0
+
+
+def _contact_sheet(arguments: argparse.Namespace) -> int:
+    from benchmarks.phantom.contact_sheet import contact_sheet
+
+    contact_sheet(arguments.out, count=arguments.count, seed=arguments.seed, film_size=arguments.film_size)
+    sys.stdout.write(f"{arguments.out}\n")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    # Before torch starts its threads: ones that wait in a loop starve whoever shares the machine, and then each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from benchmarks.phantom.train import TrainingPlan, train
+
+    names = {field.name for field in dataclasses.fields(TrainingPlan)}
+    given: dict[str, Any] = {
+        name: value for name, value in vars(arguments).items() if name in names and value is not None
+    }
+    size = train(arguments.out, plan=TrainingPlan(**given), work=arguments.work)
+    sys.stdout.write(f"{arguments.out}: {size / 1e6:.2f} MB in the published layout\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.phantom",
+        description="Synthetic chest films with known findings, and the small model that reads them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        return command
+
+    write = add("write", _write, "write films and a JSON list in LLaVA-Rad's evaluation format")
+    write.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    write.add_argument("--count", type=int, required=True, metavar="N", help="how many studies")
+    write.add_argument("--seed", type=int, default=0, metavar="S", help="which studies (default: %(default)s)")
+    write.add_argument("--dicom", action="store_true", help="also 12-bit DICOM films, alternately MONOCHROME2 and 1")
+
+    sheet = add("contact-sheet", _contact_sheet, "save a page of films with their findings as captions")
+    sheet.add_argument("out", type=Path, metavar="PNG", help="the picture to write")
+    sheet.add_argument("--count", type=int, default=24, metavar="N", help="how many films (default: %(default)s)")
+    sheet.add_argument("--seed", type=int, default=0, metavar="S", help="of the first film (default: %(default)s)")
+    sheet.add_argument("--film-size", type=int, default=256, metavar="PX", help="112 shows what the model sees")
+
+    train = add("train", _train, "grow the phantom model and write it in LLaVA-Rad's published layout")
+    train.add_argument("out", type=Path, metavar="OUT", help="folder that receives llava-rad-phantom/ and base/")
+    train.add_argument(
+        "--work", type=Path, default=Path("build/phantom"), metavar="DIR",
+        help="where films and state are kept; an interrupted run goes on from there (default: %(default)s)",
+    )  # fmt: skip
+    train.add_argument("--seed", type=int, metavar="S", help="of everything")
+    train.add_argument("--films", type=int, metavar="N", help="training films")
+    train.add_argument("--see-steps", type=int, metavar="N", help="steps of stage 1, the tower alone")
+    train.add_argument("--write-steps", type=int, metavar="N", help="steps of stage 2, the whole model")
+    train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
+
+    for module, name, text in (
+        (predict, "predict", "draft findings for a JSON list with an artifact"),
+        (score, "score", "score drafted findings against the truth"),
+    ):
+        module.add_arguments(add(name, module.run, text))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except LiteError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Draft findings for a JSON list of films: `python -m benchmarks.phantom predict ARTIFACT LIST.json --out FILE`.
+
+What it writes is what `python -m benchmarks.phantom score` reads. Only lite's public functions are used, so the
+figures are those of the runtime that users have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import lite
+from benchmarks.phantom.score import Prediction
+from lite.errors import LiteError
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedStudy:
+    """One entry of a JSON list in the evaluation format: the film's path and the texts around it."""
+
+    id: str
+    image: Path
+    reason: str | None
+    query: str
+    reference: str
+
+
+def _listed_study(entry: dict[str, object], image_folder: Path) -> ListedStudy:
+    turns = entry["conversations"]
+    if not isinstance(turns, list) or len(turns) != 2:
+        msg = "conversations is not a question and its answer"
+        raise ValueError(msg)
+    question, answer = (turn["value"] for turn in turns)
+    reason = entry.get("reason")
+    if not (isinstance(question, str) and isinstance(answer, str) and isinstance(reason, (str, type(None)))):
+        msg = "a question, an answer or a reason is not text"
+        raise TypeError(msg)
+    return ListedStudy(
+        id=str(entry["id"]),
+        image=image_folder / str(entry["image"]),
+        reason=reason,
+        query=question.replace("<image>", "").strip(),
+        reference=answer,
+    )
+
+
+def read_list(path: Path, *, image_folder: Path | None = None) -> list[ListedStudy]:
+    """Read a JSON list of studies in the evaluation format.
+
+    Args:
+        path: the list.
+        image_folder: what the entries' `image` is relative to; the list's own folder when not given.
+
+    Raises:
+        LiteError: no such file, not JSON, no studies in it, or an entry (counted from 1) that is not one.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"{path}: got a file that cannot be read ({error}) · expected a JSON list of studies · check the path"
+        raise LiteError(msg) from error
+    if not isinstance(entries, list) or not entries:
+        msg = f"{path}: got no list, or an empty one · expected a JSON list of studies · check the path"
+        raise LiteError(msg)
+    studies: list[ListedStudy] = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            studies.append(_listed_study(entry, path.parent if image_folder is None else image_folder))
+        except (KeyError, TypeError, ValueError) as error:
+            msg = (
+                f"{path}: got an entry {number} that is no study ({type(error).__name__}: {error}) · expected id, "
+                "image, reason and conversations (a question and its answer) · correct it"
+            )
+            raise LiteError(msg) from error
+    return studies
+
+
+def predict(
+    model: lite.FindingsModel, studies: Sequence[ListedStudy], *, batch_size: int = BATCH_SIZE
+) -> Iterator[Prediction | LiteError]:
+    """Draft the findings of each study, in order; an error stands in the place of one that cannot be used."""
+    results = model.findings_batch([(study.image, study.reason) for study in studies], batch_size=batch_size)
+    for study, result in zip(studies, results, strict=True):
+        if isinstance(result, lite.StudyError):
+            yield result.error
+        else:
+            yield Prediction(id=study.id, query=study.query, reference=study.reference, prediction=result.text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `predict`."""
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a folder written by python -m export")
+    parser.add_argument(
+        "list", type=Path, metavar="LIST.json", help="the list that python -m benchmarks.phantom write made"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PREDICTIONS.jsonl", help="the file to write")
+    parser.add_argument(
+        "--image-folder", type=Path, metavar="DIR", help="where the films are (default: beside the list)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="films at a time (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N films")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the predictions; returns 0, or 1 when films were skipped.
+
+    Raises:
+        LiteError: the list or the artifact cannot be used.
+    """
+    studies = read_list(args.list, image_folder=args.image_folder)[: args.limit]
+    model = lite.load(args.artifact, device=args.device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete: a file of this name never holds half of the list.
+    partial = args.out.with_name(f"{args.out.name}.partial")
+    num_skipped = 0
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            results = predict(model, studies, batch_size=args.batch_size)
+            for result in tqdm(results, total=len(studies), unit=" films", disable=None):
+                if isinstance(result, LiteError):
+                    num_skipped += 1
+                    tqdm.write(f"skipped: {result}", file=sys.stderr)
+                else:
+                    file.write(f"{result.to_json()}\n")
+        partial.replace(args.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    sys.stdout.write(f"{len(studies) - num_skipped} predictions in {args.out}, {num_skipped} films skipped\n")
+    sys.stdout.write(f"Next: python -m benchmarks.phantom score {args.out}\n")
+    return 1 if num_skipped else 0

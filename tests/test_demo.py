@@ -1,0 +1,95 @@
+"""The demo's own parts: what counts as agreement, and that texts fit their columns and the picture."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lite
+from benchmarks import demo
+from benchmarks.phantom.predict import ListedStudy
+
+TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumothorax."
+
+
+@pytest.mark.parametrize(
+    ("draft", "verdicts"),
+    [
+        (TRUTH, {"Pleural Effusion": "agrees", "Consolidation": "agrees"}),
+        (
+            "Small right pleural effusion. Right lower zone consolidation.",
+            {"Pleural Effusion": "right, should be left", "Consolidation": "lower, should be upper"},
+        ),
+        (
+            "Large left pleural effusion. Small left pneumothorax.",
+            {"Pleural Effusion": "large, should be small", "Consolidation": "missed", "Pneumothorax": "not there"},
+        ),
+        (
+            "Small pleural effusion. Right upper zone consolidation.",
+            {"Pleural Effusion": "no side, should be left", "Consolidation": "agrees"},
+        ),
+    ],
+)
+def test_agreement_is_by_label_side_zone_and_size(draft: str, verdicts: dict[str, str]) -> None:
+    # Labels that follow from others, such as Lung Opacity from consolidation, are the labeller's business.
+    agreements = [item for item in demo.compare(TRUTH, draft) if item.label != "Lung Opacity"]
+    assert {item.label: item.verdict for item in agreements} == verdicts
+    assert all(item.right == (item.verdict == "agrees") for item in agreements)
+
+
+def test_columns_fit_the_terminal_and_lose_no_word() -> None:
+    left, right = TRUTH * 3, f"A longer word: hemopneumothorax. {TRUTH}"
+    lines = list(demo._side_by_side(left, right, 80))
+    assert max(map(len, lines)) <= 80
+    columns = [" ".join(line.split("│")[index].strip() for line in lines).split() for index in (0, 1)]
+    assert columns == [left.split(), right.split()]
+
+
+def drafted(tmp_path: Path, text: str) -> demo.Drafted:
+    film = tmp_path / "film.png"
+    Image.fromarray(np.full((64, 64), 200, dtype=np.uint8)).save(film)
+    study = ListedStudy(id="1", image=film, reason="Cough.", query="", reference=TRUTH)
+    findings = cast("lite.Findings", type("Draft", (), {"text": text})())
+    return demo.Drafted(study=study, findings=findings, agreements=demo.compare(TRUTH, text))
+
+
+def test_the_picture_grows_with_its_texts(tmp_path: Path) -> None:
+    short, long = (drafted(tmp_path, TRUTH * times) for times in (1, 12))
+    small = demo.draw_picture([short, short, short], "Not for clinical use.")
+    large = demo.draw_picture([short, long, short], "Not for clinical use.")
+    assert small.width == large.width
+    assert small.height < large.height
+    # Three films, the third alone in its row: grey where they are, paper where a fourth would be.
+    half = small.height // 2
+    columns = [2 * demo._GAP + demo._FILM // 2, 4 * demo._GAP + demo._CARD + demo._FILM // 2]
+    for rows, expected in ((range(half), [True, True]), (range(half, small.height), [True, False])):
+        assert [(200, 200, 200) in {small.getpixel((x, y)) for y in rows} for x in columns] == expected
+
+
+def test_a_failed_export_ends_the_demo_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("llava-rad-phantom", "base"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
+    monkeypatch.setattr(demo, "OUT", tmp_path / "out")
+
+    def fail(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert demo.main() == 1
+    assert "got exit code 1 from the export" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
+    assert demo.main() == 1
+    assert "llava-rad-phantom: got no such folder" in capsys.readouterr().err
