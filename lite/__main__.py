@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lite._version import __version__
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lite.artifact import Artifact
-    from lite.model import Findings, FindingsModel
+    from lite.model import Findings, FindingsModel, FindingsStream
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -142,18 +143,22 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
                 max_new_tokens=arguments.max_new_tokens,
                 rendering=arguments.rendering,
             )
+            _print_heading(image, arguments)
+            _print_pieces(stream)
         except LiteError as error:
             status = _report(image, error)
             continue
-        _print_heading(image, arguments)
-        try:
-            for piece in stream:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        finally:  # also when interrupted: what follows begins on a line of its own
-            _print("")
         _note_cut(stream.findings)
     return status
+
+
+def _print_pieces(stream: FindingsStream) -> None:
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # also when it fails or is interrupted: what follows begins on a line of its own
+        _print("")
 
 
 def _print_texts(model: FindingsModel, arguments: argparse.Namespace) -> int:
@@ -265,7 +270,8 @@ def _note_cut(findings: Findings | None) -> None:
 def _report(image: str, error: LiteError) -> int:
     """Say on one line what is wrong with a film; return the exit status it leads to."""
     text = str(error)
-    _say(f"error: {text if image in text else f'{image}: {text}'}")
+    named = text.startswith((f"{image}:", f"{Path(image)}:"))
+    _say(f"error: {text if named else f'{image}: {text}'}")
     return EXIT_FAILED
 
 

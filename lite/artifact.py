@@ -99,7 +99,7 @@ class Manifest:
         """
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end
             msg = f"{where}: got text that is not JSON ({error}) · expected a manifest · export the artifact again"
             raise ArtifactError(msg) from error
         version = value.get("format_version") if isinstance(value, dict) else None
@@ -234,7 +234,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file of the artifact."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end
         msg = f"{file}: got something unreadable ({error}) · expected a JSON object · export the artifact again"
         raise ArtifactError(msg) from error
     if not isinstance(value, dict):
@@ -288,16 +288,24 @@ class StagedArtifact:
         load_artifact(self.path)
         for entry in [*self.path.rglob("*"), self.path]:
             _fsync(entry)
-        if self.overwrite and self.out.exists():
-            replaced = self.path.with_name(f"{self.path.name}.replaced")
-            self.out.rename(replaced)
-            self.path.rename(self.out)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            self.path.rename(self.out)
+        self._move()
         _fsync(self.out.parent)
-        self.finished = True
         return load_artifact(self.out)
+
+    def _move(self) -> None:
+        """Rename the folder to `out`; when that fails or is interrupted, what was at `out` is there again."""
+        replaced = self.path.with_name(f"{self.path.name}.replaced")
+        try:
+            if self.overwrite and self.out.exists():
+                self.out.rename(replaced)
+            self.path.rename(self.out)
+            self.finished = True
+        finally:
+            # The folders tell how far it went, wherever an interrupt came.
+            if not self.path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            elif replaced.exists():
+                replaced.rename(self.out)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ class DecoderConfig:
             ArtifactError: a key is missing, has the wrong type, or asks for something this decoder does not do.
         """
         _refuse_other_maths(config, where)
-        rope = config.get("rope_parameters") or {}
+        rope = config.get("rope_parameters") or {}  # an object: checked above
         values = {
             "num_key_value_heads": config.get("num_attention_heads"),
             "rms_norm_eps": 1e-6,
@@ -117,20 +117,30 @@ class DecoderConfig:
                 "key/value heads · expected a whole multiple · export the artifact again"
             )
             raise ArtifactError(msg)
+        if read.head_dim % 2:
+            msg = (
+                f"{where}: got head_dim={read.head_dim} · expected an even number: rotary embeddings turn pairs · "
+                "export the artifact again"
+            )
+            raise ArtifactError(msg)
         return read
 
 
 def _refuse_other_maths(config: dict[str, Any], where: str) -> None:
     """Refuse settings that this decoder would silently compute wrongly."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     expected: dict[str, tuple[Any, Any]] = {
         "model_type": (config.get("model_type", "llama"), "llama"),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(config.get("attention_bias")), False),
         "mlp_bias": (bool(config.get("mlp_bias")), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "quantization_config": (config.get("quantization_config"), None),
     }
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        if not isinstance(rope, dict):
+            msg = f"{where}: got {key}={_shown(rope)} · expected an object or null · export the artifact again"
+            raise ArtifactError(msg)
+        expected[f"{key}.rope_type"] = rope.get("rope_type", rope.get("type", "default")), "default"
     for name, (got, wanted) in expected.items():
         if got != wanted:
             msg = (

@@ -27,7 +27,7 @@ try:
     from torch import Tensor, nn
     from torch.nn import functional
 except ImportError as error:
-    msg = f'got no {error.name} · expected it for this decoder · pip install "llava-rad-lite[torch]"'
+    msg = f'got no torch and safetensors ({error}) · expected both here · pip install "llava-rad-lite[torch]"'
     raise BackendUnavailable(msg) from error
 
 from kernels.reference import rms_norm, rotary, rotary_table
@@ -221,9 +221,21 @@ class LlamaDecoder(nn.Module):
         return x
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Turn the last layer's output [..., hidden_size] into float32 logits [..., vocab_size]."""
+        """Turn the last layer's output [..., hidden_size] into float32 logits [..., vocab_size].
+
+        Raises:
+            LiteError: the logits are not finite, as when activations overflow float16. The most probable of them
+                would be a token all the same, and the text garbage.
+        """
         scores: Tensor = self.lm_head(self.model.norm(hidden_states))
-        return scores.float()
+        logits = scores.float()
+        if not bool(logits.isfinite().all()):
+            msg = (
+                f"got logits that are not finite in {self.dtype} · expected numbers · the computation overflowed: "
+                "load with dtype='float32' (or 'bfloat16' on a GPU that has it)"
+            )
+            raise LiteError(msg)
+        return logits
 
     @torch.inference_mode()
     def prefill(
@@ -247,7 +259,7 @@ class LlamaDecoder(nn.Module):
             logits float32 [B, vocab_size].
 
         Raises:
-            LiteError: the logits are not finite, as when activations overflow float16.
+            LiteError: see `logits`.
         """
         features = torch.as_tensor(image_features, device=self.device)
         rows = [self.embed(ids, image) for ids, image in zip(prompts, features, strict=True)]
@@ -261,14 +273,7 @@ class LlamaDecoder(nn.Module):
                 if begin < length <= begin + step:
                     last[row] = hidden_states[row, length - 1 - begin]
         cache.num_cached_tokens = lengths
-        logits = self.logits(last)
-        if not bool(logits.isfinite().all()):
-            msg = (
-                f"got logits that are not finite in {self.dtype} · expected numbers · the computation overflowed: "
-                "load with dtype='float32' (or 'bfloat16' on a GPU that has it)"
-            )
-            raise LiteError(msg)
-        return logits
+        return self.logits(last)
 
     @torch.inference_mode()
     def decode_one_token(
@@ -284,6 +289,9 @@ class LlamaDecoder(nn.Module):
 
         Returns:
             logits float32 [B, vocab_size].
+
+        Raises:
+            LiteError: see `logits`.
         """
         grows = active if active is not None else [True] * len(input_ids)
         # A row that has ended writes into its last slot, which nobody reads any more.
@@ -305,6 +313,9 @@ class LlamaDecoder(nn.Module):
 
         Returns:
             logits float32 [len(target_ids), vocab_size]; row i belongs to target_ids[i].
+
+        Raises:
+            LiteError: see `logits`.
         """
         features = None if image_features is None else torch.as_tensor(image_features, device=self.device)
         inputs_embeds = self.embed([*input_ids, *target_ids[:-1]], features)

@@ -114,7 +114,13 @@ def test_file_names_cannot_lead_out(own_artifact: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "not JSON"), (b"{", "not JSON"), (b"[]", "no format_version"), (b"\xff\xfe", "not UTF-8")],
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[" * 200_000, "not JSON"),
+        (b"[]", "no format_version"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
 )
 def test_a_manifest_that_is_not_one(own_artifact: Path, content: bytes, message: str) -> None:
     (own_artifact / "manifest.json").write_bytes(content)
@@ -196,6 +202,67 @@ def test_something_there_is_refused_and_kept(tmp_path: Path) -> None:
         assert load_artifact(out).manifest.model == "tiny"
         staged.finish(tiny_manifest(model="second"))
     assert load_artifact(out).manifest.model == "second"
+    assert names(tmp_path) == ["artifact"]
+
+
+def interrupt_renames(monkeypatch: pytest.MonkeyPatch, *, at: int, before: bool, error: BaseException) -> None:
+    """Let the rename of that number fail, or be interrupted just after it was done; all others do their work."""
+    count = 0
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == at and before:
+            raise error
+        renamed = rename(self, target)
+        if count == at:
+            raise error
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", fail)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("at", "before", "left"), [(1, True, "first"), (1, False, "first"), (2, True, "first"), (2, False, "second")]
+)
+def test_overwriting_that_fails_half_way_keeps_one_whole_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, before: bool, left: str, error: BaseException
+) -> None:
+    out = tmp_path / "artifact"
+    with staged_artifact(out) as staged:
+        write_minimal(staged.path)
+        staged.finish(tiny_manifest(model="first"))
+
+    def overwrite() -> None:
+        with staged_artifact(out, overwrite=True) as staged, monkeypatch.context() as patch:
+            write_minimal(staged.path)
+            interrupt_renames(patch, at=at, before=before, error=error)
+            staged.finish(tiny_manifest(model="second"))
+
+    with pytest.raises(type(error)):
+        overwrite()
+    assert names(tmp_path) == ["artifact"]
+    artifact = load_artifact(out)
+    assert artifact.manifest.model == left
+    artifact.verify()
+
+
+def test_an_artifact_in_its_place_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "artifact"
+
+    def fail(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("lite.artifact._fsync", fail)
+    with staged_artifact(out) as staged:
+        write_minimal(staged.path)
+        with pytest.raises(OSError, match="Input/output"):
+            staged.finish(tiny_manifest())
+        assert staged.finished
+    load_artifact(out).verify()
     assert names(tmp_path) == ["artifact"]
 
 

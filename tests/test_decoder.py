@@ -72,7 +72,8 @@ PROMPTS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_same_logits_and_greedy_tokens_as_transformers(tmp_path: Path, form: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     changes = FORMS[form]
     config = tiny_llama_config(VOCAB_SIZE, **changes)
     weights = random_llama(config)
@@ -193,6 +194,18 @@ def test_overflow_is_an_error_and_not_garbage(tmp_path: Path) -> None:
     overflowing.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
     with pytest.raises(LiteError, match="not finite"):
         overflowing.prefill(PROMPTS[:1], features(1), overflowing.new_cache(1, 40))
+    with pytest.raises(LiteError, match="not finite"):
+        overflowing.score(PROMPTS[0], [33, 44], features(1)[0])
+
+
+def test_overflow_after_the_first_token_is_an_error_too(tmp_path: Path) -> None:
+    overflowing = tiny_decoder(tmp_path)
+    cache = overflowing.new_cache(2, 40)
+    overflowing.prefill(PROMPTS[:2], features(2), cache)
+    overflowing.decode_one_token([33, 44], cache)
+    overflowing.model.embed_tokens.weight[55] = float("nan")
+    with pytest.raises(LiteError, match="not finite in torch.float32"):
+        overflowing.decode_one_token([44, 55], cache)
 
 
 def test_dtype_is_float32_on_the_cpu_unless_asked_otherwise(tmp_path: Path) -> None:
@@ -254,6 +267,14 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling.rope_type='linear'",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' · expected an object"),
+        ({"rope_parameters": ["linear"]}, r"rope_parameters=\['linear'\] · expected an object"),
+        ({"head_dim": 15}, "head_dim=15 · expected an even number"),
+        ({"hidden_size": 60, "head_dim": None}, "head_dim=15 · expected an even number"),
         ({"num_key_value_heads": 3}, "4 attention heads over 3"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
@@ -267,6 +288,13 @@ def test_a_config_that_would_be_computed_wrongly_is_refused(
 ) -> None:
     artifact = decoder_folder(tmp_path, tiny_llama_config(VOCAB_SIZE) | changes, {"x": torch.zeros(1)})
     with pytest.raises(ArtifactError, match=message):
+        load_decoder(artifact, device="cpu")
+
+
+def test_a_config_that_nests_without_end(tmp_path: Path) -> None:
+    artifact = decoder_folder(tmp_path, {}, {"x": torch.zeros(1)})
+    artifact.file("decoder/config.json").write_text('{"a": ' * 200_000)
+    with pytest.raises(ArtifactError, match=r"config\.json: got something unreadable"):
         load_decoder(artifact, device="cpu")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -23,7 +25,8 @@ import lite
 from lite.artifact import Artifact, load_artifact, sha256_of
 from lite.cores import available_cores
 from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, ImageError, LiteError, PromptError
-from lite.model import Findings, FindingsModel, Study, StudyError, load
+from lite.image import load_image, preprocess
+from lite.model import Findings, FindingsModel, Study, StudyError, load, peak_rss_bytes
 from lite.vision import VisionEncoder
 
 REASONS = [None, "cough", "Fever and shortness of breath for three days, rule out pneumonia.", "", "chest pain"]
@@ -48,6 +51,7 @@ def test_findings_are_complete(tiny_model: FindingsModel, tiny_artifact: Artifac
     assert (findings.device, findings.dtype, findings.provider) == ("cpu", "float32", "CPUExecutionProvider")
     assert findings.rendering == "as-is"
     assert findings.notice == "For tests. Not for clinical use."
+    assert findings.memory.peak_rss_bytes is not None
     assert findings.memory.peak_rss_bytes > 10_000_000
     assert findings.memory.peak_vram_bytes is None
     slots = findings.num_prompt_tokens + 24
@@ -138,6 +142,73 @@ def test_one_bad_study_does_not_lose_the_others(tiny_model: FindingsModel, films
     assert good == [tiny_model.findings(films[0]).text, tiny_model.findings(films[3]).text]
 
 
+def test_a_batch_goes_on_without_pydicom(
+    tiny_model: FindingsModel, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    dicom = tmp_path / "film.dcm"
+    dicom.write_bytes(b"\0" * 128 + b"DICM")
+    results = list(tiny_model.findings_batch([films[0], dicom, films[1]], batch_size=3))
+    assert [type(result) for result in results] == [Findings, StudyError, Findings]
+    error = results[1]
+    assert isinstance(error, StudyError)
+    assert (error.index, type(error.error)) == (1, BackendUnavailable)
+    assert "film.dcm: got a DICOM file and no pydicom" in str(error.error)
+    with pytest.raises(BackendUnavailable):
+        tiny_model.findings(dicom)
+
+
+class BlindFor:
+    """A vision tower whose features of one film are not numbers."""
+
+    def __init__(self, vision: VisionEncoder, pixel_values: np.ndarray) -> None:
+        self.vision = vision
+        self.provider = vision.provider
+        self.pixel_values = pixel_values
+        self.batch_sizes: list[int] = []
+
+    def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
+        self.batch_sizes.append(len(pixel_values))
+        features = self.vision(pixel_values)
+        features[(pixel_values == self.pixel_values).all((1, 2, 3))] = float("nan")
+        return features
+
+
+def test_a_study_that_overflows_does_not_lose_the_others(
+    tiny_model: FindingsModel, films: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [tiny_model.findings(image).text for image in films]
+    pixel_values = preprocess(load_image(films[1]).image, tiny_model.artifact.manifest.preprocessing)
+    blind = BlindFor(tiny_model.vision, pixel_values)
+    monkeypatch.setattr(tiny_model, "vision", blind)
+    with pytest.raises(LiteError, match="not finite"):
+        tiny_model.findings(films[1])
+    blind.batch_sizes.clear()
+    results = list(tiny_model.findings_batch([films[0], "nowhere.png", *films[1:]], batch_size=4))
+    assert blind.batch_sizes == [3, 1, 1, 1, 2], "only the batch with the bad study is done again"
+    errors = [result for result in results if isinstance(result, StudyError)]
+    assert [(error.index, type(error.error)) for error in errors] == [(1, ImageError), (2, LiteError)]
+    assert "not finite" in str(errors[1].error)
+    assert [result.text for result in results if isinstance(result, Findings)] == [expected[0], *expected[2:]]
+
+
+def test_a_study_of_another_form_is_its_own_error(tiny_model: FindingsModel, films: list[Path]) -> None:
+    studies: list[Any] = [(), films[0], (films[0], None, None, "more"), None, (films[1], 3)]
+    results = list(tiny_model.findings_batch(studies, batch_size=5, max_new_tokens=2))
+    assert [type(result) for result in results] == [StudyError, Findings, StudyError, StudyError, StudyError]
+    messages = [str(result.error) for result in results if isinstance(result, StudyError)]
+    assert messages[0].startswith("got a study of 0 values")
+    assert messages[1].startswith("got a study of 4 values · expected (image,), (image, reason)")
+
+
+def test_one_study_is_not_several(tiny_model: FindingsModel, films: list[Path]) -> None:
+    picture = film(0)
+    alone: list[Any] = [str(films[0]), films[0], films[0].read_bytes(), picture, np.asarray(picture), Study(films[0])]
+    for study in alone:
+        with pytest.raises(LiteError, match=rf"a {type(study).__name__}\) .* wrap it in a list"):
+            tiny_model.findings_batch(study)
+
+
 def test_a_batch_reads_no_further_than_it_must(tiny_model: FindingsModel, films: list[Path]) -> None:
     taken = 0
 
@@ -158,10 +229,15 @@ def test_no_studies_no_findings(tiny_model: FindingsModel) -> None:
 
 
 def test_bad_numbers_are_refused(tiny_model: FindingsModel, films: list[Path]) -> None:
-    with pytest.raises(LiteError, match="batch_size=0"):
-        tiny_model.findings_batch([], batch_size=0)
-    with pytest.raises(LiteError, match="max_new_tokens=0"):
-        tiny_model.findings(films[0], max_new_tokens=0)
+    wrong: list[Any] = [0, -1, "5", 2.5, True]
+    for value in wrong:
+        for call in (tiny_model.findings, tiny_model.stream):
+            with pytest.raises(LiteError, match=f"max_new_tokens={value!r} · expected a whole number"):
+                call(films[0], max_new_tokens=value)
+        with pytest.raises(LiteError, match=f"max_new_tokens={value!r} · expected a whole number"):
+            tiny_model.findings_batch([], max_new_tokens=value)
+        with pytest.raises(LiteError, match=f"batch_size={value!r} · expected a whole number"):
+            tiny_model.findings_batch([], batch_size=value)
 
 
 def test_max_new_tokens_cuts_the_same_text(tiny_model: FindingsModel, films: list[Path]) -> None:
@@ -328,6 +404,27 @@ def test_a_missing_package_names_its_extra(tiny_artifact: Artifact, module: str,
     assert f"llava-rad-lite[{extra}]" in done.stdout
 
 
+def test_a_torch_that_does_not_load_says_why(tiny_artifact: Artifact, tmp_path: Path) -> None:
+    """A broken installation raises an ImportError that names no module."""
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.99: cannot open shared object file')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import lite\n"
+        f"try: lite.load({str(tiny_artifact.path)!r})\n"
+        "except lite.BackendUnavailable as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "libcudart.so.99: cannot open" in done.stdout
+
+
+def test_peak_rss_is_unknown_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (peak_rss_bytes() or 0) > 10_000_000
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)  # it is not there
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert peak_rss_bytes() is None
+
+
 def test_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
@@ -338,7 +435,11 @@ def test_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         quota.write_text(text)
         assert available_cores() == cores
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert available_cores() == 1 if quota.read_text().startswith("50000") else 2
+    quota.write_text("max 100000")
+    assert available_cores() == 2
+    quota.write_text("50000 100000")
+    assert available_cores() == 1
+    quota.write_text("max 100000")
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
     assert available_cores() == 8
 
@@ -379,6 +480,23 @@ def test_import_lite_is_light() -> None:
     loaded = set(done.stdout.split())
     assert "lite" in loaded
     assert not loaded & {"torch", "numpy", "PIL", "onnxruntime", "sentencepiece", "transformers", "kernels", "pydicom"}
+
+
+def test_the_base_install_is_what_the_runtime_imports() -> None:
+    """Nothing more, and nothing less once an engine's extra is there."""
+    listed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    base = {name.lower() for name in re.findall(r'"([A-Za-z0-9-]+)', listed[1])}
+    extras = {"onnxruntime", "pydicom", "safetensors", "torch"}
+    imported: set[str] = set()
+    for file in (ROOT / "lite").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "kernels", "lite"}
+    assert imported - extras == {"PIL" if name == "pillow" else name for name in base}
 
 
 def test_errors_are_one_tree() -> None:
