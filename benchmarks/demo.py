@@ -1,7 +1,8 @@
 """The demo behind `make demo`: export the phantom model, draft findings for a few films, show them beside the truth.
 
 It takes the way of the real checkpoint, with nothing left out: the published layout (LoRA and all) through the exporter
-to an artifact, films through the runtime to text. Only the model is small, and reads synthetic films only.
+to an artifact, measured against its checkpoint on the films that are then drafted. Only the model is small, and reads
+synthetic films only.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ OUT = ROOT / "build" / "demo"
 NUM_FILMS = 6
 # Neither training nor the figures in benchmarks/phantom/README.md use films of this seed.
 SEED = 20_261_123
+_LIMITS = "This model reads synthetic films only: on a real film its text means nothing."
+
+
+# The labeller knows three sizes of everything; of these, reports say how severe they are.
+_BY_DEGREE: frozenset[Label] = frozenset({"Cardiomegaly", "Edema"})
+_DEGREES = {"small": "mild", "large": "severe"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,7 @@ def _say(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def _verdict(truth: Reading, draft: Reading) -> str:
+def _verdict(label: Label, truth: Reading, draft: Reading) -> str:
     if draft.status != "positive":
         return "missed"
     if truth.status != "positive":
@@ -67,7 +74,8 @@ def _verdict(truth: Reading, draft: Reading) -> str:
     for name in ("side", "zone", "size"):
         drawn, drafted = getattr(truth, name), getattr(draft, name)
         if drawn and drawn != drafted:
-            return f"{drafted or f'no {name}'}, should be {drawn}"
+            words = _DEGREES if label in _BY_DEGREE else {}
+            return f"{words.get(drafted, drafted) or f'no {name}'}, should be {words.get(drawn, drawn)}"
     return "agrees"
 
 
@@ -75,7 +83,7 @@ def compare(truth: str, draft: str) -> tuple[Agreement, ...]:
     """Compare two findings texts label by label, as far as either reports something."""
     expected, got = read_labels(truth), read_labels(draft)
     verdicts = {
-        label: _verdict(expected[label], got[label])
+        label: _verdict(label, expected[label], got[label])
         for label in expected
         if "positive" in (expected[label].status, got[label].status)
     }
@@ -171,20 +179,29 @@ def _draw_card(number: int, drafted: Drafted) -> Image.Image:
     return card.crop((0, 0, _CARD, max(_FILM, column.y)))
 
 
+def _score(drafted: Sequence[Drafted]) -> str:
+    right = [agreement.right for film in drafted for agreement in film.agreements]
+    return f"{sum(right)} of {len(right)} findings agree in label, side, zone and size."
+
+
 def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
     """Draw the films in a grid with drafted text, truth and agreement beside each."""
     cards = [_draw_card(number, film) for number, film in enumerate(drafted, start=1)]
     rows = [cards[start : start + _COLUMNS] for start in range(0, len(cards), _COLUMNS)]
     heights = [max(card.height for card in row) for row in rows]
     width = _COLUMNS * _CARD + (_COLUMNS + 1) * 2 * _GAP
-    picture = Image.new("RGB", (width, sum(heights) + (len(rows) + 1) * 2 * _GAP + 80), _PAPER)
+    # Room for any heading and notice; what is left over is cut off.
+    picture = Image.new("RGB", (width, sum(heights) + len(rows) * 2 * _GAP + width), _PAPER)
     text = _Column(ImageDraw.Draw(picture), 2 * _GAP, _GAP, width - 4 * _GAP)
-    text.write("Findings drafted for synthetic chest films by the phantom model", size=26, after=_GAP)
+    text.write("Findings drafted for synthetic chest films by the phantom model", size=26, after=4)
+    text.write(
+        f"DRAFTED by the model · TRUTH that the film was drawn from · {_score(drafted)}", colour=_QUIET, after=_GAP
+    )
     for row, height in zip(rows, heights, strict=True):
         for column, card in enumerate(row):
             picture.paste(card, (2 * _GAP + column * (_CARD + 2 * _GAP), text.y))
         text.y += height + 2 * _GAP
-    text.write(notice, size=14, colour=_QUIET)
+    text.write(f"{_LIMITS} {notice}", size=14, colour=_QUIET)
     return picture.crop((0, 0, width, text.y + _GAP))
 
 
@@ -199,19 +216,33 @@ def _step(number: int, what: str) -> Callable[[], None]:
     return done
 
 
-def _export(artifact: Path) -> None:
-    """Export the phantom checkpoint by the command that a user would type: benchmarks do not import export."""
-    published, base = CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base"
-    for folder in (published, base):
+def _require_checkpoint() -> None:
+    for folder in (CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base"):
         if not folder.is_dir():
             msg = f"{folder}: got no such folder · expected the phantom checkpoint · check out the whole repository"
             raise lite.CheckpointError(msg)
-    command = ["--checkpoint", published, "--base", base, "--decoder", "fp16", "--out", artifact, "--overwrite"]
+
+
+def _export(artifact: Path, listed: Path) -> None:
+    """Export the phantom checkpoint by the command that a user would type: benchmarks do not import export."""
+    options = {
+        "checkpoint": CHECKPOINT / "llava-rad-phantom",
+        "base": CHECKPOINT / "base",
+        "out": artifact,
+        "decoder": "fp16",
+        "verify-data": listed,
+        "verify-studies": NUM_FILMS,
+    }
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--overwrite"]
+    _say(f"      {_python()} -m export " + " ".join(_shown(Path(text)) for text in arguments))
     artifact.parent.mkdir(parents=True, exist_ok=True)
-    exit_code = subprocess.run([sys.executable, "-m", "export", *map(str, command)], cwd=ROOT, check=False).returncode
-    if exit_code:
-        msg = f"got exit code {exit_code} from the export · expected an artifact in {artifact} · see its message above"
+    command = [sys.executable, "-m", "export", *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        msg = f"got exit code {done.returncode} from the export · expected an artifact in {artifact} · see above"
         raise lite.LiteError(msg)
+    # Sizes and parity; the terms and what to type next come once, at the end.
+    _say(textwrap.indent(done.stdout.partition("\n\n")[0], 6 * " "))
 
 
 def _write_films(folder: Path) -> Path:
@@ -219,8 +250,7 @@ def _write_films(folder: Path) -> Path:
     return write_studies(folder, count=NUM_FILMS, seed=SEED, dicom=True)
 
 
-def _draft(artifact: Path, studies: Sequence[ListedStudy]) -> tuple[list[Drafted], str]:
-    model = lite.load(artifact)
+def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy]) -> list[Drafted]:
     drafted: list[Drafted] = []
     for study, findings in zip(
         studies, model.findings_batch([(study.image, study.reason) for study in studies]), strict=True
@@ -229,7 +259,7 @@ def _draft(artifact: Path, studies: Sequence[ListedStudy]) -> tuple[list[Drafted
             raise findings.error
         agreements = compare(study.reference, findings.text)
         drafted.append(Drafted(study=study, findings=findings, agreements=agreements))
-    return drafted, model.notice
+    return drafted
 
 
 def _shown(path: Path) -> str:
@@ -237,8 +267,12 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def _python() -> str:
+    return _shown(ROOT / ".venv/bin/python") if Path(sys.prefix) == ROOT / ".venv" else "python"
+
+
 def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
-    python = _shown(ROOT / ".venv/bin/python") if Path(sys.prefix) == ROOT / ".venv" else "python"
+    python = _python()
     predictions = _shown(OUT / "predictions.jsonl")
     commands = {
         "one of these films again, as DICOM": f"-m lite generate {_shown(artifact)} {_shown(film)}",
@@ -266,27 +300,27 @@ def main() -> int:
     width = min(shutil.get_terminal_size((110, 40)).columns, 160)
     artifact, picture = OUT / "artifact", OUT / "findings.png"
     try:
-        done = _step(1, "Exporting the phantom checkpoint to an fp16 artifact")
-        _export(artifact)
-        done()
-        done = _step(2, f"Drawing {NUM_FILMS} synthetic films that the model has never seen")
+        _require_checkpoint()
+        done = _step(1, f"Drawing {NUM_FILMS} synthetic films that the model has never seen")
         listed = _write_films(OUT / "films")
         studies = read_list(listed)
         done()
+        done = _step(2, "Exporting the phantom checkpoint to an fp16 artifact, measured on these films")
+        _export(artifact, listed)
+        done()
         done = _step(3, "Drafting their findings")
-        drafted, notice = _draft(artifact, studies)
+        model = lite.load(artifact)
+        drafted = _draft(model, studies)
         done()
     except lite.LiteError as error:
         sys.stderr.write(f"demo: {error}\n")
         return 1
     for number, film in enumerate(drafted, start=1):
         _print_film(number, film, width)
-    right = sum(agreement.right for film in drafted for agreement in film.agreements)
-    _say(f"{right} of {sum(len(film.agreements) for film in drafted)} findings agree in label, side, zone and size.")
-    _say("This model reads synthetic films only: on a real film its text means nothing.")
-    _say(f"{textwrap.fill(notice, width)}\n")
+    _say(f"{_score(drafted)}\n{_LIMITS}")
+    _say(f"{textwrap.fill(model.notice, width)}\n")
     done = _step(4, f"Saving films and texts as {_shown(picture)}")
-    draw_picture(drafted, notice).save(picture)
+    draw_picture(drafted, model.notice).save(picture)
     done()
     _say_what_next(artifact, drafted[0].study.image.with_suffix(".dcm"), listed)
     _say(f"\nThe demo took {time.perf_counter() - started:.0f} s.")

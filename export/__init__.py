@@ -1,7 +1,7 @@
 """Checkpoint to artifact: reads LLaVA-Rad's published layout, writes what `lite` runs.
 
-    import export
-    artifact = export.export_artifact("llava-rad", "vicuna-7b-v1.5", "artifact", vision_format="fp16")
+    from export import ExportSettings, export_artifact
+    artifact = export_artifact("llava-rad", "vicuna-7b-v1.5", "artifact", ExportSettings(vision_format="fp16"))
 
 or `python -m export --help`. Importing this package loads nothing heavy; the first call does.
 """
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from export.settings import ExportSettings
 from lite.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from export.pipeline import export_artifact
 
-__all__ = ["export_artifact"]
+__all__ = ["ExportSettings", "export_artifact"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
-    if name not in __all__:
+    if name != "export_artifact":
         msg = f"module 'export' has no attribute {name!r}"
         raise AttributeError(msg)
     try:

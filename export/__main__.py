@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from export.settings import DEFAULTS, DecoderFormat, ExportSettings, VisionFormat
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ examples:
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --vision fp16
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact \\
-                   --verify-data studies.json --image-folder films
+                   --verify-data studies/studies.json
+
+The images named in such a list lie relative to its folder, here studies/; --image-folder says where else.
 
 exit status: 0 done, 1 the export failed (nothing was written), 2 wrong use, 130 interrupted.
 """
@@ -41,10 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from export import export_artifact
 
-        artifact = export_artifact(
-            options.checkpoint,
-            options.base,
-            options.out,
+        settings = ExportSettings(
             decoder_format=options.decoder,
             vision_format=options.vision,
             verify_data=options.verify_data,
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=options.overwrite,
             show_progress=not options.quiet,
         )
+        artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
     except LiteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted: nothing was written to {options.out}", file=sys.stderr)
         return 130
     print(_summary(artifact))
+    for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial")):
+        print(f"note: {left} is left from an export that was killed: remove it, unless one is running", file=sys.stderr)
     return 0
 
 
@@ -78,12 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     required.add_argument("--out", type=Path, required=True, metavar="DIR", help="the artifact to make; must not exist")
     required.add_argument("--overwrite", action="store_true", help="replace an artifact that is at --out")
     formats = parser.add_argument_group("formats")
-    formats.add_argument("--decoder", choices=["fp16"], default="fp16", help="the decoder's weights (default: fp16)")
+    formats.add_argument(
+        "--decoder",
+        choices=get_args(DecoderFormat),
+        default=DEFAULTS.decoder_format,
+        help="the decoder's weights (default: %(default)s)",
+    )
     formats.add_argument(
         "--vision",
-        choices=["fp32", "fp16"],
-        default="fp32",
-        help="the vision tower and projector: fp32 for CPUs, fp16 for GPUs, half the bytes (default: fp32)",
+        choices=get_args(VisionFormat),
+        default=DEFAULTS.vision_format,
+        help="the vision tower and projector: fp32 for CPUs, fp16 for GPUs, half the bytes (default: %(default)s)",
     )
     parity = parser.add_argument_group("measuring parity with the checkpoint")
     parity.add_argument(
@@ -95,21 +104,35 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument(
         "--image-folder", type=Path, metavar="DIR", help="where its images are (default: beside the list)"
     )
-    parity.add_argument("--verify-studies", type=_positive, default=4, metavar="N", help="how many (default: 4)")
     parity.add_argument(
-        "--verify-tokens", type=_positive, default=64, metavar="N", help="findings tokens scored in each (default: 64)"
+        "--verify-studies",
+        type=_positive,
+        default=DEFAULTS.verify_studies,
+        metavar="N",
+        help="how many (default: %(default)s)",
     )
-    parity.add_argument("--device", default="auto", help="where to measure: auto, cpu or cuda (default: auto)")
+    parity.add_argument(
+        "--verify-tokens",
+        type=_positive,
+        default=DEFAULTS.verify_tokens,
+        metavar="N",
+        help="findings tokens scored in each (default: %(default)s)",
+    )
+    parity.add_argument(
+        "--device",
+        default=DEFAULTS.device,
+        help="where to measure: auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        message = f"got {value} · expected at least 1"
-        raise argparse.ArgumentTypeError(message)
-    return value
+    """Read an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        msg = f"got {text!r}, expected a whole number from 1"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
 
 
 def _summary(artifact: Artifact) -> str:
@@ -123,7 +146,7 @@ def _summary(artifact: Artifact) -> str:
     rows: list[tuple[str, Any]] = [
         (f"vision.onnx ({manifest.vision.format})", _megabytes(sizes["vision.onnx"])),
         (f"decoder/ ({manifest.decoder.format})", _megabytes(sizes["decoder"])),
-        ("features", f"cosine {vision['min_cosine']:.6f} or better, largest difference {vision['max_abs']:.2g}"),
+        ("features", f"smallest cosine {vision['min_cosine']:.6f}, largest difference {vision['max_abs']:.2g}"),
         ("decoder", f"KL {decoder['mean_kl']:.2g} nats/token, same top token {decoder['same_top']:.2%}"),
         (
             "measured on",

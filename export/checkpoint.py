@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -406,7 +407,7 @@ def _open_trunk(file: Path) -> TensorFiles:
                 f"{file}: got an entry {key!r} of type {type(value).__name__} · expected state_dict and training state"
             )
             raise CheckpointError(f"{msg} · check that this is the right file")
-    entries = entries_of(file, state, prefix="state_dict/")
+    entries = entries_of(file, state, group="state_dict")
     known = [re.compile(pattern) for pattern in UNNEEDED_TOWER]
     trunk = {}
     for name, entry in entries.items():
@@ -432,9 +433,11 @@ def _tower_config(
         )
         raise CheckpointError(msg)
     blocks = [int(name.split(".")[1]) for name in trunk.entries if re.match(r"blocks\.\d+\.", name)]
-    for name in ("cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
-        if name not in trunk.entries:
-            msg = f"{tower_file}: got no tensor {TRUNK_PREFIX + name!r} · expected a DINOv2 ViT · fetch the file again"
+    for name, dimensions in {"cls_token": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
+        shape = trunk.entries[name].shape if name in trunk.entries else None
+        if shape is None or len(shape) != dimensions:
+            got = "no tensor" if shape is None else f"a shape of {list(shape)} for"
+            msg = f"{tower_file}: got {got} {TRUNK_PREFIX + name!r} · expected a DINOv2 ViT · fetch the file again"
             raise CheckpointError(msg)
     depth = max(blocks) + 1
     tower = TowerConfig(
@@ -458,16 +461,37 @@ def _tower_config(
 
 def _preprocessing(config: dict[str, Any], image_size: int, where: Path) -> Preprocessing:
     """Return open_clip's preprocessing: the CLIP statistics, unless the tower's json states others."""
-    stated = config.get("preprocess_cfg") or {}
-    mean, std = (
-        tuple(stated.get(key) or plain) for key, plain in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD))
-    )
+    stated = config.get("preprocess_cfg")
+    if stated is None:
+        stated = {}
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{where}: got preprocess_cfg={stated!r} · expected an object · fetch the file again")
     if stated.get("interpolation", "bicubic") != "bicubic" or stated.get("resize_mode", "shortest") != "shortest":
         msg = f"{where}: got preprocess_cfg={stated} · expected bicubic, shortest edge · others are not implemented"
         raise CheckpointError(msg)
-    if len(mean) != 3 or len(std) != 3:
-        raise CheckpointError(f"{where}: got {mean=} {std=} · expected three numbers each · fetch the file again")
+    mean = _three_numbers(stated, "mean", OPENAI_CLIP_MEAN, where)
+    std = _three_numbers(stated, "std", OPENAI_CLIP_STD, where)
+    if min(std) <= 0:
+        raise CheckpointError(f"{where}: got std={list(std)} · expected positive numbers · fetch the file again")
     return Preprocessing(image_size=image_size, mean=mean, std=std)
+
+
+def _three_numbers(
+    stated: dict[str, Any], name: str, unstated: tuple[float, float, float], where: Path
+) -> tuple[float, float, float]:
+    """Return a channel statistic as stated, or what holds where nothing is."""
+    values = stated.get(name)
+    if values is None:
+        return unstated
+    if (
+        not isinstance(values, list)
+        or len(values) != 3
+        or any(type(value) not in (int, float) or not abs(value) <= sys.float_info.max for value in values)
+    ):
+        msg = f"{where}: got {name}={values!r} · expected three finite numbers · fetch the file again"
+        raise CheckpointError(msg)
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:

@@ -90,12 +90,18 @@ class AdapterConfig:
                 )
                 raise CheckpointError(msg)
         r, lora_alpha = config.get("r"), config.get("lora_alpha")
-        if type(r) is not int or r < 1 or not isinstance(lora_alpha, int | float) or not lora_alpha > 0:
+        if (
+            type(r) is not int
+            or r < 1
+            or isinstance(lora_alpha, bool)
+            or not isinstance(lora_alpha, int | float)
+            or not 0 < lora_alpha < 2**31
+        ):
             msg = f"{where}: got {r=} {lora_alpha=} · expected two positive numbers · fetch the file again"
             raise CheckpointError(msg)
         known = {name.rpartition(".")[2] for name in LINEARS}
         targets = config.get("target_modules")
-        if not isinstance(targets, list) or not targets or not set(targets) <= known:
+        if not isinstance(targets, list) or not targets or any(target not in known for target in map(str, targets)):
             msg = (
                 f"{where}: got target_modules={targets!r} · expected a list out of {sorted(known)} · "
                 "this adapter is for another architecture"

@@ -12,15 +12,15 @@ import errno
 import hashlib
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from tqdm import tqdm
 
 from export import verify
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.decoder import MergeReport, SafetensorsWriter, fp16_specs, fp16_tensors, write_configs
-from export.vision_onnx import VisionFormat, build_vision_onnx, write_vision_onnx
+from export.settings import DEFAULTS, ExportSettings, VisionFormat
+from export.vision_onnx import build_vision_onnx, write_vision_onnx
 from lite._version import __version__
 from lite.artifact import (
     NOTICE,
@@ -33,12 +33,11 @@ from lite.artifact import (
     load_artifact,
     staged_artifact,
 )
-from lite.errors import ArtifactError, BackendUnavailable
+from lite.decoder import check_device
+from lite.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-DecoderFormat = Literal["fp16"]
 
 LICENCE_NOTICE: Final = (
     "The weights keep the licence of the checkpoint they were converted from. microsoft/llava-rad: Microsoft Research "
@@ -48,51 +47,16 @@ LICENCE_NOTICE: Final = (
 _CHUNK_BYTES: Final = 1 << 24
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ExportSettings:
-    """What to write, and how to measure it."""
-
-    decoder_format: DecoderFormat = "fp16"
-    vision_format: VisionFormat = "fp32"
-    verify_data: Path | None = None
-    image_folder: Path | None = None
-    verify_studies: int = 4
-    verify_tokens: int = 64
-    device: str = "cpu"
-    overwrite: bool = False
-    show_progress: bool = False
-
-
 def export_artifact(
-    checkpoint: str | Path,
-    base: str | Path,
-    out: str | Path,
-    *,
-    decoder_format: DecoderFormat = "fp16",
-    vision_format: VisionFormat = "fp32",
-    verify_data: str | Path | None = None,
-    image_folder: str | Path | None = None,
-    verify_studies: int = 4,
-    verify_tokens: int = 64,
-    device: str = "cpu",
-    overwrite: bool = False,
-    show_progress: bool = False,
+    checkpoint: str | Path, base: str | Path, out: str | Path, settings: ExportSettings = DEFAULTS
 ) -> Artifact:
     """Convert a checkpoint in LLaVA-Rad's published layout into an artifact.
 
     Args:
         checkpoint: Folder of the LLaVA-Rad download.
         base: Folder of its base language model.
-        out: The artifact's folder; must not exist, unless `overwrite`.
-        decoder_format: What the decoder's weights are stored as.
-        vision_format: What the tower and projector are stored as and computed in.
-        verify_data: JSON list of studies in the evaluation format to measure parity on; None takes built-in ones.
-        image_folder: Where the images of `verify_data` are; its own folder by default.
-        verify_studies: Number of studies to measure on.
-        verify_tokens: Findings tokens scored per study, at most.
-        device: Where torch computes the measurement: "auto", "cpu" or "cuda".
-        overwrite: Replace an artifact that is there, once the new one is complete.
-        show_progress: Draw progress bars on stderr.
+        out: The artifact's folder; must not exist, unless `settings.overwrite`.
+        settings: What to write, and how to measure it.
 
     Returns:
         The finished artifact; `artifact.manifest.fidelity` holds what was measured.
@@ -102,21 +66,11 @@ def export_artifact(
         ArtifactError: The artifact cannot be written there, or does not compute what the source does.
         BackendUnavailable: A package or device is missing.
     """
-    settings = ExportSettings(
-        decoder_format=decoder_format,
-        vision_format=vision_format,
-        verify_data=Path(verify_data) if verify_data is not None else None,
-        image_folder=Path(image_folder) if image_folder is not None else None,
-        verify_studies=verify_studies,
-        verify_tokens=verify_tokens,
-        device=_device(device),
-        overwrite=overwrite,
-        show_progress=show_progress,
-    )
-    _check_settings(settings)
+    # A wrong device should not show only when everything is written.
+    settings = dataclasses.replace(settings, device=check_device(settings.device))
     source = open_checkpoint(Path(checkpoint), Path(base))
-    with _disk_full_explained(Path(out)), staged_artifact(out, overwrite=overwrite) as staged:
-        _require_space(source, staged.path, vision_format)
+    with _system_errors_explained(Path(out)), staged_artifact(out, overwrite=settings.overwrite) as staged:
+        _require_space(source, staged.path, settings.vision_format)
         manifest = _manifest(source, settings)
         # Texts and films are read before the long part: a wrong path should not cost an hour.
         studies = _studies(source, manifest, settings)
@@ -128,28 +82,6 @@ def export_artifact(
         verify.require_parity(fidelity, manifest)
         staged.finish(dataclasses.replace(manifest, fidelity=fidelity))
     return load_artifact(out)
-
-
-def _check_settings(settings: ExportSettings) -> None:
-    choices = {"decoder": (settings.decoder_format, DecoderFormat), "vision": (settings.vision_format, VisionFormat)}
-    for part, (chosen, known) in choices.items():
-        if chosen not in get_args(known):
-            msg = f"got {part} format {chosen!r} · expected one of {', '.join(get_args(known))} · choose one of them"
-            raise ArtifactError(msg)
-    for name in ("verify_studies", "verify_tokens"):
-        if getattr(settings, name) < 1:
-            raise ArtifactError(
-                f"got {name}={getattr(settings, name)} · expected at least 1 · an unmeasured export is not kept"
-            )
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        msg = f"got device {device!r}, which torch {torch.__version__} does not see · expected cpu · leave --device out"
-        raise BackendUnavailable(msg)
-    return device
 
 
 def _manifest(source: Checkpoint, settings: ExportSettings) -> Manifest:
@@ -174,8 +106,8 @@ def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -
     studies = verify.Studies(source, manifest, max_tokens=settings.verify_tokens)
     if settings.verify_data is None:
         return studies.built_in(settings.verify_studies)
-    image_folder = settings.image_folder or settings.verify_data.parent
-    return studies.from_list(settings.verify_data, image_folder, settings.verify_studies)
+    listed = Path(settings.verify_data)
+    return studies.from_list(listed, Path(settings.image_folder or listed.parent), settings.verify_studies)
 
 
 def _require_space(source: Checkpoint, folder: Path, vision_format: VisionFormat) -> None:
@@ -252,7 +184,7 @@ def _measure(
 ) -> dict[str, Any]:
     with _bar(settings, "measuring parity", verify.num_steps(source, device=settings.device), unit="step") as bar:
         fidelity = verify.measure(source, folder, manifest, studies, device=settings.device, advance=bar.update)
-    data = "built-in" if settings.verify_data is None else settings.verify_data.name
+    data = "built-in" if settings.verify_data is None else Path(settings.verify_data).name
     return {"verify_data": data, **fidelity}
 
 
@@ -261,11 +193,21 @@ def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm
 
 
 @contextlib.contextmanager
-def _disk_full_explained(out: Path) -> Iterator[None]:
+def _system_errors_explained(out: Path) -> Iterator[None]:
+    """Turn what the system refuses into an error of ours: a full disk, or any file that cannot be read or written."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-        got = "a full disk" if full else f"an error from the system: {error}"
-        do = "free some space, or choose an --out on another disk" if full else "check the disk and its permissions"
-        raise ArtifactError(f"{out}: got {got} · expected room to write the artifact · {do}") from error
+        # A write that finds no room does not know its file's name.
+        where = error.filename or out
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            msg = (
+                f"{where}: got a full disk · expected room to write the artifact · "
+                "free some space, or choose an --out on another disk"
+            )
+        else:
+            msg = (
+                f"{where}: got an error from the system ({error.strerror or error}) · expected a file that can be read "
+                "or written · check the disk and its permissions"
+            )
+        raise ArtifactError(msg) from error

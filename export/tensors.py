@@ -38,6 +38,19 @@ _SAFETENSORS_DTYPES: Final = {
     "BF16": torch.bfloat16,
 }
 _FLOAT_DTYPES: Final = frozenset(_SAFETENSORS_DTYPES.values())
+# What torch.load has been seen to raise on files with some bytes changed.
+_DAMAGED_PICKLE: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _NUMPY_SCALAR_TYPES: Final = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64")
 
 
@@ -47,6 +60,9 @@ class TensorEntry:
 
     file: Path
     key: str  # its name inside the file
+    group: str = (
+        ""  # the dict inside the file that holds it: a training checkpoint's "state_dict"; "" is the file's own
+    )
     shape: tuple[int, ...]
     dtype: str
 
@@ -120,10 +136,10 @@ class TensorFiles:
         wanted = list(names)
         tensors: dict[str, Tensor] = {}
         for file in sorted({self.entries[name].file for name in wanted}):
-            here = {name: self.entries[name].key for name in wanted if self.entries[name].file == file}
+            here = {name: self.entries[name] for name in wanted if self.entries[name].file == file}
             with _opened(file, self.what) as get:
-                for name, key in here.items():
-                    tensors[name] = get(key)
+                for name, entry in here.items():
+                    tensors[name] = get(entry)
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 msg = (
@@ -187,24 +203,31 @@ def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle hol
         else:
             msg = f"{file}: got bytes that are no checkpoint · expected the weights of {what} · fetch the file again"
         raise CheckpointError(msg) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except _DAMAGED_PICKLE as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         msg = f"{file}: got a damaged or truncated file ({reason}) · expected the weights of {what} · fetch it again"
         raise CheckpointError(msg) from error
 
 
-def entries_of(file: Path, tensors: Mapping[str, Any], *, prefix: str = "") -> dict[str, TensorEntry]:
-    """List the tensors of an unpickled state dict; anything in it that is not a tensor is refused."""
+def entries_of(file: Path, tensors: Mapping[Any, Any], *, group: str = "") -> dict[str, TensorEntry]:
+    """List the tensors of an unpickled state dict; anything in it that is not a tensor with a name is refused.
+
+    Args:
+        file: Where it was read from.
+        tensors: The state dict.
+        group: The name of the state dict inside the file, where it is not the whole of it.
+    """
     entries = {}
     for key, tensor in tensors.items():
+        where = f"{key!r} in {group}" if group else repr(key)
+        if not isinstance(key, str):
+            msg = f"{file}: got the key {where}, of type {type(key).__name__} · expected names of tensors"
+            raise CheckpointError(f"{msg} · this is not the file the exporter reads")
         if not isinstance(tensor, torch.Tensor):
-            msg = (
-                f"{file}: got {prefix}{key!r} of type {type(tensor).__name__} · expected a tensor · "
-                "this is not the file the exporter reads"
-            )
-            raise CheckpointError(msg)
+            msg = f"{file}: got {where} of type {type(tensor).__name__} · expected a tensor"
+            raise CheckpointError(f"{msg} · this is not the file the exporter reads")
         dtype = str(tensor.dtype).removeprefix("torch.")
-        entries[str(key)] = TensorEntry(file=file, key=prefix + str(key), shape=tuple(tensor.shape), dtype=dtype)
+        entries[key] = TensorEntry(file=file, key=key, group=group, shape=tuple(tensor.shape), dtype=dtype)
     return entries
 
 
@@ -220,7 +243,7 @@ def read_json(file: Path, *, what: str) -> dict[str, Any]:
     refuse_lfs_pointer(file, what)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         msg = f"{file}: got something that is not JSON ({error}) · expected {what} · fetch the file again"
         raise CheckpointError(msg) from error
     if not isinstance(value, dict):
@@ -230,11 +253,20 @@ def read_json(file: Path, *, what: str) -> dict[str, Any]:
 
 
 def refuse_lfs_pointer(file: Path, what: str) -> None:
-    """Raise when a file is the few lines git leaves in place of a large file it has not fetched."""
-    with file.open("rb") as stream:
-        if stream.read(len(_LFS_MAGIC)) == _LFS_MAGIC:
-            msg = f"{file}: got a git-lfs pointer · expected {what} · run `git lfs pull` in that folder"
-            raise CheckpointError(msg)
+    """Raise when a file is the few lines git leaves in place of a large file it has not fetched.
+
+    Raises:
+        CheckpointError: It is, or it cannot be read at all.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS_MAGIC))
+    except OSError as error:
+        msg = f"{file}: got an unreadable file ({error.strerror}) · expected {what} · check its permissions"
+        raise CheckpointError(msg) from error
+    if start == _LFS_MAGIC:
+        msg = f"{file}: got a git-lfs pointer · expected {what} · run `git lfs pull` in that folder"
+        raise CheckpointError(msg)
 
 
 def plain_file_name(name: object, *, where: str) -> str:
@@ -293,18 +325,16 @@ def _index_file(file: Path, what: str) -> dict[str, TensorEntry]:
 
 
 @contextlib.contextmanager
-def _opened(file: Path, what: str) -> Iterator[Callable[[str], Tensor]]:
+def _opened(file: Path, what: str) -> Iterator[Callable[[TensorEntry], Tensor]]:
     """Open one file and yield a function that copies a tensor out of it."""
     if file.suffix == ".safetensors":
         with _safetensors(file, what) as tensors:
-            yield lambda key: tensors.get_tensor(key).clone()
+            yield lambda entry: tensors.get_tensor(entry.key).clone()
         return
     content = load_pickle(file, what=what)
 
-    def get(key: str) -> Tensor:
-        # A training checkpoint keeps its tensors one level down: "state_dict/module.visual..."
-        group, _, inner = key.rpartition("/")
-        tensor: Tensor = (content[group] if group else content)[inner]
+    def get(entry: TensorEntry) -> Tensor:
+        tensor: Tensor = (content[entry.group] if entry.group else content)[entry.key]
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
     yield get

@@ -14,7 +14,7 @@ the softmax scale 1/√64 into the query weights.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.checkpoint import TowerConfig
+    from export.settings import VisionFormat
 
     Array = np.ndarray[Any, np.dtype[Any]]
-
-VisionFormat = Literal["fp32", "fp16"]
 
 OPSET: Final = 20
 """The first opset with Gelu; ONNX Runtime reads it since 1.17."""
@@ -91,7 +90,7 @@ def write_vision_onnx(model: onnx.ModelProto, path: Path) -> None:
     """Check the model with ONNX's own checker and write it to one file.
 
     Raises:
-        CheckpointError: The weights pass the 2 GB that one protobuf file can hold.
+        CheckpointError: The weights pass the 2 GB that one protobuf file can hold, or the graph is not valid.
     """
     if model.ByteSize() >= 2**31:
         msg = (
@@ -99,7 +98,12 @@ def write_vision_onnx(model: onnx.ModelProto, path: Path) -> None:
             "ONNX file · export it with --vision fp16"
         )
         raise CheckpointError(msg)
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        msg = f"vision tower: got a graph that ONNX's checker refuses ({reason}) · expected a valid one · report this"
+        raise CheckpointError(msg) from error
     path.write_bytes(model.SerializeToString())
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
 import shutil
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +26,6 @@ from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +249,18 @@ def test_files_from_before_torch_1_6_are_read(folders: tuple[Path, Path]) -> Non
     assert open_checkpoint(*folders).read_layer(0).lora["mlp.gate_proj"].a.shape == (8, 128)
 
 
+def test_a_file_from_before_torch_1_6_with_a_wrong_storage_is_refused(folders: tuple[Path, Path]) -> None:
+    file = folders[0] / "adapter_model.bin"
+    tensor = torch.ones(3)
+    torch.save({"weight": tensor}, file, _use_new_zipfile_serialization=False)
+    key = str(tensor.untyped_storage()._cdata).encode()
+    before, found, after = file.read_bytes().rpartition(key)
+    assert found
+    file.write_bytes(before + key[::-1] + after)
+    with pytest.raises(CheckpointError, match=r"adapter_model.bin: got a damaged or truncated file \(storage key"):
+        open_checkpoint(*folders)
+
+
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "sub/shard.bin", "..", "a\\b.bin", 3])
 def test_an_index_cannot_lead_out_of_the_folder(folders: tuple[Path, Path], name: object) -> None:
     index = folders[1] / "pytorch_model.bin.index.json"
@@ -390,6 +403,72 @@ def test_stated_preprocessing_is_taken(folders: tuple[Path, Path]) -> None:
     edit_json(folders[0] / "biomedclipcxr_42.json", preprocess_cfg={"interpolation": "bilinear"})
     with pytest.raises(CheckpointError, match="bicubic"):
         open_checkpoint(*folders)
+
+
+@pytest.mark.parametrize(
+    ("stated", "named"),
+    [
+        ([0.5], r"preprocess_cfg=\[0.5\] · expected an object"),
+        (0, "preprocess_cfg=0 · expected an object"),
+        ({"mean": 0.5}, "mean=0.5 · expected three finite numbers"),
+        ({"mean": []}, r"mean=\[\] · expected three finite numbers"),
+        ({"mean": [0.1, 0.2]}, "mean=.* · expected three finite numbers"),
+        ({"mean": [0.1, 0.2, float("nan")]}, "mean=.*nan.* · expected three finite numbers"),
+        ({"mean": [0.1, 0.2, 10**400]}, "mean=.* · expected three finite numbers"),
+        ({"std": [0.1, "0.2", 0.3]}, "std=.* · expected three finite numbers"),
+        ({"std": [0.1, float("inf"), 0.3]}, "std=.*inf.* · expected three finite numbers"),
+        ({"std": [0.1, 0.2, True]}, "std=.*True.* · expected three finite numbers"),
+        ({"std": [0.1, 0.2, 0]}, "std=.* · expected positive numbers"),
+        ({"std": [0.1, -0.2, 0.3]}, "std=.* · expected positive numbers"),
+    ],
+)
+def test_preprocessing_that_cannot_be_computed_is_refused(
+    folders: tuple[Path, Path], stated: object, named: str
+) -> None:
+    edit_json(folders[0] / "biomedclipcxr_42.json", preprocess_cfg=stated)
+    with pytest.raises(CheckpointError, match=rf"biomedclipcxr_42\.json: got {named}"):
+        open_checkpoint(*folders)
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json", "adapter_model.bin"])
+def test_an_unreadable_file_is_named(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    right = Path.open
+
+    def closed(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == folders[0] / file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return right(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(CheckpointError, match=f"{file}: got an unreadable file .Permission denied.* permissions"):
+        open_checkpoint(*folders)
+
+
+def test_json_nested_without_end_is_refused(folders: tuple[Path, Path]) -> None:
+    (folders[0] / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(CheckpointError, match="config.json: got something that is not JSON"):
+        open_checkpoint(*folders)
+
+
+@pytest.mark.parametrize("name", ["cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"])
+def test_a_tower_of_tensors_without_a_shape_is_refused(folders: tuple[Path, Path], name: str) -> None:
+    file = folders[0] / "biomedclipcxr_42_checkpoint.pt"
+    _edit_tensors(file, lambda state: state.update({f"module.visual.trunk.{name}": torch.tensor(1.0)}))
+    with pytest.raises(CheckpointError, match=rf"got a shape of \[\] for '.*{name}'"):
+        open_checkpoint(*folders)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "biomedclipcxr_42_checkpoint.pt"])
+def test_a_key_that_is_no_name_is_named(folders: tuple[Path, Path], file: str) -> None:
+    _edit_tensors(folders[0] / file, lambda state: state.update({7: torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=f"{file}: got the key 7.* of type int · expected names of tensors"):
+        open_checkpoint(*folders)
+
+
+def test_a_name_with_a_slash_is_read_as_it_is(tmp_path: Path) -> None:
+    torch.save({"encoder/weight": torch.ones(2), "encoder": torch.zeros(3)}, tmp_path / "model.bin")
+    tensors = open_tensors(tmp_path, "model", what="a test").read(["encoder/weight"])
+    assert torch.equal(tensors["encoder/weight"], torch.ones(2))
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(folders: tuple[Path, Path]) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 import lite
 from benchmarks import demo
-from benchmarks.phantom.predict import ListedStudy
+from benchmarks.phantom.contact_sheet import contact_sheet
+from benchmarks.phantom.predict import ListedStudy, read_list
 
 TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumothorax."
 
@@ -30,6 +31,10 @@ TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumot
             {"Pleural Effusion": "large, should be small", "Consolidation": "missed", "Pneumothorax": "not there"},
         ),
         (
+            "Small left pleural effusion. Right upper zone consolidation. The heart is severely enlarged.",
+            {"Pleural Effusion": "agrees", "Consolidation": "agrees", "Cardiomegaly": "not there"},
+        ),
+        (
             "Small pleural effusion. Right upper zone consolidation.",
             {"Pleural Effusion": "no side, should be left", "Consolidation": "agrees"},
         ),
@@ -40,6 +45,11 @@ def test_agreement_is_by_label_side_zone_and_size(draft: str, verdicts: dict[str
     agreements = [item for item in demo.compare(TRUTH, draft) if item.label != "Lung Opacity"]
     assert {item.label: item.verdict for item in agreements} == verdicts
     assert all(item.right == (item.verdict == "agrees") for item in agreements)
+
+
+def test_the_size_of_a_heart_is_a_degree() -> None:
+    (agreement,) = demo.compare("Moderate cardiomegaly.", "The heart is severely enlarged.")
+    assert str(agreement) == "Cardiomegaly: severe, should be moderate"
 
 
 def test_columns_fit_the_terminal_and_lose_no_word() -> None:
@@ -67,6 +77,8 @@ def test_the_picture_grows_with_its_texts(tmp_path: Path) -> None:
     # Three films, the third alone in its row: grey where they are, paper where a fourth would be.
     half = small.height // 2
     columns = [2 * demo._GAP + demo._FILM // 2, 4 * demo._GAP + demo._CARD + demo._FILM // 2]
+    # Paper to the last row: nothing is cut off, and nothing black is left below.
+    assert {small.getpixel((x, small.height - 1)) for x in range(small.width)} == {demo._PAPER}
     for rows, expected in ((range(half), [True, True]), (range(half, small.height), [True, False])):
         assert [(200, 200, 200) in {small.getpixel((x, y)) for y in rows} for x in columns] == expected
 
@@ -78,13 +90,41 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
         (tmp_path / name).mkdir()
     monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
     monkeypatch.setattr(demo, "OUT", tmp_path / "out")
+    monkeypatch.setattr(demo, "NUM_FILMS", 2)
+    commands: list[list[str]] = []
 
     def fail(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(subprocess, "run", fail)
     assert demo.main() == 1
     assert "got exit code 1 from the export" in capsys.readouterr().err
+    # Parity is measured on the films that the demo shows: they are there before the export.
+    options = dict(zip(commands[0][3::2], commands[0][4::2], strict=False))
+    assert len(read_list(Path(options["--verify-data"]))) == int(options["--verify-studies"]) == 2
+
+
+def test_sizes_and_parity_of_the_export_are_shown_and_its_terms_are_not_said_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = "artifact: 0123\n  decoder   KL 4e-10 nats/token, same top token 100.00%\n\nTerms.\n\nnext:\n  type this"
+
+    def succeed(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, stdout=summary)
+
+    monkeypatch.setattr(subprocess, "run", succeed)
+    demo._export(tmp_path / "out" / "artifact", tmp_path / "studies.json")
+    printed = capsys.readouterr().out
+    assert "KL 4e-10 nats/token, same top token 100.00%" in printed
+    assert f"--verify-data {tmp_path / 'studies.json'}" in printed
+    assert "Terms." not in printed
+    assert "next:" not in printed
+
+
+def test_a_contact_sheet_makes_its_folder(tmp_path: Path) -> None:
+    sheet = contact_sheet(tmp_path / "new" / "sheets" / "page.png", count=1)
+    assert sheet.is_file()
 
 
 def test_a_missing_checkpoint_is_named(

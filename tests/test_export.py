@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -18,11 +19,12 @@ import random_checkpoint
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import export.checkpoint
 import export.pipeline
 import export.vision_onnx
-from export import export_artifact, forward, verify
+from export import ExportSettings, export_artifact, forward, verify
 from export.__main__ import main
 from export.checkpoint import open_checkpoint
 from export.decoder import SafetensorsWriter, TensorSpec, fp16_specs
@@ -55,7 +57,7 @@ def artifact(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def artifact_fp16(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return export_artifact(*folders, tmp_path_factory.mktemp("out") / "artifact", vision_format="fp16")
+    return export_artifact(*folders, tmp_path_factory.mktemp("out") / "artifact", ExportSettings(vision_format="fp16"))
 
 
 def _pixel_values(batch: int = 2) -> np.ndarray[Any, Any]:
@@ -275,6 +277,55 @@ def test_parity_that_is_not_a_number_fails(artifact: Artifact) -> None:
         verify.require_parity(fidelity, artifact.manifest)
 
 
+class _OneTokenPerWord(verify.Tokenizer):
+    """The least that any tokenizer gives: one token per word, a short one."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + len(word) for word in text.split()]
+
+
+def test_the_same_top_token_is_required_of_a_default_export(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = verify._compare_logits
+    tokens: list[int] = []
+
+    def worse(*logits: Any) -> dict[str, Any]:
+        compared = right(*logits)
+        tokens.append(compared["tokens"])
+        return {**compared, "same_top": 0.95}
+
+    monkeypatch.setattr(verify, "_compare_logits", worse)
+    monkeypatch.setattr(verify, "Tokenizer", _OneTokenPerWord)
+    _fails(folders, tmp_path / "artifact", "parity of decoder fp16: got same top token 0.95")
+    assert tokens[0] >= 1.5 * verify.MIN_TOKENS_FOR_SAME_TOP
+
+
+def test_the_yardstick_has_no_convolution(source: Checkpoint) -> None:
+    """Where cuDNN computes one, it does so in TF32 unless told otherwise."""
+    operators: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operators.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        forward.image_features(source.read_tower(), source.tower, torch.from_numpy(_pixel_values(1)))
+    assert [name for name in operators if "mm" in name]
+    assert not [name for name in operators if "conv" in name]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_yardstick_is_float32_on_a_gpu(source: Checkpoint) -> None:
+    tensors, pixel_values = source.read_tower(), torch.from_numpy(_pixel_values())
+    expected = forward.image_features(tensors, source.tower, pixel_values)
+    on_gpu = {name: tensor.cuda() for name, tensor in tensors.items()}
+    got = forward.image_features(on_gpu, source.tower, pixel_values.cuda())
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-5)
+
+
 def test_interruption_leaves_nothing(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,6 +349,37 @@ def test_a_full_disk_is_explained_and_leaves_nothing(
     _fails(folders, tmp_path / "artifact", "got a full disk .* free some space")
 
 
+def test_a_source_that_cannot_be_read_is_named_and_no_full_disk_is_blamed(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/tokenizer.model")
+
+    monkeypatch.setattr(export.pipeline.shutil, "copyfile", unreadable)
+    with pytest.raises(ArtifactError, match=r"^/somewhere/tokenizer.model: got .*Permission denied") as error:
+        export_artifact(*folders, tmp_path / "artifact")
+    assert "room" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fault", ["operator", "shape"])
+def test_a_graph_that_onnx_refuses_is_an_error_of_ours(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    graph = export.vision_onnx._Graph
+    right = graph.constant
+    if fault == "operator":
+        monkeypatch.setattr(export.vision_onnx, "OPSET", 17)  # from before Gelu
+
+    def turned(self: Any, name: str, values: np.ndarray[Any, Any]) -> str:
+        return right(self, name, values.T if fault == "shape" and "fc1.weight" in name else values)
+
+    monkeypatch.setattr(graph, "constant", turned)
+    with pytest.raises(CheckpointError, match="ONNX's checker refuses .*report this"):
+        export_artifact(*folders, tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_too_small_is_refused_before_the_work(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,9 +392,9 @@ def test_an_existing_artifact_is_kept_unless_told(folders: tuple[Path, Path], tm
     out = tmp_path / "artifact"
     first = export_artifact(*folders, out)
     with pytest.raises(ArtifactError, match="exists"):
-        export_artifact(*folders, out, vision_format="fp16")
+        export_artifact(*folders, out, ExportSettings(vision_format="fp16"))
     assert load_artifact(out).id == first.id
-    second = export_artifact(*folders, out, vision_format="fp16", overwrite=True)
+    second = export_artifact(*folders, out, ExportSettings(vision_format="fp16", overwrite=True))
     assert load_artifact(out).id == second.id != first.id
 
 
@@ -324,15 +406,16 @@ def test_verification_reads_the_evaluation_format(folders: tuple[Path, Path], tm
     entry = {"id": "1", "image": "a.png", "view": "PA", "reason": "Cough.", "conversations": conversation}
     studies = tmp_path / "studies.json"
     studies.write_text(json.dumps([entry, entry, {"image": "never.png"}]))
-    options = {"verify_data": studies, "image_folder": films, "verify_studies": 2}
-    artifact = export_artifact(*folders, tmp_path / "artifact", **options)
+    settings = ExportSettings(verify_data=studies, image_folder=films, verify_studies=2)
+    artifact = export_artifact(*folders, tmp_path / "artifact", settings)
     assert artifact.manifest.fidelity["verify_data"] == "studies.json"
     assert artifact.manifest.fidelity["decoder"]["studies"] == 2
     with pytest.raises(CheckpointError, match="not a study"):
-        export_artifact(*folders, tmp_path / "other", **{**options, "verify_studies": 3})
-    studies.write_text("[]")
-    with pytest.raises(CheckpointError, match="got no studies"):
-        export_artifact(*folders, tmp_path / "other", **options)
+        export_artifact(*folders, tmp_path / "other", dataclasses.replace(settings, verify_studies=3))
+    for content, named in {"[]": "got no studies", "[" * 100_000: "got something unreadable"}.items():
+        studies.write_text(content)
+        with pytest.raises(CheckpointError, match=named):
+            export_artifact(*folders, tmp_path / "other", settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "films", "studies.json"]
 
 
@@ -396,27 +479,63 @@ def test_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--checkpoint", "a", "--base", "b", "--out", "c", "--decoder", "gguf"], ["--verify-tokens", "0"]]
+    ("arguments", "named"),
+    [
+        ([], "--checkpoint"),
+        (["--checkpoint", "a", "--base", "b", "--out", "c", "--decoder", "gguf"], "invalid choice: 'gguf'"),
+        (["--verify-tokens", "0"], "got '0', expected a whole number from 1"),
+        (["--verify-studies", "few"], "got 'few', expected a whole number from 1"),
+    ],
 )
-def test_wrong_use_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_exits_with_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2
+    assert named in capsys.readouterr().err
 
 
-def test_wrong_choices_are_refused_by_the_function_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_wrong_choices_are_refused_by_the_settings_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="got decoder format 'int3'"):
-        export_artifact(*folders, tmp_path / "artifact", decoder_format="int3")  # type: ignore[arg-type]
+        ExportSettings(decoder_format="int3")  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match="verify_studies=0"):
-        export_artifact(*folders, tmp_path / "artifact", verify_studies=0)
+        ExportSettings(verify_studies=0)
     with pytest.raises(CheckpointError, match="does not exist"):
         export_artifact(tmp_path / "nowhere", folders[1], tmp_path / "artifact")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
-def test_a_device_that_is_not_there_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(BackendUnavailable, match="got device 'cuda'"):
-        export_artifact(*folders, tmp_path / "artifact", device="cuda")
+@pytest.mark.parametrize("device", ["abacus", "gpu", "mps", "cuda:7"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_opened(tmp_path: Path, device: str) -> None:
+    with pytest.raises(BackendUnavailable, match=f"got device '{device}'"):
+        export_artifact(
+            tmp_path / "nowhere", tmp_path / "nowhere", tmp_path / "artifact", ExportSettings(device=device)
+        )
+
+
+def test_the_command_line_has_the_defaults_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[ExportSettings] = []
+
+    def take(*arguments: Any) -> None:
+        taken.append(arguments[-1])
+        raise ArtifactError("enough")
+
+    monkeypatch.setattr(export.pipeline, "export_artifact", take)
+    assert main(["--checkpoint", "a", "--base", "b", "--out", str(tmp_path / "artifact"), "--quiet"]) == 1
+    assert capsys.readouterr().err == "error: enough\n"
+    assert taken == [ExportSettings()]
+
+
+def test_what_a_killed_export_left_is_mentioned(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".artifact.0123abcd.partial").mkdir()
+    (tmp_path / ".another.0123abcd.partial").mkdir()
+    arguments = ["--checkpoint", str(folders[0]), "--base", str(folders[1]), "--out", str(tmp_path / "artifact")]
+    assert main([*arguments, "--quiet"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert f"{tmp_path}/.artifact.0123abcd.partial" in notes[0]
 
 
 def test_help_and_import_load_nothing_heavy() -> None:

@@ -54,11 +54,12 @@ def contact_sheet(out: Path, *, count: int = 24, seed: int = 0, film_size: int =
     """Save a page of films with their findings as captions.
 
     Args:
-        out: the PNG to write.
+        out: the PNG to write; its folder is made where it is missing.
         count: how many studies.
         seed: the first study's seed; the others follow it.
         film_size: pixels of each film before it is printed; 112 leaves the detail that the demo model sees.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     page([sample_study(number) for number in range(seed, seed + count)], film_size=film_size).save(out)
     return out
 
