@@ -31,7 +31,6 @@ OUT = ROOT / "build" / "demo"
 NUM_FILMS = 6
 # Neither training nor the figures in benchmarks/phantom/README.md use films of this seed.
 SEED = 20_261_123
-_LIMITS = "This model reads synthetic films only: on a real film its text means nothing."
 
 
 # The labeller knows three sizes of everything; of these, reports say how severe they are.
@@ -201,7 +200,7 @@ def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
         for column, card in enumerate(row):
             picture.paste(card, (2 * _GAP + column * (_CARD + 2 * _GAP), text.y))
         text.y += height + 2 * _GAP
-    text.write(f"{_LIMITS} {notice}", size=14, colour=_QUIET)
+    text.write(notice, size=14, colour=_QUIET)
     return picture.crop((0, 0, width, text.y + _GAP))
 
 
@@ -317,7 +316,7 @@ def main() -> int:
         return 1
     for number, film in enumerate(drafted, start=1):
         _print_film(number, film, width)
-    _say(f"{_score(drafted)}\n{_LIMITS}")
+    _say(_score(drafted))
     _say(f"{textwrap.fill(model.notice, width)}\n")
     done = _step(4, f"Saving films and texts as {_shown(picture)}")
     draw_picture(drafted, model.notice).save(picture)

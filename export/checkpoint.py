@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 ADAPTER_PREFIX: Final = "base_model.model."
 PROJECTOR_PREFIX: Final = "base_model.model.model.mm_projector."
 TRUNK_PREFIX: Final = "module.visual.trunk."
+NOTICE_NAME: Final = "NOTICE"
+MAX_NOTICE_CHARS: Final = 1000
 VIT_HEAD_DIM: Final = 64
 """Heads are not recorded in the weights; every DINOv2 tower has heads of 64 channels."""
 
@@ -119,6 +121,7 @@ class Checkpoint:
     projector: TensorFiles
     trunk: TensorFiles  # timm's names, without prefix
     tokenizer: Path
+    notice: str | None  # what the folder's NOTICE says to whoever reads the findings; None without one
     files: dict[str, Path]  # every file that was read, under "checkpoint/..." or "base/..."
 
     def read_layer(self, index: int) -> SourceLayer:
@@ -197,6 +200,9 @@ def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
     files = {f"checkpoint/{file.name}": file for file in in_checkpoint} | {
         f"base/{file.name}": file for file in in_base
     }
+    notice = _notice(checkpoint / NOTICE_NAME)
+    if notice is not None:
+        files[f"checkpoint/{NOTICE_NAME}"] = checkpoint / NOTICE_NAME
     ids = {key: llava[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if type(llava.get(key)) is int}
     return Checkpoint(
         name=_model_name(checkpoint),
@@ -210,6 +216,7 @@ def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
         projector=projector,
         trunk=trunk,
         tokenizer=tokenizer,
+        notice=notice,
         files=dict(sorted(files.items())),
     )
 
@@ -298,6 +305,21 @@ def _require_folders(checkpoint: Path, base: Path) -> None:
             "in --checkpoint and the plain Llama in --base · the two look swapped"
         )
         raise CheckpointError(msg)
+
+
+def _notice(file: Path) -> str | None:
+    """Read a short text beside the weights that every reader of the findings should see."""
+    if not file.is_file():
+        return None
+    try:
+        text = " ".join(file.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{file}: got something unreadable ({error}) · expected a short text · correct or remove it"
+        raise CheckpointError(msg) from error
+    if not 0 < len(text) <= MAX_NOTICE_CHARS:
+        msg = f"{file}: got {len(text)} characters · expected 1 to {MAX_NOTICE_CHARS} · shorten or remove it"
+        raise CheckpointError(msg)
+    return text
 
 
 def _model_name(checkpoint: Path) -> str:

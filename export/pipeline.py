@@ -98,7 +98,7 @@ def _manifest(source: Checkpoint, settings: ExportSettings) -> Manifest:
         decoder=DecoderPart(format=settings.decoder_format),
         preprocessing=source.preprocessing,
         decoding=source.decoding,
-        notice=f"{NOTICE} {LICENCE_NOTICE}",
+        notice=f"{NOTICE} {source.notice or LICENCE_NOTICE}",
     )
 
 

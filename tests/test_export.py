@@ -203,8 +203,8 @@ def test_manifest_records_sources_parity_and_terms(artifact: Artifact, folders: 
     manifest = artifact.manifest
     adapter = (folders[0] / "adapter_model.bin").read_bytes()
     assert manifest.sources["checkpoint/adapter_model.bin"] == hashlib.sha256(adapter).hexdigest()
-    assert len(manifest.sources) == 10
-    assert "Microsoft Research License" in manifest.notice
+    assert len(manifest.sources) == 11
+    assert "reads those and nothing else" in manifest.notice  # of the phantom's NOTICE
     assert "not for clinical use" in manifest.notice
     vision, decoder, merge = (manifest.fidelity[part] for part in ("vision", "decoder", "merge"))
     assert vision["min_cosine"] > 0.999999
@@ -559,3 +559,21 @@ def test_a_missing_package_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert 'pip install "llava-rad-lite[export]"' in done.stdout, done.stderr
+
+
+def test_without_a_notice_the_terms_of_the_published_weights_are_told(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(folders[0], tmp_path / "checkpoint"))
+    (checkpoint / "NOTICE").unlink()
+    notice = export_artifact(checkpoint, folders[1], tmp_path / "artifact").manifest.notice
+    assert "Microsoft Research License" in notice
+    assert "not for clinical use" in notice
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 1001, b"\xff\xfe"])
+def test_a_notice_that_is_no_short_text_is_refused(folders: tuple[Path, Path], tmp_path: Path, content: bytes) -> None:
+    checkpoint = Path(shutil.copytree(folders[0], tmp_path / "checkpoint"))
+    (checkpoint / "NOTICE").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"NOTICE: got .* remove it"):
+        open_checkpoint(checkpoint, folders[1])

@@ -9,6 +9,7 @@ The published model is not one file but two folders that meet only in the export
       non_lora_trainables.bin    projector     pytorch_model-0000{1,2}-of-00002.bin
       biomedclipcxr_112.json     tower shape   tokenizer.model, tokenizer_config.json, special_tokens_map.json
       biomedclipcxr_112_checkpoint.pt          (an open_clip *training* checkpoint)
+      NOTICE                                   what its reader must know; the published model has none
 
 Two things are done to the weights on the way, both undone by a correct export:
 
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 
 MAX_LOG_SCALE_SIGMAS = 3.0
 """Log scales are clamped to this many sigmas: two factors meet in one weight, and fp16 ends at 65504 and 6e-8."""
+
+_NOTICE = (
+    "This is the phantom model, grown on the synthetic films of llava-rad-lite: it reads those and nothing else. On a "
+    "real film its text is nonsense."
+)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -210,6 +216,8 @@ def publish(
     )
     _write_json(checkpoint / "config.json", llava_config)
     _write_json(checkpoint / "adapter_config.json", _adapter_config(lora_rank, f"{name}/base"))
+
+    (checkpoint / "NOTICE").write_text(f"{_NOTICE}\n", encoding="utf-8")
 
     _write_shards(base, base_state)
     _write_json(base / "config.json", {**config, "_name_or_path": f"{name}/base"})
