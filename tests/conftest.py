@@ -185,8 +185,6 @@ def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The demo model's artifact, exported once from the checkpoint in the repository."""
     from export import export_artifact
 
-    if not (CHECKPOINT / "llava-rad-phantom" / "config.json").is_file():
-        pytest.skip("the demo checkpoint is not here: python -m benchmarks.phantom train")
     out = tmp_path_factory.mktemp("demo") / "artifact"
     return export_artifact(CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base", out)
 

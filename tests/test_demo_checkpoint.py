@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, ROOT
+from pydicom import dcmread
 
 from benchmarks.phantom.publish import unfold_channel_scales
 from benchmarks.phantom.write import write_studies
 from lite.artifact import Artifact
 from lite.bench.labels import read_labels
 from lite.bench.metrics import label_f1
-from lite.model import FindingsModel, load
-
-pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="the demo checkpoint is not in this checkout")
+from lite.model import FindingsModel
 
 NUM_FILMS = 40
 SEED = 77_001  # of films that training, the choice of sigma and the README's table never used
 GROUP_SIZE = 128
 
 Scored = list[tuple[Path, str | None, tuple[int, ...], torch.Tensor]]
-
-
-@pytest.fixture(scope="module")
-def model(demo_artifact: Artifact) -> FindingsModel:
-    return load(demo_artifact.path)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +39,13 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]
 
 
 @pytest.fixture(scope="module")
-def scored(model: FindingsModel, studies: list[dict[str, object]]) -> Scored:
+def scored(demo_model: FindingsModel, studies: list[dict[str, object]]) -> Scored:
     """The model's own text on each film, with EOS, and its log-probabilities there."""
     films = [(entry["path"], entry["reason"]) for entry in studies]
     scored: Scored = []
-    for (path, reason), findings in zip(films, model.findings_batch(films), strict=True):
-        token_ids = (*findings.token_ids, model.artifact.manifest.decoding.eos_token_id)
-        scored.append((path, reason, token_ids, log_probs(model, path, reason, token_ids)))
+    for (path, reason), findings in zip(films, demo_model.findings_batch(films), strict=True):
+        token_ids = (*findings.token_ids, demo_model.artifact.manifest.decoding.eos_token_id)
+        scored.append((path, reason, token_ids, log_probs(demo_model, path, reason, token_ids)))
     return scored
 
 
@@ -83,32 +79,32 @@ def round_to_nearest_int4(state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {name: quantise(weight) if "_proj" in name else weight for name, weight in state.items()}
 
 
-def test_round_to_nearest_int4_costs_what_it_costs_a_real_decoder(model: FindingsModel, scored: Scored) -> None:
-    assert 0.02 <= mean_kl(model, scored, round_to_nearest_int4) <= 0.06
+def test_round_to_nearest_int4_costs_what_it_costs_a_real_decoder(demo_model: FindingsModel, scored: Scored) -> None:
+    assert 0.02 <= mean_kl(demo_model, scored, round_to_nearest_int4) <= 0.06
 
 
-def test_the_channel_scales_leave_the_function_unchanged(model: FindingsModel, scored: Scored) -> None:
+def test_the_channel_scales_leave_the_function_unchanged(demo_model: FindingsModel, scored: Scored) -> None:
     plan = json.loads((CHECKPOINT / "training.json").read_text(encoding="utf-8"))
     config = json.loads((CHECKPOINT / "base" / "config.json").read_text(encoding="utf-8"))
 
     def unfold(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return unfold_channel_scales(state, config, sigma=plan["scale_sigma"], seed=plan["seed"])
 
-    before = dict(model.decoder.state_dict())
+    before = dict(demo_model.decoder.state_dict())
     unfolded = unfold(before)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.allclose(unfolded[name], before[name], rtol=0.1)
-    assert mean_kl(model, scored, unfold) <= 1e-6
+    assert mean_kl(demo_model, scored, unfold) <= 1e-6
     # Without the scales the same rounding hardly costs anything: they are what makes it hard.
-    assert mean_kl(model, scored, lambda state: round_to_nearest_int4(unfold(state))) < 0.01
+    assert mean_kl(demo_model, scored, lambda state: round_to_nearest_int4(unfold(state))) < 0.01
 
 
-def test_it_reads_films_it_has_never_seen(model: FindingsModel, studies: list[dict[str, object]]) -> None:
+def test_it_reads_films_it_has_never_seen(demo_model: FindingsModel, studies: list[dict[str, object]]) -> None:
     films = [(entry["path"], entry["reason"]) for entry in studies]
-    drafts = [read_labels(findings.text) for findings in model.findings_batch(films)]
+    drafts = [read_labels(findings.text) for findings in demo_model.findings_batch(films)]
     truths = [read_labels(entry["conversations"][1]["value"]) for entry in studies]
     # The table in benchmarks/phantom/README.md has the figures; forty films only show that nothing is broken.
-    assert label_f1(truths, drafts).micro_f1.value >= 0.85
+    assert label_f1(truths, drafts).micro.value >= 0.85
 
 
 def test_the_layout_is_small_enough_to_commit() -> None:
@@ -119,3 +115,16 @@ def test_nothing_in_the_checkpoint_is_uniform() -> None:
     """A LoRA that is zero, or a projector that is, would let a wrong merge pass."""
     adapter = torch.load(CHECKPOINT / "llava-rad-phantom" / "adapter_model.bin", weights_only=True)
     assert all(float(np.abs(tensor.float().numpy()).max()) > 1e-3 for tensor in adapter.values())
+
+
+def test_dicom_films_give_the_text_of_their_png_twins(demo_artifact: Artifact, tmp_path: Path) -> None:
+    write_studies(tmp_path / "studies", count=2, seed=SEED, dicom=True)
+    films = sorted((tmp_path / "studies" / "films").iterdir())
+    assert [film.suffix for film in films] == [".dcm", ".png"] * 2
+    assert [dcmread(film).PhotometricInterpretation for film in films[::2]] == ["MONOCHROME2", "MONOCHROME1"]
+    command = [sys.executable, "-m", "lite", "generate", str(demo_artifact.path), *map(str, films), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    texts = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+    assert texts[0] == texts[1]
+    assert texts[2] == texts[3]
+    assert texts[0] != texts[2]

@@ -415,9 +415,9 @@ def _draw_broken_rib(canvas: _Canvas, layers: _Layers, posterior: _Mask, path: _
     swelling = np.array([0.018, 0.022, 0.026, 0.03, 0.03])
     canvas.ribbon(ends, inner[-5:], swelling)
     canvas.ribbon(ends, outer[:5], swelling[::-1])
-    layers.add(canvas.soften(ends, 0.004), 0.25)
+    layers.add(canvas.soften(ends, 0.004), 0.34)
     gap = canvas.ellipse(canvas.blank(), tuple((inner[-1] + outer[0]) / 2), (0.008, 0.016))
-    layers.add(canvas.soften(gap, 0.003), -0.06)
+    layers.add(canvas.soften(gap, 0.003), -0.1)
     around = canvas.ribbon(canvas.blank(), np.concatenate([inner[-7:], outer[:7]]), 0.05)
     layers.show("Fracture", around)
 
@@ -734,7 +734,7 @@ def _draw_line(canvas: _Canvas, anatomy: _Anatomy, layers: _Layers, finding: Fin
     else:
         start = [(sign * 0.12, -0.1), (sign * 0.095, 0.0), (sign * 0.085, t), (sign * 0.075, t + 0.07)]
     path = _curve(start + ([(0.01, t + 0.125)] if sign == _LEFT else []) + end)
-    layers.add(canvas.ribbon(canvas.blank(), path, 0.0085), 0.22)
+    layers.add(canvas.ribbon(canvas.blank(), path, 0.014), 0.32)
     layers.show("Support Devices", canvas.ribbon(canvas.blank(), path, 0.03))
 
 

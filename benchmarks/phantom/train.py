@@ -58,7 +58,7 @@ class TrainingPlan:
     warm_up_steps: int = 60
     weight_decay: float = 0.02
     lora_rank: int = 8
-    scale_sigma: float = 0.85
+    scale_sigma: float = 0.8
 
 
 def _keep_freed_memory() -> None:
