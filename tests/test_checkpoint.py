@@ -55,6 +55,7 @@ def test_reads_shapes_settings_and_files(original: Path) -> None:
     assert source.preprocessing.mean == OPENAI_CLIP_MEAN
     assert (source.adapter_config.scale, source.decoding.eos_token_id) == (2.0, 2)
     assert set(source.files) == {
+        "checkpoint/NOTICE",
         "checkpoint/config.json",
         "checkpoint/adapter_config.json",
         "checkpoint/adapter_model.bin",

@@ -193,7 +193,7 @@ def test_decoder_folder_says_what_it_is(artifact: Artifact) -> None:
     config = json.loads(artifact.file("decoder/config.json").read_text())
     assert (config["torch_dtype"], config["model_type"]) == ("float16", "llama")
     assert "quantization_config" not in config
-    assert "Microsoft Research License" in artifact.file("decoder/NOTICE").read_text()
+    assert artifact.manifest.notice in artifact.file("decoder/NOTICE").read_text()
     tensors = load_file(artifact.file("decoder/model.safetensors"))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert len(tensors) == random_checkpoint.LAYERS * 9 + 3
@@ -468,7 +468,7 @@ def test_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest
     arguments = ["--checkpoint", str(folders[0]), "--base", str(folders[1]), "--out", str(tmp_path / "artifact")]
     assert main([*arguments, "--decoder", "fp16", "--vision", "fp32"]) == 0
     printed = capsys.readouterr()
-    for part in ("KL", "cosine", "Microsoft Research License", "python -m lite generate"):
+    for part in ("KL", "cosine", "not for clinical use", "phantom model", "python -m lite generate"):
         assert part in printed.out
     assert "merging the decoder" in printed.err
     assert main([*arguments, "--quiet"]) == 1

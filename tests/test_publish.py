@@ -40,6 +40,7 @@ def test_files_are_the_published_ones(published: Path) -> None:
         "non_lora_trainables.bin",
         "biomedclipcxr_42.json",
         "biomedclipcxr_42_checkpoint.pt",
+        "NOTICE",  # ours: that it reads phantoms only
     }
     assert {path.name for path in (published / "base").iterdir()} == {
         "config.json",
