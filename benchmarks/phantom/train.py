@@ -64,7 +64,7 @@ class TrainingPlan:
 def _keep_freed_memory() -> None:
     """Have glibc reuse large freed blocks; without glibc nothing happens.
 
-    Giving each back to the system and faulting it in again cost a third of a step (2 cores, AMD EPYC, November 2026).
+    Giving each back to the system and faulting it in again seemed to cost a third of a step (benchmarks/LOG.md).
     """
     if sys.platform != "linux":
         return
