@@ -5,8 +5,17 @@ Every kernel is tested against the function of the same name here, and each runs
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROWS_VALUES: Final = 2**19
+"""Values of a stored weight that are expanded at a time: 2 MB of float32 stay in the cache between being written and
+being read by the product, and the memory does not grow with the weight."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -82,3 +91,28 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position_ids: Tensor)
     unseen = hidden.all(2)[:, 0, :, None].unsqueeze(1)  # [B, 1, S, 1]
     out: Tensor = weights @ v.masked_fill(unseen, 0.0)
     return out.to(q.dtype)
+
+
+def matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> Tensor:
+    """Multiply x by the transpose of a weight that is expanded a few rows at a time.
+
+    Args:
+        x: [..., in].
+        shape: (out, in) of the weight.
+        rows: rows(begin, end) makes rows begin … end - 1 of it, in the dtype of x.
+
+    Returns:
+        [..., out] in the dtype of x.
+
+    Raises:
+        ValueError: x has another last dimension.
+    """
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"got inputs of {x.shape[-1]} features · expected {shape[1]}, the weight's")
+    flat = x.reshape(-1, shape[1])
+    step = max(1, ROWS_VALUES // shape[1])
+    product = flat.new_empty(flat.shape[0], shape[0])
+    for begin in range(0, shape[0], step):
+        end = min(begin + step, shape[0])
+        product[:, begin:end] = flat @ rows(begin, end).t()
+    return product.view(*x.shape[:-1], shape[0])

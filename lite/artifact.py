@@ -24,13 +24,22 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lite.config import DecoderConfig, DecodingDefaults, Preprocessing, PromptTemplate, from_json, to_json
+from lite.config import (
+    DecoderConfig,
+    DecoderFormat,
+    DecodingDefaults,
+    Preprocessing,
+    PromptTemplate,
+    VisionFormat,
+    from_json,
+    to_json,
+)
 from lite.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST_NAME: Final = "manifest.json"
 VISION_NAME: Final = "vision.onnx"
 DECODER_CONFIG_NAME: Final = "decoder/config.json"
@@ -55,17 +64,33 @@ class FileRecord:
 class VisionPart:
     """What `vision.onnx` is. Its input and output are float32 whatever it computes in."""
 
-    format: Literal["fp32", "fp16"]
+    format: VisionFormat
     image_size: int
     num_image_tokens: int
     hidden_size: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecord:
+    """What a decoder was calibrated on, and how."""
+
+    data: str  # the list's file name
+    sha256: str  # of the list and the films that were used
+    studies: int
+    tokens: int
+    image_weight: float  # what an image token counts in the Hessian; a findings token counts 1
+    prompt_weight: float  # and a token of the prompt's text
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderPart:
     """What `decoder/` holds."""
 
-    format: Literal["fp16"]
+    format: DecoderFormat
+    group_size: int | None = None  # of GPTQ: inputs that share a scale, -1 for all
+    method: Literal["gptq", "rtn"] | None = None  # how the integers of the GPTQ format were found
+    lm_head: Literal["fp16", "int8"] = "fp16"
+    calibration: CalibrationRecord | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +346,7 @@ def staged_artifact(out: str | os.PathLike[str], *, overwrite: bool = False) -> 
         ArtifactError: `out` exists, or its parent folder cannot be written.
     """
     target = Path(out).absolute()
-    _check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -337,7 +362,12 @@ def staged_artifact(out: str | os.PathLike[str], *, overwrite: bool = False) -> 
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a place where no artifact can be written.
+
+    Raises:
+        ArtifactError: something is there that must not be replaced.
+    """
     if not target.exists():
         return
     if not overwrite:

@@ -1,4 +1,4 @@
-"""Plain settings: preprocessing, prompt, decoding defaults, and the decoder's shape.
+"""Plain settings: preprocessing, prompt, decoding defaults, the decoder's shape and how its weights are stored.
 
 The first three travel in the artifact's manifest; the last is read from `decoder/config.json` and keeps Hugging Face's
 field names. All are read strictly: a key nobody knows, or a value of another type, is an error that names it.
@@ -17,6 +17,10 @@ T = TypeVar("T")
 
 OPENAI_CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+
+DecoderFormat = Literal["fp16", "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8"]
+"""What the decoder's linears are stored as; embeddings and norms are 16-bit in each."""
+VisionFormat = Literal["fp32", "fp16", "int8"]
 
 IMAGE_TOKEN: Final = "<image>"  # noqa: S105 - a placeholder in a prompt, not a secret
 IMAGE_TOKEN_ID: Final = -200
@@ -59,6 +63,69 @@ class DecodingDefaults:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the linears of a quantised decoder are stored: what matters of `quantization_config`.
+
+    Source: the keys that transformers, AutoGPTQ and GPTQModel write; for GPTQ version 1 of the format, symmetric and
+    without g_idx order (`desc_act` false), which is all that fast kernels read.
+    """
+
+    format: DecoderFormat
+    group_size: int | None = None  # inputs that share a scale, -1 for all; None where the format has no choice
+    lm_head_bits: int | None = None  # None: lm_head is 16-bit
+
+    @property
+    def bits(self) -> int:
+        """The bits of a weight of the layers' linears."""
+        return 8 if self.format.endswith("int8") else 4
+
+    @classmethod
+    def from_hf(cls, config: object, *, where: str) -> Quantization:
+        """Read a `quantization_config`.
+
+        Raises:
+            ArtifactError: it asks for something this runtime does not compute.
+        """
+        if not isinstance(config, dict):
+            msg = f"{where}: got quantization_config={_shown(config)} · expected an object · export the artifact again"
+            raise ArtifactError(msg)
+        if config.get("quant_method") == "gptq":
+            return cls._from_gptq(config, where)
+        if config.get("quant_method") == "bitsandbytes":
+            four, eight = bool(config.get("load_in_4bit")), bool(config.get("load_in_8bit"))
+            if eight and not four:
+                return cls(format="bnb-int8")
+            if four and not eight and config.get("bnb_4bit_quant_type") == "nf4":
+                return cls(format="bnb-nf4")
+        raise _unknown_quantization(config, where)
+
+    @classmethod
+    def _from_gptq(cls, config: dict[str, Any], where: str) -> Quantization:
+        bits, group_size = config.get("bits"), config.get("group_size")
+        expected = {"sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+        other = any(config.get(name, wanted) != wanted for name, wanted in expected.items())
+        if bits not in (4, 8) or type(group_size) is not int or group_size < -1 or not group_size or other:
+            raise _unknown_quantization(config, where)
+        lm_head_bits = None
+        if config.get("lm_head"):
+            dynamic = config.get("dynamic") or {}
+            overrides = dynamic.get("lm_head", {}) if isinstance(dynamic, dict) else None
+            lm_head_bits = overrides.get("bits", bits) if isinstance(overrides, dict) else None
+            if lm_head_bits not in (4, 8):
+                raise _unknown_quantization(config, where)
+        return cls(format="gptq-int4" if bits == 4 else "gptq-int8", group_size=group_size, lm_head_bits=lm_head_bits)
+
+
+def _unknown_quantization(config: dict[str, Any], where: str) -> ArtifactError:
+    names = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format", "bnb_4bit_quant_type")
+    got = ", ".join(f"{name}={_shown(config[name])}" for name in names if name in config)
+    return ArtifactError(
+        f"{where}: got a quantization_config of {got or _shown(config)} · expected GPTQ v1 (4 or 8 bits, symmetric, "
+        "desc_act false) or bitsandbytes (NF4 or int8) · upgrade llava-rad-lite or export again"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """The shape of a Llama decoder, under the names `config.json` uses."""
 
@@ -73,14 +140,16 @@ class DecoderConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    dtype: Literal["float32", "float16", "bfloat16"]  # of the stored weights
+    dtype: Literal["float32", "float16", "bfloat16"]  # of the stored weights, those that are not quantised
+    quantization: Quantization | None = None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], *, where: str = "config.json") -> DecoderConfig:
         """Read a Hugging Face Llama configuration.
 
         Keys that change nothing here are ignored, as every library that writes the file adds its own; the ones that
-        would change the maths (another activation, biases, scaled rotary embeddings, quantised weights) are refused.
+        would change the maths (another activation, biases, scaled rotary embeddings, an unknown quantisation) are
+        refused.
 
         Args:
             config: the parsed `config.json`. transformers 5 writes rope_theta inside `rope_parameters` and the dtype
@@ -99,7 +168,7 @@ class DecoderConfig:
             "tie_word_embeddings": False,
             "dtype": config.get("torch_dtype") or "float32",
         }
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "quantization"]
         values |= {name: config[name] for name in names if config.get(name) is not None}
         hidden_size, heads = values.get("hidden_size"), values.get("num_attention_heads")
         if isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0:
@@ -123,7 +192,10 @@ class DecoderConfig:
                 "export the artifact again"
             )
             raise ArtifactError(msg)
-        return read
+        if config.get("quantization_config") is None:
+            return read
+        quantization = Quantization.from_hf(config["quantization_config"], where=where)
+        return dataclasses.replace(read, quantization=quantization)
 
 
 def _refuse_other_maths(config: dict[str, Any], where: str) -> None:
@@ -133,7 +205,6 @@ def _refuse_other_maths(config: dict[str, Any], where: str) -> None:
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(config.get("attention_bias")), False),
         "mlp_bias": (bool(config.get("mlp_bias")), False),
-        "quantization_config": (config.get("quantization_config"), None),
     }
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
@@ -144,7 +215,7 @@ def _refuse_other_maths(config: dict[str, Any], where: str) -> None:
     for name, (got, wanted) in expected.items():
         if got != wanted:
             msg = (
-                f"{where}: got {name}={_shown(got)} · expected {wanted!r} · this version computes plain, unquantised "
+                f"{where}: got {name}={_shown(got)} · expected {wanted!r} · this version computes plain "
                 "Llama decoders: upgrade llava-rad-lite or export again"
             )
             raise ArtifactError(msg)
@@ -178,6 +249,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - see to_js
     if origin is Literal and value in arguments:
         return value
     if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
         for choice in arguments:
             if choice in (int, float, str, bool, type(None)) and type(value) is not choice:
                 continue

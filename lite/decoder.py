@@ -14,6 +14,8 @@ their own lengths: each token carries its position, which is both its rotary ang
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING, Final
 
 from lite.artifact import read_json_object
@@ -30,11 +32,13 @@ except ImportError as error:
     msg = f'got no torch and safetensors ({error}) · expected both here · pip install "llava-rad-lite[torch]"'
     raise BackendUnavailable(msg) from error
 
+from kernels.bnb import import_bitsandbytes
 from kernels.reference import rms_norm, rotary, rotary_table
 from lite.cache import KVCache
+from lite.linear import QuantizedLinear, head_linear, layer_linear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -69,10 +73,10 @@ class Attention(nn.Module):
         self.groups = config.num_attention_heads // config.num_key_value_heads
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = layer_linear(config, config.hidden_size, q_size)
+        self.k_proj = layer_linear(config, config.hidden_size, kv_size)
+        self.v_proj = layer_linear(config, config.hidden_size, kv_size)
+        self.o_proj = layer_linear(config, q_size, config.hidden_size)
 
     def forward(self, x: Tensor, positions: _Positions, cache: KVCache) -> Tensor:
         """Put the keys and values of x [B, T, hidden_size] into the cache, and let x attend over it."""
@@ -95,9 +99,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = layer_linear(config, config.hidden_size, config.intermediate_size)
+        self.up_proj = layer_linear(config, config.hidden_size, config.intermediate_size)
+        self.down_proj = layer_linear(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return down(silu(gate(x)) * up(x))."""
@@ -154,7 +158,7 @@ class LlamaDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = head_linear(config)
 
     @property
     def device(self) -> torch.device:
@@ -324,11 +328,13 @@ class LlamaDecoder(nn.Module):
         return self.logits(hidden_states[0, -len(target_ids) :])
 
 
-def load_decoder(artifact: Artifact, *, device: str, dtype: str | None = None) -> LlamaDecoder:
+def load_decoder(
+    artifact: Artifact, *, device: str, dtype: str | None = None, layers: range | None = None
+) -> LlamaDecoder:
     """Load the decoder of an artifact.
 
     The modules are built without memory (on `meta`) and the tensors of the memory-mapped files are assigned to them,
-    so the peak is the decoder itself and one tensor.
+    so the peak is the decoder itself and one tensor. Quantised weights stay as they are stored.
 
     Args:
         artifact: a checked artifact.
@@ -336,52 +342,99 @@ def load_decoder(artifact: Artifact, *, device: str, dtype: str | None = None) -
         dtype: one of DTYPES. None takes the stored dtype on a GPU, and float32 on the CPU: 16-bit matrix products
             run on few CPUs at speed (on an AVX2 CPU float16 reached 1.4 GFLOP/s against 100 in float32; 2 cores,
             torch 2.13, November 2026).
+        layers: which layers to load, for whoever computes a large decoder in parts; all by default.
 
     Raises:
         ArtifactError: a tensor is missing, unknown or misshapen, or the folder is not a plain Llama.
-        BackendUnavailable: there is no such device.
+        BackendUnavailable: there is no such device, or bitsandbytes is needed for it and not installed.
     """
-    config = artifact.decoder_config()
+    whole = artifact.decoder_config()
+    layers = layers if layers is not None else range(whole.num_hidden_layers)
+    config = dataclasses.replace(whole, num_hidden_layers=len(layers))
     target = torch.device(device)
+    _check_backend(config, target)
     wanted = DTYPES[dtype or ("float32" if target.type == "cpu" else config.dtype)]
     if target.type == "cpu" and torch.get_num_threads() > available_cores():
         torch.set_num_threads(available_cores())
     with torch.device("meta"):
         decoder = LlamaDecoder(config)
-    expected = dict(decoder.state_dict())
+    plain = dict(decoder.state_dict())
     if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+        del plain["lm_head.weight"]
+    quantized = {name: module for name, module in decoder.named_modules() if isinstance(module, QuantizedLinear)}
     state: dict[str, Tensor] = {}
-    for file, name, tensor in _tensors(artifact):
-        if name not in expected:
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in quantized}
+    for file, name, read in _tensors(artifact, whole, layers):
+        owner, part = _owner(name, quantized)
+        if owner:
+            parts[owner][part] = read()
+            continue
+        if name not in plain:
             msg = f"{file}: got an unknown tensor {name} · expected a plain Llama · export the artifact again"
             raise ArtifactError(msg)
-        if tensor.shape != expected[name].shape:
+        tensor = read()
+        if tensor.shape != plain[name].shape:
             msg = (
-                f"{file}: got {name} of shape {list(tensor.shape)} · expected {list(expected[name].shape)} by "
+                f"{file}: got {name} of shape {list(tensor.shape)} · expected {list(plain[name].shape)} by "
                 "config.json · export the artifact again"
             )
             raise ArtifactError(msg)
         state[name] = tensor.to(device=target, dtype=wanted)
-    if missing := sorted(expected.keys() - state.keys()):
+    if missing := sorted([*(plain.keys() - state.keys()), *(name for name, found in parts.items() if not found)]):
         msg = (
             f"{artifact.path / 'decoder'}: got no tensor {missing[0]} ({len(missing)} missing) · expected all "
-            f"{len(expected)} of config.json's {config.num_hidden_layers} layers · export the artifact again"
+            f"{len(plain) + len(parts)} of config.json's {config.num_hidden_layers} layers · export the artifact again"
         )
         raise ArtifactError(msg)
+    for name, module in quantized.items():
+        try:
+            module.take(parts.pop(name), device=target)
+        except ValueError as error:
+            msg = f"{artifact.path / 'decoder'}: {name}: {error} · export the artifact again"
+            raise ArtifactError(msg) from error
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     decoder.load_state_dict(state, assign=True)
     return decoder.eval().requires_grad_(requires_grad=False)
 
 
-def _tensors(artifact: Artifact) -> Iterator[tuple[Path, str, Tensor]]:
-    """Yield the tensors of the decoder's files, one at a time."""
+def _check_backend(config: DecoderConfig, device: torch.device) -> None:
+    """Find out now, not at the first token, that the kernels of a format are not installed."""
+    if config.quantization is None or config.quantization.format != "bnb-nf4" or device.type == "cpu":
+        return
+    try:
+        import_bitsandbytes()
+    except ImportError as error:
+        msg = (
+            f"got no bitsandbytes ({error}) · expected it for NF4 weights on a GPU · "
+            'pip install "llava-rad-lite[bnb]", or use the CPU'
+        )
+        raise BackendUnavailable(msg) from error
+
+
+def _owner(name: str, quantized: Mapping[str, QuantizedLinear]) -> tuple[str, str]:
+    """Split a tensor's name into its quantised linear and the rest; two empty texts where there is none."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if (owner := ".".join(parts[:end])) in quantized:
+            return owner, ".".join(parts[end:])
+    return "", ""
+
+
+def _tensors(
+    artifact: Artifact, config: DecoderConfig, layers: range
+) -> Iterator[tuple[Path, str, Callable[[], Tensor]]]:
+    """Yield the tensors of the decoder's files, the layers numbered from 0, each with a function that reads it."""
+    places = {f"model.layers.{layer}.": f"model.layers.{place}." for place, layer in enumerate(layers)}
+    others = {f"model.layers.{layer}." for layer in range(config.num_hidden_layers)} - places.keys()
     for file in _weight_files(artifact):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    yield file, name, tensors.get_tensor(name)
+                    prefix = ".".join(name.split(".", 3)[:3]) + "."
+                    if prefix not in others:
+                        placed = name.replace(prefix, places[prefix], 1) if prefix in places else name
+                        yield file, placed, functools.partial(tensors.get_tensor, name)
         except (SafetensorError, OSError) as error:
             msg = f"{file}: got something unreadable ({error}) · expected safetensors · export the artifact again"
             raise ArtifactError(msg) from error

@@ -450,7 +450,10 @@ def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:
     """Refuse an artifact whose parts do not belong together, now rather than at some token."""
     manifest, config = artifact.manifest, artifact.decoder_config()
     vision = manifest.vision
+    stored_as = config.quantization.format if config.quantization else "fp16"
     for got, fits, expected in (
+        (f"a decoder of {manifest.decoder.format} by the manifest", manifest.decoder.format == stored_as,
+         f"{stored_as}, as its config.json says"),
         (f"image features of width {vision.hidden_size}", vision.hidden_size == config.hidden_size,
          f"the decoder's hidden_size {config.hidden_size}"),
         (f"preprocessing to {manifest.preprocessing.image_size} pixels",

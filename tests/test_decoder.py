@@ -258,10 +258,23 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
         load_decoder(artifact, device="cpu")
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config=.*awq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config of quant_method='awq'"),
+        ({"quantization_config": "gptq"}, "quantization_config='gptq' · expected an object"),
+        ({"quantization_config": GPTQ | {"bits": 3}}, "bits=3,.* expected GPTQ v1"),
+        ({"quantization_config": GPTQ | {"desc_act": True}}, "desc_act=True"),
+        ({"quantization_config": GPTQ | {"sym": False}}, "sym=False"),
+        ({"quantization_config": GPTQ | {"checkpoint_format": "gptq_v2"}}, "checkpoint_format='gptq_v2'"),
+        ({"quantization_config": GPTQ | {"group_size": 0}}, "group_size=0"),
+        ({"quantization_config": GPTQ | {"lm_head": True, "dynamic": {"lm_head": {"bits": 3}}}}, "quantization_config"),
+        ({"quantization_config": BNB | {"bnb_4bit_quant_type": "fp4"}}, "bnb_4bit_quant_type='fp4'"),
+        ({"quantization_config": BNB | {"load_in_8bit": True}}, "quant_method='bitsandbytes'"),
         ({"model_type": "mistral"}, "model_type='mistral'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),

@@ -1,0 +1,182 @@
+"""One linear weight in the forms of bitsandbytes, tensor by tensor as transformers writes them.
+
+    decoder format   tensors of a layer `….q_proj`                       bits per weight
+    bnb-nf4          weight, weight.absmax, weight.quant_map,             4.13
+                     weight.nested_absmax, weight.nested_quant_map,
+                     weight.quant_state.bitsandbytes__nf4
+    bnb-int8         weight, SCB, weight_format                           8
+
+The library itself quantises, so that the numbers are its own; what each tensor means is in `kernels.bnb`. A folder with
+these tensors, and `quantization_config` in its config.json, is one that transformers loads by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+
+from kernels.bnb import NF4_BLOCK_SIZE, NF4_NESTED_BLOCK_SIZE, NF4_QUANT_STATE_KEY, import_bitsandbytes
+from lite.errors import BackendUnavailable, CheckpointError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor
+
+BnbFormat = Literal["bnb-nf4", "bnb-int8"]
+
+QUANT_STATE_BYTES: Final = 256
+"""Longer than any JSON text of an NF4 weight (at most 196 bytes), and a multiple of 8."""
+
+
+def quantize_nf4(weight: Tensor, *, quant_state_bytes: int | None = None) -> dict[str, Tensor]:
+    """Quantise one weight to NF4: blocks of 64, their magnitudes quantised once more.
+
+    Args:
+        weight: [out, in] in float16 or float32, on any device, where it is quantised too; `in` is a multiple of 64, so
+            that no block crosses from one row into the next. The dtype becomes that of the JSON text, in which tools
+            like peft expand the weight: pass float16 for a folder of float16.
+        quant_state_bytes: pad the JSON text with spaces to this length. Its own length depends on the digits of a mean
+            of the weight and so is unknown before; every reader of JSON passes over the spaces. None writes what
+            the library writes, to the byte.
+
+    Returns:
+        The tensors by the part of their name behind the layer's, contiguous, on the CPU:
+        "weight" uint8 [out * in / 2, 1], "weight.absmax" uint8 [blocks = out * in / 64],
+        "weight.quant_map" float32 [16], "weight.nested_absmax" float32 [ceil(blocks / 256)],
+        "weight.nested_quant_map" float32 [256], "weight.quant_state.bitsandbytes__nf4" uint8 [length].
+
+    Raises:
+        CheckpointError: the weight is not a matrix of finite numbers in those dtypes, or `in` is not such a multiple.
+        BackendUnavailable: bitsandbytes is not installed, or does not load.
+    """
+    _check_weight(weight)
+    if weight.shape[1] % NF4_BLOCK_SIZE:
+        msg = f"got a weight {list(weight.shape)} · expected input features in multiples of {NF4_BLOCK_SIZE}, the block"
+        raise CheckpointError(f"{msg} of NF4 · choose bnb-int8 or fp16 for this model")
+    quantised, state = _bitsandbytes().functional.quantize_4bit(
+        weight.detach().contiguous(), blocksize=NF4_BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+    )
+    if state.state2.blocksize != NF4_NESTED_BLOCK_SIZE:
+        got = f"magnitudes quantised in blocks of {state.state2.blocksize}"
+        msg = (
+            f"got {got} by bitsandbytes · expected {NF4_NESTED_BLOCK_SIZE} · install a version named in pyproject.toml"
+        )
+        raise BackendUnavailable(msg)
+    tensors = {"weight": quantised} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    if quant_state_bytes is not None:
+        tensors[NF4_QUANT_STATE_KEY] = _padded(tensors[NF4_QUANT_STATE_KEY], quant_state_bytes)
+    return _on_cpu(tensors)
+
+
+def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
+    """Quantise one weight to int8, a magnitude per row.
+
+    Args:
+        weight: [out, in] in float16 or float32, on any device, where it is quantised too. The library rounds it to
+            float16 first.
+
+    Returns:
+        The tensors by the part of their name behind the layer's, contiguous, on the CPU: "weight" int8 [out, in],
+        "SCB" float32 [out], "weight_format" uint8 [], which is 0 for "by rows".
+
+    Raises:
+        CheckpointError: the weight is not a matrix of numbers that fit float16, in those dtypes.
+        BackendUnavailable: bitsandbytes is not installed, or does not load.
+    """
+    _check_weight(weight)
+    rounded = weight.detach().to(torch.float16).contiguous()
+    if not bool(torch.isfinite(rounded).all()):
+        largest = float(weight.abs().max())
+        msg = f"got a weight of {largest:.3g} · expected one that fits float16 (65504), which the library computes in"
+        raise CheckpointError(f"{msg} · the checkpoint is damaged, or of a model this exporter does not support")
+    quantised, scb, _ = _bitsandbytes().functional.int8_vectorwise_quant(rounded)
+    # A row of zeros is divided by its magnitude, and what a NaN becomes in int8 depends on the machine.
+    quantised = quantised.masked_fill(scb.unsqueeze(-1) == 0, 0)
+    return _on_cpu({"weight": quantised, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)})
+
+
+def bnb_shapes(
+    decoder_format: BnbFormat, out_features: int, in_features: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and dtype of each tensor a weight becomes, before it is quantised.
+
+    In NF4 they are those of `quantize_nf4(weight, quant_state_bytes=QUANT_STATE_BYTES)`.
+    """
+    if decoder_format == "bnb-int8":
+        return {
+            "weight": ((out_features, in_features), torch.int8),
+            "SCB": ((out_features,), torch.float32),
+            "weight_format": ((), torch.uint8),
+        }
+    blocks = out_features * in_features // NF4_BLOCK_SIZE
+    return {
+        "weight": ((blocks * NF4_BLOCK_SIZE // 2, 1), torch.uint8),
+        "weight.absmax": ((blocks,), torch.uint8),
+        "weight.quant_map": ((16,), torch.float32),
+        "weight.nested_absmax": ((-(-blocks // NF4_NESTED_BLOCK_SIZE),), torch.float32),
+        "weight.nested_quant_map": ((256,), torch.float32),
+        NF4_QUANT_STATE_KEY: ((QUANT_STATE_BYTES,), torch.uint8),
+    }
+
+
+def quantization_config(decoder_format: BnbFormat) -> dict[str, Any]:
+    """Return what config.json holds under "quantization_config".
+
+    The head stays in 16 bit, as it does wherever transformers quantises a causal model.
+
+    `llm_int8_threshold` is read by other tools only: the ops of `kernels.bnb` do not quantise activations. It is the
+    6.0 of the paper, transformers' default: from it upwards an activation's column is computed in 16 bit. 0 would round
+    every activation, the outliers of a Llama included, and those are what a decoder loses most by.
+    """
+    shared: dict[str, Any] = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["lm_head"]}
+    if decoder_format == "bnb-int8":
+        return {
+            **shared,
+            "load_in_4bit": False,
+            "load_in_8bit": True,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_has_fp16_weight": False,
+        }
+    return {
+        **shared,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "float16",
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        return import_bitsandbytes()
+    except ImportError as error:
+        msg = f'got no bitsandbytes ({error}) · expected it to quantise with · pip install "llava-rad-lite[bnb]"'
+        raise BackendUnavailable(msg) from error
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.numel() == 0 or weight.dtype not in (torch.float16, torch.float32):
+        got = f"{list(weight.shape)} {weight.dtype}"
+        msg = f"got a weight {got} · expected a matrix [out, in] in float16 or float32 · convert it before"
+        raise CheckpointError(msg)
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        msg = f"got {bad} infinities or NaNs in a weight {list(weight.shape)} · expected numbers · get the checkpoint"
+        raise CheckpointError(f"{msg} again: it is damaged")
+
+
+def _padded(text: Tensor, nbytes: int) -> Tensor:
+    if len(text) > nbytes:
+        msg = f"got quant_state_bytes={nbytes} · expected at least the {len(text)} of the JSON text"
+        raise CheckpointError(f"{msg} · use QUANT_STATE_BYTES")
+    padded = torch.full((nbytes,), ord(" "), dtype=torch.uint8)
+    padded[: len(text)] = text
+    return padded
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,357 @@
+"""Linear weights in the two forms of bitsandbytes: NF4 with double quantisation, and int8 by rows.
+
+NF4 cuts the weight, row after row, into blocks of 64. Each value is one of 16 quantiles of the normal distribution,
+scaled to the largest magnitude of its block; and those magnitudes are stored in 8 bits, in blocks of 256:
+
+    weight   uint8 [out * in / 2, 1]   two codes per byte, the first in the high half
+    absmax   uint8 [out * in / 64]     the code of each block's largest magnitude
+    value  = quant_map[code] * (nested_quant_map[absmax] * nested_absmax + nested_offset)
+
+That is 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight. int8 is one byte per weight and one magnitude per row:
+
+    value  = weight * SCB / 127
+
+Both ops here are weight-only: x is not rounded. (The library's own int8 layer, LLM.int8(), rounds x to int8 too, except
+the columns that hold a magnitude above a threshold.) On a GPU the product with an NF4 weight is the library's kernel.
+All else is plain PyTorch and needs no bitsandbytes: a workstation can read the files without it.
+
+Source: QLoRA, arXiv 2305.14314, and LLM.int8(), arXiv 2208.07339; the bytes are those of bitsandbytes 0.50.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import logging
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import ModuleType
+
+    from torch import Tensor
+
+NF4_BLOCK_SIZE: Final = 64
+"""Weights that share one magnitude."""
+NF4_NESTED_BLOCK_SIZE: Final = 256
+"""Magnitudes that share one magnitude of their own."""
+NF4_QUANT_STATE_KEY: Final = "weight.quant_state.bitsandbytes__nf4"
+
+# On a CPU a weight is expanded this many values at a time. 2 MB of float32 stay in the cache between being written and
+# being read by the product, which makes the whole faster than expanding all of it, and the memory does not grow.
+_CPU_CHUNK_VALUES: Final = 2**19
+
+
+@functools.cache
+def import_bitsandbytes() -> ModuleType:
+    """Import bitsandbytes, and keep to itself what it has to say meanwhile.
+
+    It warns on machines without a GPU, and, where the CPU has bfloat16 instructions, that this project's folder
+    `kernels` is not the Hugging Face package of that name. Neither is news to whoever runs this.
+
+    Raises:
+        ImportError: it is not installed, or does not load.
+    """
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("bitsandbytes")
+    except (OSError, RuntimeError) as error:
+        msg = f"got a bitsandbytes that does not load ({error}) · expected one for this torch · install another version"
+        raise ImportError(msg) from error
+    finally:
+        logger.setLevel(level)
+
+
+# Without slots: cached_property needs a place to keep what it made.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Nf4Weight:
+    """A linear weight in NF4 with double quantisation, as it is stored: about 4.13 bits per weight, on any device."""
+
+    shape: tuple[int, int]
+    """(out, in) of the weight; `in` is a multiple of NF4_BLOCK_SIZE."""
+    packed: Tensor
+    """uint8 [out * in / 2, 1]."""
+    absmax: Tensor
+    """uint8 [blocks], where blocks = out * in / NF4_BLOCK_SIZE."""
+    quant_map: Tensor
+    """float32 [16]."""
+    nested_absmax: Tensor
+    """float32 [ceil(blocks / NF4_NESTED_BLOCK_SIZE)]."""
+    nested_quant_map: Tensor
+    """float32 [256]."""
+    nested_offset: Tensor
+    """float32 []."""
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Nf4Weight:
+        """Read a weight as `export.bnb.quantize_nf4` and transformers write it.
+
+        Args:
+            tensors: "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"
+                and NF4_QUANT_STATE_KEY; on one device. They are kept, not copied.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of another shape or dtype than the weight's shape asks for; or
+                the weight is in another form, such as FP4 or without double quantisation.
+        """
+        _check_names(tensors, {"weight", NF4_QUANT_STATE_KEY} | {f"weight.{name}" for name in _NF4_FLOATS})
+        shape, offset = _read_quant_state(tensors[NF4_QUANT_STATE_KEY])
+        blocks = shape[0] * shape[1] // NF4_BLOCK_SIZE
+        _check(tensors, "weight", (blocks * NF4_BLOCK_SIZE // 2, 1), torch.uint8)
+        _check(tensors, "weight.absmax", (blocks,), torch.uint8)
+        _check(tensors, "weight.quant_map", (16,), torch.float32)
+        _check(tensors, "weight.nested_absmax", (math.ceil(blocks / NF4_NESTED_BLOCK_SIZE),), torch.float32)
+        _check(tensors, "weight.nested_quant_map", (256,), torch.float32)
+        return cls(
+            shape=shape,
+            packed=tensors["weight"],
+            nested_offset=torch.tensor(offset, dtype=torch.float32, device=tensors["weight"].device),
+            **{name: tensors[f"weight.{name}"] for name in _NF4_FLOATS},
+        )
+
+    def to(self, device: torch.device | str) -> Nf4Weight:
+        """Return the weight on a device."""
+        return Nf4Weight(shape=self.shape, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in memory."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [out, in], computed in float32 and rounded to `dtype`: bit for bit what the library has."""
+        return self.rows(0, self.shape[0], self.block_scales(), dtype)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("packed", *_NF4_FLOATS, "nested_offset")}
+
+    def block_scales(self) -> Tensor:
+        """Return the magnitude of each block, float32 [out, in / NF4_BLOCK_SIZE, 1]."""
+        codes = self.nested_quant_map.index_select(0, self.absmax.int())
+        whole = functional.pad(codes, (0, -codes.numel() % NF4_NESTED_BLOCK_SIZE)).view(-1, NF4_NESTED_BLOCK_SIZE)
+        scales = (whole * self.nested_absmax.unsqueeze(-1)).flatten()[: codes.numel()] + self.nested_offset
+        return scales.view(self.shape[0], -1, 1)
+
+    @functools.cached_property
+    def _pairs(self) -> Tensor:
+        """The two values of each possible byte, as one 64-bit word: int64 [256].
+
+        One look-up then gives two values, and the order in which they lie in memory is that of the weight.
+        """
+        first, second = self.quant_map.repeat_interleave(16), self.quant_map.repeat(16)
+        return torch.stack((first, second), dim=-1).view(torch.int64).squeeze(-1)
+
+    def rows(self, begin: int, end: int, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows begin … end - 1 of the dequantised weight, given all of `block_scales`."""
+        packed = self.packed.view(self.shape[0], -1)[begin:end]
+        values = self._pairs.index_select(0, packed.flatten().int()).view(torch.float32)
+        blocks = values.view(end - begin, -1, NF4_BLOCK_SIZE)
+        return blocks.mul_(scales[begin:end]).view(end - begin, -1).to(dtype)
+
+    @functools.cached_property
+    def quant_state(self) -> Any:  # noqa: ANN401 - a class of an optional package
+        """The library's view of the same tensors."""
+        quant_state = import_bitsandbytes().functional.QuantState
+        nested = quant_state(
+            absmax=self.nested_absmax,
+            code=self.nested_quant_map,
+            blocksize=NF4_NESTED_BLOCK_SIZE,
+            dtype=torch.float32,
+        )
+        return quant_state(
+            absmax=self.absmax,
+            shape=torch.Size(self.shape),
+            code=self.quant_map,
+            blocksize=NF4_BLOCK_SIZE,
+            quant_type="nf4",
+            dtype=torch.float16,
+            offset=self.nested_offset,
+            state2=nested,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Int8Weight:
+    """A linear weight in int8 with a magnitude per row, on any device."""
+
+    weight: Tensor
+    """int8 [out, in]."""
+    scb: Tensor
+    """float32 [out], the magnitude that 127 stands for; "SCB" on disk."""
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Int8Weight:
+        """Read a weight as `export.bnb.quantize_int8` and transformers write it.
+
+        Args:
+            tensors: "weight", "SCB" and perhaps "weight_format"; on one device. They are kept, not copied.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of a wrong shape or dtype; or the weight is in one of the
+                column orders that old versions of the library wrote.
+        """
+        _check_names({"weight_format": torch.empty(0)} | dict(tensors), {"weight", "SCB", "weight_format"})
+        if tensors["weight"].dim() != 2:
+            got = list(tensors["weight"].shape)
+            raise ValueError(f"weight: got shape {got} · expected [out, in] · quantise the weight again")
+        _check(tensors, "weight", tuple(tensors["weight"].shape), torch.int8)
+        _check(tensors, "SCB", (tensors["weight"].shape[0],), torch.float32)
+        if "weight_format" in tensors:
+            _check(tensors, "weight_format", (), torch.uint8)
+            if code := int(tensors["weight_format"]):
+                raise ValueError(f"weight_format: got {code} · expected 0, by rows · quantise the weight again")
+        return cls(weight=tensors["weight"], scb=tensors["SCB"])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def to(self, device: torch.device | str) -> Int8Weight:
+        """Return the weight on a device."""
+        return Int8Weight(weight=self.weight.to(device), scb=self.scb.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in memory."""
+        return self.weight.nbytes + self.scb.nbytes
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [out, in], computed in float32 and rounded to `dtype`."""
+        return self.rows(0, self.shape[0], dtype)
+
+    def rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Return rows begin … end - 1 of the dequantised weight."""
+        # Scaled before the product and not after it: int8 times x leaves the range of float16 where y does not.
+        values = torch.empty(end - begin, self.shape[1], dtype=dtype, device=self.weight.device)
+        return torch.mul(self.weight[begin:end], self.scb[begin:end, None] / 127, out=values)
+
+
+def nf4_dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the weight [out, in] of a linear layer stored in NF4; see `Nf4Weight.from_tensors`."""
+    return Nf4Weight.from_tensors(tensors).dequantize(dtype)
+
+
+def int8_dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the weight [out, in] of a linear layer stored in int8; see `Int8Weight.from_tensors`."""
+    return Int8Weight.from_tensors(tensors).dequantize(dtype)
+
+
+def nf4_matmul(x: Tensor, weight: Nf4Weight) -> Tensor:
+    """Multiply x by the transpose of a weight in NF4.
+
+    On a GPU this is the library's kernel. On a CPU the weight is expanded a few rows at a time and multiplied in the
+    dtype of x.
+
+    Args:
+        x: [..., in], floating, on the weight's device.
+        weight: (out, in).
+
+    Returns:
+        [..., out] in the dtype of x.
+
+    Raises:
+        ValueError: x has another last dimension.
+        ImportError: on a GPU, bitsandbytes is not installed or does not load.
+    """
+    _check_columns(x, weight.shape)
+    if x.is_cuda:
+        # Before 0.50 the library tells which way round the weight lies by this transpose; since then it does not care.
+        product: Tensor = import_bitsandbytes().matmul_4bit(x, weight.packed.t(), quant_state=weight.quant_state)
+        return product
+    scales = weight.block_scales()
+    return _matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, scales, x.dtype))
+
+
+def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
+    """Multiply x by the transpose of a weight in int8; x itself is not quantised.
+
+    The weight is expanded to the dtype of x: on a CPU a few rows at a time, on a GPU all of it, into memory that is
+    free again after the product.
+
+    Args:
+        x: [..., in], floating, on the weight's device.
+        weight: (out, in).
+
+    Returns:
+        [..., out] in the dtype of x.
+
+    Raises:
+        ValueError: x has another last dimension.
+    """
+    _check_columns(x, weight.shape)
+    if x.is_cuda:
+        return functional.linear(x, weight.dequantize(x.dtype))
+    return _matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype))
+
+
+def _matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> Tensor:
+    """Multiply x [..., in] by the transpose of a weight that is made `rows(begin, end)` at a time."""
+    flat = x.reshape(-1, shape[1])
+    step = max(1, _CPU_CHUNK_VALUES // shape[1])
+    product = flat.new_empty(flat.shape[0], shape[0])
+    for begin in range(0, shape[0], step):
+        end = min(begin + step, shape[0])
+        product[:, begin:end] = flat @ rows(begin, end).t()
+    return product.view(*x.shape[:-1], shape[0])
+
+
+_NF4_FLOATS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def _read_quant_state(blob: Tensor) -> tuple[tuple[int, int], float]:
+    """Return (out, in) and the offset of the magnitudes from the JSON text in a uint8 tensor."""
+    expected = {
+        "quant_type": "nf4",
+        "blocksize": NF4_BLOCK_SIZE,
+        "nested_blocksize": NF4_NESTED_BLOCK_SIZE,
+        "nested_dtype": "float32",
+    }
+    what_to_do = "quantise the weight to NF4 with double quantisation"
+    try:
+        state = json.loads(bytes(blob.tolist()))
+        got = {key: state.get(key) for key in expected}
+        shape, offset = state.get("shape"), state.get("nested_offset")
+    except (ValueError, TypeError, AttributeError) as error:
+        msg = f"{NF4_QUANT_STATE_KEY}: got no JSON object ({error}) · expected one · {what_to_do}"
+        raise ValueError(msg) from error
+    if got != expected:
+        raise ValueError(f"{NF4_QUANT_STATE_KEY}: got {got} · expected {expected} · {what_to_do}")
+    if not isinstance(offset, float) or not math.isfinite(offset):
+        raise ValueError(f"{NF4_QUANT_STATE_KEY}: got nested_offset {offset!r} · expected a number · {what_to_do}")
+    match shape:
+        case [int(out_features), int(in_features)] if out_features > 0 and in_features > 0:
+            if in_features % NF4_BLOCK_SIZE == 0:
+                return (out_features, in_features), offset
+    msg = f"{NF4_QUANT_STATE_KEY}: got shape {shape} · expected [out, in], in a multiple of {NF4_BLOCK_SIZE}"
+    raise ValueError(f"{msg} · {what_to_do}")
+
+
+def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
+    if tensors.keys() != expected:
+        odd = ", ".join(sorted(expected ^ tensors.keys()))
+        raise ValueError(f"got {sorted(tensors)} · expected {sorted(expected)} · missing or unknown: {odd}")
+
+
+def _check(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        got = f"{list(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name}: got {got} · expected {list(shape)} {dtype} · quantise the weight again")
+
+
+def _check_columns(x: Tensor, shape: tuple[int, int]) -> None:
+    if x.shape[-1] != shape[1]:
+        got = f"x {list(x.shape)} for a weight {list(shape)}"
+        raise ValueError(f"got {got} · expected a last dimension of {shape[1]} · pass the input of this layer")

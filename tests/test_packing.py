@@ -1,0 +1,122 @@
+"""GPTQ v1 to the bit: against an unpacker that shares nothing with the packer, written from the format's page."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.gptq import GptqWeight, gptq_matmul, to_tensors
+from kernels.packing import pack, symmetric_qzeros, unpack
+
+SHAPES = [(8, 64, 32), (24, 96, 32), (16, 128, 128), (40, 256, 64)]  # out, in, group size
+
+
+def unpacked(tensors: dict[str, torch.Tensor], bits: int) -> np.ndarray:
+    """Rebuild w[out, in] = scale * (q - zero) field by field, by the definition of AutoGPTQ's format."""
+    qweight, qzeros, scales, g_idx = (tensors[name].numpy() for name in ("qweight", "qzeros", "scales", "g_idx"))
+    factor, mask = 32 // bits, (1 << bits) - 1
+    inputs, outputs = qweight.shape[0] * factor, qweight.shape[1]
+    weight = np.zeros((outputs, inputs), dtype=np.float64)
+    for k in range(inputs):
+        group = int(g_idx[k])
+        for n in range(outputs):
+            q = (int(qweight[k // factor, n]) & 0xFFFFFFFF) >> (bits * (k % factor)) & mask
+            zero = ((int(qzeros[group, n // factor]) & 0xFFFFFFFF) >> (bits * (n % factor)) & mask) + 1
+            weight[n, k] = float(scales[group, n]) * (q - zero)
+    return weight
+
+
+def random_weight(bits: int, out: int, inputs: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(bits * 1000 + out)
+    half = 1 << (bits - 1)
+    values = torch.randint(-half, half, (out, inputs), generator=generator)
+    values[0, 0], values[-1, -1] = -half, half - 1  # the ends of the range, where a field could spill
+    return values, torch.rand(out, inputs // group_size, generator=generator).half() + 0.01
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("out", "inputs", "group_size"), SHAPES)
+def test_an_independent_unpacker_rebuilds_the_weights(bits: int, out: int, inputs: int, group_size: int) -> None:
+    values, scales = random_weight(bits, out, inputs, group_size)
+    expected = values.double().numpy() * scales.double().repeat_interleave(group_size, dim=1).numpy()
+    tensors = to_tensors(values, scales, bits=bits)
+    np.testing.assert_array_equal(unpacked(tensors, bits), expected)
+    weight = GptqWeight.from_tensors(tensors, bits=bits)
+    assert weight.shape == (out, inputs)
+    assert weight.group_size == group_size
+    np.testing.assert_array_equal(weight.dequantize(torch.float32).double().numpy(), expected)
+    x = torch.randn(2, 3, inputs, generator=torch.Generator().manual_seed(1))
+    product = gptq_matmul(x, weight)
+    assert product.shape == (2, 3, out)
+    torch.testing.assert_close(product.double(), x.double() @ torch.from_numpy(expected).T, rtol=1e-5, atol=1e-3)
+
+
+def test_shapes_dtypes_and_words_are_those_of_version_1() -> None:
+    tensors = to_tensors(*random_weight(4, 16, 128, 32), bits=4)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
+        "qweight": ((16, 16), torch.int32),
+        "qzeros": ((4, 2), torch.int32),
+        "scales": ((4, 16), torch.float16),
+        "g_idx": ((128,), torch.int32),
+    }
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert {f"{word:#x}" for word in tensors["qzeros"].flatten().tolist()} == {"0x77777777"}
+    assert {f"{word:#x}" for word in symmetric_qzeros(2, 8, 8).flatten().tolist()} == {"0x7f7f7f7f"}
+    # Along the inputs, the first of eight in the lowest bits.
+    words = to_tensors(torch.arange(8).expand(8, 8) - 8, torch.ones(8, 1).half(), bits=4)["qweight"]
+    assert f"{int(words[0, 0]):#x}" == "0x76543210"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unpacking_undoes_packing_for_every_word(bits: int) -> None:
+    words = torch.tensor([[0, -1], [-(2**31), 2**31 - 1], [0x12345678, -0x12345678]], dtype=torch.int32)
+    assert torch.equal(pack(unpack(words, bits), bits), words)
+
+
+def test_values_beyond_the_range_do_not_reach_their_neighbours() -> None:
+    values = torch.zeros(8, 8, dtype=torch.int64)
+    values[0, 1] = 99
+    weight = GptqWeight.from_tensors(to_tensors(values, torch.ones(8, 1).half(), bits=4), bits=4)
+    expected = torch.zeros(8, 8)
+    expected[0, 1] = 7
+    assert torch.equal(weight.dequantize(torch.float32), expected)
+
+
+def test_a_large_weight_is_expanded_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.reference.ROWS_VALUES", 3 * 64)
+    values, scales = random_weight(4, 40, 64, 32)
+    weight = GptqWeight.from_tensors(to_tensors(values, scales, bits=4), bits=4)
+    taken: list[int] = []
+    right = GptqWeight.rows
+    monkeypatch.setattr(GptqWeight, "rows", lambda self, b, e, dtype: taken.append(e - b) or right(self, b, e, dtype))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gptq_matmul(x, weight), x @ right(weight, 0, 40, torch.float32).T)
+    assert sum(taken) == 40
+    assert max(taken) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("g_idx"), "got the tensors .* expected qweight, qzeros, scales, g_idx"),
+        (lambda t: t.update(bias=torch.zeros(8)), "got the tensors"),
+        (lambda t: t.update(qzeros=t["qzeros"] + 1), "got other qzeros"),
+        (lambda t: t.update(qzeros=t["qzeros"][:, :0]), r"got qzeros \[2, 0\]"),
+        (lambda t: t.update(g_idx=t["g_idx"].flip(0)), "another order .* desc_act=False"),
+        (lambda t: t.update(scales=t["scales"].float()), r"got scales \[2, 16\] torch.float32"),
+        (lambda t: t.update(scales=t["scales"][:0]), "expected two matrices"),
+        (lambda t: t.update(qweight=t["qweight"][0]), "expected two matrices"),
+    ],
+)
+def test_tensors_that_are_no_symmetric_version_1_weight_are_refused(change: object, message: str) -> None:
+    tensors = to_tensors(*random_weight(4, 16, 64, 32), bits=4)
+    change(tensors)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=message):
+        GptqWeight.from_tensors(tensors, bits=4)
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    weight = GptqWeight.from_tensors(to_tensors(*random_weight(8, 16, 64, 32), bits=8), bits=8)
+    with pytest.raises(ValueError, match="got inputs of 32 features · expected 64"):
+        gptq_matmul(torch.zeros(2, 32), weight)
