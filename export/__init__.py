@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from export.settings import ExportSettings
+from export.settings import ExportSettings, GptqSettings, TokenWeights
 from lite.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from export.pipeline import export_artifact
 
-__all__ = ["ExportSettings", "export_artifact"]
+__all__ = ["ExportSettings", "GptqSettings", "TokenWeights", "export_artifact"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562

@@ -8,13 +8,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from export.settings import DEFAULTS, DecoderFormat, ExportSettings, VisionFormat
+from export.settings import (
+    DEFAULTS,
+    ActivationOrder,
+    Clip,
+    ExportSettings,
+    GptqSettings,
+    GroupSize,
+    HeadFormat,
+    Method,
+    TokenWeights,
+)
+from lite.config import DecoderFormat, VisionFormat
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lite.artifact import Artifact
+    from lite.artifact import Artifact, Manifest
 
 _DESCRIPTION = """\
 Turn a LLaVA-Rad checkpoint, as downloaded, into an artifact: the folder that `python -m lite` runs.
@@ -24,18 +35,24 @@ Two downloads are needed. Both stay as they are and are only read:
   --base         lmsys/vicuna-7b-v1.5: the language model it was trained from
 
 The LoRA is merged in float32, the vision tower becomes one ONNX file, and both are measured against the
-checkpoint before anything is kept. Memory: about one decoder layer and the embeddings (a few GiB for 7B).
+checkpoint before anything is kept. The decoder goes one layer at a time: 7B takes a few GiB of memory, whatever its
+depth. Finished layers are kept: an export that was stopped goes on behind them when the command is repeated.
+
+4-bit GPTQ makes 7B an artifact of 4 GB. It needs studies to calibrate on: films with reasons and findings, in the JSON
+list of LLaVA-Rad's evaluation, of the kind that will be read. 128 are plenty; they are not kept in the artifact.
 """
 _EPILOG = """\
 examples:
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact
-  python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --vision fp16
+  python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --vision fp16 \\
+                   --decoder gptq-int4 --calibration-data studies/studies.json
+  python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --decoder bnb-nf4
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact \\
                    --verify-data studies/studies.json
 
 The images named in such a list lie relative to its folder, here studies/; --image-folder says where else.
 
-exit status: 0 done, 1 the export failed (nothing was written), 2 wrong use, 130 interrupted.
+exit status: 0 done, 1 the export failed (no artifact was written), 2 wrong use, 130 interrupted.
 """
 
 
@@ -48,6 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = ExportSettings(
             decoder_format=options.decoder,
             vision_format=options.vision,
+            gptq=GptqSettings(
+                group_size=options.group_size,
+                method=options.method,
+                calibration_data=options.calibration_data,
+                calibration_images=options.calibration_images,
+                calibration_studies=options.calibration_studies,
+                token_weights=options.token_weights,
+                activation_order=options.activation_order,
+                clip=options.clip,
+                refine=options.refine,
+                fold_scales=options.fold_scales,
+                lm_head=options.lm_head,
+            ),
             verify_data=options.verify_data,
             image_folder=options.image_folder,
             verify_studies=options.verify_studies,
@@ -61,7 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted: nothing was written to {options.out}", file=sys.stderr)
+        from export.work import work_path
+
+        kept = work_path(options.out)
+        what_now = (
+            f"the same command goes on with the finished parts in {kept}; remove that folder to give up"
+            if kept.exists()
+            else "and nothing is left behind"
+        )
+        print(f"\ninterrupted: no artifact at {options.out} · {what_now}", file=sys.stderr)
         return 130
     print(_summary(artifact))
     for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial")):
@@ -92,8 +130,10 @@ def _parser() -> argparse.ArgumentParser:
         "--vision",
         choices=get_args(VisionFormat),
         default=DEFAULTS.vision_format,
-        help="the vision tower and projector: fp32 for CPUs, fp16 for GPUs, half the bytes (default: %(default)s)",
+        help="the vision tower: fp32 for CPUs, fp16 for GPUs, half the bytes; int8 is faster on CPUs and loses a "
+        "little, its projector stays fp32 (default: %(default)s)",
     )
+    _add_gptq(parser)
     parity = parser.add_argument_group("measuring parity with the checkpoint")
     parity.add_argument(
         "--verify-data",
@@ -127,6 +167,89 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_gptq(parser: argparse.ArgumentParser) -> None:
+    gptq, defaults = parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)"), DEFAULTS.gptq
+    gptq.add_argument(
+        "--calibration-data",
+        type=Path,
+        metavar="LIST.json",
+        help="studies to calibrate on, a JSON list in LLaVA-Rad's evaluation format",
+    )
+    gptq.add_argument(
+        "--calibration-images", type=Path, metavar="DIR", help="where its images are (default: beside the list)"
+    )
+    gptq.add_argument(
+        "--calibration-studies",
+        type=_positive,
+        default=defaults.calibration_studies,
+        metavar="N",
+        help="how many, spread over the list (default: %(default)s)",
+    )
+    gptq.add_argument(
+        "--group-size",
+        type=int,
+        choices=get_args(GroupSize),
+        default=defaults.group_size,
+        help="inputs that share a scale, -1 for all: smaller is more faithful and larger on disk (default: "
+        "%(default)s)",
+    )
+    gptq.add_argument(
+        "--method",
+        choices=get_args(Method),
+        default=defaults.method,
+        help="rtn rounds to nearest, without calibration: the yardstick (default: %(default)s)",
+    )
+    gptq.add_argument(
+        "--token-weights",
+        type=_token_weights,
+        default=defaults.token_weights,
+        metavar="IMAGE,PROMPT",
+        help="what image and prompt tokens count against a findings token, or search (default: search)",
+    )
+    gptq.add_argument(
+        "--activation-order",
+        choices=get_args(ActivationOrder),
+        default=defaults.activation_order,
+        help="the order in which columns are rounded (default: %(default)s)",
+    )
+    gptq.add_argument(
+        "--clip", choices=get_args(Clip), default=defaults.clip, help="how scales are chosen (default: %(default)s)"
+    )
+    gptq.add_argument(
+        "--refine",
+        type=_count,
+        default=defaults.refine,
+        metavar="N",
+        help="passes over the rounded columns to round them better (default: %(default)s)",
+    )
+    gptq.add_argument(
+        "--fold-scales",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.fold_scales,
+        help="balance the channels of neighbouring linears first (default: yes)",
+    )
+    gptq.add_argument(
+        "--lm-head",
+        choices=get_args(HeadFormat),
+        default=defaults.lm_head,
+        help="the head's weights; int8 saves 3 %% of 7B's bytes (default: %(default)s)",
+    )
+
+
+def _token_weights(text: str) -> TokenWeights | None:
+    if text == "search":
+        return None
+    try:
+        return TokenWeights.parse(text)
+    except ValueError:
+        msg = f"got {text!r}, expected two numbers such as 0.3,0.1, or search"
+        raise argparse.ArgumentTypeError(msg) from None
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _positive(text: str) -> int:
     """Read an argument that counts something."""
     if not text.isdecimal() or int(text) < 1:
@@ -152,12 +275,29 @@ def _summary(artifact: Artifact) -> str:
             "measured on",
             f"{decoder['studies']} studies ({manifest.fidelity['verify_data']}), {decoder['tokens']} tokens",
         ),
+        *_calibration_rows(manifest),
         ("merge", f"LoRA scale {merge['lora_scale']:g}, largest rounding {merge['max_abs_rounding']:.2g}"),
     ]
     lines = [f"{artifact.path}: artifact {artifact.id} of {manifest.model}"]
     lines += [f"  {name:<20} {value}" for name, value in rows]
     lines += ["", manifest.notice, "", "next:", f"  python -m lite generate {artifact.path} FILM.png"]
     return "\n".join(lines)
+
+
+def _calibration_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    calibration = manifest.decoder.calibration
+    if calibration is None:
+        return []
+    errors = manifest.fidelity["calibration_errors"]
+    worst = max(errors, key=errors.__getitem__)
+    return [
+        (
+            "calibrated on",
+            f"{calibration.studies} studies ({calibration.data}), {calibration.tokens} tokens; an image token counts "
+            f"{calibration.image_weight:g}, a prompt token {calibration.prompt_weight:g}",
+        ),
+        ("outputs change by", f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}"),
+    ]
 
 
 def _megabytes(count: int) -> str:

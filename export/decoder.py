@@ -1,12 +1,13 @@
 """`decoder/`: a plain Hugging Face Llama folder, written one layer at a time.
 
-    config.json, generation_config.json, NOTICE
-    model.safetensors                                  up to MAX_SHARD_BYTES, else
-    model-00001-of-0000N.safetensors, model.safetensors.index.json
+    config.json, generation_config.json, NOTICE        (quantize_config.json too for GPTQ: AutoGPTQ reads that one)
+    model-00001-of-0000N.safetensors                   the embeddings
+    model-00002-of-0000N.safetensors …                 a decoder layer each
+    model-0000N-of-0000N.safetensors                   the final norm and the head
+    model.safetensors.index.json
 
-A safetensors file is an 8-byte length, a JSON header with the place of every tensor, and the bytes. The header needs
-shapes only, which are known before any weight is read; so the bytes are appended as layers are merged, and the
-memory is that of one layer.
+A file a layer: whatever ends an export, the files that are there are finished ones, and the next export goes on behind
+them. Tools that read shards do not mind how many there are.
 """
 
 from __future__ import annotations
@@ -14,55 +15,50 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from safetensors.torch import save
 
-from export.checkpoint import base_shapes
+from export.bnb import quantization_config as bnb_quantization_config
+from export.bnb import quantize_int8, quantize_nf4
+from export.gptq import FIRST_DAMPING, Grid, Quantized, round_to_nearest
+from export.lora import LINEARS
+from kernels.gptq import to_tensors
+from kernels.packing import pack_factor
 from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from torch import Tensor
 
     from export.checkpoint import Checkpoint
+    from export.settings import ExportSettings
     from lite.config import DecoderConfig, DecodingDefaults
 
-MAX_SHARD_BYTES: Final = 2 * 10**9
-_SAFETENSORS_NAMES: Final = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """The name, shape and dtype a tensor will have on disk."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
+EMBEDDINGS: Final = "model.embed_tokens.weight"
+FINAL_NORM: Final = "model.norm.weight"
+HEAD: Final = "lm_head"
+HEAD_BITS: Final = 8
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class MergeReport:
-    """What rounding the merged weights to 16 bit changed: the largest difference of any weight, and where."""
+class PartReport:
+    """What storing a part of the decoder changed.
+
+    The rounding is that of what stays in 16 bit: the largest difference of any weight, and where. The errors are those
+    of calibrated linears.
+    """
 
     max_abs: float = 0.0
     max_abs_tensor: str = ""
     squared_error: float = 0.0
     squared_norm: float = 0.0
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of each linear: the root mean square of its outputs' change over the calibration, relative to its outputs."""
 
     @property
     def relative_rms(self) -> float:
@@ -78,135 +74,210 @@ class MergeReport:
         self.squared_error += float(difference.square().sum(dtype=torch.float64))
         self.squared_norm += float(exact.square().sum(dtype=torch.float64))
 
+    def merge(self, other: PartReport) -> None:
+        """Count another part as well."""
+        if other.max_abs >= self.max_abs:
+            self.max_abs, self.max_abs_tensor = other.max_abs, other.max_abs_tensor
+        self.squared_error += other.squared_error
+        self.squared_norm += other.squared_norm
+        self.errors |= other.errors
 
-class SafetensorsWriter:
-    """Write tensors to safetensors files in a planned order, keeping none of them.
 
-    Use it as a context manager; leaving it with tensors still missing, other than by an exception, is an error.
-    """
+class DecoderFolder:
+    """`decoder/` while it is written: numbered parts, each a file that is there whole or not at all."""
 
-    def __init__(self, folder: Path, specs: list[TensorSpec], *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        """Plan the files.
+    def __init__(self, folder: Path, num_hidden_layers: int) -> None:
+        """Describe the folder; it need not exist.
 
         Args:
-            folder: Where they go; it exists.
-            specs: All tensors, in the order they will be written.
-            max_shard_bytes: Begin a new file before one passes this; a single tensor may pass it.
+            folder: Where the files go.
+            num_hidden_layers: Of the decoder: part 0 is the embeddings, part i + 1 layer i, the last norm and head.
         """
         self.folder = folder
-        self.shards = _shards(specs, max_shard_bytes)
-        self._pending = iter(self._plan())
-        self._next: tuple[str | None, TensorSpec] | None = next(self._pending, None)
-        self._stream: Any = None
+        self.num_parts = num_hidden_layers + 2
 
-    def __enter__(self) -> SafetensorsWriter:
-        """Return the writer."""
-        return self
+    def path(self, part: int) -> Path:
+        """Return the file of a part."""
+        return self.folder / f"model-{part + 1:05d}-of-{self.num_parts:05d}.safetensors"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the current file, and write the index when there are several."""
-        if self._stream is not None:
-            self._stream.close()
-        if kind is not None:
-            return
-        if self._next is not None:
-            msg = f"got an end before {self._next[1].name} was written · expected all planned tensors · report this"
-            raise CheckpointError(msg)
-        if len(self.shards) > 1:
-            weight_map = {spec.name: name for name, specs in self.shards.items() for spec in specs}
-            total = sum(spec.nbytes for specs in self.shards.values() for spec in specs)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / "model.safetensors.index.json").write_text(
-                json.dumps(index, indent=2) + "\n", encoding="utf-8"
-            )
+    def num_finished(self) -> int:
+        """Return how many parts are there without a gap."""
+        part = 0
+        while part < self.num_parts and self.path(part).is_file():
+            part += 1
+        return part
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next planned tensor.
+    def write(self, part: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a part, and be sure that it is on disk before it has its name."""
+        partial = self.folder / "part.partial"
+        with partial.open("wb") as stream:
+            stream.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self.path(part))
 
-        Raises:
-            CheckpointError: It is not the planned one, or of another shape or dtype.
-        """
-        planned = self._next
-        if planned is None or planned[1] != TensorSpec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype):
-            got = f"{name} {list(tensor.shape)} {tensor.dtype}"
-            msg = f"got {got} to write · expected {planned and planned[1]} · report this"
-            raise CheckpointError(msg)
-        new_file, _ = planned
-        if new_file is not None:
-            if self._stream is not None:
-                self._stream.close()
-            self._stream = (self.folder / new_file).open("wb")
-            self._stream.write(_header(self.shards[new_file]))
-        self._stream.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        self._next = next(self._pending, None)
-
-    def _plan(self) -> Iterator[tuple[str | None, TensorSpec]]:
-        """Yield the tensors in order, the first of each file with the file's name."""
-        for name, specs in self.shards.items():
-            for position, spec in enumerate(specs):
-                yield (name if position == 0 else None), spec
+    def write_index(self) -> None:
+        """Write the index of the finished parts."""
+        total = 0
+        weight_map: dict[str, str] = {}
+        for part in range(self.num_parts):
+            file = self.path(part)
+            with file.open("rb") as stream:
+                header_bytes = int.from_bytes(stream.read(8), "little")
+                names = json.loads(stream.read(header_bytes)).keys() - {"__metadata__"}
+            total += file.stat().st_size - 8 - header_bytes
+            weight_map |= dict.fromkeys(names, file.name)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(self.folder / "model.safetensors.index.json", index)
 
 
-def _shards(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    parts: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if parts[-1] and sum(other.nbytes for other in parts[-1]) + spec.nbytes > max_shard_bytes:
-            parts.append([])
-        parts[-1].append(spec)
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, start=1)}
+def embeddings_part(checkpoint: Checkpoint, report: PartReport) -> dict[str, Tensor]:
+    """Return the tensors of the first part, in float16."""
+    return {EMBEDDINGS: _rounded(EMBEDDINGS, checkpoint.read_base(EMBEDDINGS).float(), report)}
 
 
-def _header(specs: list[TensorSpec]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        place = [offset, offset + spec.nbytes]
-        header[spec.name] = {"dtype": _SAFETENSORS_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": place}
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the bytes that follow are aligned for whoever maps the file
-    return len(text).to_bytes(8, "little") + text
+def head_part(checkpoint: Checkpoint, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
+    """Return the tensors of the last part: the final norm in float16, and the head in its form."""
+    tensors = {FINAL_NORM: _rounded(FINAL_NORM, checkpoint.read_base(FINAL_NORM).float(), report)}
+    head = checkpoint.read_base(f"{HEAD}.weight").float()
+    if settings.gptq.lm_head == "int8":
+        grid = grid_of(settings, head.shape[1], bits=HEAD_BITS)
+        return tensors | gptq_tensors(HEAD, round_to_nearest(head, grid, clip="mse"))
+    return tensors | {f"{HEAD}.weight": _rounded(f"{HEAD}.weight", head, report)}
 
 
-def fp16_specs(decoder: DecoderConfig) -> list[TensorSpec]:
-    """Return what an fp16 decoder folder holds."""
-    return [TensorSpec(name=name, shape=shape, dtype=torch.float16) for name, shape in base_shapes(decoder).items()]
+def layer_part(checkpoint: Checkpoint, index: int, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
+    """Return the tensors of a layer in the forms that take no calibration: fp16, bitsandbytes, rounding to nearest."""
+    prefix = f"model.layers.{index}."
+    tensors: dict[str, Tensor] = {}
+    for key, exact in checkpoint.read_layer(index).merged().items():
+        name = prefix + key
+        linear = key.removesuffix(".weight")
+        if linear not in LINEARS or settings.decoder_format == "fp16":
+            tensors[name] = _rounded(name, exact, report)
+            continue
+        if settings.decoder_format.startswith("gptq"):
+            stored = round_to_nearest(exact, grid_of(settings, exact.shape[1], bits=settings.bits))
+            _require_finite(name, stored.scales, exact)
+            tensors |= gptq_tensors(prefix + linear, stored)
+            continue
+        try:
+            parts = quantize_nf4(exact.half()) if settings.decoder_format == "bnb-nf4" else quantize_int8(exact)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        tensors |= {f"{prefix}{linear}.{part}": tensor for part, tensor in parts.items()}
+    return tensors
 
 
-def fp16_tensors(checkpoint: Checkpoint, report: MergeReport) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Merge and round the decoder part by part: the embeddings, each layer, the final norm, the head.
+def calibrated_part(index: int, norms: Mapping[str, Tensor], linears: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    """Return the tensors of a layer that GPTQ has rounded."""
+    prefix = f"model.layers.{index}."
+    tensors = {prefix + name: norm.cpu() for name, norm in norms.items()}
+    for linear, rounded in linears.items():
+        tensors |= gptq_tensors(prefix + linear, rounded)
+    return tensors
+
+
+def gptq_tensors(name: str, rounded: Quantized) -> dict[str, Tensor]:
+    """Return a rounded linear as GPTQ v1 stores it, under full names."""
+    stored = to_tensors(rounded.values, rounded.scales, bits=rounded.grid.bits)
+    return {f"{name}.{part}": tensor for part, tensor in stored.items()}
+
+
+def grid_of(settings: ExportSettings, in_features: int, *, bits: int) -> Grid:
+    """Return the values a linear of so many inputs is rounded to."""
+    size = settings.gptq.group_size
+    return Grid(bits=bits, group_size=in_features if size == -1 else size)
+
+
+def require_divisible(shapes: Mapping[str, tuple[int, ...]], settings: ExportSettings) -> None:
+    """Refuse a group size that does not fit, before the work.
 
     Args:
-        checkpoint: The source.
-        report: Receives what the rounding changed.
+        shapes: Name and shape of the tensors of the base model.
+        settings: With the group size.
 
-    Yields:
-        (what it is, its tensors in float16 under their full names), in the order of `fp16_specs`.
+    Raises:
+        CheckpointError: A linear's inputs are not whole groups, or do not fill whole words.
     """
-    for name in ("model.embed_tokens.weight", None, "model.norm.weight", "lm_head.weight"):
-        if name is not None:
-            yield name, {name: _rounded(name, checkpoint.read_base(name).float(), report)}
-            continue
-        for index in range(checkpoint.decoder.num_hidden_layers):
-            prefix = f"model.layers.{index}."
-            merged = checkpoint.read_layer(index).merged()
-            yield prefix[:-1], {prefix + key: _rounded(prefix + key, exact, report) for key, exact in merged.items()}
+    if not settings.decoder_format.startswith("gptq"):
+        return
+    quantized = {
+        name: shape
+        for name, shape in shapes.items()
+        if "_proj." in name or (name == f"{HEAD}.weight" and settings.gptq.lm_head == "int8")
+    }
+    size, factor = settings.gptq.group_size, pack_factor(settings.bits)
+    for name, (out_features, in_features) in quantized.items():
+        if in_features % (factor if size == -1 else size) or out_features % factor:
+            fits = [str(other) for other in (32, 64, 128) if all(shape[1] % other == 0 for shape in quantized.values())]
+            msg = (
+                f"{name}: got {in_features} inputs and {out_features} outputs · expected inputs in whole groups of "
+                f"{'all' if size == -1 else size} and multiples of {factor} · choose --group-size "
+                f"{', '.join([*fits, '-1'])}, or a bnb format"
+            )
+            raise CheckpointError(msg)
 
 
-def _rounded(name: str, exact: Tensor, report: MergeReport) -> Tensor:
+def decoder_bytes(decoder_shapes: Mapping[str, tuple[int, ...]], settings: ExportSettings) -> int:
+    """Return about how many bytes `decoder/` will take."""
+    total = 0.0
+    for name, shape in decoder_shapes.items():
+        count = math.prod(shape)
+        quantized = "_proj." in name or (name == f"{HEAD}.weight" and settings.gptq.lm_head == "int8")
+        bits = 16.0
+        if quantized and settings.decoder_format != "fp16":
+            size = settings.gptq.group_size
+            bits = HEAD_BITS if name == f"{HEAD}.weight" else settings.bits
+            bits += (16 + bits) / (shape[1] if size == -1 else size)  # scales and zeros of a group
+        total += count * bits / 8
+    return int(total)
+
+
+def _rounded(name: str, exact: Tensor, report: PartReport) -> Tensor:
     rounded = exact.to(torch.float16)
-    if not bool(torch.isfinite(rounded).all()):
-        msg = f"{name}: got a merged weight of {float(exact.abs().max()):.3g} · expected one that fits float16 (65504)"
-        raise CheckpointError(f"{msg} · the checkpoint is damaged, or of a model this exporter does not support")
+    _require_finite(name, rounded, exact)
     report.add(name, exact, rounded)
     return rounded
 
 
-def write_configs(folder: Path, decoder: DecoderConfig, decoding: DecodingDefaults, *, notice: str) -> None:
+def _require_finite(name: str, rounded: Tensor, exact: Tensor) -> None:
+    if not bool(torch.isfinite(rounded).all()):
+        msg = f"{name}: got a merged weight of {float(exact.abs().max()):.3g} · expected one that fits float16 (65504)"
+        raise CheckpointError(f"{msg} · the checkpoint is damaged, or of a model this exporter does not support")
+
+
+def quantization_config(settings: ExportSettings) -> dict[str, Any] | None:
+    """Return what config.json says under `quantization_config`; None for fp16."""
+    if settings.decoder_format == "fp16":
+        return None
+    if settings.decoder_format in ("bnb-nf4", "bnb-int8"):
+        return bnb_quantization_config(settings.decoder_format)
+    gptq = settings.gptq
+    config: dict[str, Any] = {
+        "bits": settings.bits,
+        "checkpoint_format": "gptq",
+        "damp_percent": FIRST_DAMPING,
+        "desc_act": False,
+        "group_size": gptq.group_size,
+        "lm_head": gptq.lm_head == "int8",
+        "quant_method": "gptq",
+        "sym": True,
+        "true_sequential": True,
+    }
+    if gptq.lm_head == "int8":
+        config["dynamic"] = {HEAD: {"bits": HEAD_BITS, "group_size": gptq.group_size}}
+    return config
+
+
+def write_configs(
+    folder: Path,
+    decoder: DecoderConfig,
+    decoding: DecodingDefaults,
+    *,
+    notice: str,
+    quantization: dict[str, Any] | None = None,
+) -> None:
     """Write config.json and generation_config.json as transformers reads them, and the notice.
 
     Written from the values that were checked, not copied: the source's sampling defaults and whatever else lies in its
@@ -241,6 +312,10 @@ def write_configs(folder: Path, decoder: DecoderConfig, decoding: DecodingDefaul
         "vocab_size": decoder.vocab_size,
         **token_ids,
     }
+    if quantization is not None:
+        config["quantization_config"] = quantization
+        if quantization["quant_method"] == "gptq":
+            _write_json(folder / "quantize_config.json", quantization)
     generation: dict[str, Any] = {"do_sample": False, "max_new_tokens": decoding.max_new_tokens, **token_ids}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)

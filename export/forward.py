@@ -82,21 +82,30 @@ def decoder_layer(config: DecoderConfig, norms: Mapping[str, Tensor], linear: Li
     Returns:
         [T, C], float32.
     """
-    tokens = hidden.shape[0]
     x = rms_norm(hidden, norms["input_layernorm.weight"], config.rms_norm_eps)
+    hidden = hidden + linear("self_attn.o_proj", attended(config, linear, x))
+    x = rms_norm(hidden, norms["post_attention_layernorm.weight"], config.rms_norm_eps)
+    return hidden + linear("mlp.down_proj", gated(linear, x))
+
+
+def attended(config: DecoderConfig, linear: Linear, x: Tensor) -> Tensor:
+    """Return what o_proj is applied to: the heads' attention over the normed sequence x [T, C]."""
+    tokens = x.shape[0]
     q, k, v = (
         linear(f"self_attn.{name}_proj", x).view(tokens, -1, config.head_dim).transpose(0, 1)
         for name in ("q", "k", "v")
     )
-    cos, sin = _rope_tables(tokens, config.head_dim, config.rope_theta, hidden.device)
+    cos, sin = _rope_tables(tokens, config.head_dim, config.rope_theta, x.device)
     q, k = _rope(q, cos, sin), _rope(k, cos, sin)
     queries_per_kv = config.num_attention_heads // config.num_key_value_heads
     k, v = k.repeat_interleave(queries_per_kv, dim=0), v.repeat_interleave(queries_per_kv, dim=0)
-    attended = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-    hidden = hidden + linear("self_attn.o_proj", attended.transpose(0, 1).reshape(tokens, -1))
-    x = rms_norm(hidden, norms["post_attention_layernorm.weight"], config.rms_norm_eps)
-    gated = functional.silu(linear("mlp.gate_proj", x)) * linear("mlp.up_proj", x)
-    return hidden + linear("mlp.down_proj", gated)
+    out = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+    return out.transpose(0, 1).reshape(tokens, -1)
+
+
+def gated(linear: Linear, x: Tensor) -> Tensor:
+    """Return what down_proj is applied to, for the normed sequence x [T, C]."""
+    return functional.silu(linear("mlp.gate_proj", x)) * linear("mlp.up_proj", x)
 
 
 def source_linear(layer: SourceLayer, device: str | torch.device = "cpu") -> Linear:
@@ -112,12 +121,6 @@ def source_linear(layer: SourceLayer, device: str | torch.device = "cpu") -> Lin
         return y + pairs[name].apply(x) if name in pairs else y
 
     return linear
-
-
-def plain_linear(weights: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Linear:
-    """Return the linears of a merged layer, computed in float32 from the weights as stored."""
-    moved = {name: w.to(device, torch.float32) for name, w in weights.items() if name.endswith("_proj.weight")}
-    return lambda name, x: functional.linear(x, moved[f"{name}.weight"])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

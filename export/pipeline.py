@@ -1,7 +1,10 @@
 """The export from end to end: open and check, hash the sources, write the parts, measure them, keep the artifact.
 
-Everything is written into a temporary folder beside the destination, which is renamed at the very end; whatever ends
-an export early (an error, a full disk, Ctrl-C, parity out of tolerance) leaves nothing behind.
+    sources ─hash─▶ vision.onnx ─▶ decoder, a layer at a time ─▶ parity ─▶ artifact
+
+It works in a folder beside the destination (`export.work`). An export that is stopped (Ctrl-C, a full disk, a power
+cut) leaves its finished layers there, and the same command goes on behind them, to the same bytes. Nothing is at the
+destination until everything is written and measured, and no artifact that fails parity is kept.
 """
 
 from __future__ import annotations
@@ -14,30 +17,56 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from tqdm import tqdm
 
 from export import verify
-from export.checkpoint import Checkpoint, open_checkpoint
-from export.decoder import MergeReport, SafetensorsWriter, fp16_specs, fp16_tensors, write_configs
-from export.settings import DEFAULTS, ExportSettings, VisionFormat
+from export.calibration import (
+    CalibrationStudies,
+    HiddenStates,
+    read_calibration,
+    start_states,
+    token_weights,
+)
+from export.checkpoint import Checkpoint, base_shapes, open_checkpoint
+from export.decoder import (
+    PartReport,
+    calibrated_part,
+    decoder_bytes,
+    embeddings_part,
+    head_part,
+    layer_part,
+    quantization_config,
+    require_divisible,
+    write_configs,
+)
+from export.layerwise import STAGES, LayerQuantizer
+from export.settings import DEFAULTS, ExportSettings, TokenWeights
+from export.studies import Study, StudyReader
+from export.token_weights import num_search_steps, search_token_weights
 from export.vision_onnx import build_vision_onnx, write_vision_onnx
+from export.work import WorkFolder, work_folder
 from lite._version import __version__
 from lite.artifact import (
     NOTICE,
     TOKENIZER_NAME,
-    VISION_NAME,
     Artifact,
+    CalibrationRecord,
     DecoderPart,
     Manifest,
     VisionPart,
+    check_target,
     load_artifact,
     staged_artifact,
 )
 from lite.decoder import check_device
 from lite.errors import ArtifactError
+from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
 
 LICENCE_NOTICE: Final = (
     "The weights keep the licence of the checkpoint they were converted from. microsoft/llava-rad: Microsoft Research "
@@ -68,19 +97,37 @@ def export_artifact(
     """
     # A wrong device should not show only when everything is written.
     settings = dataclasses.replace(settings, device=check_device(settings.device))
+    check_target(Path(out).absolute(), overwrite=settings.overwrite)
     source = open_checkpoint(Path(checkpoint), Path(base))
-    with _system_errors_explained(Path(out)), staged_artifact(out, overwrite=settings.overwrite) as staged:
-        _require_space(source, staged.path, settings.vision_format)
+    require_divisible(base_shapes(source.decoder), settings)
+    with (
+        _system_errors_explained(Path(out)),
+        work_folder(Path(out), source.decoder.num_hidden_layers) as work,
+    ):
         manifest = _manifest(source, settings)
-        # Texts and films are read before the long part: a wrong path should not cost an hour.
+        # Texts and films are read before the long part: a wrong path should not cost hours.
         studies = _studies(source, manifest, settings)
+        calibration = read_calibration(source, manifest, settings.gptq) if settings.calibrates else None
+        _require_space(source, work.path, calibration, settings)
         manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
-        _write_vision(source, staged.path, settings)
-        merge = _write_decoder(source, staged.path / "decoder", manifest, settings)
-        shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
-        fidelity = {"merge": merge, **_measure(source, staged.path, manifest, studies, settings)}
-        verify.require_parity(fidelity, manifest)
-        staged.finish(dataclasses.replace(manifest, fidelity=fidelity))
+        work.require_same(_arguments(manifest, calibration, settings))
+        _write_vision(source, work.vision, settings)
+        if calibration is None:
+            _write_layers(source, work, settings)
+        else:
+            record = _write_calibrated_layers(source, work, manifest, calibration, settings)
+            manifest = dataclasses.replace(manifest, decoder=dataclasses.replace(manifest.decoder, calibration=record))
+        _finish_decoder(source, work, manifest, settings)
+        with staged_artifact(out, overwrite=settings.overwrite) as staged:
+            work.link_into(staged.path)
+            shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
+            fidelity = _quantisation_record(source, work) | _measure(source, staged.path, manifest, studies, settings)
+            try:
+                verify.require_parity(fidelity, manifest)
+            except ArtifactError:
+                work.discard_parts()
+                raise
+            staged.finish(dataclasses.replace(manifest, fidelity=fidelity))
     return load_artifact(out)
 
 
@@ -95,31 +142,67 @@ def _manifest(source: Checkpoint, settings: ExportSettings) -> Manifest:
             num_image_tokens=source.tower.num_patches,
             hidden_size=source.decoder.hidden_size,
         ),
-        decoder=DecoderPart(format=settings.decoder_format),
+        decoder=_decoder_part(settings),
         preprocessing=source.preprocessing,
         decoding=source.decoding,
         notice=f"{NOTICE} {source.notice or LICENCE_NOTICE}",
     )
 
 
-def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> list[verify.VerifyStudy]:
-    studies = verify.Studies(source, manifest, max_tokens=settings.verify_tokens)
+def _decoder_part(settings: ExportSettings) -> DecoderPart:
+    if not settings.decoder_format.startswith("gptq"):
+        return DecoderPart(format=settings.decoder_format)
+    gptq = settings.gptq
+    return DecoderPart(
+        format=settings.decoder_format, group_size=gptq.group_size, method=gptq.method, lm_head=gptq.lm_head
+    )
+
+
+def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, settings: ExportSettings) -> dict[str, Any]:
+    """Return all that the artifact's bytes depend on, by the names a user knows."""
+    given: dict[str, Any] = dataclasses.asdict(settings)
+    for name in ("overwrite", "show_progress"):
+        del given[name]
+    gptq: dict[str, Any] = given.pop("gptq")
+    weights = settings.gptq.token_weights
+    gptq["token_weights"] = "search" if weights is None else str(weights)
+    # Of the calibration it is the content that counts, wherever it lies.
+    del gptq["calibration_images"]
+    gptq["calibration_data"] = calibration and f"{calibration.data} ({calibration.sha256[:12]})"
+    if not settings.decoder_format.startswith("gptq"):
+        gptq = {}
+    for name in ("verify_data", "image_folder"):
+        given[name] = given[name] and str(given[name])
+    sources = {name: sha256[:12] for name, sha256 in manifest.sources.items()}
+    return given | gptq | sources | {"version": manifest.created_by, "torch": torch.__version__}
+
+
+def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> list[Study]:
+    reader = StudyReader(source, manifest, max_tokens=settings.verify_tokens)
     if settings.verify_data is None:
-        return studies.built_in(settings.verify_studies)
+        return reader.built_in(settings.verify_studies)
     listed = Path(settings.verify_data)
-    return studies.from_list(listed, Path(settings.image_folder or listed.parent), settings.verify_studies)
+    folder = Path(settings.image_folder or listed.parent)
+    return reader.from_list(listed, folder, settings.verify_studies, option="--verify-data")
 
 
-def _require_space(source: Checkpoint, folder: Path, vision_format: VisionFormat) -> None:
+def _require_space(
+    source: Checkpoint, folder: Path, calibration: CalibrationStudies | None, settings: ExportSettings
+) -> None:
     """Refuse a disk that is too small before the work, not after it."""
-    decoder = sum(spec.nbytes for spec in fp16_specs(source.decoder))
     vision = sum(_numel(entry.shape) for entry in (source.trunk.entries | source.projector.entries).values())
-    needed = decoder + vision * (4 if vision_format == "fp32" else 2) + (1 << 20)
+    needed = decoder_bytes(base_shapes(source.decoder), settings)
+    needed += vision * {"fp32": 4, "fp16": 2, "int8": 2}[settings.vision_format] + (1 << 20)
+    if calibration is not None:
+        tokens = sum(study.num_tokens(source.tower.num_patches) for study in calibration.studies)
+        # A layer's inputs and outputs; the search takes as much, of fewer studies, before.
+        needed += 2 * tokens * source.decoder.hidden_size * 4
+    needed -= sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if free < needed:
         msg = (
             f"{folder.parent}: got {free / 2**30:.2f} GiB free · expected at least {needed / 2**30:.2f} GiB for the "
-            "artifact · free some space, or choose an --out on another disk"
+            "artifact and what it is made from · free some space, or choose an --out on another disk"
         )
         raise ArtifactError(msg)
 
@@ -145,44 +228,168 @@ def _hash_sources(source: Checkpoint, settings: ExportSettings) -> dict[str, str
     return hashes
 
 
-def _write_vision(source: Checkpoint, folder: Path, settings: ExportSettings) -> None:
+def _write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> None:
+    if file.is_file():
+        return
     with _bar(settings, "writing vision.onnx", 2, unit="step") as bar:
         model = build_vision_onnx(
             source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
         )
         bar.update()
-        write_vision_onnx(model, folder / VISION_NAME)
+        partial = file.with_name(f"{file.name}.partial")
+        write_vision_onnx(model, partial)
+        partial.replace(file)
         bar.update()
 
 
-def _write_decoder(source: Checkpoint, folder: Path, manifest: Manifest, settings: ExportSettings) -> dict[str, Any]:
-    folder.mkdir()
-    report = MergeReport()
-    with (
-        _bar(settings, "merging the decoder", source.decoder.num_hidden_layers + 3, unit="part") as bar,
-        SafetensorsWriter(folder, fp16_specs(source.decoder)) as writer,
-    ):
-        for _, tensors in fp16_tensors(source, report):
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+def _write_layers(source: Checkpoint, work: WorkFolder, settings: ExportSettings) -> None:
+    """Write the embeddings and all layers in a form that takes no calibration."""
+    parts = range(work.decoder.num_finished(), source.decoder.num_hidden_layers + 1)
+    with _bar(settings, "writing the decoder", work.decoder.num_parts, initial=parts.start, unit="part") as bar:
+        for part in parts:
+            report = PartReport()
+            tensors = layer_part(source, part - 1, settings, report) if part else embeddings_part(source, report)
+            work.keep_report(part, report)
+            work.decoder.write(part, tensors)
             bar.update()
-    write_configs(folder, source.decoder, source.decoding, notice=manifest.notice)
-    return {
-        "lora_scale": source.adapter_config.scale,
-        "max_abs_rounding": report.max_abs,
-        "max_abs_rounding_tensor": report.max_abs_tensor,
-        "relative_rms_rounding": report.relative_rms,
+
+
+def _write_calibrated_layers(
+    source: Checkpoint,
+    work: WorkFolder,
+    manifest: Manifest,
+    calibration: CalibrationStudies,
+    settings: ExportSettings,
+) -> CalibrationRecord:
+    """Write the embeddings and all layers, each rounded by what it sees behind those before it."""
+    P, layers = source.tower.num_patches, source.decoder.num_hidden_layers
+    weights = _token_weights(source, work, manifest, calibration, settings)
+    lengths = [study.num_tokens(P) for study in calibration.studies]
+
+    def states(index: int) -> HiddenStates:
+        return HiddenStates(work.path / f"hidden-{index:04d}", lengths, source.decoder.hidden_size)
+
+    finished = work.decoder.num_finished()
+    if finished == 0:
+        embeddings = source.read_base("model.embed_tokens.weight")
+        with _bar(settings, "reading the films", len(calibration.studies), unit="film") as bar:
+            features = _features(work, manifest)
+            start_states(states(0).file, calibration.studies, features, embeddings, P, advance=bar.update)
+        del embeddings, features
+        report = PartReport()
+        tensors = embeddings_part(source, report)
+        work.keep_report(0, report)
+        work.decoder.write(0, tensors)
+        finished = 1
+    by_token = [token_weights(study, P, weights) for study in calibration.studies]
+    quantizer = LayerQuantizer(source.decoder, settings)
+    first = min(finished - 1, layers)
+    with _bar(settings, "rounding the decoder", layers * len(STAGES), initial=first * len(STAGES), unit="pass") as bar:
+        for index in range(first, layers):
+            inputs, outputs = states(index), states(index + 1)
+            if not inputs.complete:
+                msg = (
+                    f"{inputs.file}: got no hidden states to go on from · expected those before layer {index} · "
+                    f"remove {work.path} to begin anew"
+                )
+                raise ArtifactError(msg)
+            name = f"model.layers.{index}"
+            layer = source.read_layer(index).merged()
+            # In a spare file until the layer is done: what is called outputs is complete.
+            spare = outputs.beside(work.path / "hidden.partial")
+            rounded = quantizer.quantize(name, layer, inputs, spare, by_token, advance=bar.update)
+            spare.file.replace(outputs.file)
+            work.keep_report(index + 1, PartReport(errors={f"{name}.{k}": v for k, v in rounded.errors.items()}))
+            work.decoder.write(index + 1, calibrated_part(index, rounded.norms, rounded.linears))
+            inputs.remove()
+            bar.set_postfix_str(_errors_shown(index, rounded.errors))
+    return CalibrationRecord(
+        data=calibration.data,
+        sha256=calibration.sha256,
+        studies=len(calibration.studies),
+        tokens=sum(lengths),
+        image_weight=weights.image,
+        prompt_weight=weights.prompt,
+    )
+
+
+def _token_weights(
+    source: Checkpoint,
+    work: WorkFolder,
+    manifest: Manifest,
+    calibration: CalibrationStudies,
+    settings: ExportSettings,
+) -> TokenWeights:
+    """Return the token weights as given, as an earlier run has chosen them, or by a search."""
+    if settings.gptq.token_weights is not None:
+        return settings.gptq.token_weights
+    chosen = work.read("token_weights.json")
+    if chosen is None:
+        with _bar(settings, "choosing λ", num_search_steps(source), unit="step") as bar:
+            features = _features(work, manifest)
+            best, kl = search_token_weights(source, calibration, features, work.path, settings, advance=bar.update)
+        chosen = {"chosen": dataclasses.asdict(best), "held_out_studies": len(calibration.held_out), "mean_kl": kl}
+        work.write("token_weights.json", chosen)
+    return TokenWeights(**chosen["chosen"])
+
+
+def _features(work: WorkFolder, manifest: Manifest) -> Callable[[Study], Tensor]:
+    """Return the exported tower: the decoder is calibrated on what it will see at run time."""
+    encoder = VisionEncoder(verify.unfinished_artifact(work.path, manifest))
+    return lambda study: torch.from_numpy(encoder(study.pixel_values[None])[0])
+
+
+def _errors_shown(index: int, errors: dict[str, float]) -> str:
+    shown = " ".join(f"{name.rpartition('.')[2].removesuffix('_proj')} {error:.1%}" for name, error in errors.items())
+    return f"layer {index}: {shown}"
+
+
+def _finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, settings: ExportSettings) -> None:
+    """Write the final norm, the head, and the small files."""
+    last = work.decoder.num_parts - 1
+    if work.decoder.num_finished() == last:
+        report = PartReport()
+        tensors = head_part(source, settings, report)
+        work.keep_report(last, report)
+        work.decoder.write(last, tensors)
+    work.decoder.write_index()
+    write_configs(
+        work.decoder.folder,
+        source.decoder,
+        source.decoding,
+        notice=manifest.notice,
+        quantization=quantization_config(settings),
+    )
+
+
+def _quantisation_record(source: Checkpoint, work: WorkFolder) -> dict[str, Any]:
+    """Return what the manifest keeps of how the decoder was rounded."""
+    whole = PartReport()
+    for part in range(work.decoder.num_parts):
+        whole.merge(work.report(part) or PartReport())
+    record: dict[str, Any] = {
+        "merge": {
+            "lora_scale": source.adapter_config.scale,
+            "max_abs_rounding": whole.max_abs,  # of the tensors that stay in 16 bit
+            "max_abs_rounding_tensor": whole.max_abs_tensor,
+            "relative_rms_rounding": whole.relative_rms,
+        }
     }
+    if whole.errors:
+        record["calibration_errors"] = whole.errors
+    if (search := work.read("token_weights.json")) is not None:
+        record["token_weights"] = search
+    return record
 
 
 def _measure(
     source: Checkpoint,
     folder: Path,
     manifest: Manifest,
-    studies: Sequence[verify.VerifyStudy],
+    studies: Sequence[Study],
     settings: ExportSettings,
 ) -> dict[str, Any]:
-    with _bar(settings, "measuring parity", verify.num_steps(source, device=settings.device), unit="step") as bar:
+    with _bar(settings, "measuring parity", verify.num_steps(source), unit="step") as bar:
         fidelity = verify.measure(source, folder, manifest, studies, device=settings.device, advance=bar.update)
     data = "built-in" if settings.verify_data is None else Path(settings.verify_data).name
     return {"verify_data": data, **fidelity}

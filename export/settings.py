@@ -3,13 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from lite.config import DecoderFormat, VisionFormat
 from lite.errors import ArtifactError
 
-DecoderFormat = Literal["fp16"]
-VisionFormat = Literal["fp32", "fp16"]
+GroupSize = Literal[32, 64, 128, -1]
+Method = Literal["gptq", "rtn"]
+HeadFormat = Literal["fp16", "int8"]
+ActivationOrder = Literal["none", "static", "group"]
+Clip = Literal["none", "mse"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenWeights:
+    """What the tokens before the findings count in the Hessian, where a findings token counts 1."""
+
+    image: float
+    prompt: float
+
+    def __str__(self) -> str:
+        """Return them as the command line takes them."""
+        return f"{self.image:g},{self.prompt:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> TokenWeights:
+        """Read "IMAGE,PROMPT".
+
+        Raises:
+            ValueError: It is not two numbers from 0 to 1000.
+        """
+        image, _, prompt = text.partition(",")
+        weights = cls(image=float(image), prompt=float(prompt))
+        if not all(math.isfinite(weight) and 0 <= weight <= 1000 for weight in (weights.image, weights.prompt)):
+            raise ValueError(text)
+        return weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GptqSettings:
+    """How GPTQ finds the integers; each choice is explained in `export.gptq` and `export.folding`."""
+
+    group_size: GroupSize = 128
+    """Inputs that share a scale; -1 for all of them."""
+    method: Method = "gptq"
+    """"rtn" rounds each weight to its nearest value and does nothing else: the yardstick."""
+    calibration_data: str | Path | None = None
+    """JSON list of studies in the evaluation format; "gptq" needs one."""
+    calibration_images: str | Path | None = None
+    """Where its images are; its own folder by default."""
+    calibration_studies: int = 128
+    token_weights: TokenWeights | None = None
+    """None searches on studies of the list that are held out of the calibration."""
+    activation_order: ActivationOrder = "group"
+    clip: Clip = "mse"
+    refine: int = 2
+    """Passes of coordinate descent over the rounded columns."""
+    fold_scales: bool = True
+    """Balance the channels of neighbouring linears before rounding."""
+    lm_head: HeadFormat = "fp16"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +71,14 @@ class ExportSettings:
     """What to write, and how to measure it.
 
     Raises:
-        ArtifactError: A format is none of those known, or nothing would be measured.
+        ArtifactError: A value is none of those known, nothing would be measured, or two settings exclude each other.
     """
 
     decoder_format: DecoderFormat = "fp16"
     vision_format: VisionFormat = "fp32"
-    """What tower and projector are stored as and computed in."""
+    """What the tower's linears are stored as and computed in; with int8 the projector and the rest stay fp32."""
+    gptq: GptqSettings = GptqSettings()
+    """Used by the formats gptq-int4 and gptq-int8."""
     verify_data: str | Path | None = None
     """JSON list of studies in the evaluation format to measure parity on; None takes built-in ones."""
     image_folder: str | Path | None = None
@@ -31,7 +87,7 @@ class ExportSettings:
     verify_tokens: int = 64
     """Findings tokens scored per study, at most."""
     device: str = "auto"
-    """Where torch computes the measurement: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+    """Where torch computes: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
     overwrite: bool = False
     """Replace an artifact that is there, once the new one is complete."""
     show_progress: bool = False
@@ -39,16 +95,51 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that no export can have."""
-        formats = {"decoder": (self.decoder_format, DecoderFormat), "vision": (self.vision_format, VisionFormat)}
-        for part, (chosen, known) in formats.items():
+        gptq = self.gptq
+        for what, chosen, known in (
+            ("decoder format", self.decoder_format, DecoderFormat),
+            ("vision format", self.vision_format, VisionFormat),
+            ("group size", gptq.group_size, GroupSize),
+            ("method", gptq.method, Method),
+            ("lm_head format", gptq.lm_head, HeadFormat),
+            ("activation order", gptq.activation_order, ActivationOrder),
+            ("clip", gptq.clip, Clip),
+        ):
             if chosen not in get_args(known):
-                msg = (
-                    f"got {part} format {chosen!r} · expected one of {', '.join(get_args(known))} · choose one of them"
-                )
-                raise ArtifactError(msg)
+                options = ", ".join(map(str, get_args(known)))
+                raise ArtifactError(f"got {what} {chosen!r} · expected one of {options} · choose one of them")
         for name, count in {"verify_studies": self.verify_studies, "verify_tokens": self.verify_tokens}.items():
             if count < 1:
                 raise ArtifactError(f"got {name}={count} · expected at least 1 · an unmeasured export is not kept")
+        if gptq.calibration_studies < 1 or gptq.refine < 0:
+            msg = f"got calibration_studies={gptq.calibration_studies} refine={gptq.refine} · expected 1 and 0 or more"
+            raise ArtifactError(f"{msg} · choose other numbers")
+        if not self.decoder_format.startswith("gptq"):
+            changed = [
+                field.name
+                for field in dataclasses.fields(gptq)
+                if getattr(gptq, field.name) != getattr(GptqSettings(), field.name)
+            ]
+            if changed:
+                msg = f"got {changed[0]} for the decoder format {self.decoder_format} · expected it with gptq-int4 or "
+                raise ArtifactError(f"{msg}gptq-int8 only · leave it out, or choose one of these formats")
+        elif gptq.method == "gptq" and gptq.calibration_data is None:
+            msg = (
+                "got no calibration data · expected a JSON list of studies in the evaluation format, with films and "
+                "findings: GPTQ rounds weights by what the decoder sees · give --calibration-data LIST.json, or take "
+                "--method rtn, which needs none and loses more"
+            )
+            raise ArtifactError(msg)
+
+    @property
+    def bits(self) -> int:
+        """The bits of a weight of the decoder's linears."""
+        return {"fp16": 16, "gptq-int4": 4, "bnb-nf4": 4}.get(self.decoder_format, 8)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the decoder is rounded by what it sees, which takes studies and goes layer after layer."""
+        return self.decoder_format.startswith("gptq") and self.gptq.method == "gptq"
 
 
 DEFAULTS: Final = ExportSettings()

@@ -23,12 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import export.checkpoint
 import export.pipeline
+import export.studies
 import export.vision_onnx
 from export import ExportSettings, export_artifact, forward, verify
 from export.__main__ import main
 from export.checkpoint import open_checkpoint
-from export.decoder import SafetensorsWriter, TensorSpec, fp16_specs
+from export.decoder import DecoderFolder
+from export.studies import StudyReader
 from lite.artifact import load_artifact
+from lite.decoder import load_decoder
 from lite.errors import ArtifactError, BackendUnavailable, CheckpointError
 from lite.vision import VisionEncoder
 
@@ -194,7 +197,7 @@ def test_decoder_folder_says_what_it_is(artifact: Artifact) -> None:
     assert (config["torch_dtype"], config["model_type"]) == ("float16", "llama")
     assert "quantization_config" not in config
     assert artifact.manifest.notice in artifact.file("decoder/NOTICE").read_text()
-    tensors = load_file(artifact.file("decoder/model.safetensors"))
+    tensors = _decoder_tensors(artifact)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert len(tensors) == random_checkpoint.LAYERS * 9 + 3
 
@@ -222,16 +225,20 @@ def test_export_is_reproducible(folders: tuple[Path, Path], artifact: Artifact, 
     assert again.manifest.files == artifact.manifest.files
 
 
-def test_layer_by_layer_measures_what_the_runtime_decoder_computes(
-    source: Checkpoint, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    studies = verify.Studies(source, artifact.manifest, max_tokens=16).built_in(2)
-    whole = verify.measure(source, artifact.path, artifact.manifest, studies)["decoder"]
-    monkeypatch.setattr(verify, "_fits_in_memory", lambda *_: False)
-    layered = verify.measure(source, artifact.path, artifact.manifest, studies)["decoder"]
-    assert (whole["computed_by"], layered["computed_by"]) == ("lite.decoder", "export.forward, layer by layer")
-    assert layered["mean_kl"] == pytest.approx(whole["mean_kl"], rel=0.02, abs=1e-9)
-    assert layered["tokens"] == whole["tokens"] == 32
+def _decoder_tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
+    files = sorted((artifact.path / "decoder").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_parity_layer_by_layer_is_that_of_the_whole_decoder(source: Checkpoint, artifact: Artifact) -> None:
+    studies = StudyReader(source, artifact.manifest, max_tokens=16).built_in(2)
+    features = [torch.from_numpy(VisionEncoder(artifact)(study.pixel_values[None])[0]) for study in studies]
+    layered = verify._artifact_logits(artifact, studies, features, "cpu", lambda: None)
+    decoder = load_decoder(artifact, device="cpu")
+    for study, image, logits in zip(studies, features, layered, strict=True):
+        whole = decoder.score(study.input_ids, study.target_ids, image)
+        assert whole.shape == logits.shape == (16, decoder.config.vocab_size)
+        torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
 
 
 def _fails(folders: tuple[Path, Path], out: Path, match: str) -> None:
@@ -277,7 +284,7 @@ def test_parity_that_is_not_a_number_fails(artifact: Artifact) -> None:
         verify.require_parity(fidelity, artifact.manifest)
 
 
-class _OneTokenPerWord(verify.Tokenizer):
+class _OneTokenPerWord(export.studies.Tokenizer):
     """The least that any tokenizer gives: one token per word, a short one."""
 
     def encode(self, text: str) -> list[int]:
@@ -296,7 +303,7 @@ def test_the_same_top_token_is_required_of_a_default_export(
         return {**compared, "same_top": 0.95}
 
     monkeypatch.setattr(verify, "_compare_logits", worse)
-    monkeypatch.setattr(verify, "Tokenizer", _OneTokenPerWord)
+    monkeypatch.setattr(export.studies, "Tokenizer", _OneTokenPerWord)
     _fails(folders, tmp_path / "artifact", "parity of decoder fp16: got same top token 0.95")
     assert tokens[0] >= 1.5 * verify.MIN_TOKENS_FOR_SAME_TOP
 
@@ -332,10 +339,10 @@ def test_interruption_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(SafetensorsWriter, "write", interrupt)
+    monkeypatch.setattr(DecoderFolder, "write", interrupt)
     arguments = ["--checkpoint", str(folders[0]), "--base", str(folders[1]), "--out", str(tmp_path / "artifact")]
     assert main([*arguments, "--quiet"]) == 130
-    assert "nothing was written" in capsys.readouterr().err
+    assert "nothing is left behind" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -345,7 +352,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    monkeypatch.setattr(DecoderFolder, "write", full)
     _fails(folders, tmp_path / "artifact", "got a full disk .* free some space")
 
 
@@ -359,7 +366,11 @@ def test_a_source_that_cannot_be_read_is_named_and_no_full_disk_is_blamed(
     with pytest.raises(ArtifactError, match=r"^/somewhere/tokenizer.model: got .*Permission denied") as error:
         export_artifact(*folders, tmp_path / "artifact")
     assert "room" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []
+    # With the decoder done, the next export only has to do the rest.
+    assert [path.name for path in tmp_path.iterdir()] == [".artifact.export"]
+    monkeypatch.undo()
+    export_artifact(*folders, tmp_path / "artifact").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 @pytest.mark.parametrize("fault", ["operator", "shape"])
@@ -433,35 +444,18 @@ def test_a_decoder_that_overflows_is_named(folders: tuple[Path, Path], tmp_path:
     assert not (tmp_path / "artifact").exists()
 
 
-def test_shards_are_written_with_an_index_others_read(source: Checkpoint, artifact: Artifact, tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
-
-    tensors = load_file(artifact.file("decoder/model.safetensors"))
-    with SafetensorsWriter(tmp_path, fp16_specs(source.decoder), max_shard_bytes=200_000) as writer:
-        for spec in fp16_specs(source.decoder):
-            writer.write(spec.name, tensors[spec.name])
-    shutil.copyfile(artifact.file("decoder/config.json"), tmp_path / "config.json")
-    shards = sorted(tmp_path.glob("model-*.safetensors"))
-    assert len(shards) > 2
-    assert all(shard.stat().st_size < 210_000 for shard in shards)
-    for shard in shards:
+def test_parts_have_an_index_that_says_what_they_hold(artifact: Artifact) -> None:
+    tensors = _decoder_tensors(artifact)
+    parts = sorted((artifact.path / "decoder").glob("*.safetensors"))
+    assert [part.name for part in parts] == [f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)]
+    for part in parts:
         # What follows the header is aligned, for whoever maps the file.
-        assert int.from_bytes(shard.read_bytes()[:8], "little") % 8 == 0
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert int.from_bytes(part.read_bytes()[:8], "little") % 8 == 0
+    index = json.loads(artifact.file("decoder/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, tensors[name]), name
-
-
-def test_the_writer_takes_only_what_was_planned(tmp_path: Path) -> None:
-    specs = [TensorSpec(name=name, shape=(2, 3), dtype=torch.float16) for name in "ab"]
-    with pytest.raises(CheckpointError, match="got b"), SafetensorsWriter(tmp_path, specs) as writer:
-        writer.write("b", torch.zeros(2, 3, dtype=torch.float16))
-    with pytest.raises(CheckpointError, match="float32"), SafetensorsWriter(tmp_path, specs) as writer:
-        writer.write("a", torch.zeros(2, 3))
-    with pytest.raises(CheckpointError, match="before b was written"), SafetensorsWriter(tmp_path, specs) as writer:
-        writer.write("a", torch.zeros(2, 3, dtype=torch.float16))
+    assert index["weight_map"].keys() == tensors.keys()
+    for name, part in index["weight_map"].items():
+        assert name in load_file(artifact.path / "decoder" / part)
 
 
 def test_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -470,7 +464,7 @@ def test_command_line(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest
     printed = capsys.readouterr()
     for part in ("KL", "cosine", "not for clinical use", "phantom model", "python -m lite generate"):
         assert part in printed.out
-    assert "merging the decoder" in printed.err
+    assert "writing the decoder" in printed.err
     assert main([*arguments, "--quiet"]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")

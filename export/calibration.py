@@ -1,0 +1,202 @@
+"""What the decoder sees while it is calibrated: sequences of prompt, image and findings, layer after layer.
+
+A sequence is spliced as at run time, with the image features of the exported `vision.onnx`:
+
+    prompt … │ image features (P) │ … prompt │ findings …
+
+Nine tenths and more of its tokens are image tokens, while the loss that counts is that of the findings. So each kind of
+token has its weight λ in the Hessian Σ λ_t x_t x_tᵀ that GPTQ rounds by. (Text-only calibration of such models has been
+reported worse than rounding to nearest; weights by modality: MBQ, arXiv 2412.19509.)
+
+The hidden states of all sequences lie in a file and are read and written a sequence at a time: 128 studies of a 7B
+model are 3 GB, which need not be memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+
+from export.settings import TokenWeights
+from export.studies import Study, StudyReader, sha256_of_studies
+from lite.config import IMAGE_TOKEN_ID
+from lite.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+
+    from export.checkpoint import Checkpoint
+    from export.settings import GptqSettings
+    from lite.artifact import Manifest
+
+MAX_FINDINGS_TOKENS: Final = 256
+HELD_OUT_SHARE: Final = 4
+MAX_HELD_OUT: Final = 24
+"""The search for token weights holds out every fourth study of a list, at most these many."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationStudies:
+    """The studies of a calibration, and those held out of it to choose by."""
+
+    studies: list[Study]
+    held_out: list[Study]
+    data: str  # the list's file name
+    sha256: str
+
+
+def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqSettings) -> CalibrationStudies:
+    """Read the studies to calibrate on.
+
+    Args:
+        checkpoint: The source.
+        manifest: Of the artifact being written.
+        settings: With `calibration_data`.
+
+    Raises:
+        CheckpointError: See `StudyReader.from_list`; or the list is too short to hold any out.
+    """
+    file = Path(settings.calibration_data or "")
+    folder = Path(settings.calibration_images or file.parent)
+    reader = StudyReader(checkpoint, manifest, max_tokens=MAX_FINDINGS_TOKENS)
+    searches = settings.token_weights is None
+    wanted = settings.calibration_studies + (MAX_HELD_OUT if searches else 0)
+    studies = reader.from_list(file, folder, wanted, option="--calibration-data")
+    held_out = min(MAX_HELD_OUT, len(studies) // HELD_OUT_SHARE) if searches else 0
+    if searches and not held_out:
+        msg = (
+            f"{file}: got {len(studies)} studies · expected at least {HELD_OUT_SHARE}, as the token weights are chosen "
+            "on some that are held out · use a longer list, or give --token-weights"
+        )
+        raise CheckpointError(msg)
+    split = len(studies) - held_out
+    return CalibrationStudies(
+        studies=studies[:split][: settings.calibration_studies],
+        held_out=studies[split:],
+        data=file.name,
+        sha256=sha256_of_studies(studies),
+    )
+
+
+class HiddenStates:
+    """The hidden states of some sequences, float32 in a file, one sequence in memory at a time."""
+
+    def __init__(self, file: Path, lengths: Sequence[int], hidden_size: int) -> None:
+        """Describe the file; `create` makes it.
+
+        Args:
+            file: Where it is, or will be.
+            lengths: Tokens of each sequence.
+            hidden_size: Values of a token.
+        """
+        self.file = file
+        self.lengths = tuple(lengths)
+        self.hidden_size = hidden_size
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the file."""
+        return int(self._starts[-1]) * self.hidden_size * 4
+
+    @property
+    def complete(self) -> bool:
+        """Whether the file is there in full length."""
+        return self.file.is_file() and self.file.stat().st_size == self.nbytes
+
+    def beside(self, file: Path) -> HiddenStates:
+        """Return the same sequences in another file, which begins empty."""
+        other = HiddenStates(file, self.lengths, self.hidden_size)
+        with file.open("wb") as stream:
+            stream.truncate(other.nbytes)
+        return other
+
+    def fill(self, sequences: Iterable[Tensor]) -> None:
+        """Write all sequences, in order; the file has its name only when it is complete."""
+        partial = self.file.with_name(f"{self.file.name}.partial")
+        with partial.open("wb") as stream:
+            for sequence in sequences:
+                stream.write(sequence.float().cpu().contiguous().numpy().data)
+        partial.replace(self.file)
+
+    def read(self, index: int) -> Tensor:
+        """Return a sequence, float32 [T, hidden_size]."""
+        count = self.lengths[index] * self.hidden_size
+        values = np.fromfile(self.file, np.float32, count, offset=int(self._starts[index]) * self.hidden_size * 4)
+        return torch.from_numpy(values).view(-1, self.hidden_size)
+
+    def write(self, index: int, sequence: Tensor) -> None:
+        """Replace a sequence."""
+        with self.file.open("r+b") as stream:
+            stream.seek(int(self._starts[index]) * self.hidden_size * 4)
+            stream.write(sequence.float().cpu().contiguous().numpy().data)
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.lengths)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.file.unlink(missing_ok=True)
+
+
+def embed(study: Study, features: Tensor, embeddings: Tensor) -> Tensor:
+    """Splice the image between the prompt's halves; the last target is predicted, never read.
+
+    Args:
+        study: Its tokens.
+        features: [P, hidden_size], float32.
+        embeddings: [vocab_size, hidden_size].
+
+    Returns:
+        [T, hidden_size], float32.
+    """
+    ids = [*study.input_ids, *study.target_ids[:-1]]
+    at = ids.index(IMAGE_TOKEN_ID)
+    before, after = (embeddings[torch.tensor(part, dtype=torch.long)].float() for part in (ids[:at], ids[at + 1 :]))
+    return torch.cat([before, features, after])
+
+
+def token_weights(study: Study, num_patches: int, weights: TokenWeights) -> Tensor:
+    """Return λ of each token of a study, float32 [T]; those that predict findings count 1."""
+    values = torch.ones(study.num_tokens(num_patches))
+    # The last token of the prompt is the one that predicts the first of the findings.
+    values[: len(study.input_ids) - 2 + num_patches] = weights.prompt
+    values[study.image_at : study.image_at + num_patches] = weights.image
+    return values
+
+
+def start_states(
+    file: Path,
+    studies: Sequence[Study],
+    features: Callable[[Study], Tensor],
+    embeddings: Tensor,
+    num_patches: int,
+    *,
+    advance: Callable[[], object] = lambda: None,
+) -> HiddenStates:
+    """Write the decoder's inputs for some studies.
+
+    Args:
+        file: Where to.
+        studies: Which.
+        features: Runs the tower on a study's film, [P, hidden_size].
+        embeddings: [vocab_size, hidden_size].
+        num_patches: P.
+        advance: Called once for each study.
+    """
+
+    def spliced() -> Iterable[Any]:
+        for study in studies:
+            yield embed(study, features(study), embeddings)
+            advance()
+
+    states = HiddenStates(file, [study.num_tokens(num_patches) for study in studies], embeddings.shape[1])
+    states.fill(spliced())
+    return states

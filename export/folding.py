@@ -1,0 +1,107 @@
+"""Scale folding: the same function with weights that round better.
+
+A linear's input channels may be divided by any s > 0 where they are made, if its columns are multiplied by s:
+
+    input_layernorm ÷ s  ▶  q, k, v columns × s          up rows ÷ s  ▶  down columns × s
+    post_attention_layernorm ÷ s  ▶  gate, up columns × s      v rows ÷ s  ▶  o columns × s
+
+Nothing changes in exact arithmetic, and the decoder stays a plain Llama. But a group of inputs shares the scale it is
+rounded with, so a column of large weights coarsens its neighbours, and a column of large inputs makes its own rounding
+count. AWQ (Lin et al. 2023) and SmoothQuant (Xiao et al. 2022) balance the two by s = x^α / w^(1−α), x and w being the
+size of a channel's inputs and of its weights; α = 1 looks at the inputs alone, and leaving everything as it is, is a
+choice too. Of a few α, the one is taken with which rounding to nearest changes the outputs least.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from export.gptq import round_to_nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from export.gptq import Grid
+
+ALPHAS: Final = tuple(step / 10 for step in range(11))
+SMALLEST: Final = 1e-8
+"""What a channel without inputs or weights counts as."""
+LARGEST_FOLD: Final = 1e3
+"""Bound of s and 1/s, so that a channel that is hardly ever used stays within float16."""
+
+
+def fold(
+    layer: Mapping[str, Tensor],
+    producer: str,
+    consumers: tuple[str, ...],
+    mean_square: Tensor,
+    grid: Grid,
+    *,
+    heads: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """Move scales from where channels are made into the linears that read them.
+
+    Args:
+        layer: The weights of a decoder layer, float32.
+        producer: A norm's vector, or the linear whose outputs the channels are.
+        consumers: The linears that read them.
+        mean_square: Of each channel over the calibration inputs, [K].
+        grid: What the consumers will be rounded to.
+        heads: (query heads that read one value head, head_dim) where the channels are those of attention: query heads
+            that share a value head share its scales.
+
+    Returns:
+        The changed tensors: producer and consumers.
+    """
+    weights = [layer[name] for name in consumers]
+    x = mean_square.clamp_min(SMALLEST**2)
+    w = torch.stack([weight.square().mean(0) for weight in weights]).mean(0).clamp_min(SMALLEST**2)
+    if heads is not None:
+        x, w = _pooled(x, heads), _pooled(w, heads)
+    x, w = x.sqrt(), w.sqrt()
+    best = torch.ones_like(x)
+    least = _error(weights, _spread(best, heads), mean_square, grid)
+    for alpha in ALPHAS:
+        for s in (x**alpha / w ** (1 - alpha), x**alpha):
+            s = _bounded(s)
+            error = _error(weights, _spread(s, heads), mean_square, grid)
+            if error < least:
+                best, least = s, error
+    made = layer[producer]
+    columns = _spread(best, heads)
+    return {producer: made / (best if made.dim() == 1 else best.unsqueeze(1))} | {
+        name: weight * columns for name, weight in zip(consumers, weights, strict=True)
+    }
+
+
+def _error(weights: list[Tensor], s: Tensor, mean_square: Tensor, grid: Grid) -> float:
+    """Return what rounding to nearest adds to the outputs' squares, taking the inputs for uncorrelated."""
+    importance = mean_square / s.square()
+    total = 0.0
+    for weight in weights:
+        scaled = weight * s
+        rounded = round_to_nearest(scaled, grid).dequantized()
+        total += float((rounded - scaled).square_().sum(0) @ importance)
+    return total
+
+
+def _bounded(s: Tensor) -> Tensor:
+    """Keep the geometric mean at one, and every scale where float16 can hold what it is folded into."""
+    return (s / s.log().mean().exp()).clamp(1 / LARGEST_FOLD, LARGEST_FOLD)
+
+
+def _pooled(channels: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Average over the query heads that share a value head: [K] to [K / sharing]."""
+    return channels.view(-1, *heads).mean(1).flatten()
+
+
+def _spread(channels: Tensor, heads: tuple[int, int] | None) -> Tensor:
+    """Undo the shape of `_pooled`: every query head gets its value head's scales."""
+    if heads is None:
+        return channels
+    sharing, head_dim = heads
+    return channels.view(-1, 1, head_dim).expand(-1, sharing, -1).flatten()

@@ -1,0 +1,320 @@
+"""GPTQ: weights rounded one input column at a time, the columns not yet rounded making up for the error so far.
+
+A linear computes y = W x. Rounding W to Ŵ on a grid costs, over the calibration inputs,
+
+    Σ_t λ_t ‖(W − Ŵ) x_t‖² = tr (W − Ŵ) H (W − Ŵ)ᵀ,        H = Σ_t λ_t x_t x_tᵀ
+
+Rounding each weight to its nearest value ignores that inputs are correlated. GPTQ (Frantar et al. 2022) rounds column
+after column and after each moves the columns that are still free to where they compensate best; what that takes is the
+upper triangular U with H⁻¹ = Uᵀ U.
+
+The grid is symmetric: ŵ = s · (q − 2^(bits−1)), with one scale s for each output and group of `group_size` inputs, in
+float16 as it will be stored. What else is done here, each a choice of `Options`:
+
+- *activation order*: columns with large inputs are rounded first, while many are left to compensate. "static" takes
+  any order, with the scales fixed beforehand; "group" takes whole groups in order of importance, and columns in order
+  inside each, so that a group's scale is chosen when its turn comes, from weights that carry the compensation. Both
+  are undone before writing: the file has natural order, and the runtime needs no g_idx.
+- *clip*: a scale smaller than the largest weight needs, which cuts that weight off and rounds all others finer.
+- *refine*: passes over the finished columns that round each anew given all others (coordinate descent on the same
+  objective), with the scales fitted again by least squares before each. GPTQ cannot go back; this does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from kernels.packing import symmetric_zero
+from lite.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from export.settings import ActivationOrder, Clip
+
+
+BLOCK_COLUMNS: Final = 128
+"""Columns whose effect on the columns behind them is applied at once: a matrix product instead of many outer ones."""
+CLIP_STEPS: Final = 40
+CLIP_LOWEST: Final = 0.6
+"""The clip grid: this many scales from 1 down to this share of what the largest weight needs."""
+FIRST_DAMPING: Final = 0.01
+LAST_DAMPING: Final = 10.0
+"""The diagonal is raised by this share of its mean; ten times as much whenever the factorisation fails."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The values a weight may be rounded to."""
+
+    bits: int
+    group_size: int  # inputs that share a scale; a divisor of the inputs
+
+    @property
+    def lowest(self) -> int:
+        """The smallest q − zero."""
+        return -symmetric_zero(self.bits)
+
+    @property
+    def highest(self) -> int:
+        """The largest q − zero."""
+        return symmetric_zero(self.bits) - 1
+
+    def round(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """Return the nearest q − zero, in float; the shapes broadcast."""
+        return (weight / scales).round_().clamp_(self.lowest, self.highest)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How GPTQ goes about it."""
+
+    order: ActivationOrder = "group"
+    clip: Clip = "mse"
+    refine: int = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """A rounded weight."""
+
+    values: Tensor  # q - zero, int8 [N, K]
+    scales: Tensor  # float16 [N, groups]
+    grid: Grid
+
+    def dequantized(self) -> Tensor:
+        """Return the weight it stands for, float32 [N, K]."""
+        groups = self.values.float().view(len(self.values), -1, self.grid.group_size)
+        weight: Tensor = (groups * self.scales.float().unsqueeze(-1)).flatten(1)
+        return weight
+
+
+class Hessian:
+    """H = Σ λ_t x_t x_tᵀ / Σ λ_t over the inputs of a linear, float32 [K, K]."""
+
+    def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
+        """Begin with no inputs."""
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._weight = 0.0
+
+    def add(self, x: Tensor, weights: Tensor) -> None:
+        """Count inputs.
+
+        Args:
+            x: [T, K], float32.
+            weights: λ_t, [T], not negative.
+        """
+        scaled = x * weights.sqrt().unsqueeze(1)
+        self._sum.addmm_(scaled.T, scaled)
+        self._weight += float(weights.sum())
+
+    def take(self, name: str) -> Tensor:
+        """Return H, leaving nothing here (it is the largest thing in memory).
+
+        Raises:
+            CheckpointError: Nothing was counted, or it is not finite.
+        """
+        mean, self._sum = self._sum.div_(self._weight or 1.0), torch.empty(0)
+        if not self._weight or not bool(mean.diagonal().isfinite().all()) or not bool(mean.isfinite().all()):
+            got = "a Hessian that is not finite" if self._weight else "no inputs"
+            msg = (
+                f"{name}: got {got} from the calibration data · expected finite activations · check the films of "
+                "--calibration-data, and that the base model is the one the adapter was trained on"
+            )
+            raise CheckpointError(msg)
+        return mean
+
+
+def round_to_nearest(weight: Tensor, grid: Grid, *, clip: Clip = "none", importance: Tensor | None = None) -> Quantized:
+    """Round each weight by itself.
+
+    Args:
+        weight: [N, K], float32.
+        grid: Where to.
+        clip: How the scales are chosen.
+        importance: What the squared errors of each input count in the clip search, [K]; all the same by default.
+    """
+    groups = weight.reshape(len(weight), -1, grid.group_size)
+    weights = torch.ones_like(weight[0]) if importance is None else importance
+    scales = torch.stack(
+        [_scales(groups[:, group], grid, clip, part) for group, part in enumerate(weights.view(-1, grid.group_size))],
+        dim=1,
+    )
+    values = grid.round(groups, scales.unsqueeze(-1)).flatten(1)
+    return Quantized(values=values.to(torch.int8), scales=scales.half(), grid=grid)
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: Options, *, name: str = "weight") -> Quantized:
+    """Round a weight so that its outputs change as little as it can find.
+
+    Args:
+        weight: [N, K], float32.
+        hessian: [K, K], float32; not changed.
+        grid: Where to.
+        options: How.
+        name: Of the weight, for messages.
+
+    Raises:
+        CheckpointError: The Hessian cannot be factorised.
+    """
+    importance = hessian.diagonal().clone()
+    order = _order(importance, grid, options.order)
+    U = _inverse_factor(hessian, order, name)
+    static = None
+    if options.order == "static" or grid.group_size == weight.shape[1]:
+        static = round_to_nearest(weight, grid, clip=options.clip, importance=importance).scales.float()
+    group_of = order // grid.group_size
+    W = weight[:, order]
+    values = torch.empty_like(W)
+    scales = torch.empty(W.shape[0], W.shape[1] // grid.group_size, device=W.device) if static is None else static
+    block = max(BLOCK_COLUMNS, grid.group_size) if static is None else BLOCK_COLUMNS
+    for start in range(0, W.shape[1], block):
+        end = min(start + block, W.shape[1])
+        errors = torch.empty_like(W[:, start:end])
+        for column in range(start, end):
+            group = int(group_of[column])
+            if static is None and column % grid.group_size == 0:
+                here = slice(column, column + grid.group_size)
+                scales[:, group] = _scales(W[:, here], grid, options.clip, importance[order[here]])
+            w, s = W[:, column], scales[:, group]
+            values[:, column] = grid.round(w, s)
+            error = (w - values[:, column] * s) / U[column, column]
+            W[:, column:end].addr_(error, U[column, column:end], alpha=-1)
+            errors[:, column - start] = error
+        W[:, end:].addmm_(errors, U[start:end, end:], alpha=-1)
+    del U, W
+    natural = torch.empty_like(values).index_copy_(1, order, values)
+    if options.refine:
+        _refine(weight, natural, scales, hessian, grid, order, options.refine)
+    return Quantized(values=natural.to(torch.int8), scales=scales.half(), grid=grid)
+
+
+def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """Return the root mean square of the outputs' change, relative to that of the outputs."""
+    difference = weight - rounded
+    changed = ((difference @ hessian) * difference).sum(dtype=torch.float64)
+    whole = ((weight @ hessian) * weight).sum(dtype=torch.float64)
+    return float((changed / whole.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0).sqrt())
+
+
+def _scales(weight: Tensor, grid: Grid, clip: Clip, importance: Tensor) -> Tensor:
+    """Choose the scale of each row of one group [N, group_size], as float16 will hold it, in float32."""
+    widest = weight.abs().amax(1) / grid.highest
+    if clip == "none":
+        return _as_stored(widest)
+    best = _as_stored(widest)
+    least = _rounding_error(weight, best, grid, importance)
+    for step in range(1, CLIP_STEPS):
+        scales = _as_stored(widest * (1 - (1 - CLIP_LOWEST) * step / (CLIP_STEPS - 1)))
+        error = _rounding_error(weight, scales, grid, importance)
+        better = error < least
+        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    return best
+
+
+def _rounding_error(weight: Tensor, scales: Tensor, grid: Grid, importance: Tensor) -> Tensor:
+    column = scales.unsqueeze(1)
+    return (grid.round(weight, column) * column - weight).square_() @ importance
+
+
+def _as_stored(scales: Tensor) -> Tensor:
+    """Round to float16; a group of zeros, or nearly, gets a scale that can be divided by."""
+    return scales.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max).half().float()
+
+
+def _order(importance: Tensor, grid: Grid, order: ActivationOrder) -> Tensor:
+    """Return the columns in the order they are rounded."""
+    columns = torch.arange(len(importance), device=importance.device)
+    if order == "none":
+        return columns
+    if order == "static":
+        return importance.argsort(descending=True, stable=True)
+    groups = importance.view(-1, grid.group_size)
+    inside = groups.argsort(dim=1, descending=True, stable=True)
+    first = groups.amax(1).argsort(descending=True, stable=True)
+    return (first.unsqueeze(1) * grid.group_size + inside[first]).flatten()
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor, name: str) -> Tensor:
+    """Return the upper triangular U with H⁻¹ = Uᵀ U for H in that order, damped as much as it takes.
+
+    With J the reversal of rows or columns, J H J = L Lᵀ gives H = R Rᵀ with the upper triangular R = J L J, and then
+    U = R⁻¹ = J L⁻¹ J: one factorisation and one triangular inverse, and H⁻¹ itself is never formed.
+    """
+    backwards = order.flip(0)
+    mean = float(hessian.diagonal().mean()) or 1.0
+    damping = FIRST_DAMPING
+    while damping <= LAST_DAMPING:
+        flipped = hessian[backwards][:, backwards]
+        diagonal = flipped.diagonal()
+        # An input that was never seen has nothing to say: rounding it must neither fail nor move the others.
+        diagonal[diagonal == 0] = mean
+        diagonal.add_(damping * mean)
+        L, failed = torch.linalg.cholesky_ex(flipped)
+        del flipped, diagonal
+        if not int(failed):
+            eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
+            inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+            del L, eye
+            if bool(inverse.isfinite().all()):
+                U: Tensor = inverse.flip(0, 1)
+                return U
+        damping *= 10
+    msg = (
+        f"{name}: got a Hessian that cannot be factorised, even damped by {LAST_DAMPING:g} times its mean · expected a "
+        "positive one · use more or other calibration studies, or --method rtn"
+    )
+    raise CheckpointError(msg)
+
+
+def _refine(
+    weight: Tensor, values: Tensor, scales: Tensor, hessian: Tensor, grid: Grid, order: Tensor, passes: int
+) -> None:
+    """Improve values and scales in place: scales by least squares, then each column anew, given all others.
+
+    Both are coordinate descent on the objective of each row, which never rises. `gradient` is (W − Ŵ) H throughout.
+    """
+    groups = values.view(len(values), -1, grid.group_size)
+    residual = weight - (groups * scales.unsqueeze(-1)).flatten(1)
+    gradient = residual @ hessian
+    del residual
+    for _ in range(passes):
+        for group in range(scales.shape[1]):
+            _fit_scale(values, scales, gradient, hessian, grid, group)
+        for columns in torch.split(order, BLOCK_COLUMNS):
+            _round_again(values, scales, gradient, hessian, grid, columns)
+
+
+def _fit_scale(values: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, group: int) -> None:
+    """Move the scale of one group to where the objective of its row is least."""
+    here = slice(group * grid.group_size, (group + 1) * grid.group_size)
+    q, old = values[:, here], scales[:, group].clone()
+    curvature = ((q @ hessian[here, here]) * q).sum(1)
+    wanted = old + (q * gradient[:, here]).sum(1) / curvature.clamp_min(torch.finfo(torch.float32).tiny)
+    moved = torch.where((curvature > 0) & (wanted > 0), _as_stored(wanted), old)
+    # float16 has its own idea of where: only when that is better than staying. The change of the objective is
+    # curvature * (d² - 2 d d*), with d the step and d* the best one.
+    moved = torch.where((moved - old).abs() < 2 * (wanted - old).abs(), moved, old)
+    scales[:, group] = moved
+    gradient.addmm_((moved - old).unsqueeze(1) * q, hessian[here], alpha=-1)
+
+
+def _round_again(
+    values: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, columns: Tensor
+) -> None:
+    """Round some columns anew, one after the other."""
+    H = hessian[columns]
+    among = H[:, columns]
+    importance = among.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
+    local = gradient[:, columns]
+    changes = torch.empty_like(local)
+    for place, (column, group) in enumerate(zip(columns.tolist(), (columns // grid.group_size).tolist(), strict=True)):
+        s = scales[:, group]
+        old = values[:, column] * s
+        values[:, column] = grid.round(old + local[:, place] / importance[place], s)
+        changes[:, place] = values[:, column] * s - old
+        local.addr_(changes[:, place], among[place], alpha=-1)
+    gradient.addmm_(changes, H, alpha=-1)

@@ -1,0 +1,219 @@
+"""GPTQ of a decoder layer, true-sequential: what is rounded next sees what has been rounded before.
+
+    hidden ─norm─▶ q, k, v ─attention─▶ o ─ + ─norm─▶ gate, up ─silu·─▶ down ─ + ─▶ hidden of the next layer
+              H₁   round        H₂   round      H₃    round      H₄   round
+
+The calibration sequences pass through the layer once for each H, with the weights rounded so far; in the end they have
+passed through the rounded layer, and are the next one's inputs. One layer, one H and one sequence are in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from export import forward
+from export.decoder import grid_of
+from export.folding import fold
+from export.gptq import Hessian, Options, Quantized, gptq, relative_error
+from lite.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from export.calibration import HiddenStates
+    from export.gptq import Grid
+    from export.settings import ExportSettings
+    from lite.config import DecoderConfig
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+STAGES = ("attention inputs", "attention", "mlp inputs", "mlp", "outputs")
+"""The passes over the calibration sequences that a layer takes, for progress."""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class QuantizedLayer:
+    """A rounded layer."""
+
+    norms: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # float16
+    linears: dict[str, Quantized] = dataclasses.field(default_factory=dict)
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of each linear: the root mean square of its outputs' change, relative to its outputs."""
+
+
+class LayerQuantizer:
+    """Rounds decoder layers by what they see."""
+
+    def __init__(self, config: DecoderConfig, settings: ExportSettings) -> None:
+        """Keep the settings.
+
+        Args:
+            config: The decoder's shape.
+            settings: How to round, and where to compute.
+        """
+        gptq = settings.gptq
+        self.config = config
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.options = Options(order=gptq.activation_order, clip=gptq.clip, refine=gptq.refine)
+
+    @torch.inference_mode()
+    def quantize(
+        self,
+        name: str,
+        layer: dict[str, Tensor],
+        inputs: HiddenStates,
+        outputs: HiddenStates,
+        weights: Sequence[Tensor],
+        *,
+        advance: Callable[[], object] = lambda: None,
+    ) -> QuantizedLayer:
+        """Round a layer.
+
+        Args:
+            name: Of the layer, for messages.
+            layer: Its weights, float32. Emptied: what has been rounded is not kept.
+            inputs: The hidden states it reads.
+            outputs: The same sequences in another file; receives what the rounded layer makes of them.
+            weights: λ of each token of each sequence; a sequence of zeros is passed on and not calibrated on.
+            advance: Called once for each of STAGES.
+
+        Raises:
+            CheckpointError: What it sees is not finite, or a Hessian cannot be factorised.
+        """
+        done = QuantizedLayer()
+        pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
+        layer.clear()
+        state = _State(name=name, pending=pending, done=done, weights=[w.to(self.device) for w in weights])
+        self._attention(state, inputs, outputs, advance)
+        self._mlp(state, outputs, advance)
+        return done
+
+    def _attention(
+        self, state: _State, inputs: HiddenStates, outputs: HiddenStates, advance: Callable[[], object]
+    ) -> None:
+        def normed(index: int) -> Tensor:
+            return self._norm(state, NORMS[0], self._read(inputs, index))
+
+        if self.settings.gptq.fold_scales:
+            source = state.linear(rounded=False)
+            self._fold(state, "self_attn.v_proj.weight", ("self_attn.o_proj",),
+                       lambda index: forward.attended(self.config, source, normed(index)))  # fmt: skip
+            self._fold(state, NORMS[0], QKV, normed)
+        self._keep_norm(state, NORMS[0])
+        self._round(state, QKV, normed)
+        advance()
+        rounded = state.linear(rounded=True)
+        self._round(state, ("self_attn.o_proj",), lambda index: forward.attended(self.config, rounded, normed(index)))
+        rounded = state.linear(rounded=True)
+        for index in range(len(inputs)):
+            hidden = self._read(inputs, index)
+            x = forward.attended(self.config, rounded, self._norm(state, NORMS[0], hidden))
+            outputs.write(index, hidden + rounded("self_attn.o_proj", x))
+        advance()
+
+    def _mlp(self, state: _State, states: HiddenStates, advance: Callable[[], object]) -> None:
+        def normed(index: int) -> Tensor:
+            return self._norm(state, NORMS[1], self._read(states, index))
+
+        if self.settings.gptq.fold_scales:
+            source = state.linear(rounded=False)
+            self._fold(state, "mlp.up_proj.weight", ("mlp.down_proj",),
+                       lambda index: forward.gated(source, normed(index)))  # fmt: skip
+            self._fold(state, NORMS[1], GATE_UP, normed)
+        self._keep_norm(state, NORMS[1])
+        self._round(state, GATE_UP, normed)
+        advance()
+        rounded = state.linear(rounded=True)
+        self._round(state, ("mlp.down_proj",), lambda index: forward.gated(rounded, normed(index)))
+        advance()
+        rounded = state.linear(rounded=True)
+        for index in range(len(states)):
+            hidden = self._read(states, index)
+            x = forward.gated(rounded, self._norm(state, NORMS[1], hidden))
+            states.write(index, hidden + rounded("mlp.down_proj", x))
+        advance()
+
+    def _read(self, states: HiddenStates, index: int) -> Tensor:
+        return states.read(index).to(self.device)
+
+    def _norm(self, state: _State, name: str, hidden: Tensor) -> Tensor:
+        weight = state.done.norms[name] if name in state.done.norms else state.pending[name]
+        return forward.rms_norm(hidden, weight, self.config.rms_norm_eps)
+
+    def _keep_norm(self, state: _State, name: str) -> None:
+        """Round a norm to what will be stored, before anything is calibrated behind it."""
+        rounded = state.pending.pop(name).half()
+        _require_finite(rounded, f"{state.name}.{name}", "a norm that fits float16")
+        state.done.norms[name] = rounded
+
+    def _grid(self, in_features: int) -> Grid:
+        return grid_of(self.settings, in_features, bits=self.settings.bits)
+
+    def _fold(self, state: _State, producer: str, consumers: tuple[str, ...], inputs: Callable[[int], Tensor]) -> None:
+        """Balance the channels between what makes them and what reads them."""
+        total, count = torch.zeros((), device=self.device), 0.0
+        for index, weights in enumerate(state.weights):
+            if bool(weights.any()):
+                total = total + weights @ inputs(index).square()
+                count += float(weights.sum())
+        names = tuple(f"{consumer}.weight" for consumer in consumers)
+        mean_square = total / (count or 1.0)
+        _require_finite(mean_square, f"{state.name}.{consumers[0]}", "finite inputs from the calibration data")
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        heads = (group, self.config.head_dim) if producer.endswith("v_proj.weight") else None
+        grid = self._grid(state.pending[names[0]].shape[1])
+        state.pending |= fold(state.pending, producer, names, mean_square, grid, heads=heads)
+
+    def _round(self, state: _State, names: tuple[str, ...], inputs: Callable[[int], Tensor]) -> None:
+        """Gather the Hessian of some linears that read the same inputs, and round them."""
+        hessian = Hessian(state.pending[f"{names[0]}.weight"].shape[1], self.device)
+        for index, weights in enumerate(state.weights):
+            if bool(weights.any()):
+                hessian.add(inputs(index), weights)
+        H = hessian.take(f"{state.name}.{names[0]}")
+        for name in names:
+            weight = state.pending.pop(f"{name}.weight")
+            rounded = gptq(weight, H, self._grid(weight.shape[1]), self.options, name=f"{state.name}.{name}")
+            _require_finite(rounded.scales, f"{state.name}.{name}", "scales that fit float16")
+            state.done.errors[name] = relative_error(weight, rounded.dequantized(), H)
+            state.done.linears[name] = rounded
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _State:
+    """A layer half-way: what is still float32, and what is done."""
+
+    name: str
+    pending: dict[str, Tensor]
+    done: QuantizedLayer
+    weights: list[Tensor]
+
+    def linear(self, *, rounded: bool) -> forward.Linear:
+        """Return the linears as they are now: rounded ones expanded once, or the source's."""
+        if not rounded:
+            return lambda name, x: functional.linear(x, self.pending[f"{name}.weight"])
+        expanded: dict[str, Tensor] = {}
+
+        def apply(name: str, x: Tensor) -> Tensor:
+            if name not in expanded:
+                expanded[name] = self.done.linears[name].dequantized()
+            return functional.linear(x, expanded[name])
+
+        return apply
+
+
+def _require_finite(tensor: Tensor, name: str, expected: str) -> None:
+    if not bool(tensor.isfinite().all()):
+        msg = (
+            f"{name}: got values that are not finite · expected {expected} · check the films of --calibration-data, "
+            "and that the base model is the one the adapter was trained on"
+        )
+        raise CheckpointError(msg)

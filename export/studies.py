@@ -1,0 +1,204 @@
+"""Studies that an export looks at: to measure parity, and to calibrate.
+
+A study is a film, its prompt and a findings text, in the artifact's own tokenizer, template and preprocessing. Lists
+are in LLaVA-Rad's evaluation format: a JSON list of {"id", "image", "reason", "conversations": [question, findings]}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lite.config import IMAGE_TOKEN_ID
+from lite.errors import ArtifactError, CheckpointError
+from lite.image import load_image, preprocess
+from lite.prompt import PromptEncoder, Tokenizer
+
+if TYPE_CHECKING:
+    from export.checkpoint import Checkpoint
+    from lite.artifact import Manifest
+    from lite.config import Preprocessing
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+
+_BUILT_IN_TEXTS: Final = (
+    (
+        "Chest pain.",
+        "The heart is normal in size. The mediastinal and hilar contours are unremarkable. The lungs are clear without "
+        "focal consolidation. The pulmonary vasculature is normal. No pleural effusion or pneumothorax is seen. There "
+        "is no acute osseous abnormality, and no free air is seen under the diaphragm.",
+    ),
+    (
+        None,
+        "There is a moderate left pleural effusion with adjacent atelectasis, and a small right pleural effusion. The "
+        "right upper lung is clear. The left heart border is obscured, so that the size of the heart cannot be told. "
+        "No pneumothorax. A right central venous catheter ends in the lower superior vena cava.",
+    ),
+    (
+        "Shortness of breath, evaluate for pneumonia.",
+        "There is a consolidation in the right lower zone, which is concerning for pneumonia. The left lung is clear. "
+        "The heart is mildly enlarged, without signs of pulmonary edema. There is no large pleural effusion, and no "
+        "pneumothorax. Multiple healed fractures of the left ribs are seen. The bones are otherwise intact.",
+    ),
+    (
+        None,
+        "Moderate cardiomegaly with mild pulmonary edema and small effusions on both sides. An endotracheal tube is in "
+        "place, with its tip 4 cm above the carina, and an enteric tube ends in the stomach. A left pacemaker with two "
+        "leads is in place. There is no pneumothorax. Lung volumes are low, with atelectasis at both bases.",
+    ),
+)
+"""Reasons and findings that any model of this kind gives sensible probabilities to.
+
+Each has 40 words or more, and no tokenizer takes less than a token for a word: the four are past
+`verify.MIN_TOKENS_FOR_SAME_TOP` with any. The cost of a study is its image and prompt, not its text.
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """One film with its prompt and the findings that follow. The film is read when it is asked for."""
+
+    film: Path | Array  # a file, or grey levels [S, S, 3] made here
+    preprocessing: Preprocessing
+    input_ids: tuple[int, ...]  # with IMAGE_TOKEN_ID once
+    target_ids: tuple[int, ...]
+
+    @property
+    def pixel_values(self) -> Array:
+        """The film as the tower takes it, float32 [3, S, S]."""
+        values: Array = preprocess(load_image(self.film).image, self.preprocessing)
+        return values
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Return the tokens the decoder reads: prompt, image, and all targets but the last, which is only predicted."""
+        return len(self.input_ids) - 1 + num_patches + len(self.target_ids) - 1
+
+    @property
+    def image_at(self) -> int:
+        """The position of the first image token."""
+        return self.input_ids.index(IMAGE_TOKEN_ID)
+
+
+class StudyReader:
+    """Turn films and texts into studies."""
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, *, max_tokens: int) -> None:
+        """Prepare the tokenizer.
+
+        Args:
+            checkpoint: The source.
+            manifest: Of the artifact being written.
+            max_tokens: Findings tokens of a study, at most.
+        """
+        try:
+            self.tokenizer = Tokenizer(checkpoint.tokenizer, manifest.decoding)
+        except ArtifactError as error:
+            raise CheckpointError(str(error).replace("the manifest", "config.json")) from error
+        self.max_seq_len = checkpoint.decoder.max_position_embeddings
+        self.prompts = PromptEncoder(
+            self.tokenizer,
+            manifest.prompt,
+            num_image_tokens=checkpoint.tower.num_patches,
+            max_seq_len=self.max_seq_len,
+        )
+        self.preprocessing = manifest.preprocessing
+        self.eos_token_id = manifest.decoding.eos_token_id
+        self.max_tokens = max_tokens
+
+    def built_in(self, count: int) -> list[Study]:
+        """Return studies made here: smooth shaded fields with noise, and fixed findings texts."""
+        size = self.preprocessing.image_size
+        studies = []
+        for number in range(count):
+            rng = np.random.default_rng([0xF11, number])
+            y, x = np.mgrid[0:size, 0:size] / size
+            waves = sum(
+                np.sin(2 * np.pi * (rng.uniform(0, 3) * x + rng.uniform(0, 3) * y + rng.uniform())) for _ in range(4)
+            )
+            film = 128 + 25 * waves + rng.normal(0, 12, (size, size))
+            pixels = np.repeat(np.clip(film, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+            reason, findings = _BUILT_IN_TEXTS[number % len(_BUILT_IN_TEXTS)]
+            studies.append(self._study(pixels, reason, findings))
+        return studies
+
+    def from_list(self, file: Path, image_folder: Path, count: int, *, option: str) -> list[Study]:
+        """Return studies of a JSON list: all, or `count` spread evenly over it.
+
+        Every film is read once, so that a missing or broken one is found before hours of work and not after.
+
+        Args:
+            file: The list.
+            image_folder: What its images are relative to.
+            count: How many, at most.
+            option: The command line's name for the list, for messages.
+
+        Raises:
+            CheckpointError: The list is unreadable or empty, an entry lacks an image or findings, or images are
+                missing.
+            ImageError: A file is not a film.
+        """
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            msg = f"{file}: got something unreadable ({error}) · expected a JSON list of studies · check {option}"
+            raise CheckpointError(msg) from error
+        if not isinstance(entries, list) or not entries:
+            raise CheckpointError(f"{file}: got no studies · expected a JSON list of them · check {option}")
+        count = min(count, len(entries))
+        chosen = [entries[place * len(entries) // count] for place in range(count)]
+        listed = [_listed(entry, file, image_folder, option) for entry in chosen]
+        missing = [path for path, _, _ in listed if not path.is_file()]
+        if missing:
+            msg = (
+                f"{file}: got {len(missing)} of {len(listed)} studies whose image is not there, the first {missing[0]} "
+                f"· expected every image below {image_folder} · name their folder, or take them out of the list"
+            )
+            raise CheckpointError(msg)
+        studies = [self._study(path, reason, findings) for path, reason, findings in listed]
+        for study in studies:
+            load_image(study.film)
+        return studies
+
+    def _study(self, film: Path | Array, reason: str | None, findings: str) -> Study:
+        input_ids = self.prompts.encode(reason)
+        room = self.max_seq_len - self.prompts.num_tokens(input_ids)
+        target_ids = [*self.tokenizer.encode(findings), self.eos_token_id][: min(self.max_tokens, room)]
+        return Study(
+            film=film, preprocessing=self.preprocessing, input_ids=tuple(input_ids), target_ids=tuple(target_ids)
+        )
+
+
+def _listed(entry: Any, file: Path, image_folder: Path, option: str) -> tuple[Path, str | None, str]:  # noqa: ANN401
+    """Return image, reason and findings of an entry of parsed JSON."""
+    try:
+        path, reason, findings = (
+            image_folder / entry["image"],
+            entry.get("reason"),
+            entry["conversations"][1]["value"],
+        )
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        got = f"an entry that is not a study ({error!r})"
+        msg = f"{file}: got {got} · expected id, image, reason, conversations · check {option}"
+        raise CheckpointError(msg) from error
+    if not isinstance(findings, str) or not findings.strip() or not isinstance(reason, str | None):
+        msg = (
+            f"{file}: got findings {findings!r:.40} and reason {reason!r:.40} for {path.name} · expected findings in "
+            f"words, and a reason in words or null · check {option}"
+        )
+        raise CheckpointError(msg)
+    return path, reason, findings
+
+
+def sha256_of_studies(studies: list[Study]) -> str:
+    """Hash what a calibration depends on: the films' bytes and the tokens."""
+    digest = hashlib.sha256()
+    for study in studies:
+        film = study.film.read_bytes() if isinstance(study.film, Path) else study.film.tobytes()
+        digest.update(hashlib.sha256(film).digest())
+        digest.update(repr((study.input_ids, study.target_ids)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,237 @@
+"""GPTQ's maths: the objective, its orders, clips and passes, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from export import gptq as module
+from export.folding import fold
+from export.gptq import Grid, Hessian, Options, gptq, relative_error, round_to_nearest
+from lite.errors import CheckpointError
+
+INPUTS, OUTPUTS = 128, 24
+ORDERS = ("none", "static", "group")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def weight() -> torch.Tensor:
+    return torch.randn(OUTPUTS, INPUTS, generator=generator()) * torch.rand(INPUTS, generator=generator(1)).exp()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> torch.Tensor:
+    """Correlated, as activations are, with a few large channels."""
+    mixing = torch.randn(INPUTS, INPUTS, generator=generator(2)) / INPUTS**0.5
+    scales = torch.ones(INPUTS)
+    scales[::17] = 8
+    return (torch.randn(1000, INPUTS, generator=generator(3)) @ (mixing + 0.3)) * scales
+
+
+@pytest.fixture(scope="module")
+def hessian(inputs: torch.Tensor) -> torch.Tensor:
+    gathered = Hessian(INPUTS)
+    gathered.add(inputs, torch.ones(len(inputs)))
+    return gathered.take("test")
+
+
+def loss(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
+    difference = (weight - rounded).double()
+    return float(((difference @ hessian.double()) * difference).sum())
+
+
+def test_the_hessian_is_the_weighted_mean_of_outer_products(inputs: torch.Tensor) -> None:
+    weights = torch.rand(len(inputs), generator=generator(4))
+    gathered = Hessian(INPUTS)
+    for part in range(0, len(inputs), 300):
+        gathered.add(inputs[part : part + 300], weights[part : part + 300])
+    expected = torch.einsum("t,tk,tl->kl", weights.double(), inputs.double(), inputs.double()) / weights.double().sum()
+    torch.testing.assert_close(gathered.take("x").double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_relative_error_is_that_of_the_outputs(
+    weight: torch.Tensor, inputs: torch.Tensor, hessian: torch.Tensor
+) -> None:
+    rounded = round_to_nearest(weight, Grid(bits=4, group_size=32)).dequantized()
+    y, changed = inputs @ weight.T, inputs @ (rounded - weight).T
+    expected = float(changed.square().mean().sqrt() / y.square().mean().sqrt())
+    assert relative_error(weight, rounded, hessian) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_rounding_to_nearest_is_within_half_a_step(weight: torch.Tensor, bits: int, group_size: int) -> None:
+    rounded = round_to_nearest(weight, Grid(bits=bits, group_size=group_size))
+    assert rounded.scales.dtype == torch.float16
+    assert rounded.scales.shape == (OUTPUTS, INPUTS // group_size)
+    assert int(rounded.values.min()) >= -(2 ** (bits - 1))
+    assert int(rounded.values.max()) <= 2 ** (bits - 1) - 1
+    step = rounded.scales.float().repeat_interleave(group_size, dim=1)
+    # A float16 scale a little too small leaves the largest weight a little out of reach.
+    assert bool(((rounded.dequantized() - weight).abs() <= step * 0.5 + weight.abs() * 2**-10).all())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_every_order_beats_rounding_to_nearest_by_far(
+    weight: torch.Tensor, hessian: torch.Tensor, order: str, group_size: int
+) -> None:
+    grid = Grid(bits=4, group_size=group_size)
+    nearest = loss(weight, round_to_nearest(weight, grid).dequantized(), hessian)
+    ours = gptq(weight, hessian, grid, Options(order=order, clip="none", refine=0))  # type: ignore[arg-type]
+    assert loss(weight, ours.dequantized(), hessian) < 0.4 * nearest
+
+
+def test_each_trick_buys_something(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+    grid = Grid(bits=4, group_size=32)
+    losses = [
+        loss(weight, gptq(weight, hessian, grid, options).dequantized(), hessian)
+        for options in (
+            Options(order="none", clip="none", refine=0),
+            Options(order="none", clip="mse", refine=0),
+            Options(order="group", clip="mse", refine=0),
+            Options(order="group", clip="mse", refine=1),
+            Options(order="group", clip="mse", refine=3),
+        )
+    ]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_refining_never_makes_a_row_worse(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+    grid = Grid(bits=4, group_size=32)
+    rows = []
+    for refine in range(4):
+        difference = weight - gptq(weight, hessian, grid, Options(refine=refine)).dequantized()
+        rows.append(((difference @ hessian) * difference).sum(1))
+    for before, after in itertools.pairwise(rows):
+        assert bool((after <= before * (1 + 1e-3)).all())
+
+
+def test_what_refining_ends_at_no_single_step_improves() -> None:
+    """With many passes the integers are optimal one by one: checked by trying every neighbour."""
+    W, x = torch.randn(3, 16, generator=generator(5)), torch.randn(200, 16, generator=generator(6))
+    H = x.T @ x / len(x)
+    grid = Grid(bits=4, group_size=16)
+    rounded = gptq(W, H, grid, Options(refine=30))
+    best = loss(W, rounded.dequantized(), H)
+    for row, column, step in itertools.product(range(3), range(16), (-1, 1)):
+        moved = rounded.values.clone()
+        moved[row, column] = int((moved[row, column] + step).clamp(-8, 7))
+        other = module.Quantized(values=moved, scales=rounded.scales, grid=grid)
+        assert loss(W, other.dequantized(), H) >= best * (1 - 1e-5)
+
+
+def test_the_factor_is_that_of_the_damped_inverse(hessian: torch.Tensor) -> None:
+    order = torch.randperm(INPUTS, generator=generator(7))
+    U = module._inverse_factor(hessian, order, "x").double()
+    damped = hessian.double()[order][:, order]
+    damped += torch.eye(INPUTS) * module.FIRST_DAMPING * hessian.diagonal().mean()
+    torch.testing.assert_close(U.T @ U @ damped, torch.eye(INPUTS, dtype=torch.float64), rtol=0, atol=1e-3)
+    assert torch.equal(U, U.triu())
+
+
+def test_damping_rises_until_the_factorisation_succeeds(weight: torch.Tensor) -> None:
+    # Far from positive: the smallest eigenvalue is about -0.5 of the mean diagonal.
+    H = torch.eye(INPUTS)
+    H[0, 1] = H[1, 0] = 1.5
+    rounded = gptq(weight, H, Grid(bits=4, group_size=32), Options(refine=0))
+    assert bool(rounded.dequantized().isfinite().all())
+    H[0, 1] = H[1, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"layer 3 q_proj: got a Hessian that cannot be factorised.*--method rtn"):
+        gptq(weight, H, Grid(bits=4, group_size=32), Options(), name="layer 3 q_proj")
+
+
+def test_inputs_that_are_never_seen_are_rounded_to_nearest_and_disturb_nothing(weight: torch.Tensor) -> None:
+    x = torch.randn(400, INPUTS, generator=generator(8))
+    x[:, 5] = 0
+    H = x.T @ x / len(x)
+    grid = Grid(bits=4, group_size=32)
+    rounded = gptq(weight, H, grid, Options(order="none", clip="none", refine=1))
+    dead = rounded.dequantized()[:, 5] - weight[:, 5]
+    assert bool((dead.abs() <= rounded.scales.float()[:, 0] * 0.51 + weight[:, 5].abs() * 2**-10).all())
+    other = weight.clone()
+    other[:, 5] *= 0.5
+    again = gptq(other, H, grid, Options(order="none", clip="none", refine=0))
+    once = gptq(weight, H, grid, Options(order="none", clip="none", refine=0))
+    # The group's scale may follow the changed weight; the other groups must not.
+    assert torch.equal(again.values[:, 32:], once.values[:, 32:])
+
+
+def test_zero_weights_and_zero_inputs_are_fine() -> None:
+    rounded = gptq(torch.zeros(8, 32), torch.zeros(32, 32), Grid(bits=8, group_size=32), Options())
+    assert not rounded.dequantized().any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_names_its_linear(poison: float) -> None:
+    gathered = Hessian(4)
+    gathered.add(torch.tensor([[1.0, poison, 0.0, 0.0]]), torch.ones(1))
+    with pytest.raises(CheckpointError, match=r"^model.layers.7.mlp.down_proj: got a Hessian that is not finite"):
+        gathered.take("model.layers.7.mlp.down_proj")
+    with pytest.raises(CheckpointError, match="got no inputs"):
+        Hessian(4).take("x")
+
+
+def test_gptq_does_not_change_what_it_is_given(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+    before = weight.clone(), hessian.clone()
+    for order in ORDERS:
+        gptq(weight, hessian, Grid(bits=4, group_size=32), Options(order=order))  # type: ignore[arg-type]
+    assert torch.equal(weight, before[0])
+    assert torch.equal(hessian, before[1])
+
+
+@pytest.mark.parametrize("heads", [None, (2, 16)])
+def test_folding_leaves_the_product_and_lowers_the_error(heads: tuple[int, int] | None) -> None:
+    channels = 64
+    made_by = channels // (heads[0] if heads else 1)
+    spread = torch.randn(made_by, generator=generator(9)).exp()
+    spread_in = spread.view(-1, 1, heads[1]).expand(-1, heads[0], -1).flatten() if heads is not None else spread
+    layer = {
+        "up": torch.randn(made_by, 32, generator=generator(10)) * spread[:, None],
+        "down": torch.randn(8, channels, generator=generator(11)) / spread_in,
+    }
+    grid = Grid(bits=4, group_size=32)
+    mean_square = spread_in.square()
+    folded = fold(layer, "up", ("down",), mean_square, grid, heads=heads)
+
+    def whole(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        up = tensors["up"]
+        if heads is not None:
+            up = up.view(-1, 1, heads[1], 32).expand(-1, heads[0], -1, -1).reshape(channels, 32)
+        return tensors["down"] @ up
+
+    torch.testing.assert_close(whole(folded), whole(layer), rtol=1e-4, atol=1e-4)
+    error = {
+        name: float((round_to_nearest(down, grid).dequantized() - down).div(down.norm()).norm())
+        for name, down in (("before", layer["down"]), ("after", folded["down"]))
+    }
+    rounded = {
+        name: whole({**tensors, "down": round_to_nearest(tensors["down"], grid).dequantized()}) - whole(layer)
+        for name, tensors in (("before", layer), ("after", folded))
+    }
+    assert float(rounded["after"].norm()) < 0.8 * float(rounded["before"].norm()), error
+
+
+def test_folding_a_norm_scales_all_that_read_it() -> None:
+    layer = {
+        "norm": torch.rand(32, generator=generator(12)) + 0.5,
+        "q": torch.randn(8, 32, generator=generator(13)),
+        "k": torch.randn(8, 32, generator=generator(14)),
+    }
+    folded = fold(layer, "norm", ("q", "k"), torch.rand(32, generator=generator(15)) * 100, Grid(bits=4, group_size=32))
+    assert not torch.allclose(folded["norm"], layer["norm"], rtol=0.1)
+    for name in "qk":
+        torch.testing.assert_close(folded[name] * folded["norm"], layer[name] * layer["norm"])
+
+
+def test_channels_that_round_well_already_are_left_alone() -> None:
+    layer = {"norm": torch.ones(32), "q": torch.full((8, 32), 0.7)}
+    folded = fold(layer, "norm", ("q",), torch.ones(32), Grid(bits=4, group_size=32))
+    assert torch.equal(folded["norm"], layer["norm"])
