@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from export.gptq import Grid
 
 ALPHAS: Final = tuple(step / 10 for step in range(11))
+SAMPLE_ROWS: Final = 512
 SMALLEST: Final = 1e-8
 """What a channel without inputs or weights counts as."""
 LARGEST_FOLD: Final = 1e3
@@ -58,17 +59,19 @@ def fold(
         The changed tensors: producer and consumers.
     """
     weights = [layer[name] for name in consumers]
+    # Rows are many and much alike: some of them tell what rounding costs the columns.
+    sample = [weight[:: max(1, len(weight) // SAMPLE_ROWS)] for weight in weights]
     x = mean_square.clamp_min(SMALLEST**2)
     w = torch.stack([weight.square().mean(0) for weight in weights]).mean(0).clamp_min(SMALLEST**2)
     if heads is not None:
         x, w = _pooled(x, heads), _pooled(w, heads)
     x, w = x.sqrt(), w.sqrt()
     best = torch.ones_like(x)
-    least = _error(weights, _spread(best, heads), mean_square, grid)
+    least = _error(sample, _spread(best, heads), mean_square, grid)
     for alpha in ALPHAS:
         for s in (x**alpha / w ** (1 - alpha), x**alpha):
             s = _bounded(s)
-            error = _error(weights, _spread(s, heads), mean_square, grid)
+            error = _error(sample, _spread(s, heads), mean_square, grid)
             if error < least:
                 best, least = s, error
     made = layer[producer]

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from export.settings import ActivationOrder, Clip
 
 
-BLOCK_COLUMNS: Final = 128
-"""Columns whose effect on the columns behind them is applied at once: a matrix product instead of many outer ones."""
+BLOCK_INPUTS: Final = 128
+"""Inputs whose effect on those behind them is applied at once: a matrix product instead of many outer ones."""
 CLIP_STEPS: Final = 40
 CLIP_LOWEST: Final = 0.6
 """The clip grid: this many scales from 1 down to this share of what the largest weight needs."""
@@ -138,11 +138,12 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, clip: Clip = "none", importa
         importance: What the squared errors of each input count in the clip search, [K]; all the same by default.
     """
     groups = weight.reshape(len(weight), -1, grid.group_size)
-    weights = torch.ones_like(weight[0]) if importance is None else importance
-    scales = torch.stack(
-        [_scales(groups[:, group], grid, clip, part) for group, part in enumerate(weights.view(-1, grid.group_size))],
-        dim=1,
-    )
+    if clip == "none":
+        scales = _as_stored(groups.abs().amax(-1) / grid.highest)
+    else:
+        weights = torch.ones_like(weight[0]) if importance is None else importance
+        parts = zip(groups.unbind(1), weights.view(-1, grid.group_size), strict=True)
+        scales = torch.stack([_scales(group.T.contiguous(), grid, clip, part) for group, part in parts], dim=1)
     values = grid.round(groups, scales.unsqueeze(-1)).flatten(1)
     return Quantized(values=values.to(torch.int8), scales=scales.half(), grid=grid)
 
@@ -165,31 +166,30 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: Options, *, name:
     U = _inverse_factor(hessian, order, name)
     static = None
     if options.order == "static" or grid.group_size == weight.shape[1]:
-        static = round_to_nearest(weight, grid, clip=options.clip, importance=importance).scales.float()
-    group_of = order // grid.group_size
-    W = weight[:, order]
+        static = round_to_nearest(weight, grid, clip=options.clip, importance=importance).scales.float().T.contiguous()
+    # Inputs first from here on, [K, N]: the weights of one input, which are rounded together, lie together in memory.
+    W = weight.T[order]
     values = torch.empty_like(W)
-    scales = torch.empty(W.shape[0], W.shape[1] // grid.group_size, device=W.device) if static is None else static
-    block = max(BLOCK_COLUMNS, grid.group_size) if static is None else BLOCK_COLUMNS
-    for start in range(0, W.shape[1], block):
-        end = min(start + block, W.shape[1])
-        errors = torch.empty_like(W[:, start:end])
-        for column in range(start, end):
-            group = int(group_of[column])
-            if static is None and column % grid.group_size == 0:
-                here = slice(column, column + grid.group_size)
-                scales[:, group] = _scales(W[:, here], grid, options.clip, importance[order[here]])
-            w, s = W[:, column], scales[:, group]
-            values[:, column] = grid.round(w, s)
-            error = (w - values[:, column] * s) / U[column, column]
-            W[:, column:end].addr_(error, U[column, column:end], alpha=-1)
-            errors[:, column - start] = error
-        W[:, end:].addmm_(errors, U[start:end, end:], alpha=-1)
+    scales = W.new_empty(len(W) // grid.group_size, W.shape[1]) if static is None else static
+    group_of = (order // grid.group_size).tolist()
+    block = max(BLOCK_INPUTS, grid.group_size) if static is None else BLOCK_INPUTS
+    for start in range(0, len(W), block):
+        end = min(start + block, len(W))
+        errors = torch.empty_like(W[start:end])
+        for place in range(start, end):
+            group = group_of[place]
+            if static is None and place % grid.group_size == 0:
+                here = slice(place, place + grid.group_size)
+                scales[group] = _scales(W[here], grid, options.clip, importance[order[here]])
+            values[place] = grid.round(W[place], scales[group])
+            errors[place - start] = (W[place] - values[place] * scales[group]) / U[place, place]
+            W[place:end].addr_(U[place, place:end], errors[place - start], alpha=-1)
+        W[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
     del U, W
-    natural = torch.empty_like(values).index_copy_(1, order, values)
+    natural = torch.empty_like(values).index_copy_(0, order, values)
     if options.refine:
         _refine(weight, natural, scales, hessian, grid, order, options.refine)
-    return Quantized(values=natural.to(torch.int8), scales=scales.half(), grid=grid)
+    return Quantized(values=natural.T.contiguous().to(torch.int8), scales=scales.T.contiguous().half(), grid=grid)
 
 
 def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
@@ -201,11 +201,11 @@ def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 
 def _scales(weight: Tensor, grid: Grid, clip: Clip, importance: Tensor) -> Tensor:
-    """Choose the scale of each row of one group [N, group_size], as float16 will hold it, in float32."""
-    widest = weight.abs().amax(1) / grid.highest
-    if clip == "none":
-        return _as_stored(widest)
+    """Choose the scale of each output for one group [group_size, N], as float16 will hold it, in float32."""
+    widest = weight.abs().amax(0) / grid.highest
     best = _as_stored(widest)
+    if clip == "none":
+        return best
     least = _rounding_error(weight, best, grid, importance)
     for step in range(1, CLIP_STEPS):
         scales = _as_stored(widest * (1 - (1 - CLIP_LOWEST) * step / (CLIP_STEPS - 1)))
@@ -216,8 +216,7 @@ def _scales(weight: Tensor, grid: Grid, clip: Clip, importance: Tensor) -> Tenso
 
 
 def _rounding_error(weight: Tensor, scales: Tensor, grid: Grid, importance: Tensor) -> Tensor:
-    column = scales.unsqueeze(1)
-    return (grid.round(weight, column) * column - weight).square_() @ importance
+    return importance @ (grid.round(weight, scales).mul_(scales) - weight).square_()
 
 
 def _as_stored(scales: Tensor) -> Tensor:
@@ -273,48 +272,44 @@ def _inverse_factor(hessian: Tensor, order: Tensor, name: str) -> Tensor:
 def _refine(
     weight: Tensor, values: Tensor, scales: Tensor, hessian: Tensor, grid: Grid, order: Tensor, passes: int
 ) -> None:
-    """Improve values and scales in place: scales by least squares, then each column anew, given all others.
+    """Improve values [K, N] and scales [groups, N] in place: scales by least squares, then the inputs one by one.
 
-    Both are coordinate descent on the objective of each row, which never rises. `gradient` is (W − Ŵ) H throughout.
+    Both are coordinate descent on the objective of each output, which never rises. `gradient` is H (W − Ŵ)ᵀ throughout.
     """
-    groups = values.view(len(values), -1, grid.group_size)
-    residual = weight - (groups * scales.unsqueeze(-1)).flatten(1)
-    gradient = residual @ hessian
-    del residual
+    groups = values.view(-1, grid.group_size, values.shape[1])
+    gradient = hessian @ (weight.T - (groups * scales.unsqueeze(1)).flatten(0, 1))
     for _ in range(passes):
-        for group in range(scales.shape[1]):
+        for group in range(len(scales)):
             _fit_scale(values, scales, gradient, hessian, grid, group)
-        for columns in torch.split(order, BLOCK_COLUMNS):
-            _round_again(values, scales, gradient, hessian, grid, columns)
+        for inputs in torch.split(order, BLOCK_INPUTS):
+            _round_again(values, scales, gradient, hessian, grid, inputs)
 
 
 def _fit_scale(values: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, group: int) -> None:
-    """Move the scale of one group to where the objective of its row is least."""
+    """Move the scales of one group to where the objective of each output is least."""
     here = slice(group * grid.group_size, (group + 1) * grid.group_size)
-    q, old = values[:, here], scales[:, group].clone()
-    curvature = ((q @ hessian[here, here]) * q).sum(1)
-    wanted = old + (q * gradient[:, here]).sum(1) / curvature.clamp_min(torch.finfo(torch.float32).tiny)
+    q, old = values[here], scales[group].clone()
+    curvature = (q * (hessian[here, here] @ q)).sum(0)
+    wanted = old + (q * gradient[here]).sum(0) / curvature.clamp_min(torch.finfo(torch.float32).tiny)
     moved = torch.where((curvature > 0) & (wanted > 0), _as_stored(wanted), old)
     # float16 has its own idea of where: only when that is better than staying. The change of the objective is
     # curvature * (d² - 2 d d*), with d the step and d* the best one.
     moved = torch.where((moved - old).abs() < 2 * (wanted - old).abs(), moved, old)
-    scales[:, group] = moved
-    gradient.addmm_((moved - old).unsqueeze(1) * q, hessian[here], alpha=-1)
+    scales[group] = moved
+    gradient.addmm_(hessian[:, here], (moved - old) * q, alpha=-1)
 
 
-def _round_again(
-    values: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, columns: Tensor
-) -> None:
-    """Round some columns anew, one after the other."""
-    H = hessian[columns]
-    among = H[:, columns]
-    importance = among.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
-    local = gradient[:, columns]
+def _round_again(values: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor, grid: Grid, inputs: Tensor) -> None:
+    """Round the weights of some inputs anew, one input after the other."""
+    H = hessian[inputs]
+    among = H[:, inputs]
+    importance = among.diagonal().clamp_min(torch.finfo(torch.float32).tiny).tolist()
+    local = gradient[inputs]
     changes = torch.empty_like(local)
-    for place, (column, group) in enumerate(zip(columns.tolist(), (columns // grid.group_size).tolist(), strict=True)):
-        s = scales[:, group]
-        old = values[:, column] * s
-        values[:, column] = grid.round(old + local[:, place] / importance[place], s)
-        changes[:, place] = values[:, column] * s - old
-        local.addr_(changes[:, place], among[place], alpha=-1)
-    gradient.addmm_(changes, H, alpha=-1)
+    for place, (index, group) in enumerate(zip(inputs.tolist(), (inputs // grid.group_size).tolist(), strict=True)):
+        s = scales[group]
+        old = values[index] * s
+        values[index] = grid.round(old + local[place] / importance[place], s)
+        changes[place] = values[index] * s - old
+        local.addr_(among[place], changes[place], alpha=-1)
+    gradient.addmm_(H.T, changes, alpha=-1)

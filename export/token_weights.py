@@ -35,7 +35,7 @@ CANDIDATES: Final = tuple(
 )
 """From the plain Hessian to one of hardly anything but findings. A prompt is a few words that never change."""
 SEARCH_LAYERS: Final = 4
-SEARCH_STUDIES: Final = 48
+SEARCH_STUDIES: Final = 32
 """Of the calibration studies, how many a search takes at most."""
 
 
