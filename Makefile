@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 CODE := lite export kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check fix coverage clean
+.PHONY: help venv demo interop test check fix coverage clean
 # A recipe that fails half-way leaves no stamp behind.
 .DELETE_ON_ERROR:
 
@@ -30,6 +30,30 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## export the phantom model, draft findings for a few films, save a picture
 	@$(BIN)/python -m benchmarks.demo
+
+# The peers bring their own versions of everything, so they live in an environment of their own.
+INTEROP_VENV := build/interop-venv
+INTEROP_STAMP := $(INTEROP_VENV)/.installed
+INTEROP := gptq-int4-g128 gptq-int4-g32 gptq-int8-g128
+PHANTOM := benchmarks/phantom/checkpoint
+
+interop: export OMP_NUM_THREADS ?= 2
+
+interop: $(STAMP) $(INTEROP_STAMP)  ## let transformers and gptqmodel read exported decoders, and compare
+	@for name in $(INTEROP); do \
+	    echo "Exporting build/interop/$$name ..."; \
+	    $(BIN)/python -m export --checkpoint $(PHANTOM)/llava-rad-phantom --base $(PHANTOM)/base \
+	        --decoder $${name%-g*} --group-size $${name##*-g} --method rtn \
+	        --out build/interop/$$name --overwrite --quiet > /dev/null || exit 1; \
+	done
+	@$(INTEROP_VENV)/bin/python -I benchmarks/interop.py $(INTEROP:%=build/interop/%)
+
+$(INTEROP_STAMP): benchmarks/interop-requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: got $$($(PYTHON) --version) · expected Python 3.11 or newer for the peers · name another one: make interop PYTHON=python3.12"; exit 1; }
+	@test -x $(INTEROP_VENV)/bin/python && $(INTEROP_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(INTEROP_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
+	@echo "Installing the peers into $(INTEROP_VENV) (1.7 GB; with CUDA builds of torch a few GB more) ..."
+	@$(INTEROP_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/interop-requirements.txt
+	@touch $@
 
 # The models in the tests are tiny: more threads than two only wait for one another.
 test coverage: export OMP_NUM_THREADS ?= 2
