@@ -1,8 +1,8 @@
-"""The demo behind `make demo`: export the phantom model, draft findings for a few films, show them beside the truth.
+"""The demo behind `make demo`: export the phantom model in 4 bits, draft findings for a few films, show the truth.
 
 It takes the way of the real checkpoint, with nothing left out: the published layout (LoRA and all) through the exporter
-to an artifact, measured against its checkpoint on the films that are then drafted. Only the model is small, and reads
-synthetic films only.
+to an artifact, calibrated on other films and measured against its checkpoint on the films that are then drafted. The
+fp16 artifact is made too, and what it drafts stands beside. Only the model is small, and reads synthetic films only.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "benchmarks" / "phantom" / "checkpoint"
 OUT = ROOT / "build" / "demo"
 NUM_FILMS = 6
-# Neither training nor the figures in benchmarks/phantom/README.md use films of this seed.
+# Neither training nor the figures in benchmarks/phantom/README.md use films of these seeds.
 SEED = 20_261_123
+NUM_CALIBRATION_FILMS = 64
+CALIBRATION_SEED = 20_261_124
+# What a search has found on such films; it would take longer than all the rest.
+TOKEN_WEIGHTS = "0.3,0.1"  # noqa: S105 - weights of tokens, not a secret
 
 
 # The labeller knows three sizes of everything; of these, reports say how severe they are.
@@ -56,8 +60,15 @@ class Drafted:
     """A film with its drafted findings and how they agree with what was drawn."""
 
     study: ListedStudy
-    findings: lite.Findings
+    findings: lite.Findings  # of the 4-bit artifact
     agreements: tuple[Agreement, ...]
+    fp16: lite.Findings
+    fp16_agreements: tuple[Agreement, ...]
+
+    @property
+    def beside(self) -> str:
+        """What the fp16 artifact drafts, in as few words as that takes."""
+        return "the same" if self.fp16.text == self.findings.text else self.fp16.text
 
 
 def _say(text: str = "") -> None:
@@ -103,10 +114,12 @@ def _side_by_side(left: str, right: str, width: int) -> Iterator[str]:
 def _print_film(number: int, drafted: Drafted, width: int) -> None:
     study, findings = drafted.study, drafted.findings
     _say(f"Film {number}  {study.image.name}  reason: {study.reason or 'none given'}")
-    for line in _side_by_side("DRAFTED", "TRUTH", width):
+    for line in _side_by_side("DRAFTED in 4 bits", "TRUTH", width):
         _say(line)
     for line in _side_by_side(findings.text, study.reference, width):
         _say(line)
+    for line in textwrap.wrap(f"fp16 drafts: {drafted.beside}", width - 2, subsequent_indent="  "):
+        _say(f"  {line}")
     # A no-break space keeps a mark and its words on one line.
     marks = [f"{'✓' if agreement.right else '✗'} {agreement}".replace(" ", "\xa0") for agreement in drafted.agreements]
     for line in textwrap.wrap("   ".join(marks), width - 2, break_long_words=False):
@@ -168,8 +181,9 @@ def _draw_card(number: int, drafted: Drafted) -> Image.Image:
     card.paste(film.resize((_FILM, _FILM), Image.Resampling.LANCZOS), (0, 0))
     column = _Column(ImageDraw.Draw(card), _FILM + _GAP, 0, _TEXT)
     column.write(f"Film {number} · {drafted.study.reason or 'no reason given'}", size=15, colour=_QUIET, after=8)
-    column.write("DRAFTED", size=12, colour=_QUIET, after=0)
-    column.write(drafted.findings.text, after=8)
+    column.write("DRAFTED IN 4 BITS", size=12, colour=_QUIET, after=0)
+    column.write(drafted.findings.text, after=4)
+    column.write(f"fp16: {drafted.beside}", size=14, colour=_QUIET, after=8)
     column.write("TRUTH", size=12, colour=_QUIET, after=0)
     column.write(drafted.study.reference, after=8)
     for agreement in drafted.agreements:
@@ -180,7 +194,12 @@ def _draw_card(number: int, drafted: Drafted) -> Image.Image:
 
 def _score(drafted: Sequence[Drafted]) -> str:
     right = [agreement.right for film in drafted for agreement in film.agreements]
-    return f"{sum(right)} of {len(right)} findings agree in label, side, zone and size."
+    fp16_right = [agreement.right for film in drafted for agreement in film.fp16_agreements]
+    same = sum(film.fp16.text == film.findings.text for film in drafted)
+    return (
+        f"{sum(right)} of {len(right)} findings agree in label, side, zone and size, "
+        f"{sum(fp16_right)} of {len(fp16_right)} in fp16; {same} of {len(drafted)} texts are the same."
+    )
 
 
 def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
@@ -194,7 +213,9 @@ def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
     text = _Column(ImageDraw.Draw(picture), 2 * _GAP, _GAP, width - 4 * _GAP)
     text.write("Findings drafted for synthetic chest films by the phantom model", size=26, after=4)
     text.write(
-        f"DRAFTED by the model · TRUTH that the film was drawn from · {_score(drafted)}", colour=_QUIET, after=_GAP
+        f"DRAFTED by the model in 4 bits, and in fp16 · TRUTH that the film was drawn from · {_score(drafted)}",
+        colour=_QUIET,
+        after=_GAP,
     )
     for row, height in zip(rows, heights, strict=True):
         for column, card in enumerate(row):
@@ -206,7 +227,7 @@ def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
 
 def _step(number: int, what: str) -> Callable[[], None]:
     """Announce a step; call what is returned when it is done."""
-    _say(f"[{number}/4] {what} ...")
+    _say(f"[{number}/5] {what} ...")
     started = time.perf_counter()
 
     def done() -> None:
@@ -222,13 +243,13 @@ def _require_checkpoint() -> None:
             raise lite.CheckpointError(msg)
 
 
-def _export(artifact: Path, listed: Path) -> None:
+def _export(artifact: Path, listed: Path, **more: object) -> None:
     """Export the phantom checkpoint by the command that a user would type: benchmarks do not import export."""
     options = {
         "checkpoint": CHECKPOINT / "llava-rad-phantom",
         "base": CHECKPOINT / "base",
         "out": artifact,
-        "decoder": "fp16",
+        **{name.replace("_", "-"): value for name, value in more.items()},
         "verify-data": listed,
         "verify-studies": NUM_FILMS,
     }
@@ -244,21 +265,35 @@ def _export(artifact: Path, listed: Path) -> None:
     _say(textwrap.indent(done.stdout.partition("\n\n")[0], 6 * " "))
 
 
-def _write_films(folder: Path) -> Path:
+def _write_films(folder: Path, *, count: int, seed: int, dicom: bool) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
-    return write_studies(folder, count=NUM_FILMS, seed=SEED, dicom=True)
+    return write_studies(folder, count=count, seed=seed, dicom=dicom)
 
 
-def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy]) -> list[Drafted]:
-    drafted: list[Drafted] = []
-    for study, findings in zip(
-        studies, model.findings_batch([(study.image, study.reason) for study in studies]), strict=True
-    ):
-        if isinstance(findings, lite.StudyError):
-            raise findings.error
-        agreements = compare(study.reference, findings.text)
-        drafted.append(Drafted(study=study, findings=findings, agreements=agreements))
-    return drafted
+def _findings(artifact: Path, studies: Sequence[ListedStudy]) -> tuple[list[lite.Findings], str]:
+    model = lite.load(artifact)
+    findings = []
+    for result in model.findings_batch([(study.image, study.reason) for study in studies]):
+        if isinstance(result, lite.StudyError):
+            raise result.error
+        findings.append(result)
+    return findings, model.notice
+
+
+def _draft(artifact: Path, fp16: Path, studies: Sequence[ListedStudy]) -> tuple[list[Drafted], str]:
+    findings, notice = _findings(artifact, studies)
+    beside, _ = _findings(fp16, studies)
+    drafted = [
+        Drafted(
+            study=study,
+            findings=ours,
+            agreements=compare(study.reference, ours.text),
+            fp16=theirs,
+            fp16_agreements=compare(study.reference, theirs.text),
+        )
+        for study, ours, theirs in zip(studies, findings, beside, strict=True)
+    ]
+    return drafted, notice
 
 
 def _shown(path: Path) -> str:
@@ -283,6 +318,7 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
             f"-m benchmarks.phantom predict {_shown(artifact)} {_shown(listed)} --out {predictions}"
         ),
         "how good they are": f"-m benchmarks.phantom score {predictions}",
+        "what each format loses, on 240 films (half an hour)": "-m benchmarks.quantisation",
         "the real checkpoint, from your own download": "-m export --help",
     }
     _say("Next:")
@@ -297,19 +333,24 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a mark that the terminal cannot show must not end the demo
         sys.stdout.reconfigure(errors="replace")
     width = min(shutil.get_terminal_size((110, 40)).columns, 160)
-    artifact, picture = OUT / "artifact", OUT / "findings.png"
+    artifact, fp16, picture = OUT / "artifact", OUT / "artifact-fp16", OUT / "findings.png"
     try:
         _require_checkpoint()
-        done = _step(1, f"Drawing {NUM_FILMS} synthetic films that the model has never seen")
-        listed = _write_films(OUT / "films")
+        done = _step(
+            1, f"Drawing {NUM_FILMS} synthetic films that the model has never seen, and others to calibrate on"
+        )
+        listed = _write_films(OUT / "films", count=NUM_FILMS, seed=SEED, dicom=True)
+        others = _write_films(OUT / "calibration", count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False)
         studies = read_list(listed)
         done()
-        done = _step(2, "Exporting the phantom checkpoint to an fp16 artifact, measured on these films")
-        _export(artifact, listed)
+        done = _step(2, "Exporting the phantom checkpoint in 4 bits, measured on these films")
+        _export(artifact, listed, decoder="gptq-int4", calibration_data=others, token_weights=TOKEN_WEIGHTS)
         done()
-        done = _step(3, "Drafting their findings")
-        model = lite.load(artifact)
-        drafted = _draft(model, studies)
+        done = _step(3, "Exporting it in fp16, to compare")
+        _export(fp16, listed, decoder="fp16")
+        done()
+        done = _step(4, "Drafting the films' findings with both")
+        drafted, notice = _draft(artifact, fp16, studies)
         done()
     except lite.LiteError as error:
         sys.stderr.write(f"demo: {error}\n")
@@ -317,9 +358,9 @@ def main() -> int:
     for number, film in enumerate(drafted, start=1):
         _print_film(number, film, width)
     _say(_score(drafted))
-    _say(f"{textwrap.fill(model.notice, width)}\n")
-    done = _step(4, f"Saving films and texts as {_shown(picture)}")
-    draw_picture(drafted, model.notice).save(picture)
+    _say(f"{textwrap.fill(notice, width)}\n")
+    done = _step(5, f"Saving films and texts as {_shown(picture)}")
+    draw_picture(drafted, notice).save(picture)
     done()
     _say_what_next(artifact, drafted[0].study.image.with_suffix(".dcm"), listed)
     _say(f"\nThe demo took {time.perf_counter() - started:.0f} s.")

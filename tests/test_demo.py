@@ -64,8 +64,26 @@ def drafted(tmp_path: Path, text: str) -> demo.Drafted:
     film = tmp_path / "film.png"
     Image.fromarray(np.full((64, 64), 200, dtype=np.uint8)).save(film)
     study = ListedStudy(id="1", image=film, reason="Cough.", query="", reference=TRUTH)
-    findings = cast("lite.Findings", type("Draft", (), {"text": text})())
-    return demo.Drafted(study=study, findings=findings, agreements=demo.compare(TRUTH, text))
+    findings, fp16 = (cast("lite.Findings", type("Draft", (), {"text": words})()) for words in (text, TRUTH))
+    return demo.Drafted(
+        study=study,
+        findings=findings,
+        agreements=demo.compare(TRUTH, text),
+        fp16=fp16,
+        fp16_agreements=demo.compare(TRUTH, TRUTH),
+    )
+
+
+def test_fp16_stands_beside_in_as_few_words_as_that_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same, other = drafted(tmp_path, TRUTH), drafted(tmp_path, "Small right pleural effusion.")
+    demo._print_film(1, same, 110)
+    demo._print_film(2, other, 110)
+    first, second = capsys.readouterr().out.split("Film 2")
+    assert "fp16 drafts: the same" in first
+    assert f"fp16 drafts: {TRUTH}" in second.replace("\n  ", " ")
+    score = demo._score([same, other])
+    assert "2 of 4 findings agree" in score
+    assert "4 of 4 in fp16; 1 of 2 texts are the same." in score
 
 
 def test_the_picture_grows_with_its_texts(tmp_path: Path) -> None:
@@ -91,6 +109,7 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
     monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
     monkeypatch.setattr(demo, "OUT", tmp_path / "out")
     monkeypatch.setattr(demo, "NUM_FILMS", 2)
+    monkeypatch.setattr(demo, "NUM_CALIBRATION_FILMS", 3)
     commands: list[list[str]] = []
 
     def fail(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -103,6 +122,11 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
     # Parity is measured on the films that the demo shows: they are there before the export.
     options = dict(zip(commands[0][3::2], commands[0][4::2], strict=False))
     assert len(read_list(Path(options["--verify-data"]))) == int(options["--verify-studies"]) == 2
+    # And calibrated on others.
+    assert options["--decoder"] == "gptq-int4"
+    calibrated_on = {study.image.read_bytes() for study in read_list(Path(options["--calibration-data"]))}
+    assert len(calibrated_on) == 3
+    assert not calibrated_on & {study.image.read_bytes() for study in read_list(Path(options["--verify-data"]))}
 
 
 def test_sizes_and_parity_of_the_export_are_shown_and_its_terms_are_not_said_twice(
