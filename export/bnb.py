@@ -12,11 +12,11 @@ these tensors, and `quantization_config` in its config.json, is one that transfo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kernels.bnb import NF4_BLOCK_SIZE, NF4_NESTED_BLOCK_SIZE, NF4_QUANT_STATE_KEY, import_bitsandbytes
+from kernels.bnb import NF4_BLOCK_SIZE, NF4_NESTED_BLOCK_SIZE, import_bitsandbytes
 from lite.errors import BackendUnavailable, CheckpointError
 
 if TYPE_CHECKING:
@@ -26,20 +26,14 @@ if TYPE_CHECKING:
 
 BnbFormat = Literal["bnb-nf4", "bnb-int8"]
 
-QUANT_STATE_BYTES: Final = 256
-"""Longer than any JSON text of an NF4 weight (at most 196 bytes), and a multiple of 8."""
 
-
-def quantize_nf4(weight: Tensor, *, quant_state_bytes: int | None = None) -> dict[str, Tensor]:
+def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     """Quantise one weight to NF4: blocks of 64, their magnitudes quantised once more.
 
     Args:
         weight: [out, in] in float16 or float32, on any device, where it is quantised too; `in` is a multiple of 64, so
             that no block crosses from one row into the next. The dtype becomes that of the JSON text, in which tools
             like peft expand the weight: pass float16 for a folder of float16.
-        quant_state_bytes: pad the JSON text with spaces to this length. Its own length depends on the digits of a mean
-            of the weight and so is unknown before; every reader of JSON passes over the spaces. None writes what
-            the library writes, to the byte.
 
     Returns:
         The tensors by the part of their name behind the layer's, contiguous, on the CPU:
@@ -65,8 +59,6 @@ def quantize_nf4(weight: Tensor, *, quant_state_bytes: int | None = None) -> dic
         )
         raise BackendUnavailable(msg)
     tensors = {"weight": quantised} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-    if quant_state_bytes is not None:
-        tensors[NF4_QUANT_STATE_KEY] = _padded(tensors[NF4_QUANT_STATE_KEY], quant_state_bytes)
     return _on_cpu(tensors)
 
 
@@ -95,30 +87,6 @@ def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
     # A row of zeros is divided by its magnitude, and what a NaN becomes in int8 depends on the machine.
     quantised = quantised.masked_fill(scb.unsqueeze(-1) == 0, 0)
     return _on_cpu({"weight": quantised, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)})
-
-
-def bnb_shapes(
-    decoder_format: BnbFormat, out_features: int, in_features: int
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return the shape and dtype of each tensor a weight becomes, before it is quantised.
-
-    In NF4 they are those of `quantize_nf4(weight, quant_state_bytes=QUANT_STATE_BYTES)`.
-    """
-    if decoder_format == "bnb-int8":
-        return {
-            "weight": ((out_features, in_features), torch.int8),
-            "SCB": ((out_features,), torch.float32),
-            "weight_format": ((), torch.uint8),
-        }
-    blocks = out_features * in_features // NF4_BLOCK_SIZE
-    return {
-        "weight": ((blocks * NF4_BLOCK_SIZE // 2, 1), torch.uint8),
-        "weight.absmax": ((blocks,), torch.uint8),
-        "weight.quant_map": ((16,), torch.float32),
-        "weight.nested_absmax": ((-(-blocks // NF4_NESTED_BLOCK_SIZE),), torch.float32),
-        "weight.nested_quant_map": ((256,), torch.float32),
-        NF4_QUANT_STATE_KEY: ((QUANT_STATE_BYTES,), torch.uint8),
-    }
 
 
 def quantization_config(decoder_format: BnbFormat) -> dict[str, Any]:
@@ -167,15 +135,6 @@ def _check_weight(weight: Tensor) -> None:
         bad = int((~torch.isfinite(weight)).sum())
         msg = f"got {bad} infinities or NaNs in a weight {list(weight.shape)} · expected numbers · get the checkpoint"
         raise CheckpointError(f"{msg} again: it is damaged")
-
-
-def _padded(text: Tensor, nbytes: int) -> Tensor:
-    if len(text) > nbytes:
-        msg = f"got quant_state_bytes={nbytes} · expected at least the {len(text)} of the JSON text"
-        raise CheckpointError(f"{msg} · use QUANT_STATE_BYTES")
-    padded = torch.full((nbytes,), ord(" "), dtype=torch.uint8)
-    padded[: len(text)] = text
-    return padded
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

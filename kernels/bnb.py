@@ -32,8 +32,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch.nn import functional
 
+from kernels.reference import matmul_by_rows
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from types import ModuleType
 
     from torch import Tensor
@@ -43,10 +45,6 @@ NF4_BLOCK_SIZE: Final = 64
 NF4_NESTED_BLOCK_SIZE: Final = 256
 """Magnitudes that share one magnitude of their own."""
 NF4_QUANT_STATE_KEY: Final = "weight.quant_state.bitsandbytes__nf4"
-
-# On a CPU a weight is expanded this many values at a time. 2 MB of float32 stay in the cache between being written and
-# being read by the product, which makes the whole faster than expanding all of it, and the memory does not grow.
-_CPU_CHUNK_VALUES: Final = 2**19
 
 
 @functools.cache
@@ -271,7 +269,7 @@ def nf4_matmul(x: Tensor, weight: Nf4Weight) -> Tensor:
         product: Tensor = import_bitsandbytes().matmul_4bit(x, weight.packed.t(), quant_state=weight.quant_state)
         return product
     scales = weight.block_scales()
-    return _matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, scales, x.dtype))
+    return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, scales, x.dtype))
 
 
 def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
@@ -293,18 +291,7 @@ def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
     _check_columns(x, weight.shape)
     if x.is_cuda:
         return functional.linear(x, weight.dequantize(x.dtype))
-    return _matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype))
-
-
-def _matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> Tensor:
-    """Multiply x [..., in] by the transpose of a weight that is made `rows(begin, end)` at a time."""
-    flat = x.reshape(-1, shape[1])
-    step = max(1, _CPU_CHUNK_VALUES // shape[1])
-    product = flat.new_empty(flat.shape[0], shape[0])
-    for begin in range(0, shape[0], step):
-        end = min(begin + step, shape[0])
-        product[:, begin:end] = flat @ rows(begin, end).t()
-    return product.view(*x.shape[:-1], shape[0])
+    return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype))
 
 
 _NF4_FLOATS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

@@ -16,11 +16,9 @@ import torch
 from conftest import ROOT, random_llama, tiny_llama_config
 from safetensors.torch import load_file, save_file
 
-import kernels.bnb
+import kernels.reference
 from export.bnb import (
-    QUANT_STATE_BYTES,
     BnbFormat,
-    bnb_shapes,
     quantization_config,
     quantize_int8,
     quantize_nf4,
@@ -115,50 +113,6 @@ def test_the_json_text_is_the_librarys() -> None:
         "nested_blocksize": 256,
         "nested_dtype": "float32",
     }
-
-
-def test_a_padded_json_text_has_a_known_length_and_says_the_same() -> None:
-    weight = random_weight((5, 192))
-    plain, padded = quantize_nf4(weight), quantize_nf4(weight, quant_state_bytes=QUANT_STATE_BYTES)
-    texts = [bytes(tensors[NF4_QUANT_STATE_KEY].tolist()) for tensors in (plain, padded)]
-    assert len(texts[1]) == QUANT_STATE_BYTES
-    assert texts[1].rstrip(b" ") == texts[0]
-    assert torch.equal(nf4_dequantize(padded, torch.float32), nf4_dequantize(plain, torch.float32))
-    library_reads = import_bitsandbytes().functional.QuantState.from_dict(
-        {name: tensor for name, tensor in padded.items() if name != "weight"}, device=torch.device("cpu")
-    )
-    assert library_reads.shape == torch.Size([5, 192])
-
-
-def test_a_padding_that_is_too_short_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"got quant_state_bytes=100 · expected at least the 1\d\d"):
-        quantize_nf4(random_weight((5, 192)), quant_state_bytes=100)
-
-
-def test_the_longest_json_text_fits() -> None:
-    longest = {
-        "quant_type": "nf4",
-        "blocksize": 64,
-        "dtype": "float16",
-        "shape": [10**9, 10**9],
-        "nested_blocksize": 256,
-        "nested_dtype": "float32",
-        "nested_offset": -1.1754943508222875e-38,
-    }
-    assert len(json.dumps(longest)) <= 196 <= QUANT_STATE_BYTES
-
-
-@pytest.mark.parametrize("decoder_format", FORMATS)
-def test_shapes_are_known_before(decoder_format: BnbFormat) -> None:
-    for shape in NF4_SHAPES:
-        weight = random_weight(shape)
-        tensors = (
-            quantize_nf4(weight, quant_state_bytes=QUANT_STATE_BYTES)
-            if decoder_format == "bnb-nf4"
-            else quantize_int8(weight)
-        )
-        got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        assert got == bnb_shapes(decoder_format, *shape)
 
 
 @pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
@@ -276,7 +230,7 @@ def test_matmul_is_the_product_with_the_dequantised_weight(
     chunk_values: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels.bnb, "_CPU_CHUNK_VALUES", chunk_values)  # one row of the weight, two, all of it
+    monkeypatch.setattr(kernels.reference, "ROWS_VALUES", chunk_values)  # one row of the weight, two, all of it
     tensors = quantised(decoder_format, random_weight((37, 128)))
     x = torch.randn(*rows, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     got = matmul(decoder_format, x, tensors)
