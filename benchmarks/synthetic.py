@@ -49,20 +49,19 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from benchmarks.phantom.publish import (
-    _GENERATION_CONFIG,
-    _SPECIAL_TOKENS_MAP,
+from benchmarks.layout import (
+    GENERATION_CONFIG,
     LORA_TARGETS,
-    _adapter_config,
-    _llama_config,
-    _llava_config,
-    _tokenizer_config,
-    _tower_config,
-    _training_checkpoint,
-    _write_json,
-    channel_scales,
-    random_weights,
+    SPECIAL_TOKENS_MAP,
+    adapter_config_json,
+    llama_config_json,
+    llava_config_json,
+    tokenizer_config_json,
+    tower_config_json,
+    training_checkpoint,
+    write_json,
 )
+from benchmarks.phantom.publish import channel_scales, random_weights
 from benchmarks.phantom.tokenizer import train_tokenizer
 from lite.errors import LiteError
 
@@ -113,7 +112,7 @@ class Widths:
 
     def llama_config(self, num_hidden_layers: int) -> dict[str, Any]:
         """Return the base's `config.json` at some depth."""
-        return _llama_config(
+        return llama_config_json(
             {
                 "hidden_size": self.hidden_size,
                 "intermediate_size": self.intermediate_size,
@@ -380,21 +379,21 @@ def _write_small_files(folder: Path, widths: Widths, *, layers: int) -> None:
     checkpoint, base = folder / NAME, folder / "base"
     base_name = f"{NAME}/base"
     config = widths.llama_config(layers)
-    llava = _llava_config(
+    llava = llava_config_json(
         config,
         image_size=widths.image_size,
         mm_hidden_size=widths.tower_dim,
         rank=widths.lora_rank,
         base_name=base_name,
     )
-    _write_json(checkpoint / "config.json", llava)
-    _write_json(checkpoint / "adapter_config.json", _adapter_config(widths.lora_rank, base_name))
-    _write_json(checkpoint / f"biomedclipcxr_{widths.image_size}.json", _tower_config(widths.image_size))
+    write_json(checkpoint / "config.json", llava)
+    write_json(checkpoint / "adapter_config.json", adapter_config_json(widths.lora_rank, base_name))
+    write_json(checkpoint / f"biomedclipcxr_{widths.image_size}.json", tower_config_json(widths.image_size))
     (checkpoint / "NOTICE").write_text(f"{_NOTICE}\n", encoding="utf-8")
-    _write_json(base / "config.json", {**config, "_name_or_path": base_name})
-    _write_json(base / "generation_config.json", _GENERATION_CONFIG)
-    _write_json(base / "tokenizer_config.json", _tokenizer_config(widths.max_position_embeddings))
-    _write_json(base / "special_tokens_map.json", _SPECIAL_TOKENS_MAP)
+    write_json(base / "config.json", {**config, "_name_or_path": base_name})
+    write_json(base / "generation_config.json", GENERATION_CONFIG)
+    write_json(base / "tokenizer_config.json", tokenizer_config_json(widths.max_position_embeddings))
+    write_json(base / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
     (base / "tokenizer.model").write_bytes(make_tokenizer(widths.vocab_size))
 
 
@@ -406,7 +405,7 @@ def _write_tower(checkpoint: Path, widths: Widths, *, seed: int) -> None:
     )
     prefix = "base_model.model.model.mm_projector."
     _save({prefix + key: t.to(torch.float16) for key, t in projector.items()}, checkpoint / "non_lora_trainables.bin")
-    _save(_training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{widths.image_size}_checkpoint.pt")
+    _save(training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{widths.image_size}_checkpoint.pt")
 
 
 def _write_decoder(folder: Path, widths: Widths, *, layers: int, seed: int, shard_bytes: int) -> None:
@@ -425,7 +424,7 @@ def _write_decoder(folder: Path, widths: Widths, *, layers: int, seed: int, shar
             _save(state, folder / "base" / file_name)
             weight_map |= dict.fromkeys(names, file_name)
         index = {"metadata": {"total_size": sum(map(_fp16_bytes, base_shapes.values()))}, "weight_map": weight_map}
-        _write_json(folder / "base" / "pytorch_model.bin.index.json", index)
+        write_json(folder / "base" / "pytorch_model.bin.index.json", index)
         adapter = {}
         for name, shape in lora_shapes.items():
             adapter[name] = weights.lora(name, shape)

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from conftest import tiny_manifest
 
-from lite.artifact import NOTICE, Artifact, FileRecord, Manifest, load_artifact, staged_artifact
+from lite.artifact import (
+    NOTICE,
+    Artifact,
+    CalibrationRecord,
+    DecoderPart,
+    FileRecord,
+    Manifest,
+    load_artifact,
+    staged_artifact,
+)
 from lite.errors import ArtifactError
 
 
@@ -24,6 +33,20 @@ def test_manifest_round_trip() -> None:
         fidelity={"decoder": {"mean_kl": 1e-7}}, files={"a/b.bin": FileRecord(bytes=3, sha256="0" * 64)}
     )
     assert Manifest.parse(manifest.to_json()) == manifest
+
+
+def test_what_may_be_absent_is_read_as_absent_and_as_what_it_is() -> None:
+    """None stands before or behind the other choice of a type, which may be a Literal or a dataclass."""
+    calibration = CalibrationRecord(
+        data="a.json", sha256="0" * 64, studies=1, tokens=2, image_weight=0.3, prompt_weight=1.0
+    )
+    for part in (
+        DecoderPart(format="fp16"),
+        DecoderPart(format="gptq-int4", group_size=-1, method="rtn"),
+        DecoderPart(format="gptq-int8", group_size=32, method="gptq", lm_head="int8", calibration=calibration),
+    ):
+        manifest = tiny_manifest(decoder=part)
+        assert Manifest.parse(manifest.to_json()).decoder == part
 
 
 def test_a_fresh_artifact_loads_and_verifies(tiny_artifact: Artifact) -> None:

@@ -163,8 +163,12 @@ def _logits(llama: dict[str, torch.Tensor], llama_config: dict[str, Any]) -> tor
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         here = {name.removeprefix(prefix): w for name, w in llama.items() if name.startswith(prefix)}
-        hidden = forward.decoder_layer(config, here, forward.plain_linear(here), hidden)
+        hidden = forward.decoder_layer(config, here, _linears(here), hidden)
     return forward.rms_norm(hidden, llama["model.norm.weight"], config.rms_norm_eps) @ llama["lm_head.weight"].T
+
+
+def _linears(weights: dict[str, torch.Tensor]) -> forward.Linear:
+    return lambda name, x: torch.nn.functional.linear(x, weights[f"{name}.weight"].float())
 
 
 def test_channel_scales_change_the_weights_and_not_the_function() -> None:

@@ -23,12 +23,24 @@ Two things are done to the weights on the way, both undone by a correct export:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from benchmarks.layout import (
+    GENERATION_CONFIG,
+    LORA_TARGETS,
+    SPECIAL_TOKENS_MAP,
+    adapter_config_json,
+    llama_config_json,
+    llava_config_json,
+    tokenizer_config_json,
+    tower_config_json,
+    training_checkpoint,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,8 +54,6 @@ _NOTICE = (
     "This is the phantom model, grown on the synthetic films of llava-rad-lite: it reads those and nothing else. On a "
     "real film its text is nonsense."
 )
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def channel_scales(llama_config: Mapping[str, Any], *, sigma: float, seed: int) -> dict[str, Tensor]:
@@ -178,7 +188,7 @@ def publish(
     Raises:
         ValueError: A weight leaves the float16 range; choose a smaller scale_sigma.
     """
-    config = _llama_config(llama_config)
+    config = llama_config_json(llama_config)
     folded = fold_channel_scales(llama, config, sigma=scale_sigma, seed=seed)
     checkpoint, base = out / name, out / "base"
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -208,23 +218,23 @@ def publish(
         _owned({f"base_model.model.model.mm_projector.{key}": t.to(torch.float16) for key, t in projector.items()}),
         checkpoint / "non_lora_trainables.bin",
     )
-    torch.save(_training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{image_size}_checkpoint.pt")
+    torch.save(training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{image_size}_checkpoint.pt")
     mm_hidden_size = int(trunk["cls_token"].shape[-1])
-    _write_json(checkpoint / f"biomedclipcxr_{image_size}.json", _tower_config(image_size))
-    llava_config = _llava_config(
+    write_json(checkpoint / f"biomedclipcxr_{image_size}.json", tower_config_json(image_size))
+    llava_config = llava_config_json(
         config, image_size=image_size, mm_hidden_size=mm_hidden_size, rank=lora_rank, base_name=f"{name}/base"
     )
-    _write_json(checkpoint / "config.json", llava_config)
-    _write_json(checkpoint / "adapter_config.json", _adapter_config(lora_rank, f"{name}/base"))
+    write_json(checkpoint / "config.json", llava_config)
+    write_json(checkpoint / "adapter_config.json", adapter_config_json(lora_rank, f"{name}/base"))
 
     (checkpoint / "NOTICE").write_text(f"{_NOTICE}\n", encoding="utf-8")
 
     _write_shards(base, base_state)
-    _write_json(base / "config.json", {**config, "_name_or_path": f"{name}/base"})
-    _write_json(base / "generation_config.json", _GENERATION_CONFIG)
+    write_json(base / "config.json", {**config, "_name_or_path": f"{name}/base"})
+    write_json(base / "generation_config.json", GENERATION_CONFIG)
     (base / "tokenizer.model").write_bytes(tokenizer_model)
-    _write_json(base / "tokenizer_config.json", _tokenizer_config(int(config["max_position_embeddings"])))
-    _write_json(base / "special_tokens_map.json", _SPECIAL_TOKENS_MAP)
+    write_json(base / "tokenizer_config.json", tokenizer_config_json(int(config["max_position_embeddings"])))
+    write_json(base / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
     return sum(path.stat().st_size for folder in (checkpoint, base) for path in folder.iterdir())
 
 
@@ -304,123 +314,6 @@ def random_weights(
     return trunk, projector, llama
 
 
-def _llama_config(llama_config: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "pretraining_tp": 1,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "float16",
-        "transformers_version": "4.31.0",
-        "use_cache": True,
-    }
-    return {**plain, **llama_config}
-
-
-def _llava_config(
-    config: Mapping[str, Any], *, image_size: int, mm_hidden_size: int, rank: int, base_name: str
-) -> dict[str, Any]:
-    return {
-        **config,
-        "_name_or_path": base_name,
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava",
-        "freeze_mm_mlp_adapter": False,
-        "image_aspect_ratio": "square",
-        "image_grid_pinpoints": None,
-        "lora_alpha": 2 * rank,
-        "lora_r": rank,
-        "mm_hidden_size": mm_hidden_size,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": f"biomedclip_cxr_{image_size}",
-        "mm_vision_tower_checkpoint": f"biomedclipcxr_{image_size}_checkpoint.pt",
-        # As in the real one, this names a file that is not there: the json beside it has another name.
-        "mm_vision_tower_config": f"biomedclip_cxr_{image_size}_config.json",
-        "tune_mm_mlp_adapter": False,
-        "use_mm_proj": True,
-    }
-
-
-def _adapter_config(rank: int, base_name: str) -> dict[str, Any]:
-    return {
-        "auto_mapping": None,
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.05,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": None,
-        "target_modules": list(LORA_TARGETS),
-        "task_type": "CAUSAL_LM",
-    }
-
-
-def _tower_config(image_size: int) -> dict[str, Any]:
-    return {
-        "embed_dim": 512,
-        "vision_cfg": {
-            "timm_model_name": "vit_base_patch14_dinov2.lvd142m",
-            "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
-            "image_size": image_size,
-        },
-        "text_cfg": {
-            "hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-            "hf_tokenizer_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
-            "hf_proj_type": "mlp",
-            "hf_pooler_type": "cls_last_hidden_state_pooler",
-            "context_length": 256,
-        },
-    }
-
-
-def _training_checkpoint(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Dress the trunk as an open_clip training checkpoint: text tower, logit scale, optimizer, numpy scalars."""
-    dim = int(trunk["cls_token"].shape[-1])
-    state = {f"module.visual.trunk.{name}": tensor for name, tensor in trunk.items()}
-    text = "module.text.transformer"
-    state |= {
-        "module.logit_scale": torch.tensor(4.6052),
-        "module.visual.head.proj.weight": torch.zeros(8, dim),
-        f"{text}.embeddings.word_embeddings.weight": torch.zeros(16, 8),
-        f"{text}.encoder.layer.0.attention.self.query.weight": torch.zeros(8, 8),
-        f"{text}.pooler.dense.weight": torch.zeros(8, 8),
-        f"{text}.pooler.dense.bias": torch.zeros(8),
-        "module.text.proj.0.weight": torch.zeros(8, 8),
-    }
-    moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(8), "exp_avg_sq": torch.zeros(8)}
-    group = {"lr": np.float64(1e-5), "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": np.float64(0.2), "params": [0]}
-    return {
-        "epoch": 40,
-        "name": "phantom",
-        "state_dict": state,
-        "optimizer": {"state": {0: moments}, "param_groups": [group]},
-        "best_loss": np.float32(0.5),
-    }
-
-
 def _tie_last_block(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
     last = max(int(name.split(".")[1]) for name in trunk if name.startswith("blocks."))
     tied = dict(trunk)
@@ -443,53 +336,9 @@ def _write_shards(base: Path, state: Mapping[str, Tensor]) -> None:
         file_name = f"pytorch_model-{number:05d}-of-00002.bin"
         torch.save(_owned(shard), base / file_name)
         weight_map |= dict.fromkeys(shard, file_name)
-    _write_json(base / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(base / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors out of larger storages, which torch.save would otherwise write whole."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _special_token(content: str) -> dict[str, Any]:
-    return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-
-
-_GENERATION_CONFIG = {
-    "_from_model_config": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_length": 4096,
-    "pad_token_id": 0,
-    "temperature": 0.9,
-    "top_p": 0.6,
-    "transformers_version": "4.31.0",
-}
-
-_SPECIAL_TOKENS_MAP = {
-    "bos_token": _special_token("<s>"),
-    "eos_token": _special_token("</s>"),
-    "pad_token": "<unk>",
-    "unk_token": _special_token("<unk>"),
-}
-
-
-def _tokenizer_config(model_max_length: int) -> dict[str, Any]:
-    return {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": {"__type": "AddedToken", **_special_token("<s>")},
-        "clean_up_tokenization_spaces": False,
-        "eos_token": {"__type": "AddedToken", **_special_token("</s>")},
-        "legacy": False,
-        "model_max_length": model_max_length,
-        "pad_token": None,
-        "padding_side": "right",
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": {"__type": "AddedToken", **_special_token("<unk>")},
-    }

@@ -33,7 +33,7 @@ _INSTALL = 'install it with: pip install "llava-rad-lite[bench]"'
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A figure between 0 and 1, its 95 % bootstrap interval, and how many cases it was measured on."""
+    """A figure, its 95 % bootstrap interval, and how many cases it was measured on."""
 
     value: float
     low: float
