@@ -93,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         from export.work import work_path
 
+        if (options.out / "manifest.json").is_file() and not options.overwrite:
+            print(f"\ninterrupted: the artifact at {options.out} is complete", file=sys.stderr)
+            return 130
         kept = work_path(options.out)
         what_now = (
             f"the same command goes on with the finished parts in {kept}; remove that folder to give up"
@@ -131,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(VisionFormat),
         default=DEFAULTS.vision_format,
         help="the vision tower: fp32 for CPUs, fp16 for GPUs, half the bytes; int8 is faster on CPUs and loses a "
-        "little, its projector stays fp32 (default: %(default)s)",
+        "little, its projector stays 16-bit (default: %(default)s)",
     )
     _add_gptq(parser)
     parity = parser.add_argument_group("measuring parity with the checkpoint")
@@ -158,10 +161,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="findings tokens scored in each (default: %(default)s)",
     )
-    parity.add_argument(
+    parser.add_argument(
         "--device",
         default=DEFAULTS.device,
-        help="where to measure: auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)",
+        help="where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -242,7 +245,7 @@ def _token_weights(text: str) -> TokenWeights | None:
         return None
     try:
         return TokenWeights.parse(text)
-    except ValueError:
+    except (ValueError, LiteError):
         msg = f"got {text!r}, expected two numbers such as 0.3,0.1, or search"
         raise argparse.ArgumentTypeError(msg) from None
 

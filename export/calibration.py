@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from export.durable import give_name, partial_name
 from export.settings import TokenWeights
 from export.studies import Study, StudyReader, sha256_of_studies
 from lite.config import IMAGE_TOKEN_ID
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 MAX_FINDINGS_TOKENS: Final = 256
 HELD_OUT_SHARE: Final = 4
 MAX_HELD_OUT: Final = 24
-"""The search for token weights holds out every fourth study of a list, at most these many."""
+"""The search for token weights holds out a quarter of the studies, spread over them, at most these many."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,22 +67,21 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqS
     folder = Path(settings.calibration_images or file.parent)
     reader = StudyReader(checkpoint, manifest, max_tokens=MAX_FINDINGS_TOKENS)
     searches = settings.token_weights is None
-    wanted = settings.calibration_studies + (MAX_HELD_OUT if searches else 0)
-    studies = reader.from_list(file, folder, wanted, option="--calibration-data")
-    held_out = min(MAX_HELD_OUT, len(studies) // HELD_OUT_SHARE) if searches else 0
+    held_out = min(MAX_HELD_OUT, -(-settings.calibration_studies // (HELD_OUT_SHARE - 1))) if searches else 0
+    studies = reader.from_list(file, folder, settings.calibration_studies + held_out, option="--calibration-data")
+    held_out = min(held_out, len(studies) // HELD_OUT_SHARE)
     if searches and not held_out:
         msg = (
             f"{file}: got {len(studies)} studies · expected at least {HELD_OUT_SHARE}, as the token weights are chosen "
             "on some that are held out · use a longer list, or give --token-weights"
         )
         raise CheckpointError(msg)
-    split = len(studies) - held_out
-    return CalibrationStudies(
-        studies=studies[:split][: settings.calibration_studies],
-        held_out=studies[split:],
-        data=file.name,
-        sha256=sha256_of_studies(studies),
-    )
+    # Spread over the list, which may be sorted by patient, date or finding.
+    every = len(studies) // held_out if held_out else len(studies) + 1
+    judged = range(every - 1, every * held_out, every)
+    fitted = [study for place, study in enumerate(studies) if place not in judged][: settings.calibration_studies]
+    held = [studies[place] for place in judged]
+    return CalibrationStudies(studies=fitted, held_out=held, data=file.name, sha256=sha256_of_studies([*fitted, *held]))
 
 
 class HiddenStates:
@@ -119,11 +119,11 @@ class HiddenStates:
 
     def fill(self, sequences: Iterable[Tensor]) -> None:
         """Write all sequences, in order; the file has its name only when it is complete."""
-        partial = self.file.with_name(f"{self.file.name}.partial")
+        partial = partial_name(self.file)
         with partial.open("wb") as stream:
             for sequence in sequences:
                 stream.write(sequence.float().cpu().contiguous().numpy().data)
-        partial.replace(self.file)
+        give_name(partial, self.file)
 
     def read(self, index: int) -> Tensor:
         """Return a sequence, float32 [T, hidden_size]."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,6 +22,7 @@ from safetensors.torch import save
 
 from export.bnb import quantization_config as bnb_quantization_config
 from export.bnb import quantize_int8, quantize_nf4
+from export.durable import write_whole
 from export.gptq import FIRST_DAMPING, Grid, Quantized, round_to_nearest
 from export.lora import LINEARS
 from kernels.gptq import to_tensors
@@ -109,12 +109,8 @@ class DecoderFolder:
 
     def write(self, part: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a part, and be sure that it is on disk before it has its name."""
-        partial = self.folder / "part.partial"
-        with partial.open("wb") as stream:
-            stream.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.path(part))
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+        write_whole(self.path(part), content)
 
     def write_index(self) -> None:
         """Write the index of the finished parts."""
@@ -207,16 +203,20 @@ def require_divisible(shapes: Mapping[str, tuple[int, ...]], settings: ExportSet
         for name, shape in shapes.items()
         if "_proj." in name or (name == f"{HEAD}.weight" and settings.gptq.lm_head == "int8")
     }
-    size, factor = settings.gptq.group_size, pack_factor(settings.bits)
+    size = settings.gptq.group_size
     for name, (out_features, in_features) in quantized.items():
-        if in_features % (factor if size == -1 else size) or out_features % factor:
-            fits = [str(other) for other in (32, 64, 128) if all(shape[1] % other == 0 for shape in quantized.values())]
-            msg = (
-                f"{name}: got {in_features} inputs and {out_features} outputs · expected inputs in whole groups of "
-                f"{'all' if size == -1 else size} and multiples of {factor} · choose --group-size "
-                f"{', '.join([*fits, '-1'])}, or a bnb format"
-            )
-            raise CheckpointError(msg)
+        head = name == f"{HEAD}.weight"
+        factor = pack_factor(HEAD_BITS if head else settings.bits)
+        fits = [str(other) for other in (32, 64, 128) if all(shape[1] % other == 0 for shape in quantized.values())]
+        if out_features % factor:
+            wrong = f"{out_features} outputs · expected a multiple of {factor}"
+            todo = "choose --lm-head fp16" if head else "choose a bnb format"
+        elif in_features % (factor if size == -1 else size):
+            wrong = f"{in_features} inputs · expected whole groups of {'words' if size == -1 else size}"
+            todo = f"choose --group-size {', '.join([*fits, '-1'])}, or a bnb format"
+        else:
+            continue
+        raise CheckpointError(f"{name}: got {wrong} · {todo}")
 
 
 def decoder_bytes(decoder_shapes: Mapping[str, tuple[int, ...]], settings: ExportSettings) -> int:
@@ -257,14 +257,14 @@ def quantization_config(settings: ExportSettings) -> dict[str, Any] | None:
     config: dict[str, Any] = {
         "bits": settings.bits,
         "checkpoint_format": "gptq",
-        "damp_percent": FIRST_DAMPING,
         "desc_act": False,
         "group_size": gptq.group_size,
         "lm_head": gptq.lm_head == "int8",
         "quant_method": "gptq",
         "sym": True,
-        "true_sequential": True,
     }
+    if gptq.method == "gptq":
+        config |= {"damp_percent": FIRST_DAMPING, "true_sequential": True}
     if gptq.lm_head == "int8":
         config["dynamic"] = {HEAD: {"bits": HEAD_BITS, "group_size": gptq.group_size}}
     return config
@@ -319,8 +319,8 @@ def write_configs(
     generation: dict[str, Any] = {"do_sample": False, "max_new_tokens": decoding.max_new_tokens, **token_ids}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
-    (folder / "NOTICE").write_text(notice + "\n", encoding="utf-8")
+    write_whole(folder / "NOTICE", f"{notice}\n".encode())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())

@@ -115,11 +115,12 @@ class Hessian:
         """Return H, leaving nothing here (it is the largest thing in memory).
 
         Raises:
-            CheckpointError: Nothing was counted, or it is not finite.
+            CheckpointError: Nothing but zeros was counted, or it is not finite.
         """
         mean, self._sum = self._sum.div_(self._weight or 1.0), torch.empty(0)
-        if not self._weight or not bool(mean.diagonal().isfinite().all()) or not bool(mean.isfinite().all()):
-            got = "a Hessian that is not finite" if self._weight else "no inputs"
+        finite = bool(mean.isfinite().all())
+        if not finite or not bool((mean.diagonal() > 0).any()):
+            got = "no inputs but zeros" if finite else "a Hessian that is not finite"
             msg = (
                 f"{name}: got {got} from the calibration data · expected finite activations · check the films of "
                 "--calibration-data, and that the base model is the one the adapter was trained on"

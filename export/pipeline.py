@@ -3,7 +3,8 @@
     sources ─hash─▶ vision.onnx ─▶ decoder, a layer at a time ─▶ parity ─▶ artifact
 
 It works in a folder beside the destination (`export.work`). An export that is stopped (Ctrl-C, a full disk, a power
-cut) leaves its finished layers there, and the same command goes on behind them, to the same bytes. Nothing is at the
+cut) leaves its finished layers there, and the same command goes on behind them: to the same bytes, on the same machine
+with the same number of threads. Nothing is at the
 destination until everything is written and measured, and no artifact that fails parity is kept.
 """
 
@@ -40,12 +41,13 @@ from export.decoder import (
     require_divisible,
     write_configs,
 )
+from export.durable import give_name, partial_name
 from export.layerwise import STAGES, LayerQuantizer
 from export.settings import DEFAULTS, ExportSettings, TokenWeights
 from export.studies import Study, StudyReader
 from export.token_weights import num_search_steps, search_token_weights
 from export.vision_onnx import build_vision_onnx, write_vision_onnx
-from export.work import WorkFolder, work_folder
+from export.work import WorkFolder, work_folder, work_path
 from lite._version import __version__
 from lite.artifact import (
     NOTICE,
@@ -60,7 +62,7 @@ from lite.artifact import (
     staged_artifact,
 )
 from lite.decoder import check_device
-from lite.errors import ArtifactError
+from lite.errors import ArtifactError, BackendUnavailable
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ def export_artifact(
     source = open_checkpoint(Path(checkpoint), Path(base))
     require_divisible(base_shapes(source.decoder), settings)
     with (
-        _system_errors_explained(Path(out)),
+        _system_errors_explained(Path(out), settings),
         work_folder(Path(out), source.decoder.num_hidden_layers) as work,
     ):
         manifest = _manifest(source, settings)
@@ -159,9 +161,10 @@ def _decoder_part(settings: ExportSettings) -> DecoderPart:
 
 
 def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, settings: ExportSettings) -> dict[str, Any]:
-    """Return all that the artifact's bytes depend on, by the names a user knows."""
+    """Return all that the bytes of decoder/ and vision.onnx depend on, by the names a user knows."""
     given: dict[str, Any] = dataclasses.asdict(settings)
-    for name in ("overwrite", "show_progress"):
+    # How it is measured changes no weight.
+    for name in ("overwrite", "show_progress", "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")
     weights = settings.gptq.token_weights
@@ -171,10 +174,9 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     gptq["calibration_data"] = calibration and f"{calibration.data} ({calibration.sha256[:12]})"
     if not settings.decoder_format.startswith("gptq"):
         gptq = {}
-    for name in ("verify_data", "image_folder"):
-        given[name] = given[name] and str(given[name])
     sources = {name: sha256[:12] for name, sha256 in manifest.sources.items()}
-    return given | gptq | sources | {"version": manifest.created_by, "torch": torch.__version__}
+    versions = {"version": manifest.created_by, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return given | gptq | sources | versions
 
 
 def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> list[Study]:
@@ -236,9 +238,8 @@ def _write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> N
             source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
         )
         bar.update()
-        partial = file.with_name(f"{file.name}.partial")
-        write_vision_onnx(model, partial)
-        partial.replace(file)
+        write_vision_onnx(model, partial_name(file))
+        give_name(partial_name(file), file)
         bar.update()
 
 
@@ -298,7 +299,7 @@ def _write_calibrated_layers(
             # In a spare file until the layer is done: what is called outputs is complete.
             spare = outputs.beside(work.path / "hidden.partial")
             rounded = quantizer.quantize(name, layer, inputs, spare, by_token, advance=bar.update)
-            spare.file.replace(outputs.file)
+            give_name(spare.file, outputs.file)
             work.keep_report(index + 1, PartReport(errors={f"{name}.{k}": v for k, v in rounded.errors.items()}))
             work.decoder.write(index + 1, calibrated_part(index, rounded.norms, rounded.linears))
             inputs.remove()
@@ -366,7 +367,7 @@ def _quantisation_record(source: Checkpoint, work: WorkFolder) -> dict[str, Any]
     """Return what the manifest keeps of how the decoder was rounded."""
     whole = PartReport()
     for part in range(work.decoder.num_parts):
-        whole.merge(work.report(part) or PartReport())
+        whole.merge(work.report(part))
     record: dict[str, Any] = {
         "merge": {
             "lora_scale": source.adapter_config.scale,
@@ -400,10 +401,18 @@ def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm
 
 
 @contextlib.contextmanager
-def _system_errors_explained(out: Path) -> Iterator[None]:
-    """Turn what the system refuses into an error of ours: a full disk, or any file that cannot be read or written."""
+def _system_errors_explained(out: Path, settings: ExportSettings) -> Iterator[None]:
+    """Turn what the system refuses into an error of ours: memory, a full disk, any file that cannot be used."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(".")[0]
+        msg = (
+            f"{settings.device}: got too little free memory ({reason}) · expected about 4 GiB for a 7B layer · free "
+            f"some and repeat the command, which goes on with what is finished in {work_path(out)}, or remove that "
+            "folder and begin anew with --device cpu"
+        )
+        raise BackendUnavailable(msg) from error
     except OSError as error:
         # A write that finds no room does not know its file's name.
         where = error.filename or out

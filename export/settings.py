@@ -17,6 +17,9 @@ ActivationOrder = Literal["none", "static", "group"]
 Clip = Literal["none", "mse"]
 
 
+LARGEST_WEIGHT: Final = 1000
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TokenWeights:
     """What the tokens before the findings count in the Hessian, where a findings token counts 1."""
@@ -24,22 +27,26 @@ class TokenWeights:
     image: float
     prompt: float
 
+    def __post_init__(self) -> None:
+        """Refuse what is no weight."""
+        if not all(math.isfinite(weight) and 0 <= weight <= LARGEST_WEIGHT for weight in (self.image, self.prompt)):
+            msg = f"got token weights {self.image}, {self.prompt} · expected numbers from 0 to {LARGEST_WEIGHT}"
+            raise ArtifactError(f"{msg} · a findings token counts 1")
+
     def __str__(self) -> str:
         """Return them as the command line takes them."""
-        return f"{self.image:g},{self.prompt:g}"
+        return f"{self.image},{self.prompt}"
 
     @classmethod
     def parse(cls, text: str) -> TokenWeights:
         """Read "IMAGE,PROMPT".
 
         Raises:
-            ValueError: It is not two numbers from 0 to 1000.
+            ValueError: It is not two numbers.
+            ArtifactError: They are out of range.
         """
         image, _, prompt = text.partition(",")
-        weights = cls(image=float(image), prompt=float(prompt))
-        if not all(math.isfinite(weight) and 0 <= weight <= 1000 for weight in (weights.image, weights.prompt)):
-            raise ValueError(text)
-        return weights
+        return cls(image=float(image), prompt=float(prompt))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +83,7 @@ class ExportSettings:
 
     decoder_format: DecoderFormat = "fp16"
     vision_format: VisionFormat = "fp32"
-    """What the tower's linears are stored as and computed in; with int8 the projector and the rest stay fp32."""
+    """What the tower's linears are stored as and computed in; with int8 the projector and the rest stay 16-bit."""
     gptq: GptqSettings = GptqSettings()
     """Used by the formats gptq-int4 and gptq-int8."""
     verify_data: str | Path | None = None
@@ -114,16 +121,23 @@ class ExportSettings:
         if gptq.calibration_studies < 1 or gptq.refine < 0:
             msg = f"got calibration_studies={gptq.calibration_studies} refine={gptq.refine} · expected 1 and 0 or more"
             raise ArtifactError(f"{msg} · choose other numbers")
+        used = {field.name for field in dataclasses.fields(gptq)}
         if not self.decoder_format.startswith("gptq"):
-            changed = [
-                field.name
-                for field in dataclasses.fields(gptq)
-                if getattr(gptq, field.name) != getattr(GptqSettings(), field.name)
-            ]
-            if changed:
-                msg = f"got {changed[0]} for the decoder format {self.decoder_format} · expected it with gptq-int4 or "
-                raise ArtifactError(f"{msg}gptq-int8 only · leave it out, or choose one of these formats")
-        elif gptq.method == "gptq" and gptq.calibration_data is None:
+            used, where = set(), "with gptq-int4 or gptq-int8 only"
+        elif gptq.method == "rtn":
+            used, where = (
+                {"group_size", "method", "lm_head"},
+                "with --method gptq only: rtn does nothing but round",
+            )
+        for field in dataclasses.fields(gptq):
+            if field.name not in used and getattr(gptq, field.name) != field.default:
+                msg = f"got {field.name} for {self.decoder_format} · expected it {where} · leave it out, or choose one"
+                raise ArtifactError(msg)
+        for data, images in (("verify_data", "image_folder"), ("calibration_data", "calibration_images")):
+            holder = self if data == "verify_data" else gptq
+            if getattr(holder, images) is not None and getattr(holder, data) is None:
+                raise ArtifactError(f"got {images} without {data} · expected a list of studies too · give one")
+        if self.calibrates and gptq.calibration_data is None:
             msg = (
                 "got no calibration data · expected a JSON list of studies in the evaluation format, with films and "
                 "findings: GPTQ rounds weights by what the decoder sees · give --calibration-data LIST.json, or take "

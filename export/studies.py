@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
-from lite.errors import ArtifactError, CheckpointError
+from lite.errors import ArtifactError, CheckpointError, PromptError
 from lite.image import load_image, preprocess
 from lite.prompt import PromptEncoder, Tokenizer
 
@@ -159,9 +159,13 @@ class StudyReader:
                 f"· expected every image below {image_folder} · name their folder, or take them out of the list"
             )
             raise CheckpointError(msg)
-        studies = [self._study(path, reason, findings) for path, reason, findings in listed]
-        for study in studies:
-            load_image(study.film)
+        studies = []
+        for path, reason, findings in listed:
+            try:
+                studies.append(self._study(path, reason, findings))
+            except PromptError as error:
+                raise CheckpointError(f"{file}: {path.name}: {error} · check {option}") from error
+            load_image(path)
         return studies
 
     def _study(self, film: Path | Array, reason: str | None, findings: str) -> Study:

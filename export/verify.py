@@ -133,11 +133,13 @@ def require_parity(fidelity: dict[str, Any], manifest: Manifest) -> None:
         # Written so that NaN fails.
         good = got >= limit if limit_name.startswith("min") else got <= limit
         if not good:
+            lossy = part.startswith("decoder") and manifest.decoder.format != "fp16"
+            advice = ", or choose --method gptq, a smaller --group-size or more bits" if lossy else ", and report this"
             bound = "at least" if limit_name.startswith("min") else "at most"
             msg = (
                 f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact would not "
                 "compute what the checkpoint does, so it was not kept: "
-                "check that the base model is the one the adapter was trained on, and report this"
+                f"check that the base model is the one the adapter was trained on{advice}"
             )
             raise ArtifactError(msg)
 

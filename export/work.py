@@ -10,7 +10,7 @@
       hidden-0007            the calibration's hidden states before layer 7
 
 The files become the artifact at the very end, by hard links, so that nothing is lost while it is measured. Every file
-has its name only when it is complete.
+has its name only when it is complete and on the disk (`export.durable`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ import dataclasses
 import json
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
 from export.decoder import DecoderFolder, PartReport
-from lite.errors import ArtifactError, LiteError
+from export.durable import write_whole
+from lite.errors import ArtifactError, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+PARTS: Final = "decoder/model-*.safetensors"
 
 
 def work_path(out: Path) -> Path:
@@ -50,6 +54,11 @@ class WorkFolder:
         """Where vision.onnx is written."""
         return self.path / "vision.onnx"
 
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether there is something to go on from, of whatever checkpoint: a finished part, or a search."""
+        return any(self.path.glob(PARTS)) or (self.path / "token_weights.json").is_file()
+
     def require_same(self, arguments: dict[str, Any]) -> None:
         """Refuse to go on with parts that were made with other arguments; note the arguments where there are none.
 
@@ -57,7 +66,8 @@ class WorkFolder:
             ArtifactError: They differ; the message says in what.
         """
         before = self.read("arguments.json")
-        if before is None:
+        if before is None or not self.worth_keeping:
+            self.vision.unlink(missing_ok=True)
             self.write("arguments.json", arguments)
             return
         now = json.loads(json.dumps(arguments))
@@ -68,16 +78,23 @@ class WorkFolder:
         ]
         if changed:
             msg = (
-                f"{self.path}: got {', '.join(changed)} · expected the arguments of the export that was stopped there "
-                f"with {self.decoder.num_finished()} of {self.decoder.num_parts} parts of the decoder finished · "
-                "repeat those to go on, or remove the folder to begin anew"
+                f"{self.path}: got {', '.join(changed)} · expected the arguments of the export that was stopped there, "
+                f"{len(list(self.path.glob(PARTS)))} parts of its decoder finished · repeat those to go on, or remove "
+                "the folder to begin anew"
             )
             raise ArtifactError(msg)
 
-    def report(self, part: int) -> PartReport | None:
-        """Return the report of a finished part."""
+    def report(self, part: int) -> PartReport:
+        """Return the report of a finished part.
+
+        Raises:
+            ArtifactError: It is gone.
+        """
         values = self.read(f"reports/{part:04d}.json")
-        return None if values is None else PartReport(**values)
+        if values is None:
+            msg = f"{self.path}: got no report of part {part} · expected one, as the part is there"
+            raise ArtifactError(f"{msg} · remove the folder to begin anew")
+        return PartReport(**values)
 
     def keep_report(self, part: int, report: PartReport) -> None:
         """Write the report of a part; before the part itself, which says that all is there."""
@@ -96,14 +113,12 @@ class WorkFolder:
 
     def write(self, name: str, value: object) -> None:
         """Keep something as JSON."""
-        file = self.path / name
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_whole(self.path / name, f"{json.dumps(value, indent=1)}\n".encode())
 
     def discard_parts(self) -> None:
-        """Delete the finished parts: they were of no use."""
+        """Delete what has been finished: it was of no use."""
         shutil.rmtree(self.decoder.folder)
+        (self.path / "token_weights.json").unlink(missing_ok=True)
 
     def link_into(self, folder: Path) -> None:
         """Put the finished parts of the artifact into another folder: as hard links, or copies where there are none."""
@@ -121,9 +136,9 @@ class WorkFolder:
 def work_folder(out: Path, num_hidden_layers: int) -> Iterator[WorkFolder]:
     """Lock the folder that an export to `out` works in.
 
-    Left without an error, or by one that would come again (bad input), the folder is removed, unless it was there
-    before. Left by anything else, as an interrupt or a full disk, it stays when there is a finished part of the decoder
-    to go on from.
+    Left without an error, or by one that would come again (a bad checkpoint or calibration), the folder is removed;
+    what an earlier export has left there is not this one's to throw away, though. Left by anything else, as an
+    interrupt or a full disk, it stays if there is something in it to go on from.
 
     Args:
         out: The artifact to be.
@@ -146,16 +161,15 @@ def work_folder(out: Path, num_hidden_layers: int) -> Iterator[WorkFolder]:
         msg = f"{path}: got a folder that another export is working in · expected one at a time · wait for it to end"
         raise ArtifactError(msg) from error
     work = WorkFolder(path=path, decoder=DecoderFolder(path / "decoder", num_hidden_layers))
-    keep = True
-    had = work.decoder.num_finished()
+    keep, had = True, work.worth_keeping
     try:
         yield work
         keep = False
-    except LiteError:
-        # What an earlier export has finished is not this one's to throw away.
-        keep = had > 0
+    except CheckpointError:
+        keep = had
         raise
     finally:
-        lock.release()
-        if not keep or not work.decoder.num_finished():
+        # Removed while it is locked: the next export must not begin in a folder that is going away.
+        if not keep or not work.worth_keeping:
             shutil.rmtree(path, ignore_errors=True)
+        lock.release()

@@ -53,6 +53,8 @@ class GptqWeight:
             raise ValueError(msg)
         in_features, out_features = qweight.shape[0] * pack_factor(bits), qweight.shape[1]
         groups = scales.shape[0]
+        if in_features % groups:
+            raise ValueError(f"got {in_features} inputs in {groups} groups · expected groups of one size")
         group_size = in_features // groups
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "qweight": ((in_features // pack_factor(bits), out_features), torch.int32),
@@ -67,7 +69,7 @@ class GptqWeight:
         zeros, order = symmetric_qzeros(groups, out_features, bits), group_index(in_features, group_size)
         if not torch.equal(tensors["qzeros"].cpu(), zeros):
             raise ValueError(f"got other qzeros · expected {symmetric_zero(bits)} - 1 in each field (symmetric, v1)")
-        if in_features % groups or not torch.equal(tensors["g_idx"].cpu(), order):
+        if not torch.equal(tensors["g_idx"].cpu(), order):
             raise ValueError("got inputs in another order than that of their groups · expected desc_act=False")
         return cls(qweight=qweight, scales=scales, bits=bits, group_size=group_size)
 

@@ -22,7 +22,7 @@ from lite.errors import LiteError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lite.artifact import Artifact
+    from lite.artifact import Artifact, DecoderPart
     from lite.model import Findings, FindingsModel, FindingsStream
 
 EXIT_FAILED: Final = 1
@@ -229,9 +229,9 @@ def _info(arguments: argparse.Namespace) -> int:
         _print(json.dumps({"artifact": artifact.id, "verified": arguments.verify, "manifest": manifest}))
         return 0
     for name, value in _summary(artifact):
-        _print(f"{name:<18}{value}")
+        _print(f"{name:<24}{value}")
     if arguments.verify:
-        _print(f"{'verified':<18}all {len(artifact.manifest.files)} files match their hashes")
+        _print(f"{'verified':<24}all {len(artifact.manifest.files)} files match their hashes")
     return 0
 
 
@@ -243,15 +243,34 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
     yield "vision", f"{vision.format}, {vision.image_size} px, {vision.num_image_tokens} image tokens"
     yield (
         "decoder",
-        f"{manifest.decoder.format}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
+        f"{_stored_as(manifest.decoder)}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
         f"vocab_size {config.vocab_size}, context {config.max_position_embeddings}",
     )
     yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
     for name, record in manifest.files.items():
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"
     for name, value in manifest.fidelity.items():
-        yield f"fidelity {name}", json.dumps(value)
+        if name == "calibration_errors":  # seven for each layer: the manifest has them all
+            worst = max(value, key=value.__getitem__)
+            name, value = "layers", f"{sum(value.values()) / len(value):.2%} on average, {value[worst]:.2%} in {worst}"
+        elif not isinstance(value, str):
+            value = json.dumps(value)
+        yield f"fidelity {name}", value
     yield "notice", manifest.notice
+
+
+def _stored_as(decoder: DecoderPart) -> str:
+    """Say what the decoder's weights are, and how they came to be."""
+    words: list[str] = [decoder.format]
+    if decoder.group_size is not None:
+        words.append("one group" if decoder.group_size == -1 else f"groups of {decoder.group_size}")
+    if decoder.lm_head != "fp16":
+        words.append(f"{decoder.lm_head} head")
+    if decoder.method == "rtn":
+        words.append("rounded to nearest")
+    if decoder.calibration is not None:
+        words.append(f"calibrated on {decoder.calibration.studies} studies of {decoder.calibration.data}")
+    return " ".join([words[0], *([f"({', '.join(words[1:])})"] if words[1:] else [])])
 
 
 def _print_heading(image: str, arguments: argparse.Namespace) -> None:

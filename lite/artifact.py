@@ -75,7 +75,7 @@ class CalibrationRecord:
     """What a decoder was calibrated on, and how."""
 
     data: str  # the list's file name
-    sha256: str  # of the list and the films that were used
+    sha256: str  # of the films and tokens that were used, those held out for a search included
     studies: int
     tokens: int
     image_weight: float  # what an image token counts in the Hessian; a findings token counts 1

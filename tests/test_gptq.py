@@ -175,8 +175,12 @@ def test_a_hessian_that_is_not_finite_names_its_linear(poison: float) -> None:
     gathered.add(torch.tensor([[1.0, poison, 0.0, 0.0]]), torch.ones(1))
     with pytest.raises(CheckpointError, match=r"^model.layers.7.mlp.down_proj: got a Hessian that is not finite"):
         gathered.take("model.layers.7.mlp.down_proj")
-    with pytest.raises(CheckpointError, match="got no inputs"):
+    with pytest.raises(CheckpointError, match="got no inputs but zeros"):
         Hessian(4).take("x")
+    zeros = Hessian(4)
+    zeros.add(torch.zeros(3, 4), torch.ones(3))
+    with pytest.raises(CheckpointError, match="got no inputs but zeros"):
+        zeros.take("x")
 
 
 def test_gptq_does_not_change_what_it_is_given(weight: torch.Tensor, hessian: torch.Tensor) -> None:

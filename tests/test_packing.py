@@ -107,6 +107,7 @@ def test_a_large_weight_is_expanded_a_few_rows_at_a_time(monkeypatch: pytest.Mon
         (lambda t: t.update(scales=t["scales"].float()), r"got scales \[2, 16\] torch.float32"),
         (lambda t: t.update(scales=t["scales"][:0]), "expected two matrices"),
         (lambda t: t.update(qweight=t["qweight"][0]), "expected two matrices"),
+        (lambda t: t.update(scales=torch.ones(128, 16).half()), "got 64 inputs in 128 groups"),
     ],
 )
 def test_tensors_that_are_no_symmetric_version_1_weight_are_refused(change: object, message: str) -> None:

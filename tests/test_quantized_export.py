@@ -26,6 +26,7 @@ from test_packing import unpacked
 import export.calibration
 import export.layerwise
 import export.pipeline
+import export.work
 import lite
 from export import ExportSettings, GptqSettings, TokenWeights, export_artifact
 from export.__main__ import main
@@ -34,8 +35,9 @@ from export.checkpoint import open_checkpoint
 from export.decoder import DecoderFolder
 from export.settings import DEFAULTS
 from export.studies import Study
+from lite.__main__ import main as lite_main
 from lite.artifact import load_artifact
-from lite.errors import ArtifactError, CheckpointError, ImageError
+from lite.errors import ArtifactError, BackendUnavailable, CheckpointError, ImageError
 from lite.image import load_image, preprocess
 
 if TYPE_CHECKING:
@@ -231,6 +233,23 @@ def test_the_same_arguments_give_the_same_bytes(
     assert export_artifact(*folders, tmp_path / "again", settings_for(listed)).id == gptq_artifact.id
 
 
+def test_info_says_how_the_decoder_is_stored(
+    artifacts: dict[str, Artifact], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, stored in {
+        "gptq-int4": "gptq-int4 (groups of 32, calibrated on 12 studies of studies.json), 2 layers",
+        "rtn-int4": "gptq-int4 (groups of 32, rounded to nearest), 2 layers",
+        "int8 head": "gptq-int4 (groups of 32, int8 head, calibrated on 12 studies of studies.json), 2 layers",
+        "whole rows": "gptq-int4 (one group, calibrated",
+        "bnb-nf4": "bnb-nf4, 2 layers",
+    }.items():
+        assert lite_main(["info", str(artifacts[name].path)]) == 0
+        told = capsys.readouterr().out
+        assert stored in told
+        assert ("on average" in told) is ("calibrated" in stored)
+        assert max(map(len, told.splitlines())) < 400
+
+
 class _Stopped(BaseException):
     """As a power cut is: nothing of ours catches it."""
 
@@ -327,13 +346,14 @@ def test_other_arguments_are_refused_by_name_and_nothing_is_lost(
         r"token_weights '1,1' \(was '0.3,0.1'\)": settings_for(listed, token_weights=TokenWeights(image=1, prompt=1)),
         r"vision_format 'fp16' \(was 'fp32'\)": dataclasses.replace(settings, vision_format="fp16"),
         r"calibration_data 'fewer.json \(": settings_for(other_list),
-        r"verify_studies 3 \(was 4\)": dataclasses.replace(settings, verify_studies=3),
     }
     for named, other in others.items():
-        with pytest.raises(ArtifactError, match=rf"got {named}.*2 of 4 parts.*remove the folder"):
+        with pytest.raises(ArtifactError, match=rf"got {named}.*2 parts of its decoder finished.*remove the folder"):
             export_artifact(*folders, out, other)
     assert sorted(path.name for path in (tmp_path / ".artifact.export").rglob("*")) == kept
-    assert export_artifact(*folders, out, settings).manifest.decoder.group_size == 32
+    # How it is measured is another matter.
+    artifact = export_artifact(*folders, out, dataclasses.replace(settings, verify_studies=3))
+    assert (artifact.manifest.decoder.group_size, artifact.manifest.fidelity["decoder"]["studies"]) == (32, 3)
 
 
 def test_ctrl_c_keeps_the_finished_layers_and_says_so(folders: tuple[Path, Path], listed: Path, tmp_path: Path) -> None:
@@ -358,6 +378,107 @@ def test_ctrl_c_keeps_the_finished_layers_and_says_so(folders: tuple[Path, Path]
     assert "Traceback" not in told
     assert list(decoder.glob("model-0000*"))
     assert not out.exists()
+
+
+def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
+    folders: tuple[Path, Path],
+    listed: Path,
+    gptq_artifact: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wrong path, another checkpoint, something in the way: none of them costs the finished layers."""
+    out, settings = tmp_path / "artifact", settings_for(listed)
+    with stopped_at(monkeypatch, DecoderFolder, "write", 3):
+        export_artifact(*folders, out, settings)
+    parts = sorted((tmp_path / ".artifact.export" / "decoder").glob("model-*"))
+    assert len(parts) == 3
+    source = open_checkpoint(*folders)
+    deeper = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, num_hidden_layers=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(export.pipeline, "open_checkpoint", lambda *_: deeper)
+        patch.setattr(export.pipeline, "_require_space", lambda *_: None)
+        with pytest.raises(ArtifactError, match="3 parts of its decoder finished"):
+            export_artifact(*folders, out, dataclasses.replace(settings, vision_format="fp16"))
+    with pytest.raises(CheckpointError):
+        export_artifact(*folders, out, settings_for(tmp_path / "nowhere.json"))
+    right = export.pipeline._finish_decoder
+
+    def meanwhile(*args: Any) -> None:
+        right(*args)
+        out.mkdir()
+        (out / "mine.txt").write_text("precious")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export.pipeline, "_finish_decoder", meanwhile)
+        with pytest.raises(ArtifactError, match="got a path that exists"):
+            export_artifact(*folders, out, settings)
+    shutil.rmtree(out)
+    assert all(part.is_file() for part in parts)
+    assert export_artifact(*folders, out, settings).id == gptq_artifact.id
+
+
+def test_going_on_does_not_write_into_an_artifact_that_shares_its_files(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the artifact is in place and before the folder is gone, the two hold the same files."""
+    out, settings = tmp_path / "artifact", settings_for(listed)
+    with stopped_at(monkeypatch, export.work.shutil, "rmtree", 0):
+        export_artifact(*folders, out, settings)
+    first = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    work = tmp_path / ".artifact.export" / "decoder" / "config.json"
+    assert work.samefile(out / "decoder" / "config.json")
+    with stopped_at(monkeypatch, export.pipeline, "staged_artifact", 0):
+        export_artifact(*folders, out, dataclasses.replace(settings, overwrite=True))
+    assert not work.samefile(out / "decoder" / "config.json")
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == first
+
+
+def test_a_search_survives_an_interrupt_before_the_first_part(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, settings = tmp_path / "artifact", settings_for(listed, token_weights=None)
+    with stopped_at(monkeypatch, DecoderFolder, "write", 0):
+        export_artifact(*folders, out, settings)
+    monkeypatch.setattr(export.pipeline, "search_token_weights", None)
+    assert "token_weights" in export_artifact(*folders, out, settings).manifest.fidelity
+
+
+def test_hidden_states_lost_to_a_power_cut_are_noticed(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, settings = tmp_path / "artifact", settings_for(listed)
+    with stopped_at(monkeypatch, DecoderFolder, "write", 2):
+        export_artifact(*folders, out, settings)
+    states = tmp_path / ".artifact.export" / "hidden-0001"
+    states.write_bytes(bytes(states.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"layers\.1\..*got no inputs but zeros"):
+        export_artifact(*folders, out, settings)
+    states.unlink()
+    with pytest.raises(ArtifactError, match="hidden-0001: got no hidden states to go on from"):
+        export_artifact(*folders, out, settings)
+
+
+def test_a_head_that_does_not_fit_is_refused_with_what_helps(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(*folders)
+    odd = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, vocab_size=401))
+    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_: odd)
+    match = r"lm_head\.weight: got 401 outputs · expected a multiple of 4 · choose --lm-head fp16"
+    fails(folders, tmp_path / "artifact", settings_for(listed, lm_head="int8"), CheckpointError, match)
+
+
+def test_a_gpu_that_is_too_small_is_an_error_that_says_what_to_do(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(export.layerwise, "gptq", full)
+    with pytest.raises(BackendUnavailable, match=r"CUDA out of memory.*repeat the command.*--device cpu"):
+        export_artifact(*folders, tmp_path / "artifact", settings_for(listed))
+    assert (tmp_path / ".artifact.export").is_dir()
 
 
 def test_two_exports_to_one_place_do_not_meet(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -427,6 +548,7 @@ def test_calibration_data_that_cannot_be_used_is_named(
     refused([entries[0] | {"conversations": [{}, {"value": ""}]}], "expected findings in words")
     refused([entries[0] | {"conversations": [{}, {"value": 3}]}], "expected findings in words")
     refused([entries[0] | {"reason": 3}], "a reason in words or null")
+    refused([entries[0] | {"reason": "long " * 9000}], r"studies\.json: 0\.png: got .*--calibration-data")
     refused(entries[:3], "got 3 studies · expected at least 4.*--token-weights", token_weights=None)
     data.unlink()
     fails(folders, out, settings_for(data), CheckpointError, "got something unreadable")
@@ -479,10 +601,17 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(
 def test_settings_that_exclude_each_other_are_refused(listed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ArtifactError, match=r"got no calibration data .*--calibration-data LIST.json.*--method rtn"):
         ExportSettings(decoder_format="gptq-int4")
-    with pytest.raises(ArtifactError, match="got group_size for the decoder format bnb-nf4"):
+    with pytest.raises(ArtifactError, match="got group_size for bnb-nf4"):
         ExportSettings(decoder_format="bnb-nf4", gptq=GptqSettings(group_size=64))
-    with pytest.raises(ArtifactError, match="got calibration_data for the decoder format fp16"):
+    with pytest.raises(ArtifactError, match="got calibration_data for fp16"):
         ExportSettings(gptq=GptqSettings(calibration_data=listed))
+    for ignored in ({"calibration_data": listed}, {"refine": 1}, {"fold_scales": False}, {"clip": "none"}):
+        with pytest.raises(ArtifactError, match=f"got {next(iter(ignored))} .* expected it with --method gptq only"):
+            ExportSettings(decoder_format="gptq-int4", gptq=GptqSettings(method="rtn", **ignored))
+    with pytest.raises(ArtifactError, match="got image_folder without verify_data"):
+        ExportSettings(image_folder=listed.parent)
+    with pytest.raises(ArtifactError, match="got token weights -1"):
+        TokenWeights(image=-1, prompt=1)
     for wrong in ({"group_size": 48}, {"method": "awq"}, {"lm_head": "int4"}, {"clip": "l1"}):
         with pytest.raises(ArtifactError, match=f"got .*{next(iter(wrong.values()))}.*expected one of"):
             settings_for(listed, **wrong)
@@ -503,7 +632,7 @@ def test_the_command_line_takes_every_setting(listed: Path, tmp_path: Path, monk
     monkeypatch.setattr(export.pipeline, "export_artifact", take)
     arguments = ["--checkpoint", "a", "--base", "b", "--out", str(tmp_path / "x"), "--quiet", "--decoder", "gptq-int8"]
     arguments += ["--calibration-data", "l.json", "--calibration-images", "d", "--calibration-studies", "7"]
-    arguments += ["--group-size", "-1", "--method", "rtn", "--token-weights", "0.5,2", "--activation-order", "none"]
+    arguments += ["--group-size", "-1", "--token-weights", "0.5,2", "--activation-order", "none"]
     arguments += ["--clip", "none", "--refine", "0", "--no-fold-scales", "--lm-head", "int8", "--vision", "int8"]
     assert main(arguments) == 1
     assert taken == [
@@ -512,7 +641,6 @@ def test_the_command_line_takes_every_setting(listed: Path, tmp_path: Path, monk
             vision_format="int8",
             gptq=GptqSettings(
                 group_size=-1,
-                method="rtn",
                 calibration_data=Path("l.json"),
                 calibration_images=Path("d"),
                 calibration_studies=7,
@@ -528,6 +656,7 @@ def test_the_command_line_takes_every_setting(listed: Path, tmp_path: Path, monk
     assert all(
         getattr(taken[0].gptq, field.name) != getattr(DEFAULTS.gptq, field.name)
         for field in dataclasses.fields(DEFAULTS.gptq)
+        if field.name != "method"
     )
 
 
