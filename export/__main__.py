@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -104,7 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"\ninterrupted: no artifact at {options.out} · {what_now}", file=sys.stderr)
         return 130
-    print(_summary(artifact))
+    try:
+        print(_summary(artifact), flush=True)
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial")):
         print(f"note: {left} is left from an export that was killed: remove it, unless one is running", file=sys.stderr)
     return 0

@@ -532,6 +532,18 @@ def test_what_a_killed_export_left_is_mentioned(
     assert f"{tmp_path}/.artifact.0123abcd.partial" in notes[0]
 
 
+def test_a_reader_that_has_gone_is_no_failure_of_the_export(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ["--checkpoint", str(folders[0]), "--base", str(folders[1]), "--out", str(tmp_path / "artifact")]
+    command = [sys.executable, "-m", "export", *arguments, "--quiet"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read().decode()
+    assert (process.returncode, told) == (0, "")
+    load_artifact(tmp_path / "artifact").verify()
+
+
 def test_help_and_import_load_nothing_heavy() -> None:
     code = (
         "import sys, export, export.__main__ as m\n"
