@@ -249,12 +249,10 @@ def _inverse_factor(hessian: Tensor, order: Tensor, name: str) -> Tensor:
     damping = FIRST_DAMPING
     while damping <= LAST_DAMPING:
         flipped = hessian[backwards][:, backwards]
-        diagonal = flipped.diagonal()
-        # An input that was never seen has nothing to say: rounding it must neither fail nor move the others.
-        diagonal[diagonal == 0] = mean
-        diagonal.add_(damping * mean)
+        # It also gives an input that was never seen something to divide by.
+        flipped.diagonal().add_(damping * mean)
         L, failed = torch.linalg.cholesky_ex(flipped)
-        del flipped, diagonal
+        del flipped
         if not int(failed):
             eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
             inverse = torch.linalg.solve_triangular(L, eye, upper=False)

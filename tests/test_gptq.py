@@ -114,6 +114,29 @@ def test_refining_never_makes_a_row_worse(weight: torch.Tensor, hessian: torch.T
         assert bool((after <= before * (1 + 1e-3)).all())
 
 
+def test_refining_knows_the_gradient_all_along() -> None:
+    """It is updated with each change instead of computed anew: over several blocks and groups it must not drift."""
+    inputs, outputs = 320, 5
+    x = torch.randn(900, inputs, generator=generator(16)) + 0.5
+    H, W = x.T @ x / len(x), torch.randn(outputs, inputs, generator=generator(17))
+    grid = Grid(bits=4, group_size=64)
+    rounded = round_to_nearest(W, grid)
+    values, scales = rounded.values.float().T.contiguous(), rounded.scales.float().T.contiguous()
+
+    def exact() -> torch.Tensor:
+        expanded = (values.view(-1, 64, outputs) * scales.unsqueeze(1)).flatten(0, 1)
+        return H @ (W.T - expanded)
+
+    gradient, before = exact(), values.clone()
+    for group in range(len(scales)):
+        module._fit_scale(values, scales, gradient, H, grid, group)
+        torch.testing.assert_close(gradient, exact(), rtol=1e-3, atol=1e-3)
+    for columns in torch.split(torch.randperm(inputs, generator=generator(18)), module.BLOCK_INPUTS):
+        module._round_again(values, scales, gradient, H, grid, columns)
+        torch.testing.assert_close(gradient, exact(), rtol=1e-3, atol=1e-3)
+    assert int((values != before).sum()) > inputs // 4
+
+
 def test_what_refining_ends_at_no_single_step_improves() -> None:
     """With many passes the integers are optimal one by one: checked by trying every neighbour."""
     W, x = torch.randn(3, 16, generator=generator(5)), torch.randn(200, 16, generator=generator(6))

@@ -400,8 +400,10 @@ def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
         patch.setattr(export.pipeline, "_require_space", lambda *_: None)
         with pytest.raises(ArtifactError, match="3 parts of its decoder finished"):
             export_artifact(*folders, out, dataclasses.replace(settings, vision_format="fp16"))
+    assert all(part.is_file() for part in parts)
     with pytest.raises(CheckpointError):
         export_artifact(*folders, out, settings_for(tmp_path / "nowhere.json"))
+    assert all(part.is_file() for part in parts)
     right = export.pipeline._finish_decoder
 
     def meanwhile(*args: Any) -> None:
