@@ -40,7 +40,7 @@ checkpoint before anything is kept. The decoder goes one layer at a time: 7B tak
 depth. Finished layers are kept: an export that was stopped goes on behind them when the command is repeated.
 
 4-bit GPTQ makes 7B an artifact of 4 GB. It needs studies to calibrate on: films with reasons and findings, in the JSON
-list of LLaVA-Rad's evaluation, of the kind that will be read. 128 are plenty; they are not kept in the artifact.
+list of LLaVA-Rad's evaluation, of the kind that will be read. They are not kept in the artifact.
 """
 _EPILOG = """\
 examples:

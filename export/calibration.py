@@ -88,7 +88,7 @@ class HiddenStates:
     """The hidden states of some sequences, float32 in a file, one sequence in memory at a time."""
 
     def __init__(self, file: Path, lengths: Sequence[int], hidden_size: int) -> None:
-        """Describe the file; `create` makes it.
+        """Describe the file; `fill` or `beside` makes it.
 
         Args:
             file: Where it is, or will be.

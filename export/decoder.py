@@ -153,8 +153,8 @@ def layer_part(checkpoint: Checkpoint, index: int, settings: ExportSettings, rep
             tensors[name] = _rounded(name, exact, report)
             continue
         if settings.decoder_format.startswith("gptq"):
+            require_float16(name, exact)
             stored = round_to_nearest(exact, grid_of(settings, exact.shape[1], bits=settings.bits))
-            _require_finite(name, stored.scales, exact)
             tensors |= gptq_tensors(prefix + linear, stored)
             continue
         try:
@@ -235,14 +235,19 @@ def decoder_bytes(decoder_shapes: Mapping[str, tuple[int, ...]], settings: Expor
 
 
 def _rounded(name: str, exact: Tensor, report: PartReport) -> Tensor:
+    require_float16(name, exact)
     rounded = exact.to(torch.float16)
-    _require_finite(name, rounded, exact)
     report.add(name, exact, rounded)
     return rounded
 
 
-def _require_finite(name: str, rounded: Tensor, exact: Tensor) -> None:
-    if not bool(torch.isfinite(rounded).all()):
+def require_float16(name: str, exact: Tensor) -> None:
+    """Refuse a weight that float16 cannot hold: no model that was trained in 16 bit has one.
+
+    Raises:
+        CheckpointError: It holds one, or NaN.
+    """
+    if not bool(exact.half().isfinite().all()):
         msg = f"{name}: got a merged weight of {float(exact.abs().max()):.3g} · expected one that fits float16 (65504)"
         raise CheckpointError(f"{msg} · the checkpoint is damaged, or of a model this exporter does not support")
 

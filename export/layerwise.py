@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from export import forward
-from export.decoder import grid_of
+from export.decoder import grid_of, require_float16
 from export.folding import fold
 from export.gptq import Hessian, Options, Quantized, gptq, relative_error
 from lite.errors import CheckpointError
@@ -86,8 +86,10 @@ class LayerQuantizer:
             advance: Called once for each of STAGES.
 
         Raises:
-            CheckpointError: What it sees is not finite, or a Hessian cannot be factorised.
+            CheckpointError: A weight does not fit float16, what it sees is not finite, or a Hessian has no factor.
         """
+        for key, tensor in layer.items():
+            require_float16(f"{name}.{key}", tensor)
         done = QuantizedLayer()
         pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
         layer.clear()
@@ -182,7 +184,6 @@ class LayerQuantizer:
         for name in names:
             weight = state.pending.pop(f"{name}.weight")
             rounded = gptq(weight, H, self._grid(weight.shape[1]), self.options, name=f"{state.name}.{name}")
-            _require_finite(rounded.scales, f"{state.name}.{name}", "scales that fit float16")
             state.done.errors[name] = relative_error(weight, rounded.dequantized(), H)
             state.done.linears[name] = rounded
 

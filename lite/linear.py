@@ -8,12 +8,13 @@ bnb-int8                 QuantizedLinear    weight, SCB, weight_format          
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from kernels.bnb import Int8Weight, Nf4Weight, int8_matmul, nf4_matmul
 from kernels.gptq import GptqWeight, gptq_matmul
+from lite.config import Quantization
 from lite.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -25,16 +26,14 @@ if TYPE_CHECKING:
 
     StoredWeight = GptqWeight | Nf4Weight | Int8Weight
 
-_BITS: Final = {"gptq-int4": 4, "gptq-int8": 8}
-
 
 class QuantizedLinear(nn.Module):
     """A linear whose weight stays as it is stored. It has no weight until `take` gives it one."""
 
-    def __init__(self, in_features: int, out_features: int, form: str) -> None:
+    def __init__(self, in_features: int, out_features: int, quantization: Quantization) -> None:
         super().__init__()
         self.shape = (out_features, in_features)
-        self.form = form
+        self.quantization = quantization
         self.weight: StoredWeight | None = None
 
     def take(self, tensors: Mapping[str, Tensor], *, device: torch.device | str) -> None:
@@ -47,11 +46,17 @@ class QuantizedLinear(nn.Module):
         Raises:
             ValueError: they are not a weight of this form and shape.
         """
+        stored = self.quantization
         weight: StoredWeight
-        if self.form in _BITS:
-            weight = GptqWeight.from_tensors(tensors, bits=_BITS[self.form])
+        if stored.format == "bnb-nf4":
+            weight = Nf4Weight.from_tensors(tensors)
+        elif stored.format == "bnb-int8":
+            weight = Int8Weight.from_tensors(tensors)
         else:
-            weight = (Nf4Weight if self.form == "bnb-nf4" else Int8Weight).from_tensors(tensors)
+            weight = GptqWeight.from_tensors(tensors, bits=stored.bits)
+            group_size = self.shape[1] if stored.group_size == -1 else stored.group_size
+            if weight.group_size != group_size:
+                raise ValueError(f"got groups of {weight.group_size} inputs · expected {group_size} by config.json")
         if weight.shape != self.shape:
             raise ValueError(f"got a weight {list(weight.shape)} · expected {list(self.shape)} by config.json")
         self.weight = weight.to(device)
@@ -72,12 +77,13 @@ def layer_linear(config: DecoderConfig, in_features: int, out_features: int) -> 
     """Return an empty linear of a decoder layer, in the form config.json says."""
     if config.quantization is None:
         return nn.Linear(in_features, out_features, bias=False)
-    return QuantizedLinear(in_features, out_features, config.quantization.format)
+    return QuantizedLinear(in_features, out_features, config.quantization)
 
 
 def head_linear(config: DecoderConfig) -> nn.Module:
     """Return the empty linear that makes the logits: 16-bit unless config.json says otherwise."""
-    bits = config.quantization.lm_head_bits if config.quantization else None
-    if bits is None:
+    layers = config.quantization
+    if layers is None or layers.lm_head_bits is None:
         return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    return QuantizedLinear(config.hidden_size, config.vocab_size, f"gptq-int{bits}")
+    head = Quantization(format="gptq-int4" if layers.lm_head_bits == 4 else "gptq-int8", group_size=layers.group_size)
+    return QuantizedLinear(config.hidden_size, config.vocab_size, head)

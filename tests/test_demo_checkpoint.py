@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from pydicom import dcmread
 
 from benchmarks.phantom.publish import unfold_channel_scales
 from benchmarks.phantom.write import write_studies
+from export import ExportSettings, GptqSettings, TokenWeights, export_artifact
 from lite.artifact import Artifact
 from lite.bench.labels import read_labels
 from lite.bench.metrics import label_f1
-from lite.model import FindingsModel
+from lite.model import FindingsModel, load
 
 NUM_FILMS = 40
 SEED = 77_001  # of films that training, the choice of sigma and the README's table never used
@@ -128,3 +130,45 @@ def test_dicom_films_give_the_text_of_their_png_twins(demo_artifact: Artifact, t
     assert texts[0] == texts[1]
     assert texts[2] == texts[3]
     assert texts[0] != texts[2]
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_studies(tmp_path_factory.mktemp("calibration") / "studies", count=48, seed=SEED + 1, dicom=False)
+
+
+@pytest.mark.parametrize(
+    ("decoder_format", "fold_scales", "max_kl", "min_same_top"),
+    [
+        ("gptq-int8", True, 4e-4, 0.99),
+        ("gptq-int4", True, 0.0127, 0.95),
+        # Without folding, which undoes what makes this model hard, the bars must hold too.
+        ("gptq-int4", False, 0.0127, 0.95),
+    ],
+)
+def test_gptq_loses_no_more_than_it_may(
+    demo_model: FindingsModel,
+    scored: Scored,
+    calibration: Path,
+    tmp_path: Path,
+    decoder_format: Any,
+    fold_scales: bool,
+    max_kl: float,
+    min_same_top: float,
+) -> None:
+    gptq = GptqSettings(
+        calibration_data=calibration, token_weights=TokenWeights(image=0.3, prompt=0.1), fold_scales=fold_scales
+    )
+    settings = ExportSettings(decoder_format=decoder_format, gptq=gptq)
+    artifact = export_artifact(CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base", tmp_path / "artifact", settings)
+    model = load(artifact.path, device="cpu")
+    kl, same, count = 0.0, 0, 0
+    for path, reason, token_ids, expected in scored:
+        got = log_probs(model, path, reason, token_ids)
+        kl += float((expected.exp() * (expected - got)).sum())
+        same += int((expected.argmax(-1) == got.argmax(-1)).sum())
+        count += len(token_ids)
+    assert kl / count <= max_kl
+    assert same / count >= min_same_top
+    if decoder_format == "gptq-int4":
+        assert kl / count <= 0.5 * mean_kl(demo_model, scored, round_to_nearest_int4)

@@ -587,6 +587,48 @@ def test_a_non_finite_layer_is_named(
         )
 
 
+@pytest.mark.parametrize("decoder_format", ["gptq-int4", "rtn", "bnb-nf4", "bnb-int8"])
+def test_a_weight_beyond_float16_is_named(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, decoder_format: str
+) -> None:
+    copied = Path(shutil.copytree(folders[0].parent, tmp_path / "copy"))
+    file = copied / folders[0].name / "adapter_model.bin"
+    adapter = random_checkpoint.load(file)
+    for factor in "AB":
+        adapter[f"base_model.model.model.layers.1.mlp.up_proj.lora_{factor}.weight"] += 1000
+    torch.save(adapter, file)
+    settings = {
+        "gptq-int4": settings_for(listed),
+        "rtn": settings_for(listed, method="rtn", calibration_data=None, token_weights=None),
+    }.get(decoder_format) or ExportSettings(decoder_format=decoder_format)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: got "):
+        export_artifact(copied / folders[0].name, copied / folders[1].name, tmp_path / "artifact", settings)
+
+
+def test_groups_of_another_size_than_the_configuration_says_are_refused(
+    gptq_artifact: Artifact, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(gptq_artifact.path, tmp_path / "copy"))
+    config = json.loads((copied / "decoder" / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 64
+    (copied / "decoder" / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["files"]["decoder/config.json"]["bytes"] = (copied / "decoder" / "config.json").stat().st_size
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="got groups of 32 inputs · expected 64 by config.json"):
+        lite.load(copied, device="cpu", verify=False)
+
+
+def test_an_8_bit_tower_goes_the_whole_way(folders: tuple[Path, Path], listed: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(settings_for(listed), vision_format="int8")
+    artifact = export_artifact(*folders, tmp_path / "artifact", settings)
+    assert artifact.manifest.vision.format == "int8"
+    assert 1e-4 < artifact.manifest.fidelity["vision"]["relative_error"] < 0.5
+    assert 0.99 < artifact.manifest.fidelity["vision"]["min_cosine"] < 0.999999
+    findings = lite.load(artifact.path, device="cpu").findings(listed.parent / "0.png", max_new_tokens=4)
+    assert 1 <= len(findings.token_ids) <= 4
+
+
 @pytest.mark.parametrize("where", [0, 1])
 @pytest.mark.parametrize("decoder_format", ["gptq-int4", "bnb-nf4"])
 def test_a_checkpoint_that_is_quantised_already_is_refused(
