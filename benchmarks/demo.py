@@ -20,9 +20,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import lite
-from benchmarks.phantom.predict import ListedStudy, read_list
 from benchmarks.phantom.write import write_studies
 from lite.bench.labels import Label, Reading, read_labels
+from lite.bench.studies import ListedStudy, read_studies
 from lite.image import load_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +116,7 @@ def _print_film(number: int, drafted: Drafted, width: int) -> None:
     _say(f"Film {number}  {study.image.name}  reason: {study.reason or 'none given'}")
     for line in _side_by_side("DRAFTED in 4 bits", "TRUTH", width):
         _say(line)
-    for line in _side_by_side(findings.text, study.reference, width):
+    for line in _side_by_side(findings.text, study.report, width):
         _say(line)
     for line in textwrap.wrap(f"fp16 drafts: {drafted.beside}", width - 2, subsequent_indent="  "):
         _say(f"  {line}")
@@ -185,7 +185,7 @@ def _draw_card(number: int, drafted: Drafted) -> Image.Image:
     column.write(drafted.findings.text, after=4)
     column.write(f"fp16: {drafted.beside}", size=14, colour=_QUIET, after=8)
     column.write("TRUTH", size=12, colour=_QUIET, after=0)
-    column.write(drafted.study.reference, after=8)
+    column.write(drafted.study.report, after=8)
     for agreement in drafted.agreements:
         colour = _RIGHT if agreement.right else _WRONG
         column.write(f"{agreement.label}: {agreement.verdict}", size=14, colour=colour, after=0)
@@ -287,9 +287,9 @@ def _draft(artifact: Path, fp16: Path, studies: Sequence[ListedStudy]) -> tuple[
         Drafted(
             study=study,
             findings=ours,
-            agreements=compare(study.reference, ours.text),
+            agreements=compare(study.report, ours.text),
             fp16=theirs,
-            fp16_agreements=compare(study.reference, theirs.text),
+            fp16_agreements=compare(study.report, theirs.text),
         )
         for study, ours, theirs in zip(studies, findings, beside, strict=True)
     ]
@@ -341,7 +341,7 @@ def main() -> int:
         )
         listed = _write_films(OUT / "films", count=NUM_FILMS, seed=SEED, dicom=True)
         others = _write_films(OUT / "calibration", count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False)
-        studies = read_list(listed)
+        studies = read_studies(listed)
         done()
         done = _step(2, "Exporting the phantom checkpoint in 4 bits, measured on these films")
         _export(artifact, listed, decoder="gptq-int4", calibration_data=others, token_weights=TOKEN_WEIGHTS)

@@ -13,7 +13,7 @@ from PIL import Image
 import lite
 from benchmarks import demo
 from benchmarks.phantom.contact_sheet import contact_sheet
-from benchmarks.phantom.predict import ListedStudy, read_list
+from lite.bench.studies import ListedStudy, read_studies
 
 TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumothorax."
 
@@ -63,7 +63,7 @@ def test_columns_fit_the_terminal_and_lose_no_word() -> None:
 def drafted(tmp_path: Path, text: str) -> demo.Drafted:
     film = tmp_path / "film.png"
     Image.fromarray(np.full((64, 64), 200, dtype=np.uint8)).save(film)
-    study = ListedStudy(id="1", image=film, reason="Cough.", query="", reference=TRUTH)
+    study = ListedStudy(id="1", image=film, reason="Cough.", query="", report=TRUTH)
     findings, fp16 = (cast("lite.Findings", type("Draft", (), {"text": words})()) for words in (text, TRUTH))
     return demo.Drafted(
         study=study,
@@ -121,12 +121,12 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
     assert "got exit code 1 from the export" in capsys.readouterr().err
     # Parity is measured on the films that the demo shows: they are there before the export.
     options = dict(zip(commands[0][3::2], commands[0][4::2], strict=False))
-    assert len(read_list(Path(options["--verify-data"]))) == int(options["--verify-studies"]) == 2
+    assert len(read_studies(Path(options["--verify-data"]))) == int(options["--verify-studies"]) == 2
     # And calibrated on others.
     assert options["--decoder"] == "gptq-int4"
-    calibrated_on = {study.image.read_bytes() for study in read_list(Path(options["--calibration-data"]))}
+    calibrated_on = {study.image.read_bytes() for study in read_studies(Path(options["--calibration-data"]))}
     assert len(calibrated_on) == 3
-    assert not calibrated_on & {study.image.read_bytes() for study in read_list(Path(options["--verify-data"]))}
+    assert not calibrated_on & {study.image.read_bytes() for study in read_studies(Path(options["--verify-data"]))}
 
 
 def test_sizes_and_parity_of_the_export_are_shown_and_its_terms_are_not_said_twice(

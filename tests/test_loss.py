@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from benchmarks.phantom.__main__ import main
 from benchmarks.phantom.loss import Loss, Reference, check_belongs, measure_loss, take_reference
-from benchmarks.phantom.predict import read_list
 from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
 from lite.artifact import Artifact, staged_artifact
 from lite.bench.labels import read_labels
 from lite.bench.metrics import label_f1
+from lite.bench.studies import read_studies
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.errors import ArtifactError, ImageError, LiteError
 from lite.model import FindingsModel, load
@@ -81,7 +81,7 @@ def test_divergence_is_measured_along_the_references_text(
 ) -> None:
     candidate = load(damaged, device="cpu")
     kl, same_top, nll = [], [], []
-    for study, token_ids in zip(read_list(listed), reference.drafts.token_ids, strict=True):
+    for study, token_ids in zip(read_studies(listed), reference.drafts.token_ids, strict=True):
         assert token_ids[:-1] == demo_model.findings(study.image, study.reason).token_ids
         assert token_ids[-1] == demo_model.artifact.manifest.decoding.eos_token_id
         p, q = (
@@ -107,7 +107,7 @@ def test_divergence_is_measured_along_the_references_text(
 def test_texts_are_compared_and_scored_against_what_was_drawn(
     reference: Reference, loss: Loss, demo_model: FindingsModel, damaged: Path, listed: Path
 ) -> None:
-    films = [(study.image, study.reason) for study in read_list(listed)]
+    films = [(study.image, study.reason) for study in read_studies(listed)]
     theirs, ours = (
         [findings.text for findings in model.findings_batch(films)]
         for model in (demo_model, load(damaged, device="cpu"))
@@ -224,7 +224,7 @@ def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_list(
     listed: Path, tmp_path: Path, demo_artifact: Artifact
 ) -> None:
     own = Path(shutil.copytree(listed.parent, tmp_path / "studies"))
-    film = read_list(own / listed.name)[1].image
+    film = read_studies(own / listed.name)[1].image
     film.write_bytes(b"noise")
     with (
         pytest.raises(ImageError, match=film.name),

@@ -13,7 +13,7 @@ import pytest
 import lite
 from benchmarks.phantom import predict as predicting
 from benchmarks.phantom.score import read_predictions
-from lite.errors import ImageError, LiteError
+from lite.errors import ImageError
 
 
 def entry(number: int, **changes: object) -> dict[str, object]:
@@ -76,28 +76,3 @@ def test_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "list.json").write_text(json.dumps([entry(number) for number in (2, 3, 1)]))
     assert run(tmp_path, monkeypatch, "--limit", "2") == 0
     assert len(read_predictions(tmp_path / "out" / "p.jsonl")) == 2
-
-
-def test_films_are_beside_the_list_or_where_said(tmp_path: Path) -> None:
-    (tmp_path / "list.json").write_text(json.dumps([entry(1)]))
-    (study,) = predicting.read_list(tmp_path / "list.json")
-    assert study.image == tmp_path / "1.png"
-    (study,) = predicting.read_list(tmp_path / "list.json", image_folder=Path("elsewhere"))
-    assert study.image == Path("elsewhere/1.png")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "cannot be read"),
-        ("[]", "got no list, or an empty one"),
-        ('{"id": 1}', "got no list, or an empty one"),
-        (json.dumps([entry(1), {"id": "2"}]), "got an entry 2 that is no study"),
-        (json.dumps([entry(1, conversations=[])]), "entry 1 that is no study.*not a question and its answer"),
-        (json.dumps([entry(1, reason=7)]), "got an entry 1 that is no study"),
-    ],
-)
-def test_a_bad_list_is_an_error(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "list.json").write_text(content)
-    with pytest.raises(LiteError, match=message):
-        predicting.read_list(tmp_path / "list.json")

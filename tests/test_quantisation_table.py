@@ -12,7 +12,6 @@ import random_checkpoint
 from conftest import CHECKPOINT
 
 from benchmarks import quantisation
-from benchmarks.phantom.predict import read_list
 from benchmarks.quantisation import (
     CALIBRATION_SEED,
     REFERENCE,
@@ -29,6 +28,7 @@ from benchmarks.quantisation import (
 )
 from export.__main__ import _parser
 from lite.artifact import load_artifact
+from lite.bench.studies import read_studies
 from lite.errors import LiteError
 
 PYTHON = sys.executable
@@ -161,7 +161,7 @@ def test_a_row_that_fails_does_not_stop_the_others(table: tuple[int, str, Path])
 def test_it_says_what_it_was_measured_on(table: tuple[int, str, Path]) -> None:
     _, text, out = table
     values = json.loads(text)
-    held_out, calibration = (read_list(out / name / "studies.json") for name in ("held-out", "calibration"))
+    held_out, calibration = (read_studies(out / name / "studies.json") for name in ("held-out", "calibration"))
     assert (len(held_out), len(calibration)) == (2, 2)
     assert not {study.id for study in held_out} & {study.id for study in calibration}
     assert f"2 films of seed {quantisation.SEED}; calibrated on 2 films of seed {CALIBRATION_SEED}" in values["films"]

@@ -32,12 +32,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import lite
-from benchmarks.phantom.predict import ListedStudy, read_list
 from benchmarks.phantom.score import read_truth
 from lite.artifact import TOKENIZER_NAME, Artifact, load_artifact
 from lite.bench.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
 from lite.bench.labels import read_labels
 from lite.bench.metrics import Estimate, Readings, bootstrap_interval, label_f1
+from lite.bench.studies import ListedStudy, read_studies
 from lite.errors import ArtifactError, LiteError
 
 BATCH_SIZE = 16
@@ -120,7 +120,7 @@ def take_reference(
     Raises:
         LiteError: the list or the artifact cannot be used, a film cannot be read, or the disk has no room.
     """
-    studies = tuple(read_list(listed, image_folder=image_folder)[:limit])
+    studies = tuple(read_studies(listed, image_folder=image_folder)[:limit])
     drawn = read_truth(listed)
     truth = tuple(drawn[study.id] for study in studies)
     with tempfile.TemporaryDirectory(prefix="reference-logits-") as folder:

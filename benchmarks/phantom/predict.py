@@ -7,80 +7,18 @@ figures are those of the runtime that users have.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 import lite
 from benchmarks.phantom.score import Prediction
+from lite.bench.studies import ListedStudy, read_studies
 from lite.errors import LiteError
 
 BATCH_SIZE = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListedStudy:
-    """One entry of a JSON list in the evaluation format: the film's path and the texts around it."""
-
-    id: str
-    image: Path
-    reason: str | None
-    query: str
-    reference: str
-
-
-def _listed_study(entry: dict[str, object], image_folder: Path) -> ListedStudy:
-    turns = entry["conversations"]
-    if not isinstance(turns, list) or len(turns) != 2:
-        msg = "conversations is not a question and its answer"
-        raise ValueError(msg)
-    question, answer = (turn["value"] for turn in turns)
-    reason = entry.get("reason")
-    if not (isinstance(question, str) and isinstance(answer, str) and isinstance(reason, (str, type(None)))):
-        msg = "a question, an answer or a reason is not text"
-        raise TypeError(msg)
-    return ListedStudy(
-        id=str(entry["id"]),
-        image=image_folder / str(entry["image"]),
-        reason=reason,
-        query=question.replace("<image>", "").strip(),
-        reference=answer,
-    )
-
-
-def read_list(path: Path, *, image_folder: Path | None = None) -> list[ListedStudy]:
-    """Read a JSON list of studies in the evaluation format.
-
-    Args:
-        path: the list.
-        image_folder: what the entries' `image` is relative to; the list's own folder when not given.
-
-    Raises:
-        LiteError: no such file, not JSON, no studies in it, or an entry (counted from 1) that is not one.
-    """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"{path}: got a file that cannot be read ({error}) · expected a JSON list of studies · check the path"
-        raise LiteError(msg) from error
-    if not isinstance(entries, list) or not entries:
-        msg = f"{path}: got no list, or an empty one · expected a JSON list of studies · check the path"
-        raise LiteError(msg)
-    studies: list[ListedStudy] = []
-    for number, entry in enumerate(entries, start=1):
-        try:
-            studies.append(_listed_study(entry, path.parent if image_folder is None else image_folder))
-        except (KeyError, TypeError, ValueError) as error:
-            msg = (
-                f"{path}: got an entry {number} that is no study ({type(error).__name__}: {error}) · expected id, "
-                "image, reason and conversations (a question and its answer) · correct it"
-            )
-            raise LiteError(msg) from error
-    return studies
 
 
 def predict(
@@ -92,7 +30,7 @@ def predict(
         if isinstance(result, lite.StudyError):
             yield result.error
         else:
-            yield Prediction(id=study.id, query=study.query, reference=study.reference, prediction=result.text)
+            yield Prediction(id=study.id, query=study.query, reference=study.report, prediction=result.text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LiteError: the list or the artifact cannot be used.
     """
-    studies = read_list(args.list, image_folder=args.image_folder)[: args.limit]
+    studies = read_studies(args.list, image_folder=args.image_folder)[: args.limit]
     model = lite.load(args.artifact, device=args.device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: a file of this name never holds half of the list.

@@ -25,7 +25,7 @@ class ListedStudy:
     image: Path
     reason: str | None
     query: str
-    report: str | None  # the findings a radiologist (or the phantom's grammar) wrote
+    report: str  # the findings that come with the film; empty where there are none
 
 
 def read_studies(path: Path, *, image_folder: Path | None = None) -> list[ListedStudy]:
@@ -65,7 +65,7 @@ def read_studies(path: Path, *, image_folder: Path | None = None) -> list[Listed
 
 
 def _listed_study(entry: dict[str, object], image_folder: Path) -> ListedStudy:
-    question, report = "", None
+    question, report = "", ""
     if entry.get("conversations") is not None:
         turns = entry["conversations"]
         if not isinstance(turns, list) or len(turns) != 2:
