@@ -7,7 +7,6 @@ one line on stderr), 2 wrong use, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from lite.errors import LiteError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lite.artifact import Artifact, DecoderPart
+    from lite.artifact import Artifact
     from lite.model import Findings, FindingsModel, FindingsStream
 
 EXIT_FAILED: Final = 1
@@ -202,15 +201,16 @@ def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tu
 
 def _findings_json(findings: Findings) -> dict[str, Any]:
     """Return what `--json` prints of a study, beside its path."""
-    timings = dataclasses.asdict(findings.timings)
-    timings |= {"ttft_s": findings.timings.ttft_s, "total_s": findings.timings.total_s}
+    names = ("image_s", "vision_s", "prefill_s", "decode_s", "ttft_s", "total_s", "batch_size")
+    timings = {name: getattr(findings.timings, name) for name in names}
+    memory = {name: getattr(findings.memory, name) for name in ("peak_rss_bytes", "peak_vram_bytes", "cache_bytes")}
     return {
         "text": findings.text,
         "finish_reason": findings.finish_reason,
         "num_prompt_tokens": findings.num_prompt_tokens,
         "num_new_tokens": findings.num_new_tokens,
         "timings": {name: round(value, 6) for name, value in timings.items()},
-        "memory": dataclasses.asdict(findings.memory),
+        "memory": memory,
         "artifact": findings.artifact_id,
         "device": findings.device,
         "dtype": findings.dtype,
@@ -243,7 +243,7 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
     yield "vision", f"{vision.format}, {vision.image_size} px, {vision.num_image_tokens} image tokens"
     yield (
         "decoder",
-        f"{_stored_as(manifest.decoder)}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
+        f"{manifest.decoder.describe()}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
         f"vocab_size {config.vocab_size}, context {config.max_position_embeddings}",
     )
     yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
@@ -257,20 +257,6 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
             value = json.dumps(value)
         yield f"fidelity {name}", value
     yield "notice", manifest.notice
-
-
-def _stored_as(decoder: DecoderPart) -> str:
-    """Say what the decoder's weights are, and how they came to be."""
-    words: list[str] = [decoder.format]
-    if decoder.group_size is not None:
-        words.append("one group" if decoder.group_size == -1 else f"groups of {decoder.group_size}")
-    if decoder.lm_head != "fp16":
-        words.append(f"{decoder.lm_head} head")
-    if decoder.method == "rtn":
-        words.append("rounded to nearest")
-    if decoder.calibration is not None:
-        words.append(f"calibrated on {decoder.calibration.studies} studies of {decoder.calibration.data}")
-    return " ".join([words[0], *([f"({', '.join(words[1:])})"] if words[1:] else [])])
 
 
 def _print_heading(image: str, arguments: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ from lite.errors import ArtifactError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 MANIFEST_NAME: Final = "manifest.json"
 VISION_NAME: Final = "vision.onnx"
 DECODER_CONFIG_NAME: Final = "decoder/config.json"
@@ -61,13 +61,24 @@ class FileRecord:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TowerShape:
+    """The vision transformer inside `vision.onnx`: what its memory and its arithmetic follow from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int  # those that are run
+    num_attention_heads: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VisionPart:
     """What `vision.onnx` is. Its input and output are float32 whatever it computes in."""
 
     format: VisionFormat
     image_size: int
     num_image_tokens: int
-    hidden_size: int
+    hidden_size: int  # the decoder's: what the projector makes
+    tower: TowerShape
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +102,19 @@ class DecoderPart:
     method: Literal["gptq", "rtn"] | None = None  # how the integers of the GPTQ format were found
     lm_head: Literal["fp16", "int8"] = "fp16"
     calibration: CalibrationRecord | None = None
+
+    def describe(self) -> str:
+        """Say what the weights are, and how they came to be."""
+        details: list[str] = []
+        if self.group_size is not None:
+            details.append("one group" if self.group_size == -1 else f"groups of {self.group_size}")
+        if self.lm_head != "fp16":
+            details.append(f"{self.lm_head} head")
+        if self.method == "rtn":
+            details.append("rounded to nearest")
+        if self.calibration is not None:
+            details.append(f"calibrated on {self.calibration.studies} studies of {self.calibration.data}")
+        return f"{self.format} ({', '.join(details)})" if details else self.format
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

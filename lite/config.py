@@ -79,6 +79,13 @@ class Quantization:
         """The bits of a weight of the layers' linears."""
         return 8 if self.format.endswith("int8") else 4
 
+    @property
+    def lm_head(self) -> Quantization | None:
+        """How the head is stored; None: in 16 bits."""
+        if self.lm_head_bits is None:
+            return None
+        return Quantization(format="gptq-int4" if self.lm_head_bits == 4 else "gptq-int8", group_size=self.group_size)
+
     @classmethod
     def from_hf(cls, config: object, *, where: str) -> Quantization:
         """Read a `quantization_config`.

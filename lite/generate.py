@@ -11,7 +11,9 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lite.memory import Peaks
 
 FinishReason = Literal["eos", "length"]
 
@@ -73,6 +75,7 @@ class Generation:
         max_new_tokens: int,
         max_seq_len: int,
         eos_token_id: int,
+        peaks: Callable[[], Peaks],
     ) -> None:
         """Prepare; nothing runs before the first step is asked for.
 
@@ -84,17 +87,20 @@ class Generation:
             max_new_tokens: at least 1; the row's EOS does not count.
             max_seq_len: the decoder's context.
             eos_token_id: ends a row.
+            peaks: tells the memory peaks so far; asked when the prompt has gone through.
         """
         self.rows = [Row(num_prompt_tokens=count) for count in num_prompt_tokens]
         self.prefill_s = 0.0
-        self.decode_s = 0.0
+        self.decode_steps_s: list[float] = []
         self.cache_bytes = 0
+        self.prefill_peaks: Peaks | None = None
         self._engine = engine
         self._prompts = prompts
         self._image_features = image_features
         self._max_new_tokens = max_new_tokens
         self._max_seq_len = min(max_seq_len, max(num_prompt_tokens) + max_new_tokens)
         self._eos_token_id = eos_token_id
+        self._peaks = peaks
 
     def __iter__(self) -> Iterator[list[int | None]]:
         started = time.perf_counter()
@@ -102,6 +108,7 @@ class Generation:
         self.cache_bytes = cache.nbytes
         newest = _greedy(self._engine.prefill(self._prompts, self._image_features, cache))
         self.prefill_s = time.perf_counter() - started
+        self.prefill_peaks = self._peaks()
         while True:
             step = [self._take(row, token_id) for row, token_id in zip(self.rows, newest, strict=True)]
             yield step
@@ -110,7 +117,7 @@ class Generation:
                 return
             started = time.perf_counter()
             newest = _greedy(self._engine.decode_one_token(newest, cache, active))
-            self.decode_s += time.perf_counter() - started
+            self.decode_steps_s.append(time.perf_counter() - started)
 
     def _take(self, row: Row, token_id: int) -> int | None:
         """Give a row its newest token, or end it; return the token that belongs to its text."""

@@ -82,8 +82,7 @@ def layer_linear(config: DecoderConfig, in_features: int, out_features: int) -> 
 
 def head_linear(config: DecoderConfig) -> nn.Module:
     """Return the empty linear that makes the logits: 16-bit unless config.json says otherwise."""
-    layers = config.quantization
-    if layers is None or layers.lm_head_bits is None:
+    head = config.quantization.lm_head if config.quantization is not None else None
+    if head is None:
         return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    head = Quantization(format="gptq-int4" if layers.lm_head_bits == 4 else "gptq-int8", group_size=layers.group_size)
     return QuantizedLinear(config.hidden_size, config.vocab_size, head)

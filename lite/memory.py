@@ -1,8 +1,30 @@
-"""What an artifact will take, in bytes, computed before anything of it is loaded."""
+"""Memory, in bytes: what an artifact will take, computed before anything of it is loaded, and what a process has taken.
+
+    peak = libraries + decoder + tower + max(activations of the tower, cache + activations of the decoder)
+
+Each term is counted from shapes. On a GPU the peak is that of torch's allocator, on a CPU that of resident memory,
+where two things are not in our hands: ONNX Runtime's arena, and freed memory that the C library keeps.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lite.artifact import VISION_NAME
+from lite.errors import LiteError, MemoryBudgetError
+
+if TYPE_CHECKING:
+    from lite.artifact import Artifact, VisionPart
+    from lite.config import DecoderConfig, Quantization
+
+ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+PROMPT_TEXT_TOKENS: Final = 128
+"""What a plan allows for the words of a prompt: the fixed ones are 55 to 70, a reason of two sentences some 40 more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,6 +32,7 @@ class MemoryPlan:
     """The parts of the peak, in bytes, for `batch_size` studies at a time."""
 
     batch_size: int
+    max_seq_len: int  # places of a study's cache
     libraries_bytes: int  # what the process has resident before: Python and its packages; 0 for a GPU
     decoder_bytes: int  # the decoder's weights, as they lie in memory
     vision_bytes: int  # tower and projector; 0 where they are on another device
@@ -22,3 +45,222 @@ class MemoryPlan:
         """Everything that stays, and the larger of the two passing parts."""
         stays = self.libraries_bytes + self.decoder_bytes + self.vision_bytes
         return stays + max(self.vision_work_bytes, self.cache_bytes + self.prefill_work_bytes)
+
+    def __str__(self) -> str:
+        """Say what takes how much."""
+        parts = {
+            "libraries": self.libraries_bytes,
+            "decoder": self.decoder_bytes,
+            "tower": self.vision_bytes,
+            f"cache of {self.batch_size} x {self.max_seq_len} tokens": self.cache_bytes,
+            "activations": max(self.vision_work_bytes - self.cache_bytes, self.prefill_work_bytes),
+        }
+        return " + ".join(f"{name} {shown_bytes(value)}" for name, value in parts.items() if value)
+
+
+def plan_memory(
+    artifact: Artifact,
+    *,
+    device: str,
+    dtype: str | None = None,
+    batch_size: int = 1,
+    num_prompt_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    libraries_bytes: int = 0,
+) -> MemoryPlan:
+    """Count what drafting with an artifact will take at most.
+
+    Args:
+        artifact: a checked artifact; nothing of it is loaded.
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: as for `lite.load`.
+        batch_size: studies at a time.
+        num_prompt_tokens: places of the longest prompt, the image's included; None allows PROMPT_TEXT_TOKENS words.
+        max_new_tokens: None takes the artifact's.
+        libraries_bytes: what the process has resident already, where that counts: on a CPU.
+    """
+    manifest, config = artifact.manifest, artifact.decoder_config()
+    on_cpu = device.startswith("cpu")
+    itemsize = ITEMSIZE[dtype or ("float32" if on_cpu else config.dtype)]
+    prompt = num_prompt_tokens or manifest.vision.num_image_tokens + PROMPT_TEXT_TOKENS
+    max_seq_len = min(prompt + (max_new_tokens or manifest.decoding.max_new_tokens), config.max_position_embeddings)
+    vision_bytes, vision_work = _vision_bytes(manifest.vision, manifest.files[VISION_NAME].bytes, batch_size)
+    return MemoryPlan(
+        batch_size=batch_size,
+        max_seq_len=max_seq_len,
+        libraries_bytes=libraries_bytes,
+        decoder_bytes=decoder_bytes(config, itemsize=itemsize),
+        # ONNX Runtime's memory is its own: torch's allocator, whose peak a GPU's plan is about, does not see it.
+        vision_bytes=vision_bytes if on_cpu else 0,
+        cache_bytes=batch_size * max_seq_len * cache_bytes_per_token(config, itemsize=itemsize),
+        vision_work_bytes=vision_work if on_cpu else 0,
+        prefill_work_bytes=batch_size * _prefill_work_bytes(config, num_tokens=prompt, itemsize=itemsize),
+    )
+
+
+def check_memory(plan: MemoryPlan, limit: int, *, what: str) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        MemoryBudgetError: it names the parts, and what would fit.
+    """
+    if plan.peak_bytes <= limit:
+        return
+    one = max(1, plan.batch_size)
+    per_study = (plan.cache_bytes + plan.prefill_work_bytes) // one
+    fixed = plan.libraries_bytes + plan.decoder_bytes + plan.vision_bytes
+    fits = (limit - fixed) // per_study
+    todo = f"take {fits} at a time" if 1 <= fits < plan.batch_size else "give it more, or export with fewer bits"
+    msg = (
+        f"{what}: got a memory limit of {shown_bytes(limit)} · expected at least {shown_bytes(plan.peak_bytes)}: "
+        f"{plan} · {todo}"
+    )
+    raise MemoryBudgetError(msg)
+
+
+def decoder_bytes(config: DecoderConfig, *, itemsize: int) -> int:
+    """Return what the weights of a decoder take in memory.
+
+    Args:
+        config: the decoder's shape.
+        itemsize: bytes of a weight that is not quantised, as the decoder computes with it.
+    """
+    embeddings = config.vocab_size * config.hidden_size * itemsize
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size * itemsize
+    head = 0 if config.tie_word_embeddings else head_bytes(config, itemsize=itemsize)
+    return embeddings + norms + config.num_hidden_layers * layer_bytes(config, itemsize=itemsize) + head
+
+
+def layer_bytes(config: DecoderConfig, *, itemsize: int) -> int:
+    """Return what the seven linears of a layer take."""
+    return sum(
+        linear_bytes(shape, config.quantization, itemsize=itemsize) for shape in layer_linear_shapes(config).values()
+    )
+
+
+def head_bytes(config: DecoderConfig, *, itemsize: int) -> int:
+    """Return what the head takes, whether it is its own or the embeddings'."""
+    stored = config.quantization.lm_head if config.quantization is not None else None
+    return linear_bytes((config.vocab_size, config.hidden_size), stored, itemsize=itemsize)
+
+
+def layer_linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of the linears of a layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (q, hidden),
+        "k_proj": (kv, hidden),
+        "v_proj": (kv, hidden),
+        "o_proj": (hidden, q),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def linear_bytes(shape: tuple[int, int], quantization: Quantization | None, *, itemsize: int) -> int:
+    """Return what a linear [out, in] takes in memory: as `kernels.gptq` and `kernels.bnb` hold it."""
+    out_features, in_features = shape
+    count = out_features * in_features
+    if quantization is None:
+        return count * itemsize
+    if quantization.format == "bnb-int8":
+        return count + 4 * out_features  # float32 magnitudes
+    if quantization.format == "bnb-nf4":
+        blocks = count // 64
+        # A byte for each block's magnitude; for 256 of them a float32; the two tables and the offset.
+        return count // 2 + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
+    group_size = in_features if quantization.group_size in (-1, None) else quantization.group_size
+    return count * quantization.bits // 8 + 2 * out_features * (in_features // group_size)  # float16 scales
+
+
+def cache_bytes_per_token(config: DecoderConfig, *, itemsize: int) -> int:
+    """2 (keys, values) x layers x kv_heads x head_dim x bytes of an element."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+
+
+def _prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize: int) -> int:
+    """Count what one prompt takes on its way: the residual stream, its norm, and either attention or the gated half."""
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = num_tokens * (2 * q + 4 * kv) * itemsize + num_tokens**2 * (1 + itemsize)  # the mask, twice
+    gated = 3 * num_tokens * config.intermediate_size * itemsize
+    logits = 2 * 4 * config.vocab_size
+    return 3 * num_tokens * config.hidden_size * itemsize + max(attention, gated) + logits
+
+
+def _vision_bytes(part: VisionPart, file_bytes: int, batch_size: int) -> tuple[int, int]:
+    """Return what tower and projector take on a CPU, and their activations."""
+    # A CPU has no float16 products: ONNX Runtime keeps the weights as float32, too.
+    held = {"fp32": 1, "fp16": 2, "int8": 1}[part.format] * file_bytes
+    tokens, tower = part.num_image_tokens + 1, part.tower
+    scores = 2 * tower.num_attention_heads * tokens**2
+    gated = 2 * tokens * tower.intermediate_size
+    stream = 4 * tokens * tower.hidden_size
+    projected = 3 * part.num_image_tokens * part.hidden_size
+    return held, 4 * batch_size * max(stream + max(scores, gated), projected)
+
+
+# -- What a process has taken ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Peaks:
+    """The most memory that the process has held since it began, in bytes."""
+
+    rss_bytes: int | None  # resident; None on Windows, where the standard library does not tell
+    vram_bytes: int | None  # of torch's allocator; None without a GPU
+
+
+def peak_rss_bytes() -> int | None:
+    """Return the most memory the process has had resident since it began; None where that cannot be told (Windows)."""
+    if sys.platform == "win32":
+        return None
+    # Not getrusage: what that tells a child process is never less than its parent's peak when it was started.
+    if (peak := _proc_status("VmHWM")) is not None:
+        return peak
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def rss_bytes() -> int | None:
+    """Return the memory the process has resident now; None where /proc does not tell."""
+    return _proc_status("VmRSS")
+
+
+def _proc_status(key: str) -> int | None:
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(rf"^{key}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+# -- Reading and printing --------------------------------------------------------------------------------------------
+
+_UNITS: Final = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for suffix, base in (("b", 1000), ("ib", 1024), ("", 1024))
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size: a number of bytes, or with a unit such as "12GiB", "800 MB" or "12G" (binary).
+
+    Raises:
+        LiteError: it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not found or found[2] not in _UNITS or not float(found[1]):
+        msg = f"got the size {text!r} · expected a number of bytes, or one with a unit · write it like 12GiB"
+        raise LiteError(msg)
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def shown_bytes(count: float) -> str:
+    """Return a size as text, in MiB or GiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

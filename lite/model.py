@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,7 @@ from lite.artifact import TOKENIZER_NAME, load_artifact
 from lite.errors import ArtifactError, LiteError, PromptError
 from lite.generate import Generation
 from lite.image import load_image, preprocess
+from lite.memory import Peaks, check_memory, parse_bytes, peak_rss_bytes, plan_memory, rss_bytes
 from lite.prompt import PromptEncoder, TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -50,8 +50,13 @@ class Timings:
     image_s: float  # reading and preprocessing the film; this one is the study's own
     vision_s: float  # tower and projector
     prefill_s: float  # the prompt through the decoder, to the first token
-    decode_s: float  # all further tokens
+    decode_steps_s: tuple[float, ...]  # each further token; of a batch, one for each row
     batch_size: int
+
+    @property
+    def decode_s(self) -> float:
+        """All tokens but the first."""
+        return sum(self.decode_steps_s)
 
     @property
     def ttft_s(self) -> float:
@@ -66,11 +71,26 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """The process's memory peaks since it began, in bytes, and this request's cache."""
+    """The process's memory peaks until each stage of this request had ended, and this request's cache, in bytes.
 
-    peak_rss_bytes: int | None  # None on Windows, where the standard library does not tell
-    peak_vram_bytes: int | None  # of torch's allocator; None without a GPU
+    A peak is never less than the one before. In the first request of a process they tell what each stage takes.
+    """
+
+    image: Peaks
+    vision: Peaks
+    prefill: Peaks
+    decode: Peaks
     cache_bytes: int
+
+    @property
+    def peak_rss_bytes(self) -> int | None:
+        """The most that the process has had resident; None on Windows, where the standard library does not tell."""
+        return self.decode.rss_bytes
+
+    @property
+    def peak_vram_bytes(self) -> int | None:
+        """The most that torch's allocator has held on the GPU; None without one."""
+        return self.decode.vram_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +132,16 @@ class _Prepared:
     pixel_values: np.ndarray
     rendering: str
     image_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A batch whose images have been seen and whose text is to come."""
+
+    generation: Generation
+    vision_s: float
+    image_peaks: Peaks
+    vision_peaks: Peaks
 
 
 class FindingsStream:
@@ -293,8 +323,9 @@ class FindingsModel:
         image_s = time.perf_counter() - started
         return _Prepared(input_ids=input_ids, pixel_values=pixel_values, rendering=loaded.rendering, image_s=image_s)
 
-    def _start(self, batch: Sequence[_Prepared], max_new_tokens: int) -> tuple[Generation, float]:
-        """Run the tower over a batch; return its generation, not yet begun, and the seconds it took."""
+    def _start(self, batch: Sequence[_Prepared], max_new_tokens: int) -> _Begun:
+        """Run the tower over a batch, up to where its generation begins."""
+        image_peaks = self._peaks()
         started = time.perf_counter()
         image_features = self.vision(np.stack([prepared.pixel_values for prepared in batch]))
         vision_s = time.perf_counter() - started
@@ -306,16 +337,23 @@ class FindingsModel:
             max_new_tokens=max_new_tokens,
             max_seq_len=self.prompt.max_seq_len,
             eos_token_id=self.artifact.manifest.decoding.eos_token_id,
+            peaks=self._peaks,
         )
-        return generation, vision_s
+        return _Begun(generation=generation, vision_s=vision_s, image_peaks=image_peaks, vision_peaks=self._peaks())
 
-    def _finish(self, batch: Sequence[_Prepared], generation: Generation, vision_s: float) -> list[Findings]:
-        """Put the results of a finished generation together."""
+    def _peaks(self) -> Peaks:
         from lite.decoder import peak_vram_bytes
 
+        return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=peak_vram_bytes(self.decoder.device))
+
+    def _finish(self, batch: Sequence[_Prepared], begun: _Begun) -> list[Findings]:
+        """Put the results of a finished generation together."""
+        generation, peaks = begun.generation, self._peaks()
         memory = Memory(
-            peak_rss_bytes=peak_rss_bytes(),
-            peak_vram_bytes=peak_vram_bytes(self.decoder.device),
+            image=begun.image_peaks,
+            vision=begun.vision_peaks,
+            prefill=generation.prefill_peaks or peaks,
+            decode=peaks,
             cache_bytes=generation.cache_bytes,
         )
         return [
@@ -326,9 +364,9 @@ class FindingsModel:
                 num_prompt_tokens=row.num_prompt_tokens,
                 timings=Timings(
                     image_s=prepared.image_s,
-                    vision_s=vision_s,
+                    vision_s=begun.vision_s,
                     prefill_s=generation.prefill_s,
-                    decode_s=generation.decode_s,
+                    decode_steps_s=tuple(generation.decode_steps_s),
                     batch_size=len(batch),
                 ),
                 memory=memory,
@@ -343,14 +381,14 @@ class FindingsModel:
         ]
 
     def _pieces(self, prepared: _Prepared, max_new_tokens: int) -> Generator[str, None, Findings]:
-        generation, vision_s = self._start([prepared], max_new_tokens)
+        begun = self._start([prepared], max_new_tokens)
         text = TextStream(self.tokenizer)
-        for (token_id,) in generation:
+        for (token_id,) in begun.generation:
             if token_id is not None and (piece := text.push(token_id)):
                 yield piece
         if rest := text.finish():
             yield rest
-        return self._finish([prepared], generation, vision_s)[0]
+        return self._finish([prepared], begun)[0]
 
     def _batches(
         self, studies: Iterator[Any], batch_size: int, max_new_tokens: int, rendering: Rendering
@@ -372,10 +410,10 @@ class FindingsModel:
 
     def _run_batch(self, batch: Sequence[_Prepared], max_new_tokens: int) -> list[Findings | LiteError]:
         try:
-            generation, vision_s = self._start(batch, max_new_tokens)
-            for _ in generation:
+            begun = self._start(batch, max_new_tokens)
+            for _ in begun.generation:
                 pass
-            return [*self._finish(batch, generation, vision_s)]
+            return [*self._finish(batch, begun)]
         except LiteError as error:
             if len(batch) == 1:
                 return [error]
@@ -403,7 +441,12 @@ def _check_count(name: str, value: object, hint: str) -> None:
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str = "auto", dtype: str | None = None, verify: bool = True
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    memory_limit: int | str | None = None,
+    verify: bool = True,
 ) -> FindingsModel:
     """Load an artifact.
 
@@ -413,6 +456,9 @@ def load(
         dtype: what the decoder computes in: "float32", "float16" or "bfloat16". None takes the stored dtype on a GPU
             and float32 on the CPU: twice the memory of float16, and far less time where 16-bit products are slow (see
             `lite.decoder.load_decoder`).
+        memory_limit: refuse, before anything is loaded, an artifact with which one study would take more: bytes, or
+            text such as "12GiB". On a GPU torch's allocator counts, on a CPU what the process has resident, Python
+            and its packages included. See `lite.memory`.
         verify: compare the sha256 of every file with the manifest first. This reads the whole artifact: 12 s for the
             14 GB of a 7B model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026),
             longer where the disk is slower.
@@ -420,7 +466,9 @@ def load(
     Raises:
         ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
         BackendUnavailable: a package or the device is not there.
+        MemoryBudgetError: one study would take more than `memory_limit`.
     """
+    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
     artifact = load_artifact(path)
     if verify:
         artifact.verify()
@@ -441,6 +489,10 @@ def load(
         msg = f"got dtype {dtype!r} · expected {', '.join(DTYPES)} or None · choose one of them"
         raise LiteError(msg)
     target = check_device(device)
+    if limit is not None:
+        resident = (rss_bytes() or 0) if target == "cpu" else 0
+        plan = plan_memory(artifact, device=target, dtype=dtype, libraries_bytes=resident)
+        check_memory(plan, limit, what=str(artifact.path))
     vision = VisionEncoder(artifact, device=target)
     decoder = load_decoder(artifact, device=target, dtype=dtype)
     return FindingsModel(artifact, tokenizer=tokenizer, prompt=prompt, vision=vision, decoder=decoder)
@@ -466,13 +518,3 @@ def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:
         if not fits:
             msg = f"{artifact.path}: got {got} · expected {expected} · the parts do not belong together: export again"
             raise ArtifactError(msg)
-
-
-def peak_rss_bytes() -> int | None:
-    """Return the most memory the process has had resident since it began; None where `resource` is not (Windows)."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from lite.artifact import Artifact, DecoderPart, Manifest, VisionPart, staged_artifact
+from lite.artifact import Artifact, DecoderPart, Manifest, TowerShape, VisionPart, staged_artifact
 from lite.config import DecodingDefaults, Preprocessing
 from lite.model import FindingsModel, load
 
@@ -133,13 +133,21 @@ def tiny_vision_onnx(*, seed: int = 0) -> bytes:
     return bytes(onnx.ModelProto.SerializeToString(model))
 
 
+# Of a tower that is not there: the tiny vision.onnx is a convolution.
+TINY_TOWER = TowerShape(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
+
+
 def tiny_manifest(**changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "model": "tiny",
         "created_by": "tests",
         "sources": {},
         "vision": VisionPart(
-            format="fp32", image_size=IMAGE_SIZE, num_image_tokens=NUM_IMAGE_TOKENS, hidden_size=HIDDEN_SIZE
+            format="fp32",
+            image_size=IMAGE_SIZE,
+            num_image_tokens=NUM_IMAGE_TOKENS,
+            hidden_size=HIDDEN_SIZE,
+            tower=TINY_TOWER,
         ),
         "decoder": DecoderPart(format="fp16"),
         "preprocessing": Preprocessing(image_size=IMAGE_SIZE),
@@ -192,6 +200,32 @@ def demo_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 @pytest.fixture(scope="session")
 def demo_model(demo_artifact: Artifact) -> FindingsModel:
     return load(demo_artifact.path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The list of the films that the demo calibrates on."""
+    from benchmarks.demo import CALIBRATION_SEED, NUM_CALIBRATION_FILMS
+    from benchmarks.phantom.write import write_studies
+
+    out = tmp_path_factory.mktemp("calibration") / "studies"
+    return write_studies(out, count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False)
+
+
+def export_demo_gptq(out: Path, decoder_format: Any, calibration: Path, **gptq: Any) -> Artifact:
+    """Export the demo model in GPTQ with the demo's weights of tokens, which a search would take long to find."""
+    from export import ExportSettings, GptqSettings, TokenWeights, export_artifact
+
+    weights = TokenWeights(image=0.3, prompt=0.1)
+    settings = GptqSettings(calibration_data=calibration, token_weights=weights, **gptq)
+    checkpoint = CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base"
+    return export_artifact(*checkpoint, out, ExportSettings(decoder_format=decoder_format, gptq=settings))
+
+
+@pytest.fixture(scope="session")
+def demo_int4_artifact(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Artifact:
+    """The demo model in 4 bits, as the demo exports it."""
+    return export_demo_gptq(tmp_path_factory.mktemp("int4") / "artifact", "gptq-int4", calibration)
 
 
 def film(seed: int, *, height: int = 40, width: int = 36) -> Image.Image:

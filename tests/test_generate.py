@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lite.generate import Generation
+from lite.memory import Peaks
 
 EOS = 2
 VOCAB_SIZE = 50
@@ -68,6 +69,7 @@ def generation(
         max_new_tokens=max_new_tokens,
         max_seq_len=max_seq_len,
         eos_token_id=EOS,
+        peaks=lambda: Peaks(rss_bytes=7, vram_bytes=None),
     )
     return made, engine
 
@@ -143,6 +145,9 @@ def test_nothing_runs_before_it_is_asked_for_and_times_add_up() -> None:
     made, engine = generation([7, 8])
     assert engine.cache is None
     assert made.prefill_s == 0.0
+    assert made.prefill_peaks is None
     outcome(made)
     assert made.prefill_s > 0.0
-    assert made.decode_s > 0.0
+    assert len(made.decode_steps_s) == 2  # the first token is prefill's
+    assert min(made.decode_steps_s) > 0.0
+    assert made.prefill_peaks == Peaks(rss_bytes=7, vram_bytes=None)

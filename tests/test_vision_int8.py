@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CHECKPOINT
+from conftest import CHECKPOINT, TINY_TOWER
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -77,7 +77,11 @@ def _artifact(folder: Path, tensors: dict[str, Tensor], tower: TowerConfig) -> A
     write_vision_onnx(model, folder / "vision.onnx")
     hidden_size = tensors["projector.2.weight"].shape[0]
     part = VisionPart(
-        format="int8", image_size=tower.image_size, num_image_tokens=tower.num_patches, hidden_size=hidden_size
+        format="int8",
+        image_size=tower.image_size,
+        num_image_tokens=tower.num_patches,
+        hidden_size=hidden_size,
+        tower=TINY_TOWER,
     )
     written = FileRecord(bytes=(folder / "vision.onnx").stat().st_size, sha256="0" * 64)
     manifest = Manifest(

@@ -1,0 +1,195 @@
+"""The memory plan: what it counts is what is held, and what does not fit is refused before it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama_config
+
+from lite.artifact import Artifact
+from lite.config import DecoderConfig, Quantization
+from lite.decoder import LlamaDecoder
+from lite.errors import LiteError, MemoryBudgetError
+from lite.linear import QuantizedLinear
+from lite.memory import (
+    MemoryPlan,
+    cache_bytes_per_token,
+    check_memory,
+    decoder_bytes,
+    head_bytes,
+    layer_bytes,
+    parse_bytes,
+    peak_rss_bytes,
+    plan_memory,
+    rss_bytes,
+    shown_bytes,
+)
+from lite.model import FindingsModel, load
+
+# GB of zeros that are stored for 7B in 8 bits, groups of 128: symmetric ones are all alike, and not kept in memory.
+ZEROS = 6.476 / 128
+ROOT = Path(__file__).resolve().parent.parent
+VICUNA = DecoderConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    vocab_size=32000,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    dtype="float16",
+)
+
+
+def held_bytes(decoder: LlamaDecoder) -> int:
+    """What the tensors of a decoder take: parameters, and the stored weights that are none."""
+    quantized = [module for module in decoder.modules() if isinstance(module, QuantizedLinear)]
+    return sum(parameter.nbytes for parameter in decoder.parameters()) + sum(
+        module.weight.nbytes for module in quantized if module.weight is not None
+    )
+
+
+def test_seven_billion_weights_take_what_is_known_of_them() -> None:
+    """Compare with the arithmetic that is known of Vicuna-7B, in GB."""
+    assert decoder_bytes(VICUNA, itemsize=2) / 1e9 == pytest.approx(13.48, abs=0.005)
+    four = dataclasses.replace(VICUNA, quantization=Quantization(format="gptq-int4", group_size=128))
+    context = 1469 * cache_bytes_per_token(VICUNA, itemsize=2)
+    assert context / 1e9 == pytest.approx(0.77, abs=0.005)
+    for config, expected in (
+        (four, 3.63 - ZEROS / 2),
+        (dataclasses.replace(VICUNA, quantization=Quantization(format="gptq-int8", group_size=128)), 6.89 - ZEROS),
+        (VICUNA, 13.21),
+    ):
+        read = 32 * layer_bytes(config, itemsize=2) + head_bytes(config, itemsize=2)
+        assert read / 1e9 == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("lm_head_bits", [None, 8])
+@pytest.mark.parametrize("stored", ["fp16", "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8"])
+def test_every_format_is_counted_to_the_byte(stored: str, lm_head_bits: int | None) -> None:
+    if stored.startswith("gptq"):
+        config_json = {
+            "quant_method": "gptq", "bits": int(stored[-1]), "group_size": 32, "lm_head": lm_head_bits is not None,
+            "dynamic": {"lm_head": {"bits": lm_head_bits}},
+        }  # fmt: skip
+    else:
+        config_json = {"quant_method": "bitsandbytes", "load_in_8bit": stored == "bnb-int8"}
+        config_json |= {"load_in_4bit": stored == "bnb-nf4", "bnb_4bit_quant_type": "nf4"}
+    quantization = None if stored == "fp16" else Quantization.from_hf(config_json, where="test")
+    shape = tiny_llama_config(128, hidden_size=128, intermediate_size=192, head_dim=32)
+    config = dataclasses.replace(DecoderConfig.from_hf(shape), quantization=quantization)
+    decoder = LlamaDecoder(config)
+    for name, module in decoder.named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.take(random_tensors(module), device="cpu")
+            assert module.weight is not None, name
+    assert decoder_bytes(config, itemsize=4) == held_bytes(decoder)
+
+
+def random_tensors(module: QuantizedLinear) -> dict[str, torch.Tensor]:
+    """A weight of the module's format and shape."""
+    from export.bnb import quantize_int8, quantize_nf4
+    from kernels.gptq import to_tensors
+
+    weight = torch.randn(module.shape)
+    if module.quantization.format == "bnb-nf4":
+        return quantize_nf4(weight)
+    if module.quantization.format == "bnb-int8":
+        return quantize_int8(weight)
+    groups = module.shape[1] // (module.quantization.group_size or 0)
+    values = torch.randint(-7, 8, module.shape)
+    return to_tensors(values, torch.rand(module.shape[0], groups).half(), bits=module.quantization.bits)
+
+
+def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsModel, films: list[Path]) -> None:
+    tiny_artifact = tiny_model.artifact
+    plan = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=1)
+    assert plan.decoder_bytes == held_bytes(tiny_model.decoder)
+    findings = tiny_model.findings(films[0])
+    plan = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=findings.num_prompt_tokens)
+    assert plan.cache_bytes == findings.memory.cache_bytes
+    batch = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=findings.num_prompt_tokens, batch_size=3)
+    assert batch.cache_bytes == 3 * plan.cache_bytes
+    assert (batch.decoder_bytes, batch.vision_bytes) == (plan.decoder_bytes, plan.vision_bytes)
+    half = plan_memory(tiny_artifact, device="cpu", dtype="float16", num_prompt_tokens=findings.num_prompt_tokens)
+    assert (2 * half.cache_bytes, 2 * half.decoder_bytes) == (plan.cache_bytes, plan.decoder_bytes)
+
+
+def test_a_gpu_plan_leaves_out_what_its_allocator_does_not_hold(tiny_artifact: Artifact) -> None:
+    plan = plan_memory(tiny_artifact, device="cuda")
+    assert plan.vision_bytes == plan.vision_work_bytes == plan.libraries_bytes == 0
+    assert plan.peak_bytes == plan.decoder_bytes + plan.cache_bytes + plan.prefill_work_bytes
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_artifact: Artifact) -> None:
+    with pytest.raises(
+        MemoryBudgetError, match=r"got a memory limit of 1\.0 MiB · expected at least .*decoder .*cache"
+    ):
+        load(tiny_artifact.path, device="cpu", memory_limit="1MiB")
+    load(tiny_artifact.path, device="cpu", memory_limit=16 << 30)
+
+
+def test_a_refusal_says_what_would_fit() -> None:
+    plan = MemoryPlan(
+        batch_size=8,
+        max_seq_len=10,
+        libraries_bytes=10 << 20,
+        decoder_bytes=60 << 20,
+        vision_bytes=0,
+        cache_bytes=64 << 20,
+        vision_work_bytes=0,
+        prefill_work_bytes=16 << 20,
+    )
+    check_memory(plan, 150 << 20, what="a")
+    with pytest.raises(
+        MemoryBudgetError, match=r"150\.0 MiB: libraries 10\.0 MiB .*cache of 8 x 10 .* take 2 at a time"
+    ):
+        check_memory(plan, 90 << 20, what="a")
+    with pytest.raises(MemoryBudgetError, match="export with fewer bits"):
+        check_memory(plan, 75 << 20, what="a")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("12GiB", 12 << 30), ("12 gb", 12 * 10**9), ("1.5G", 3 << 29), ("800M", 800 << 20), ("4096", 4096), ("2k", 2048)],
+)
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "12 apples", "-1GiB", "GiB", "0", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(LiteError, match="expected a number of bytes"):
+        parse_bytes(text)
+
+
+def test_sizes_are_shown() -> None:
+    assert (shown_bytes(3 << 29), shown_bytes(3 << 19)) == ("1.50 GiB", "1.5 MiB")
+
+
+def test_a_peak_is_the_processes_own_and_not_its_parents() -> None:
+    """What getrusage says of a child's peak is never less than its parent's when it was started."""
+    ballast = bytearray(250 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "from lite.memory import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (peak_rss_bytes() or 0) > len(ballast)
+    assert int(done.stdout) < 150 << 20
+
+
+def test_memory_is_unknown_where_nothing_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10_000_000 < (rss_bytes() or 0) <= (peak_rss_bytes() or 0)
+    monkeypatch.setattr("lite.memory._proc_status", lambda _: None)
+    assert rss_bytes() is None
+    assert (peak_rss_bytes() or 0) > 10_000_000  # getrusage
+    monkeypatch.setattr("sys.platform", "win32")
+    assert peak_rss_bytes() is None
