@@ -13,7 +13,7 @@ from conftest import ROOT
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from lite.bench.divergence import StudyDivergence, compare_logits, summarise
+from lite.bench.divergence import StudyDivergence, TopK, compare_logits, compare_top_k, gap_limit, summarise, top_k
 from lite.errors import LiteError
 
 VOCAB = 50
@@ -155,6 +155,118 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, whose: str) -> None:
     logits[whose][1, 3] = bad
     with pytest.raises(LiteError, match=f"logits of the {whose} that are not finite"):
         compare_logits(logits["reference"], logits["candidate"], [0, 1])
+
+
+LOGITS = {
+    "flat": lambda plain: plain / 10,
+    "random": lambda plain: plain,
+    "peaked": lambda plain: plain * 10,
+    "certain": lambda plain: plain * 1e4,
+    "tied": lambda plain: plain.round(),
+}
+
+
+@pytest.mark.parametrize("shape", LOGITS)
+@pytest.mark.parametrize("noise", [0.01, 1.0])
+def test_kl_of_the_top_k_and_the_tail_is_a_lower_bound_that_more_tokens_raise(shape: str, noise: float) -> None:
+    reference, candidate = (LOGITS[shape](random_logits(40, seed=4, noise=n)).astype(np.float32) for n in (0.0, noise))
+    targets = reference.argmax(axis=1).tolist()
+    full = compare_logits(reference, candidate, targets)
+    below = np.zeros(40)
+    for k in (1, 2, 5, 20, VOCAB - 1, VOCAB, 64):
+        kept = top_k(reference, k)
+        assert kept.ids.shape == kept.log_probs.shape == (40, min(k, VOCAB))
+        study = compare_top_k(kept, candidate, targets)
+        slack = 1e-12 * (1 + full.kl)
+        assert (study.kl <= full.kl + slack).all()
+        assert (study.kl >= below - slack).all()
+        assert (full.kl <= study.kl + gap_limit(kept, candidate) + slack).all()
+        below = study.kl
+        np.testing.assert_array_equal(study.same_top, full.same_top)
+        np.testing.assert_allclose(study.reference_nll, full.reference_nll, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(study.candidate_nll, full.candidate_nll)
+    # One token more than k is a tail of one token: nothing is pooled.
+    for k in (VOCAB - 1, VOCAB, 64):
+        kept = top_k(reference, k)
+        np.testing.assert_allclose(compare_top_k(kept, candidate, targets).kl, full.kl, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(gap_limit(kept, candidate), 0, atol=1e-12 * (1 + full.kl.max()))
+
+
+def test_a_worked_example_of_pooling() -> None:
+    # Of p = (1/2, 1/4, 3/16, 1/16) the first two are kept, in their own order; q is uniform.
+    reference = np.log([[3 / 16, 0.5, 1 / 16, 0.25]])
+    kept = top_k(reference, 2)
+    assert kept.ids.tolist() == [[1, 3]]
+    np.testing.assert_allclose(np.exp(kept.log_probs), [[0.5, 0.25]])
+    np.testing.assert_allclose(kept.tail_mass, [0.25])
+    study = compare_top_k(kept, np.zeros((1, 4)), [3])
+    np.testing.assert_allclose(study.kl, [0.5 * math.log(2) + 0.25 * math.log(0.5)])
+    np.testing.assert_allclose([study.reference_nll, study.candidate_nll], [[math.log(4)]] * 2)
+    # The worst there can be is a tail of (1/4, 0).
+    np.testing.assert_allclose(gap_limit(kept, np.zeros((1, 4))), [0.25 * math.log(2)])
+
+
+def test_the_limit_of_the_gap_is_reached_by_the_worst_reference() -> None:
+    # Beside the two kept, p is as probable as the second where q is least probable, then what is left, then nothing.
+    reference = np.log([[0.5, 0.2, 0.1, 1e-300, 0.2], [0.5, 0.2, 0.2, 0.1, 1e-300]])
+    candidate = np.log([[0.4, 0.3, 0.1, 0.15, 0.05], [0.4, 0.2, 0.05, 0.15, 0.2]])
+    # By hand: which of the equals top_k would keep is its own affair.
+    kept = TopK(ids=np.array([[0, 1]] * 2), log_probs=reference[:, :2], log_tail=np.log([0.3, 0.3]))
+    study = compare_top_k(kept, candidate, [0, 0])
+    gap = compare_logits(reference, candidate, [0, 0]).kl - study.kl
+    np.testing.assert_allclose(gap, gap_limit(kept, candidate), rtol=1e-12)
+    assert (gap > 0.01).all()
+
+
+def test_rounding_what_is_kept_adds_no_divergence() -> None:
+    logits = random_logits(60, seed=8)
+    kept = top_k(logits, 16)
+    rounded = TopK(
+        ids=kept.ids.astype(np.uint8),
+        log_probs=kept.log_probs.astype(np.float32),
+        log_tail=kept.log_tail.astype(np.float32),
+    )
+    # Not scaled to sum to 1 again, these were some 1e-8.
+    assert compare_top_k(rounded, logits, kept.ids[:, 0].tolist()).kl.max() < 1e-12
+
+
+def test_of_equals_the_first_is_the_top_however_many_there_are() -> None:
+    candidate = np.zeros((1, VOCAB))
+    for k in (1, 4, VOCAB):
+        kept = top_k(np.zeros((1, VOCAB)), k)
+        assert kept.ids[0, 0] == 0
+        assert len(set(kept.ids[0].tolist())) == k
+        assert compare_top_k(kept, candidate, [0]).same_top.all()
+    assert top_k([[1.0, 3.0, 2.0, 3.0, 3.0]], 2).ids[0, 0] == 1
+
+
+def test_a_tail_too_small_for_a_probability_is_no_error() -> None:
+    reference, candidate = np.array([[0.0, -1.0, -2e3, -2e3]]), np.array([[0.0, -1.0, -3e38, -3e38]])
+    kept = top_k(reference, 2)
+    assert kept.tail_mass == 0
+    assert np.isfinite(kept.log_tail).all()
+    assert compare_top_k(kept, candidate, [0]).kl == 0
+    assert gap_limit(kept, candidate) == 0
+
+
+@pytest.mark.parametrize(
+    ("candidate", "targets", "message"),
+    [
+        ((3, VOCAB), [0, 1], r"got logits \[3, 50\] for 2 tokens · expected \[T, V\], with T=2 and V above"),
+        ((2, VOCAB), [0], "for 1 tokens"),
+        ((2, 4), [0, 1], r"got logits \[2, 4\].*one tokenizer"),
+        ((VOCAB,), [0, 1], r"got logits \[50\]"),
+        ((2, VOCAB), [0, VOCAB], "got token ids from 0 to 50"),
+        ((2, VOCAB), [1, 2], "got token 2 at 1 · expected one of the 4 .* own greedy text"),
+    ],
+)
+def test_what_does_not_fit_what_was_kept_is_refused(
+    candidate: tuple[int, ...], targets: list[int], message: str
+) -> None:
+    reference = np.zeros((2, VOCAB))
+    reference[0, [0, 1, 7, 8]] = reference[1, [0, 1, 8, 9]] = 5.0
+    with pytest.raises(LiteError, match=message):
+        compare_top_k(top_k(reference, 4), np.zeros(candidate), targets)
 
 
 def test_nothing_to_summarise_is_refused() -> None:
