@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from lite.bench.metrics import (
     Floats,
     Readings,
     attribute_accuracy,
+    bleu_1,
     bleu_4,
     bootstrap_interval,
     label_f1,
     rouge_l,
+    same_text,
     score_findings,
 )
 from lite.errors import BackendUnavailable
@@ -134,21 +137,40 @@ def test_rouge_l_is_the_mean_over_studies_of_the_definition() -> None:
     assert rouge_l(TEXT_REFERENCES, TEXT_PREDICTIONS).value == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("bleu", "order"), [(bleu_1, 1), (bleu_4, 4)])
 @pytest.mark.parametrize("count", [1, len(TEXTS)])  # the first text alone has no 4-gram in common: smoothing
-def test_bleu_4_from_sums_is_sacrebleus_own_corpus_figure(count: int) -> None:
+def test_bleu_from_sums_is_sacrebleus_own_corpus_figure(bleu: Any, order: int, count: int) -> None:
     import sacrebleu
 
     references, predictions = TEXT_REFERENCES[:count], TEXT_PREDICTIONS[:count]
-    expected = sacrebleu.corpus_bleu(predictions, [references], lowercase=True).score / 100
+    theirs = sacrebleu.BLEU(lowercase=True, max_ngram_order=order)
+    expected = theirs.corpus_score(predictions, [references]).score / 100
     assert 0 < expected < 1
-    assert bleu_4(references, predictions, resamples=2).value == pytest.approx(expected)
+    assert bleu(references, predictions, resamples=2).value == pytest.approx(expected)
 
 
-def test_bleu_4_of_empty_predictions_is_zero() -> None:
-    assert bleu_4(TEXT_REFERENCES, [""] * len(TEXTS)).value == 0.0
+def test_bleu_1_of_a_worked_example() -> None:
+    # Of "a small effusion ." two words and the full stop are in the reference; it is 4 long, the reference 5: the
+    # brevity penalty is exp(1 - 5/4).
+    estimate = bleu_1(["Small left pleural effusion."], ["A small effusion."], resamples=2)
+    assert estimate.value == pytest.approx(3 / 4 * math.exp(1 - 5 / 4))
 
 
-@pytest.mark.parametrize(("metric", "package"), [(rouge_l, "rouge_score"), (bleu_4, "sacrebleu")])
+@pytest.mark.parametrize("bleu", [bleu_1, bleu_4])
+def test_bleu_of_empty_predictions_is_zero(bleu: Any) -> None:
+    assert bleu(TEXT_REFERENCES, [""] * len(TEXTS)).value == 0.0
+
+
+def test_same_text_is_the_share_of_texts_that_are_equal_to_the_character() -> None:
+    predictions = ["Clear lungs.", "clear lungs.", "Clear lungs. ", "Clear lungs."]
+    estimate = same_text(["Clear lungs."] * 4, predictions)
+    assert (estimate.value, estimate.count) == (0.5, 4)
+    assert 0 <= estimate.low < 0.5 < estimate.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "package"), [(rouge_l, "rouge_score"), (bleu_1, "sacrebleu"), (bleu_4, "sacrebleu")]
+)
 def test_a_missing_package_names_the_extra(metric: object, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -200,7 +222,7 @@ def test_identical_texts_score_one_on_everything() -> None:
     ]
     scores = score_findings(texts, texts, resamples=20)
     estimates = (scores.label_f1.micro, scores.label_f1.macro, scores.side_accuracy, scores.size_accuracy)
-    for estimate in (*estimates, scores.zone_accuracy, scores.rouge_l, scores.bleu_4):
+    for estimate in (*estimates, scores.zone_accuracy, scores.rouge_l, scores.bleu_1, scores.bleu_4):
         assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1.0, 1.0, 1.0))
     assert scores.side_accuracy.count == 2
     assert scores.count == 2

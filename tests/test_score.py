@@ -61,9 +61,9 @@ def test_json_has_the_figures(predictions: Path, capsys: pytest.CaptureFixture[s
     assert result["per_label"]["Cardiomegaly"]["precision"] is None
     assert result["per_label"]["Fracture"]["f1"] is None
     assert result["per_label"]["Pleural Effusion"]["support"] == 1
-    figures = {"macro_f1", "micro_f1", "side_accuracy", "size_accuracy", "zone_accuracy", "rouge_l", "bleu_4"}
+    figures = {"macro_f1", "micro_f1", "side_accuracy", "size_accuracy", "zone_accuracy", "rouge_l", "bleu_1", "bleu_4"}
     assert figures == set(result["intervals"])
-    for name in ("micro_f1", "rouge_l", "bleu_4"):
+    for name in ("micro_f1", "rouge_l", "bleu_1", "bleu_4"):
         low, high = result["intervals"][name]
         assert low <= result[name] <= high
         assert 0 < result[name] < 1
@@ -83,6 +83,7 @@ def test_the_table_is_aligned_and_complete(predictions: Path, capsys: pytest.Cap
     figures, labels, _ = out.split("\n\n")
     assert "label F1, macro  0.500" in figures
     assert "ROUGE-L" in figures
+    assert "BLEU-1" in figures
     assert "BLEU-4" in figures
     rows = labels.splitlines()
     assert len(rows) == 15

@@ -168,6 +168,7 @@ def to_json(scores: FindingsScores) -> dict[str, object]:
         "size_accuracy": scores.size_accuracy,
         "zone_accuracy": scores.zone_accuracy,
         "rouge_l": scores.rouge_l,
+        "bleu_1": scores.bleu_1,
         "bleu_4": scores.bleu_4,
     }
     per_label = {
@@ -217,6 +218,7 @@ def format_table(scores: FindingsScores) -> str:
         _row("size accuracy", scores.size_accuracy, f"{scores.size_accuracy.count} findings"),
         _row("zone accuracy", scores.zone_accuracy, f"{scores.zone_accuracy.count} findings"),
         _row("ROUGE-L", scores.rouge_l, f"{scores.count} studies"),
+        _row("BLEU-1", scores.bleu_1, f"{scores.count} studies"),
         _row("BLEU-4", scores.bleu_4, f"{scores.count} studies"),
     ]
     by_label: list[tuple[str, ...]] = [

@@ -1,4 +1,4 @@
-"""How good drafted findings are beside the reference: label F1, side and size accuracy, ROUGE-L, BLEU-4.
+"""How good drafted findings are beside the reference: label F1, side and size accuracy, ROUGE-L, BLEU.
 
 Every figure is a fraction between 0 and 1 and comes with a bootstrap interval: the studies are drawn again with
 replacement, 500 times, and the middle 95 % of the results is the interval. All figures here are functions of sums over
@@ -73,6 +73,7 @@ class FindingsScores:
     size_accuracy: Estimate
     zone_accuracy: Estimate
     rouge_l: Estimate
+    bleu_1: Estimate
     bleu_4: Estimate
 
 
@@ -82,7 +83,12 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
     return ratio
 
 
-def _paired(references: Sequence[object], predictions: Sequence[object]) -> None:
+def check_paired(references: Sequence[object], predictions: Sequence[object]) -> None:
+    """Require one prediction for each reference, and at least one.
+
+    Raises:
+        ValueError: there are not.
+    """
     if len(references) != len(predictions) or not references:
         msg = (
             f"got {len(references)} references and {len(predictions)} predictions · expected one prediction for each "
@@ -168,7 +174,7 @@ def label_f1(
         resamples: how many bootstrap resamples.
         seed: the seed of the resamples.
     """
-    _paired(references, predictions)
+    check_paired(references, predictions)
     truth = np.array([[_is_positive(study[label], uncertain) for label in labels] for study in references])
     drafted = np.array([[_is_positive(study[label], uncertain) for label in labels] for study in predictions])
     counts = np.stack([truth & drafted, ~truth & drafted, truth & ~drafted], axis=-1).astype(np.float64)
@@ -210,7 +216,7 @@ def attribute_accuracy(
     Counted are the labels that are positive on both sides and whose reference carries the attribute; a prediction that
     leaves it out is wrong. Findings missed or made up are the business of `label_f1`.
     """
-    _paired(references, predictions)
+    check_paired(references, predictions)
     per_study = np.zeros((len(references), 2))
     for row, truth, drafted in zip(per_study, references, predictions, strict=True):
         for label, reading in truth.items():
@@ -235,7 +241,7 @@ def rouge_l(
     Raises:
         BackendUnavailable: rouge-score is not installed.
     """
-    _paired(references, predictions)
+    check_paired(references, predictions)
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -248,6 +254,17 @@ def rouge_l(
     return bootstrap_interval(per_study, lambda sums: _ratio(sums[:, 0], sums[:, 1]), resamples=resamples, seed=seed)
 
 
+def bleu_1(
+    references: Sequence[str], predictions: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Compute the BLEU-1 of the whole corpus, in all else as `bleu_4`.
+
+    Raises:
+        BackendUnavailable: sacrebleu is not installed.
+    """
+    return _bleu(references, predictions, max_ngram_order=1, resamples=resamples, seed=seed)
+
+
 def bleu_4(
     references: Sequence[str], predictions: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
@@ -258,27 +275,47 @@ def bleu_4(
     Raises:
         BackendUnavailable: sacrebleu is not installed.
     """
-    _paired(references, predictions)
+    return _bleu(references, predictions, max_ngram_order=4, resamples=resamples, seed=seed)
+
+
+def _bleu(
+    references: Sequence[str], predictions: Sequence[str], *, max_ngram_order: int, resamples: int, seed: int
+) -> Estimate:
+    check_paired(references, predictions)
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
-        msg = f"got no sacrebleu package · BLEU-4 is computed by it · {_INSTALL}"
+        msg = f"got no sacrebleu package · BLEU is computed by it · {_INSTALL}"
         raise BackendUnavailable(msg) from error
-    bleu = BLEU(lowercase=True, tokenize="13a")
-    per_study = np.empty((len(references), 10))
+    bleu = BLEU(lowercase=True, tokenize="13a", max_ngram_order=max_ngram_order)
+    per_study = np.empty((len(references), 2 * max_ngram_order + 2))
     for row, reference, prediction in zip(per_study, references, predictions, strict=True):
         score = bleu.corpus_score([prediction], [[reference]])
         row[:] = (*score.counts, *score.totals, score.sys_len, score.ref_len)
 
-    def of_sums(sums: Floats) -> Floats:
-        rows = sums.astype(int).tolist()
-        scores = [
-            BLEU.compute_bleu(row[:4], row[4:8], sys_len=row[8], ref_len=row[9], smooth_method="exp").score / 100
-            for row in rows
-        ]
-        return np.array(scores)
+    def of_row(row: list[int]) -> float:
+        matched, total, (sys_len, ref_len) = row[:max_ngram_order], row[max_ngram_order:-2], row[-2:]
+        score = BLEU.compute_bleu(
+            matched, total, sys_len, ref_len, smooth_method="exp", max_ngram_order=max_ngram_order
+        )
+        return score.score / 100
 
-    return bootstrap_interval(per_study, of_sums, resamples=resamples, seed=seed)
+    return bootstrap_interval(
+        per_study,
+        lambda sums: np.array([of_row(row) for row in sums.astype(int).tolist()]),
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def same_text(
+    references: Sequence[str], predictions: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Say how often the prediction is the reference, character for character."""
+    check_paired(references, predictions)
+    pairs = zip(references, predictions, strict=True)
+    per_study = np.array([[reference == prediction, 1.0] for reference, prediction in pairs])
+    return bootstrap_interval(per_study, lambda sums: sums[:, 0] / sums[:, 1], resamples=resamples, seed=seed)
 
 
 def score_findings(
@@ -304,7 +341,7 @@ def score_findings(
     Raises:
         BackendUnavailable: rouge-score or sacrebleu is not installed.
     """
-    _paired(references, predictions)
+    check_paired(references, predictions)
     truth = [read_labels(text) for text in references] if truth is None else truth
     drafted = [read_labels(text) for text in predictions]
 
@@ -318,5 +355,6 @@ def score_findings(
         size_accuracy=accuracy("size"),
         zone_accuracy=accuracy("zone"),
         rouge_l=rouge_l(references, predictions, resamples=resamples, seed=seed),
+        bleu_1=bleu_1(references, predictions, resamples=resamples, seed=seed),
         bleu_4=bleu_4(references, predictions, resamples=resamples, seed=seed),
     )
