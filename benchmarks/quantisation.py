@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -31,14 +28,13 @@ from benchmarks.phantom.loss import (
     Loss,
     Reference,
     loss_cells,
-    markdown_table,
     measure_loss,
     positive,
     take_reference,
-    to_json,
 )
 from benchmarks.phantom.write import write_studies
-from lite.cores import available_cores
+from lite.bench.machine import machine, versions
+from lite.bench.table import markdown_table, to_json
 from lite.errors import LiteError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,49 +231,6 @@ def format_table(results: Sequence[Result]) -> str:
     table = markdown_table(("row", *LOSS_COLUMNS, "export s", "peak RSS MB"), [_cells(result) for result in results])
     failures = [f"- {result.name} failed: {result.error}" for result in results if result.error is not None]
     return "\n".join([table, *(["", *failures] if failures else [])])
-
-
-def machine() -> str:
-    """Say what this ran on: cores, processor, memory, GPU; no name of the machine."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in _text(Path("/proc/cpuinfo")).splitlines()
-        if line.startswith("model name")
-    ]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    processor = names[0] if names else platform.processor() or platform.machine()
-    cores = available_cores()
-    parts = [
-        f"{cores} core{'' if cores == 1 else 's'} of {processor}",
-        f"{memory / 1e9:.0f} GB",
-        platform.system(),
-    ]
-    import torch
-
-    parts.append(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
-    return ", ".join(parts)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def versions() -> dict[str, str]:
-    """Return what decides the figures: this project's commit, if it is a checkout, and the packages used."""
-    found = {"Python": platform.python_version()}
-    for package in ("torch", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "llava-rad-lite"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    # Without the locks that git would take to note what it saw.
-    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-        done = subprocess.run(git, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=True)
-        found["commit"] = done.stdout.strip()
-    return found
 
 
 def _provenance(results: Sequence[Result], command: str) -> str:

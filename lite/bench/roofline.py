@@ -1,0 +1,426 @@
+"""What an artifact has to move and to compute, and what that would take at best on cards that are not here.
+
+    time of a stage = max( bytes / (share × bandwidth),  FLOP / (share × peak) )
+
+Decoding one token reads every weight once and multiplies it with one vector: the bytes decide. A prompt takes every
+weight to some 1,400 vectors at once: the FLOP decide. Bytes are those of the weights as they are stored, cached keys
+and values included; an engine that expands weights in memory before it multiplies moves more. Of attention only the
+pairs that a token may see are counted. Nothing is said of the image's reading, of starting kernels (which is all that
+a model as small as the demo's does on a GPU), nor of a tower in another arithmetic than float16.
+
+What comes out are `Figure`s of the kind "modelled". They are no numbers and print with a "~", so that none of them can
+be taken for a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from lite.artifact import VISION_NAME, read_json_object
+from lite.bench.results import Missing
+from lite.config import from_json
+from lite.errors import LiteError
+from lite.memory import (
+    cache_bytes_per_token,
+    decoder_bytes,
+    head_bytes,
+    layer_bytes,
+    layer_linear_shapes,
+    shown_bytes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lite.artifact import Artifact, VisionPart
+    from lite.config import DecoderConfig
+
+SHARE_OF_BANDWIDTH: Final = 0.6
+"""Reached by good kernels that decode a 7 to 8 B model in 4 bits, one study at a time: 0.74 LMDeploy and ExLlamaV2 (RTX
+4090), 0.56 to 0.77 llama.cpp, 0.42 to 0.51 gpt-fast (A100), 0.41 AutoAWQ (T4), 0.33 bitsandbytes NF4 (RTX 4090)."""
+SHARE_OF_PEAK: Final = 0.5
+"""TinyChat and ExLlamaV2 take 0.132 and 0.139 s for 2,048 tokens of a 7B model on an RTX 4090: 0.6 of its rate with
+float16 sums. Here sums are float32 and weights are expanded first, and small cards throttle."""
+RESERVED_BYTES: Final = 1 << 30
+"""For activations, CUDA's context and the libraries' workspaces: activations of one prompt of a 7B model are 0.2 GB."""
+GPU_ITEMSIZE: Final = 2
+"""Bytes of a weight that is not quantised and of a cached value, on a GPU: float16."""
+V100_ENTRY: Final = Path(__file__).resolve().parents[2] / "benchmarks" / "references" / "v100_fp16.json"
+
+
+# -- Figures that nobody measured here -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A figure with its origin. Printed, it shows what it is: `~12.3 ms` is modelled, `57.3 % (published)` is not."""
+
+    value: float
+    unit: Literal["s", "tokens/s", "bytes", "fraction"]
+    kind: Literal["measured", "published", "modelled"]
+    source: str | None = None  # of what was measured or published: where it stands
+    formula: str | None = None  # of what is modelled
+
+    def __post_init__(self) -> None:
+        """Refuse a figure that does not say where it comes from."""
+        origin = "formula" if self.kind == "modelled" else "source"
+        if not getattr(self, origin):
+            msg = f"got a {self.kind} figure, {self.value:g} {self.unit}, without a {origin} · expected one · add it"
+            raise LiteError(msg)
+
+    def __str__(self) -> str:
+        shown = {"s": _seconds, "tokens/s": _rate, "bytes": shown_bytes, "fraction": _percent}[self.unit](self.value)
+        return {"measured": shown, "published": f"{shown} (published)", "modelled": f"~{shown}"}[self.kind]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return value, unit, kind, and the source or the formula; four digits of what is modelled."""
+        value = float(f"{self.value:.4g}") if self.kind == "modelled" else self.value
+        fields = dataclasses.asdict(self) | {"value": value}
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{_three_digits(value * 1e3)} ms"
+
+
+def _rate(value: float) -> str:
+    return f"{_three_digits(value)} tok/s"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}".replace("%", " %")
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _with_prefix(value: float, unit: str) -> str:
+    """Return a quantity as text, such as "3.63 GB"; three digits."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{_three_digits(value / size)} {prefix}{unit}"
+    return f"{value:,.0f} {unit}"
+
+
+# -- Counting --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What one study takes: prompt and image, and a text of `num_new_tokens`."""
+
+    num_prompt_tokens: int  # the image's included
+    num_new_tokens: int
+    vision_bytes: int  # of `vision.onnx`
+    vision_flop: int
+    decoder_bytes: int  # all weights, as they lie in memory
+    weight_bytes: int  # what a token reads of them
+    cache_bytes: int  # what a token in the middle of the text reads of the cache
+    full_cache_bytes: int  # the cache when the text ends
+    prefill_flop: int
+    decode_flop: int  # of a token in the middle of the text
+
+
+def count_study(
+    config: DecoderConfig,
+    vision: VisionPart,
+    *,
+    vision_bytes: int,
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    itemsize: int = GPU_ITEMSIZE,
+) -> Counts:
+    """Count what one study takes.
+
+    Args:
+        config: the decoder's shape.
+        vision: the tower's.
+        vision_bytes: the size of its file.
+        num_prompt_tokens: the image's included.
+        num_new_tokens: the length of the text, at least 1.
+        itemsize: bytes of a cached value and of a weight that is not quantised.
+    """
+    middle, per_token = num_prompt_tokens + num_new_tokens // 2, cache_bytes_per_token(config, itemsize=itemsize)
+    return Counts(
+        num_prompt_tokens=num_prompt_tokens,
+        num_new_tokens=num_new_tokens,
+        vision_bytes=vision_bytes,
+        vision_flop=vision_flop(vision),
+        decoder_bytes=decoder_bytes(config, itemsize=itemsize),
+        weight_bytes=decode_weight_bytes(config, itemsize=itemsize),
+        cache_bytes=middle * per_token,
+        full_cache_bytes=(num_prompt_tokens + num_new_tokens) * per_token,
+        prefill_flop=prefill_flop(config, num_prompt_tokens),
+        decode_flop=decode_flop(config, middle),
+    )
+
+
+def decode_weight_bytes(config: DecoderConfig, *, itemsize: int) -> int:
+    """Return what decoding one token reads of the weights: every linear and the head, once.
+
+    Of the embeddings it reads one row, and the norms are small: some ten-thousandths of the whole.
+
+    Args:
+        config: the decoder's shape.
+        itemsize: bytes of a weight that is not quantised as the engine holds it: 4 where it computes in float32.
+    """
+    return config.num_hidden_layers * layer_bytes(config, itemsize=itemsize) + head_bytes(config, itemsize=itemsize)
+
+
+def num_linear_weights(config: DecoderConfig) -> int:
+    """Return how many weights the linears of all layers have."""
+    shapes = layer_linear_shapes(config).values()
+    return config.num_hidden_layers * sum(out_features * in_features for out_features, in_features in shapes)
+
+
+def prefill_flop(config: DecoderConfig, num_tokens: int) -> int:
+    """Count the operations of a prompt: linears, attention of each token to those before it, the last token's logits.
+
+    A product and its addition are two. An attention kernel that computes masked pairs too takes up to twice as many.
+    """
+    pairs = num_tokens * (num_tokens + 1) // 2
+    return 2 * num_linear_weights(config) * num_tokens + _attention_flop(config, pairs) + _head_flop(config)
+
+
+def decode_flop(config: DecoderConfig, context: int) -> int:
+    """Count the operations of one token that sees `context` tokens, itself included."""
+    return 2 * num_linear_weights(config) + _attention_flop(config, context) + _head_flop(config)
+
+
+def _attention_flop(config: DecoderConfig, pairs: int) -> int:
+    """Two products over the head's width for each pair of tokens: the score, and the sum of values."""
+    return 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+
+
+def _head_flop(config: DecoderConfig) -> int:
+    return 2 * config.vocab_size * config.hidden_size
+
+
+def vision_flop(part: VisionPart) -> int:
+    """Count the operations of tower and projector on one image."""
+    tower, patches = part.tower, part.num_image_tokens
+    width, tokens = tower.hidden_size, patches + 1
+    linears = tokens * (4 * width**2 + 2 * width * tower.intermediate_size)
+    attention = 2 * tokens**2 * width
+    embedding = 3 * part.image_size**2 * width
+    projector = patches * (width * part.hidden_size + part.hidden_size**2)
+    return 2 * (tower.num_hidden_layers * (linears + attention) + embedding + projector)
+
+
+# -- Cards -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What its vendor says of a GPU."""
+
+    name: str
+    memory_bytes: int
+    bandwidth: float  # bytes per second
+    peak_flops: float  # float16 in, float32 sums, dense, tensor cores: what torch asks for unless told otherwise
+    source: str
+
+
+_AMPERE_AND_ADA: Final = "512 float16 operations with float32 sums a multiprocessor and clock"
+
+CARDS: Final = (
+    Card(
+        name="RTX 3060 12GB",
+        memory_bytes=12 << 30,
+        bandwidth=360e9,
+        peak_flops=25.5e12,
+        source="NVIDIA: 28 multiprocessors, 1.78 GHz, 192 bit of GDDR6 at 15 Gbit/s; GA102 whitepaper: "
+        f"{_AMPERE_AND_ADA}. Twice that with float16 sums.",
+    ),
+    Card(
+        name="RTX 4060 Ti 16GB",
+        memory_bytes=16 << 30,
+        bandwidth=288e9,
+        peak_flops=44.1e12,
+        source="NVIDIA: 34 multiprocessors, 2.54 GHz, 128 bit of GDDR6 at 18 Gbit/s; Ada whitepaper: "
+        f"{_AMPERE_AND_ADA}. Twice that with float16 sums.",
+    ),
+    Card(
+        name="T4",
+        memory_bytes=15 << 30,
+        bandwidth=320e9,
+        peak_flops=65e12,
+        source="NVIDIA's T4 datasheet: 65 TFLOP/s mixed precision, 320 GB/s, 16 GB of which error correction takes a "
+        "sixteenth. 70 W: it throttles.",
+    ),
+    Card(
+        name="V100 16GB",
+        memory_bytes=16 << 30,
+        bandwidth=900e9,
+        peak_flops=112e12,
+        source="NVIDIA's V100 datasheet, PCIe: 112 TFLOP/s tensor, 900 GB/s. SXM2: 125 TFLOP/s.",
+    ),
+)
+
+
+# -- Models of a card ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """What one study would take on a card, by its bytes and FLOP."""
+
+    card: Card
+    counts: Counts
+    vision_s: Figure
+    prefill_s: Figure
+    decode_token_s: Figure  # in the middle of the text
+    decode_tokens_per_s: Figure
+    total_s: Figure  # tower, prompt and text
+    memory_bytes: Figure
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card's name, what was counted, and the figures with their formulas."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        figures = {name: value.to_json() for name, value in fields.items() if isinstance(value, Figure)}
+        counts = dataclasses.asdict(self.counts)
+        return {"card": self.card.name, "kind": "modelled", "counts": counts, **figures, "fits": self.fits}
+
+
+def modelled(
+    card: Card,
+    counts: Counts,
+    *,
+    share_of_bandwidth: float = SHARE_OF_BANDWIDTH,
+    share_of_peak: float = SHARE_OF_PEAK,
+) -> Modelled:
+    """Model one study on a card.
+
+    Args:
+        card: the card.
+        counts: what the study takes.
+        share_of_bandwidth: how much of the card's bandwidth is reached.
+        share_of_peak: how much of its peak.
+    """
+
+    def stage(parts: dict[str, int], flop: int) -> Figure:
+        nbytes = sum(parts.values())
+        reading = nbytes / (share_of_bandwidth * card.bandwidth)
+        computing = flop / (share_of_peak * card.peak_flops)
+        if reading > computing:
+            read = " + ".join(f"{_with_prefix(count, 'B')} of {name}" for name, count in parts.items())
+            formula = f"({read}) / ({share_of_bandwidth:g} × {_with_prefix(card.bandwidth, 'B/s')})"
+        else:
+            formula = f"{_with_prefix(flop, 'FLOP')} / ({share_of_peak:g} × {_with_prefix(card.peak_flops, 'FLOP/s')})"
+        return Figure(value=max(reading, computing), unit="s", kind="modelled", formula=formula)
+
+    vision = stage({"weights": counts.vision_bytes}, counts.vision_flop)
+    prefill = stage({"weights": counts.weight_bytes}, counts.prefill_flop)
+    token = stage({"weights": counts.weight_bytes, "cache": counts.cache_bytes}, counts.decode_flop)
+    # The prompt gives the first token. Over the others the cache's bytes are in the mean those of the middle.
+    further = counts.num_new_tokens - 1
+    memory = _memory(counts)
+    return Modelled(
+        card=card,
+        counts=counts,
+        vision_s=vision,
+        prefill_s=prefill,
+        decode_token_s=token,
+        decode_tokens_per_s=Figure(
+            value=1 / token.value, unit="tokens/s", kind="modelled", formula=f"1 / [{token.formula}]"
+        ),
+        total_s=Figure(
+            value=vision.value + prefill.value + further * token.value,
+            unit="s",
+            kind="modelled",
+            formula=f"vision + prefill + {further} × one token",
+        ),
+        memory_bytes=memory,
+        fits=memory.value <= card.memory_bytes,
+    )
+
+
+def _memory(counts: Counts) -> Figure:
+    parts = {
+        "decoder": counts.decoder_bytes,
+        "tower": counts.vision_bytes,
+        "cache": counts.full_cache_bytes,
+        "activations and CUDA": RESERVED_BYTES,
+    }
+    formula = " + ".join(f"{name} {_with_prefix(nbytes, 'B')}" for name, nbytes in parts.items())
+    return Figure(value=sum(parts.values()), unit="bytes", kind="modelled", formula=formula)
+
+
+def modelled_rows(artifact: Artifact, *, num_prompt_tokens: int, num_new_tokens: int) -> tuple[Modelled, ...]:
+    """Model an artifact on each of `CARDS`.
+
+    Args:
+        artifact: a checked artifact; nothing of it is loaded.
+        num_prompt_tokens: of a typical study, the image's included.
+        num_new_tokens: of a typical text, at least 1.
+    """
+    manifest = artifact.manifest
+    counts = count_study(
+        artifact.decoder_config(),
+        manifest.vision,
+        vision_bytes=manifest.files[VISION_NAME].bytes,
+        num_prompt_tokens=num_prompt_tokens,
+        num_new_tokens=num_new_tokens,
+    )
+    return tuple(modelled(card, counts) for card in CARDS)
+
+
+MODELLED_NOTE: Final = (
+    f"Modelled, not measured: each stage at {SHARE_OF_BANDWIDTH:.0%} of the card's bandwidth or {SHARE_OF_PEAK:.0%} of "
+    "its float16 peak, whichever takes longer. No figure with a ~ was measured."
+)
+MODELLED_COLUMNS: Final = ("modelled on", "vision", "prefill", "token", "tokens/s", "study", "memory", "fits")
+
+
+def modelled_cells(model: Modelled) -> tuple[str, ...]:
+    """Return a row under `MODELLED_COLUMNS`; no times for a card whose memory is too small."""
+    if not model.fits:
+        return (model.card.name, "–", "–", "–", "–", "–", str(model.memory_bytes), "no")
+    times = model.vision_s, model.prefill_s, model.decode_token_s, model.decode_tokens_per_s, model.total_s
+    return (model.card.name, *map(str, times), str(model.memory_bytes), "yes")
+
+
+def roofline_table(models: Sequence[Modelled]) -> list[tuple[str, ...]]:
+    """Return heading and rows as text, for whoever draws the table; `MODELLED_NOTE` belongs below it."""
+    return [MODELLED_COLUMNS, *(modelled_cells(model) for model in models)]
+
+
+# -- The entry of a card that is not here ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceCard:
+    """What is known of a model on a card, from wherever: `benchmarks/references/v100_fp16.json`."""
+
+    name: str
+    card: str
+    decoder_format: str
+    num_prompt_tokens: int  # of the study that the modelled figures are about
+    num_new_tokens: int
+    notes: list[str]
+    figures: dict[str, Figure]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `read_reference_card` reads."""
+        figures = {name: figure.to_json() for name, figure in self.figures.items()}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {"figures": figures}
+
+
+def read_reference_card(path: Path) -> ReferenceCard:
+    """Read the entry of a card.
+
+    Raises:
+        ArtifactError: the file is not one.
+    """
+    return from_json(ReferenceCard, read_json_object(path), where=str(path))
+
+
+def v100_entry() -> ReferenceCard | Missing:
+    """Return what is known of the 7B model in fp16 on a V100."""
+    if not V100_ENTRY.is_file():
+        return Missing(why="not installed", todo="The V100's entry lies in the repository, benchmarks/references/.")
+    return read_reference_card(V100_ENTRY)
