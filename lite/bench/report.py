@@ -1,0 +1,360 @@
+"""The report: one HTML file, without scripts and without anything to fetch, that shows what was measured.
+
+The records of `lite.bench.results` become what a page is made of: tables of cells, bars of segments, texts of passages.
+`report.html.j2` lays that out. No figure is coloured as the best: two whose intervals overlap may be equal.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from lite.artifact import NOTICE
+from lite.bench.columns import (
+    Cell,
+    Column,
+    Group,
+    artifact_columns,
+    duration,
+    milliseconds,
+    number,
+    reference_figures,
+    result_columns,
+    text_columns,
+)
+from lite.bench.metrics import Estimate
+from lite.bench.plots import LossKind, Point, draw_pareto
+from lite.bench.results import (
+    Bench,
+    Draft,
+    FailedRow,
+    MemoryUse,
+    Missing,
+    Quantiles,
+    RecordQuality,
+    Row,
+    StudyShown,
+    Throughput,
+)
+from lite.bench.words import Passage, compare_words
+from lite.errors import BackendUnavailable, LiteError
+from lite.image import load_image
+from lite.memory import MemoryPlan, shown_bytes
+
+_TEMPLATE: Final = "report.html.j2"
+_FILM_PX: Final = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelledTable:
+    """Figures that nobody measured, as text: each says by its "~" that it is modelled."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]  # each as long as the header
+    note: str  # by what they are modelled
+
+
+def check_packages() -> None:
+    """Find out before an hour of measuring that there will be no report.
+
+    Raises:
+        BackendUnavailable: Jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401 - asked for, not used
+        import matplotlib as mpl  # noqa: F401 - the same
+    except ImportError as error:
+        msg = (
+            f'got no {error.name} package · the report needs it · install it with: pip install "llava-rad-lite[bench]"'
+        )
+        raise BackendUnavailable(msg) from error
+
+
+def write_report(bench: Bench, path: Path, *, modelled: Sequence[ModelledTable] = ()) -> None:
+    """Write the report, whole or not at all.
+
+    Args:
+        bench: what was measured. Films that cannot be read any more are named in the report.
+        path: the file; one that is there is replaced.
+        modelled: what other machines may do, shown apart.
+
+    Raises:
+        BackendUnavailable: Jinja2 or matplotlib is not installed.
+        LiteError: the file cannot be written.
+    """
+    page = render_report(bench, modelled=modelled)
+    partial_path = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Texts come from files: half a surrogate pair is no reason to have no report.
+        partial_path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        partial_path.replace(path)
+    except OSError as error:
+        msg = f"{path}: got {error.strerror} · expected a file that can be written · name another one"
+        raise LiteError(msg) from error
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> str:
+    """Return the report as HTML; arguments and errors as for `write_report`."""
+    check_packages()
+    from jinja2 import Environment, StrictUndefined
+
+    rows = [row for row in bench.rows if isinstance(row, Row)]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files("lite.bench").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
+    tables = [
+        _table("results", "Everything at a glance", result_columns(rows), bench),
+        _table("texts", "More about the texts", text_columns(rows), bench),
+        _table("artifacts", "What was measured", artifact_columns(), bench),
+    ]
+    return template.render(
+        bench=bench,
+        notices=list(dict.fromkeys([NOTICE, *(row.notice for row in rows)])),
+        tables=tables if rows else tables[:1],
+        footnotes=list(dict.fromkeys(footnote for table in tables for footnote in table.footnotes)),
+        reference_figures=reference_figures(bench.reference_report_quality),
+        plot=_plot(rows),
+        stages=_stage_bars(rows),
+        memory=_memory_bars(rows),
+        modelled=modelled,
+        studies=list(_studies(bench.studies, rows)),
+    )
+
+
+# -- Tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    id: str
+    caption: str
+    groups: Sequence[Group]
+    lines: Sequence[tuple[Row | FailedRow, Sequence[Cell]]]  # a failed row has no cells
+
+    @property
+    def columns(self) -> list[Column]:
+        return [column for group in self.groups for column in group.columns]
+
+    @property
+    def starts(self) -> set[int]:
+        """The places of the groups' first columns."""
+        return {sum(len(group.columns) for group in self.groups[:index]) for index in range(len(self.groups))}
+
+    @property
+    def footnotes(self) -> Iterator[str]:
+        return (cell.footnote for _, cells in self.lines for cell in cells if cell.footnote)
+
+
+def _table(table_id: str, caption: str, groups: Sequence[Group], bench: Bench) -> _Table:
+    columns = [column for group in groups for column in group.columns]
+    lines = [(row, [column.cell(row) for column in columns] if isinstance(row, Row) else []) for row in bench.rows]
+    return _Table(id=table_id, caption=caption, groups=groups, lines=lines)
+
+
+# -- Latency against quality -----------------------------------------------------------------------------------------
+
+
+class _Plot(NamedTuple):
+    svg: str  # empty where no artifact has both figures
+    kind: LossKind
+    peaks: str
+    left_out: Sequence[tuple[str, str]]  # name and why
+
+
+def _plot(rows: Sequence[Row]) -> _Plot:
+    kind: LossKind = "kl" if any(isinstance(row.record_quality, RecordQuality) for row in rows) else "label-f1"
+    points, left_out = [], []
+    for row in rows:
+        loss = _loss(row, kind)
+        if isinstance(loss, Missing):
+            left_out.append((row.name, loss.why))
+            continue
+        peak = row.memory.peak_bytes
+        label = f"{row.name} · {shown_bytes(peak)}"
+        points.append(Point(label=label, total=row.latency.total, loss=loss, peak_bytes=peak))
+    if not points:
+        return _Plot("", kind, "", left_out)
+    peaks = [point.peak_bytes for point in points]
+    return _Plot(draw_pareto(points, kind), kind, f"{shown_bytes(min(peaks))} to {shown_bytes(max(peaks))}", left_out)
+
+
+def _loss(row: Row, kind: LossKind) -> Estimate | Missing:
+    quality = row.record_quality if kind == "kl" else row.report_quality
+    if isinstance(quality, Missing):
+        return quality
+    if isinstance(quality, RecordQuality):
+        loss = quality.divergence.mean_kl
+    else:
+        f1 = quality.label_f1_micro
+        loss = Estimate(value=1 - f1.value, low=1 - f1.high, high=1 - f1.low, count=f1.count)
+    return loss if all(map(math.isfinite, (loss.value, loss.low, loss.high))) else Missing(why="nothing to measure")
+
+
+# -- Bars ------------------------------------------------------------------------------------------------------------
+
+
+class _Segment(NamedTuple):
+    kind: str  # its colour
+    title: str
+    text: str
+    amount: float
+
+
+class _Bar(NamedTuple):
+    title: str
+    total: str
+    segments: Sequence[_Segment]
+    scale: float  # the longest bar's amount
+
+
+class _Bars(NamedTuple):
+    name: str
+    bars: Sequence[_Bar]
+    remarks: Sequence[str] = ()
+
+
+def _stage_bars(rows: Sequence[Row]) -> list[_Bars]:
+    scale = max((row.latency.total.p50 for row in rows), default=0.0)
+    return [_Bars(row.name, [_stage_bar(row, scale)]) for row in rows]
+
+
+def _stage_bar(row: Row, scale: float) -> _Bar:
+    latency = row.latency
+    segments = [
+        _Segment(kind, kind, _spread(stage), stage.p50)
+        for kind, stage in (("image", latency.image), ("vision", latency.vision), ("prefill", latency.prefill))
+    ]
+    decode_s = max(0.0, latency.total.p50 - sum(segment.amount for segment in segments))
+    token = latency.decode_token
+    tokens = f"{duration(decode_s)}, {milliseconds(token.p50)} ms a token ({_between(token, milliseconds)})"
+    return _Bar("", _spread(latency.total), [*segments, _Segment("decode", "decode", tokens, decode_s)], scale)
+
+
+def _spread(times: Quantiles) -> str:
+    show = number if times.p50 >= 1 else milliseconds
+    return f"{duration(times.p50)} ({_between(times, show)})"
+
+
+def _between(times: Quantiles, show: Callable[[float], str]) -> str:
+    return f"{show(times.p20)} to {show(times.p80)}"
+
+
+def _memory_bars(rows: Sequence[Row]) -> list[_Bars]:
+    scale = max((max(row.memory.peak_bytes, row.plan.peak_bytes) for row in rows), default=0)
+    return [
+        _Bars(
+            row.name,
+            [
+                _memory_bar(row.memory.kind, _measured_segments(row.memory), scale),
+                _memory_bar("plan", _planned_segments(row.plan), scale),
+            ],
+            [
+                f"{batch.batch_size} at a time: {shown_bytes(batch.peak_bytes)}, "
+                f"planned {shown_bytes(batch.plan.peak_bytes)}"
+                for batch in row.batches
+                if isinstance(batch, Throughput) and batch.peak_bytes is not None
+            ],
+        )
+        for row in rows
+    ]
+
+
+def _memory_bar(title: str, segments: Sequence[tuple[str, str, int]], scale: float) -> _Bar:
+    total = sum(size for _, _, size in segments)
+    parts = [_Segment(kind, name, shown_bytes(size), size) for kind, name, size in segments if size]
+    return _Bar(title, shown_bytes(total), parts, scale)
+
+
+def _measured_segments(use: MemoryUse) -> list[tuple[str, str, int]]:
+    """Return by how much each stage raised the peak."""
+    reached = 0
+    segments = []
+    for kind in ("before", "load", "image", "vision", "prefill", "decode"):
+        peak: int = getattr(use, f"{kind}_bytes")
+        segments.append((kind, kind if kind == "before" else f"+ {kind}", peak - reached))
+        reached = peak
+    return segments
+
+
+def _planned_segments(plan: MemoryPlan) -> list[tuple[str, str, int]]:
+    """Return what makes up the plan's peak: of the tower's and the decoder's work only the larger is in it."""
+    stays = [
+        ("before", "libraries", plan.libraries_bytes),
+        ("load", "decoder", plan.decoder_bytes),
+        ("load", "tower", plan.vision_bytes),
+    ]
+    if plan.vision_work_bytes > plan.cache_bytes + plan.prefill_work_bytes:
+        return [*stays, ("vision", "tower's work", plan.vision_work_bytes)]
+    return [*stays, ("prefill", "cache", plan.cache_bytes), ("prefill", "prefill's work", plan.prefill_work_bytes)]
+
+
+# -- Studies ---------------------------------------------------------------------------------------------------------
+
+
+class _Text(NamedTuple):
+    name: str
+    passages: Sequence[Passage]
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Study:
+    shown: StudyShown
+    film: str  # a data URI, or empty
+    film_error: str
+    same: Sequence[str]  # the artifacts that wrote the reference's text, character for character
+    texts: Sequence[_Text]  # of the others
+
+    @property
+    def differs(self) -> bool:
+        """Whether there is something to look at: an error, a text that is not the reference's, or no two the same."""
+        if self.shown.reference_text is not None or any(text.error is not None for text in self.texts):
+            return bool(self.texts)
+        return len({passage.text for text in self.texts for passage in text.passages}) > 1
+
+
+def _studies(studies: Sequence[StudyShown], rows: Sequence[Row]) -> Iterator[_Study]:
+    for index, shown in enumerate(studies):
+        reference = shown.reference_text
+        drafts = [(row.name, row.drafts[index]) for row in rows]
+        film, film_error = _film(shown.image)
+        yield _Study(
+            shown=shown,
+            film=film,
+            film_error=film_error,
+            same=[name for name, draft in drafts if _is_same(draft, reference)],
+            texts=[_text(name, draft, reference) for name, draft in drafts if not _is_same(draft, reference)],
+        )
+
+
+def _is_same(draft: Draft, reference: str | None) -> bool:
+    return draft.error is None and draft.text == reference
+
+
+def _text(name: str, draft: Draft, reference: str | None) -> _Text:
+    if draft.error is not None:
+        return _Text(name, [], draft.error)
+    if reference is None:
+        return _Text(name, [Passage(kind="same", text=draft.text)], None)
+    return _Text(name, compare_words(reference, draft.text), None)
+
+
+def _film(path: str) -> tuple[str, str]:
+    """Return a film as a data URI, small, or what is wrong with it."""
+    try:
+        image = load_image(path).image
+    except LiteError as error:
+        return "", str(error)
+    image.thumbnail((_FILM_PX, _FILM_PX))
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}", ""
