@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import shutil
@@ -25,7 +24,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +31,14 @@ from tqdm import tqdm
 
 import lite
 from benchmarks.phantom.score import read_truth
-from lite.artifact import TOKENIZER_NAME, Artifact, load_artifact
+from lite.artifact import Artifact, load_artifact
 from lite.bench.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
 from lite.bench.labels import read_labels
 from lite.bench.metrics import Estimate, Readings, bootstrap_interval, label_f1
+from lite.bench.record import check_belongs, settings_of
 from lite.bench.studies import ListedStudy, read_studies
-from lite.errors import ArtifactError, LiteError
+from lite.bench.table import markdown_table, to_json
+from lite.errors import LiteError
 
 BATCH_SIZE = 16
 
@@ -151,7 +151,7 @@ def measure_loss(reference: Reference, path: Path, *, name: str | None = None) -
         LiteError: the artifact cannot be loaded or does not belong to the reference, or a study of the list cannot be
             computed with it. There is no loss over the rest: it would not be comparable.
     """
-    check_belongs(load_artifact(path), reference.artifact)
+    _check_belongs(load_artifact(path), reference.artifact)
     model = lite.load(path, device=reference.device)
     name = path.resolve().name if name is None else name
     compared: list[StudyDivergence] = [
@@ -173,34 +173,8 @@ def measure_loss(reference: Reference, path: Path, *, name: str | None = None) -
     )
 
 
-def check_belongs(candidate: Artifact, reference: Artifact) -> None:
-    """Refuse a candidate that reads other tokens, other words or other pixels than the reference.
-
-    Raises:
-        ArtifactError: a setting differs; it is named.
-    """
-    ours, theirs = _settings(candidate), _settings(reference)
-    for what, expected in theirs.items():
-        if (got := ours[what]) != expected:
-            msg = (
-                f"{candidate.path}: got {what} {got!r} · expected {expected!r}, as in the reference {reference.path} · "
-                "only artifacts of one checkpoint can be compared: export both from the same one, with one version"
-            )
-            raise ArtifactError(msg)
-
-
-def _settings(artifact: Artifact) -> dict[str, object]:
-    """Return what the distributions of two artifacts must have in common to be comparable, by name."""
-    artifact.file(TOKENIZER_NAME)  # says so when it is not listed
-    manifest = artifact.manifest
-    settings: dict[str, object] = {
-        "tokenizer sha256": manifest.files[TOKENIZER_NAME].sha256,
-        "vocab_size": artifact.decoder_config().vocab_size,
-    }
-    for part in ("prompt", "preprocessing", "decoding"):
-        values = dataclasses.asdict(getattr(manifest, part))
-        settings |= {f"{part}.{key}": value for key, value in values.items()}
-    return settings
+def _check_belongs(candidate: Artifact, reference: Artifact) -> None:
+    check_belongs(candidate, settings_of(reference), reference=str(reference.path))
 
 
 def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy], batch_size: int, name: str) -> Drafts:
@@ -252,15 +226,6 @@ def _figures(name: str, artifact: Artifact, drafts: Drafts, truth: Sequence[Read
 # -- Printing --------------------------------------------------------------------------------------------------------
 
 
-def to_json(value: Any) -> Any:  # noqa: ANN401 - figures are nested in figures
-    """Return figures as what JSON can hold: dataclasses as objects, numbers to 6 digits, NaN and infinity as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
-
-
 def shown(value: float, digits: str = ".3f") -> str:
     """Return a number as text, a dash where there is none."""
     return "–" if math.isnan(value) else format(value, digits)
@@ -305,23 +270,6 @@ def loss_cells(figures: ArtifactFigures, loss: Loss | None) -> tuple[str, ...]:
         shown(figures.micro_f1.value),
         shown(figures.macro_f1.value),
     )
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return a table that is markdown and lines up in a terminal: the first `left` columns to the left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "".join(
-        f"{'-' * (width + 2)}|" if index < left else f"{'-' * (width + 1)}:|" for index, width in enumerate(widths)
-    )
-    return "\n".join([line(header), f"|{rule}", *map(line, rows)])
 
 
 def format_table(reference: Reference, losses: Sequence[Loss]) -> str:
@@ -378,7 +326,7 @@ def run(args: argparse.Namespace) -> int:
     """
     artifact = load_artifact(args.reference)
     for path in args.candidates:
-        check_belongs(load_artifact(path), artifact)
+        _check_belongs(load_artifact(path), artifact)
     names = _names([args.reference, *args.candidates])
     losses: list[Loss] = []
     with take_reference(

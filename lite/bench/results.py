@@ -117,6 +117,7 @@ class RecordQuality:
     """A candidate beside the reference record, on the same studies."""
 
     divergence: DivergenceSummary  # teacher-forced along the reference's texts, from top-k and tail: KL is a bound
+    kl_gap_limit: float  # nats per token: the mean KL over the whole vocabulary is higher by no more than this
     same_text: Estimate  # drafted freely: share of the studies whose text is the reference's, character for character
     rouge_l: Estimate | Missing  # of the candidate's text against the reference's
     bleu_1: Estimate | Missing
@@ -169,6 +170,7 @@ class Row:
     latency: Latency
     num_runs: int  # timed studies; fewer studies are gone through several times
     num_warmup: int
+    num_prompt_tokens: int  # of the median study, the image's included
     tokens_per_study: float  # generated, in the mean
     batches: tuple[Throughput | NotRun, ...]
     plan: MemoryPlan  # for one study at a time
@@ -238,5 +240,6 @@ class Bench:
 
     provenance: Provenance
     rows: tuple[Row | FailedRow, ...]
+    reference_report_quality: ReportQuality | Missing  # of the reference record's own texts
     studies: tuple[StudyShown, ...]
     notes: tuple[str, ...]  # what a reader has to know: figures that are missing, and how to get them

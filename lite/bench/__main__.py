@@ -1,0 +1,341 @@
+"""The command line: `python -m lite.bench ARTIFACT...` and `python -m lite.bench record ARTIFACT --data … --out R`.
+
+Tables go to stdout and everything else to stderr. Exit status: 0 all went well, 1 an artifact or a study failed (each
+is one line on stderr), 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import lite
+from lite._version import __version__
+from lite.artifact import load_artifact
+from lite.bench.measure import Options, Progress
+from lite.bench.quality import Clinical
+from lite.bench.results import Bench, FailedRow
+from lite.bench.studies import ListedStudy, read_studies
+from lite.errors import LiteError
+from lite.memory import parse_bytes
+
+if TYPE_CHECKING:
+    from lite.bench.run import Job
+
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+EXIT_BROKEN_PIPE: Final = 141
+
+_ROOT: Final = Path(lite.__file__).resolve().parent.parent
+_DEMO_ARTIFACTS: Final = (_ROOT / "build" / "demo" / "artifact-fp16", _ROOT / "build" / "demo" / "artifact")
+_DEMO_STUDIES: Final = _ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
+_DEMO_RECORD: Final = _ROOT / "benchmarks" / "references" / "phantom_fp16.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    record = given[:1] == ["record"]
+    arguments = _record_parser().parse_args(given[1:]) if record else _parser().parse_args(given)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter the terminal cannot show must not end the run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _record(arguments) if record else _bench(arguments, given)
+        sys.stdout.flush()
+    except LiteError as error:
+        _say(f"error: {error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return status
+
+
+# -- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lite.bench",
+        description="Measure exported artifacts: latency, memory and quality in one table. Each runs in a process of "
+        "its own, one study at a time and in batches. A research tool: not for clinical use.",
+        epilog="python -m lite.bench record ARTIFACT --data LIST.json --out R keeps what the fp16 model does on a list "
+        "of studies; with --reference R any other artifact is compared with that, on machines where fp16 does not "
+        "fit.\n\nexit status: 0 done, 1 an artifact or a study failed, 2 wrong use, 130 interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"llava-rad-lite {__version__}")
+    parser.add_argument(
+        "artifacts", type=Path, nargs="*", metavar="ARTIFACT", help="folders written by python -m export (default: the "
+        "demo's, as make demo leaves them)",
+    )  # fmt: skip
+    _add_data(parser)
+    parser.add_argument(
+        "--reference", type=Path, metavar="RECORD", help="a reference record of the same studies, to lose nothing "
+        "against (default: the demo's, for the demo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-sizes", type=_batch_sizes, default=Options().batch_sizes, metavar="N,N", help="studies at a time, for "
+        "the throughput (default: 1,4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=_positive, default=Options().min_runs, metavar="N", help="time at least so many studies one by "
+        "one, some of them again if there are fewer (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
+    )
+    parser.add_argument(
+        "--memory-limit", type=_size, metavar="SIZE", help="refuse what the memory plan says takes more, such as 12GiB"
+    )
+    _add_device(parser)
+    parser.add_argument(
+        "--radgraph", action="store_true", help="also F1-RadGraph, for real reports (pip install \"llava-rad-lite[clinical]\"); that package fetches its weights when they are not there; no text leaves the machine",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chexbert", type=Path, metavar="FILE", help="also CheXbert F1, with your own chexbert.pth and the vocab.txt "
+        "of bert-base-uncased beside it",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a report with plots, films and texts")
+    return parser
+
+
+def _record_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lite.bench record",
+        description="Keep what a model does on a list of studies: tokens, probabilities, texts, times. Run it once "
+        "where fp16 fits; python -m lite.bench --reference compares any other artifact with it.",
+    )
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a folder written by python -m export: fp16")
+    _add_data(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="R", help="writes R.json and R.safetensors")
+    parser.add_argument(
+        "--check", type=Path, metavar="CANDIDATE", help="then measure on this artifact by how much a KL from the "
+        "record is too low, and print it",
+    )  # fmt: skip
+    _add_device(parser)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, metavar="LIST.json", help="studies in LLaVA-Rad's evaluation format (default: the demo's "
+        "films; their reports say nothing of another model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image-folder", type=Path, metavar="DIR", help="where the films are (default: beside the list)"
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N studies")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="what the decoder computes in (default: the stored "
+        "one on a GPU, float32 on the CPU)",
+    )  # fmt: skip
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        msg = f"got {text!r}, expected a whole number from 1"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except LiteError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# -- Commands --------------------------------------------------------------------------------------------------------
+
+
+def _bench(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+    from lite.bench.run import run_bench
+    from lite.bench.table import format_tables, modelled_tables, write_json
+
+    job = _job(arguments, shlex.join(["python", "-m", "lite.bench", *given]))
+    _check_outputs(arguments)
+    bench = run_bench(job, _progress())
+    modelled = modelled_tables(bench)
+    sys.stdout.write(f"{format_tables(bench, modelled)}\n")
+    if arguments.json is not None:
+        write_json(bench, modelled, arguments.json)
+        _say(f"figures: {arguments.json}")
+    if arguments.html is not None:
+        from lite.bench.report import write_report
+
+        write_report(bench, arguments.html, modelled=modelled)
+        _say(f"report: {arguments.html}")
+    return _report_failures(bench)
+
+
+def _job(arguments: argparse.Namespace, command: str) -> Job:
+    from lite.bench.run import Job
+
+    paths: list[Path] = arguments.artifacts
+    record: Path | None = arguments.reference
+    if not paths:
+        paths = [path for path in _DEMO_ARTIFACTS if path.is_dir()]
+        if not paths:
+            msg = (
+                f"got no artifact, and no demo in {_DEMO_ARTIFACTS[0].parent} · expected one of them · name one "
+                "written by python -m export, or run make demo in a checkout"
+            )
+            raise LiteError(msg)
+        _say(f"no artifact named: taking the demo's, {' and '.join(map(str, paths))}")
+    for path in paths:
+        load_artifact(path)  # what is no artifact is found before anything is measured
+    studies, data = _studies(arguments)
+    is_demo = arguments.data is None and _is_demo(paths)
+    if is_demo and record is None and arguments.limit is None and _DEMO_RECORD.is_file():
+        record = _DEMO_RECORD
+        _say(f"reference: {record}")
+    if arguments.chexbert is not None:
+        from lite.bench.clinical import check_chexbert_files
+
+        check_chexbert_files(arguments.chexbert)
+    return Job(
+        artifacts=tuple(zip(_names(paths), paths, strict=True)),
+        studies=tuple(studies),
+        data=data,
+        record=record,
+        options=Options(
+            device=arguments.device,
+            dtype=arguments.dtype,
+            batch_sizes=arguments.batch_sizes,
+            min_runs=arguments.runs,
+            max_new_tokens=arguments.max_new_tokens,
+            memory_limit=arguments.memory_limit,
+        ),
+        clinical=Clinical(radgraph=arguments.radgraph, chexbert=arguments.chexbert, device=arguments.device),
+        command=command,
+        reports_apply=arguments.data is not None or is_demo,
+    )
+
+
+def _studies(arguments: argparse.Namespace) -> tuple[list[ListedStudy], str]:
+    path: Path | None = arguments.data
+    if path is None:
+        if not _DEMO_STUDIES.is_file():
+            msg = (
+                "got no --data, and not the repository with the demo's films · expected studies to measure on · name "
+                "a JSON list in LLaVA-Rad's evaluation format with --data"
+            )
+            raise LiteError(msg)
+        _say(f"no --data: taking the demo's films, {_DEMO_STUDIES.parent}")
+        path = _DEMO_STUDIES
+    studies = read_studies(path, image_folder=arguments.image_folder)
+    return studies[: arguments.limit], str(path)
+
+
+def _is_demo(paths: Sequence[Path]) -> bool:
+    """Say whether all artifacts are of the model that the demo's films and record are for."""
+    if not _DEMO_RECORD.is_file():
+        return False
+    model = json.loads(_DEMO_RECORD.read_text(encoding="utf-8"))["record"]["model"]
+    return all(load_artifact(path).manifest.model == model for path in paths)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Call artifacts by their folders' names where these tell them apart, and by their paths where not."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Find out before an hour of measuring that a file cannot be written, or not be made."""
+    for path in (arguments.json, arguments.html):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            msg = f"{path}: got a place where no file can be · expected a file in a folder that is there · name another"
+            raise LiteError(msg)
+    if arguments.html is not None:
+        from lite.bench.report import check_packages
+
+        check_packages()
+
+
+def _report_failures(bench: Bench) -> int:
+    status = 0
+    for row in bench.rows:
+        if isinstance(row, FailedRow):
+            _say(f"error: {row.name}: {row.error}")
+            status = EXIT_FAILED
+        elif row.num_skipped:
+            for draft in row.drafts:
+                if draft.error is not None:
+                    _say(f"skipped by {row.name}: {draft.error}")
+            status = EXIT_FAILED
+    return status
+
+
+def _record(arguments: argparse.Namespace) -> int:
+    from lite.bench.machine import machine, versions
+    from lite.bench.record import bound_error, check_new, record_paths, take_record, write_record
+
+    check_new(arguments.out)
+    studies, data = _studies(arguments)
+    model = lite.load(arguments.artifact, device=arguments.device, dtype=arguments.dtype)
+    show = _progress()
+    record = take_record(
+        model,
+        studies,
+        name=Path(data).name,
+        machine=machine(),
+        versions=versions(),
+        on_progress=lambda done: show("recording", done, len(studies)),
+    )
+    written = write_record(record, arguments.out)
+    sys.stdout.write(f"{written}: {record.describe()}\n{record.describe_tail()}\n")
+    if arguments.check is not None:
+        candidate = lite.load(arguments.check, device=arguments.device, dtype=arguments.dtype)
+        sys.stdout.write(f"{bound_error(record, model, candidate, studies).describe()}\n")
+    bytes_written = sum(path.stat().st_size for path in record_paths(arguments.out))
+    sys.stdout.write(f"{bytes_written:,} bytes. Next: python -m lite.bench ARTIFACT --reference {arguments.out}\n")
+    return 0
+
+
+# -- Talking ---------------------------------------------------------------------------------------------------------
+
+
+def _progress() -> Progress:
+    """Return what shows progress: one line on a terminal that is written over, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda _stage, _done, _total: None
+
+    def show(stage: str, done: int, total: int) -> None:
+        counted = f" {done}/{total}" if total > 1 else " …"
+        sys.stderr.write(f"\r\x1b[K{stage}{counted}")
+        sys.stderr.flush()
+
+    return show
+
+
+def _say(line: str) -> None:
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{start}{line}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

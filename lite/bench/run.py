@@ -1,0 +1,228 @@
+"""A whole bench: each artifact measured in a process of its own, then its texts judged in this one.
+
+    run_bench ──spawn──▶ measure(artifact 1) ──pipe──▶ Measured ─┐
+              ──spawn──▶ measure(artifact 2) ──pipe──▶ Measured ─┴─▶ quality ─▶ Bench
+
+One after the other: two at a time would measure each other. A child that dies, of its memory as a rule, becomes a row
+that says so, and the next one runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from lite.bench.machine import machine, versions
+from lite.bench.measure import Measured, Options, Progress, measure
+from lite.bench.metrics import RESAMPLES
+from lite.bench.quality import NO_REFERENCE, NO_REPORTS, Clinical, against_record, against_reports
+from lite.bench.record import ReferenceRecord, check_studies, read_record
+from lite.bench.results import (
+    Bench,
+    Draft,
+    FailedRow,
+    Missing,
+    Provenance,
+    RecordQuality,
+    ReportQuality,
+    Row,
+    StudyShown,
+)
+from lite.bench.studies import ListedStudy, sha256_of_studies
+from lite.errors import LiteError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to bench, and on what."""
+
+    artifacts: tuple[tuple[str, Path], ...]  # each with what to call it
+    studies: tuple[ListedStudy, ...]
+    data: str  # where they come from, in words
+    record: Path | None
+    options: Options
+    clinical: Clinical
+    command: str
+    reports_apply: bool = True  # False: the films are stand-ins, and what their reports say is of no interest
+
+
+def run_bench(job: Job, on_progress: Progress) -> Bench:
+    """Measure every artifact of a job.
+
+    Args:
+        job: what to do.
+        on_progress: is told the artifact and the stage, how much of it is done, of how many.
+
+    Raises:
+        LiteError: the record cannot be read, or is about other studies. What is wrong with one artifact alone makes
+            a `FailedRow`.
+    """
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    data_sha256 = sha256_of_studies(job.studies)
+    record = read_record(job.record) if job.record is not None else None
+    if record is not None:
+        _check_studies(record, job.studies, data_sha256)
+    reports = [study.report if job.reports_apply else "" for study in job.studies]
+    rows: list[Row | FailedRow] = []
+    for name, path in job.artifacts:
+        try:
+            measured = _in_own_process(job, name, path, on_progress)
+            on_progress(f"{name}: judging the texts", 0, 1)
+            rows.append(_judged(measured, record, reports, job.clinical))
+        except LiteError as error:
+            rows.append(FailedRow(name=name, path=str(path), error=str(error)))
+    reference_quality: ReportQuality | Missing = NO_REFERENCE
+    if record is not None:
+        reference_quality = against_reports(reports, _drafts_of(record), job.clinical)
+    return Bench(
+        provenance=Provenance(
+            command=job.command,
+            started=started,
+            machine=machine(),
+            versions=versions(),
+            data=job.data,
+            data_sha256=data_sha256,
+            num_studies=len(job.studies),
+            reference=None if record is None else f"{record.describe()}; {record.describe_tail()}",
+            seed=0,
+            resamples=RESAMPLES,
+        ),
+        rows=tuple(rows),
+        reference_report_quality=reference_quality,
+        studies=tuple(
+            StudyShown(
+                id=study.id,
+                image=str(study.image),
+                reason=study.reason,
+                report=report or None,
+                reference_text=None if record is None else record.texts[index],
+            )
+            for index, (study, report) in enumerate(zip(job.studies, reports, strict=True))
+        ),
+        notes=_notes(rows),
+    )
+
+
+def _check_studies(record: ReferenceRecord, studies: Sequence[ListedStudy], data_sha256: str) -> None:
+    """Refuse a record of other studies, before anything is measured; say so when it is films that are missing.
+
+    Raises:
+        LiteError: see above.
+    """
+    missing = [study.image for study in studies if not study.image.is_file()]
+    if data_sha256 != record.info.data_sha256 and missing:
+        msg = (
+            f"got {len(missing)} of {len(studies)} studies without their film, the first {missing[0]} · expected all "
+            f"that the record was made with ({record.describe()}) · name the films' folder with --image-folder, or "
+            "bench without --reference"
+        )
+        raise LiteError(msg)
+    check_studies(record, data_sha256)
+
+
+def _judged(measured: Measured, record: ReferenceRecord | None, reports: Sequence[str], clinical: Clinical) -> Row:
+    row, divergences = measured.row, measured.divergences
+    quality: RecordQuality | Missing = NO_REFERENCE
+    if record is not None:
+        quality = against_record(record.texts, row.drafts, divergences, kl_gap_limit=measured.kl_gap_limit)
+    return dataclasses.replace(
+        row, record_quality=quality, report_quality=against_reports(reports, row.drafts, clinical)
+    )
+
+
+def _drafts_of(record: ReferenceRecord) -> list[Draft]:
+    return [Draft(id=study.id, text=study.text) for study in record.info.studies]
+
+
+def _notes(rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
+    """Return how to get the figures that are missing, each once."""
+    notes: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, FailedRow):
+            continue
+        figures: list[object] = [row.energy_j, row.record_quality, row.report_quality]
+        for part in (row.record_quality, row.report_quality):
+            if not isinstance(part, Missing):
+                figures += [getattr(part, field.name) for field in dataclasses.fields(part)]
+        for figure in figures:
+            if isinstance(figure, Missing) and figure is not NO_REPORTS and figure.todo:
+                notes[f"{figure.why}: {figure.todo}"] = None
+    return tuple(notes)
+
+
+# -- A process for each artifact -------------------------------------------------------------------------------------
+
+
+def _in_own_process(job: Job, name: str, path: Path, on_progress: Progress) -> Measured:
+    # Spawned, not forked: a fork would begin with all that this process holds.
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_work, args=(sender, job, name, path), daemon=True)
+    child.start()
+    sender.close()  # the child's end: with it closed here, its death ends the pipe
+    try:
+        return _await(receiver, name, on_progress)
+    except EOFError as error:
+        child.join()
+        code = child.exitcode or 0
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
+        hint = " (out of memory, as a rule)" if code == -signal.SIGKILL else ""
+        msg = f"{path}: got a process that {ended}{hint} · expected figures · see above, or give it a --memory-limit"
+        raise LiteError(msg) from error
+    finally:
+        child.terminate()
+        child.join()
+        receiver.close()
+
+
+def _await(receiver: Connection, name: str, on_progress: Progress) -> Measured:
+    while True:
+        message = receiver.recv()
+        if isinstance(message, Measured):
+            return message
+        if isinstance(message, LiteError):
+            raise message
+        stage, done, total = message
+        on_progress(f"{name}: {stage}", done, total)
+
+
+def _end_with_parent() -> None:
+    """Wait until the bench has gone, however it went: nobody would read what this process still measured."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(sender: Connection, job: Job, name: str, path: Path) -> None:
+    """Run in the child: send progress, then the figures or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches both: this one just ends
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        measured = measure(
+            path,
+            job.studies,
+            job.options,
+            name=name,
+            record=job.record,
+            on_progress=lambda stage, done, total: sender.send((stage, done, total)),
+        )
+    except LiteError as error:
+        # Its class may carry more than text; the text is what is shown.
+        sender.send(LiteError(str(error)))
+        return
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+            raise
+        what = str(error).partition("\n")[0] or "no more memory"
+        sender.send(LiteError(f"{path}: got {what} · expected room for one study · take an artifact of fewer bits"))
+        return
+    sender.send(measured)

@@ -1,0 +1,159 @@
+"""A bench as text for a terminal, which is markdown too, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite.artifact import load_artifact
+from lite.bench.columns import Cell, Group, artifact_columns, result_columns, text_columns
+from lite.bench.report import ModelledTable
+from lite.bench.results import Bench, Row
+from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, modelled_rows, roofline_table, v100_entry
+from lite.errors import LiteError
+
+WIDTH = 118
+"""Characters of a line that a table is cut to, between groups of columns."""
+
+
+def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
+    """Return a bench as text: what it depends on, its tables, and what a reader has to know."""
+    rows = [row for row in bench.rows if isinstance(row, Row)]
+    notices = dict.fromkeys(row.notice for row in rows)
+    parts = [*(f"{notice}\n" for notice in notices)]
+    if rows:
+        for caption, groups in (
+            ("At a glance", result_columns(rows)),
+            ("The texts", text_columns(rows)),
+            ("What was measured", artifact_columns()),
+        ):
+            parts += [f"## {caption}\n", *(f"{table}\n" for table in _tables(groups, rows))]
+    for table in modelled:
+        parts.append(f"## {table.caption}\n\n{markdown_table(table.header, table.rows)}\n\n{table.note}\n")
+    parts.append("\n".join(_provenance(bench)))
+    return "\n".join(parts)
+
+
+def modelled_tables(bench: Bench) -> tuple[ModelledTable, ...]:
+    """Return what other cards may do with each artifact, and for 7B what is known of the V100."""
+    tables: list[ModelledTable] = []
+    seven_billion = False
+    for row in bench.rows:
+        if isinstance(row, Row):
+            artifact = load_artifact(row.path)
+            tokens = max(1, round(row.tokens_per_study))
+            models = modelled_rows(artifact, num_prompt_tokens=row.num_prompt_tokens, num_new_tokens=tokens)
+            header, *lines = roofline_table(models)
+            caption = f"{row.name} on other cards, modelled: {row.num_prompt_tokens} + {tokens} tokens"
+            tables.append(ModelledTable(caption=caption, header=header, rows=tuple(lines), note=MODELLED_NOTE))
+            config = artifact.decoder_config()
+            seven_billion |= (config.hidden_size, config.num_hidden_layers) == (4096, 32)
+    if seven_billion and isinstance(entry := v100_entry(), ReferenceCard):
+        tables.append(_reference_card(entry))
+    return tuple(tables)
+
+
+def _reference_card(entry: ReferenceCard) -> ModelledTable:
+    lines = [
+        (name, str(figure), figure.kind, figure.source or figure.formula or "")
+        for name, figure in entry.figures.items()
+    ]
+    return ModelledTable(
+        caption=f"{entry.name} on {entry.card}: nothing here was measured by us",
+        header=("figure", "value", "kind", "source or formula"),
+        rows=tuple(lines),
+        note=" ".join(entry.notes),
+    )
+
+
+def _tables(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
+    """Yield tables with a line for each artifact, as many groups of columns in each as fit into `WIDTH`."""
+    taken: list[Group] = []
+    for group in groups:
+        if taken and len(_table([*taken, group], rows).partition("\n")[0]) > WIDTH:
+            yield _table(taken, rows)
+            taken = []
+        taken.append(group)
+    if taken:
+        yield _table(taken, rows)
+
+
+def _table(groups: Sequence[Group], rows: Sequence[Row]) -> str:
+    columns = [(group, column) for group in groups for column in group.columns]
+    header = []
+    for group, column in columns:
+        title = (
+            column.title if column.title.lower().startswith(group.title.lower()) else f"{group.title}: {column.title}"
+        )
+        header.append(f"{title}, {column.unit}" if column.unit else title)
+    cells = [(row.name, *(_shown(column.cell(row)) for _, column in columns)) for row in rows]
+    return markdown_table(("artifact", *header), cells)
+
+
+def _shown(cell: Cell) -> str:
+    return f"{cell.text} {cell.detail}" if cell.detail else cell.text
+
+
+def _provenance(bench: Bench) -> Iterator[str]:
+    provenance = bench.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions.items())
+    yield f"- Machine: {provenance.machine}; {provenance.started}."
+    yield f"- Versions: {versions}."
+    yield f"- Command: `{provenance.command}`."
+    yield f"- Data: {provenance.num_studies} studies of {provenance.data} (sha256 {provenance.data_sha256[:16]}…)."
+    if provenance.reference is not None:
+        yield f"- Reference: {provenance.reference}."
+    for note in bench.notes:
+        yield f"- {note}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Return a table that is markdown and lines up in a terminal: the first `left` columns to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "".join(
+        f"{'-' * (width + 2)}|" if index < left else f"{'-' * (width + 1)}:|" for index, width in enumerate(widths)
+    )
+    return "\n".join([line(header), f"|{rule}", *map(line, rows)])
+
+
+def to_json(value: Any) -> Any:  # noqa: ANN401 - figures are nested in figures
+    """Return figures as what JSON can hold: dataclasses as objects, numbers to 6 digits, NaN and infinity as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def write_json(bench: Bench, modelled: Sequence[ModelledTable], path: Path) -> None:
+    """Write everything as one JSON document, whole or not at all.
+
+    Raises:
+        LiteError: the file cannot be written.
+    """
+    document = to_json(bench) | {"modelled": to_json(list(modelled))}
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        msg = f"{path}: got {error.strerror} · expected a file that can be written · name another one"
+        raise LiteError(msg) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,301 @@
+"""`python -m lite.bench` from the command line to its figures, with real processes and the real runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_model import relist
+
+from lite.artifact import Artifact
+from lite.bench import __main__ as cli
+from lite.bench.measure import quantiles
+from lite.model import FindingsModel
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = ("--device", "cpu", "--runs", "4", "--batch-sizes", "2", "--max-new-tokens", "8")
+
+
+def write_list(folder: Path, films: list[Path], *, missing: bool = False) -> Path:
+    turns = [{"value": "<image>\nDescribe."}, {"value": "Small left pleural effusion. No pneumothorax."}]
+    names = [str(film) for film in films] + (["not-there.png"] if missing else [])
+    entries = [
+        {"id": f"s{number}", "image": name, "reason": "Cough." if number % 2 else None, "conversations": turns}
+        for number, name in enumerate(names)
+    ]
+    path = folder / "list.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.fixture(scope="module")
+def benched(
+    tiny_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, Any], Path]:
+    """The tiny artifact against a record of itself, with everything that can be written."""
+    folder = tmp_path_factory.mktemp("bench")
+    listed = write_list(folder, films[:3])
+    data = ("--data", str(listed))
+    assert cli.main(["record", str(tiny_artifact.path), *data, "--out", str(folder / "fp16"), "--device", "cpu"]) == 0
+    outputs = ("--json", str(folder / "bench.json"), "--html", str(folder / "bench.html"))
+    status = cli.main([str(tiny_artifact.path), *data, "--reference", str(folder / "fp16"), *FAST[:-2], *outputs])
+    return status, json.loads((folder / "bench.json").read_text()), folder
+
+
+def test_every_figure_is_taken(benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact) -> None:
+    status, document, _ = benched
+    assert status == 0
+    (row,) = document["rows"]
+    assert row["artifact_id"] == tiny_artifact.id
+    assert row["disk_bytes"] == tiny_artifact.nbytes
+    assert (row["num_runs"], row["num_warmup"]) == (4, 2)
+    for stage, times in row["latency"].items():
+        assert 0 < times["p20"] <= times["p50"] <= times["p80"] <= times["p90"] <= times["p99"] < 60, stage
+    assert row["latency"]["decode_token"]["count"] >= 4
+    assert row["latency"]["total"]["p50"] > row["latency"]["ttft"]["p50"] > row["latency"]["vision"]["p50"]
+    (batch,) = row["batches"]
+    assert (batch["batch_size"], batch["num_studies"]) == (2, 2)
+    assert batch["studies_per_min"]["p50"] > 0
+    assert batch["plan"]["cache_bytes"] == 2 * row["plan"]["cache_bytes"]
+    memory = row["memory"]
+    stages = [memory[f"{stage}_bytes"] for stage in ("before", "load", "image", "vision", "prefill", "decode")]
+    assert stages == sorted(stages)
+    assert 50e6 < stages[0] < stages[-1] < 2e9
+    traffic = row["traffic"]
+    assert 0 < traffic["achieved"] < traffic["bandwidth"] < 1e13
+    assert row["energy_j"]["why"] == "no GPU"
+
+
+def test_a_model_loses_nothing_against_itself(benched: tuple[int, dict[str, Any], Path]) -> None:
+    _, document, _ = benched
+    quality = document["rows"][0]["record_quality"]
+    assert quality["divergence"]["mean_kl"]["value"] == pytest.approx(0, abs=1e-9)
+    assert quality["divergence"]["same_top"]["value"] == 1
+    assert quality["same_text"]["value"] == 1
+    assert quality["bleu_1"]["value"] == quality["rouge_l"]["value"] == pytest.approx(1)
+    assert document["rows"][0]["report_quality"] == document["reference_report_quality"]
+    assert [study["reference_text"] for study in document["studies"]] == [
+        draft["text"] for draft in document["rows"][0]["drafts"]
+    ]
+
+
+def test_the_report_is_there(benched: tuple[int, dict[str, Any], Path]) -> None:
+    page = (benched[2] / "bench.html").read_text(encoding="utf-8")
+    assert "Not for clinical use" in page
+    assert page.count("data:image") >= 3
+    assert not list(benched[2].glob("*.partial"))
+
+
+def test_another_model_is_told_from_the_reference(
+    benched: tuple[int, dict[str, Any], Path],
+    tmp_path: Path,
+    tiny_artifact: Artifact,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One layer's weights off by a third: the same size, the same speed, another distribution."""
+    other = damaged(tiny_artifact.path, tmp_path / "other", factor=1.3)
+    listed, record = benched[2] / "list.json", benched[2] / "fp16"
+    status, out, _ = bench(
+        capsys, tiny_artifact.path, other, "--data", listed, "--reference", record, *FAST, "--json", tmp_path / "j.json"
+    )
+    assert status == 0
+    same, off = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert same["disk_bytes"] == off["disk_bytes"]
+    mean_kl = [row["record_quality"]["divergence"]["mean_kl"]["value"] for row in (same, off)]
+    assert mean_kl[0] < 1e-9 < 1e-4 < mean_kl[1]
+    assert "Not for clinical use" in out
+    assert all(word in out for word in ("other", "mean KL", "TTFT", "tokens/s", "planned", "Machine:", "Reference:"))
+
+
+def damaged(source: Path, out: Path, *, factor: float) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, out)
+    weights = out / "decoder" / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name] * factor}, weights)
+    relist(out, "decoder/model.safetensors")
+    return out
+
+
+def test_a_missing_film_is_skipped_and_counted(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = write_list(tmp_path, films[:2], missing=True)
+    status, out, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--json", tmp_path / "j.json")
+    assert status == 1
+    assert "skipped by artifact: " in err
+    assert "not-there.png: got no such file" in err
+    drafts = json.loads((tmp_path / "j.json").read_text())["rows"][0]["drafts"]
+    assert [draft["error"] is None for draft in drafts] == [True, True, False]
+    assert "no reference" in out
+
+
+def test_an_artifact_that_fails_does_not_stop_the_next(
+    tiny_artifact: Artifact, own_artifact: Path, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_artifact / "tokenizer.model").write_bytes(b"x" * (own_artifact / "tokenizer.model").stat().st_size)
+    listed = write_list(tmp_path, films[:2])
+    status, _, err = bench(
+        capsys, own_artifact, tiny_artifact.path, "--data", listed, *FAST, "--json", tmp_path / "j.json"
+    )
+    assert status == 1
+    assert "error: own: " in err
+    assert "the file is damaged" in err
+    failed, measured = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert "sha256" in failed["error"]
+    assert measured["latency"]["total"]["p50"] > 0
+
+
+def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = write_list(tmp_path, films[:1])
+    status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--memory-limit", "64MiB")
+    assert status == 1
+    assert "got a memory limit of 64.0 MiB · expected at least" in err
+    assert "libraries" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no-such-folder",), "got a path that does not exist"),
+        (("{artifact}", "--data", "{tmp}/none.json"), "got a file that cannot be read"),
+        (("{artifact}", "--data", "{tmp}/empty.json"), "got no list, or an empty one"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{tmp}/none"), "none.json: got"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--html", "{tmp}/no/such.html"), "expected a file in a folder"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/none.pth"), "none.pth: got no such file"),
+        (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "gone.png: got no such file"),
+        (("record", "{artifact}", "--data", "{tmp}/gone.json", "--out", "{tmp}/r"), "gone.png: got no such file"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_anything_is_measured(
+    arguments: tuple[str, ...], message: str, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write_list(tmp_path, films[:1])
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "gone.json").write_text(json.dumps([{"id": "1", "image": "gone.png"}]))
+    places = {"artifact": str(tiny_artifact.path), "tmp": str(tmp_path)}
+    status, _, err = bench(capsys, *(argument.format(**places) for argument in arguments))
+    assert status == 1
+    assert message in err
+
+
+def test_a_record_of_other_studies_is_refused(
+    benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    record = benched[2] / "fp16"
+    for chosen, missing, message in (
+        (films[1:4], False, "got studies of sha256"),
+        (films[:2], True, "got 1 of 3 studies without their film"),
+    ):
+        listed = write_list(tmp_path, chosen, missing=missing)
+        status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, "--reference", record)
+        assert status == 1
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--batch-sizes", "1,0"), ("--memory-limit", "lots"), ("--runs", "-1"), ("--no-such-flag",)]
+)
+def test_wrong_use(arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(tmp_path), *arguments])
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_no_artifact_and_no_demo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_DEMO_ARTIFACTS", (tmp_path / "artifact",))
+    status, _, err = bench(capsys)
+    assert status == 1
+    assert "run make demo" in err
+
+
+def test_without_data_the_demos_films_tell_times_and_nothing_of_quality(
+    monkeypatch: pytest.MonkeyPatch, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli, "_DEMO_STUDIES", write_list(tmp_path, films[:1]))
+    status, _, err = bench(capsys, tiny_artifact.path, *FAST, "--json", tmp_path / "j.json")
+    assert status == 0
+    assert "taking the demo's films" in err
+    (row,) = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert row["report_quality"]["why"] == "no reports"
+
+
+def test_an_interrupt_ends_the_child_too(tiny_artifact: Artifact, films: list[Path], tmp_path: Path) -> None:
+    listed = write_list(tmp_path, films[:1])
+    command = [sys.executable, "-m", "lite.bench", str(tiny_artifact.path), "--data", str(listed), "--runs", "100000"]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not children_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        children = children_of(process.pid)
+        assert children
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.strip().endswith("interrupted")
+    assert "Traceback" not in out + err
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def test_a_child_that_is_killed_is_a_row(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lite.bench.run._work", killed)
+    status, _, err = bench(capsys, tiny_artifact.path, "--data", write_list(tmp_path, films[:1]), *FAST)
+    assert status == 1
+    assert "got a process that was ended by signal 9 (out of memory, as a rule)" in err
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_runtime_tells_the_same_times(tiny_model: FindingsModel, films: list[Path]) -> None:
+    findings = tiny_model.findings(films[0])
+    assert findings.timings.total_s == pytest.approx(
+        findings.timings.ttft_s + sum(findings.timings.decode_steps_s), rel=1e-9
+    )
+
+
+def test_quantiles() -> None:
+    found = quantiles([float(value) for value in range(101)])
+    assert (found.p20, found.p50, found.p80, found.p90, found.p99, found.count) == (20, 50, 80, 90, 99, 101)
