@@ -165,6 +165,7 @@ def write_checkpoint(
     studies: int = 0,
     widths: Widths | None = None,
     shard_bytes: int = SHARD_BYTES,
+    even: bool = False,
 ) -> int:
     """Write a random checkpoint to a new folder, whole or not at all.
 
@@ -177,6 +178,8 @@ def write_checkpoint(
         studies: How many synthetic studies to write beside it; 0 writes none.
         widths: The other sizes; LLaVA-Rad's by default. Tests take small ones.
         shard_bytes: The largest shard of the base; a tensor larger than it has a shard to itself.
+        even: All channels alike, so that any rounding passes the exporter's parity check: to measure time and memory,
+            and nothing of quality.
 
     Returns:
         Bytes written, all files together.
@@ -204,7 +207,7 @@ def write_checkpoint(
             (partial / "base").mkdir()
             _write_small_files(partial, widths, layers=layers)
             _write_tower(partial / NAME, widths, seed=seed)
-            _write_decoder(partial, widths, layers=layers, seed=seed, shard_bytes=shard_bytes)
+            _write_decoder(partial, widths, layers=layers, seed=seed, shard_bytes=shard_bytes, even=even)
             if studies:
                 # Drawing films takes OpenCV, which a checkpoint alone does not need.
                 from benchmarks.phantom.write import write_studies
@@ -287,14 +290,14 @@ def _varint(value: int) -> bytes:
 class _Weights:
     """Draws any decoder tensor by its name, in float16 and without ever holding it in float32."""
 
-    def __init__(self, widths: Widths, *, layers: int, seed: int) -> None:
+    def __init__(self, widths: Widths, *, layers: int, seed: int, even: bool = False) -> None:
         self.widths = widths
         self.seed = seed
-        scales = channel_scales(widths.llama_config(layers), sigma=SCALE_SIGMA, seed=seed)
+        scales = channel_scales(widths.llama_config(layers), sigma=0.0 if even else SCALE_SIGMA, seed=seed)
         self.scales = {place: scale.float() for place, scale in scales.items()}
         heavy = self._rng("heavy channels").choice(widths.hidden_size, HEAVY_CHANNELS, replace=False)
         self.residual = torch.ones(widths.hidden_size)
-        self.residual[torch.from_numpy(heavy)] = HEAVY_FACTOR
+        self.residual[torch.from_numpy(heavy)] = 1.0 if even else HEAVY_FACTOR
         self.chosen = torch.ones(widths.vocab_size)
         self.chosen[:_FIRST_WORD_ID] = _QUIET_FACTOR
         self.chunk = torch.empty(_CHUNK_VALUES)
@@ -408,8 +411,8 @@ def _write_tower(checkpoint: Path, widths: Widths, *, seed: int) -> None:
     _save(training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{widths.image_size}_checkpoint.pt")
 
 
-def _write_decoder(folder: Path, widths: Widths, *, layers: int, seed: int, shard_bytes: int) -> None:
-    weights = _Weights(widths, layers=layers, seed=seed)
+def _write_decoder(folder: Path, widths: Widths, *, layers: int, seed: int, shard_bytes: int, even: bool) -> None:
+    weights = _Weights(widths, layers=layers, seed=seed, even=even)
     base_shapes, lora_shapes = widths.base_shapes(layers), widths.lora_shapes(layers)
     total = sum(map(_fp16_bytes, (*base_shapes.values(), *lora_shapes.values())))
     with tqdm(total=total, desc="writing the decoder", unit="B", unit_scale=True, disable=None) as progress:
