@@ -1,9 +1,10 @@
 """Memory, in bytes: what an artifact will take, computed before anything of it is loaded, and what a process has taken.
 
-    peak = libraries + decoder + tower + max(activations of the tower, cache + activations of the decoder)
+    peak = libraries + decoder + tower + tower's activations + cache + decoder's activations
 
-Each term is counted from shapes. On a GPU the peak is that of torch's allocator, on a CPU that of resident memory,
-where two things are not in our hands: ONNX Runtime's arena, and freed memory that the C library keeps.
+Each term is counted from shapes. On a GPU the peak is that of torch's allocator, and the tower is not in it. On a CPU
+it is that of resident memory, where two things are not in our hands: ONNX Runtime's arena, which keeps what the tower's
+activations took, and freed memory that the C library keeps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lite.config import DecoderConfig, Quantization
 
 ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+_VISION_HELD: Final = {"fp32": 1.5, "fp16": 2.4, "int8": 2.0}  # of the bytes of the file: see _vision_bytes
 PROMPT_TEXT_TOKENS: Final = 128
 """What a plan allows for the words of a prompt: the fixed ones are 55 to 70, a reason of two sentences some 40 more."""
 
@@ -37,14 +39,24 @@ class MemoryPlan:
     decoder_bytes: int  # the decoder's weights, as they lie in memory
     vision_bytes: int  # tower and projector; 0 where they are on another device
     cache_bytes: int
-    vision_work_bytes: int  # activations of the tower at their peak
+    load_work_bytes: int  # what passes while weights are converted
+    vision_work_bytes: int  # activations of the tower: its arena keeps them
     prefill_work_bytes: int  # activations of the decoder, and the logits
 
     @property
+    def weight_bytes(self) -> int:
+        """What stays in memory between requests."""
+        return self.libraries_bytes + self.decoder_bytes + self.vision_bytes
+
+    @property
+    def study_bytes(self) -> int:
+        """What `batch_size` studies take beside that."""
+        return self.vision_work_bytes + self.cache_bytes + self.prefill_work_bytes
+
+    @property
     def peak_bytes(self) -> int:
-        """Everything that stays, and the larger of the two passing parts."""
-        stays = self.libraries_bytes + self.decoder_bytes + self.vision_bytes
-        return stays + max(self.vision_work_bytes, self.cache_bytes + self.prefill_work_bytes)
+        """The peak, over loading and drafting."""
+        return self.weight_bytes + max(self.load_work_bytes, self.study_bytes)
 
     def __str__(self) -> str:
         """Say what takes how much."""
@@ -53,7 +65,7 @@ class MemoryPlan:
             "decoder": self.decoder_bytes,
             "tower": self.vision_bytes,
             f"cache of {self.batch_size} x {self.max_seq_len} tokens": self.cache_bytes,
-            "activations": max(self.vision_work_bytes - self.cache_bytes, self.prefill_work_bytes),
+            "activations": self.vision_work_bytes + self.prefill_work_bytes,
         }
         return " + ".join(f"{name} {shown_bytes(value)}" for name, value in parts.items() if value)
 
@@ -93,6 +105,8 @@ def plan_memory(
         # ONNX Runtime's memory is its own: torch's allocator, whose peak a GPU's plan is about, does not see it.
         vision_bytes=vision_bytes if on_cpu else 0,
         cache_bytes=batch_size * max_seq_len * cache_bytes_per_token(config, itemsize=itemsize),
+        # The largest weight, as it is stored, beside what it becomes.
+        load_work_bytes=2 * config.vocab_size * config.hidden_size if on_cpu and itemsize != 2 else 0,
         vision_work_bytes=vision_work if on_cpu else 0,
         prefill_work_bytes=batch_size * _prefill_work_bytes(config, num_tokens=prompt, itemsize=itemsize),
     )
@@ -106,10 +120,7 @@ def check_memory(plan: MemoryPlan, limit: int, *, what: str) -> None:
     """
     if plan.peak_bytes <= limit:
         return
-    one = max(1, plan.batch_size)
-    per_study = (plan.cache_bytes + plan.prefill_work_bytes) // one
-    fixed = plan.libraries_bytes + plan.decoder_bytes + plan.vision_bytes
-    fits = (limit - fixed) // per_study
+    fits = (limit - plan.weight_bytes) // (plan.study_bytes // plan.batch_size)
     todo = f"take {fits} at a time" if 1 <= fits < plan.batch_size else "give it more, or export with fewer bits"
     msg = (
         f"{what}: got a memory limit of {shown_bytes(limit)} · expected at least {shown_bytes(plan.peak_bytes)}: "
@@ -181,23 +192,27 @@ def cache_bytes_per_token(config: DecoderConfig, *, itemsize: int) -> int:
 
 
 def _prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize: int) -> int:
-    """Count what one prompt takes on its way: the residual stream, its norm, and either attention or the gated half."""
+    """Count what one prompt takes on its way through a layer."""
+    # Embeddings twice (a row, padded), the image's features, the residual stream before and after, its norm.
+    streams = 6 * num_tokens * config.hidden_size * itemsize
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = num_tokens * (2 * q + 4 * kv) * itemsize + num_tokens**2 * (1 + itemsize)  # the mask, twice
     gated = 3 * num_tokens * config.intermediate_size * itemsize
     logits = 2 * 4 * config.vocab_size
-    return 3 * num_tokens * config.hidden_size * itemsize + max(attention, gated) + logits
+    return streams + max(attention, gated) + logits
 
 
 def _vision_bytes(part: VisionPart, file_bytes: int, batch_size: int) -> tuple[int, int]:
     """Return what tower and projector take on a CPU, and their activations."""
-    # A CPU has no float16 products: ONNX Runtime keeps the weights as float32, too.
-    held = {"fp32": 1, "fp16": 2, "int8": 1}[part.format] * file_bytes
     tokens, tower = part.num_image_tokens + 1, part.tower
-    scores = 2 * tower.num_attention_heads * tokens**2
+    # Measured with a ViT-B/14 at 518 pixels (ONNX Runtime 1.32, AVX2, November 2026): the scores four times over, of
+    # which the arena's rounding up is one, and beside the weights what was repacked or cast for the products: a CPU
+    # has none in float16.
+    scores = 4 * tower.num_attention_heads * tokens**2
     gated = 2 * tokens * tower.intermediate_size
     stream = 4 * tokens * tower.hidden_size
     projected = 3 * part.num_image_tokens * part.hidden_size
+    held = round(_VISION_HELD[part.format] * file_bytes)
     return held, 4 * batch_size * max(stream + max(scores, gated), projected)
 
 

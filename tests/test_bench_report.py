@@ -135,6 +135,7 @@ def row(
         decoder_bytes=weights,
         vision_bytes=180_000_000,
         cache_bytes=856_000_000,
+        load_work_bytes=0,
         vision_work_bytes=210_000_000,
         prefill_work_bytes=290_000_000,
     )
@@ -175,7 +176,7 @@ def row(
         num_prompt_tokens=1405,
         tokens_per_study=96.3,
         batches=(
-            dataclasses.replace(four, batch_size=1, studies_per_min=about(58 / total_s, 5), peak_bytes=None),
+            dataclasses.replace(four, batch_size=1, studies_per_min=about(58 / total_s, 5), peak_bytes=plan.peak_bytes),
             four if weight_gb < 10 else NotRun(batch_size=4, why="Needs 19.3 GiB, the limit is 16 GiB.", plan=plan),
         ),
         plan=plan,

@@ -146,6 +146,7 @@ def test_a_refusal_says_what_would_fit() -> None:
         decoder_bytes=60 << 20,
         vision_bytes=0,
         cache_bytes=64 << 20,
+        load_work_bytes=0,
         vision_work_bytes=0,
         prefill_work_bytes=16 << 20,
     )

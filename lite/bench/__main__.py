@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_device(parser)
     parser.add_argument(
-        "--radgraph", action="store_true", help="also F1-RadGraph, for real reports (pip install \"llava-rad-lite[clinical]\"); that package fetches its weights when they are not there; no text leaves the machine",
+        "--radgraph", action="store_true", help="also F1-RadGraph, for real reports, with the extra "
+        "clinical; its package fetches its weights when they are not there yet, and sends nothing",
     )  # fmt: skip
     parser.add_argument(
         "--chexbert", type=Path, metavar="FILE", help="also CheXbert F1, with your own chexbert.pth and the vocab.txt "

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from lite.bench.metrics import Estimate
-from lite.bench.results import Missing, Quantiles, RecordQuality, ReportQuality, Row, Throughput
+from lite.bench.results import Missing, NotRun, Quantiles, RecordQuality, ReportQuality, Row, Throughput
 from lite.memory import shown_bytes
 
 _NONE: Final = "–"
@@ -95,10 +95,18 @@ def _times(figure: Quantiles | Missing, show: Callable[[float], str]) -> Cell:
 
 
 def _batch(row: Row, batch_size: int) -> Cell:
-    batch = next((batch for batch in row.batches if batch.batch_size == batch_size), None)
+    batch = _find_batch(row, batch_size)
     if isinstance(batch, Throughput):
         rate = batch.studies_per_min
         return Cell(number(rate.p50), f"{number(rate.p20)} to {number(rate.p80)}")
+    return _not_run(batch)
+
+
+def _find_batch(row: Row, batch_size: int) -> Throughput | NotRun | None:
+    return next((batch for batch in row.batches if batch.batch_size == batch_size), None)
+
+
+def _not_run(batch: NotRun | None) -> Cell:
     return Cell("not run", footnote="" if batch is None else batch.why, missing=True)
 
 
@@ -204,6 +212,48 @@ def _bandwidth(row: Row) -> Cell:
     return Cell(
         number(traffic.achieved / 1e9), f"{100 * traffic.share:.0f}\xa0% of\xa0{number(traffic.bandwidth / 1e9)}"
     )
+
+
+def cost_columns(rows: Sequence[Row]) -> list[Group]:
+    """Return the other figures of time and memory."""
+    batch_sizes = sorted({batch.batch_size for row in rows for batch in row.batches})
+    stages = ("before", "load", "image", "vision", "prefill", "decode")
+    groups = [
+        Group(
+            "Stages of one study",
+            [
+                Column("image", "ms", lambda row: _times(row.latency.image, milliseconds)),
+                Column("vision", "ms", lambda row: _times(row.latency.vision, milliseconds)),
+                Column("prefill", "ms", lambda row: _times(row.latency.prefill, milliseconds)),
+            ],
+        ),
+        Group("Peak memory until the end of", [Column(stage, "", partial(_peak, stage=stage)) for stage in stages]),
+        Group(
+            "Tokens/s, all stages counted",
+            [Column(f"{size} at a time", "", partial(_batch_tokens, batch_size=size)) for size in batch_sizes],
+        ),
+        Group(
+            "Peak memory of batches, planned",
+            [Column(f"{size} at a time", "", partial(_batch_peak, batch_size=size)) for size in batch_sizes],
+        ),
+    ]
+    return [group for group in groups if group.columns]
+
+
+def _peak(row: Row, stage: str) -> Cell:
+    return Cell(shown_bytes(getattr(row.memory, f"{stage}_bytes")))
+
+
+def _batch_tokens(row: Row, batch_size: int) -> Cell:
+    batch = _find_batch(row, batch_size)
+    return Cell(number(batch.tokens_per_s)) if isinstance(batch, Throughput) else _not_run(batch)
+
+
+def _batch_peak(row: Row, batch_size: int) -> Cell:
+    batch = _find_batch(row, batch_size)
+    if not isinstance(batch, Throughput):
+        return _not_run(batch)
+    return Cell(shown_bytes(batch.peak_bytes), shown_bytes(batch.plan.peak_bytes))
 
 
 def text_columns(rows: Sequence[Row]) -> list[Group]:

@@ -21,6 +21,7 @@ from lite.bench.columns import (
     Column,
     Group,
     artifact_columns,
+    cost_columns,
     duration,
     milliseconds,
     number,
@@ -113,6 +114,7 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
     template = environment.from_string(resources.files("lite.bench").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     tables = [
         _table("results", "Everything at a glance", result_columns(rows), bench),
+        _table("costs", "More about time and memory", cost_columns(rows), bench),
         _table("texts", "More about the texts", text_columns(rows), bench),
         _table("artifacts", "What was measured", artifact_columns(), bench),
     ]
@@ -286,15 +288,20 @@ def _measured_segments(use: MemoryUse) -> list[tuple[str, str, int]]:
 
 
 def _planned_segments(plan: MemoryPlan) -> list[tuple[str, str, int]]:
-    """Return what makes up the plan's peak: of the tower's and the decoder's work only the larger is in it."""
+    """Return what makes up the plan's peak: loading passes before the work of a study begins."""
     stays = [
         ("before", "libraries", plan.libraries_bytes),
         ("load", "decoder", plan.decoder_bytes),
         ("load", "tower", plan.vision_bytes),
     ]
-    if plan.vision_work_bytes > plan.cache_bytes + plan.prefill_work_bytes:
-        return [*stays, ("vision", "tower's work", plan.vision_work_bytes)]
-    return [*stays, ("prefill", "cache", plan.cache_bytes), ("prefill", "prefill's work", plan.prefill_work_bytes)]
+    if plan.load_work_bytes > plan.study_bytes:
+        return [*stays, ("load", "loading's work", plan.load_work_bytes)]
+    return [
+        *stays,
+        ("vision", "tower's work", plan.vision_work_bytes),
+        ("prefill", "cache", plan.cache_bytes),
+        ("prefill", "prefill's work", plan.prefill_work_bytes),
+    ]
 
 
 # -- Studies ---------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Throughput:
     studies_per_min: Quantiles  # over rounds: here "p20" is the slow side
     tokens_per_s: float  # generated, end to end, in the median round
     plan: MemoryPlan
-    peak_bytes: int | None  # like MemoryUse.peak_bytes, in this run
+    peak_bytes: int  # like MemoryUse.peak_bytes, until the end of this run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

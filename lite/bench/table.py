@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lite.artifact import load_artifact
-from lite.bench.columns import Cell, Group, artifact_columns, result_columns, text_columns
+from lite.bench.columns import Cell, Group, artifact_columns, cost_columns, number, result_columns, text_columns
 from lite.bench.report import ModelledTable
-from lite.bench.results import Bench, Row
+from lite.bench.results import Bench, Missing, Row, Throughput
 from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, modelled_rows, roofline_table, v100_entry
 from lite.errors import LiteError
-
-WIDTH = 118
-"""Characters of a line that a table is cut to, between groups of columns."""
+from lite.memory import shown_bytes
 
 
 def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
@@ -26,12 +24,9 @@ def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
     notices = dict.fromkeys(row.notice for row in rows)
     parts = [*(f"{notice}\n" for notice in notices)]
     if rows:
-        for caption, groups in (
-            ("At a glance", result_columns(rows)),
-            ("The texts", text_columns(rows)),
-            ("What was measured", artifact_columns()),
-        ):
-            parts += [f"## {caption}\n", *(f"{table}\n" for table in _tables(groups, rows))]
+        parts.append(f"{_summary(rows)}\n")
+        for groups in (result_columns(rows), cost_columns(rows), text_columns(rows), artifact_columns()):
+            parts += [f"{_details(group, rows)}\n" for group in groups]
     for table in modelled:
         parts.append(f"## {table.caption}\n\n{markdown_table(table.header, table.rows)}\n\n{table.note}\n")
     parts.append("\n".join(_provenance(bench)))
@@ -70,28 +65,48 @@ def _reference_card(entry: ReferenceCard) -> ModelledTable:
     )
 
 
-def _tables(groups: Sequence[Group], rows: Sequence[Row]) -> Iterator[str]:
-    """Yield tables with a line for each artifact, as many groups of columns in each as fit into `WIDTH`."""
-    taken: list[Group] = []
-    for group in groups:
-        if taken and len(_table([*taken, group], rows).partition("\n")[0]) > WIDTH:
-            yield _table(taken, rows)
-            taken = []
-        taken.append(group)
-    if taken:
-        yield _table(taken, rows)
-
-
-def _table(groups: Sequence[Group], rows: Sequence[Row]) -> str:
-    columns = [(group, column) for group in groups for column in group.columns]
-    header = []
-    for group, column in columns:
-        title = (
-            column.title if column.title.lower().startswith(group.title.lower()) else f"{group.title}: {column.title}"
+def _summary(rows: Sequence[Row]) -> str:
+    """Return what most ask for, a line for each artifact."""
+    header = (
+        "artifact",
+        "on disk",
+        "peak",
+        "TTFT, s",
+        "tokens/s",
+        "study, s",
+        "studies/min",
+        "KL",
+        "same top",
+        "label F1",
+    )
+    lines = []
+    for row in rows:
+        rates = [batch.studies_per_min.p50 for batch in row.batches if isinstance(batch, Throughput)]
+        record, report = row.record_quality, row.report_quality
+        lines.append(
+            (
+                row.name,
+                shown_bytes(row.disk_bytes),
+                f"{shown_bytes(row.memory.peak_bytes)} {row.memory.kind}",
+                number(row.latency.ttft.p50),
+                number(row.decode_tokens_per_s),
+                number(row.latency.total.p50),
+                number(max(rates)) if rates else "not run",
+                record.why if isinstance(record, Missing) else number(record.divergence.mean_kl.value),
+                "–" if isinstance(record, Missing) else f"{record.divergence.same_top.value:.2%}",
+                report.why if isinstance(report, Missing) else number(report.label_f1_micro.value),
+            )
         )
-        header.append(f"{title}, {column.unit}" if column.unit else title)
-    cells = [(row.name, *(_shown(column.cell(row)) for _, column in columns)) for row in rows]
-    return markdown_table(("artifact", *header), cells)
+    return markdown_table(header, lines)
+
+
+def _details(group: Group, rows: Sequence[Row]) -> str:
+    """Return one group of figures, a line for each: they have more columns than a terminal."""
+    lines = [
+        (f"{column.title}, {column.unit}" if column.unit else column.title, *(_shown(column.cell(row)) for row in rows))
+        for column in group.columns
+    ]
+    return markdown_table((group.title, *(row.name for row in rows)), lines)
 
 
 def _shown(cell: Cell) -> str:
