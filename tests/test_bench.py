@@ -265,7 +265,18 @@ def test_an_interrupt_ends_the_child_too(tiny_artifact: Artifact, films: list[Pa
     assert process.returncode == 130
     assert err.strip().endswith("interrupted")
     assert "Traceback" not in out + err
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    deadline = time.monotonic() + 20  # multiprocessing's own helper ends when its pipe has
+    while any(is_running(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(child) for child in children)
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process is there and not only waits to be noticed as dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def children_of(pid: int) -> list[int]:
