@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 CODE := lite export kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo interop test check fix coverage clean
+.PHONY: help venv demo bench gate peers interop test check fix coverage clean
 # A recipe that fails half-way leaves no stamp behind.
 .DELETE_ON_ERROR:
 
@@ -31,7 +31,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## export the phantom model, draft findings for a few films, save a picture
 	@$(BIN)/python -m benchmarks.demo
 
-# The peers bring their own versions of everything, so they live in an environment of their own.
+bench: $(STAMP)  ## latency, memory and quality of the demo's artifacts, and build/bench.html
+	@test -d build/demo/artifact || $(BIN)/python -m benchmarks.demo > /dev/null
+	@$(BIN)/python -m lite.bench --html build/bench.html
+
+gate: export OMP_NUM_THREADS ?= 2
+
+gate: $(STAMP)  ## compare today's exports with their baselines
+	@$(BIN)/python -m benchmarks gate
+
+# The peers bring their own versions of everything, so they live in environments of their own.
 INTEROP_VENV := build/interop-venv
 INTEROP_STAMP := $(INTEROP_VENV)/.installed
 INTEROP := gptq-int4-g128 gptq-int4-g32 gptq-int8-g128

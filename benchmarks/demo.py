@@ -7,6 +7,7 @@ fp16 artifact is made too, and what it drafts stands beside. Only the model is s
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
 import subprocess
@@ -327,8 +328,13 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
     _say("  # all tests\n  make test")
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
     """Run the demo; return the exit code."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.demo",
+        description="Export the phantom model in 4 bits and in fp16, draft findings for a few films with both, show "
+        f"the truth beside, and save a picture. Everything goes to {_shown(OUT)}.",
+    ).parse_args(argv)
     started = time.perf_counter()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a mark that the terminal cannot show must not end the demo
         sys.stdout.reconfigure(errors="replace")
@@ -368,4 +374,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, ROOT
+from conftest import CHECKPOINT, ROOT, export_demo_gptq
 from pydicom import dcmread
 
 from benchmarks.phantom.publish import unfold_channel_scales
 from benchmarks.phantom.write import write_studies
-from export import ExportSettings, GptqSettings, TokenWeights, export_artifact
 from lite.artifact import Artifact
 from lite.bench.labels import read_labels
 from lite.bench.metrics import label_f1
@@ -132,11 +131,6 @@ def test_dicom_films_give_the_text_of_their_png_twins(demo_artifact: Artifact, t
     assert texts[0] != texts[2]
 
 
-@pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_studies(tmp_path_factory.mktemp("calibration") / "studies", count=48, seed=SEED + 1, dicom=False)
-
-
 @pytest.mark.parametrize(
     ("decoder_format", "fold_scales", "max_kl", "min_same_top"),
     [
@@ -151,16 +145,17 @@ def test_gptq_loses_no_more_than_it_may(
     scored: Scored,
     calibration: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
     decoder_format: Any,
     fold_scales: bool,
     max_kl: float,
     min_same_top: float,
 ) -> None:
-    gptq = GptqSettings(
-        calibration_data=calibration, token_weights=TokenWeights(image=0.3, prompt=0.1), fold_scales=fold_scales
-    )
-    settings = ExportSettings(decoder_format=decoder_format, gptq=gptq)
-    artifact = export_artifact(CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base", tmp_path / "artifact", settings)
+    if decoder_format == "gptq-int4" and fold_scales:
+        artifact = request.getfixturevalue("demo_int4_artifact")
+    else:
+        choices = {"calibration_studies": 48, "fold_scales": fold_scales}
+        artifact = export_demo_gptq(tmp_path / "artifact", decoder_format, calibration, **choices)
     model = load(artifact.path, device="cpu")
     kl, same, count = 0.0, 0, 0
     for path, reason, token_ids, expected in scored:

@@ -1,0 +1,516 @@
+"""The gate, `python -m benchmarks gate`: does today's code still export, compute and load as its baselines say?
+
+    checkpoint ──the exporter's command line──▶ artifacts ─┬───────────────────────▶ bytes, memory plan, imports
+    benchmarks/references ─┬─ films ───────────────────────┼─ drafted freely ──────▶ label F1 against the reports
+                           └─ fp16 record ─────────────────┴─ along its texts ─────▶ KL, same top token
+                                                                        │
+    benchmarks/gates.toml ── baseline, tolerance, what is worse ────────┴──────────▶ pass, REGRESSION, no baseline
+
+The exact gates depend on no clock and run wherever there is a CPU, on which everything is computed. The timed ones are
+ratios within one run, its artifacts taking turns film by film, and are asked for with `--timed`.
+
+Baselines change in a commit that says why: `--update` rewrites their numbers, and nothing else of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import lite
+from benchmarks.demo import CALIBRATION_SEED, CHECKPOINT, NUM_CALIBRATION_FILMS, ROOT, TOKEN_WEIGHTS
+from benchmarks.phantom.write import write_studies
+from benchmarks.quantisation import Row, Setting, export_command, measured_run
+from lite.artifact import VISION_NAME, Artifact
+from lite.bench.divergence import summarise
+from lite.bench.labels import read_labels
+from lite.bench.machine import machine, versions
+from lite.bench.metrics import label_f1
+from lite.bench.record import ReferenceRecord, check_record, read_record
+from lite.bench.studies import ListedStudy, read_studies, sha256_of_studies
+from lite.bench.table import markdown_table, to_json
+from lite.errors import LiteError
+from lite.memory import plan_memory
+
+if TYPE_CHECKING:
+    from lite.decoder import LlamaDecoder
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+GATES: Final = ROOT / "benchmarks" / "gates.toml"
+STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
+RECORD: Final = ROOT / "benchmarks" / "references" / "phantom_fp16.json"
+OUT: Final = ROOT / "build" / "gate"
+
+_WEIGHTS: Final = ("--token-weights", TOKEN_WEIGHTS)
+CANDIDATES: Final = {
+    row.name: row
+    for row in (
+        Row(name="fp16", options=("--decoder", "fp16")),
+        Row(name="gptq-int8", options=("--decoder", "gptq-int8", *_WEIGHTS), calibrated=True),
+        Row(name="gptq-int4", options=("--decoder", "gptq-int4", *_WEIGHTS), calibrated=True),
+        Row(name="bnb-nf4", options=("--decoder", "bnb-nf4")),
+        Row(name="vision-int8", options=("--decoder", "fp16", "--vision", "int8")),
+    )
+}
+ARTIFACT_METRICS: Final = ("bytes", "mean_kl", "same_top", "label_f1_micro", "plan_error")
+# What is measured of no one artifact: its metrics, and the artifacts that it needs.
+IMPORTS, TIMED = "imports", "timed"
+OTHER_METRICS: Final = {
+    IMPORTS: ("lite", "findings"),
+    TIMED: ("int4_over_fp16_decode", "int8_over_fp32_vision"),
+}
+NEEDS: Final = {IMPORTS: ("fp16",), TIMED: ("fp16", "gptq-int4", "vision-int8")}
+METRICS: Final = dict.fromkeys(CANDIDATES, ARTIFACT_METRICS) | OTHER_METRICS
+
+# What a process that drafts has loaded, without Python's own modules, this project's, what the environment loads into
+# every process before the first line, and modules that were made up on the way and come from no package.
+_IMPORTED: Final = """\
+import json, sys
+before = set(sys.modules)
+def packages():
+    new = [name for name, module in sys.modules.items() if name not in before and getattr(module, "__spec__", None)]
+    names = {name.partition(".")[0] for name in new}
+    return sorted(name for name in names - sys.stdlib_module_names - {"kernels", "lite"} if name[0] != "_")
+import lite
+loaded = packages()
+lite.load(sys.argv[1], device="cpu").findings(sys.argv[2])
+print(json.dumps([loaded, packages()]))
+"""
+
+EXIT_REGRESSION, EXIT_WRONG_USE, EXIT_NO_BASELINE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+Value: TypeAlias = float | tuple[str, ...]  # a number, or names
+
+
+class WrongUseError(LiteError):
+    """A gates file, or a folder of artifacts, that cannot be used."""
+
+
+class NoBaselineError(LiteError):
+    """Nothing to compare with: there is no gates file, or no reference record."""
+
+
+# -- Gates -----------------------------------------------------------------------------------------------------------
+
+_TOLERANCE: Final = re.compile(r"(?P<direction>[-+±])(?P<size>\d+(?:\.\d+)?(?:e-\d+)?)(?P<percent> %)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """One table of the gates file: what a metric was, and how far it may go in the direction that is worse."""
+
+    name: str  # "gptq-int4.mean_kl"
+    baseline: Value
+    # "+50 %" may rise by half, "-0.01" may fall by 0.01, "±64" neither rise nor fall by more. Of names it counts those
+    # that are new, and those that are gone.
+    tolerance: str
+
+    def passes(self, value: Value) -> bool:
+        """Say whether a value is within the tolerance, or on the side that is not worse."""
+        direction, size, percent = _tolerance(self.tolerance)
+        allowed = float(size)
+        if isinstance(self.baseline, tuple) and isinstance(value, tuple):
+            new, gone = _difference(self.baseline, value)
+            up, down = float(len(new)), float(len(gone))
+        elif isinstance(self.baseline, tuple) or isinstance(value, tuple):
+            return False
+        else:
+            up, down = value - self.baseline, self.baseline - value
+            allowed *= abs(self.baseline) / 100 if percent else 1
+        # Not "more than allowed": a NaN passes nowhere.
+        return (direction == "-" or up <= allowed) and (direction == "+" or down <= allowed)
+
+
+def _tolerance(text: str) -> tuple[str, str, str]:
+    """Split a tolerance into direction, size and percent sign.
+
+    Raises:
+        ValueError: it is none.
+    """
+    parts = _TOLERANCE.fullmatch(text)
+    if parts is None:
+        raise ValueError(f'got the tolerance "{text}" · expected one such as "+50 %", "-0.01" or "±64"')
+    return parts["direction"], parts["size"], parts["percent"] or ""
+
+
+def _difference(before: Sequence[str], now: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names that are new, and those that are gone."""
+    return sorted(set(now) - set(before)), sorted(set(before) - set(now))
+
+
+def read_gates(path: Path) -> dict[str, Gate]:
+    """Read a gates file: a table for each gate, named by what is measured and the metric.
+
+    Raises:
+        NoBaselineError: there is no such file.
+        WrongUseError: it is not TOML, a table is no gate, or names something that is not measured.
+    """
+    try:
+        subjects = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        msg = f"{path}: got no gates file · expected baselines to compare with · check --gates"
+        raise NoBaselineError(msg) from error
+    except (OSError, ValueError) as error:
+        raise WrongUseError(f"{path}: got a file that cannot be read ({error}) · expected TOML · correct it") from error
+    gates = {}
+    for subject, metrics in subjects.items():
+        for metric, table in metrics.items() if isinstance(metrics, dict) else (("", None),):
+            name = f"{subject}.{metric}"
+            try:
+                if metric not in METRICS.get(subject, ()):
+                    known = "; ".join(f"{subject}: {', '.join(metrics)}" for subject, metrics in METRICS.items())
+                    raise ValueError(f"got a gate of something that is not measured · measured are {known}")
+                gates[name] = _read_gate(name, table)
+            except ValueError as error:
+                raise WrongUseError(f"{path}: [{name}]: {error} · correct it") from error
+    return gates
+
+
+def _read_gate(name: str, table: object) -> Gate:
+    if not isinstance(table, dict) or table.keys() != {"baseline", "tolerance"}:
+        raise ValueError("got other keys, or none · expected a baseline and a tolerance")
+    baseline, tolerance = table["baseline"], table["tolerance"]
+    if isinstance(baseline, list) and all(isinstance(entry, str) for entry in baseline):
+        baseline = tuple(baseline)
+    elif type(baseline) not in (int, float):
+        raise ValueError(f"got the baseline {baseline!r} · expected a number, or a list of names")
+    _tolerance(str(tolerance))
+    return Gate(name=name, baseline=baseline, tolerance=str(tolerance))
+
+
+def update_baselines(path: Path, values: Mapping[str, Value | None]) -> list[str]:
+    """Put measured values into a gates file in the place of its baselines; return a line for each that changed.
+
+    Only the lines `baseline = …` of the tables concerned change. A value without a table is left alone, and so is a
+    table whose value could not be measured.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    changes = []
+    name = ""
+    for number, line in enumerate(lines):
+        if header := re.fullmatch(r"\[(\S+)\]", line.strip()):
+            name = header[1]
+        found, value = re.fullmatch(r"baseline = (.*?)(\s*#.*)?", line), values.get(name)
+        if found and value is not None and found[1] != (new := toml(value)):
+            lines[number] = f"baseline = {new}{found[2] or ''}"
+            changes.append(f"{name}: {found[1]} → {new}")
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return changes
+
+
+def toml(value: Value) -> str:
+    """Return a value as it stands in a gates file, on one line; numbers that are not whole to four digits."""
+    if isinstance(value, tuple):
+        return json.dumps(list(value))
+    return str(value) if isinstance(value, int) else f"{value:#.4g}"
+
+
+# -- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def export_candidates(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Export candidates to `folder`, each by the command that a user would type; where one fails there is nothing."""
+    # With what an earlier run has left, whole or in parts, other code would be measured.
+    shutil.rmtree(folder, ignore_errors=True)
+    setting = Setting(
+        checkpoint=CHECKPOINT / "llava-rad-phantom",
+        base=CHECKPOINT / "base",
+        held_out=STUDIES,
+        calibration=write_studies(
+            folder / "calibration", count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False
+        ),
+        artifacts=folder,
+        device="cpu",
+        keep=True,
+    )
+    for name in names:
+        try:
+            cost = measured_run(export_command(CANDIDATES[name], setting, folder / name))
+            _say(f"{name}: exported in {cost.seconds:.0f} s")
+        except LiteError as error:
+            _say(f"error: {name}: {error}")
+    return {name: folder / name for name in names}
+
+
+def given_artifacts(names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return the artifacts that lie in `folder`, by name.
+
+    Raises:
+        WrongUseError: one is not there.
+    """
+    paths = {name: folder / name for name in names}
+    for name, path in paths.items():
+        if not path.is_dir():
+            msg = f"{path}: got no such folder · expected the artifact {name} · export it, or leave it out with --only"
+            raise WrongUseError(msg)
+    return paths
+
+
+def measure_artifact(path: Path, studies: Sequence[ListedStudy], record: ReferenceRecord) -> dict[str, Value]:
+    """Measure everything exact about one artifact, in the order of `ARTIFACT_METRICS`."""
+    model = lite.load(path, device="cpu")
+    check_record(record, model.artifact, sha256_of_studies(studies))
+    drafts = _draft(model, studies)
+    truth = [read_labels(study.report or "") for study in studies]
+    divergence = summarise(
+        [
+            record.compare(index, model.score(study.image, record.token_ids(index), study.reason))
+            for index, study in enumerate(studies)
+        ]
+    )
+    values: tuple[Value, ...] = (
+        sum(
+            record.bytes
+            for name, record in model.artifact.manifest.files.items()
+            if name == VISION_NAME or name.startswith("decoder/")
+        ),
+        divergence.mean_kl.value,
+        divergence.same_top.value,
+        label_f1(truth, [read_labels(draft.text) for draft in drafts]).micro.value,
+        planned_bytes(model.artifact, drafts) / held_bytes(model.decoder, drafts) - 1.0,
+    )
+    return dict(zip(ARTIFACT_METRICS, values, strict=True))
+
+
+def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy]) -> list[lite.Findings]:
+    """Draft all studies in one batch: its cache is then the only one."""
+    drafts = []
+    for draft in model.findings_batch([(study.image, study.reason) for study in studies], batch_size=len(studies)):
+        if isinstance(draft, lite.StudyError):
+            raise draft.error
+        drafts.append(draft)
+    return drafts
+
+
+def planned_bytes(artifact: Artifact, drafts: Sequence[lite.Findings]) -> int:
+    """Return what the memory plan says of decoder and cache, for the batch that was drafted."""
+    longest = max(draft.num_prompt_tokens for draft in drafts)
+    plan = plan_memory(artifact, device="cpu", batch_size=len(drafts), num_prompt_tokens=longest)
+    return plan.decoder_bytes + plan.cache_bytes
+
+
+def held_bytes(decoder: LlamaDecoder, drafts: Sequence[lite.Findings]) -> int:
+    """Return what decoder and cache really took."""
+    from lite.linear import QuantizedLinear
+
+    quantized = [module.weight for module in decoder.modules() if isinstance(module, QuantizedLinear)]
+    weights = [*decoder.parameters(), *(weight for weight in quantized if weight is not None)]
+    return sum(weight.nbytes for weight in weights) + drafts[0].memory.cache_bytes
+
+
+def measure_imports(artifact: Path, film: Path) -> dict[str, Value]:
+    """Return which packages a fresh process has loaded after `import lite`, and after drafting a PNG film.
+
+    Raises:
+        LiteError: the process failed.
+    """
+    command = [sys.executable, "-c", _IMPORTED, str(artifact), str(film)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode:
+        error = "".join(done.stderr.strip().splitlines()[-1:])
+        raise LiteError(f"got a process that could not draft {film.name} ({error}) · expected findings · see there")
+    loaded = (tuple(names) for names in json.loads(done.stdout.splitlines()[-1]))
+    return dict(zip(OTHER_METRICS[IMPORTS], loaded, strict=True))
+
+
+def measure_ratios(paths: Mapping[str, Path], studies: Sequence[ListedStudy]) -> dict[str, Value]:
+    """Return ratios of median times: a decoded token of gptq-int4 over fp16, the tower in int8 over fp32."""
+    models = {name: lite.load(paths[name], device="cpu") for name in NEEDS[TIMED]}
+    drafts: dict[str, list[lite.Findings]] = {name: [] for name in models}
+    for study in (studies[0], *studies):
+        for name, model in models.items():
+            drafts[name].append(model.findings(study.image, study.reason))
+    warm = {name: found[1:] for name, found in drafts.items()}
+    decode, vision = (
+        {name: statistics.median(seconds(draft) for draft in found) for name, found in warm.items()}
+        for seconds in (_decode_token_s, lambda draft: draft.timings.vision_s)
+    )
+    values = decode["gptq-int4"] / decode["fp16"], vision["vision-int8"] / vision["fp16"]
+    return dict(zip(OTHER_METRICS[TIMED], values, strict=True))
+
+
+def _decode_token_s(draft: lite.Findings) -> float:
+    # The first token comes from the prefill; a text that ends by itself took one more step, for its end.
+    steps = draft.num_new_tokens - (draft.finish_reason == "length")
+    return draft.timings.decode_s / max(1, steps)
+
+
+# -- Command line ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A measured value beside its gate."""
+
+    name: str
+    value: Value | None  # None: it could not be measured
+    gate: Gate | None
+
+    @property
+    def verdict(self) -> str:
+        """What came of it."""
+        if self.value is None:
+            return "REGRESSION"
+        if self.gate is None:
+            return "no baseline"
+        return "pass" if self.gate.passes(self.value) else "REGRESSION"
+
+    @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """The gate, the baseline, the value, the tolerance, the verdict."""
+        if self.gate is None:
+            return self.name, "–", _shown(self.value), "–", self.verdict
+        now = _shown(self.value)
+        if isinstance(self.value, tuple) and isinstance(self.gate.baseline, tuple):
+            new, gone = _difference(self.gate.baseline, self.value)
+            now = " ".join([now, *(f"+{name}" for name in new), *(f"-{name}" for name in gone)])
+        return self.name, _shown(self.gate.baseline), now, self.gate.tolerance, self.verdict
+
+    def __str__(self) -> str:
+        """Return metric, old, new and tolerance on one line."""
+        name, old, new, tolerance, verdict = self.cells
+        return f"{verdict}: {name} was {old}, is {new}, tolerance {tolerance}"
+
+
+def _shown(value: Value | None) -> str:
+    if value is None:
+        return "failed"
+    if isinstance(value, tuple):
+        return f"{len(value)} package{'' if len(value) == 1 else 's'}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _say(text: str) -> None:
+    """Tell how far it is: the table comes at the end."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value | None]:
+    """Measure subjects of `METRICS`, each metric under the name of its gate; None where that failed.
+
+    Args:
+        subjects: what to measure.
+        artifacts: where the artifacts lie, each under its name; None exports them.
+
+    Raises:
+        WrongUseError: an artifact is not where it was said to be.
+        LiteError: the reference cannot be read.
+    """
+    studies, record = read_studies(STUDIES), read_record(RECORD)
+    needed = {name for subject in subjects for name in NEEDS.get(subject, (subject,))}
+    names = [name for name in CANDIDATES if name in needed]
+    paths = export_candidates(names, OUT) if artifacts is None else given_artifacts(names, artifacts)
+    values: dict[str, Value | None] = {}
+    for subject in subjects:
+        found: Mapping[str, Value | None] = dict.fromkeys(METRICS[subject])
+        try:
+            if subject == IMPORTS:
+                found = measure_imports(paths["fp16"], studies[0].image)
+            elif subject == TIMED:
+                found = measure_ratios(paths, studies)
+            else:
+                found = measure_artifact(paths[subject], studies, record)
+            _say(f"{subject}: measured")
+        except LiteError as error:
+            _say(f"error: {subject}: {error}")
+        values |= {f"{subject}.{metric}": value for metric, value in found.items()}
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gate",
+        description="Export the phantom model in the gated formats, measure it on the CPU, and compare with baselines.",
+        epilog="exit status: 0 pass, 1 regression (an export that fails is one), 2 wrong use, 3 no baseline, "
+        "130 interrupted.",
+    )
+    parser.add_argument(
+        "--gates", type=Path, default=GATES, metavar="F", help="the baselines (default: benchmarks/gates.toml)"
+    )
+    parser.add_argument(
+        "--artifacts", type=Path, metavar="DIR",
+        help=f"measure artifacts that lie there, named {', '.join(CANDIDATES)} (default: export them anew)",
+    )  # fmt: skip
+    exact = [*CANDIDATES, IMPORTS]
+    parser.add_argument(
+        "--only", nargs="+", choices=exact, default=exact, metavar="NAME", help=f"only these: {', '.join(exact)}"
+    )
+    parser.add_argument("--timed", action="store_true", help="the ratios of times, too")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write the gates and their values to a file")
+    parser.add_argument("--update", action="store_true", help="put what is measured into the gates file, as baselines")
+    return parser
+
+
+def _json(judged: Sequence[Judged], command: str) -> dict[str, Any]:
+    rows = [
+        {
+            "name": entry.name,
+            "baseline": to_json(entry.gate.baseline) if entry.gate else None,
+            "value": to_json(entry.value),
+            "tolerance": entry.gate.tolerance if entry.gate else None,
+            "verdict": entry.verdict,
+        }
+        for entry in judged
+    ]
+    return {"gates": rows, "machine": machine(), "versions": versions(), "command": command}
+
+
+def _run(arguments: argparse.Namespace, command: str) -> int:
+    gates = read_gates(arguments.gates)
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise WrongUseError(f"{arguments.json}: got no such folder · expected one to write to · make it first")
+    if not RECORD.is_file():
+        msg = f"{RECORD}: got no such file · expected the fp16 reference record · check out the whole repository"
+        raise NoBaselineError(msg)
+    subjects = [subject for subject in METRICS if subject in arguments.only or (subject == TIMED and arguments.timed)]
+    values = measure(subjects, arguments.artifacts)
+    if arguments.update:
+        changes = update_baselines(arguments.gates, values)
+        sys.stdout.write("".join(f"{line}\n" for line in changes or ["no baseline changed"]) + "\n")
+        gates = read_gates(arguments.gates)
+    judged = [Judged(name=name, value=value, gate=gates.get(name)) for name, value in values.items()]
+    _print(judged)
+    if arguments.json is not None:
+        arguments.json.write_text(f"{json.dumps(_json(judged, command), indent=1)}\n", encoding="utf-8")
+    verdicts = {entry.verdict for entry in judged}
+    return EXIT_REGRESSION if "REGRESSION" in verdicts else EXIT_NO_BASELINE if "no baseline" in verdicts else 0
+
+
+def _print(judged: Sequence[Judged]) -> None:
+    table = markdown_table(("gate", "baseline", "now", "tolerance", "verdict"), [entry.cells for entry in judged])
+    failing = "".join(f"{entry}\n" for entry in judged if entry.verdict != "pass")
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    sys.stdout.write(f"{table}\n\n{failing}machine: {machine()}\nversions: {found}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    command = shlex.join(["python", "-m", "benchmarks", "gate", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        return _run(arguments, command)
+    except LiteError as error:
+        _say(f"error: {error}")
+        return {NoBaselineError: EXIT_NO_BASELINE, WrongUseError: EXIT_WRONG_USE}.get(type(error), EXIT_REGRESSION)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,412 @@
+"""`python -m benchmarks peers`, on a model of a few thousand weights: the engines that are installed, and those not.
+
+llama.cpp lives in an environment of its own; where there is none, its rows say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from benchmarks.peers import hugging_face, lite_decoder, main, measure
+from benchmarks.peers.engine import Engine
+from benchmarks.peers.engines import PEERS_PYTHON, REFERENCE, SPECS
+from benchmarks.peers.lite_decoder import LiteEngine, TinygemmLinear, round_to_groups
+from benchmarks.peers.llamacpp import gguf_name
+from benchmarks.peers.measure import Depth, NoRow, Row, Runner, Setting, groups, needed_bytes
+from benchmarks.peers.report import Line, estimate, format_report
+from benchmarks.peers.weights import Model
+from benchmarks.synthetic import Widths
+from lite.bench.measure import quantiles
+from lite.bench.results import Missing
+from lite.errors import LiteError
+
+WIDTHS = Widths(hidden_size=128, intermediate_size=256, num_attention_heads=2, vocab_size=256)
+TINY = ("--widths", "128", "256", "2", "256", "--layers", "2", "--prompt-tokens", "24", "--new-tokens", "5")
+QUICK = (*TINY, "--rounds", "2", "--threads", "1")
+SPEC = {spec.name: spec for spec in SPECS}
+
+
+def tiny_model(layers: int = 2) -> Model:
+    return Model(config=WIDTHS.llama_config(layers), shapes=WIDTHS.base_shapes(layers), seed=0, max_seq_len=40)
+
+
+def tiny_setting(**changes: Any) -> Setting:
+    values: dict[str, Any] = {
+        "model": tiny_model(),
+        "num_prompt_tokens": 24,
+        "num_new_tokens": 5,
+        "rounds": 2,
+        "threads": 1,
+        "limit_s": 30.0,
+        "device": "cpu",
+        "peers_python": PEERS_PYTHON,
+    }
+    return Setting(**(values | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurried() -> Iterator[None]:
+    """Leave out what is only there for true times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_SETTLE_S", 0.0)
+        # What an engine sets in its own process is undone here.
+        patch.setattr("os.environ", dict(os.environ))
+        yield
+
+
+class Ran:
+    """One run of the command: exit status, table, and the rows of its JSON document."""
+
+    def __init__(self, out: Path, *arguments: str) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            self.status = main([*QUICK, *arguments, "--json", str(out)])
+        self.table = printed.getvalue()
+        self.document = json.loads(out.read_text(encoding="utf-8"))
+        self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in self.document["rows"]}
+
+    def cells(self, name: str) -> list[str]:
+        """Return an engine's row in the first table."""
+        line = next(line for line in self.table.splitlines() if line.startswith(f"| {name} "))
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+MEASURED = ["lite dense", "lite gptq-int4", "bitsandbytes nf4", "tinygemm int4"]
+LLAMA_CPP = ["llama.cpp Q4_0", "llama.cpp Q8_0 flash"]
+ABSENT = ["transformers float16", "gemlite int4"]
+LINEARS, HEAD, NORMS = 2 * (4 * 128 * 128 + 3 * 128 * 256), 128 * 256, 5 * 128
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    out = tmp_path_factory.mktemp("ran") / "peers.json"
+    return Ran(out, "--device", "cpu", "--engines", *MEASURED, *LLAMA_CPP, *ABSENT)
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """One engine dies in a round, one computes something else, one is not installed, and no prefill is worth it."""
+    ask = measure.Worker.ask
+
+    def die_in_a_round(self: measure.Worker, what: str, **arguments: Any) -> dict[str, Any]:
+        if what == "round" and self.about["computes_in"].startswith("bfloat16"):
+            self._process.send_signal(signal.SIGSEGV)
+        return ask(self, what, **arguments)
+
+    wrong = dataclasses.replace(SPEC["lite gptq-int4"], max_difference=0.01)
+    absent = dataclasses.replace(SPEC["llama.cpp Q8_0"], packages=("no-such-engine",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure.Worker, "ask", die_in_a_round)
+        patch.setattr(measure, "measured_bandwidth", lambda _: 1e9)
+        patch.setattr("benchmarks.peers.command.SPECS", (REFERENCE, SPEC["tinygemm int4"], wrong, absent))
+        out = tmp_path_factory.mktemp("troubled") / "peers.json"
+        return Ran(out, "--limit-s", "1e-9", "--engines", "tinygemm int4", wrong.name, absent.name)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_engines_are_measured_or_have_a_reason(ran: Ran) -> None:
+    assert ran.status == 0
+    assert list(ran.rows) == [spec.name for spec in SPECS if spec.name in {*MEASURED, *LLAMA_CPP, *ABSENT}]
+    assert [name for name in MEASURED if "why" in ran.rows[name]] == []
+    for name in ABSENT:
+        assert ran.cells(name)[:3] == [name, "needs a CUDA GPU", "–"]
+    for name in LLAMA_CPP:
+        here = PEERS_PYTHON.exists()
+        assert here or ran.cells(name)[1].endswith("not installed: make peers")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_figures_are_of_the_size_they_must_have(ran: Ran, name: str) -> None:
+    row = ran.rows[name]
+    assert (row["decode"]["count"], row["prefill"]["count"]) == (2 * 5, 2)
+    for times in (row["decode"], row["prefill"]):
+        assert 0 < times["p20"] <= times["p50"] <= times["p80"] < 5
+    assert row["shallow"]["num_layers"] == 0
+    assert row["bandwidth"] > 1e8
+    assert 1e8 < row["peak_bytes"] < 2e9
+    # One token was decoded before the five that are timed: the third of these attends over 24 + 1 + 3.
+    assert row["cache_bytes"] == 2 * 2 * 128 * 4 * 28
+    assert all(float(cell.replace(",", "")) > 0 for cell in ran.cells(name)[3:5])
+
+
+def test_weights_are_counted_as_they_are_stored(ran: Ran) -> None:
+    rest = 4 * (HEAD + NORMS)
+    counted = {name: ran.rows[name]["weight_bytes"] - rest for name in MEASURED}
+    assert counted["lite dense"] == 4 * LINEARS
+    assert counted["lite gptq-int4"] == LINEARS // 2 + LINEARS // 128 * 2
+    assert counted["tinygemm int4"] == LINEARS // 2 + LINEARS // 128 * 4
+    # A code for every magnitude of 64, and tables.
+    assert LINEARS // 2 + LINEARS // 64 < counted["bitsandbytes nf4"] < LINEARS
+
+
+def test_the_document_says_what_the_figures_depend_on(ran: Ran) -> None:
+    document = ran.document
+    assert document["setting"]["threads"] == 1
+    assert document["setting"]["model"]["config"]["hidden_size"] == 128
+    assert {"torch", "transformers", "bitsandbytes"} <= document["versions"].keys()
+    assert document["command"].startswith("python -m benchmarks peers --widths 128")
+    assert f"- Command: `{document['command']}`." in ran.table
+    assert document["machine"] in ran.table
+    assert "modelled_32_layers" in ran.rows["lite dense"]
+    del document["command"]
+    assert str(ROOT) not in json.dumps(document)
+
+
+def test_engines_compute_the_same_but_for_rounding(ran: Ran) -> None:
+    assert ran.rows["lite dense"]["difference"] == 0
+    for name in ("lite gptq-int4", "tinygemm int4", "bitsandbytes nf4"):
+        assert 0.02 < ran.rows[name]["difference"] < 0.25, name
+
+
+@pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="no build/peers-venv: make peers")
+def test_llama_cpp_reads_the_file_written_for_it(ran: Ran) -> None:
+    for name, most in zip(LLAMA_CPP, (0.25, 0.05), strict=True):
+        assert 1e-3 < ran.rows[name]["difference"] < most
+        assert ran.rows[name]["shallow"]["num_layers"] == 1
+    assert ran.rows["llama.cpp Q4_0"]["weight_bytes"] == LINEARS // 32 * 18 + HEAD // 32 * 34 + 4 * NORMS
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_dies_is_told_of_and_the_rest_goes_on(troubled: Ran) -> None:
+    assert troubled.status == 1
+    assert "- tinygemm int4 failed: its process ended with signal 11" in troubled.table
+    assert troubled.cells("tinygemm int4")[1] == "failed: see below"
+    assert troubled.rows["lite dense"]["decode"]["p50"] > 0
+
+
+def test_no_times_of_an_engine_that_computes_something_else(troubled: Ran) -> None:
+    assert "- lite gptq-int4 failed: got logits that differ from those of lite dense by 0." in troubled.table
+    assert set(troubled.cells("lite gptq-int4")[1:]) == {"failed: see below", "–"}
+
+
+def test_what_is_not_installed_is_no_failure(troubled: Ran, ran: Ran) -> None:
+    assert troubled.cells("llama.cpp Q8_0")[1] == "no-such-engine not installed: make peers"
+    assert not troubled.rows["llama.cpp Q8_0"]["failed"]
+    assert ran.status == 0
+
+
+def test_a_prefill_beyond_the_limit_is_not_waited_for(troubled: Ran) -> None:
+    row = troubled.rows["lite dense"]
+    assert row["prefill"]["why"].startswith("slower than 1e-09 s, probe of 24 tokens: ")
+    assert row["decode"]["count"] == 2 * measure.MIN_NEW_TOKENS
+    assert "¹ lite dense: prefill slower than 1e-09 s" in troubled.table
+    # The cache is as long as after a prefill.
+    assert row["cache_bytes"] == 2 * 2 * 128 * 4 * 27
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--widths", "100", "256", "2", "256"], "multiples of 128"),
+        (["--widths", "128", "256", "3", "256"], "multiples of 128"),
+        (["--prompt-tokens", "4090"], "at most 4096"),
+        (["--engines", "vllm"], "invalid choice: 'vllm'"),
+        (["--limit-s", "0"], "seconds above 0"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_runs(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_workers() -> None:
+    command = [sys.executable, "-m", "benchmarks.peers", *TINY, "--rounds", "100000", "--engines", REFERENCE.name]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stderr is not None
+        assert any(line.startswith("round 1") for line in process.stderr)
+        workers = children(process.pid)
+        assert workers
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    return [int(child) for child in listed.split()]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_depend_on_seed_and_name_alone() -> None:
+    shallow, deep = tiny_model(1), tiny_model(2)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    other = name.replace("q_proj", "k_proj")
+    assert np.array_equal(shallow.tensor(name), deep.tensor(name))
+    assert not np.array_equal(deep.tensor(name), deep.tensor(other))
+    assert not np.array_equal(deep.tensor(name), dataclasses.replace(deep, seed=1).tensor(name))
+    assert deep.tensor(name).std() == pytest.approx(128**-0.5, rel=0.05)
+
+
+def test_tinygemm_multiplies_with_the_integers_of_gptq() -> None:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    values, scales = round_to_groups(weight)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rounded = values.float().view(256, 2, 128) * scales.bfloat16().float().unsqueeze(-1)
+    expected = x.float() @ rounded.flatten(1).T
+    product = TinygemmLinear(weight)(x).float()
+    assert float((product - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    assert float((rounded.flatten(1) - weight).abs().max()) < 0.6 * float(scales.max())
+
+
+def logits_of(engine: Engine) -> torch.Tensor:
+    """Put a short text through an engine, as the workers' check does."""
+    engine.start(2)
+    found = [engine.prefill([1, 2, 3, 4]), engine.decode_one_token(5), engine.decode_one_token(6)]
+    return torch.stack([torch.as_tensor(logits).clone() for logits in found])
+
+
+def difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((logits - reference).square().mean().sqrt() / reference.square().mean().sqrt())
+
+
+@pytest.fixture(scope="module")
+def dense() -> torch.Tensor:
+    return logits_of(lite_engine("dense"))
+
+
+def lite_engine(form: str, layers: int = 2) -> LiteEngine:
+    threads = torch.get_num_threads()
+    return lite_decoder.build(form, tiny_model(layers), device="cpu", threads=threads, folder=Path())
+
+
+def test_the_swapped_decoder_is_near_the_one_with_gptq() -> None:
+    assert difference(logits_of(lite_engine("tinygemm")), logits_of(lite_engine("gptq-int4"))) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("form", "least", "most", "weight_bytes"),
+    [
+        ("float32", 0, 1e-5, 4 * (HEAD + NORMS + LINEARS)),
+        ("bfloat16", 1e-3, 0.03, 2 * (HEAD + NORMS + LINEARS)),
+        ("nf4", 0.02, 0.25, None),
+        # Integers, a float32 for each of a layer's 1152 outputs, and a byte for each of 14 layouts.
+        ("int8", 1e-3, 0.05, 4 * (HEAD + NORMS) + LINEARS + 2 * 4 * 1152 + 14),
+    ],
+)
+def test_transformers_compute_the_same_but_for_rounding(
+    form: str, least: float, most: float, weight_bytes: int | None, dense: torch.Tensor
+) -> None:
+    threads = torch.get_num_threads()
+    engine = hugging_face.build(form, tiny_model(), device="cpu", threads=threads, folder=Path())
+    assert least <= difference(logits_of(engine), dense) < most
+    assert weight_bytes is None or engine.weight_bytes == weight_bytes
+    # A cache that was filled is a cache of that length: the next token attends over it.
+    engine.start(2)
+    engine.fill(24)
+    filled = engine.decode_one_token(5)
+    assert engine.position == int(engine.cache.get_seq_length()) == 25
+    engine.start(2)
+    assert difference(filled, engine.prefill([5])) > 0.05
+
+
+def test_fewer_layers_are_the_first_ones() -> None:
+    """The depth that tells what a layer costs has to be a real model, and the whole one comes back after it."""
+    deep, shallow = lite_engine("dense", 2), lite_engine("dense", 1)
+    for engine in (deep, shallow):
+        engine.start(1)
+    assert torch.equal(deep.prefill([7, 8, 9]), shallow.prefill([7, 8, 9]))
+    whole = lite_engine("dense", 2)
+    for engine in (deep, whole):
+        engine.start(2)
+    assert torch.equal(deep.prefill([7, 8, 9]), whole.prefill([7, 8, 9]))
+
+
+def test_gguf_names_leave_out_the_layers_above() -> None:
+    names = [gguf_name(name, 1) for name in tiny_model(2).shapes]
+    assert [name for name in names if name is not None and name.startswith("blk.")] == [
+        f"blk.0.{part}.weight"
+        for part in (
+            "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm",
+        )
+    ]  # fmt: skip
+    assert {"token_embd.weight", "output_norm.weight", "output.weight"} <= set(names)
+
+
+def row(*, decode_s: float, shallow: Depth, prefill_s: float | None = None) -> Row:
+    return Row(
+        name="engine",
+        versions={},
+        computes_in="float32",
+        difference=0.0,
+        weight_bytes=3_000_000_000,
+        cache_bytes=1_000_000_000,
+        prefill=Missing(why="too slow") if prefill_s is None else quantiles([prefill_s]),
+        decode=quantiles([decode_s] * 10),
+        shallow=shallow,
+        bandwidth=80e9,
+        peak_bytes=None,
+        turns=("engine",),
+    )
+
+
+def test_the_model_of_32_layers_is_a_straight_line() -> None:
+    shallow = Depth(num_layers=1, prefill_s=0.4, decode_s=0.03)
+    found = estimate(row(decode_s=0.07, shallow=shallow, prefill_s=1.0), 3)
+    assert isinstance(found.decode, Line)
+    assert (found.decode.layer_s, found.decode.rest_s) == (pytest.approx(0.02), pytest.approx(0.01))
+    assert found.decode.modelled_s == pytest.approx(0.01 + 32 * 0.02)
+    assert isinstance(found.prefill, Line)
+    assert found.prefill.modelled_s == pytest.approx(0.1 + 32 * 0.3)
+    noisy = estimate(row(decode_s=0.02, shallow=shallow), 3)
+    assert isinstance(noisy.decode, Missing)
+    assert isinstance(noisy.prefill, Missing)
+    assert isinstance(estimate(row(decode_s=0.07, shallow=shallow), 1).decode, Missing)
+
+
+def test_modelled_figures_look_different_from_measured_ones() -> None:
+    shallow = Depth(num_layers=0, prefill_s=0.0, decode_s=0.01)
+    gone = NoRow(name="gone", why="not installed", failed=False)
+    done = row(decode_s=0.05, shallow=shallow, prefill_s=2.0)
+    text = format_report([done, gone], tiny_setting(rounds=1))
+    _, measured, _, modelled = (line for line in text.splitlines() if line.startswith("| engine "))
+    cells = [cell.strip() for cell in measured.strip("|").split("|")]
+    # 4 GB in 50 ms are 80 GB/s, all that there is; 24 tokens in 2 s.
+    assert cells[3:9] == ["4,000", "50", "50–50", "80", "100%", "12"]
+    assert "~" not in measured
+    cells = [cell.strip() for cell in modelled.strip("|").split("|")]
+    assert cells[1:5] == ["20", "10", "~650", "~1.54"]
+    assert cells[5:] == ["1", "0", "~32"]
+
+
+def test_engines_share_rounds_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting, specs = tiny_setting(), [spec for spec in SPECS if spec.module == "lite_decoder"]
+    monkeypatch.setattr(measure, "free_memory", lambda _: 1e12)
+    assert groups(specs, setting) == [specs]
+    for_three = 4.1 * needed_bytes(REFERENCE, setting.model) / measure._MEMORY_SHARE
+    monkeypatch.setattr(measure, "free_memory", lambda _: for_three)
+    assert [len(group) for group in groups(specs, setting)] == [3, 1]
+    monkeypatch.setattr(measure, "free_memory", lambda _: 0.0)
+    assert groups(specs, setting) == [[spec] for spec in specs]
+
+
+def test_a_reference_that_fails_stops_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Runner:
+        raise LiteError("out of memory")
+
+    monkeypatch.setattr(measure, "Runner", fail)
+    with pytest.raises(LiteError, match="lite dense: out of memory"):
+        list(measure.measure([SPEC["tinygemm int4"]], tiny_setting()))
