@@ -28,7 +28,7 @@ from benchmarks.peers.engines import PEERS_PYTHON, REFERENCE, SPECS
 from benchmarks.peers.lite_decoder import LiteEngine, TinygemmLinear, round_to_groups
 from benchmarks.peers.llamacpp import gguf_name
 from benchmarks.peers.measure import Depth, NoRow, Row, Runner, Setting, groups, needed_bytes
-from benchmarks.peers.report import Line, estimate, format_report
+from benchmarks.peers.report import Line, estimate, format_report, prefill_flop
 from benchmarks.peers.weights import Model
 from benchmarks.synthetic import Widths
 from lite.bench.measure import quantiles
@@ -357,6 +357,7 @@ def row(*, decode_s: float, shallow: Depth, prefill_s: float | None = None) -> R
         prefill=Missing(why="too slow") if prefill_s is None else quantiles([prefill_s]),
         decode=quantiles([decode_s] * 10),
         shallow=shallow,
+        skips_last_mlp=False,
         bandwidth=80e9,
         peak_bytes=None,
         turns=("engine",),
@@ -364,21 +365,37 @@ def row(*, decode_s: float, shallow: Depth, prefill_s: float | None = None) -> R
 
 
 def test_the_model_of_32_layers_is_a_straight_line() -> None:
-    shallow = Depth(num_layers=1, prefill_s=0.4, decode_s=0.03)
+    shallow = Depth(num_layers=1, prefill=quantiles([0.4]), decode=quantiles([0.03]))
     found = estimate(row(decode_s=0.07, shallow=shallow, prefill_s=1.0), 3)
     assert isinstance(found.decode, Line)
     assert (found.decode.layer_s, found.decode.rest_s) == (pytest.approx(0.02), pytest.approx(0.01))
     assert found.decode.modelled_s == pytest.approx(0.01 + 32 * 0.02)
     assert isinstance(found.prefill, Line)
     assert found.prefill.modelled_s == pytest.approx(0.1 + 32 * 0.3)
+    # llama.cpp's last layer costs less than the others: a negative rest is no noise.
+    cheap_last = estimate(
+        row(decode_s=0.07, shallow=dataclasses.replace(shallow, prefill=quantiles([0.3])), prefill_s=1.7), 3
+    )
+    assert isinstance(cheap_last.prefill, Line)
+    assert cheap_last.prefill.modelled_s == pytest.approx(0.3 + 31 * 0.7)
     noisy = estimate(row(decode_s=0.02, shallow=shallow), 3)
     assert isinstance(noisy.decode, Missing)
     assert isinstance(noisy.prefill, Missing)
     assert isinstance(estimate(row(decode_s=0.07, shallow=shallow), 1).decode, Missing)
 
 
+def test_what_an_engine_leaves_out_is_no_operation_of_its_prefill() -> None:
+    shallow = Depth(num_layers=1, prefill=quantiles([0.4]), decode=quantiles([0.03]))
+    whole = row(decode_s=0.07, shallow=shallow, prefill_s=1.0)
+    less = dataclasses.replace(whole, skips_last_mlp=True)
+    assert prefill_flop(whole, tiny_setting()) == 2 * LINEARS * 24
+    assert prefill_flop(less, tiny_setting()) == 2 * (LINEARS - 3 * 128 * 256) * 24
+    assert "flatters" in format_report([less], tiny_setting())
+    assert "flatters" not in format_report([whole], tiny_setting())
+
+
 def test_modelled_figures_look_different_from_measured_ones() -> None:
-    shallow = Depth(num_layers=0, prefill_s=0.0, decode_s=0.01)
+    shallow = Depth(num_layers=0, prefill=quantiles([0.0]), decode=quantiles([0.01]))
     gone = NoRow(name="gone", why="not installed", failed=False)
     done = row(decode_s=0.05, shallow=shallow, prefill_s=2.0)
     text = format_report([done, gone], tiny_setting(rounds=1))
@@ -388,8 +405,19 @@ def test_modelled_figures_look_different_from_measured_ones() -> None:
     assert cells[3:9] == ["4,000", "50", "50–50", "80", "100%", "12"]
     assert "~" not in measured
     cells = [cell.strip() for cell in modelled.strip("|").split("|")]
-    assert cells[1:5] == ["20", "10", "~650", "~1.54"]
-    assert cells[5:] == ["1", "0", "~32"]
+    assert cells[1:5] == ["20", "10", "~650 (650–650)", "~1.54"]
+    assert cells[5:] == ["1", "0", "~32 (32–32)"]
+
+
+def test_the_model_shows_how_much_noise_it_amplifies() -> None:
+    seconds = [0.04, 0.05, 0.06]
+    deep = row(decode_s=0.0, shallow=Depth(num_layers=1, prefill=None, decode=quantiles([0.03, 0.04, 0.05])))
+    found = estimate(dataclasses.replace(deep, decode=quantiles(seconds)), 2).decode
+    assert isinstance(found, Line)
+    # p20 and p80 are 6 ms from the medians: 10 ms a layer may be none, or 22.
+    assert found.modelled_s == pytest.approx(0.05 + 30 * 0.01)
+    assert found.low_s == pytest.approx(0.044)
+    assert found.high_s == pytest.approx(0.056 + 30 * 0.022)
 
 
 def test_engines_share_rounds_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
