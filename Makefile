@@ -57,6 +57,18 @@ interop: $(STAMP) $(INTEROP_STAMP)  ## let transformers and gptqmodel read expor
 	done
 	@$(INTEROP_VENV)/bin/python -I benchmarks/interop.py $(INTEROP:%=build/interop/%)
 
+PEERS_VENV := build/peers-venv
+PEERS_STAMP := $(PEERS_VENV)/.installed
+
+peers: $(STAMP) $(PEERS_STAMP)  ## time other engines at the same shapes: make peers ARGS="--layers 4"
+	@$(BIN)/python -m benchmarks peers $(ARGS)
+
+$(PEERS_STAMP): benchmarks/peers-requirements.txt
+	@test -x $(PEERS_VENV)/bin/python && $(PEERS_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
+	@echo "Building llama.cpp into $(PEERS_VENV) (takes a C++ compiler, and a quarter of an hour on 2 cores) ..."
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/peers-requirements.txt
+	@touch $@
+
 $(INTEROP_STAMP): benchmarks/interop-requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: got $$($(PYTHON) --version) · expected Python 3.11 or newer for the peers · name another one: make interop PYTHON=python3.12"; exit 1; }
 	@test -x $(INTEROP_VENV)/bin/python && $(INTEROP_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(INTEROP_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _VISION_HELD: Final = {"fp32": 1.5, "fp16": 2.4, "int8": 2.0}  # of the bytes of the file: see _vision_bytes
+FIRST_USE_BYTES: Final = 110 << 20
+"""What the packages add on a CPU when they are first used: ONNX Runtime itself and its threads, torch's tables of
+operators, the tokenizer. Measured with the phantom model, whose weights are small beside it (torch 2.13, ONNX Runtime
+1.32, November 2026)."""
 PROMPT_TEXT_TOKENS: Final = 128
 """What a plan allows for the words of a prompt: the fixed ones are 55 to 70, a reason of two sentences some 40 more."""
 
@@ -35,7 +39,7 @@ class MemoryPlan:
 
     batch_size: int
     max_seq_len: int  # places of a study's cache
-    libraries_bytes: int  # what the process has resident before: Python and its packages; 0 for a GPU
+    libraries_bytes: int  # Python and its packages; 0 for a GPU
     decoder_bytes: int  # the decoder's weights, as they lie in memory
     vision_bytes: int  # tower and projector; 0 where they are on another device
     cache_bytes: int
@@ -89,7 +93,7 @@ def plan_memory(
         batch_size: studies at a time.
         num_prompt_tokens: places of the longest prompt, the image's included; None allows PROMPT_TEXT_TOKENS words.
         max_new_tokens: None takes the artifact's.
-        libraries_bytes: what the process has resident already, where that counts: on a CPU.
+        libraries_bytes: what the process has resident already, torch imported; left out on a GPU.
     """
     manifest, config = artifact.manifest, artifact.decoder_config()
     on_cpu = device.startswith("cpu")
@@ -100,7 +104,7 @@ def plan_memory(
     return MemoryPlan(
         batch_size=batch_size,
         max_seq_len=max_seq_len,
-        libraries_bytes=libraries_bytes,
+        libraries_bytes=libraries_bytes + FIRST_USE_BYTES if on_cpu else 0,
         decoder_bytes=decoder_bytes(config, itemsize=itemsize),
         # ONNX Runtime's memory is its own: torch's allocator, whose peak a GPU's plan is about, does not see it.
         vision_bytes=vision_bytes if on_cpu else 0,

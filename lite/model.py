@@ -490,8 +490,7 @@ def load(
         raise LiteError(msg)
     target = check_device(device)
     if limit is not None:
-        resident = (rss_bytes() or 0) if target == "cpu" else 0
-        plan = plan_memory(artifact, device=target, dtype=dtype, libraries_bytes=resident)
+        plan = plan_memory(artifact, device=target, dtype=dtype, libraries_bytes=rss_bytes() or 0)
         check_memory(plan, limit, what=str(artifact.path))
     vision = VisionEncoder(artifact, device=target)
     decoder = load_decoder(artifact, device=target, dtype=dtype)

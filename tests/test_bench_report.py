@@ -59,6 +59,7 @@ MODELLED = ModelledTable(
         ("V100 16GB", "~0.37 s", "~7.76 ms", "~129 tok/s", "~5.93 GiB", "yes"),
     ),
     note="Each stage at 60 % of the card's bandwidth or 50 % of its peak.",
+    figures=[],
 )
 
 

@@ -276,7 +276,7 @@ class _Planner:
             batch_size=batch_size,
             num_prompt_tokens=max(findings.num_prompt_tokens for findings in self.runs),
             max_new_tokens=self.options.max_new_tokens,
-            libraries_bytes=self.libraries_bytes if device == "cpu" else 0,
+            libraries_bytes=self.libraries_bytes,
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from lite.artifact import NOTICE
 from lite.bench.columns import (
@@ -60,6 +60,7 @@ class ModelledTable:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]  # each as long as the header
     note: str  # by what they are modelled
+    figures: Any  # the same for programs: what JSON can hold
 
 
 def check_packages() -> None:

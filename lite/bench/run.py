@@ -9,6 +9,7 @@ that says so, and the next one runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -79,6 +80,8 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
             rows.append(_judged(measured, record, reports, job.clinical))
         except LiteError as error:
             rows.append(FailedRow(name=name, path=str(path), error=str(error)))
+    with contextlib.suppress(ImportError):
+        import torch  # noqa: F401 - `machine` asks it for the GPU, if it is there
     reference_quality: ReportQuality | Missing = NO_REFERENCE
     if record is not None:
         reference_quality = against_reports(reports, _drafts_of(record), job.clinical)

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lite.artifact import load_artifact
 from lite.bench.columns import Cell, Group, artifact_columns, cost_columns, number, result_columns, text_columns
@@ -16,6 +16,9 @@ from lite.bench.results import Bench, Missing, Row, Throughput
 from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, modelled_rows, roofline_table, v100_entry
 from lite.errors import LiteError
 from lite.memory import shown_bytes
+
+SMALLEST_MODELLED: Final = 1 << 28
+"""Bytes of a decoder from which on bytes and FLOP tell its time on a GPU."""
 
 
 def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
@@ -34,17 +37,28 @@ def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
 
 
 def modelled_tables(bench: Bench) -> tuple[ModelledTable, ...]:
-    """Return what other cards may do with each artifact, and for 7B what is known of the V100."""
+    """Return what other cards may do with each artifact, and for 7B what is known of the V100.
+
+    Not for a decoder as small as the demo's: what a card needs to start its kernels is all that such a one takes.
+    """
     tables: list[ModelledTable] = []
     seven_billion = False
     for row in bench.rows:
-        if isinstance(row, Row):
+        if isinstance(row, Row) and row.plan.decoder_bytes >= SMALLEST_MODELLED:
             artifact = load_artifact(row.path)
             tokens = max(1, round(row.tokens_per_study))
             models = modelled_rows(artifact, num_prompt_tokens=row.num_prompt_tokens, num_new_tokens=tokens)
             header, *lines = roofline_table(models)
             caption = f"{row.name} on other cards, modelled: {row.num_prompt_tokens} + {tokens} tokens"
-            tables.append(ModelledTable(caption=caption, header=header, rows=tuple(lines), note=MODELLED_NOTE))
+            tables.append(
+                ModelledTable(
+                    caption=caption,
+                    header=header,
+                    rows=tuple(lines),
+                    note=MODELLED_NOTE,
+                    figures=[model.to_json() for model in models],
+                )
+            )
             config = artifact.decoder_config()
             seven_billion |= (config.hidden_size, config.num_hidden_layers) == (4096, 32)
     if seven_billion and isinstance(entry := v100_entry(), ReferenceCard):
@@ -62,6 +76,7 @@ def _reference_card(entry: ReferenceCard) -> ModelledTable:
         header=("figure", "value", "kind", "source or formula"),
         rows=tuple(lines),
         note=" ".join(entry.notes),
+        figures=entry.to_json(),
     )
 
 
@@ -162,7 +177,8 @@ def write_json(bench: Bench, modelled: Sequence[ModelledTable], path: Path) -> N
     Raises:
         LiteError: the file cannot be written.
     """
-    document = to_json(bench) | {"modelled": to_json(list(modelled))}
+    document = to_json(bench)
+    document["modelled"] = [{"caption": table.caption, "figures": to_json(table.figures)} for table in modelled]
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
