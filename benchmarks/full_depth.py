@@ -31,6 +31,7 @@ from benchmarks.quantisation import measured_run
 from benchmarks.synthetic import MAX_LAYERS, NAME, write_checkpoint
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table
+from lite.console import positive
 from lite.errors import LiteError
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -141,9 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--decoder", choices=DECODERS, default="gptq-int4", help="its format (default: %(default)s)")
     parser.add_argument("--vision", choices=("fp32", "fp16", "int8"), default="fp32", help="the tower's (fp32)")
-    parser.add_argument("--runs", type=int, default=4, metavar="N", help="studies of each depth (default: %(default)s)")
     parser.add_argument(
-        "--new-tokens", type=int, default=16, metavar="N", help="tokens of a text (default: %(default)s)"
+        "--runs", type=positive, default=4, metavar="N", help="studies of each depth (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=positive, default=16, metavar="N", help="tokens of a text (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the lines as JSON")

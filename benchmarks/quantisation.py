@@ -29,12 +29,12 @@ from benchmarks.phantom.loss import (
     Reference,
     loss_cells,
     measure_loss,
-    positive,
     take_reference,
 )
 from benchmarks.phantom.write import write_studies
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
+from lite.console import positive
 from lite.errors import LiteError
 
 ROOT = Path(__file__).resolve().parent.parent

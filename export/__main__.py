@@ -21,6 +21,7 @@ from export.settings import (
     TokenWeights,
 )
 from lite.config import DecoderFormat, VisionFormat
+from lite.console import positive
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
@@ -154,14 +155,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.add_argument(
         "--verify-studies",
-        type=_positive,
+        type=positive,
         default=DEFAULTS.verify_studies,
         metavar="N",
         help="how many (default: %(default)s)",
     )
     parity.add_argument(
         "--verify-tokens",
-        type=_positive,
+        type=positive,
         default=DEFAULTS.verify_tokens,
         metavar="N",
         help="findings tokens scored in each (default: %(default)s)",
@@ -188,7 +189,7 @@ def _add_gptq(parser: argparse.ArgumentParser) -> None:
     )
     gptq.add_argument(
         "--calibration-studies",
-        type=_positive,
+        type=positive,
         default=defaults.calibration_studies,
         metavar="N",
         help="how many, spread over the list (default: %(default)s)",
@@ -256,15 +257,7 @@ def _token_weights(text: str) -> TokenWeights | None:
 
 
 def _count(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    """Read an argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        msg = f"got {text!r}, expected a whole number from 1"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
+    return 0 if text == "0" else positive(text)
 
 
 def _summary(artifact: Artifact) -> str:

@@ -7,15 +7,14 @@ one line on stderr), 2 wrong use, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from lite._version import __version__
 from lite.artifact import load_artifact
+from lite.console import EXIT_FAILED, positive, run_command, say
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
@@ -24,31 +23,11 @@ if TYPE_CHECKING:
     from lite.artifact import Artifact
     from lite.model import Findings, FindingsModel, FindingsStream
 
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
-EXIT_BROKEN_PIPE: Final = 141  # what a shell reports for a program that SIGPIPE ended
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter the terminal cannot show must not end the run
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except LiteError as error:
-        _say(f"error: {error}")
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    return status
+    return run_command(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,12 +60,12 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument(
         "--batch-size",
         metavar="N",
-        type=_positive,
+        type=positive,
         default=1,
         help="films that go through the decoder together: faster, more memory, text only when all are done (default 1)",
     )
     generate.add_argument(
-        "--max-new-tokens", metavar="N", type=_positive, help="stop after N tokens (default: the artifact's)"
+        "--max-new-tokens", metavar="N", type=positive, help="stop after N tokens (default: the artifact's)"
     )
     generate.add_argument(
         "--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is)"
@@ -124,7 +103,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     model.prompt.encode(arguments.reason, query=arguments.query)
     if arguments.json:
         return _print_json(model, arguments)
-    _say(f"note: {model.notice}")
+    say(f"note: {model.notice}")
     if arguments.batch_size == 1:
         return _print_streams(model, arguments)
     return _print_texts(model, arguments)
@@ -267,35 +246,20 @@ def _print_heading(image: str, arguments: argparse.Namespace) -> None:
 
 def _note_cut(findings: Findings | None) -> None:
     if findings is not None and findings.finish_reason == "length":
-        _say(
-            f"note: the text was cut after {findings.num_new_tokens} tokens (--max-new-tokens, or the context is full)"
-        )
+        say(f"note: the text was cut after {findings.num_new_tokens} tokens (--max-new-tokens, or the context is full)")
 
 
 def _report(image: str, error: LiteError) -> int:
     """Say on one line what is wrong with a film; return the exit status it leads to."""
     text = str(error)
     named = text.startswith((f"{image}:", f"{Path(image)}:"))
-    _say(f"error: {text if named else f'{image}: {text}'}")
+    say(f"error: {text if named else f'{image}: {text}'}")
     return EXIT_FAILED
 
 
 def _print(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
-
-
-def _positive(text: str) -> int:
-    """Read an argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        msg = f"got {text!r}, expected a whole number from 1"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
 
 
 if __name__ == "__main__":

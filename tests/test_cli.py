@@ -165,7 +165,7 @@ def one_of_three_failed(out: str, mode: list[str], failed: str) -> bool:
 
 def test_a_short_name_is_not_mistaken_for_a_word_of_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lite.__main__._say", said.append)
+    monkeypatch.setattr("lite.__main__.say", said.append)
     assert _report("a", LiteError("got a cat · expected a film · take one")) == 1
     assert _report("./a", LiteError("a: got a cat · expected a film · take one")) == 1
     assert _report("a", LiteError("a: got a cat · expected a film · take one")) == 1

@@ -17,9 +17,9 @@ from benchmarks.peers.measure import NoRow, Row, Setting, measure
 from benchmarks.peers.report import estimate, format_report
 from benchmarks.peers.weights import Model
 from benchmarks.peers.worker import CHECK_PROMPT, CHECK_TOKENS
-from benchmarks.phantom.loss import positive
 from benchmarks.synthetic import Widths
 from lite.bench.machine import machine, versions
+from lite.console import positive
 from lite.cores import available_cores
 from lite.decoder import check_device
 from lite.errors import LiteError

@@ -38,6 +38,7 @@ from lite.bench.metrics import Estimate, Readings, bootstrap_interval, label_f1
 from lite.bench.record import check_belongs, settings_of
 from lite.bench.studies import ListedStudy, read_studies
 from lite.bench.table import markdown_table, to_json
+from lite.console import positive
 from lite.errors import LiteError
 
 BATCH_SIZE = 16
@@ -307,14 +308,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help="films at a time (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-
-
-def positive(text: str) -> int:
-    """Read an argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        msg = f"got {text!r}, expected a whole number from 1"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

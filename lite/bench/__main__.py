@@ -7,9 +7,7 @@ is one line on stderr), 2 wrong use, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,19 +17,17 @@ from typing import TYPE_CHECKING, Final
 import lite
 from lite._version import __version__
 from lite.artifact import load_artifact
-from lite.bench.measure import Options, Progress
+from lite.bench.measure import Options
 from lite.bench.quality import Clinical
 from lite.bench.results import Bench, FailedRow
 from lite.bench.studies import ListedStudy, read_studies
+from lite.console import EXIT_FAILED, positive, run_command, say, show_progress
 from lite.errors import LiteError
 from lite.memory import parse_bytes
 
 if TYPE_CHECKING:
     from lite.bench.run import Job
 
-EXIT_FAILED: Final = 1
-EXIT_INTERRUPTED: Final = 130
-EXIT_BROKEN_PIPE: Final = 141
 
 _ROOT: Final = Path(lite.__file__).resolve().parent.parent
 _DEMO_ARTIFACTS: Final = (_ROOT / "build" / "demo" / "artifact-fp16", _ROOT / "build" / "demo" / "artifact")
@@ -44,23 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     record = given[:1] == ["record"]
     arguments = _record_parser().parse_args(given[1:]) if record else _parser().parse_args(given)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter the terminal cannot show must not end the run
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        status = _record(arguments) if record else _bench(arguments, given)
-        sys.stdout.flush()
-    except LiteError as error:
-        _say(f"error: {error}")
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    return status
+    return run_command(lambda: _record(arguments) if record else _bench(arguments, given))
 
 
 # -- Arguments -------------------------------------------------------------------------------------------------------
@@ -91,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "the throughput (default: 1,4)",
     )  # fmt: skip
     parser.add_argument(
-        "--runs", type=_positive, default=Options().min_runs, metavar="N", help="time at least so many studies one by "
+        "--runs", type=positive, default=Options().min_runs, metavar="N", help="time at least so many studies one by "
         "one, some of them again if there are fewer (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
+        "--max-new-tokens", type=positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
     )
     parser.add_argument(
         "--memory-limit", type=_size, metavar="SIZE", help="refuse what the memory plan says takes more, such as 12GiB"
@@ -139,7 +119,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-folder", type=Path, metavar="DIR", help="where the films are (default: beside the list)"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N studies")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -151,14 +131,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        msg = f"got {text!r}, expected a whole number from 1"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
+    return tuple(positive(part.strip()) for part in text.split(","))
 
 
 def _size(text: str) -> int:
@@ -177,17 +150,17 @@ def _bench(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
     job = _job(arguments, shlex.join(["python", "-m", "lite.bench", *given]))
     _check_outputs(arguments)
-    bench = run_bench(job, _progress())
+    bench = run_bench(job, show_progress)
     modelled = modelled_tables(bench)
     sys.stdout.write(f"{format_tables(bench, modelled)}\n")
     if arguments.json is not None:
         write_json(bench, modelled, arguments.json)
-        _say(f"figures: {arguments.json}")
+        say(f"figures: {arguments.json}")
     if arguments.html is not None:
         from lite.bench.report import write_report
 
         write_report(bench, arguments.html, modelled=modelled)
-        _say(f"report: {arguments.html}")
+        say(f"report: {arguments.html}")
     return _report_failures(bench)
 
 
@@ -204,14 +177,14 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
                 "written by python -m export, or run make demo in a checkout"
             )
             raise LiteError(msg)
-        _say(f"no artifact named: taking the demo's, {' and '.join(map(str, paths))}")
+        say(f"no artifact named: taking the demo's, {' and '.join(map(str, paths))}")
     for path in paths:
         load_artifact(path)  # what is no artifact is found before anything is measured
     studies, data = _studies(arguments)
     is_demo = arguments.data is None and _is_demo(paths)
     if is_demo and record is None and arguments.limit is None and _DEMO_RECORD.is_file():
         record = _DEMO_RECORD
-        _say(f"reference: {record}")
+        say(f"reference: {record}")
     if arguments.chexbert is not None:
         from lite.bench.clinical import check_chexbert_files
 
@@ -244,7 +217,7 @@ def _studies(arguments: argparse.Namespace) -> tuple[list[ListedStudy], str]:
                 "a JSON list in LLaVA-Rad's evaluation format with --data"
             )
             raise LiteError(msg)
-        _say(f"no --data: taking the demo's films, {_DEMO_STUDIES.parent}")
+        say(f"no --data: taking the demo's films, {_DEMO_STUDIES.parent}")
         path = _DEMO_STUDIES
     studies = read_studies(path, image_folder=arguments.image_folder)
     return studies[: arguments.limit], str(path)
@@ -280,12 +253,12 @@ def _report_failures(bench: Bench) -> int:
     status = 0
     for row in bench.rows:
         if isinstance(row, FailedRow):
-            _say(f"error: {row.name}: {row.error}")
+            say(f"error: {row.name}: {row.error}")
             status = EXIT_FAILED
         elif row.num_skipped:
             for draft in row.drafts:
                 if draft.error is not None:
-                    _say(f"skipped by {row.name}: {draft.error}")
+                    say(f"skipped by {row.name}: {draft.error}")
             status = EXIT_FAILED
     return status
 
@@ -297,14 +270,13 @@ def _record(arguments: argparse.Namespace) -> int:
     check_new(arguments.out)
     studies, data = _studies(arguments)
     model = lite.load(arguments.artifact, device=arguments.device, dtype=arguments.dtype)
-    show = _progress()
     record = take_record(
         model,
         studies,
         name=Path(data).name,
         machine=machine(),
         versions=versions(),
-        on_progress=lambda done: show("recording", done, len(studies)),
+        on_progress=lambda done: show_progress("recording", done, len(studies)),
     )
     written = write_record(record, arguments.out)
     sys.stdout.write(f"{written}: {record.describe()}\n{record.describe_tail()}\n")
@@ -314,28 +286,6 @@ def _record(arguments: argparse.Namespace) -> int:
     bytes_written = sum(path.stat().st_size for path in record_paths(arguments.out))
     sys.stdout.write(f"{bytes_written:,} bytes. Next: python -m lite.bench ARTIFACT --reference {arguments.out}\n")
     return 0
-
-
-# -- Talking ---------------------------------------------------------------------------------------------------------
-
-
-def _progress() -> Progress:
-    """Return what shows progress: one line on a terminal that is written over, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda _stage, _done, _total: None
-
-    def show(stage: str, done: int, total: int) -> None:
-        counted = f" {done}/{total}" if total > 1 else " …"
-        sys.stderr.write(f"\r\x1b[K{stage}{counted}")
-        sys.stderr.flush()
-
-    return show
-
-
-def _say(line: str) -> None:
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""
-    sys.stderr.write(f"{start}{line}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from lite.bench.columns import (
     result_columns,
     text_columns,
 )
+from lite.bench.files import write_whole
 from lite.bench.metrics import Estimate
 from lite.bench.plots import LossKind, Point, draw_pareto
 from lite.bench.results import (
@@ -50,6 +51,7 @@ from lite.memory import MemoryPlan, shown_bytes
 
 _TEMPLATE: Final = "report.html.j2"
 _FILM_PX: Final = 256
+_ROUNDING_KL: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +93,7 @@ def write_report(bench: Bench, path: Path, *, modelled: Sequence[ModelledTable] 
         BackendUnavailable: Jinja2 or matplotlib is not installed.
         LiteError: the file cannot be written.
     """
-    page = render_report(bench, modelled=modelled)
-    partial_path = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Texts come from files: half a surrogate pair is no reason to have no report.
-        partial_path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-        partial_path.replace(path)
-    except OSError as error:
-        msg = f"{path}: got {error.strerror} · expected a file that can be written · name another one"
-        raise LiteError(msg) from error
-    finally:
-        partial_path.unlink(missing_ok=True)
+    write_whole(path, render_report(bench, modelled=modelled))
 
 
 def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> str:
@@ -196,6 +187,9 @@ def _loss(row: Row, kind: LossKind) -> Estimate | Missing:
         return quality
     if isinstance(quality, RecordQuality):
         loss = quality.divergence.mean_kl
+        # What float64 leaves of a model compared with itself; on a logarithmic axis it would push all others together.
+        if loss.value < _ROUNDING_KL:
+            loss = Estimate(value=0.0, low=0.0, high=0.0, count=loss.count)
     else:
         f1 = quality.label_f1_micro
         loss = Estimate(value=1 - f1.value, low=1 - f1.high, high=1 - f1.low, count=f1.count)

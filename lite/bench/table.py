@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from lite.artifact import load_artifact
 from lite.bench.columns import Cell, Group, artifact_columns, cost_columns, number, result_columns, text_columns
+from lite.bench.files import write_whole
 from lite.bench.report import ModelledTable
 from lite.bench.results import Bench, Missing, Row, Throughput
 from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, modelled_rows, roofline_table, v100_entry
-from lite.errors import LiteError
 from lite.memory import shown_bytes
 
 SMALLEST_MODELLED: Final = 1 << 28
@@ -179,12 +179,4 @@ def write_json(bench: Bench, modelled: Sequence[ModelledTable], path: Path) -> N
     """
     document = to_json(bench)
     document["modelled"] = [{"caption": table.caption, "figures": to_json(table.figures)} for table in modelled]
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        msg = f"{path}: got {error.strerror} · expected a file that can be written · name another one"
-        raise LiteError(msg) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

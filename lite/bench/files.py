@@ -1,0 +1,29 @@
+"""Files that exist whole or not at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lite.errors import LiteError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file; one that is there is replaced when the new one is complete.
+
+    Raises:
+        LiteError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Texts come from files: half a surrogate pair is no reason to write nothing.
+        partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        partial.replace(path)
+    except OSError as error:
+        msg = f"{path}: got {error.strerror} · expected a file that can be written · name another one"
+        raise LiteError(msg) from error
+    finally:
+        partial.unlink(missing_ok=True)

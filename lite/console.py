@@ -1,0 +1,64 @@
+"""What the command lines have in common: how a run ends, what they say on stderr, how they read a count."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from typing import TYPE_CHECKING, Final
+
+from lite.errors import LiteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+EXIT_BROKEN_PIPE: Final = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command; return its exit status, or that of the way in which it ended.
+
+    A `LiteError` is one line on stderr, Ctrl-C and a reader that has gone are none of its business.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter the terminal cannot show must not end the run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = command()
+        sys.stdout.flush()
+    except LiteError as error:
+        say(f"error: {error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return status
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, over what progress has left there on a terminal."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{start}{line}\n")
+    sys.stderr.flush()
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """Show how far something is: on a terminal, in a line that is written over."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{what}{f' {done}/{total}' if total > 1 else ' …'}")
+        sys.stderr.flush()
+
+
+def positive(text: str) -> int:
+    """Read an argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        msg = f"got {text!r}, expected a whole number from 1"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
