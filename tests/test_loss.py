@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from benchmarks.phantom.__main__ import main
-from benchmarks.phantom.loss import Loss, Reference, check_belongs, measure_loss, take_reference
+from benchmarks.phantom.loss import Loss, Reference, measure_loss, take_reference
 from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
 from lite.artifact import Artifact, staged_artifact
 from lite.bench.labels import read_labels
 from lite.bench.metrics import label_f1
+from lite.bench.record import check_belongs, settings_of
 from lite.bench.studies import read_studies
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.errors import ArtifactError, ImageError, LiteError
@@ -156,7 +157,7 @@ def test_artifacts_of_different_checkpoints_are_refused(
     tmp_path: Path, tokenizer_model: bytes, tiny_artifact: Artifact, demo_artifact: Artifact
 ) -> None:
     with pytest.raises(ArtifactError, match=r"got tokenizer sha256 '[0-9a-f]{64}' · expected '[0-9a-f]{64}', as in"):
-        check_belongs(demo_artifact, tiny_artifact)
+        check_belongs(demo_artifact, settings_of(tiny_artifact), reference=str(tiny_artifact.path))
     for number, (changes, message) in enumerate(
         (
             ({"prompt": PromptTemplate(question_without_reason="What is seen?")},
@@ -167,8 +168,9 @@ def test_artifacts_of_different_checkpoints_are_refused(
     ):  # fmt: skip
         other = write_tiny_artifact(tmp_path / str(number), tokenizer_model, **changes)
         with pytest.raises(ArtifactError, match=message):
-            check_belongs(other, tiny_artifact)
-    check_belongs(write_tiny_artifact(tmp_path / "same", tokenizer_model), tiny_artifact)
+            check_belongs(other, settings_of(tiny_artifact), reference=str(tiny_artifact.path))
+    same = write_tiny_artifact(tmp_path / "same", tokenizer_model)
+    check_belongs(same, settings_of(tiny_artifact), reference=str(tiny_artifact.path))
 
 
 def test_a_candidate_is_refused_before_anything_is_computed(
