@@ -292,7 +292,7 @@ def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
     assert verdicts(red)["gptq-int4.mean_kl"] == "REGRESSION"
     assert verdicts(red)["gptq-int4.bytes"] == verdicts(red)["gptq-int4.plan_error"] == "pass"
     old = f"{read_gates(gate.GATES)['gptq-int4.mean_kl'].baseline:.4g}"
-    line = re.search(r"^REGRESSION: gptq-int4\.mean_kl was (\S+), is (\S+), tolerance \+50 %$", red, re.MULTILINE)
+    line = re.search(r"^REGRESSION: gptq-int4\.mean_kl was (\S+), is (\S+), tolerance \+150 %$", red, re.MULTILINE)
     assert line
     assert line[1] == old
     # By far: not what another CPU would do.
