@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -62,3 +63,9 @@ def positive(text: str) -> int:
         msg = f"got {text!r}, expected a whole number from 1"
         raise argparse.ArgumentTypeError(msg)
     return int(text)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Call folders by their names where these tell them apart, and by their paths where not."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]

@@ -17,7 +17,10 @@ from test_model import relist
 
 from lite.artifact import Artifact
 from lite.bench import __main__ as cli
-from lite.bench.measure import quantiles
+from lite.bench.measure import Options, _batches, _Planner, out_of_memory, quantiles
+from lite.bench.results import NotRun, Throughput
+from lite.bench.studies import ListedStudy
+from lite.config import DecoderConfig
 from lite.model import FindingsModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +80,24 @@ def test_every_figure_is_taken(benched: tuple[int, dict[str, Any], Path], tiny_a
     assert 50e6 < stages[0] < stages[-1] < 2e9
     traffic = row["traffic"]
     assert 0 < traffic["achieved"] < traffic["bandwidth"] < 1e13
+    read = traffic["weight_bytes"] + traffic["cache_bytes"]
+    assert traffic["achieved"] * row["latency"]["decode_token"]["p50"] == pytest.approx(read, rel=1e-4)
+    # float32 on a CPU: every linear and the head once, keys and values of the prompt and half of the text.
+    config = tiny_artifact.decoder_config()
+    assert traffic["weight_bytes"] == linear_weights(config) * 4
+    context = row["num_prompt_tokens"] + row["tokens_per_study"] / 2
+    in_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert traffic["cache_bytes"] == pytest.approx(context * in_token, rel=0.2)
+    in_study = batch["tokens_per_s"] * 60 / batch["studies_per_min"]["p50"]
+    assert in_study == pytest.approx(row["tokens_per_study"], rel=0.5)
     assert row["energy_j"]["why"] == "no GPU"
+
+
+def linear_weights(config: DecoderConfig) -> int:
+    """The weights of all linears, the head's among them, counted once more by hand."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * hidden * (2 * q + 2 * kv + 3 * inner) + config.vocab_size * hidden
 
 
 def test_a_model_loses_nothing_against_itself(benched: tuple[int, dict[str, Any], Path]) -> None:
@@ -86,6 +106,7 @@ def test_a_model_loses_nothing_against_itself(benched: tuple[int, dict[str, Any]
     assert quality["divergence"]["mean_kl"]["value"] == pytest.approx(0, abs=1e-9)
     assert quality["divergence"]["same_top"]["value"] == 1
     assert quality["same_text"]["value"] == 1
+    assert quality["kl_gap_limit"] > 0.01  # a flat distribution over 420 tokens, of which 64 are known
     assert quality["bleu_1"]["value"] == quality["rouge_l"]["value"] == pytest.approx(1)
     assert document["rows"][0]["report_quality"] == document["reference_report_quality"]
     assert [study["reference_text"] for study in document["studies"]] == [
@@ -110,7 +131,16 @@ def test_another_model_is_told_from_the_reference(
     other = damaged(tiny_artifact.path, tmp_path / "other", factor=1.3)
     listed, record = benched[2] / "list.json", benched[2] / "fp16"
     status, out, _ = bench(
-        capsys, tiny_artifact.path, other, "--data", listed, "--reference", record, *FAST, "--json", tmp_path / "j.json"
+        capsys,
+        tiny_artifact.path,
+        other,
+        "--data",
+        listed,
+        "--reference",
+        record,
+        *FAST[:-2],
+        "--json",
+        tmp_path / "j.json",
     )
     assert status == 0
     same, off = json.loads((tmp_path / "j.json").read_text())["rows"]
@@ -181,6 +211,11 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
         (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{tmp}/none"), "none.json: got"),
         (("{artifact}", "--data", "{tmp}/list.json", "--html", "{tmp}/no/such.html"), "expected a file in a folder"),
         (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/none.pth"), "none.pth: got no such file"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/bad.pth"), "bad.pth: got"),
+        (
+            ("{artifact}", "--data", "{tmp}/list.json", "--reference", "x", "--max-new-tokens", "9"),
+            "expected one of them",
+        ),
         (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "gone.png: got no such file"),
         (("record", "{artifact}", "--data", "{tmp}/gone.json", "--out", "{tmp}/r"), "gone.png: got no such file"),
     ],
@@ -191,6 +226,8 @@ def test_what_cannot_be_used_is_said_before_anything_is_measured(
 ) -> None:  # fmt: skip
     write_list(tmp_path, films[:1])
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    (tmp_path / "vocab.txt").write_text("[PAD]")
     (tmp_path / "gone.json").write_text(json.dumps([{"id": "1", "image": "gone.png"}]))
     places = {"artifact": str(tiny_artifact.path), "tmp": str(tmp_path)}
     status, _, err = bench(capsys, *(argument.format(**places) for argument in arguments))
@@ -244,7 +281,11 @@ def test_without_data_the_demos_films_tell_times_and_nothing_of_quality(
     assert row["report_quality"]["why"] == "no reports"
 
 
-def test_an_interrupt_ends_the_child_too(tiny_artifact: Artifact, films: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_child_ends_with_the_bench(
+    how: signal.Signals, tiny_artifact: Artifact, films: list[Path], tmp_path: Path
+) -> None:
+    """Ctrl-C reaches every process of the terminal; a kill only the one."""
     listed = write_list(tmp_path, films[:1])
     command = [sys.executable, "-m", "lite.bench", str(tiny_artifact.path), "--data", str(listed), "--runs", "100000"]
     process = subprocess.Popen(
@@ -258,12 +299,13 @@ def test_an_interrupt_ends_the_child_too(tiny_artifact: Artifact, films: list[Pa
         time.sleep(1)
         children = children_of(process.pid)
         assert children
-        os.killpg(process.pid, signal.SIGINT)
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert err.strip().endswith("interrupted")
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert err.strip().endswith("interrupted")
     assert "Traceback" not in out + err
     deadline = time.monotonic() + 20  # multiprocessing's own helper ends when its pipe has
     while any(is_running(child) for child in children) and time.monotonic() < deadline:
@@ -298,6 +340,29 @@ def test_a_child_that_is_killed_is_a_row(
 
 def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
+    tiny_model: FindingsModel, films: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is full at some batch size; what was measured before stays."""
+    studies = [ListedStudy(id="1", image=films[0], reason=None, query="", report="")]
+    whole = type(tiny_model).findings_batch
+
+    def full(model: FindingsModel, batch: Any, *, batch_size: int, **others: Any) -> Any:
+        if batch_size == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nand much more")
+        return whole(model, batch, batch_size=batch_size, **others)
+
+    monkeypatch.setattr(type(tiny_model), "findings_batch", full)
+    options = Options(device="cpu", batch_sizes=(1, 2), max_new_tokens=2)
+    planned = _Planner(tiny_model.artifact, options, [tiny_model.findings(films[0])], 0)
+    done, not_run = _batches(tiny_model, studies, options, planned, lambda *_: None)
+    assert isinstance(done, Throughput)
+    assert isinstance(not_run, NotRun)
+    assert not_run.why == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(RuntimeError, match="shapes"):
+        out_of_memory(RuntimeError("shapes do not fit"))
 
 
 def test_the_runtime_tells_the_same_times(tiny_model: FindingsModel, films: list[Path]) -> None:

@@ -38,7 +38,7 @@ from lite.bench.metrics import Estimate, Readings, bootstrap_interval, label_f1
 from lite.bench.record import check_belongs, settings_of
 from lite.bench.studies import ListedStudy, read_studies
 from lite.bench.table import markdown_table, to_json
-from lite.console import positive
+from lite.console import positive, short_names
 from lite.errors import LiteError
 
 BATCH_SIZE = 16
@@ -282,12 +282,6 @@ def format_table(reference: Reference, losses: Sequence[Loss]) -> str:
     return f"{table}\n\n{len(reference.studies)} films, {num_tokens} tokens. {COLUMNS_NOTE}"
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Call artifacts by their folders' names where these tell them apart, and by their paths where not."""
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `loss`."""
     parser.add_argument(
@@ -320,7 +314,7 @@ def run(args: argparse.Namespace) -> int:
     artifact = load_artifact(args.reference)
     for path in args.candidates:
         _check_belongs(load_artifact(path), artifact)
-    names = _names([args.reference, *args.candidates])
+    names = short_names([args.reference, *args.candidates])
     losses: list[Loss] = []
     with take_reference(
         args.reference,

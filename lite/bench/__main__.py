@@ -21,7 +21,7 @@ from lite.bench.measure import Options
 from lite.bench.quality import Clinical
 from lite.bench.results import Bench, FailedRow
 from lite.bench.studies import ListedStudy, read_studies
-from lite.console import EXIT_FAILED, positive, run_command, say, show_progress
+from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
 from lite.errors import LiteError
 from lite.memory import parse_bytes
 
@@ -182,7 +182,14 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
         load_artifact(path)  # what is no artifact is found before anything is measured
     studies, data = _studies(arguments)
     is_demo = arguments.data is None and _is_demo(paths)
-    if is_demo and record is None and arguments.limit is None and _DEMO_RECORD.is_file():
+    if record is not None and arguments.max_new_tokens is not None:
+        msg = (
+            f"got --max-new-tokens {arguments.max_new_tokens} and a --reference · expected one of them: texts that are "
+            "cut cannot be those of the reference · leave one out"
+        )
+        raise LiteError(msg)
+    whole = arguments.limit is None and arguments.max_new_tokens is None
+    if is_demo and record is None and whole and _DEMO_RECORD.is_file():
         record = _DEMO_RECORD
         say(f"reference: {record}")
     if arguments.chexbert is not None:
@@ -190,7 +197,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
 
         check_chexbert_files(arguments.chexbert)
     return Job(
-        artifacts=tuple(zip(_names(paths), paths, strict=True)),
+        artifacts=tuple(zip(short_names(paths), paths, strict=True)),
         studies=tuple(studies),
         data=data,
         record=record,
@@ -229,12 +236,6 @@ def _is_demo(paths: Sequence[Path]) -> bool:
         return False
     model = json.loads(_DEMO_RECORD.read_text(encoding="utf-8"))["record"]["model"]
     return all(load_artifact(path).manifest.model == model for path in paths)
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Call artifacts by their folders' names where these tell them apart, and by their paths where not."""
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

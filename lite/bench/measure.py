@@ -24,7 +24,7 @@ from lite.bench.machine import EnergyMeter, energy_meter, streaming_read_bandwid
 from lite.bench.record import check_record, read_record
 from lite.bench.results import Draft, Latency, MemoryUse, Missing, NotRun, Quantiles, Row, Throughput, Traffic
 from lite.bench.studies import ListedStudy, sha256_of_studies
-from lite.errors import LiteError, MemoryBudgetError
+from lite.errors import LiteError
 from lite.memory import (
     ITEMSIZE,
     MemoryPlan,
@@ -123,7 +123,7 @@ def measure(
     meter = energy_meter(device)
     warm = _warm_up(model, studies, options)
     runs, drafts = _run_singly(model, studies, options, meter, on_progress)
-    planned = _Planner(artifact, model, options, [run.findings for run in runs], libraries_bytes=before)
+    planned = _Planner(artifact, options, [run.findings for run in runs], libraries_bytes=before)
     usable = [study for study, draft in zip(studies, drafts, strict=True) if draft.error is None]
     batches = tuple(_batches(model, usable, options, planned, on_progress))
     on_progress("bandwidth", 0, 1)
@@ -262,16 +262,14 @@ class _Planner:
     """Plans the memory of any batch size, for prompts as long as the longest of these studies."""
 
     artifact: Artifact
-    model: FindingsModel
     options: Options
     runs: Sequence[Findings]
     libraries_bytes: int
 
     def __call__(self, batch_size: int) -> MemoryPlan:
-        device = self.runs[0].device
         return plan_memory(
             self.artifact,
-            device=device,
+            device=self.runs[0].device,
             dtype=self.options.dtype,
             batch_size=batch_size,
             num_prompt_tokens=max(findings.num_prompt_tokens for findings in self.runs),
@@ -295,10 +293,20 @@ def _batches(
                 check_memory(plan, options.memory_limit, what=f"batches of {batch_size}")
             on_progress(f"batches of {batch_size}", 0, 1)
             yield _throughput(model, studies, batch_size, options, plan)
-        except MemoryBudgetError as error:
-            yield NotRun(batch_size=batch_size, why=str(error), plan=plan)
         except LiteError as error:
-            yield NotRun(batch_size=batch_size, why=f"{error}", plan=plan)
+            yield NotRun(batch_size=batch_size, why=str(error), plan=plan)
+        except (MemoryError, RuntimeError) as error:
+            yield NotRun(batch_size=batch_size, why=out_of_memory(error), plan=plan)
+
+
+def out_of_memory(error: MemoryError | RuntimeError) -> str:
+    """Return what an error says of the memory that there was not; raise it again if it is about something else.
+
+    torch's own error for a full GPU is a RuntimeError, and that for a full CPU nothing but one.
+    """
+    if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+        raise error
+    return str(error).partition("\n")[0] or "out of memory"
 
 
 def _throughput(

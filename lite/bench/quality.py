@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +75,18 @@ def against_reports(reports: Sequence[str], drafts: Sequence[Draft], clinical: C
         rouge_l=_if_installed(rouge_l, theirs, ours),
         bleu_1=_if_installed(bleu_1, theirs, ours),
         bleu_4=_if_installed(bleu_4, theirs, ours),
-        radgraph_f1=radgraph_f1(theirs, ours, device=clinical.device) if clinical.radgraph else _NOT_ASKED_RADGRAPH,
+        radgraph_f1=radgraph_f1(theirs, ours, device=clinical.device) if clinical.radgraph else _no_radgraph(),
         chexbert=chexbert_f1(theirs, ours, weights=clinical.chexbert, device=clinical.device),
     )
 
 
-_NOT_ASKED_RADGRAPH = Missing(why="not asked for", todo="--radgraph computes it with the radgraph package.")
+def _no_radgraph() -> Missing:
+    if importlib.util.find_spec("radgraph") is None:
+        todo = (
+            'F1-RadGraph: pip install "llava-rad-lite[clinical]" into an environment without "bench", then --radgraph.'
+        )
+        return Missing(why="not installed", todo=todo)
+    return Missing(why="not asked for", todo="--radgraph computes F1-RadGraph.")
 
 
 def _if_installed(

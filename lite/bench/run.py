@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Final
 
 from lite.bench.machine import machine, versions
-from lite.bench.measure import Measured, Options, Progress, measure
+from lite.bench.measure import Measured, Options, Progress, measure, out_of_memory
 from lite.bench.metrics import RESAMPLES
 from lite.bench.quality import NO_REFERENCE, NO_REPORTS, Clinical, against_record, against_reports
 from lite.bench.record import ReferenceRecord, check_studies, read_record
@@ -39,6 +40,8 @@ from lite.bench.results import (
 )
 from lite.bench.studies import ListedStudy, sha256_of_studies
 from lite.errors import LiteError
+
+_REHEARSAL: Final = Draft(id="rehearsal", text="Small left pleural effusion. No pneumothorax.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,9 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
     record = read_record(job.record) if job.record is not None else None
     if record is not None:
         _check_studies(record, job.studies, data_sha256)
+    if job.clinical.radgraph or job.clinical.chexbert is not None:
+        # Weights that cannot be used are found now, and not when every artifact has been measured.
+        against_reports([_REHEARSAL.text], [_REHEARSAL], job.clinical)
     reports = [study.report if job.reports_apply else "" for study in job.studies]
     rows: list[Row | FailedRow] = []
     for name, path in job.artifacts:
@@ -223,9 +229,7 @@ def _work(sender: Connection, job: Job, name: str, path: Path) -> None:
         sender.send(LiteError(str(error)))
         return
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
-            raise
-        what = str(error).partition("\n")[0] or "no more memory"
+        what = out_of_memory(error)
         sender.send(LiteError(f"{path}: got {what} · expected room for one study · take an artifact of fewer bits"))
         return
     sender.send(measured)
