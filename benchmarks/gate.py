@@ -25,7 +25,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import lite
 from benchmarks.demo import CALIBRATION_SEED, CHECKPOINT, NUM_CALIBRATION_FILMS, ROOT, TOKEN_WEIGHTS
@@ -281,7 +281,7 @@ def measure_artifact(path: Path, studies: Sequence[ListedStudy], record: Referen
         divergence.mean_kl.value,
         divergence.same_top.value,
         label_f1(truth, [read_labels(draft.text) for draft in drafts]).micro.value,
-        planned_bytes(model.artifact, drafts) / held_bytes(model.decoder, drafts) - 1.0,
+        planned_bytes(model.artifact, drafts) / held_bytes(cast("LlamaDecoder", model.decoder), drafts) - 1.0,
     )
     return dict(zip(ARTIFACT_METRICS, values, strict=True))
 

@@ -8,26 +8,28 @@ or `python -m export --help`. Importing this package loads nothing heavy; the fi
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from export.settings import ExportSettings, GptqSettings, TokenWeights
 from lite.errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    from export.onnx_part import OnnxSettings, add_onnx
     from export.pipeline import export_artifact
 
-__all__ = ["ExportSettings", "GptqSettings", "TokenWeights", "export_artifact"]
+__all__ = ["ExportSettings", "GptqSettings", "OnnxSettings", "TokenWeights", "add_onnx", "export_artifact"]
+_HEAVY = {"OnnxSettings": "export.onnx_part", "add_onnx": "export.onnx_part", "export_artifact": "export.pipeline"}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
-    if name != "export_artifact":
+    if name not in _HEAVY:
         msg = f"module 'export' has no attribute {name!r}"
         raise AttributeError(msg)
     try:
-        from export.pipeline import export_artifact
+        return getattr(import_module(_HEAVY[name]), name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in {"export", "lite", "kernels"}:
             raise
         msg = f'got no package {error.name!r} · expected it to export · pip install "llava-rad-lite[export]"'
         raise BackendUnavailable(msg) from error
-    return export_artifact

@@ -20,6 +20,7 @@ from export.settings import (
     Method,
     TokenWeights,
 )
+from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
 from lite.console import positive
 from lite.errors import LiteError
@@ -49,6 +50,7 @@ examples:
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --vision fp16 \\
                    --decoder gptq-int4 --calibration-data studies/studies.json
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --decoder bnb-nf4
+  python -m export onnx artifact             (add decoder.onnx to an artifact in GPTQ: `python -m export onnx --help`)
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact \\
                    --verify-data studies/studies.json
 
@@ -60,7 +62,10 @@ exit status: 0 done, 1 the export failed (no artifact was written), 2 wrong use,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["onnx"]:
+        return _add_onnx(given[1:])
+    options = _parser().parse_args(given)
     try:
         from export import export_artifact
 
@@ -80,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 fold_scales=options.fold_scales,
                 lm_head=options.lm_head,
             ),
+            onnx=options.engine == "onnx",
+            activations=options.activations,
             verify_data=options.verify_data,
             image_folder=options.image_folder,
             verify_studies=options.verify_studies,
@@ -106,11 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"\ninterrupted: no artifact at {options.out} · {what_now}", file=sys.stderr)
         return 130
-    try:
-        print(_summary(artifact), flush=True)
-    except BrokenPipeError:
-        # The reader has gone (`| head`). Python flushes stdout once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_whole(_summary(artifact))
     for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial")):
         print(f"note: {left} is left from an export that was killed: remove it, unless one is running", file=sys.stderr)
     return 0
@@ -142,8 +145,41 @@ def _parser() -> argparse.ArgumentParser:
         help="the vision tower: fp32 for CPUs, fp16 for GPUs, half the bytes; int8 is faster on CPUs and loses a "
         "little, its projector stays 16-bit (default: %(default)s)",
     )
+    formats.add_argument(
+        "--engine",
+        choices=["torch", "onnx"],
+        default="torch",
+        help="what will compute the decoder: onnx writes decoder.onnx too, with which a gptq decoder runs without "
+        "torch, and faster on a CPU (default: %(default)s)",
+    )
+    _add_activations(formats)
     _add_gptq(parser)
     parity = parser.add_argument_group("measuring parity with the checkpoint")
+    _add_parity(parity)
+    _add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def _add_activations(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--activations",
+        choices=get_args(OnnxFloat),
+        default=DEFAULTS.activations,
+        help="what decoder.onnx computes in beside its integers: float32 for CPUs, float16 for the providers of GPUs "
+        "(default: %(default)s)",
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default=DEFAULTS.device,
+        help="where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)",
+    )
+
+
+def _add_parity(parity: argparse._ActionsContainer) -> None:
     parity.add_argument(
         "--verify-data",
         type=Path,
@@ -167,13 +203,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="findings tokens scored in each (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device",
-        default=DEFAULTS.device,
-        help="where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
 
 
 def _add_gptq(parser: argparse.ArgumentParser) -> None:
@@ -279,6 +308,7 @@ def _summary(artifact: Artifact) -> str:
         ),
         *_calibration_rows(manifest),
         ("merge", f"LoRA scale {merge['lora_scale']:g}, largest rounding {merge['max_abs_rounding']:.2g}"),
+        *_onnx_rows(manifest),
     ]
     lines = [f"{artifact.path}: artifact {artifact.id} of {manifest.model}"]
     lines += [f"  {name:<20} {value}" for name, value in rows]
@@ -300,6 +330,88 @@ def _calibration_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ),
         ("outputs change by", f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}"),
     ]
+
+
+def _onnx_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    if manifest.onnx is None:
+        return []
+    names = {*ONNX_GRAPH_NAMES.values(), ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME}
+    measured = manifest.fidelity["onnx"]
+    rows = [("decoder.onnx", _megabytes(sum(manifest.files[name].bytes for name in names)))]
+    for name, part, yardstick in (("engine", "decoder", "decoder/"), ("int8 cache", "int8_cache", "a float cache")):
+        found = measured[part]
+        rows.append((name, f"KL {found['mean_kl']:.2g} from {yardstick}, same top token {found['same_top']:.2%}"))
+    return rows
+
+
+def _add_onnx(arguments: list[str]) -> int:
+    """Run `python -m export onnx`; return the exit status."""
+    options = _onnx_parser().parse_args(arguments)
+    try:
+        from export import OnnxSettings, add_onnx
+
+        settings = OnnxSettings(
+            activations=options.activations,
+            calibration_data=options.calibration_data,
+            calibration_images=options.calibration_images,
+            verify_data=options.verify_data,
+            image_folder=options.image_folder,
+            verify_studies=options.verify_studies,
+            verify_tokens=options.verify_tokens,
+            device=options.device,
+            show_progress=not options.quiet,
+        )
+        artifact = add_onnx(options.artifact, settings, out=options.out)
+    except LiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {options.artifact} is as it was", file=sys.stderr)
+        return 130
+    lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
+    lines += [f"  {name:<20} {value}" for name, value in _onnx_rows(artifact.manifest)]
+    lines += ["", artifact.manifest.notice, "", "next:"]
+    lines += [f"  python -m lite generate {artifact.path} FILM.png --engine onnx"]
+    _print_whole("\n".join(lines))
+    return 0
+
+
+def _onnx_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export onnx",
+        description="Write decoder.onnx into an artifact whose decoder is GPTQ: the same integers, for ONNX Runtime. "
+        "With it the artifact runs on a CPU without torch, and faster. It is measured against decoder/ before it is "
+        "kept; the artifact is replaced at the very end, or stays as it is.",
+        epilog="exit status: 0 done, 1 it failed (the artifact is as it was), 2 wrong use, 130 interrupted.",
+    )
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the folder written by `python -m export`")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="make another artifact there (default: the new one replaces the old)"
+    )
+    _add_activations(parser)
+    parser.add_argument(
+        "--calibration-data",
+        type=Path,
+        metavar="LIST.json",
+        help="studies to find the scales of the int8 cache on, a JSON list in LLaVA-Rad's evaluation format (default: "
+        "a few built-in ones)",
+    )
+    parser.add_argument(
+        "--calibration-images", type=Path, metavar="DIR", help="where its images are (default: beside the list)"
+    )
+    _add_parity(parser.add_argument_group("measuring parity with decoder/"))
+    _add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _print_whole(text: str) -> None:
+    """Print a summary; that its reader has gone (`| head`) is no failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _megabytes(count: int) -> str:

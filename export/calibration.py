@@ -65,7 +65,12 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqS
     """
     file = Path(settings.calibration_data or "")
     folder = Path(settings.calibration_images or file.parent)
-    reader = StudyReader(checkpoint, manifest, max_tokens=MAX_FINDINGS_TOKENS)
+    reader = StudyReader(
+        checkpoint.tokenizer,
+        manifest,
+        max_seq_len=checkpoint.decoder.max_position_embeddings,
+        max_tokens=MAX_FINDINGS_TOKENS,
+    )
     searches = settings.token_weights is None
     held_out = min(MAX_HELD_OUT, -(-settings.calibration_studies // (HELD_OUT_SHARE - 1))) if searches else 0
     studies = reader.from_list(file, folder, settings.calibration_studies + held_out, option="--calibration-data")

@@ -43,6 +43,7 @@ from export.decoder import (
 )
 from export.durable import give_name, partial_name
 from export.layerwise import STAGES, LayerQuantizer
+from export.onnx_part import BUILT_IN, MAX_CACHE_STUDIES, CacheStudies, write_onnx_part
 from export.settings import DEFAULTS, ExportSettings, TokenWeights
 from export.studies import Study, StudyReader
 from export.token_weights import num_search_steps, search_token_weights
@@ -56,6 +57,7 @@ from lite.artifact import (
     CalibrationRecord,
     DecoderPart,
     Manifest,
+    OnnxPart,
     TowerShape,
     VisionPart,
     check_target,
@@ -124,6 +126,9 @@ def export_artifact(
         with staged_artifact(out, overwrite=settings.overwrite) as staged:
             work.link_into(staged.path)
             shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
+            if settings.onnx:
+                part = _write_onnx(staged.path, manifest, studies, calibration, settings)
+                manifest = dataclasses.replace(manifest, onnx=part)
             fidelity = _quantisation_record(source, work) | _measure(source, staged.path, manifest, studies, settings)
             try:
                 verify.require_parity(fidelity, manifest)
@@ -170,8 +175,9 @@ def _decoder_part(settings: ExportSettings) -> DecoderPart:
 def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, settings: ExportSettings) -> dict[str, Any]:
     """Return all that the bytes of decoder/ and vision.onnx depend on, by the names a user knows."""
     given: dict[str, Any] = dataclasses.asdict(settings)
-    # How it is measured changes no weight.
-    for name in ("overwrite", "show_progress", "verify_data", "image_folder", "verify_studies", "verify_tokens"):
+    # How it is measured, and what is made of decoder/, changes no weight.
+    not_decoder = ("onnx", "activations", "overwrite", "show_progress")
+    for name in (*not_decoder, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")
     weights = settings.gptq.token_weights
@@ -187,12 +193,13 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
 
 
 def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> list[Study]:
-    reader = StudyReader(source, manifest, max_tokens=settings.verify_tokens)
-    if settings.verify_data is None:
-        return reader.built_in(settings.verify_studies)
-    listed = Path(settings.verify_data)
-    folder = Path(settings.image_folder or listed.parent)
-    return reader.from_list(listed, folder, settings.verify_studies, option="--verify-data")
+    reader = StudyReader(
+        source.tokenizer,
+        manifest,
+        max_seq_len=source.decoder.max_position_embeddings,
+        max_tokens=settings.verify_tokens,
+    )
+    return reader.read(settings.verify_data, settings.image_folder, settings.verify_studies, option="--verify-data")
 
 
 def _require_space(
@@ -201,6 +208,9 @@ def _require_space(
     """Refuse a disk that is too small before the work, not after it."""
     vision = sum(_numel(entry.shape) for entry in (source.trunk.entries | source.projector.entries).values())
     needed = decoder_bytes(base_shapes(source.decoder), settings)
+    if settings.onnx:
+        # The same once more, an 8-bit head, and scales of twice the bytes.
+        needed += needed + needed // 20
     needed += vision * {"fp32": 4, "fp16": 2, "int8": 2}[settings.vision_format] + (1 << 20)
     if calibration is not None:
         tokens = sum(study.num_tokens(source.tower.num_patches) for study in calibration.studies)
@@ -370,6 +380,25 @@ def _finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, se
     )
 
 
+def _write_onnx(
+    folder: Path,
+    manifest: Manifest,
+    studies: Sequence[Study],
+    calibration: CalibrationStudies | None,
+    settings: ExportSettings,
+) -> OnnxPart:
+    """Write decoder.onnx; its cache is calibrated on what the decoder was, or on what it will be measured on."""
+    cache = CacheStudies(studies=studies[:MAX_CACHE_STUDIES], data=_verify_name(settings))
+    if calibration is not None:
+        cache = CacheStudies(studies=calibration.studies[:MAX_CACHE_STUDIES], data=calibration.data)
+    with _bar(settings, "writing decoder.onnx", 2 + len(cache.studies), unit="step") as bar:
+        return write_onnx_part(folder, manifest, cache, activations=settings.activations, advance=bar.update)
+
+
+def _verify_name(settings: ExportSettings) -> str:
+    return BUILT_IN if settings.verify_data is None else Path(settings.verify_data).name
+
+
 def _quantisation_record(source: Checkpoint, work: WorkFolder) -> dict[str, Any]:
     """Return what the manifest keeps of how the decoder was rounded."""
     whole = PartReport()
@@ -399,8 +428,7 @@ def _measure(
 ) -> dict[str, Any]:
     with _bar(settings, "measuring parity", verify.num_steps(source), unit="step") as bar:
         fidelity = verify.measure(source, folder, manifest, studies, device=settings.device, advance=bar.update)
-    data = "built-in" if settings.verify_data is None else Path(settings.verify_data).name
-    return {"verify_data": data, **fidelity}
+    return {"verify_data": _verify_name(settings), **fidelity}
 
 
 def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm[Any]:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Final, Literal, get_args
 
+from lite.artifact import OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
 from lite.errors import ArtifactError
 
@@ -18,6 +19,7 @@ Clip = Literal["none", "mse"]
 
 
 LARGEST_WEIGHT: Final = 1000
+DEFAULT_ACTIVATIONS: Final[OnnxFloat] = "float32"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,10 @@ class ExportSettings:
     """What the tower's linears are stored as and computed in; with int8 the projector and the rest stay 16-bit."""
     gptq: GptqSettings = GptqSettings()
     """Used by the formats gptq-int4 and gptq-int8."""
+    onnx: bool = False
+    """Write decoder.onnx too, with which a decoder in GPTQ runs without torch."""
+    activations: OnnxFloat = DEFAULT_ACTIVATIONS
+    """What decoder.onnx computes in, beside its integers: float32 for CPUs, float16 for the providers of GPUs."""
     verify_data: str | Path | None = None
     """JSON list of studies in the evaluation format to measure parity on; None takes built-in ones."""
     image_folder: str | Path | None = None
@@ -106,6 +112,7 @@ class ExportSettings:
         for what, chosen, known in (
             ("decoder format", self.decoder_format, DecoderFormat),
             ("vision format", self.vision_format, VisionFormat),
+            ("activations", self.activations, OnnxFloat),
             ("group size", gptq.group_size, GroupSize),
             ("method", gptq.method, Method),
             ("lm_head format", gptq.lm_head, HeadFormat),
@@ -115,6 +122,12 @@ class ExportSettings:
             if chosen not in get_args(known):
                 options = ", ".join(map(str, get_args(known)))
                 raise ArtifactError(f"got {what} {chosen!r} · expected one of {options} · choose one of them")
+        if self.onnx and not self.decoder_format.startswith("gptq"):
+            msg = f"got the onnx engine for {self.decoder_format} · expected gptq-int4 or gptq-int8, whose integers it "
+            raise ArtifactError(f"{msg}takes over · choose one of them, or leave it out")
+        if self.activations != DEFAULT_ACTIVATIONS and not self.onnx:
+            msg = f"got activations {self.activations} without the onnx engine · expected them with it, as only "
+            raise ArtifactError(f"{msg}decoder.onnx computes in them · give --engine onnx, or leave them out")
         for name, count in {"verify_studies": self.verify_studies, "verify_tokens": self.verify_tokens}.items():
             if count < 1:
                 raise ArtifactError(f"got {name}={count} · expected at least 1 · an unmeasured export is not kept")

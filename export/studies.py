@@ -20,7 +20,6 @@ from lite.image import load_image, preprocess
 from lite.prompt import PromptEncoder, Tokenizer
 
 if TYPE_CHECKING:
-    from export.checkpoint import Checkpoint
     from lite.artifact import Manifest
     from lite.config import Preprocessing
 
@@ -87,28 +86,35 @@ class Study:
 class StudyReader:
     """Turn films and texts into studies."""
 
-    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, *, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Path, manifest: Manifest, *, max_seq_len: int, max_tokens: int) -> None:
         """Prepare the tokenizer.
 
         Args:
-            checkpoint: The source.
-            manifest: Of the artifact being written.
+            tokenizer: Its file.
+            manifest: Of the artifact.
+            max_seq_len: The decoder's context.
             max_tokens: Findings tokens of a study, at most.
         """
         try:
-            self.tokenizer = Tokenizer(checkpoint.tokenizer, manifest.decoding)
+            self.tokenizer = Tokenizer(tokenizer, manifest.decoding)
         except ArtifactError as error:
             raise CheckpointError(str(error).replace("the manifest", "config.json")) from error
-        self.max_seq_len = checkpoint.decoder.max_position_embeddings
+        self.max_seq_len = max_seq_len
         self.prompts = PromptEncoder(
             self.tokenizer,
             manifest.prompt,
-            num_image_tokens=checkpoint.tower.num_patches,
+            num_image_tokens=manifest.vision.num_image_tokens,
             max_seq_len=self.max_seq_len,
         )
         self.preprocessing = manifest.preprocessing
         self.eos_token_id = manifest.decoding.eos_token_id
         self.max_tokens = max_tokens
+
+    def read(self, file: str | Path | None, image_folder: str | Path | None, count: int, *, option: str) -> list[Study]:
+        """Return studies of a list, or made here where there is none; see `from_list` and `built_in`."""
+        if file is None:
+            return self.built_in(count)
+        return self.from_list(Path(file), Path(image_folder or Path(file).parent), count, option=option)
 
     def built_in(self, count: int) -> list[Study]:
         """Return studies made here: smooth shaded fields with noise, and fixed findings texts."""

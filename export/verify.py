@@ -7,6 +7,7 @@ its prompt, and a findings text; the decoder is scored on the text, teacher-forc
 
     source    film ─ torch tower ─ base + LoRA, float32 ──▶ p(token | …)  ─┐
     artifact  film ─ vision.onnx ─ decoder/ ──────────────▶ q(token | …)  ─┴▶ KL(p‖q), same top token
+                          └─────── decoder.onnx ──────────▶ r(token | …)  ───▶ KL(q‖r), if there is one
 
 The numbers go into the manifest; numbers worse than `TOLERANCES` end the export.
 """
@@ -24,6 +25,7 @@ from lite.artifact import Artifact, FileRecord
 from lite.bench.divergence import compare_logits, summarise
 from lite.decoder import load_decoder
 from lite.errors import ArtifactError
+from lite.onnx_decoder import OnnxDecoder
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 
     from export.checkpoint import Checkpoint
     from export.studies import Study
-    from lite.artifact import Manifest
+    from lite.artifact import CacheDtype, Manifest
+    from lite.config import DecoderConfig
 
     Advance = Callable[[], object]
 
@@ -67,6 +70,10 @@ TOLERANCES: Final = {
     "decoder bnb-int8": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
     "decoder gptq-int4": Tolerance(max_mean_kl=2.0, min_same_top=0.4),
     "decoder bnb-nf4": Tolerance(max_mean_kl=2.0, min_same_top=0.4),
+    # Against decoder/, whose integers it has: what is lost is lost by inputs rounded to int8, 1e-4 to 1e-3 nats on
+    # films that the model knows. And against itself with a float cache.
+    "decoder.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
+    "decoder.int8_cache.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
 }
 """By part and format. The decoder is measured behind the exported vision part, as a user will run it."""
 
@@ -94,7 +101,7 @@ def measure(
         advance: Called `num_steps` times as the work goes on.
 
     Returns:
-        What the manifest records under `fidelity`: {"vision": {...}, "decoder": {...}}.
+        What the manifest records under `fidelity`: {"vision": {...}, "decoder": {...}}, and "onnx" if there is one.
     """
     source_features = _source_features(checkpoint, studies, device)
     advance()
@@ -103,15 +110,50 @@ def measure(
     advance()
     source_logits = _source_logits(checkpoint, studies, source_features, device, advance)
     logits = _artifact_logits(artifact, studies, features, device, advance)
-    return {
+    fidelity = {
         "vision": _compare_features(source_features, features),
         "decoder": _compare_logits(studies, source_logits, logits),
     }
+    if manifest.onnx is not None:
+        fidelity["onnx"] = _compare_onnx(artifact, studies, features, logits)
+    return fidelity
+
+
+def measure_onnx(
+    folder: Path,
+    manifest: Manifest,
+    studies: Sequence[Study],
+    *,
+    device: str = "cpu",
+    advance: Advance = lambda: None,
+) -> dict[str, Any]:
+    """Measure the decoder.onnx of an artifact being written against its decoder/.
+
+    Args:
+        folder: Where the artifact's files lie, without a manifest yet.
+        manifest: What it will say.
+        studies: What to measure on.
+        device: Where torch computes.
+        advance: Called `num_onnx_steps` times as the work goes on.
+
+    Returns:
+        What the manifest records under `fidelity["onnx"]`: {"decoder": {...}, "int8_cache": {...}}, the latter against
+        the float cache.
+    """
+    artifact = unfinished_artifact(folder, manifest)
+    features = _artifact_features(artifact, studies)
+    advance()
+    return _compare_onnx(artifact, studies, features, _artifact_logits(artifact, studies, features, device, advance))
 
 
 def num_steps(checkpoint: Checkpoint) -> int:
     """Return how often `measure` calls its advance."""
     return 2 + 2 * checkpoint.decoder.num_hidden_layers
+
+
+def num_onnx_steps(config: DecoderConfig) -> int:
+    """Return how often `measure_onnx` calls its advance."""
+    return 1 + config.num_hidden_layers
 
 
 def require_parity(fidelity: dict[str, Any], manifest: Manifest) -> None:
@@ -120,28 +162,47 @@ def require_parity(fidelity: dict[str, Any], manifest: Manifest) -> None:
     Raises:
         ArtifactError: A number is worse than its tolerance.
     """
-    vision, decoder = fidelity["vision"], fidelity["decoder"]
-    checks = [
-        (f"vision {manifest.vision.format}", "cosine", vision["min_cosine"], "min_cosine"),
-        (f"vision {manifest.vision.format}", "relative error", vision["relative_error"], "max_relative_error"),
-        (f"decoder {manifest.decoder.format}", "mean KL", decoder["mean_kl"], "max_mean_kl"),
-    ]
+    vision = fidelity["vision"]
+    part = f"vision {manifest.vision.format}"
+    _require(part, "cosine", vision["min_cosine"], "min_cosine")
+    _require(part, "relative error", vision["relative_error"], "max_relative_error")
+    _require_decoder(f"decoder {manifest.decoder.format}", fidelity["decoder"])
+    if manifest.onnx is not None:
+        require_onnx_parity(fidelity["onnx"])
+
+
+def require_onnx_parity(measured: dict[str, Any]) -> None:
+    """Compare what `measure_onnx` has measured with the tolerances.
+
+    Raises:
+        ArtifactError: A number is worse than its tolerance.
+    """
+    for graph, part in (("decoder.onnx", "decoder"), ("decoder.int8_cache.onnx", "int8_cache")):
+        _require_decoder(graph, measured[part])
+
+
+def _require_decoder(part: str, decoder: dict[str, Any]) -> None:
+    _require(part, "mean KL", decoder["mean_kl"], "max_mean_kl")
     if decoder["tokens"] >= MIN_TOKENS_FOR_SAME_TOP:
-        checks.append((f"decoder {manifest.decoder.format}", "same top token", decoder["same_top"], "min_same_top"))
-    for part, measure_name, got, limit_name in checks:
-        limit = getattr(TOLERANCES[part], limit_name)
-        # Written so that NaN fails.
-        good = got >= limit if limit_name.startswith("min") else got <= limit
-        if not good:
-            lossy = part.startswith("decoder") and manifest.decoder.format != "fp16"
-            advice = ", or choose --method gptq, a smaller --group-size or more bits" if lossy else ", and report this"
-            bound = "at least" if limit_name.startswith("min") else "at most"
-            msg = (
-                f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact would not "
-                "compute what the checkpoint does, so it was not kept: "
-                f"check that the base model is the one the adapter was trained on{advice}"
-            )
-            raise ArtifactError(msg)
+        _require(part, "same top token", decoder["same_top"], "min_same_top")
+
+
+def _require(part: str, measure_name: str, got: float, limit_name: str) -> None:
+    limit = getattr(TOLERANCES[part], limit_name)
+    # Written so that NaN fails.
+    good = got >= limit if limit_name.startswith("min") else got <= limit
+    if good:
+        return
+    bound = "at least" if limit_name.startswith("min") else "at most"
+    msg = (
+        f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact does not compute "
+    )
+    if part.endswith(".onnx"):
+        raise ArtifactError(f"{msg}what its decoder/ does, so it was not kept: report this")
+    lossy = part.startswith("decoder") and part != "decoder fp16"
+    advice = ", or choose --method gptq, a smaller --group-size or more bits" if lossy else ", and report this"
+    msg += "what the checkpoint does, so it was not kept: check that the base model is the one the adapter was trained "
+    raise ArtifactError(f"{msg}on{advice}")
 
 
 @torch.inference_mode()
@@ -189,6 +250,23 @@ def _artifact_logits(
         if index + 1 < num_hidden_layers:
             del decoder
     return [decoder.logits(x[-len(study.target_ids) :]).cpu() for study, x in zip(studies, hidden, strict=True)]
+
+
+def _compare_onnx(
+    artifact: Artifact, studies: Sequence[Study], features: Sequence[Tensor], logits: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Compare decoder.onnx with the logits of decoder/, and its int8 cache with the float one."""
+
+    def scored(cache_dtype: CacheDtype | None) -> list[Tensor]:
+        decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype)
+        pairs = zip(studies, features, strict=True)
+        return [torch.from_numpy(decoder.score(s.input_ids, s.target_ids, image.numpy())) for s, image in pairs]
+
+    with_float, with_int8 = scored(None), scored("int8")
+    return {
+        "decoder": _compare_logits(studies, logits, with_float),
+        "int8_cache": _compare_logits(studies, with_float, with_int8),
+    }
 
 
 def _source_features(checkpoint: Checkpoint, studies: Sequence[Study], device: str) -> list[Tensor]:

@@ -12,6 +12,11 @@ the first in the lowest bits:
     g_idx   int32 [K]               the group of each input: k // group_size
 
 Only the symmetric form is written and read here: zero = 2^(bits − 1), so every field of qzeros is 7 (or 127).
+
+ONNX Runtime's MatMulNBits takes the same integers with the same zero, an output's side by side (`to_blocks`):
+
+    B       uint8 [N, K / block_size, block_size · bits / 8]    low bits first; a block is a group
+    scales  [N · K / block_size]
 """
 
 from __future__ import annotations
@@ -63,6 +68,25 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     # The shift of a negative word drags its sign in from the left; the mask takes that away again.
     fields = (words.unsqueeze(1) >> shifts[:, None]) & ((1 << bits) - 1)
     return fields.to(torch.uint8).flatten(0, 1)
+
+
+def to_blocks(qweight: Tensor, bits: int, block_size: int) -> Tensor:
+    """Turn GPTQ's words into the bytes of MatMulNBits: a transposition, as both put the first input lowest.
+
+    Args:
+        qweight: int32 [K / pack_factor, N].
+        bits: 4 or 8.
+        block_size: inputs of a block, which divides K.
+
+    Returns:
+        uint8 [N, K / block_size, block_size · bits / 8].
+
+    Source:
+        https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (com.microsoft.MatMulNBits)
+    """
+    # The bytes of a word lie lowest first, as on all machines that torch and ONNX Runtime run on.
+    rows = qweight.t().contiguous().view(torch.uint8)
+    return rows.view(rows.shape[0], -1, block_size * bits // 8)
 
 
 def symmetric_qzeros(groups: int, out_features: int, bits: int) -> Tensor:

@@ -10,10 +10,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lite._version import __version__
-from lite.artifact import load_artifact
+from lite.artifact import CacheDtype, load_artifact
 from lite.console import EXIT_FAILED, positive, run_command, say
 from lite.errors import LiteError
 
@@ -68,6 +68,23 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--max-new-tokens", metavar="N", type=positive, help="stop after N tokens (default: the artifact's)"
     )
     generate.add_argument(
+        "--engine",
+        choices=["auto", "torch", "onnx"],
+        default="auto",
+        help="what computes the decoder: torch, or ONNX Runtime alone (default auto: onnx where the artifact has "
+        "decoder.onnx and there is no GPU, or no torch)",
+    )
+    generate.add_argument(
+        "--provider",
+        metavar="NAME",
+        help="what ONNX Runtime computes with: cpu, cuda, dml or its own name for it (default: the CPU)",
+    )
+    generate.add_argument(
+        "--cache-dtype",
+        choices=get_args(CacheDtype),
+        help="what the onnx engine keeps keys and values in (default: float32; int8 is a quarter of it)",
+    )
+    generate.add_argument(
         "--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is)"
     )
     generate.add_argument(
@@ -98,7 +115,15 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _generate(arguments: argparse.Namespace) -> int:
     from lite.model import load
 
-    model = load(arguments.artifact, device=arguments.device, dtype=arguments.dtype, verify=not arguments.no_verify)
+    model = load(
+        arguments.artifact,
+        engine=arguments.engine,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        provider=arguments.provider,
+        cache_dtype=arguments.cache_dtype,
+        verify=not arguments.no_verify,
+    )
     # One reason for all films: if it cannot be used, say so once and not for each film.
     model.prompt.encode(arguments.reason, query=arguments.query)
     if arguments.json:
@@ -191,8 +216,10 @@ def _findings_json(findings: Findings) -> dict[str, Any]:
         "timings": {name: round(value, 6) for name, value in timings.items()},
         "memory": memory,
         "artifact": findings.artifact_id,
+        "engine": findings.engine,
         "device": findings.device,
         "dtype": findings.dtype,
+        "cache_dtype": findings.cache_dtype,
         "provider": findings.provider,
         "rendering": findings.rendering,
         "notice": findings.notice,
@@ -225,6 +252,10 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
         f"{manifest.decoder.describe()}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
         f"vocab_size {config.vocab_size}, context {config.max_position_embeddings}",
     )
+    if manifest.onnx is not None:
+        part = manifest.onnx
+        caches = " or ".join(part.cache_dtypes)
+        yield "decoder.onnx", f"{part.dtype} activations, {part.lm_head_bits}-bit head, cache in {caches}"
     yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
     for name, record in manifest.files.items():
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"

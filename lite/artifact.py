@@ -4,6 +4,8 @@
       manifest.json       what each part is, the prompt, the preprocessing, every file with its bytes and sha256
       vision.onnx         pixel_values [B,3,S,S] -> image_features [B,P,C]
       decoder/            a Hugging Face Llama folder: config.json, model.safetensors
+      decoder.onnx        perhaps: the decoder once more, for ONNX Runtime alone; with it decoder.onnx.data,
+                          embed_tokens.npy, and decoder.int8_cache.onnx, the graph with another cache
       tokenizer.model     SentencePiece
 
 The manifest is the only thing that decides: the runtime opens no file it does not list. An artifact is written to a
@@ -39,11 +41,18 @@ from lite.errors import ArtifactError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 MANIFEST_NAME: Final = "manifest.json"
 VISION_NAME: Final = "vision.onnx"
 DECODER_CONFIG_NAME: Final = "decoder/config.json"
 TOKENIZER_NAME: Final = "tokenizer.model"
+ONNX_DATA_NAME: Final = "decoder.onnx.data"
+ONNX_EMBEDDINGS_NAME: Final = "embed_tokens.npy"
+
+OnnxFloat = Literal["float32", "float16"]
+CacheDtype = Literal["float32", "float16", "int8"]
+ONNX_GRAPH_NAMES: Final = {"float": "decoder.onnx", "int8": "decoder.int8_cache.onnx"}
+"""The graphs by what their cache is: that of the activations, or int8."""
 
 NOTICE: Final = (
     "Research draft, not for clinical use. Findings written by a language model can be wrong or incomplete: "
@@ -118,6 +127,31 @@ class DecoderPart:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CacheCalibration:
+    """What the scales of an int8 cache were found on."""
+
+    data: str  # the list's file name, or "built-in"
+    sha256: str  # of the films and tokens that were used
+    studies: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxPart:
+    """What `decoder.onnx` is: the integers of `decoder/`, which has to be GPTQ."""
+
+    dtype: OnnxFloat  # of the activations, and of a cache that is not int8
+    accuracy_level: int  # of MatMulNBits; 4: its inputs are rounded to int8
+    lm_head_bits: Literal[4, 8]
+    cache_calibration: CacheCalibration | None = None  # None: there is no int8 cache
+
+    @property
+    def cache_dtypes(self) -> tuple[CacheDtype, ...]:
+        """The caches that there are graphs for."""
+        return (self.dtype,) if self.cache_calibration is None else (self.dtype, "int8")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What an artifact is made of."""
 
@@ -127,6 +161,7 @@ class Manifest:
     sources: dict[str, str]  # source file -> sha256
     vision: VisionPart
     decoder: DecoderPart
+    onnx: OnnxPart | None = None  # None: there is no decoder.onnx
     preprocessing: Preprocessing
     prompt: PromptTemplate = dataclasses.field(default_factory=PromptTemplate)
     decoding: DecodingDefaults = dataclasses.field(default_factory=DecodingDefaults)
@@ -208,9 +243,17 @@ class Artifact:
         file = self.file(DECODER_CONFIG_NAME)
         return DecoderConfig.from_hf(read_json_object(file), where=str(file))
 
-    def verify(self) -> None:
-        """Hash every listed file; raise ArtifactError naming the first that is not what the manifest says."""
+    def verify(self, *, engine: Literal["torch", "onnx"] | None = None) -> None:
+        """Hash every listed file, or those that an engine reads.
+
+        Raises:
+            ArtifactError: a file is not what the manifest says; it names the first.
+        """
+        onnx_names = _onnx_names(self.manifest.onnx)
         for name, record in self.manifest.files.items():
+            weights = name.startswith("decoder/") and name.endswith(".safetensors")
+            if (engine == "onnx" and weights) or (engine == "torch" and name in onnx_names):
+                continue
             got = sha256_of(self.path / name)
             if got != record.sha256:
                 msg = (
@@ -246,11 +289,19 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(msg) from error
     manifest = Manifest.parse(text, where=str(manifest_path))
     artifact = Artifact(path=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest()[:16])
-    for name in (VISION_NAME, DECODER_CONFIG_NAME, TOKENIZER_NAME):
+    for name in (VISION_NAME, DECODER_CONFIG_NAME, TOKENIZER_NAME, *_onnx_names(manifest.onnx)):
         artifact.file(name)
     for name, record in manifest.files.items():
         _check_size(folder / name, record)
     return artifact
+
+
+def _onnx_names(part: OnnxPart | None) -> list[str]:
+    """Return the files that an artifact with `decoder.onnx` must have."""
+    if part is None:
+        return []
+    graphs = [ONNX_GRAPH_NAMES["float"], *([ONNX_GRAPH_NAMES["int8"]] if part.cache_calibration else [])]
+    return [*graphs, ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME]
 
 
 def _why_no_manifest(folder: Path, error: OSError) -> str:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lite.artifact import Artifact
+    from lite.engine import EngineName
 
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHTS_NAME: Final = "decoder/model.safetensors"
@@ -153,6 +154,8 @@ class _Positions:
 class LlamaDecoder(nn.Module):
     """A Llama decoder that reads images."""
 
+    engine: EngineName = "torch"
+
     def __init__(self, config: DecoderConfig) -> None:
         """Build the modules; `load_decoder` fills them."""
         super().__init__()
@@ -169,6 +172,15 @@ class LlamaDecoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the decoder computes in."""
         return self.model.embed_tokens.weight.dtype
+
+    @property
+    def cache_dtype(self) -> str:
+        """What keys and values are stored as."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def peak_vram_bytes(self) -> int | None:
+        """Return the most memory torch's allocator has held on the GPU since the process began; None on the CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
         """Allocate a cache for `batch_size` studies of up to `max_seq_len` tokens each."""
@@ -316,7 +328,7 @@ class LlamaDecoder(nn.Module):
             image_features: [P, hidden_size], or None.
 
         Returns:
-            logits float32 [len(target_ids), vocab_size]; row i belongs to target_ids[i].
+            logits float32 [len(target_ids), vocab_size] on the CPU; row i belongs to target_ids[i].
 
         Raises:
             LiteError: see `logits`.
@@ -325,7 +337,7 @@ class LlamaDecoder(nn.Module):
         inputs_embeds = self.embed([*input_ids, *target_ids[:-1]], features)
         cache = self.new_cache(1, len(inputs_embeds))
         hidden_states = self(inputs_embeds.unsqueeze(0), cache, [0])
-        return self.logits(hidden_states[0, -len(target_ids) :])
+        return self.logits(hidden_states[0, -len(target_ids) :]).cpu()
 
 
 def load_decoder(
@@ -477,8 +489,3 @@ def check_device(device: str) -> str:
         )
         raise BackendUnavailable(msg)
     return device
-
-
-def peak_vram_bytes(device: torch.device) -> int | None:
-    """Return the most memory torch's allocator has held on a GPU since the process began; None on the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from lite.config import DecoderConfig
+    from lite.engine import EngineName
     from lite.memory import Peaks
 
 FinishReason = Literal["eos", "length"]
@@ -36,8 +38,26 @@ class Engine(Protocol):
     """What turns prompts and image features into the logits of the next token.
 
     `Any` stands for the engine's own types: its cache, image_features [B, P, hidden_size] in any array it takes, and
-    logits [B, vocab_size] in any array that has `argmax` and `tolist`.
+    logits [B, vocab_size] in any array that has `argmax` and `tolist` and that numpy takes.
     """
+
+    engine: EngineName
+    config: DecoderConfig
+
+    @property
+    def device(self) -> object:
+        """Where it computes: as text "cpu", "cuda" and the like."""
+
+    @property
+    def dtype(self) -> object:
+        """What it computes in: as text "float32" and the like, perhaps with "torch." before it."""
+
+    @property
+    def cache_dtype(self) -> str:
+        """What keys and values are stored as."""
+
+    def peak_vram_bytes(self) -> int | None:
+        """Return the most memory that it has held on a GPU; None without one, or where that cannot be told."""
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> Any:  # noqa: ANN401 - see above
         """Allocate a cache."""
@@ -47,6 +67,9 @@ class Engine(Protocol):
 
     def decode_one_token(self, input_ids: Sequence[int], cache: Any, active: Sequence[bool]) -> Any:  # noqa: ANN401
         """Append one token to each active row; return the logits of the next."""
+
+    def score(self, input_ids: Sequence[int], target_ids: Sequence[int], image_features: Any) -> Any:  # noqa: ANN401
+        """Return the logits [len(target_ids), vocab_size] that each target token is predicted from."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

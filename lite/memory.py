@@ -20,8 +20,9 @@ from lite.artifact import VISION_NAME
 from lite.errors import LiteError, MemoryBudgetError
 
 if TYPE_CHECKING:
-    from lite.artifact import Artifact, VisionPart
+    from lite.artifact import Artifact, CacheDtype, OnnxPart, VisionPart
     from lite.config import DecoderConfig, Quantization
+    from lite.engine import EngineName
 
 ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
 _VISION_HELD: Final = {"fp32": 1.5, "fp16": 2.4, "int8": 2.0}  # of the bytes of the file: see _vision_bytes
@@ -29,6 +30,10 @@ FIRST_USE_BYTES: Final = 110 << 20
 """What the packages add on a CPU when they are first used: ONNX Runtime itself and its threads, torch's tables of
 operators, the tokenizer. Measured with the phantom model, whose weights are small beside it (torch 2.13, ONNX Runtime
 1.32, November 2026)."""
+ONNX_FIRST_USE_BYTES: Final = 60 << 20
+"""The same without torch."""
+ONNX_CHUNK_SIZE: Final = 512
+"""Tokens of a prompt that go through `decoder.onnx` together: it bounds the memory of activations."""
 PROMPT_TEXT_TOKENS: Final = 128
 """What a plan allows for the words of a prompt: the fixed ones are 55 to 70, a reason of two sentences some 40 more."""
 
@@ -79,6 +84,8 @@ def plan_memory(
     *,
     device: str,
     dtype: str | None = None,
+    engine: EngineName = "torch",
+    cache_dtype: CacheDtype | None = None,
     batch_size: int = 1,
     num_prompt_tokens: int | None = None,
     max_new_tokens: int | None = None,
@@ -89,7 +96,9 @@ def plan_memory(
     Args:
         artifact: a checked artifact; nothing of it is loaded.
         device: "cpu", "cuda" or "cuda:N".
-        dtype: as for `lite.load`.
+        dtype: as for `lite.load`; of the torch engine.
+        engine: which one.
+        cache_dtype: as for `lite.load`; of the onnx engine. None is that of the activations.
         batch_size: studies at a time.
         num_prompt_tokens: places of the longest prompt, the image's included; None allows PROMPT_TEXT_TOKENS words.
         max_new_tokens: None takes the artifact's.
@@ -97,10 +106,28 @@ def plan_memory(
     """
     manifest, config = artifact.manifest, artifact.decoder_config()
     on_cpu = device.startswith("cpu")
-    itemsize = ITEMSIZE[dtype or ("float32" if on_cpu else config.dtype)]
     prompt = num_prompt_tokens or manifest.vision.num_image_tokens + PROMPT_TEXT_TOKENS
     max_seq_len = min(prompt + (max_new_tokens or manifest.decoding.max_new_tokens), config.max_position_embeddings)
     vision_bytes, vision_work = _vision_bytes(manifest.vision, manifest.files[VISION_NAME].bytes, batch_size)
+    if engine == "onnx" and (part := manifest.onnx) is not None:
+        itemsize = ITEMSIZE[part.dtype]
+        return MemoryPlan(
+            batch_size=batch_size,
+            max_seq_len=max_seq_len,
+            libraries_bytes=libraries_bytes + ONNX_FIRST_USE_BYTES,
+            decoder_bytes=onnx_decoder_bytes(config, part),
+            vision_bytes=vision_bytes,
+            cache_bytes=batch_size
+            * max_seq_len
+            * cache_bytes_per_token(config, itemsize=1 if cache_dtype == "int8" else itemsize),
+            load_work_bytes=max(
+                onnx_linear_bytes(shape, config, part, head=name == "lm_head")
+                for name, shape in onnx_linear_shapes(config).items()
+            ),
+            vision_work_bytes=vision_work,
+            prefill_work_bytes=_onnx_prefill_work_bytes(config, num_tokens=prompt, itemsize=itemsize),
+        )
+    itemsize = ITEMSIZE[dtype or ("float32" if on_cpu else config.dtype)]
     return MemoryPlan(
         batch_size=batch_size,
         max_seq_len=max_seq_len,
@@ -190,6 +217,42 @@ def linear_bytes(shape: tuple[int, int], quantization: Quantization | None, *, i
     return count * quantization.bits // 8 + 2 * out_features * (in_features // group_size)  # float16 scales
 
 
+def onnx_linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of the linears of `decoder.onnx`: those of a layer, fused, and the head."""
+    shapes = layer_linear_shapes(config)
+    q, kv, inner = shapes["q_proj"][0], shapes["k_proj"][0], config.intermediate_size
+    return {
+        "qkv": (q + 2 * kv, config.hidden_size),
+        "o": shapes["o_proj"],
+        "gate_up": (2 * inner, config.hidden_size),
+        "down": shapes["down_proj"],
+        "lm_head": (config.vocab_size, config.hidden_size),
+    }
+
+
+def onnx_decoder_bytes(config: DecoderConfig, part: OnnxPart) -> int:
+    """Return what the weights of `decoder.onnx` take in memory. The embeddings stay on the disk."""
+    sizes = {
+        name: onnx_linear_bytes(shape, config, part, head=name == "lm_head")
+        for name, shape in onnx_linear_shapes(config).items()
+    }
+    head = sizes.pop("lm_head")
+    itemsize = ITEMSIZE[part.dtype]
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size * itemsize
+    rotary = config.max_position_embeddings * config.head_dim * itemsize
+    return config.num_hidden_layers * sum(sizes.values()) + head + norms + rotary
+
+
+def onnx_linear_bytes(shape: tuple[int, int], config: DecoderConfig, part: OnnxPart, *, head: bool) -> int:
+    """Return what MatMulNBits holds of a linear [out, in]: integers, and for each block a scale and a sum."""
+    out_features, in_features = shape
+    quantization = config.quantization
+    bits = part.lm_head_bits if head else quantization.bits if quantization is not None else 4
+    group_size = quantization.group_size if quantization is not None else None
+    block_size = group_size if group_size not in (-1, None) else 128
+    return out_features * in_features * bits // 8 + 2 * 4 * out_features * math.ceil(in_features / block_size)
+
+
 def cache_bytes_per_token(config: DecoderConfig, *, itemsize: int) -> int:
     """2 (keys, values) x layers x kv_heads x head_dim x bytes of an element."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
@@ -204,6 +267,18 @@ def _prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize: int
     gated = 3 * num_tokens * config.intermediate_size * itemsize
     logits = 2 * 4 * config.vocab_size
     return streams + max(attention, gated) + logits
+
+
+def _onnx_prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize: int) -> int:
+    """Count what a chunk of a prompt takes on its way through a layer of `decoder.onnx`."""
+    chunk = min(num_tokens, ONNX_CHUNK_SIZE)
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # The prompt's embeddings, the residual stream before and after, its norm.
+    streams = (2 * num_tokens + 3 * chunk) * config.hidden_size * itemsize
+    attention = chunk * (2 * q + 2 * kv) * itemsize + config.num_attention_heads * chunk * num_tokens * 4
+    # gate and up side by side, split, silu(gate), their product, and that rounded to int8.
+    gated = chunk * config.intermediate_size * (6 * itemsize + 1)
+    return streams + max(attention, gated) + 2 * 4 * config.vocab_size
 
 
 def _vision_bytes(part: VisionPart, file_bytes: int, batch_size: int) -> tuple[int, int]:

@@ -19,18 +19,18 @@ import numpy as np
 from PIL import Image
 
 from lite.artifact import TOKENIZER_NAME, load_artifact
+from lite.engine import choose_engine
 from lite.errors import ArtifactError, LiteError, PromptError
 from lite.generate import Generation
 from lite.image import load_image, preprocess
-from lite.memory import Peaks, check_memory, parse_bytes, peak_rss_bytes, plan_memory, rss_bytes
+from lite.memory import MemoryPlan, Peaks, check_memory, parse_bytes, peak_rss_bytes, plan_memory, rss_bytes
 from lite.prompt import PromptEncoder, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
 
-    from lite.artifact import Artifact
-    from lite.decoder import LlamaDecoder
-    from lite.generate import FinishReason
+    from lite.artifact import Artifact, CacheDtype
+    from lite.generate import Engine, FinishReason
     from lite.image import ImageSource, Rendering
     from lite.vision import VisionEncoder
 
@@ -105,9 +105,11 @@ class Findings:
     memory: Memory
     rendering: str  # how the film's values became grey levels: see lite.image
     artifact_id: str
+    engine: str  # of the decoder: "torch" or "onnx"
     device: str  # of the decoder: "cpu", "cuda"
     dtype: str  # what the decoder computes in
-    provider: str  # ONNX Runtime's, for the vision tower
+    cache_dtype: str  # what keys and values are stored as
+    provider: str  # ONNX Runtime's, for the vision tower, and for the decoder of the onnx engine
     notice: str
 
     @property
@@ -178,7 +180,7 @@ class FindingsModel:
 
     def __init__(
         self, artifact: Artifact, *, tokenizer: Tokenizer, prompt: PromptEncoder, vision: VisionEncoder,
-        decoder: LlamaDecoder,
+        decoder: Engine,
     ) -> None:  # fmt: skip
         self.artifact = artifact
         self.tokenizer = tokenizer
@@ -297,8 +299,7 @@ class FindingsModel:
         prepared = self._prepare(Study(image, reason, query), rendering)
         self._check_answer(token_ids, self.prompt.num_tokens(prepared.input_ids))
         features = self.vision(prepared.pixel_values[None])[0]
-        logits: np.ndarray = self.decoder.score(prepared.input_ids, token_ids, features).cpu().numpy()
-        return logits
+        return np.asarray(self.decoder.score(prepared.input_ids, token_ids, features))
 
     def _check_answer(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         vocab_size = self.decoder.config.vocab_size
@@ -342,9 +343,7 @@ class FindingsModel:
         return _Begun(generation=generation, vision_s=vision_s, image_peaks=image_peaks, vision_peaks=self._peaks())
 
     def _peaks(self) -> Peaks:
-        from lite.decoder import peak_vram_bytes
-
-        return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=peak_vram_bytes(self.decoder.device))
+        return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=self.decoder.peak_vram_bytes())
 
     def _finish(self, batch: Sequence[_Prepared], begun: _Begun) -> list[Findings]:
         """Put the results of a finished generation together."""
@@ -372,8 +371,10 @@ class FindingsModel:
                 memory=memory,
                 rendering=prepared.rendering,
                 artifact_id=self.artifact.id,
+                engine=self.decoder.engine,
                 device=str(self.decoder.device),
                 dtype=str(self.decoder.dtype).removeprefix("torch."),
+                cache_dtype=self.decoder.cache_dtype,
                 provider=self.vision.provider,
                 notice=self.notice,
             )
@@ -443,8 +444,11 @@ def _check_count(name: str, value: object, hint: str) -> None:
 def load(
     path: str | os.PathLike[str],
     *,
+    engine: str = "auto",
     device: str = "auto",
     dtype: str | None = None,
+    provider: str | None = None,
+    cache_dtype: CacheDtype | None = None,
     memory_limit: int | str | None = None,
     verify: bool = True,
 ) -> FindingsModel:
@@ -452,26 +456,39 @@ def load(
 
     Args:
         path: the artifact's folder.
+        engine: "torch" computes `decoder/`; "onnx" computes `decoder.onnx`, without torch. "auto" takes onnx where the
+            artifact has it and there is no GPU for torch, or no torch (see `lite.engine`).
         device: "auto" (an NVIDIA GPU if torch sees one, or the CPU), "cpu", "cuda" or "cuda:N".
-        dtype: what the decoder computes in: "float32", "float16" or "bfloat16". None takes the stored dtype on a GPU
-            and float32 on the CPU: twice the memory of float16, and far less time where 16-bit products are slow (see
-            `lite.decoder.load_decoder`).
+        dtype: what torch computes the decoder in: "float32", "float16" or "bfloat16". None takes the stored dtype on a
+            GPU and float32 on the CPU: twice the memory of float16, and far less time where 16-bit products are slow
+            (see `lite.decoder.load_decoder`).
+        provider: what ONNX Runtime computes with, tower and decoder: a name of its own such as "CUDAExecutionProvider",
+            or cpu, cuda, dml; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA
+            where `device` is a GPU and this ONNX Runtime has it.
+        cache_dtype: what the onnx engine keeps keys and values in: "float32" or "int8", a quarter of it. None takes
+            float32, or int8 where only that fits `memory_limit` and loses no more than `MAX_CACHE_KL`, as measured at
+            export.
         memory_limit: refuse, before anything is loaded, an artifact with which one study would take more: bytes, or
             text such as "12GiB". On a GPU torch's allocator counts, on a CPU what the process has resident, Python
             and its packages included. See `lite.memory`.
-        verify: compare the sha256 of every file with the manifest first. This reads the whole artifact: 12 s for the
-            14 GB of a 7B model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026),
-            longer where the disk is slower.
+        verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B
+            model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026), longer where the
+            disk is slower.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
-        BackendUnavailable: a package or the device is not there.
+        BackendUnavailable: a package, the device or the provider is not there.
         MemoryBudgetError: one study would take more than `memory_limit`.
+        LiteError: there is no such engine, dtype or cache.
     """
     limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
     artifact = load_artifact(path)
+    chosen = choose_engine(artifact, engine, device=device, dtype=dtype, provider=provider)
+    if chosen == "torch" and cache_dtype is not None:
+        msg = f"got cache_dtype {cache_dtype!r} for the torch engine · expected it for onnx only · give a dtype"
+        raise LiteError(msg)
     if verify:
-        artifact.verify()
+        artifact.verify(engine=chosen)
     manifest, config = artifact.manifest, artifact.decoder_config()
     tokenizer = Tokenizer(artifact.file(TOKENIZER_NAME), manifest.decoding)
     _check_parts_fit(artifact, tokenizer.vocab_size)
@@ -481,7 +498,15 @@ def load(
         num_image_tokens=manifest.vision.num_image_tokens,
         max_seq_len=config.max_position_embeddings,
     )
-    # Heavy packages from here on. torch first: onnxruntime then finds the CUDA libraries that torch has brought.
+    if chosen == "onnx":
+        vision, decoder = _load_onnx(artifact, provider, cache_dtype, limit)
+    else:
+        vision, decoder = _load_torch(artifact, device, dtype, limit)
+    return FindingsModel(artifact, tokenizer=tokenizer, prompt=prompt, vision=vision, decoder=decoder)
+
+
+def _load_torch(artifact: Artifact, device: str, dtype: str | None, limit: int | None) -> tuple[VisionEncoder, Engine]:
+    # torch first: onnxruntime then finds the CUDA libraries that torch has brought.
     from lite.decoder import DTYPES, check_device, load_decoder
     from lite.vision import VisionEncoder
 
@@ -492,9 +517,29 @@ def load(
     if limit is not None:
         plan = plan_memory(artifact, device=target, dtype=dtype, libraries_bytes=rss_bytes() or 0)
         check_memory(plan, limit, what=str(artifact.path))
-    vision = VisionEncoder(artifact, device=target)
-    decoder = load_decoder(artifact, device=target, dtype=dtype)
-    return FindingsModel(artifact, tokenizer=tokenizer, prompt=prompt, vision=vision, decoder=decoder)
+    return VisionEncoder(artifact, device=target), load_decoder(artifact, device=target, dtype=dtype)
+
+
+def _load_onnx(
+    artifact: Artifact, provider: str | None, cache_dtype: CacheDtype | None, limit: int | None
+) -> tuple[VisionEncoder, Engine]:
+    from lite.onnx_decoder import OnnxDecoder, check_cache_dtype, smaller_cache
+    from lite.onnx_session import CPU, check_provider
+    from lite.vision import VisionEncoder
+
+    check_cache_dtype(artifact, cache_dtype)
+    chosen = check_provider(provider or "cpu")
+    if limit is not None and chosen == CPU:
+        libraries = rss_bytes() or 0
+
+        def plan(dtype: CacheDtype | None) -> MemoryPlan:
+            return plan_memory(artifact, device="cpu", engine="onnx", cache_dtype=dtype, libraries_bytes=libraries)
+
+        if cache_dtype is None and plan(None).peak_bytes > limit:
+            cache_dtype = smaller_cache(artifact)
+        check_memory(plan(cache_dtype), limit, what=str(artifact.path))
+    vision = VisionEncoder(artifact, provider=chosen)
+    return vision, OnnxDecoder(artifact, provider=chosen, cache_dtype=cache_dtype)
 
 
 def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:

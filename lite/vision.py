@@ -7,17 +7,15 @@ The graph may compute in float16 inside; what goes in and comes out is float32. 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lite.artifact import VISION_NAME
-from lite.cores import available_cores
-from lite.errors import ArtifactError, BackendUnavailable
+from lite.errors import ArtifactError
+from lite.onnx_session import open_session, provider_of_device
 
 if TYPE_CHECKING:
-    import types
-
     from lite.artifact import Artifact
 
 INPUT_NAME = "pixel_values"
@@ -27,33 +25,21 @@ OUTPUT_NAME = "image_features"
 class VisionEncoder:
     """Pixels to the embeddings that take the image's place in the prompt."""
 
-    def __init__(self, artifact: Artifact, *, device: str = "cpu") -> None:
+    def __init__(self, artifact: Artifact, *, device: str = "cpu", provider: str | None = None) -> None:
         """Load the graph.
 
         Args:
             artifact: a checked artifact.
             device: "cpu", "cuda" or "cuda:N". Where this ONNX Runtime has no CUDA provider the CPU is used;
                 `provider` says what was.
+            provider: from `check_provider`: use this one instead. What it lacks is computed on the CPU.
 
         Raises:
             ArtifactError: the file is not the graph the manifest describes.
             BackendUnavailable: onnxruntime is not installed.
         """
-        onnxruntime = _import_onnxruntime()
         file = artifact.file(VISION_NAME)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = available_cores()
-        options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if device.startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            index = int(device.partition(":")[2] or 0)
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": index}))
-        try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
-        except Exception as error:  # its errors have no common base but Exception
-            msg = f"{file}: got a graph that ONNX Runtime {onnxruntime.__version__} cannot load ({_first_line(error)})"
-            msg += " · expected the graph written at export · export the artifact again"
-            raise ArtifactError(msg) from error
+        self._session = open_session(file, provider=provider or provider_of_device(device))
         self._part = artifact.manifest.vision
         self._check_signature(str(file))
 
@@ -95,20 +81,3 @@ class VisionEncoder:
                     f"{', '.join(map(str, fixed))}] by the manifest · export the artifact again"
                 )
                 raise ArtifactError(msg)
-
-
-def _import_onnxruntime() -> types.ModuleType:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        msg = (
-            f"got no onnxruntime ({error}) · expected it for the vision tower · "
-            'pip install "llava-rad-lite[cpu]", or "llava-rad-lite[gpu]" with an NVIDIA GPU'
-        )
-        raise BackendUnavailable(msg) from error
-    module: types.ModuleType = onnxruntime
-    return module
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -231,7 +231,9 @@ def _decoder_tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
 
 
 def test_parity_layer_by_layer_is_that_of_the_whole_decoder(source: Checkpoint, artifact: Artifact) -> None:
-    studies = StudyReader(source, artifact.manifest, max_tokens=16).built_in(2)
+    studies = StudyReader(
+        source.tokenizer, artifact.manifest, max_seq_len=source.decoder.max_position_embeddings, max_tokens=16
+    ).built_in(2)
     features = [torch.from_numpy(VisionEncoder(artifact)(study.pixel_values[None])[0]) for study in studies]
     layered = verify._artifact_logits(artifact, studies, features, "cpu", lambda: None)
     decoder = load_decoder(artifact, device="cpu")

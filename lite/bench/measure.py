@@ -352,10 +352,9 @@ def _drafted(model: FindingsModel, studies: Sequence[ListedStudy], batch_size: i
 
 
 def _peaks(model: FindingsModel) -> Peaks:
-    from lite.decoder import peak_vram_bytes
     from lite.memory import peak_rss_bytes
 
-    return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=peak_vram_bytes(model.decoder.device))
+    return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=model.decoder.peak_vram_bytes())
 
 
 def _of_kind(peaks: Peaks, device: str) -> int:

@@ -1,0 +1,51 @@
+"""Scales of the int8 cache: what one step of a channel of the keys, or of the values, stands for.
+
+They are constants of the graph, so they are found before, on studies: the largest magnitude that a channel takes on
+anything the decoder reads, image, prompt and findings, divided by 127. A channel of the keys keeps its own scale: a
+rotary embedding turns pairs of channels, and those of a low frequency hold large values that hardly turn at all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from export.studies import Study
+    from lite.onnx_decoder import OnnxDecoder
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+STEPS: Final = 127
+_SMALLEST: Final = 1e-8
+"""Of a channel that is always zero."""
+
+
+def find_cache_scales(
+    decoder: OnnxDecoder, studies: Iterable[Study], features: Callable[[Study], Array]
+) -> tuple[Array, Array]:
+    """Run studies with a float cache and look at what is in it.
+
+    Args:
+        decoder: with a float cache.
+        studies: at least one.
+        features: runs the tower on a study's film, [P, hidden_size].
+
+    Returns:
+        The scales of keys and values, each float32 [num_hidden_layers, kv_heads, head_dim].
+    """
+    config = decoder.config
+    shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    largest = {kind: np.full(shape, _SMALLEST, np.float32) for kind in ("key", "value")}
+    for study in studies:
+        length = study.num_tokens((image := features(study)).shape[0])
+        cache = decoder.new_cache(1, length)
+        decoder.score(study.input_ids, study.target_ids, image, cache=cache)
+        for name, buffer in cache.buffers.items():
+            layer, _, kind = name.partition(".")
+            found = np.abs(buffer.numpy()[0, :, :length].astype(np.float32)).max(axis=1)
+            np.maximum(largest[kind][int(layer)], found, out=largest[kind][int(layer)])
+    return largest["key"] / STEPS, largest["value"] / STEPS

@@ -1,0 +1,193 @@
+"""`decoder.onnx` in an artifact: written beside `decoder/`, its int8 cache calibrated, and both measured.
+
+decoder/ ─▶ decoder.onnx ─ studies ─▶ largest keys and values ─▶ decoder.int8_cache.onnx
+└─ torch ─▶ p ─┬─ KL ─ q ◀─┘            parity "onnx"
+q ─── KL ─── r ◀───────────────┘     parity "onnx int8 cache"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tqdm import tqdm
+
+from export import verify
+from export.cache_scales import find_cache_scales
+from export.decoder_onnx import ACCURACY_LEVEL, require_gptq, write_decoder_onnx, write_int8_cache_graph
+from export.settings import DEFAULTS
+from export.studies import Study, StudyReader, sha256_of_studies
+from lite.artifact import (
+    TOKENIZER_NAME,
+    Artifact,
+    CacheCalibration,
+    Manifest,
+    OnnxFloat,
+    OnnxPart,
+    load_artifact,
+    staged_artifact,
+)
+from lite.decoder import check_device
+from lite.onnx_decoder import OnnxDecoder
+from lite.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+BUILT_IN: Final = "built-in"
+MAX_CACHE_STUDIES: Final = 16
+"""Studies that the scales of the cache are found on, at most: each has a thousand tokens and more."""
+CACHE_TOKENS: Final = 256
+"""Findings tokens of each, at most."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxSettings:
+    """How `decoder.onnx` is written into an artifact that is there."""
+
+    activations: OnnxFloat = "float32"
+    """What it computes in, beside the integers: float32 for CPUs, float16 for the providers of GPUs."""
+    calibration_data: str | Path | None = None
+    """JSON list of studies to find the scales of the int8 cache on; None takes built-in ones."""
+    calibration_images: str | Path | None = None
+    """Where its images are; its own folder by default."""
+    verify_data: str | Path | None = None
+    """JSON list of studies to measure parity on; None takes built-in ones."""
+    image_folder: str | Path | None = None
+    """Where the images of `verify_data` are; its own folder by default."""
+    verify_studies: int = DEFAULTS.verify_studies
+    verify_tokens: int = DEFAULTS.verify_tokens
+    device: str = "auto"
+    """Where torch computes what it is measured against."""
+    show_progress: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStudies:
+    """The studies that the scales of the int8 cache are found on."""
+
+    studies: Sequence[Study]
+    data: str  # the list's file name, or BUILT_IN
+
+
+def write_onnx_part(
+    folder: Path,
+    manifest: Manifest,
+    cache: CacheStudies,
+    *,
+    activations: OnnxFloat,
+    advance: Callable[[], object] = lambda: None,
+) -> OnnxPart:
+    """Write the files of `decoder.onnx` into an artifact that is being written.
+
+    Args:
+        folder: where vision.onnx and decoder/ are already.
+        manifest: what it will say.
+        cache: what the int8 cache is calibrated on.
+        activations: see `OnnxSettings`.
+        advance: called twice, and once for each study.
+
+    Returns:
+        What the manifest says of it.
+
+    Raises:
+        ArtifactError: the decoder is not GPTQ.
+        BackendUnavailable: ONNX Runtime is too old.
+    """
+    artifact = verify.unfinished_artifact(folder, manifest)
+    config = artifact.decoder_config()
+    files = sorted((folder / "decoder").glob("*.safetensors"))
+    write_decoder_onnx(folder, files, config, dtype=activations)
+    advance()
+    bits = config.quantization.lm_head_bits if config.quantization else None
+    part = OnnxPart(dtype=activations, accuracy_level=ACCURACY_LEVEL, lm_head_bits=4 if bits == 4 else 8)
+    written = verify.unfinished_artifact(folder, dataclasses.replace(manifest, onnx=part))
+    encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
+
+    def features(study: Study) -> Any:  # noqa: ANN401 - an array
+        image = encoder(study.pixel_values[None])[0]
+        advance()
+        return image
+
+    write_int8_cache_graph(folder, *find_cache_scales(decoder, cache.studies, features))
+    advance()
+    calibration = CacheCalibration(
+        data=cache.data,
+        sha256=sha256_of_studies(list(cache.studies)),
+        studies=len(cache.studies),
+        tokens=sum(study.num_tokens(manifest.vision.num_image_tokens) for study in cache.studies),
+    )
+    return dataclasses.replace(part, cache_calibration=calibration)
+
+
+def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None = None) -> Artifact:
+    """Write `decoder.onnx` for an artifact that has none, or write it anew.
+
+    Args:
+        path: the artifact. Nothing in it is changed.
+        settings: how.
+        out: the artifact to make, of the same files and the new ones; None puts it in the place of the old one, once
+            it is complete.
+
+    Returns:
+        The finished artifact.
+
+    Raises:
+        ArtifactError: the artifact is damaged or not GPTQ, or `decoder.onnx` does not compute what `decoder/` does.
+        CheckpointError: a list of studies cannot be used.
+        BackendUnavailable: a package is missing or too old.
+    """
+    device = check_device(settings.device)
+    artifact = load_artifact(path)
+    manifest, config = artifact.manifest, artifact.decoder_config()
+    require_gptq(config)
+    artifact.verify()
+
+    def reader(max_tokens: int) -> StudyReader:
+        tokenizer, max_seq_len = artifact.file(TOKENIZER_NAME), config.max_position_embeddings
+        return StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=max_tokens)
+
+    judged = reader(settings.verify_tokens).read(
+        settings.verify_data, settings.image_folder, settings.verify_studies, option="--verify-data"
+    )
+    calibrating = reader(CACHE_TOKENS).read(
+        settings.calibration_data, settings.calibration_images, MAX_CACHE_STUDIES, option="--calibration-data"
+    )
+    data = BUILT_IN if settings.calibration_data is None else Path(settings.calibration_data).name
+    steps = 2 + len(calibrating) + verify.num_onnx_steps(config)
+    target = artifact.path if out is None else Path(out)
+    with (
+        staged_artifact(target, overwrite=out is None) as staged,
+        tqdm(total=steps, desc="writing decoder.onnx", disable=not settings.show_progress, dynamic_ncols=True) as bar,
+    ):
+        _link(artifact, staged.path)
+        part = write_onnx_part(
+            staged.path,
+            dataclasses.replace(manifest, onnx=None),
+            CacheStudies(studies=calibrating, data=data),
+            activations=settings.activations,
+            advance=bar.update,
+        )
+        manifest = dataclasses.replace(manifest, onnx=part)
+        measured = verify.measure_onnx(staged.path, manifest, judged, device=device, advance=bar.update)
+        listed = BUILT_IN if settings.verify_data is None else Path(settings.verify_data).name
+        fidelity = manifest.fidelity | {"onnx": {"verify_data": listed, **measured}}
+        verify.require_onnx_parity(measured)
+        staged.finish(dataclasses.replace(manifest, fidelity=fidelity))
+    return load_artifact(target)
+
+
+def _link(artifact: Artifact, folder: Path) -> None:
+    """Put the files of an artifact, but for those of an older decoder.onnx, into a folder: as hard links if it can."""
+    for name in artifact.manifest.files:
+        if not name.startswith(("vision.onnx", "decoder/", TOKENIZER_NAME)):
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(artifact.path / name, target)
+        except OSError:
+            shutil.copyfile(artifact.path / name, target)

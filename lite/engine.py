@@ -1,0 +1,102 @@
+"""Which engine computes the decoder: chosen from what the artifact has, what is installed, and what is asked for.
+
+    torch   `decoder/`, by torch: every format, on a CPU or an NVIDIA GPU
+    onnx    `decoder.onnx`, by ONNX Runtime: GPTQ's integers, on a CPU without torch, or by another of its providers
+
+Nothing heavy is imported before the choice: a process with the onnx engine never loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from ctypes.util import find_library
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from lite.errors import ArtifactError, BackendUnavailable, LiteError
+
+if TYPE_CHECKING:
+    from lite.artifact import Artifact
+
+EngineName = Literal["torch", "onnx"]
+_NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
+
+
+def choose_engine(
+    artifact: Artifact,
+    engine: str = "auto",
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    provider: str | None = None,
+) -> EngineName:
+    """Return the engine to use.
+
+    Args:
+        artifact: a checked artifact.
+        engine: "auto" takes onnx if the artifact has `decoder.onnx` and either there is no GPU for torch, the CPU or a
+            provider is asked for, or torch is not installed; and torch otherwise.
+        device: as for `lite.load`.
+        dtype: as for `lite.load`; only torch has a choice.
+        provider: as for `lite.load`; only onnx has a choice.
+
+    Raises:
+        ArtifactError: the engine asked for, or the only one installed, needs a `decoder.onnx` that is not there.
+        LiteError: there is no such engine, or two settings exclude each other.
+    """
+    if engine not in ("auto", *get_args(EngineName)):
+        msg = f"got engine {engine!r} · expected auto, {', '.join(get_args(EngineName))} · choose one of them"
+        raise LiteError(msg)
+    if engine == "onnx" and (dtype is not None or device not in ("auto", "cpu")):
+        got = f"dtype {dtype!r}" if dtype is not None else f"device {device!r}"
+        todo = "export decoder.onnx with --activations" if dtype is not None else "give a provider such as cuda"
+        raise LiteError(f"got {got} for the onnx engine · expected it for the torch engine only · {todo}")
+    if engine == "torch" and provider is not None:
+        raise LiteError(f"got provider {provider!r} for the torch engine · expected it for onnx only · give a device")
+    exists = artifact.manifest.onnx is not None
+    if engine == "torch" or (engine == "auto" and not exists and provider is None):
+        _require_torch(artifact)
+        return "torch"
+    if not exists:
+        msg = (
+            f"{artifact.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it with "
+        )
+        raise ArtifactError(f"{msg}`python -m export onnx {artifact.path}`, or use the torch engine")
+    if engine == "onnx" or provider is not None:
+        return "onnx"
+    wants_torch = dtype is not None or device.startswith("cuda") or (device == "auto" and _gpu_for_torch())
+    return "torch" if wants_torch and has_torch() else "onnx"
+
+
+def has_torch() -> bool:
+    """Say whether torch is installed, without importing it."""
+    return "torch" in sys.modules or importlib.util.find_spec("torch") is not None
+
+
+def _require_torch(artifact: Artifact) -> None:
+    if has_torch():
+        return
+    listed = artifact.manifest.decoder.format
+    todo = "or use engine='onnx'"
+    if artifact.manifest.onnx is None:
+        gptq = listed.startswith("gptq")
+        todo = (
+            f"or {'add decoder.onnx with `python -m export onnx`' if gptq else 'export it as gptq with --engine onnx'}"
+        )
+        todo += " where torch is installed"
+    msg = (
+        f'{artifact.path}: got no torch · expected it for a decoder in {listed} · pip install "llava-rad-lite[torch]", '
+    )
+    raise BackendUnavailable(msg + todo)
+
+
+def _gpu_for_torch() -> bool:
+    """Say whether torch would find a GPU; torch is asked only where there is a driver."""
+    if not _NVIDIA_DRIVER.exists() and find_library("nvcuda" if sys.platform == "win32" else "cuda") is None:
+        return False
+    if not has_torch():
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,360 @@
+"""The decoder by ONNX Runtime: `decoder.onnx` and its cache, without torch.
+
+    input_ids ─embed_tokens.npy─▶ inputs_embeds ─┐                        ┌─▶ logits
+    image_features ──────────────────────────────┴─▶ decoder.onnx ────────┤
+                                past_key_values ─▶ (one buffer) ◀─ present┘
+
+`export.decoder_onnx` draws the graph. Keys and values lie in buffers of this module's, of which the graph is told the
+addresses (IO binding): it writes what is new into them, and nothing is copied from one token to the next.
+
+A prompt goes through a chunk at a time, which bounds the memory of activations. The prompts of a batch go one after
+the other: arithmetic is what a prompt costs, so that together they would take as long, and more memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lite.artifact import ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
+from lite.config import IMAGE_TOKEN_ID
+from lite.errors import ArtifactError, ContextLengthError, LiteError
+from lite.memory import ONNX_CHUNK_SIZE
+from lite.onnx_session import CPU, import_onnxruntime, open_session, require_onnxruntime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lite.artifact import Artifact, CacheDtype, OnnxPart
+    from lite.config import DecoderConfig
+    from lite.engine import EngineName
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_CACHE_KL: Final = 1e-3
+"""The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
+_OLDEST: Final = (1, 20), "8-bit MatMulNBits"
+_OLDEST_INT8_CACHE: Final = (1, 27), "an int8 cache in GroupQueryAttention"
+_NUMPY: Final[dict[str, np.dtype[Any]]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "int8": np.dtype(np.int8),
+}
+_DEVICES: Final = {CPU: "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
+
+
+class OnnxCache:
+    """Keys and values of every token so far, for a batch of studies: for each layer two buffers.
+
+    key, value   [B, num_key_value_heads, max_seq_len, head_dim]
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: tuple[str, int]
+    ) -> None:
+        """Allocate room for `batch_size` rows of `max_seq_len` tokens."""
+        ort_value = import_onnxruntime().OrtValue
+        self.shape = (batch_size, config.num_key_value_heads, max_seq_len, config.head_dim)
+        self.dtype = _NUMPY[dtype]
+        self.device = device
+        self.num_cached_tokens = [0] * batch_size
+        self.buffers = {
+            f"{layer}.{kind}": ort_value.ortvalue_from_shape_and_type(self.shape, self.dtype, *device)
+            for layer in range(config.num_hidden_layers)
+            for kind in ("key", "value")
+        }
+        self.binding: Any = None  # of the whole batch; `OnnxDecoder` makes it when the first token is decoded
+
+    @property
+    def max_seq_len(self) -> int:
+        """The number of slots of a row."""
+        return self.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """2 (keys, values) x layers x rows x kv_heads x max_seq_len x head_dim x bytes of an element."""
+        return len(self.buffers) * math.prod(self.shape) * self.dtype.itemsize
+
+    def bind(self, binding: Any, row: int | None = None) -> None:  # noqa: ANN401 - of ONNX Runtime
+        """Tell a binding where the buffers are: all rows, or only one of them."""
+        shape = self.shape if row is None else (1, *self.shape[1:])
+        offset = (row or 0) * math.prod(self.shape[1:]) * self.dtype.itemsize
+        for name, buffer in self.buffers.items():
+            place = (*self.device, self.dtype, shape, buffer.data_ptr() + offset)
+            binding.bind_input(f"past_key_values.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
+
+
+class OnnxDecoder:
+    """A Llama decoder that reads images, computed by ONNX Runtime."""
+
+    engine: EngineName = "onnx"
+
+    def __init__(self, artifact: Artifact, *, provider: str = CPU, cache_dtype: CacheDtype | None = None) -> None:
+        """Load the graph.
+
+        Args:
+            artifact: a checked artifact with `decoder.onnx`.
+            provider: from `lite.onnx_session.check_provider`.
+            cache_dtype: what keys and values are stored as; None: as what the activations are. int8 is a quarter of
+                the memory of float32; what it loses is in the manifest.
+
+        Raises:
+            ArtifactError: there is no `decoder.onnx`, or it is not what the manifest says.
+            BackendUnavailable: ONNX Runtime is missing or too old, or the provider lacks an operator.
+            LiteError: there is no such cache.
+        """
+        self._part = _part(artifact)
+        self.config = artifact.decoder_config()
+        check_cache_dtype(artifact, cache_dtype)
+        self.cache_dtype: CacheDtype = cache_dtype or self._part.dtype
+        self.dtype: str = self._part.dtype
+        self.chunk_size = ONNX_CHUNK_SIZE
+        int8 = self.cache_dtype == "int8"
+        version, what = _OLDEST_INT8_CACHE if int8 else _OLDEST
+        require_onnxruntime(version, what=what)
+        self.provider, _, index = provider.partition(":")
+        # What ONNX Runtime calls the place of a provider's memory.
+        self._place = _DEVICES.get(self.provider, "cpu"), int(index or 0)
+        file = artifact.file(ONNX_GRAPH_NAMES["int8" if int8 else "float"])
+        self._session = open_session(file, provider=provider, arena=False, whole=True)
+        self._check_signature(str(file))
+        self._embeddings = _embeddings(artifact, self.config)
+
+    @property
+    def device(self) -> str:
+        """Where it computes: "cpu", "cuda", "dml", or by its provider's name."""
+        return _DEVICES.get(self.provider, self.provider)
+
+    def peak_vram_bytes(self) -> None:
+        """Say that ONNX Runtime does not tell."""
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> OnnxCache:
+        """Allocate a cache for `batch_size` studies of up to `max_seq_len` tokens each."""
+        return OnnxCache(
+            self.config, batch_size=batch_size, max_seq_len=max_seq_len, dtype=self.cache_dtype, device=self._place
+        )
+
+    def embed(self, input_ids: Sequence[int], image_features: Array | None = None) -> Array:
+        """Look the tokens up and put the image in place of IMAGE_TOKEN_ID.
+
+        Args:
+            input_ids: with IMAGE_TOKEN_ID once, or not at all when there is no image.
+            image_features: [P, hidden_size], or None.
+
+        Returns:
+            inputs_embeds [T, hidden_size] in the dtype of the activations, where T counts P tokens for the image.
+        """
+        dtype = _NUMPY[self.dtype]
+        if image_features is None:
+            looked_up: Array = self._embeddings[list(input_ids)].astype(dtype)
+            return looked_up
+        at = list(input_ids).index(IMAGE_TOKEN_ID)
+        before, after = (self._embeddings[list(part)].astype(dtype) for part in (input_ids[:at], input_ids[at + 1 :]))
+        return np.concatenate((before, np.asarray(image_features).astype(dtype), after))
+
+    def prefill(self, prompts: Sequence[Sequence[int]], image_features: Array, cache: OnnxCache) -> Array:
+        """Fill the cache with the prompts; return the logits after the last token of each.
+
+        Args:
+            prompts: the input_ids of each row, each with IMAGE_TOKEN_ID once; their lengths may differ.
+            image_features: [B, P, hidden_size].
+            cache: empty, with B rows.
+
+        Returns:
+            logits float32 [B, vocab_size].
+
+        Raises:
+            ContextLengthError: a prompt is longer than the cache.
+            LiteError: the logits are not finite.
+        """
+        logits = [
+            self._run_row(self.embed(input_ids, image), cache, row, num_logits=1)[0]
+            for row, (input_ids, image) in enumerate(zip(prompts, image_features, strict=True))
+        ]
+        return np.stack(logits)
+
+    def decode_one_token(
+        self, input_ids: Sequence[int], cache: OnnxCache, active: Sequence[bool] | None = None
+    ) -> Array:
+        """Run one token per row; return the logits of the next.
+
+        Args:
+            input_ids: the newest token of each row.
+            cache: after `prefill`.
+            active: which rows go on. A row that has ended is computed, as the batch is rectangular, but does not
+                grow; its logits mean nothing.
+
+        Returns:
+            logits float32 [B, vocab_size].
+
+        Raises:
+            ContextLengthError: the cache is full.
+            LiteError: the logits are not finite.
+        """
+        grows = active if active is not None else [True] * len(input_ids)
+        # A row that has ended writes into its last slot, which nobody reads any more.
+        totals = [n + grow for n, grow in zip(cache.num_cached_tokens, grows, strict=True)]
+        if cache.binding is None:
+            cache.binding = self._session.io_binding()
+            cache.bind(cache.binding)
+        logits = self._run(cache.binding, cache, self.embed(input_ids)[:, None], totals, logits_at=[0])
+        cache.num_cached_tokens = totals
+        return logits[:, 0]
+
+    def score(
+        self,
+        input_ids: Sequence[int],
+        target_ids: Sequence[int],
+        image_features: Array | None,
+        *,
+        cache: OnnxCache | None = None,
+    ) -> Array:
+        """Return the logits from which each target token is predicted, all given the ones before it (teacher forcing).
+
+        Args:
+            input_ids: one prompt, with IMAGE_TOKEN_ID once if there is an image.
+            target_ids: the tokens that follow it, at least one.
+            image_features: [P, hidden_size], or None.
+            cache: empty, with one row that is long enough; for who wants to see what is written into it.
+
+        Returns:
+            logits float32 [len(target_ids), vocab_size]; row i belongs to target_ids[i].
+
+        Raises:
+            LiteError: the logits are not finite.
+        """
+        inputs_embeds = self.embed([*input_ids, *target_ids[:-1]], image_features)
+        cache = cache or self.new_cache(1, len(inputs_embeds))
+        return self._run_row(inputs_embeds, cache, 0, num_logits=len(target_ids))
+
+    def _run_row(self, inputs_embeds: Array, cache: OnnxCache, row: int, *, num_logits: int) -> Array:
+        """Run a row's tokens [T, hidden_size] through an empty cache; return the last logits [num_logits, V]."""
+        length = len(inputs_embeds)
+        binding = self._session.io_binding()
+        cache.bind(binding, row)
+        scored: list[Array] = []
+        for begin in range(0, length, self.chunk_size):
+            end = min(begin + self.chunk_size, length)
+            # Of a chunk that no logits are wanted of those of its last token are computed all the same, and dropped.
+            first = max(begin, length - num_logits)
+            logits_at = range(min(first, end - 1) - begin, end - begin)
+            logits = self._run(binding, cache, inputs_embeds[None, begin:end], [end], logits_at=logits_at)
+            if first < end:
+                scored.append(logits[0])
+        cache.num_cached_tokens[row] = length
+        return np.concatenate(scored)
+
+    def _run(
+        self,
+        binding: Any,  # noqa: ANN401 - of ONNX Runtime
+        cache: OnnxCache,
+        inputs_embeds: Array,
+        totals: Sequence[int],
+        *,
+        logits_at: Sequence[int],
+    ) -> Array:
+        """Run the graph on inputs_embeds [B, T, hidden_size], behind which each row has `totals` tokens."""
+        if max(totals) > cache.max_seq_len:
+            msg = (
+                f"got tokens up to position {max(totals)} · expected at most {cache.max_seq_len}, the cache's "
+                "max_seq_len · allocate a longer cache"
+            )
+            raise ContextLengthError(msg)
+        # Bound by address, so they have to live until the run has ended.
+        inputs = {
+            "inputs_embeds": np.ascontiguousarray(inputs_embeds),
+            "seqlens_k": np.array(totals, np.int32) - 1,
+            "total_sequence_length": np.array(max(totals), np.int32),
+            "logits_at": np.array(logits_at, np.int64),
+        }
+        for name, values in inputs.items():
+            binding.bind_cpu_input(name, values)
+        logits = np.empty((len(totals), len(logits_at), self.config.vocab_size), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            reason = str(error).strip().partition("\n")[0][:200]
+            msg = f"got an error of ONNX Runtime ({reason}) · expected {self.provider} to compute the decoder · "
+            raise LiteError(f"{msg}if it is about memory take a smaller batch, else report this") from error
+        if not np.isfinite(logits).all():
+            msg = (
+                f"got logits that are not finite in {self.dtype} · expected numbers · the computation overflowed: "
+                "export decoder.onnx with --activations float32, or use the torch engine"
+            )
+            raise LiteError(msg)
+        return logits
+
+    def _check_signature(self, file: str) -> None:
+        """Compare the graph's inputs and outputs with the manifest and config.json."""
+        config, kinds = self.config, {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+        cache = (config.num_key_value_heads, config.head_dim), kinds[self.cache_dtype]
+        expected = {
+            "inputs_embeds": ((config.hidden_size,), kinds[self.dtype]),
+            "logits": ((config.vocab_size,), "tensor(float)"),
+            "seqlens_k": ((), "tensor(int32)"),
+            "total_sequence_length": ((), "tensor(int32)"),
+            "logits_at": ((), "tensor(int64)"),
+        }
+        for layer in range(config.num_hidden_layers):
+            for kind in ("key", "value"):
+                expected |= {f"past_key_values.{layer}.{kind}": cache, f"present.{layer}.{kind}": cache}
+        values = [*self._session.get_inputs(), *self._session.get_outputs()]
+        got = {value.name: (tuple(n for n in value.shape if isinstance(n, int)), value.type) for value in values}
+        if got != expected:
+            name = min(name for name in {*got, *expected} if got.get(name) != expected.get(name))
+            msg = (
+                f"{file}: got {name} {got.get(name, 'nowhere')} · expected {expected.get(name, 'no such value')} by "
+                "the manifest and config.json · export the artifact again"
+            )
+            raise ArtifactError(msg)
+
+
+def check_cache_dtype(artifact: Artifact, cache_dtype: str | None) -> None:
+    """Refuse a cache that `decoder.onnx` has no graph for.
+
+    Raises:
+        LiteError: there is none.
+    """
+    known = _part(artifact).cache_dtypes
+    if cache_dtype is not None and cache_dtype not in known:
+        msg = (
+            f"{artifact.path}: got cache_dtype {cache_dtype!r} · expected {' or '.join(known)}, which decoder.onnx was "
+        )
+        raise LiteError(f"{msg}exported with · choose one of them")
+
+
+def smaller_cache(artifact: Artifact) -> CacheDtype | None:
+    """Return the cache to take where the usual one does not fit: int8, if it loses little enough; None if not."""
+    measured = artifact.manifest.fidelity.get("onnx")
+    lost = measured.get("int8_cache", {}).get("mean_kl") if isinstance(measured, dict) else None
+    good = "int8" in _part(artifact).cache_dtypes and isinstance(lost, float) and lost <= MAX_CACHE_KL
+    return "int8" if good else None
+
+
+def _part(artifact: Artifact) -> OnnxPart:
+    part = artifact.manifest.onnx
+    if part is None:
+        msg = (
+            f"{artifact.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it with "
+        )
+        raise ArtifactError(f"{msg}`python -m export onnx {artifact.path}`")
+    return part
+
+
+def _embeddings(artifact: Artifact, config: DecoderConfig) -> Array:
+    """Map the embeddings into memory: what is not looked up is never read."""
+    file = artifact.file(ONNX_EMBEDDINGS_NAME)
+    try:
+        table: Array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        msg = f"{file}: got something unreadable ({error}) · expected an array · export the artifact again"
+        raise ArtifactError(msg) from error
+    expected = (config.vocab_size, config.hidden_size)
+    if table.shape != expected or table.dtype != np.float16:
+        msg = f"{file}: got {table.dtype} {list(table.shape)} · expected float16 {list(expected)} by config.json · "
+        raise ArtifactError(f"{msg}export the artifact again")
+    return table

@@ -1,0 +1,128 @@
+"""Sessions of ONNX Runtime: which provider computes, with how many threads, and errors that say what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from lite.cores import available_cores
+from lite.errors import ArtifactError, BackendUnavailable
+
+if TYPE_CHECKING:
+    import types
+    from pathlib import Path
+
+CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+_SHORT: Final = {
+    "cpu": CPU,
+    "cuda": CUDA,
+    "dml": "DmlExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+
+
+def import_onnxruntime() -> types.ModuleType:
+    """Import ONNX Runtime.
+
+    Raises:
+        BackendUnavailable: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        msg = (
+            f"got no onnxruntime ({error}) · expected it for the vision tower · "
+            'pip install "llava-rad-lite[cpu]", or "llava-rad-lite[gpu]" with an NVIDIA GPU'
+        )
+        raise BackendUnavailable(msg) from error
+    module: types.ModuleType = onnxruntime
+    return module
+
+
+def require_onnxruntime(version: tuple[int, int], *, what: str) -> None:
+    """Refuse a version that lacks an operator.
+
+    Raises:
+        BackendUnavailable: ONNX Runtime is older, or not installed.
+    """
+    installed: str = import_onnxruntime().__version__
+    if tuple(int(part) for part in installed.split(".")[:2]) < version:
+        wanted = ".".join(map(str, version))
+        msg = f"got onnxruntime {installed} · expected {wanted} or newer, the first with {what} · "
+        raise BackendUnavailable(f'{msg}pip install --upgrade "onnxruntime>={wanted}"')
+
+
+def provider_of_device(device: str) -> str:
+    """Return the provider for a device of torch's; the CPU's where this ONNX Runtime has none for CUDA."""
+    wanted = device.replace("cuda", CUDA) if device.startswith("cuda") else CPU
+    return wanted if wanted.partition(":")[0] in import_onnxruntime().get_available_providers() else CPU
+
+
+def check_provider(provider: str) -> str:
+    """Return the full name of a provider, with ":N" behind it where that was given.
+
+    Args:
+        provider: a name of ONNX Runtime's such as "CUDAExecutionProvider", or cpu, cuda, dml, rocm, openvino; "cuda:1"
+            for the second GPU.
+
+    Raises:
+        BackendUnavailable: this ONNX Runtime has no such provider.
+    """
+    runtime = import_onnxruntime()
+    name, colon, index = provider.partition(":")
+    name = _SHORT.get(name.lower(), name)
+    available: list[str] = runtime.get_available_providers()
+    if name not in available or (colon and not index.isdecimal()):
+        msg = (
+            f"got provider {provider!r} · expected one that ONNX Runtime {runtime.__version__} has here: "
+            f"{', '.join(available)} · choose one of them, or install the build that has it (onnxruntime-gpu, "
+            "onnxruntime-directml, …)"
+        )
+        raise BackendUnavailable(msg)
+    return f"{name}{colon}{index}"
+
+
+def open_session(file: Path, *, provider: str, arena: bool = True, whole: bool = False) -> Any:  # noqa: ANN401
+    """Load a graph.
+
+    Args:
+        file: of an artifact that has been checked.
+        provider: from `provider_of_device` or `check_provider`.
+        arena: keep the memory of activations for the next run. Without it the system has it back, and page faults
+            take the time that is saved.
+        whole: refuse the graph unless the provider computes all of it: an operator that it lacks would be computed on
+            the CPU, with copies to and fro.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not take the file.
+        BackendUnavailable: the provider cannot be started, or does not have all operators.
+    """
+    runtime = import_onnxruntime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
+    options.enable_cpu_mem_arena = arena
+    name, _, index = provider.partition(":")
+    providers: list[Any] = [(name, {"device_id": int(index)} if index else {})]
+    if name != CPU and whole:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    elif name != CPU:
+        providers.append(CPU)
+    try:
+        return runtime.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:  # its errors have no common base but Exception
+        reason = str(error).strip().partition("\n")[0][:200]
+        if name != CPU and whole:
+            msg = (
+                f"{file}: got a provider {name} that cannot compute it ({reason}) · expected one with all of its "
+                "operators · use --provider cpu, or export decoder.onnx with --activations float16, which GPUs need"
+            )
+            raise BackendUnavailable(msg) from error
+        msg = f"{file}: got a graph that ONNX Runtime {runtime.__version__} cannot load ({reason})"
+        msg += " · expected the graph written at export · export the artifact again"
+        raise ArtifactError(msg) from error
