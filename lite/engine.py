@@ -8,10 +8,9 @@ Nothing heavy is imported before the choice: a process with the onnx engine neve
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
-from ctypes.util import find_library
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from lite.errors import ArtifactError, BackendUnavailable, LiteError
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from lite.artifact import Artifact
 
 EngineName = Literal["torch", "onnx"]
-_NVIDIA_DRIVER: Final = Path("/proc/driver/nvidia/version")
+_CUDA_DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 def choose_engine(
@@ -35,27 +34,30 @@ def choose_engine(
 
     Args:
         artifact: a checked artifact.
-        engine: "auto" takes onnx if the artifact has `decoder.onnx` and either there is no GPU for torch, the CPU or a
-            provider is asked for, or torch is not installed; and torch otherwise.
+        engine: "auto" takes torch if a GPU or a dtype is asked for; else onnx if the artifact has `decoder.onnx` and
+            either there is no GPU for torch, the CPU or a provider is asked for, or torch is not installed; and torch
+            otherwise.
         device: as for `lite.load`.
         dtype: as for `lite.load`; only torch has a choice.
         provider: as for `lite.load`; only onnx has a choice.
 
     Raises:
-        ArtifactError: the engine asked for, or the only one installed, needs a `decoder.onnx` that is not there.
+        ArtifactError: the engine asked for needs a `decoder.onnx` that is not there.
+        BackendUnavailable: the engine asked for, or the only one for this artifact, needs torch.
         LiteError: there is no such engine, or two settings exclude each other.
     """
     if engine not in ("auto", *get_args(EngineName)):
         msg = f"got engine {engine!r} · expected auto, {', '.join(get_args(EngineName))} · choose one of them"
         raise LiteError(msg)
-    if engine == "onnx" and (dtype is not None or device not in ("auto", "cpu")):
+    for_torch = dtype is not None or device not in ("auto", "cpu")
+    if for_torch and (engine == "onnx" or (engine == "auto" and provider is not None)):
         got = f"dtype {dtype!r}" if dtype is not None else f"device {device!r}"
         todo = "export decoder.onnx with --activations" if dtype is not None else "give a provider such as cuda"
         raise LiteError(f"got {got} for the onnx engine · expected it for the torch engine only · {todo}")
     if engine == "torch" and provider is not None:
         raise LiteError(f"got provider {provider!r} for the torch engine · expected it for onnx only · give a device")
     exists = artifact.manifest.onnx is not None
-    if engine == "torch" or (engine == "auto" and not exists and provider is None):
+    if engine == "torch" or (engine == "auto" and provider is None and (for_torch or not exists)):
         _require_torch(artifact)
         return "torch"
     if not exists:
@@ -65,8 +67,7 @@ def choose_engine(
         raise ArtifactError(f"{msg}`python -m export onnx {artifact.path}`, or use the torch engine")
     if engine == "onnx" or provider is not None:
         return "onnx"
-    wants_torch = dtype is not None or device.startswith("cuda") or (device == "auto" and _gpu_for_torch())
-    return "torch" if wants_torch and has_torch() else "onnx"
+    return "torch" if device == "auto" and _gpu_for_torch() else "onnx"
 
 
 def has_torch() -> bool:
@@ -92,8 +93,10 @@ def _require_torch(artifact: Artifact) -> None:
 
 
 def _gpu_for_torch() -> bool:
-    """Say whether torch would find a GPU; torch is asked only where there is a driver."""
-    if not _NVIDIA_DRIVER.exists() and find_library("nvcuda" if sys.platform == "win32" else "cuda") is None:
+    """Say whether torch sees a GPU; it is asked only where there is a driver, as importing it takes seconds."""
+    try:
+        ctypes.CDLL(_CUDA_DRIVER)
+    except OSError:
         return False
     if not has_torch():
         return False

@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     from lite.config import DecoderConfig, Quantization
     from lite.engine import EngineName
 
-ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _VISION_HELD: Final = {"fp32": 1.5, "fp16": 2.4, "int8": 2.0}  # of the bytes of the file: see _vision_bytes
 FIRST_USE_BYTES: Final = 110 << 20
 """What the packages add on a CPU when they are first used: ONNX Runtime itself and its threads, torch's tables of
 operators, the tokenizer. Measured with the phantom model, whose weights are small beside it (torch 2.13, ONNX Runtime
 1.32, November 2026)."""
-ONNX_FIRST_USE_BYTES: Final = 60 << 20
-"""The same without torch."""
+ONNX_FIRST_USE_BYTES: Final = 17 << 20
+"""The same without torch, ONNX Runtime imported already."""
 ONNX_CHUNK_SIZE: Final = 512
 """Tokens of a prompt that go through `decoder.onnx` together: it bounds the memory of activations."""
+_ONNX_HELD: Final = 1.5
+"""Of the activations: the C library keeps holes between them. 1.25 to 1.67 were measured in runs of 256 to 1,472 tokens
+at 7B widths (ONNX Runtime 1.32 without memory patterns, glibc, November 2026)."""
+_LARGEST_BLOCK: Final = 128  # of `export.decoder_onnx`, where a group is a whole row
 PROMPT_TEXT_TOKENS: Final = 128
 """What a plan allows for the words of a prompt: the fixed ones are 55 to 70, a reason of two sentences some 40 more."""
 
@@ -120,12 +124,14 @@ def plan_memory(
             cache_bytes=batch_size
             * max_seq_len
             * cache_bytes_per_token(config, itemsize=1 if cache_dtype == "int8" else itemsize),
+            # The largest linear's integers as they are on the disk, beside what they were repacked into.
             load_work_bytes=max(
-                onnx_linear_bytes(shape, config, part, head=name == "lm_head")
-                for name, shape in onnx_linear_shapes(config).items()
+                onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config)
             ),
             vision_work_bytes=vision_work,
-            prefill_work_bytes=_onnx_prefill_work_bytes(config, num_tokens=prompt, itemsize=itemsize),
+            prefill_work_bytes=_onnx_prefill_work_bytes(
+                config, batch_size=batch_size, num_tokens=prompt, itemsize=itemsize
+            ),
         )
     itemsize = ITEMSIZE[dtype or ("float32" if on_cpu else config.dtype)]
     return MemoryPlan(
@@ -232,25 +238,34 @@ def onnx_linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 def onnx_decoder_bytes(config: DecoderConfig, part: OnnxPart) -> int:
     """Return what the weights of `decoder.onnx` take in memory. The embeddings stay on the disk."""
-    sizes = {
-        name: onnx_linear_bytes(shape, config, part, head=name == "lm_head")
-        for name, shape in onnx_linear_shapes(config).items()
-    }
-    head = sizes.pop("lm_head")
     itemsize = ITEMSIZE[part.dtype]
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size * itemsize
     rotary = config.max_position_embeddings * config.head_dim * itemsize
-    return config.num_hidden_layers * sum(sizes.values()) + head + norms + rotary
+    # Integers and scales are repacked, and the sum of each block is put beside them. What they were repacked from is
+    # given back but for the scales, which stay mapped: 28 MiB of the 653 that 4 layers of a 7B model had resident when
+    # loaded (ONNX Runtime 1.32, AVX2, November 2026).
+    return onnx_read_bytes(config, part, bytes_per_block=4 + 4 + 4) + norms + rotary
 
 
-def onnx_linear_bytes(shape: tuple[int, int], config: DecoderConfig, part: OnnxPart, *, head: bool) -> int:
-    """Return what MatMulNBits holds of a linear [out, in]: integers, and for each block a scale and a sum."""
-    out_features, in_features = shape
+def onnx_read_bytes(config: DecoderConfig, part: OnnxPart, *, bytes_per_block: int = 4) -> int:
+    """Return what decoding one token reads of `decoder.onnx`: the integers of every linear, and their scales."""
+    sizes = {
+        name: onnx_linear_bytes(name, config, part, bytes_per_block=bytes_per_block)
+        for name in onnx_linear_shapes(config)
+    }
+    head = sizes.pop("lm_head")
+    return config.num_hidden_layers * sum(sizes.values()) + head
+
+
+def onnx_linear_bytes(name: str, config: DecoderConfig, part: OnnxPart, *, bytes_per_block: int) -> int:
+    """Return the bytes of a linear in MatMulNBits: integers, and for each block so much."""
+    out_features, in_features = onnx_linear_shapes(config)[name]
     quantization = config.quantization
-    bits = part.lm_head_bits if head else quantization.bits if quantization is not None else 4
+    bits = part.lm_head_bits if name == "lm_head" else quantization.bits if quantization is not None else 4
     group_size = quantization.group_size if quantization is not None else None
-    block_size = group_size if group_size not in (-1, None) else 128
-    return out_features * in_features * bits // 8 + 2 * 4 * out_features * math.ceil(in_features / block_size)
+    block_size = group_size if group_size not in (-1, None) else _LARGEST_BLOCK
+    blocks = out_features * math.ceil(in_features / block_size)
+    return out_features * in_features * bits // 8 + blocks * bytes_per_block
 
 
 def cache_bytes_per_token(config: DecoderConfig, *, itemsize: int) -> int:
@@ -269,16 +284,23 @@ def _prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize: int
     return streams + max(attention, gated) + logits
 
 
-def _onnx_prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize: int) -> int:
-    """Count what a chunk of a prompt takes on its way through a layer of `decoder.onnx`."""
-    chunk = min(num_tokens, ONNX_CHUNK_SIZE)
+def _onnx_prefill_work_bytes(config: DecoderConfig, *, batch_size: int, num_tokens: int, itemsize: int) -> int:
+    """Count what a chunk of a prompt takes on its way through `decoder.onnx`, and what waits beside it.
+
+    Measured with ONNX Runtime 1.32 (AVX2, November 2026) on graphs of 4 layers, each width and the chunk varied alone:
+    neither the prompt before a chunk nor the dtype of the cache counts (attention keeps no scores), nor does depth from
+    3 layers on. ONNX Runtime hands the buffers of a layer on to the next, so that those of attention are there when
+    gate and up are computed. At 7B widths the count is 211 MiB for 512 tokens; 212 were measured.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # The prompt's embeddings, the residual stream before and after, its norm.
-    streams = (2 * num_tokens + 3 * chunk) * config.hidden_size * itemsize
-    attention = chunk * (2 * q + 2 * kv) * itemsize + config.num_attention_heads * chunk * num_tokens * 4
-    # gate and up side by side, split, silu(gate), their product, and that rounded to int8.
-    gated = chunk * config.intermediate_size * (6 * itemsize + 1)
-    return streams + max(attention, gated) + 2 * 4 * config.vocab_size
+    # gate and up side by side, then each, and silu(gate): 5. Queries, keys and values side by side and each by itself,
+    # turned, and what comes of them; the residual stream before and after, its norm. As wide as q, one is for both.
+    widths = 5 * inner + 4 * q + 6 * kv + (3 if q == hidden else 4) * hidden
+    chunk = min(num_tokens, ONNX_CHUNK_SIZE) * widths * itemsize
+    # The image's features of every study, and the prompt's embeddings of the one that is computed.
+    waiting = (batch_size * 4 + itemsize) * num_tokens * hidden
+    return round(_ONNX_HELD * chunk) + waiting + batch_size * 2 * 4 * config.vocab_size
 
 
 def _vision_bytes(part: VisionPart, file_bytes: int, batch_size: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lite.artifact import ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
+from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.config import IMAGE_TOKEN_ID
 from lite.errors import ArtifactError, ContextLengthError, LiteError
 from lite.memory import ONNX_CHUNK_SIZE
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MAX_CACHE_KL: Final = 1e-3
 """The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
-_OLDEST: Final = (1, 20), "8-bit MatMulNBits"
+_OLDEST: Final = (1, 22), "8-bit MatMulNBits"
 _OLDEST_INT8_CACHE: Final = (1, 27), "an int8 cache in GroupQueryAttention"
 _NUMPY: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype(np.float32),
@@ -119,7 +119,7 @@ class OnnxDecoder:
         # What ONNX Runtime calls the place of a provider's memory.
         self._place = _DEVICES.get(self.provider, "cpu"), int(index or 0)
         file = artifact.file(ONNX_GRAPH_NAMES["int8" if int8 else "float"])
-        self._session = open_session(file, provider=provider, arena=False, whole=True)
+        self._session = open_session(file, provider=provider, data=ONNX_DATA_NAME, arena=False, whole=True)
         self._check_signature(str(file))
         self._embeddings = _embeddings(artifact, self.config)
 

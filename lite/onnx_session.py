@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING, Any, Final
 
 from lite.cores import available_cores
@@ -9,6 +10,7 @@ from lite.errors import ArtifactError, BackendUnavailable
 
 if TYPE_CHECKING:
     import types
+    from collections.abc import Iterator
     from pathlib import Path
 
 CPU: Final = "CPUExecutionProvider"
@@ -84,12 +86,13 @@ def check_provider(provider: str) -> str:
     return f"{name}{colon}{index}"
 
 
-def open_session(file: Path, *, provider: str, arena: bool = True, whole: bool = False) -> Any:  # noqa: ANN401
+def open_session(file: Path, *, provider: str, data: str | None = None, arena: bool = True, whole: bool = False) -> Any:  # noqa: ANN401
     """Load a graph.
 
     Args:
         file: of an artifact that has been checked.
         provider: from `provider_of_device` or `check_provider`.
+        data: the file beside it that holds its weights; None: it has them itself.
         arena: keep the memory of activations for the next run. Without it the system has it back, and page faults
             take the time that is saved.
         whole: refuse the graph unless the provider computes all of it: an operator that it lacks would be computed on
@@ -99,10 +102,11 @@ def open_session(file: Path, *, provider: str, arena: bool = True, whole: bool =
         An `onnxruntime.InferenceSession`.
 
     Raises:
-        ArtifactError: ONNX Runtime does not take the file.
+        ArtifactError: ONNX Runtime does not take the file, or it names weights in another file than `data`.
         BackendUnavailable: the provider cannot be started, or does not have all operators.
     """
     runtime = import_onnxruntime()
+    _check_external_data(file, data)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
@@ -126,3 +130,80 @@ def open_session(file: Path, *, provider: str, arena: bool = True, whole: bool =
         msg = f"{file}: got a graph that ONNX Runtime {runtime.__version__} cannot load ({reason})"
         msg += " · expected the graph written at export · export the artifact again"
         raise ArtifactError(msg) from error
+
+
+# -- The files that a graph reads ------------------------------------------------------------------------------------
+
+_MESSAGES: Final[dict[str, dict[int, str]]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external_data"},
+}
+"""The messages of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto that lead to external data, by field."""
+_DEEPEST: Final = 100
+"""Messages within messages that protobuf reads."""
+
+
+def _check_external_data(file: Path, data: str | None) -> None:
+    """Refuse a graph that reads other files than the one the manifest lists: before 1.24 ONNX Runtime would.
+
+    Raises:
+        ArtifactError: it names another one, or is no graph.
+    """
+    try:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            named = sorted(set(_locations(content, 0, len(content), "model")))
+    except (OSError, ValueError, IndexError) as error:
+        msg = f"{file}: got something that ONNX Runtime cannot load ({error}) · expected the graph written at export"
+        raise ArtifactError(f"{msg} · export the artifact again") from error
+    if other := [name for name in named if name != data]:
+        msg = f"{file}: got a graph that reads its weights from {other[0]!r} · expected them in {data or 'itself'}"
+        raise ArtifactError(f"{msg} · do not use this artifact")
+
+
+def _locations(content: mmap.mmap, begin: int, end: int, message: str, depth: int = 0) -> Iterator[str]:
+    """Walk through a message; yield the file names of external data."""
+    if depth > _DEEPEST:
+        raise ValueError("messages within messages without end")
+    if message == "external_data":
+        entry = [(field, content[at:to]) for field, at, to in _fields(content, begin, end)]
+        if (1, b"location") in entry:
+            yield from (value.decode(errors="replace") for field, value in entry if field == 2)
+        return
+    for field, at, to in _fields(content, begin, end):
+        if field in _MESSAGES[message]:
+            yield from _locations(content, at, to, _MESSAGES[message][field], depth + 1)
+
+
+def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the fields of a message that have a length: number, begin and end."""
+    while at < end:
+        key, at = _varint(content, at)
+        field, kind = key >> 3, key & 7
+        if kind == 0:
+            _, at = _varint(content, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, at = _varint(content, at)
+            yield field, at, at + length
+            at += length
+        else:
+            raise ValueError(f"a field of wire type {kind}")
+    if at != end:
+        raise ValueError("a field that ends behind its message")
+
+
+def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
+    value = 0
+    for place in range(10):
+        byte = content[at + place]
+        value |= (byte & 127) << (7 * place)
+        if byte < 128:
+            return value, at + place + 1
+    raise ValueError("a number without end")

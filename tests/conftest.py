@@ -17,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
+from export.gptq import Grid, round_to_nearest
+from kernels.gptq import to_tensors
 from lite.artifact import Artifact, DecoderPart, Manifest, TowerShape, VisionPart, staged_artifact
 from lite.config import DecodingDefaults, Preprocessing
 from lite.model import FindingsModel, load
@@ -171,6 +173,62 @@ def write_tiny_artifact(
         return staged.finish(tiny_manifest(**manifest_changes))
 
 
+def gptq_llama(
+    config: dict[str, Any], *, bits: int = 4, group_size: int = 32, lm_head_bits: int | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A random Llama rounded to nearest into GPTQ's form: config.json and tensors. A head of None bits has 16."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in random_llama(config).items():
+        head = name == "lm_head.weight"
+        if "_proj." not in name and not (head and lm_head_bits):
+            tensors[name] = weight
+            continue
+        width = lm_head_bits if head and lm_head_bits else bits
+        grid = Grid(bits=width, group_size=weight.shape[1] if group_size == -1 else group_size)
+        rounded = round_to_nearest(weight.float(), grid)
+        for part, tensor in to_tensors(rounded.values, rounded.scales, bits=width).items():
+            tensors[f"{name.removesuffix('.weight')}.{part}"] = tensor
+    quantization: dict[str, Any] = {"quant_method": "gptq", "bits": bits, "group_size": group_size}
+    quantization |= {"sym": True, "desc_act": False, "checkpoint_format": "gptq", "lm_head": lm_head_bits is not None}
+    if lm_head_bits is not None:
+        quantization["dynamic"] = {"lm_head": {"bits": lm_head_bits, "group_size": group_size}}
+    return config | {"quantization_config": quantization}, tensors
+
+
+def write_tiny_gptq_artifact(out: Path, tokenizer_model: bytes, **llama_changes: Any) -> Artifact:
+    """The tiny artifact, its decoder rounded to 4 bits."""
+    vocab_size = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
+    config, tensors = gptq_llama(tiny_llama_config(vocab_size) | llama_changes)
+    with staged_artifact(out) as staged:
+        (staged.path / "decoder").mkdir()
+        (staged.path / "decoder" / "config.json").write_text(json.dumps(config))
+        save_file(tensors, staged.path / "decoder" / "model.safetensors")
+        (staged.path / "tokenizer.model").write_bytes(tokenizer_model)
+        (staged.path / "vision.onnx").write_bytes(tiny_vision_onnx())
+        return staged.finish(tiny_manifest(decoder=DecoderPart(format="gptq-int4", group_size=32, method="rtn")))
+
+
+@pytest.fixture(scope="session")
+def tiny_gptq_artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Artifact:
+    """A complete artifact with random weights in 4 bits. Read only."""
+    return write_tiny_gptq_artifact(tmp_path_factory.mktemp("tiny-gptq") / "artifact", tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_artifact(tmp_path_factory: pytest.TempPathFactory, tiny_gptq_artifact: Artifact) -> Artifact:
+    """The same with decoder.onnx. Read only: take `own_onnx_artifact` to damage one."""
+    from export import OnnxSettings, add_onnx
+
+    settings = OnnxSettings(verify_studies=2, verify_tokens=16, device="cpu")
+    return add_onnx(tiny_gptq_artifact.path, settings, out=tmp_path_factory.mktemp("tiny-onnx") / "artifact")
+
+
+@pytest.fixture
+def own_onnx_artifact(tmp_path: Path, tiny_onnx_artifact: Artifact) -> Path:
+    """A copy of it that the test may damage."""
+    return Path(shutil.copytree(tiny_onnx_artifact.path, tmp_path / "own-onnx"))
+
+
 @pytest.fixture(scope="session")
 def tiny_artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Artifact:
     """A complete artifact with random weights. Read only: take `own_artifact` to damage one."""
@@ -226,6 +284,17 @@ def export_demo_gptq(out: Path, decoder_format: Any, calibration: Path, **gptq: 
 def demo_int4_artifact(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Artifact:
     """The demo model in 4 bits, as the demo exports it."""
     return export_demo_gptq(tmp_path_factory.mktemp("int4") / "artifact", "gptq-int4", calibration)
+
+
+@pytest.fixture(scope="session")
+def demo_onnx_artifact(
+    tmp_path_factory: pytest.TempPathFactory, calibration: Path, demo_int4_artifact: Artifact
+) -> Artifact:
+    """The same with decoder.onnx; its own copy."""
+    from export import OnnxSettings, add_onnx
+
+    settings = OnnxSettings(calibration_data=calibration, verify_data=calibration, verify_studies=8)
+    return add_onnx(demo_int4_artifact.path, settings, out=tmp_path_factory.mktemp("onnx") / "artifact")
 
 
 def film(seed: int, *, height: int = 40, width: int = 36) -> Image.Image:

@@ -99,7 +99,7 @@ def test_a_file_that_is_not_listed_is_not_used(own_artifact: Path, name: str) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4}, "got format_version 4 · this version reads 3 · upgrade"),
+        ({"format_version": 5}, "got format_version 5 · this version reads 4 · upgrade"),
         ({"format_version": 0}, "got format_version 0 .* export the artifact again"),
         ({"format_version": ...}, "no format_version"),
         ({"format_version": "1"}, r"format_version: got '1' · expected int"),

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from conftest import tiny_llama_config
 
-from lite.artifact import Artifact
+from lite.artifact import Artifact, OnnxPart
 from lite.config import DecoderConfig, Quantization
 from lite.decoder import LlamaDecoder
 from lite.errors import LiteError, MemoryBudgetError
 from lite.linear import QuantizedLinear
 from lite.memory import (
+    ONNX_FIRST_USE_BYTES,
     MemoryPlan,
+    _onnx_prefill_work_bytes,
     cache_bytes_per_token,
     check_memory,
     decoder_bytes,
     head_bytes,
     layer_bytes,
+    onnx_decoder_bytes,
+    onnx_linear_bytes,
     parse_bytes,
     peak_rss_bytes,
     plan_memory,
@@ -122,6 +128,66 @@ def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsMo
     assert (batch.decoder_bytes, batch.vision_bytes) == (plan.decoder_bytes, plan.vision_bytes)
     half = plan_memory(tiny_artifact, device="cpu", dtype="float16", num_prompt_tokens=findings.num_prompt_tokens)
     assert (2 * half.cache_bytes, 2 * half.decoder_bytes) == (plan.cache_bytes, plan.decoder_bytes)
+
+
+WIDTHS = dataclasses.replace(VICUNA, num_hidden_layers=4, quantization=Quantization(format="gptq-int4", group_size=128))
+PART = OnnxPart(dtype="float32", accuracy_level=4, lm_head_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "cache_itemsize", "expected"),
+    [(1472, 4, 1222), (1472, 1, 1018), (1024, 4, 1090), (1024, 1, 993), (256, 4, 832)],
+)
+def test_four_layers_of_7b_take_what_was_measured(num_tokens: int, cache_itemsize: int, expected: int) -> None:
+    """Peaks in MiB of a process with the decoder alone (ONNX Runtime 1.32, AVX2, November 2026), 46 before it."""
+    plan = MemoryPlan(
+        batch_size=1,
+        max_seq_len=num_tokens + 8,
+        libraries_bytes=(46 << 20) + ONNX_FIRST_USE_BYTES,
+        decoder_bytes=onnx_decoder_bytes(WIDTHS, PART),
+        vision_bytes=0,
+        cache_bytes=(num_tokens + 8) * cache_bytes_per_token(WIDTHS, itemsize=cache_itemsize),
+        load_work_bytes=onnx_linear_bytes("lm_head", WIDTHS, PART, bytes_per_block=0),
+        vision_work_bytes=0,
+        # There was no tower whose features could wait.
+        prefill_work_bytes=_onnx_prefill_work_bytes(WIDTHS, batch_size=0, num_tokens=num_tokens, itemsize=4),
+    )
+    assert plan.peak_bytes / 2**20 == pytest.approx(expected, rel=0.05)
+    assert (plan.weight_bytes + plan.load_work_bytes) / 2**20 == pytest.approx(783, rel=0.02)
+
+
+def test_a_prompt_is_planned_a_chunk_at_a_time() -> None:
+    """Beyond a chunk only the embeddings grow, and what waits of a batch."""
+    work = functools.partial(_onnx_prefill_work_bytes, WIDTHS, itemsize=4)
+    one, two = work(batch_size=1, num_tokens=512), work(batch_size=1, num_tokens=1024)
+    assert two - one == 512 * 4096 * (4 + 4)
+    assert work(batch_size=4, num_tokens=512) - one == 3 * (512 * 4096 * 4 + 2 * 4 * 32000)
+    # 26 and a half times hidden_size for each token of a chunk, and holes.
+    assert one - work(batch_size=1, num_tokens=256) == pytest.approx(256 * 4096 * 4 * (26.44 * 1.5 + 2), rel=0.01)
+
+
+def test_a_plan_of_the_onnx_engine_counts_what_it_holds(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
+    config, part = tiny_onnx_artifact.decoder_config(), tiny_onnx_artifact.manifest.onnx
+    assert part is not None
+    constants = onnx.load(tiny_onnx_artifact.path / "decoder.onnx", load_external_data=False).graph.initializer
+    sizes = {
+        constant.name: int(entry.value)
+        for constant in constants for entry in constant.external_data if entry.key == "length"
+    }  # fmt: skip
+    scales = sum(size for name, size in sizes.items() if name.endswith(".scales"))
+    # Scales three times over: mapped, repacked, and the blocks' sums.
+    assert onnx_decoder_bytes(config, part) == sum(sizes.values()) + 2 * scales
+    sized = functools.partial(plan_memory, tiny_onnx_artifact, device="cpu", engine="onnx")
+    for cache_dtype in ("float32", "int8"):
+        findings = load(tiny_onnx_artifact.path, engine="onnx", cache_dtype=cache_dtype).findings(films[0])
+        plan = sized(cache_dtype=cache_dtype, num_prompt_tokens=findings.num_prompt_tokens)
+        assert plan.cache_bytes == findings.memory.cache_bytes
+    assert sized(cache_dtype="float32").cache_bytes == sized().cache_bytes == 4 * sized(cache_dtype="int8").cache_bytes
+
+
+def test_the_onnx_engine_is_refused_with_numbers(tiny_onnx_artifact: Artifact) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"got a memory limit of 1\.0 MiB · expected .*decoder .*cache of 1 x"):
+        load(tiny_onnx_artifact.path, engine="onnx", memory_limit="1MiB")
 
 
 def test_a_gpu_plan_leaves_out_what_its_allocator_does_not_hold(tiny_artifact: Artifact) -> None:

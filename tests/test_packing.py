@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from kernels.gptq import GptqWeight, gptq_matmul, to_tensors
-from kernels.packing import pack, symmetric_qzeros, unpack
+from kernels.packing import pack, symmetric_qzeros, to_blocks, unpack
 
 SHAPES = [(8, 64, 32), (24, 96, 32), (16, 128, 128), (40, 256, 64)]  # out, in, group size
 
@@ -121,3 +123,69 @@ def test_inputs_of_another_width_are_refused() -> None:
     weight = GptqWeight.from_tensors(to_tensors(*random_weight(8, 16, 64, 32), bits=8), bits=8)
     with pytest.raises(ValueError, match="got inputs of 32 features · expected 64"):
         gptq_matmul(torch.zeros(2, 32), weight)
+
+
+# ---- the layout of ONNX Runtime's MatMulNBits
+
+BLOCKS = [(8, 64, 32), (24, 256, 128), (16, 256, 256)]  # out, in, group size; the last: one group a row
+
+
+def from_blocks(blocks: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
+    """Rebuild w[out, in] = scale * (q - zero) by the operator's page: low bits first, a block after the other."""
+    out, groups, width = blocks.shape
+    block_size = width * 8 // bits
+    weight = np.zeros((out, groups * block_size))
+    for n in range(out):
+        for k in range(groups * block_size):
+            group, place = divmod(k, block_size)
+            byte, shift = divmod(place * bits, 8)
+            q = int(blocks[n, group, byte]) >> shift & ((1 << bits) - 1)
+            weight[n, k] = float(scales[n, group]) * (q - (1 << (bits - 1)))
+    return weight
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("out", "inputs", "group_size"), BLOCKS)
+def test_blocks_are_the_same_weight(bits: int, out: int, inputs: int, group_size: int) -> None:
+    values, scales = random_weight(bits, out, inputs, group_size)
+    weight = GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits)
+    # A block may be a part of a group.
+    for block_size in {group_size, 32}:
+        blocks = to_blocks(weight.qweight, bits, block_size)
+        assert (blocks.dtype, blocks.shape) == (torch.uint8, (out, inputs // block_size, block_size * bits // 8))
+        per_block = weight.scales.t().repeat_interleave(group_size // block_size, dim=1).numpy()
+        expected = weight.dequantize(torch.float32).double().numpy()
+        np.testing.assert_array_equal(from_blocks(blocks.numpy(), per_block, bits), expected)
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 1])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("out", "inputs", "group_size"), BLOCKS)
+def test_onnx_runtime_reads_the_blocks(bits: int, out: int, inputs: int, group_size: int, accuracy_level: int) -> None:
+    values, scales = random_weight(bits, out, inputs, group_size)
+    weight = GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits)
+    constants = [
+        numpy_helper.from_array(to_blocks(weight.qweight, bits, group_size).numpy(), "B"),
+        numpy_helper.from_array(weight.scales.t().float().flatten().numpy(), "scales"),
+    ]
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "B", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        K=inputs,
+        N=out,
+        bits=bits,
+        block_size=group_size,
+        accuracy_level=accuracy_level,
+    )
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    graph = helper.make_graph([node], "product", [x], [y], constants)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for rows in (1, 5):
+        inputs_x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
+        (got,) = session.run(None, {"x": inputs_x.numpy()})
+        expected = inputs_x @ weight.dequantize(torch.float32).T
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
