@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,15 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 from test_model import relist
 
+from lite import artifact as artifact_module
 from lite.artifact import Artifact
 from lite.bench import __main__ as cli
-from lite.bench.measure import Options, _batches, _Planner, out_of_memory, quantiles
-from lite.bench.results import NotRun, Throughput
+from lite.bench.measure import Options, _batches, _Planner, _traffic, disk_bytes, out_of_memory, quantiles
+from lite.bench.quality import Clinical
+from lite.bench.results import Missing, NotRun, Throughput
+from lite.bench.run import Job, _notes, _runs
 from lite.bench.studies import ListedStudy
 from lite.config import DecoderConfig
 from lite.model import FindingsModel
@@ -91,6 +97,125 @@ def test_every_figure_is_taken(benched: tuple[int, dict[str, Any], Path], tiny_a
     in_study = batch["tokens_per_s"] * 60 / batch["studies_per_min"]["p50"]
     assert in_study == pytest.approx(row["tokens_per_study"], rel=0.5)
     assert row["energy_j"]["why"] == "no GPU"
+
+
+@pytest.fixture(scope="module")
+def both(
+    tiny_onnx_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One artifact by torch and by onnx, with an int8 cache."""
+    folder = tmp_path_factory.mktemp("both")
+    arguments = ["--data", str(write_list(folder, films[:2])), "--engine", "both", "--cache-dtype", "int8"]
+    assert cli.main([str(tiny_onnx_artifact.path), *arguments, *FAST, "--json", str(folder / "j.json")]) == 0
+    torch_row, onnx_row = json.loads((folder / "j.json").read_text())["rows"]
+    return torch_row, onnx_row
+
+
+def test_both_engines_have_a_row_each(both: tuple[dict[str, Any], ...], tiny_onnx_artifact: Artifact) -> None:
+    ran = [[row[key] for key in ("name", "engine", "device", "dtype", "cache_dtype", "provider")] for row in both]
+    assert ran == [
+        ["artifact torch", "torch", "cpu", "float32", "float32", "CPU"],
+        ["artifact onnx", "onnx", "cpu", "float32", "int8", "CPU"],
+    ]
+    assert {row["artifact_id"] for row in both} == {tiny_onnx_artifact.id}
+    assert all(row["latency"]["total"]["p50"] > 0 for row in both)
+
+
+def test_measuring_onnx_loads_no_torch(both: tuple[dict[str, Any], ...]) -> None:
+    """torch alone takes 150 MB and more; what is left is Python, numpy and ONNX Runtime."""
+    of_torch, of_onnx = ([row["memory"]["before_bytes"], row["memory"]["decode_bytes"]] for row in both)
+    assert of_onnx[0] < 110e6 < of_torch[0]
+    assert of_onnx[1] < 160e6 < of_torch[1]
+
+
+def test_the_plan_of_the_onnx_engine_is_close(both: tuple[dict[str, Any], ...]) -> None:
+    row = both[1]
+    plan = sum(row["plan"][part] for part in row["plan"] if part.endswith("_bytes") and part != "load_work_bytes")
+    assert plan == pytest.approx(row["memory"]["decode_bytes"], rel=0.1)
+
+
+def test_traffic_of_the_onnx_engine_is_what_its_graph_holds(
+    both: tuple[dict[str, Any], ...], tiny_onnx_artifact: Artifact
+) -> None:
+    """Integers and float scales, once; keys and values a byte each."""
+    file = tiny_onnx_artifact.path / "decoder.onnx"
+    constants = onnx.load(file, load_external_data=False).graph.initializer
+    held = sum(
+        int(entry.value)
+        for constant in constants if constant.name.endswith((".values", ".scales"))
+        for entry in constant.external_data if entry.key == "length"
+    )  # fmt: skip
+    traffic, config = both[1]["traffic"], tiny_onnx_artifact.decoder_config()
+    assert traffic["weight_bytes"] == held > 0
+    context = both[1]["num_prompt_tokens"] + both[1]["tokens_per_study"] / 2
+    in_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert traffic["cache_bytes"] == pytest.approx(context * in_token, rel=0.2)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_bytes_on_disk_are_those_that_the_engine_reads(
+    engine: Any, tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    whole = artifact_module.sha256_of
+    monkeypatch.setattr(artifact_module, "sha256_of", lambda file: hashed.append(file) or whole(file))
+    tiny_onnx_artifact.verify(engine=engine)
+    assert disk_bytes(tiny_onnx_artifact, engine) == sum(file.stat().st_size for file in hashed)
+    assert 0 < disk_bytes(tiny_onnx_artifact, engine) < tiny_onnx_artifact.nbytes
+
+
+def test_an_artifact_without_decoder_onnx_is_measured_by_torch_alone(
+    tiny_artifact: Artifact, tiny_onnx_artifact: Artifact
+) -> None:
+    options = Options(engine="both", device="cpu", dtype="float32", provider="cpu", cache_dtype="int8")
+    artifacts = (("fp16", tiny_artifact.path), ("int4", tiny_onnx_artifact.path))
+    job = Job(
+        artifacts=artifacts, studies=(), data="", record=None, options=options, clinical=Clinical(), command=""
+    )  # fmt: skip
+    torch = dataclasses.replace(options, engine="torch", provider=None, cache_dtype=None)
+    onnx_only = dataclasses.replace(options, engine="onnx", device="auto", dtype=None)
+    paths = [path for _, path in artifacts]
+    assert list(_runs(job)) == [
+        ("fp16", paths[0], torch), ("int4 torch", paths[1], torch), ("int4 onnx", paths[1], onnx_only)
+    ]  # fmt: skip
+    assert _notes(job, []) == ("fp16: by torch alone, as it has no decoder.onnx.",)
+
+
+NO_TORCH = """
+import importlib.machinery
+finder = importlib.machinery.PathFinder
+whole = finder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in ("torch", "safetensors") else whole(name, path, target)
+finder.find_spec = classmethod(find_spec)
+"""
+
+
+def test_the_onnx_engine_is_measured_where_there_is_no_torch(
+    tiny_onnx_artifact: Artifact, films: list[Path], tmp_path: Path
+) -> None:
+    # Python runs this file at its start: in the bench, and in the process that it measures in.
+    (tmp_path / "sitecustomize.py").write_text(NO_TORCH)
+    listed = write_list(tmp_path, films[:1])
+    command = [sys.executable, "-m", "lite.bench", str(tiny_onnx_artifact.path), "--data", str(listed)]
+    command += ["--engine", "both", *FAST[2:], "--json", str(tmp_path / "j.json")]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: artifact torch: " in done.stderr
+    assert "got no torch" in done.stderr
+    failed, row = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert "error" in failed
+    assert (row["engine"], row["cache_dtype"]) == ("onnx", "float32")
+    assert row["traffic"]["achieved"] > 0
+
+
+def test_a_gpu_that_cannot_be_asked_leaves_a_gap_with_its_reason(tiny_onnx_artifact: Artifact) -> None:
+    missing = _traffic(tiny_onnx_artifact, [SimpleNamespace(device="dml", engine="onnx")])
+    assert isinstance(missing, Missing)
+    assert "got the device 'dml'" in missing.todo
 
 
 def linear_weights(config: DecoderConfig) -> int:
@@ -217,6 +342,15 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
             "expected one of them",
         ),
         (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "gone.png: got no such file"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--engine", "onnx"), "got an artifact without decoder.onnx"),
+        (
+            ("{artifact}", "--data", "{tmp}/list.json", "--engine", "torch", "--cache-dtype", "int8"),
+            "got --cache-dtype int8 for the torch engine",
+        ),
+        (
+            ("record", "{artifact}", "--data", "{tmp}/list.json", "--out", "{tmp}/r", "--engine", "onnx"),
+            "got an artifact without decoder.onnx",
+        ),
         (("record", "{artifact}", "--data", "{tmp}/gone.json", "--out", "{tmp}/r"), "gone.png: got no such file"),
     ],
 )
@@ -356,7 +490,7 @@ def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
 
     monkeypatch.setattr(type(tiny_model), "findings_batch", full)
     options = Options(device="cpu", batch_sizes=(1, 2), max_new_tokens=2)
-    planned = _Planner(tiny_model.artifact, options, [tiny_model.findings(films[0])], 0)
+    planned = _Planner(tiny_model.artifact, "torch", options, [tiny_model.findings(films[0])], 0)
     done, not_run = _batches(tiny_model, studies, options, planned, lambda *_: None)
     assert isinstance(done, Throughput)
     assert isinstance(not_run, NotRun)

@@ -158,6 +158,7 @@ def row(
         engine="torch",
         device="cuda:0",
         dtype="float16",
+        cache_dtype="float16",
         provider="CUDAExecutionProvider",
         disk_bytes=weights + 190_000_000,
         weight_bytes=weights + 180_000_000,
@@ -689,6 +690,22 @@ def test_figures_that_are_no_numbers_are_dashes(bench: Bench) -> None:
     page = render_report(dataclasses.replace(bench, rows=(dataclasses.replace(row, report_quality=quality),)))
     assert "nan" not in re.sub(r"<style>.*?</style>|data:[^\"]*", "", page, flags=re.DOTALL).lower()
     assert "(nothing to measure)" in page
+
+
+def test_a_row_says_which_engine_ran_and_what_is_not_known_of_it(bench: Bench) -> None:
+    row = measured(bench)[2]
+    on_cpu = dataclasses.replace(row, name="onnx", engine="onnx", device="cpu", dtype="float32", cache_dtype="int8")
+    page = render_report(dataclasses.replace(bench, rows=(row, on_cpu)))
+    assert "torch on cuda:0, float16</small>" in page
+    assert "onnx on cpu, float32, int8 cache</small>" in page
+    assert "no plan" not in page
+    unknown = Missing(why="not measured", todo="Install torch to measure the GPU.")
+    on_gpu = dataclasses.replace(on_cpu, device="dml", traffic=unknown)
+    page = render_report(dataclasses.replace(bench, rows=(on_gpu,)))
+    assert page.count("not measured<sup>") == 2  # its GB/s, and what a token reads
+    assert "Install torch to measure the GPU." in page
+    assert "no plan<sup>" in page
+    assert '"bar plan"' not in page
 
 
 def test_names_that_are_markup_or_another_script_are_shown_as_they_are(bench: Bench, recwarn: Any) -> None:

@@ -211,6 +211,12 @@ def test_other_devices_are_refused() -> None:
         streaming_read_bandwidth("mps")
 
 
+def test_a_gpu_without_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(BackendUnavailable, match=r"got no torch .* expected it to measure a GPU's bandwidth"):
+        streaming_read_bandwidth("cuda")
+
+
 # -- Energy ----------------------------------------------------------------------------------------------------------
 
 

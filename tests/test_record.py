@@ -124,7 +124,7 @@ def test_a_record_holds_what_the_model_wrote_and_found_probable(
         np.testing.assert_allclose(record.top.tail_mass[tokens], np.exp(ranked[:, 64:]).sum(axis=1), rtol=1e-5)
     info, artifact = record.info, tiny_model.artifact
     assert (info.artifact_id, info.model, info.decoder_format) == (artifact.id, "tiny", "fp16")
-    assert (info.device, info.dtype, info.provider) == ("cpu", "float32", "CPUExecutionProvider")
+    assert (info.engine, info.device, info.dtype, info.provider) == ("torch", "cpu", "float32", "CPUExecutionProvider")
     assert (info.data, info.data_sha256) == ("list.json", sha256_of_studies(studies))
     assert (info.machine, info.versions, info.notice) == ("a test", {"numpy": "2"}, artifact.manifest.notice)
 
@@ -455,11 +455,24 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_computed(tmp
 def test_a_record_says_what_it_is(record: ReferenceRecord, tiny_artifact: Artifact) -> None:
     info = record.info
     assert record.describe() == (
-        f"fp16 tiny, artifact {tiny_artifact.id}, 3 studies, made {info.date[:10]} on a test by {info.created_by}"
+        f"fp16 tiny, artifact {tiny_artifact.id}, 3 studies, made {info.date[:10]} on a test by {info.created_by}, "
+        "torch engine"
     )
     mass = record.top.tail_mass
     assert record.describe_tail().startswith(f"top 64 of 420 tokens; all others have {mass.mean():.2g} ")
     assert record.describe_tail().endswith(f"over {len(mass)} tokens, {mass.max():.2g} at most")
+
+
+def test_a_record_says_which_engine_made_it(
+    tiny_onnx_artifact: Artifact, studies: list[ListedStudy], written: Path
+) -> None:
+    record = take(load(tiny_onnx_artifact.path, engine="onnx"), studies[:1])
+    assert record.info.engine == "onnx"
+    assert record.describe().endswith(", onnx engine")
+    # Settings are the artifact's: whichever engine, a record is of the same tokens, words and pixels.
+    check_record(record, tiny_onnx_artifact, sha256_of_studies(studies[:1]))
+    edit(written, lambda value: value["record"].pop("engine"))
+    assert read_record(written).info.engine == "torch"
 
 
 def test_reading_a_record_needs_no_torch(written: Path) -> None:

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from export.checkpoint import TowerConfig
 from export.forward import image_features
 from lite.artifact import Artifact, TowerShape, VisionPart
 from lite.bench import roofline
-from lite.bench.results import Missing
+from lite.bench.results import Missing, Row
 from lite.bench.roofline import (
     CARDS,
     MODELLED_COLUMNS,
@@ -39,6 +41,7 @@ from lite.bench.roofline import (
     v100_entry,
     vision_flop,
 )
+from lite.bench.table import modelled_tables
 from lite.config import DecoderConfig, Quantization
 from lite.decoder import LlamaDecoder
 from lite.errors import ArtifactError, LiteError
@@ -208,6 +211,19 @@ def test_an_artifact_is_modelled_on_every_card(tiny_artifact: Artifact) -> None:
         assert row.counts.cache_bytes == 110 * cache_bytes_per_token(config, itemsize=2)
         assert row.counts.prefill_flop == prefill_flop(config, 100)
         assert row.fits
+
+
+def test_only_torch_is_modelled_on_other_cards(tiny_artifact: Artifact) -> None:
+    plan = SimpleNamespace(decoder_bytes=1 << 28)
+    row = Mock(Row, engine="torch", plan=plan, path=str(tiny_artifact.path), tokens_per_study=20, num_prompt_tokens=9)
+    row.name = "int4"
+    bench = SimpleNamespace(rows=[row])
+    (table,) = modelled_tables(bench)
+    assert len(table.rows) == len(CARDS)
+    row.engine = "onnx"
+    assert modelled_tables(bench) == ()
+    row.engine, plan.decoder_bytes = "torch", (1 << 28) - 1
+    assert modelled_tables(bench) == ()
 
 
 # -- How it looks ----------------------------------------------------------------------------------------------------

@@ -80,7 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory-limit", type=_size, metavar="SIZE", help="refuse what the memory plan says takes more, such as 12GiB"
     )
+    _add_engine(parser, "auto", "torch", "onnx", "both")
     _add_device(parser)
+    parser.add_argument(
+        "--provider", metavar="NAME", help="what ONNX Runtime computes with, for the onnx engine: cpu, cuda, dml or a "
+        "name of its own (default: cpu)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-dtype", choices=["float32", "float16", "int8"], help="what the onnx engine keeps keys and values in "
+        "(default: as it computes)",
+    )  # fmt: skip
     parser.add_argument(
         "--radgraph", action="store_true", help="also F1-RadGraph, for real reports, with the extra "
         "clinical; its package fetches its weights when they are not there yet, and sends nothing",
@@ -107,6 +116,7 @@ def _record_parser() -> argparse.ArgumentParser:
         "--check", type=Path, metavar="CANDIDATE", help="then measure on this artifact by how much a KL from the "
         "record is too low, and print it",
     )  # fmt: skip
+    _add_engine(parser, "auto", "torch", "onnx")
     _add_device(parser)
     return parser
 
@@ -122,11 +132,19 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+def _add_engine(parser: argparse.ArgumentParser, *choices: str) -> None:
+    also = "; both: a row for each, where there is one" if "both" in choices else ""
     parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="what the decoder computes in (default: the stored "
-        "one on a GPU, float32 on the CPU)",
+        "--engine", choices=choices, default="auto", help="torch computes decoder/, onnx decoder.onnx without torch "
+        f"(default: auto, onnx where the artifact has it and there is no GPU for torch){also}",
+    )  # fmt: skip
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, for torch (default: auto)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="what torch computes the decoder in (default: the "
+        "stored one on a GPU, float32 on the CPU)",
     )  # fmt: skip
 
 
@@ -188,6 +206,11 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
             "cut cannot be those of the reference · leave one out"
         )
         raise LiteError(msg)
+    if arguments.engine == "torch" and arguments.cache_dtype is not None:
+        msg = (
+            f"got --cache-dtype {arguments.cache_dtype} for the torch engine · expected it for onnx only · leave it out"
+        )
+        raise LiteError(msg)
     whole = arguments.limit is None and arguments.max_new_tokens is None
     if is_demo and record is None and whole and _DEMO_RECORD.is_file():
         record = _DEMO_RECORD
@@ -202,8 +225,11 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
         data=data,
         record=record,
         options=Options(
+            engine=arguments.engine,
             device=arguments.device,
             dtype=arguments.dtype,
+            provider=arguments.provider,
+            cache_dtype=arguments.cache_dtype,
             batch_sizes=arguments.batch_sizes,
             min_runs=arguments.runs,
             max_new_tokens=arguments.max_new_tokens,
@@ -270,7 +296,8 @@ def _record(arguments: argparse.Namespace) -> int:
 
     check_new(arguments.out)
     studies, data = _studies(arguments)
-    model = lite.load(arguments.artifact, device=arguments.device, dtype=arguments.dtype)
+    settings = {"engine": arguments.engine, "device": arguments.device, "dtype": arguments.dtype}
+    model = lite.load(arguments.artifact, **settings)
     record = take_record(
         model,
         studies,
@@ -282,7 +309,7 @@ def _record(arguments: argparse.Namespace) -> int:
     written = write_record(record, arguments.out)
     sys.stdout.write(f"{written}: {record.describe()}\n{record.describe_tail()}\n")
     if arguments.check is not None:
-        candidate = lite.load(arguments.check, device=arguments.device, dtype=arguments.dtype)
+        candidate = lite.load(arguments.check, **settings)
         sys.stdout.write(f"{bound_error(record, model, candidate, studies).describe()}\n")
     bytes_written = sum(path.stat().st_size for path in record_paths(arguments.out))
     sys.stdout.write(f"{bytes_written:,} bytes. Next: python -m lite.bench ARTIFACT --reference {arguments.out}\n")

@@ -204,11 +204,20 @@ def _size(row: Row) -> Cell:
 
 
 def _planned(row: Row) -> Cell:
+    if not row.is_planned:
+        return Cell("no plan", footnote=f"What ONNX Runtime takes on {row.device} is not planned.", missing=True)
     return Cell(shown_bytes(row.plan.peak_bytes), f"{100 * row.plan_error:+.1f}\xa0%".replace("-", "−"))
+
+
+def _reads(row: Row) -> Cell:
+    traffic = row.traffic
+    return _missing(traffic) if isinstance(traffic, Missing) else Cell(shown_bytes(traffic.bytes_per_token))
 
 
 def _bandwidth(row: Row) -> Cell:
     traffic = row.traffic
+    if isinstance(traffic, Missing):
+        return _missing(traffic)
     return Cell(
         number(traffic.achieved / 1e9), f"{100 * traffic.share:.0f}\xa0% of\xa0{number(traffic.bandwidth / 1e9)}"
     )
@@ -321,7 +330,8 @@ def artifact_columns() -> list[Group]:
                 Column("engine", "", lambda row: Cell(row.engine)),
                 Column("device", "", lambda row: Cell(row.device)),
                 Column("dtype", "", lambda row: Cell(row.dtype)),
-                Column("vision by", "", lambda row: Cell(row.provider)),
+                Column("cache", "", lambda row: Cell(row.cache_dtype)),
+                Column("provider", "of ONNX Runtime", lambda row: Cell(row.provider)),
             ],
         ),
         Group(
@@ -329,7 +339,7 @@ def artifact_columns() -> list[Group]:
             [
                 Column("timed", "after warm-up", lambda row: Cell(f"{row.num_runs}", f"{row.num_warmup}")),
                 Column("tokens", "per study", lambda row: Cell(number(row.tokens_per_study))),
-                Column("reads", "for a token", lambda row: Cell(shown_bytes(row.traffic.bytes_per_token))),
+                Column("reads", "for a token", _reads),
                 Column("hashing", "s, before loading", lambda row: Cell(number(row.verify_s))),
                 Column("first study", "s", lambda row: Cell(number(row.first_total_s))),
                 Column("skipped", "studies", lambda row: Cell(f"{row.num_skipped}")),

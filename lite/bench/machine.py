@@ -110,7 +110,7 @@ def streaming_read_bandwidth(device: str) -> float:
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        BackendUnavailable: another device.
+        BackendUnavailable: another device, or a GPU without torch.
         MemoryBudgetError: so little memory is free that the caches would be measured.
     """
     if device == "cpu":
@@ -144,8 +144,13 @@ def _cpu_read_bandwidth() -> float:
 
 
 def _gpu_read_bandwidth(device: str) -> float:
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        msg = (
+            f'got no torch ({error}) · expected it to measure a GPU\'s bandwidth · pip install "llava-rad-lite[torch]"'
+        )
+        raise BackendUnavailable(msg) from error
     free, _ = torch.cuda.mem_get_info(device)
     values = torch.ones(min(_GPU_READ_BYTES, free // 4) // 4, dtype=torch.float32, device=device)
     nbytes = values.nbytes

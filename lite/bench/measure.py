@@ -14,31 +14,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
-from lite.artifact import load_artifact
+from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, load_artifact
 from lite.bench.divergence import StudyDivergence
 from lite.bench.machine import EnergyMeter, energy_meter, streaming_read_bandwidth
 from lite.bench.record import check_record, read_record
 from lite.bench.results import Draft, Latency, MemoryUse, Missing, NotRun, Quantiles, Row, Throughput, Traffic
+from lite.bench.roofline import decode_weight_bytes
 from lite.bench.studies import ListedStudy, sha256_of_studies
-from lite.errors import LiteError
+from lite.engine import EngineName, choose_engine
+from lite.errors import BackendUnavailable, LiteError
 from lite.memory import (
     ITEMSIZE,
     MemoryPlan,
     Peaks,
     cache_bytes_per_token,
     check_memory,
-    head_bytes,
-    layer_bytes,
+    onnx_read_bytes,
     plan_memory,
     rss_bytes,
 )
 
 if TYPE_CHECKING:
-    from lite.artifact import Artifact
+    from lite.artifact import Artifact, CacheDtype
     from lite.model import Findings, FindingsModel
 
 T = TypeVar("T")
@@ -50,10 +51,13 @@ BATCH_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How to measure."""
+    """How to measure. What is said of one engine alone does not reach the other."""
 
-    device: str = "auto"
+    engine: Literal["auto", "torch", "onnx", "both"] = "auto"  # `measure` takes one; "both" is for `run_bench`
+    device: str = "auto"  # of torch, as the next
     dtype: str | None = None
+    provider: str | None = None  # of onnx, as the next
+    cache_dtype: CacheDtype | None = None
     batch_sizes: tuple[int, ...] = (1, 4)
     min_runs: int = 20  # studies one by one; fewer studies are gone through several times
     num_warmup: int = 2
@@ -110,24 +114,23 @@ def measure(
     if reference is not None:
         check_record(reference, artifact, sha256_of_studies(studies))
     import lite
-    from lite.decoder import check_device  # brings in torch, which is no part of the artifact's memory
 
-    device = check_device(options.device)
+    engine, settings = _settings(artifact, options)
     before = rss_bytes() or 0
     on_progress("loading", 0, 1)
-    verify_s, _ = _timed(artifact.verify)
+    verify_s, _ = _timed(lambda: artifact.verify(engine=engine))
     load_s, model = _timed(
-        lambda: lite.load(path, device=device, dtype=options.dtype, memory_limit=options.memory_limit, verify=False)
+        lambda: lite.load(path, engine=engine, memory_limit=options.memory_limit, verify=False, **settings)
     )
     loaded = _peaks(model)
-    meter = energy_meter(device)
+    meter = _meter(engine, str(model.decoder.device))
     warm = _warm_up(model, studies, options)
     runs, drafts = _run_singly(model, studies, options, meter, on_progress)
-    planned = _Planner(artifact, options, [run.findings for run in runs], libraries_bytes=before)
+    planned = _Planner(artifact, engine, options, [run.findings for run in runs], libraries_bytes=before)
     usable = [study for study, draft in zip(studies, drafts, strict=True) if draft.error is None]
     batches = tuple(_batches(model, usable, options, planned, on_progress))
     on_progress("bandwidth", 0, 1)
-    bandwidth = streaming_read_bandwidth(device)
+    traffic = _traffic(artifact, [run.findings for run in runs])
     divergences: list[StudyDivergence] = []
     gaps: list[float] = []
     if reference is not None:
@@ -145,11 +148,12 @@ def measure(
         model=manifest.model,
         decoder_format=manifest.decoder.describe(),
         vision_format=manifest.vision.format,
-        engine="torch",
+        engine=first.engine,
         device=first.device,
         dtype=first.dtype,
+        cache_dtype=first.cache_dtype,
         provider=first.provider.removesuffix("ExecutionProvider"),
-        disk_bytes=artifact.nbytes,
+        disk_bytes=disk_bytes(artifact, engine),
         weight_bytes=plan.decoder_bytes + plan.vision_bytes,
         verify_s=verify_s,
         load_s=load_s,
@@ -162,7 +166,7 @@ def measure(
         batches=batches,
         plan=plan,
         memory=_memory_use(before, loaded, first),
-        traffic=_traffic(model, [run.findings for run in runs], bandwidth),
+        traffic=traffic,
         energy_j=meter if isinstance(meter, Missing) else quantiles([run.energy_j or 0.0 for run in runs]),
         record_quality=_NOT_JUDGED,
         report_quality=_NOT_JUDGED,
@@ -173,6 +177,44 @@ def measure(
 
 
 _NOT_JUDGED: Final = Missing(why="not judged yet")
+
+
+def _settings(artifact: Artifact, options: Options) -> tuple[EngineName, dict[str, Any]]:
+    """Choose the engine, and import its packages: they are no part of the artifact's memory, nor of its load time.
+
+    Returns:
+        The engine, and what `lite.load` is told beside it.
+    """
+    engine = choose_engine(
+        artifact, options.engine, device=options.device, dtype=options.dtype, provider=options.provider
+    )
+    if engine == "onnx":
+        # Never torch: this process would hold it for nothing.
+        from lite.onnx_session import import_onnxruntime
+
+        import_onnxruntime()
+        return engine, {"provider": options.provider, "cache_dtype": options.cache_dtype}
+    from lite.decoder import check_device
+
+    return engine, {"device": check_device(options.device), "dtype": options.dtype}
+
+
+def _meter(engine: EngineName, device: str) -> EnergyMeter | Missing:
+    if engine == "onnx" and device != "cpu":
+        return Missing(why="not read", todo="Energy is read of the GPU that torch names, not of ONNX Runtime's.")
+    return energy_meter(device)
+
+
+def disk_bytes(artifact: Artifact, engine: EngineName) -> int:
+    """Add up the files that an engine reads, which are those that `Artifact.verify` hashes for it.
+
+    The tower, the tokenizer and the decoder's configuration are for both; its weights are there once for each.
+    """
+    of_onnx = {ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, *ONNX_GRAPH_NAMES.values()}
+    files = artifact.manifest.files.items()
+    if engine == "torch":
+        return sum(record.bytes for name, record in files if name not in of_onnx)
+    return sum(record.bytes for name, record in files if not name.endswith(".safetensors"))
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
@@ -262,15 +304,19 @@ class _Planner:
     """Plans the memory of any batch size, for prompts as long as the longest of these studies."""
 
     artifact: Artifact
+    engine: EngineName
     options: Options
     runs: Sequence[Findings]
     libraries_bytes: int
 
     def __call__(self, batch_size: int) -> MemoryPlan:
+        first = self.runs[0]
         return plan_memory(
             self.artifact,
-            device=self.runs[0].device,
+            device=first.device,
+            engine=self.engine,
             dtype=self.options.dtype,
+            cache_dtype="int8" if first.cache_dtype == "int8" else None,
             batch_size=batch_size,
             num_prompt_tokens=max(findings.num_prompt_tokens for findings in self.runs),
             max_new_tokens=self.options.max_new_tokens,
@@ -328,7 +374,7 @@ def _throughput(
         studies_per_min=quantiles(rates),
         tokens_per_s=float(np.median(token_rates)),
         plan=plan,
-        peak_bytes=_of_kind(_peaks(model), results[0].device),
+        peak_bytes=_most(_peaks(model)),
     )
 
 
@@ -357,29 +403,38 @@ def _peaks(model: FindingsModel) -> Peaks:
     return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=model.decoder.peak_vram_bytes())
 
 
-def _of_kind(peaks: Peaks, device: str) -> int:
-    """Return what counts on a device: resident memory on a CPU, that of torch's allocator on a GPU."""
-    return (peaks.rss_bytes if device == "cpu" else peaks.vram_bytes) or 0
+def _most(peaks: Peaks) -> int:
+    """Return what counts: the memory of torch's allocator on a GPU, and else what is resident."""
+    return (peaks.rss_bytes if peaks.vram_bytes is None else peaks.vram_bytes) or 0
 
 
 def _memory_use(before: int, loaded: Peaks, first: Findings) -> MemoryUse:
-    device, memory = first.device, first.memory
+    memory, resident = first.memory, loaded.vram_bytes is None
     return MemoryUse(
-        kind="RSS" if device == "cpu" else "VRAM",
-        before_bytes=before if device == "cpu" else 0,
-        load_bytes=_of_kind(loaded, device),
-        image_bytes=_of_kind(memory.image, device),
-        vision_bytes=_of_kind(memory.vision, device),
-        prefill_bytes=_of_kind(memory.prefill, device),
-        decode_bytes=_of_kind(memory.decode, device),
+        kind="RSS" if resident else "VRAM",
+        before_bytes=before if resident else 0,
+        load_bytes=_most(loaded),
+        image_bytes=_most(memory.image),
+        vision_bytes=_most(memory.vision),
+        prefill_bytes=_most(memory.prefill),
+        decode_bytes=_most(memory.decode),
     )
 
 
-def _traffic(model: FindingsModel, runs: Sequence[Findings], bandwidth: float) -> Traffic:
-    config, itemsize = model.artifact.decoder_config(), ITEMSIZE[runs[0].dtype]
-    weights = config.num_hidden_layers * layer_bytes(config, itemsize=itemsize) + head_bytes(config, itemsize=itemsize)
+def _traffic(artifact: Artifact, runs: Sequence[Findings]) -> Traffic | Missing:
+    """Count what a token reads, and measure what the memory it is in can deliver."""
+    config, part, first = artifact.decoder_config(), artifact.manifest.onnx, runs[0]
+    try:
+        # Of a GPU torch asks it, for the onnx engine too: by now no figure is left that torch would change.
+        bandwidth = streaming_read_bandwidth(first.device)
+    except BackendUnavailable as error:
+        return Missing(why="not measured", todo=str(error))
+    if first.engine == "onnx" and part is not None:
+        weights = onnx_read_bytes(config, part)
+    else:
+        weights = decode_weight_bytes(config, itemsize=ITEMSIZE[first.dtype])
     context = np.median([findings.num_prompt_tokens + findings.num_new_tokens / 2 for findings in runs])
-    cache = int(context * cache_bytes_per_token(config, itemsize=itemsize))
+    cache = int(context * cache_bytes_per_token(config, itemsize=ITEMSIZE[first.cache_dtype]))
     token_s = _latency(runs).decode_token.p50
     return Traffic(
         weight_bytes=weights,

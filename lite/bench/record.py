@@ -102,6 +102,7 @@ class RecordInfo:
     device: str
     dtype: str
     provider: str  # of ONNX Runtime
+    engine: str = "torch"  # what there was when records did not say it yet
     settings: Settings
     data: str  # the list's name
     data_sha256: str  # of `lite.bench.studies.sha256_of_studies`
@@ -150,7 +151,7 @@ class ReferenceRecord:
         info = self.info
         return (
             f"{info.decoder_format} {info.model}, artifact {info.artifact_id}, {len(info.studies)} studies, made "
-            f"{info.date[:10]} on {info.machine} by {info.created_by}"
+            f"{info.date[:10]} on {info.machine} by {info.created_by}, {info.engine} engine"
         )
 
     def describe_tail(self) -> str:
@@ -223,6 +224,7 @@ def take_record(
         device=first.device,
         dtype=first.dtype,
         provider=first.provider,
+        engine=first.engine,
         settings=settings,
         data=name,
         data_sha256=sha256_of_studies(studies),

@@ -252,7 +252,7 @@ def _memory_bars(rows: Sequence[Row]) -> list[_Bars]:
             row.name,
             [
                 _memory_bar(row.memory.kind, _measured_segments(row.memory), scale),
-                _memory_bar("plan", _planned_segments(row.plan), scale),
+                *([_memory_bar("plan", _planned_segments(row.plan), scale)] if row.is_planned else []),
             ],
             [
                 f"{batch.batch_size} at a time: {shown_bytes(batch.peak_bytes)}, "

@@ -78,7 +78,7 @@ class NotRun:
 class MemoryUse:
     """Peaks of the process until each stage of the first study had ended, in bytes: so none is less than the last."""
 
-    kind: str  # "RSS" on a CPU; "VRAM" (torch's allocator) on a GPU
+    kind: str  # "VRAM" (torch's allocator) where torch computes on a GPU; else "RSS"
     before_bytes: int  # libraries imported, nothing loaded
     load_bytes: int
     image_bytes: int
@@ -96,7 +96,7 @@ class MemoryUse:
 class Traffic:
     """What decoding one token reads, beside what the memory can deliver, measured in the same run."""
 
-    weight_bytes: int  # every linear and the head, once
+    weight_bytes: int  # every linear and the head, once: integers and scales where they are quantised
     cache_bytes: int  # keys and values of the context, at the middle of the median study's text
     bandwidth: float  # bytes per second, of a streaming read on the device that decodes
     achieved: float  # bytes per second at the median token
@@ -158,13 +158,14 @@ class Row:
     model: str
     decoder_format: str  # such as "gptq-int4 (groups of 128)"
     vision_format: str
-    engine: str  # "torch"
-    device: str
+    engine: str  # "torch" or "onnx"
+    device: str  # of the decoder
     dtype: str
-    provider: str  # of ONNX Runtime
-    disk_bytes: int
+    cache_dtype: str
+    provider: str  # of ONNX Runtime: for the tower, and for the decoder of the onnx engine
+    disk_bytes: int  # of the files that the engine reads
     weight_bytes: int  # of decoder and tower, as they lie in memory
-    verify_s: float  # hashing every file; not part of load_s
+    verify_s: float  # hashing those files; not part of load_s
     load_s: float  # the files were in the page cache
     first_total_s: float  # the first study after loading, end to end
     latency: Latency
@@ -175,7 +176,7 @@ class Row:
     batches: tuple[Throughput | NotRun, ...]
     plan: MemoryPlan  # for one study at a time
     memory: MemoryUse
-    traffic: Traffic
+    traffic: Traffic | Missing
     energy_j: Quantiles | Missing  # joules for a study, of the GPU
     record_quality: RecordQuality | Missing
     report_quality: ReportQuality | Missing
@@ -191,6 +192,11 @@ class Row:
     def decode_tokens_per_s(self) -> float:
         """At the median token, one study at a time."""
         return 1.0 / self.latency.decode_token.p50
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the plan is of the memory that was measured: of ONNX Runtime's on a GPU neither is known."""
+        return self.engine == "torch" or self.device == "cpu"
 
     @property
     def plan_error(self) -> float:

@@ -47,6 +47,8 @@ RESERVED_BYTES: Final = 1 << 30
 """For activations, CUDA's context and the libraries' workspaces: activations of one prompt of a 7B model are 0.2 GB."""
 GPU_ITEMSIZE: Final = 2
 """Bytes of a weight that is not quantised and of a cached value, on a GPU: float16."""
+SMALLEST_MODELLED: Final = 1 << 28
+"""Bytes of a decoder from which on bytes and FLOP tell its time on a GPU."""
 V100_ENTRY: Final = Path(__file__).resolve().parents[2] / "benchmarks" / "references" / "v100_fp16.json"
 
 
@@ -348,6 +350,11 @@ def _memory(counts: Counts) -> Figure:
     }
     formula = " + ".join(f"{name} {_with_prefix(nbytes, 'B')}" for name, nbytes in parts.items())
     return Figure(value=sum(parts.values()), unit="bytes", kind="modelled", formula=formula)
+
+
+def is_modelled(decoder_bytes: int) -> bool:
+    """Say whether bytes and FLOP decide how long a decoder of this size takes on a card."""
+    return decoder_bytes >= SMALLEST_MODELLED
 
 
 def modelled_rows(artifact: Artifact, *, num_prompt_tokens: int, num_new_tokens: int) -> tuple[Modelled, ...]:

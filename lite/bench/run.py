@@ -15,13 +15,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
+from lite.artifact import load_artifact
 from lite.bench.machine import machine, versions
 from lite.bench.measure import Measured, Options, Progress, measure, out_of_memory
 from lite.bench.metrics import RESAMPLES
@@ -38,6 +39,7 @@ from lite.bench.results import (
     Row,
     StudyShown,
 )
+from lite.bench.roofline import is_modelled
 from lite.bench.studies import ListedStudy, sha256_of_studies
 from lite.errors import LiteError
 
@@ -79,9 +81,9 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
         against_reports([_REHEARSAL.text], [_REHEARSAL], job.clinical)
     reports = [study.report if job.reports_apply else "" for study in job.studies]
     rows: list[Row | FailedRow] = []
-    for name, path in job.artifacts:
+    for name, path, options in _runs(job):
         try:
-            measured = _in_own_process(job, name, path, on_progress)
+            measured = _in_own_process(dataclasses.replace(job, options=options), name, path, on_progress)
             on_progress(f"{name}: judging the texts", 0, 1)
             rows.append(_judged(measured, record, reports, job.clinical))
         except LiteError as error:
@@ -116,7 +118,7 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
             )
             for index, (study, report) in enumerate(zip(job.studies, reports, strict=True))
         ),
-        notes=_notes(rows),
+        notes=_notes(job, rows),
     )
 
 
@@ -151,13 +153,34 @@ def _drafts_of(record: ReferenceRecord) -> list[Draft]:
     return [Draft(id=study.id, text=study.text) for study in record.info.studies]
 
 
-def _notes(rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
+def _runs(job: Job) -> Iterator[tuple[str, Path, Options]]:
+    """Yield what is measured: the name of its row, the artifact, and how; for both engines twice."""
+    options = job.options
+    if options.engine != "both":
+        yield from ((name, path, options) for name, path in job.artifacts)
+        return
+    torch = dataclasses.replace(options, engine="torch", provider=None, cache_dtype=None)
+    onnx = dataclasses.replace(options, engine="onnx", device="auto", dtype=None)
+    for name, path in job.artifacts:
+        if load_artifact(path).manifest.onnx is None:
+            yield name, path, torch
+        else:
+            yield f"{name} torch", path, torch
+            yield f"{name} onnx", path, onnx
+
+
+def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
     """Return how to get the figures that are missing, each once."""
     notes: dict[str, None] = {}
+    if job.options.engine == "both":
+        without = [name for name, path in job.artifacts if load_artifact(path).manifest.onnx is None]
+        notes |= dict.fromkeys(f"{name}: by torch alone, as it has no decoder.onnx." for name in without)
+    if any(isinstance(row, Row) and row.engine == "onnx" and is_modelled(row.plan.decoder_bytes) for row in rows):
+        notes["Other cards are modelled for the torch engine only: --engine torch, or both."] = None
     for row in rows:
         if isinstance(row, FailedRow):
             continue
-        figures: list[object] = [row.energy_j, row.record_quality, row.report_quality]
+        figures: list[object] = [row.energy_j, row.traffic, row.record_quality, row.report_quality]
         for part in (row.record_quality, row.report_quality):
             if not isinstance(part, Missing):
                 figures += [getattr(part, field.name) for field in dataclasses.fields(part)]

@@ -7,18 +7,15 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from lite.artifact import load_artifact
 from lite.bench.columns import Cell, Group, artifact_columns, cost_columns, number, result_columns, text_columns
 from lite.bench.files import write_whole
 from lite.bench.report import ModelledTable
 from lite.bench.results import Bench, Missing, Row, Throughput
-from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, modelled_rows, roofline_table, v100_entry
+from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, is_modelled, modelled_rows, roofline_table, v100_entry
 from lite.memory import shown_bytes
-
-SMALLEST_MODELLED: Final = 1 << 28
-"""Bytes of a decoder from which on bytes and FLOP tell its time on a GPU."""
 
 
 def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
@@ -39,12 +36,13 @@ def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
 def modelled_tables(bench: Bench) -> tuple[ModelledTable, ...]:
     """Return what other cards may do with each artifact, and for 7B what is known of the V100.
 
-    Not for a decoder as small as the demo's: what a card needs to start its kernels is all that such a one takes.
+    Not for a decoder as small as the demo's: what a card needs to start its kernels is all that such a one takes. Nor
+    for the onnx engine: what is modelled is torch's kernels, and its bytes are theirs.
     """
     tables: list[ModelledTable] = []
     seven_billion = False
     for row in bench.rows:
-        if isinstance(row, Row) and row.plan.decoder_bytes >= SMALLEST_MODELLED:
+        if isinstance(row, Row) and row.engine == "torch" and is_modelled(row.plan.decoder_bytes):
             artifact = load_artifact(row.path)
             tokens = max(1, round(row.tokens_per_study))
             models = modelled_rows(artifact, num_prompt_tokens=row.num_prompt_tokens, num_new_tokens=tokens)
