@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 CODE := lite export kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench gate peers interop test check fix coverage clean
+.PHONY: help venv demo bench gate slim peers interop test check fix coverage clean
 # A recipe that fails half-way leaves no stamp behind.
 .DELETE_ON_ERROR:
 
@@ -28,17 +28,25 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
+DEMO_ARTIFACT = test -f build/demo/artifact/decoder.onnx || $(BIN)/python -m benchmarks.demo > /dev/null
+
 demo: $(STAMP)  ## export the phantom model, draft findings for a few films, save a picture
 	@$(BIN)/python -m benchmarks.demo
 
 bench: $(STAMP)  ## latency, memory and quality of the demo's artifacts, and build/bench.html
-	@test -d build/demo/artifact || $(BIN)/python -m benchmarks.demo > /dev/null
+	@$(DEMO_ARTIFACT)
 	@$(BIN)/python -m lite.bench --html build/bench.html
 
 gate: export OMP_NUM_THREADS ?= 2
+# The environment without torch is installed from the same index.
+gate slim: export PIP_ARGS := $(PIP_ARGS)
 
 gate: $(STAMP)  ## compare today's exports with their baselines
 	@$(BIN)/python -m benchmarks gate
+
+slim: $(STAMP)  ## draft in a new environment without torch, and say what that takes
+	@$(DEMO_ARTIFACT)
+	@$(BIN)/python -m benchmarks slim
 
 # The peers bring their own versions of everything, so they live in environments of their own.
 INTEROP_VENV := build/interop-venv

@@ -92,11 +92,13 @@ def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dic
     export = [sys.executable, "-m", "export", "--checkpoint", checkpoint / NAME, "--base", checkpoint / "base"]
     export += ["--out", artifact, "--decoder", options.decoder, "--vision", options.vision]
     export += ["--verify-studies", "1", "--quiet"]
+    if options.engine == "onnx":
+        export += ["--engine", "onnx"]
     if options.decoder.startswith("gptq"):
         export += ["--method", "rtn"]  # bytes and time are those of any other way of rounding
     bench = [sys.executable, "-m", "lite.bench", artifact, "--data", checkpoint / "studies" / "studies.json"]
     bench += ["--runs", options.runs, "--max-new-tokens", options.new_tokens, "--batch-sizes", "1"]
-    bench += ["--device", options.device, "--json", figures]
+    bench += ["--engine", options.engine, "--device", options.device, "--json", figures]
     try:
         measured_run([str(word) for word in export])
         measured_run([str(word) for word in bench])
@@ -141,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         help="decoder layers, two depths or more (default: 1 2 4)",
     )  # fmt: skip
     parser.add_argument("--decoder", choices=DECODERS, default="gptq-int4", help="its format (default: %(default)s)")
+    parser.add_argument("--engine", choices=("torch", "onnx"), default="torch", help="onnx: of GPTQ (%(default)s)")
     parser.add_argument("--vision", choices=("fp32", "fp16", "int8"), default="fp32", help="the tower's (fp32)")
     parser.add_argument(
         "--runs", type=positive, default=4, metavar="N", help="studies of each depth (default: %(default)s)"

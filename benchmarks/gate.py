@@ -1,6 +1,8 @@
 """The gate, `python -m benchmarks gate`: does today's code still export, compute and load as its baselines say?
 
     checkpoint ──the exporter's command line──▶ artifacts ─┬───────────────────────▶ bytes, memory plan, imports
+                                                           ├─ torch beside onnx ───▶ KL, equal texts
+                                                           ├─ without torch ───────▶ MB of an environment, equal texts
     benchmarks/references ─┬─ films ───────────────────────┼─ drafted freely ──────▶ label F1 against the reports
                            └─ fp16 record ─────────────────┴─ along its texts ─────▶ KL, same top token
                                                                         │
@@ -20,22 +22,23 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import lite
+from benchmarks import slim
 from benchmarks.demo import CALIBRATION_SEED, CHECKPOINT, NUM_CALIBRATION_FILMS, ROOT, TOKEN_WEIGHTS
+from benchmarks.engines import Compared, compare_drafts, draft_in_turns, load_engines
 from benchmarks.phantom.write import write_studies
 from benchmarks.quantisation import Row, Setting, export_command, measured_run
-from lite.artifact import VISION_NAME, Artifact
-from lite.bench.divergence import summarise
+from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, VISION_NAME, Artifact
+from lite.bench.divergence import DivergenceSummary, summarise
 from lite.bench.labels import read_labels
 from lite.bench.machine import machine, versions
-from lite.bench.metrics import label_f1
+from lite.bench.metrics import Readings, label_f1
 from lite.bench.record import ReferenceRecord, check_record, read_record
 from lite.bench.studies import ListedStudy, read_studies, sha256_of_studies
 from lite.bench.table import markdown_table, to_json
@@ -61,35 +64,30 @@ CANDIDATES: Final = {
     for row in (
         Row(name="fp16", options=("--decoder", "fp16")),
         Row(name="gptq-int8", options=("--decoder", "gptq-int8", *_WEIGHTS), calibrated=True),
-        Row(name="gptq-int4", options=("--decoder", "gptq-int4", *_WEIGHTS), calibrated=True),
+        Row(name="gptq-int4", options=("--decoder", "gptq-int4", "--engine", "onnx", *_WEIGHTS), calibrated=True),
         Row(name="bnb-nf4", options=("--decoder", "bnb-nf4")),
         Row(name="vision-int8", options=("--decoder", "fp16", "--vision", "int8")),
     )
 }
 ARTIFACT_METRICS: Final = ("bytes", "mean_kl", "same_top", "label_f1_micro", "plan_error")
-# What is measured of no one artifact: its metrics, and the artifacts that it needs.
-IMPORTS, TIMED = "imports", "timed"
+# What is measured beside: its metrics, and the artifacts that it needs.
+ONNX, IMPORTS, SLIM, TIMED = "gptq-int4-onnx", "imports", "slim", "timed"
 OTHER_METRICS: Final = {
-    IMPORTS: ("lite", "findings"),
-    TIMED: ("int4_over_fp16_decode", "int8_over_fp32_vision"),
+    ONNX: (
+        *("bytes", "mean_kl", "same_top", "label_f1_micro"),
+        *("kl_to_torch", "same_text_as_torch", "label_f1_lost_to_torch", "kl_of_int8_cache"),
+    ),
+    IMPORTS: ("lite", "findings", "onnx"),
+    SLIM: ("mb", "imports", "same_text"),
+    TIMED: ("int4_over_fp16_decode", "int8_over_fp32_vision", "onnx_over_torch_decode"),
 }
-NEEDS: Final = {IMPORTS: ("fp16",), TIMED: ("fp16", "gptq-int4", "vision-int8")}
+NEEDS: Final = {
+    ONNX: ("gptq-int4",),
+    IMPORTS: ("fp16", "gptq-int4"),
+    SLIM: ("gptq-int4",),
+    TIMED: ("fp16", "gptq-int4", "vision-int8"),
+}
 METRICS: Final = dict.fromkeys(CANDIDATES, ARTIFACT_METRICS) | OTHER_METRICS
-
-# What a process that drafts has loaded, without Python's own modules, this project's, what the environment loads into
-# every process before the first line, and modules that were made up on the way and come from no package.
-_IMPORTED: Final = """\
-import json, sys
-before = set(sys.modules)
-def packages():
-    new = [name for name, module in sys.modules.items() if name not in before and getattr(module, "__spec__", None)]
-    names = {name.partition(".")[0] for name in new}
-    return sorted(name for name in names - sys.stdlib_module_names - {"kernels", "lite"} if name[0] != "_")
-import lite
-loaded = packages()
-lite.load(sys.argv[1], device="cpu").findings(sys.argv[2])
-print(json.dumps([loaded, packages()]))
-"""
 
 EXIT_REGRESSION, EXIT_WRONG_USE, EXIT_NO_BASELINE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -261,29 +259,66 @@ def given_artifacts(names: Sequence[str], folder: Path) -> dict[str, Path]:
 
 
 def measure_artifact(path: Path, studies: Sequence[ListedStudy], record: ReferenceRecord) -> dict[str, Value]:
-    """Measure everything exact about one artifact, in the order of `ARTIFACT_METRICS`."""
-    model = lite.load(path, device="cpu")
-    check_record(record, model.artifact, sha256_of_studies(studies))
+    """Measure everything exact about one artifact with torch, in the order of `ARTIFACT_METRICS`."""
+    model = lite.load(path, engine="torch", device="cpu")
+    divergence = _along_record(model, studies, record)
     drafts = _draft(model, studies)
-    truth = [read_labels(study.report or "") for study in studies]
-    divergence = summarise(
+    values: tuple[Value, ...] = (
+        _bytes_of(model.artifact, lambda name: name == VISION_NAME or name.startswith("decoder/")),
+        divergence.mean_kl.value,
+        divergence.same_top.value,
+        label_f1(_truth(studies), [read_labels(draft.text) for draft in drafts]).micro.value,
+        planned_bytes(model.artifact, drafts) / held_bytes(cast("LlamaDecoder", model.decoder), drafts) - 1.0,
+    )
+    return dict(zip(ARTIFACT_METRICS, values, strict=True))
+
+
+def measure_onnx(path: Path, studies: Sequence[ListedStudy], record: ReferenceRecord) -> dict[str, Value]:
+    """Measure the onnx engine beside the record and beside torch, on one artifact."""
+    model = lite.load(path, engine="onnx")
+    divergence = _along_record(model, studies, record)
+    compared = compare_batches(path, studies)
+    of_torch, _, of_float_cache = compared.pairs
+    torch_f1, onnx_f1, _ = (engine.label_f1.value for engine in compared.engines)
+    files = {*ONNX_GRAPH_NAMES.values(), ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME}
+    values: tuple[Value, ...] = (
+        _bytes_of(model.artifact, files.__contains__),
+        divergence.mean_kl.value,
+        divergence.same_top.value,
+        onnx_f1,
+        of_torch.divergence.mean_kl.value,
+        of_torch.same_text.value,
+        torch_f1 - onnx_f1,
+        of_float_cache.divergence.mean_kl.value,
+    )
+    return dict(zip(OTHER_METRICS[ONNX], values, strict=True))
+
+
+def compare_batches(path: Path, studies: Sequence[ListedStudy]) -> Compared:
+    """Compare the engines without regard to time: each drafts all studies at once."""
+    models = load_engines(path)
+    drafts = {name: _draft(model, studies) for name, model in models.items()}
+    return compare_drafts(models, drafts, studies, _truth(studies))
+
+
+def _along_record(
+    model: lite.FindingsModel, studies: Sequence[ListedStudy], record: ReferenceRecord
+) -> DivergenceSummary:
+    check_record(record, model.artifact, sha256_of_studies(studies))
+    return summarise(
         [
             record.compare(index, model.score(study.image, record.token_ids(index), study.reason))
             for index, study in enumerate(studies)
         ]
     )
-    values: tuple[Value, ...] = (
-        sum(
-            record.bytes
-            for name, record in model.artifact.manifest.files.items()
-            if name == VISION_NAME or name.startswith("decoder/")
-        ),
-        divergence.mean_kl.value,
-        divergence.same_top.value,
-        label_f1(truth, [read_labels(draft.text) for draft in drafts]).micro.value,
-        planned_bytes(model.artifact, drafts) / held_bytes(cast("LlamaDecoder", model.decoder), drafts) - 1.0,
-    )
-    return dict(zip(ARTIFACT_METRICS, values, strict=True))
+
+
+def _truth(studies: Sequence[ListedStudy]) -> list[Readings]:
+    return [read_labels(study.report or "") for study in studies]
+
+
+def _bytes_of(artifact: Artifact, counts: Callable[[str], bool]) -> int:
+    return sum(record.bytes for name, record in artifact.manifest.files.items() if counts(name))
 
 
 def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy]) -> list[lite.Findings]:
@@ -312,41 +347,53 @@ def held_bytes(decoder: LlamaDecoder, drafts: Sequence[lite.Findings]) -> int:
     return sum(weight.nbytes for weight in weights) + drafts[0].memory.cache_bytes
 
 
-def measure_imports(artifact: Path, film: Path) -> dict[str, Value]:
-    """Return which packages a fresh process has loaded after `import lite`, and after drafting a PNG film.
+def measure_imports(paths: Mapping[str, Path], film: Path) -> dict[str, Value]:
+    """Return which packages a fresh process has loaded after `import lite`, and after drafting with either engine.
 
     Raises:
-        LiteError: the process failed.
+        LiteError: a process failed.
     """
-    command = [sys.executable, "-c", _IMPORTED, str(artifact), str(film)]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        error = "".join(done.stderr.strip().splitlines()[-1:])
-        raise LiteError(f"got a process that could not draft {film.name} ({error}) · expected findings · see there")
-    loaded = (tuple(names) for names in json.loads(done.stdout.splitlines()[-1]))
-    return dict(zip(OTHER_METRICS[IMPORTS], loaded, strict=True))
+    torch = slim.run_probe([sys.executable], paths["fp16"], film, engine="torch", cwd=ROOT)
+    onnx = slim.run_probe([sys.executable], paths["gptq-int4"], film, engine="onnx", cwd=ROOT)
+    values = torch.after_import, torch.after_findings, onnx.after_findings
+    return dict(zip(OTHER_METRICS[IMPORTS], values, strict=True))
+
+
+def measure_slim(path: Path, studies: Sequence[ListedStudy]) -> dict[str, Value]:
+    """Return what an environment without torch takes and imports, and the share of texts that are as in this one.
+
+    Raises:
+        LiteError: there is no such environment, or it cannot draft.
+    """
+    measured = slim.measure_slim(path, [study.image for study in studies])
+    values: tuple[Value, ...] = measured.nbytes / 1e6, measured.probe.after_findings, measured.same_text
+    return dict(zip(OTHER_METRICS[SLIM], values, strict=True))
 
 
 def measure_ratios(paths: Mapping[str, Path], studies: Sequence[ListedStudy]) -> dict[str, Value]:
-    """Return ratios of median times: a decoded token of gptq-int4 over fp16, the tower in int8 over fp32."""
-    models = {name: lite.load(paths[name], device="cpu") for name in NEEDS[TIMED]}
-    drafts: dict[str, list[lite.Findings]] = {name: [] for name in models}
-    for study in (studies[0], *studies):
-        for name, model in models.items():
-            drafts[name].append(model.findings(study.image, study.reason))
-    warm = {name: found[1:] for name, found in drafts.items()}
+    """Return ratios of median times.
+
+    They are a decoded token of gptq-int4 over fp16, the tower in int8 over fp32, and a decoded token of gptq-int4 by
+    onnx over torch.
+    """
+    models = {name: lite.load(paths[name], engine="torch", device="cpu") for name in NEEDS[TIMED]}
+    models[ONNX] = lite.load(paths["gptq-int4"], engine="onnx")
+    drafts = draft_in_turns(models, studies)
     decode, vision = (
-        {name: statistics.median(seconds(draft) for draft in found) for name, found in warm.items()}
+        {name: statistics.median(seconds(draft) for draft in found) for name, found in drafts.items()}
         for seconds in (_decode_token_s, lambda draft: draft.timings.vision_s)
     )
-    values = decode["gptq-int4"] / decode["fp16"], vision["vision-int8"] / vision["fp16"]
+    values = (
+        decode["gptq-int4"] / decode["fp16"],
+        vision["vision-int8"] / vision["fp16"],
+        decode[ONNX] / decode["gptq-int4"],
+    )
     return dict(zip(OTHER_METRICS[TIMED], values, strict=True))
 
 
 def _decode_token_s(draft: lite.Findings) -> float:
-    # The first token comes from the prefill; a text that ends by itself took one more step, for its end.
-    steps = draft.num_new_tokens - (draft.finish_reason == "length")
-    return draft.timings.decode_s / max(1, steps)
+    # A text of one token decodes nothing.
+    return statistics.median(draft.timings.decode_steps_s or (0.0,))
 
 
 # -- Command line ----------------------------------------------------------------------------------------------------
@@ -415,16 +462,18 @@ def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value 
     needed = {name for subject in subjects for name in NEEDS.get(subject, (subject,))}
     names = [name for name in CANDIDATES if name in needed]
     paths = export_candidates(names, OUT) if artifacts is None else given_artifacts(names, artifacts)
+    film = studies[0].image
+    special: dict[str, Callable[[], dict[str, Value]]] = {
+        ONNX: lambda: measure_onnx(paths["gptq-int4"], studies, record),
+        IMPORTS: lambda: measure_imports(paths, film),
+        SLIM: lambda: measure_slim(paths["gptq-int4"], studies),
+        TIMED: lambda: measure_ratios(paths, studies),
+    }
     values: dict[str, Value | None] = {}
     for subject in subjects:
         found: Mapping[str, Value | None] = dict.fromkeys(METRICS[subject])
         try:
-            if subject == IMPORTS:
-                found = measure_imports(paths["fp16"], studies[0].image)
-            elif subject == TIMED:
-                found = measure_ratios(paths, studies)
-            else:
-                found = measure_artifact(paths[subject], studies, record)
+            found = special[subject]() if subject in special else measure_artifact(paths[subject], studies, record)
             _say(f"{subject}: measured")
         except LiteError as error:
             _say(f"error: {subject}: {error}")
@@ -446,7 +495,7 @@ def _parser() -> argparse.ArgumentParser:
         "--artifacts", type=Path, metavar="DIR",
         help=f"measure artifacts that lie there, named {', '.join(CANDIDATES)} (default: export them anew)",
     )  # fmt: skip
-    exact = [*CANDIDATES, IMPORTS]
+    exact = [*CANDIDATES, ONNX, IMPORTS, SLIM]
     parser.add_argument(
         "--only", nargs="+", choices=exact, default=exact, metavar="NAME", help=f"only these: {', '.join(exact)}"
     )

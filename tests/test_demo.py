@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -64,7 +65,10 @@ def drafted(tmp_path: Path, text: str) -> demo.Drafted:
     film = tmp_path / "film.png"
     Image.fromarray(np.full((64, 64), 200, dtype=np.uint8)).save(film)
     study = ListedStudy(id="1", image=film, reason="Cough.", query="", report=TRUTH)
-    findings, fp16 = (cast("lite.Findings", type("Draft", (), {"text": words})()) for words in (text, TRUTH))
+    findings, fp16 = (
+        cast("lite.Findings", SimpleNamespace(text=words, engine=engine, timings=SimpleNamespace(total_s=seconds)))
+        for words, engine, seconds in ((text, "onnx", 0.5), (TRUTH, "torch", 1.5))
+    )
     return demo.Drafted(
         study=study,
         findings=findings,
@@ -84,6 +88,12 @@ def test_fp16_stands_beside_in_as_few_words_as_that_takes(tmp_path: Path, capsys
     score = demo._score([same, other])
     assert "2 of 4 findings agree" in score
     assert "4 of 4 in fp16; 1 of 2 texts are the same." in score
+
+
+def test_the_engines_are_named(tmp_path: Path) -> None:
+    films = [drafted(tmp_path, TRUTH), drafted(tmp_path, "Clear lungs.")]
+    # The films of a batch share its seconds.
+    assert demo._who_drafted(films) == "4 bits by onnx (0.25 s a film), fp16 by torch (0.75 s a film)"
 
 
 def test_the_picture_grows_with_its_texts(tmp_path: Path) -> None:
@@ -123,7 +133,7 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
     options = dict(zip(commands[0][3::2], commands[0][4::2], strict=False))
     assert len(read_studies(Path(options["--verify-data"]))) == int(options["--verify-studies"]) == 2
     # And calibrated on others.
-    assert options["--decoder"] == "gptq-int4"
+    assert (options["--decoder"], options["--engine"]) == ("gptq-int4", "onnx")
     calibrated_on = {study.image.read_bytes() for study in read_studies(Path(options["--calibration-data"]))}
     assert len(calibrated_on) == 3
     assert not calibrated_on & {study.image.read_bytes() for study in read_studies(Path(options["--verify-data"]))}

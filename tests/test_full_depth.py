@@ -35,17 +35,31 @@ def test_the_whole_way_at_small_widths(
 ) -> None:
     monkeypatch.setattr(full_depth, "write_checkpoint", functools.partial(write_checkpoint, widths=SMALL))
     file = tmp_path / "depth.json"
-    arguments = ["--layers", "1", "3", "--decoder", "fp16", "--runs", "2", "--new-tokens", "3", "--json", str(file)]
-    assert main([*arguments, "--device", "cpu"]) == 0
+    arguments = ["--layers", "1", "3", "--decoder", "fp16", "--device", "cpu"]
+    assert main([*arguments, "--runs", "2", "--new-tokens", "3", "--json", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "32 layers, computed" in shown
     assert "computed from the line through the depths, not measured" in shown
     assert shown.count(" ~") == len(full_depth.QUANTITIES)
     document = json.loads(file.read_text())
+    assert {row["engine"] for row in document["rows"].values()} == {"torch"}
     line = document["lines"]["decoder in memory, GB"]
     sizes = {depth: row["plan"]["decoder_bytes"] / 1e9 for depth, row in document["rows"].items()}
     assert line["each"] == pytest.approx((sizes["3"] - sizes["1"]) / 2, rel=1e-6)
     assert line["32"] == pytest.approx(sizes["1"] + 31 * line["each"], rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_the_engine_is_that_of_export_and_bench(engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(full_depth, "write_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(full_depth, "measured_run", commands.append)
+    (tmp_path / "bench.json").write_text('{"rows": [{}]}')
+    options = full_depth._parser().parse_args(["--engine", engine])
+    full_depth.measure_depth(tmp_path, 1, options)
+    export, bench = (" ".join(command) for command in commands)
+    assert ("--engine onnx" in export) == (engine == "onnx")
+    assert f"--engine {engine}" in bench
 
 
 def test_a_step_that_fails_says_so_and_leaves_nothing(

@@ -13,9 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lite
-from benchmarks import gate
+from benchmarks import gate, slim
 from benchmarks.gate import Gate, Judged, WrongUseError, main, read_gates, update_baselines
 from benchmarks.quantisation import Setting, export_command
+from export import OnnxSettings, add_onnx
 from export.__main__ import _parser
 from lite.artifact import Artifact, staged_artifact
 from lite.bench.studies import read_studies
@@ -227,6 +228,7 @@ def test_candidates_are_commands_of_the_exporter(tmp_path: Path) -> None:
     for name, row in gate.CANDIDATES.items():
         options = _parser().parse_args(export_command(row, setting, tmp_path / name)[3:])
         assert (options.vision, options.decoder) == (("int8", "fp16") if name == "vision-int8" else ("fp32", name))
+        assert options.engine == ("onnx" if name == "gptq-int4" else "torch")
         assert row.calibrated == name.startswith("gptq") == (options.calibration_data is not None)
 
 
@@ -241,13 +243,18 @@ def test_an_export_that_fails_is_a_regression(
     monkeypatch.setattr(gate, "OUT", tmp_path / "gate")
     monkeypatch.setattr(gate, "NUM_CALIBRATION_FILMS", 1)
     monkeypatch.setattr(gate, "measured_run", fail)
-    # Imports are measured of the fp16 artifact.
+    # Imports are measured of other artifacts.
     assert main(["--only", "imports", "bnb-nf4", "--json", str(tmp_path / "gate.json")]) == 1
     printed = capsys.readouterr()
-    for name in ("fp16", "bnb-nf4"):
+    for name in ("fp16", "gptq-int4", "bnb-nf4"):
         assert f"error: {name}: exit status 1: no {name}" in printed.err.splitlines()
     assert "REGRESSION: imports.lite was 0 packages, is failed, tolerance +0" in printed.out.splitlines()
-    failed = [*(f"bnb-nf4.{metric}" for metric in gate.ARTIFACT_METRICS), "imports.lite", "imports.findings"]
+    failed = [
+        *(f"bnb-nf4.{metric}" for metric in gate.ARTIFACT_METRICS),
+        "imports.lite",
+        "imports.findings",
+        "imports.onnx",
+    ]
     assert verdicts(printed.out) == dict.fromkeys(failed, "REGRESSION")
     assert {row["value"] for row in json.loads((tmp_path / "gate.json").read_text())["gates"]} == {None}
 
@@ -257,6 +264,15 @@ def test_what_failed_is_no_baseline(gates: Path, measured: dict[str, Any]) -> No
     assert main(["--gates", str(gates), "--update"]) == 1
     updated = read_gates(gates)
     assert (updated["fp16.mean_kl"].baseline, updated["fp16.bytes"].baseline) == (2.6e-5, 2000)
+
+
+@pytest.fixture(scope="module")
+def onnx_artifact(
+    demo_int4_artifact: Artifact, calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    """The candidate gptq-int4, as the gate exports it."""
+    settings = OnnxSettings(calibration_data=calibration, verify_studies=1, verify_tokens=8)
+    return add_onnx(demo_int4_artifact.path, settings, out=tmp_path_factory.mktemp("onnx") / "gptq-int4")
 
 
 def off_by_5_percent(artifact: Artifact, out: Path) -> Path:
@@ -276,27 +292,30 @@ def off_by_5_percent(artifact: Artifact, out: Path) -> Path:
 
 
 def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
-    demo_int4_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The committed baselines, record and films; the artifact is exported as the gate would."""
-    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    whole.mkdir()
-    (whole / "gptq-int4").symlink_to(demo_int4_artifact.path)
-    off_by_5_percent(demo_int4_artifact, damaged / "gptq-int4")
-    only = ["--only", "gptq-int4"]
-    assert main(["--artifacts", str(whole), *only]) == 0
+    damaged = tmp_path / "damaged"
+    off_by_5_percent(onnx_artifact, damaged / "gptq-int4")
+    subjects = ("gptq-int4", "gptq-int4-onnx")
+    assert main(["--artifacts", str(onnx_artifact.path.parent), "--only", *subjects]) == 0
     green = capsys.readouterr().out
-    assert verdicts(green) == {f"gptq-int4.{metric}": "pass" for metric in gate.ARTIFACT_METRICS}
-    assert main(["--artifacts", str(damaged), *only]) == 1
+    assert verdicts(green) == {f"{name}.{metric}": "pass" for name in subjects for metric in gate.METRICS[name]}
+    assert main(["--artifacts", str(damaged), "--only", "gptq-int4"]) == 1
     red = capsys.readouterr().out
     assert verdicts(red)["gptq-int4.mean_kl"] == "REGRESSION"
     assert verdicts(red)["gptq-int4.bytes"] == verdicts(red)["gptq-int4.plan_error"] == "pass"
-    old = f"{read_gates(gate.GATES)['gptq-int4.mean_kl'].baseline:.4g}"
+    gates = read_gates(gate.GATES)
+    old = f"{gates['gptq-int4.mean_kl'].baseline:.4g}"
     line = re.search(r"^REGRESSION: gptq-int4\.mean_kl was (\S+), is (\S+), tolerance \+150 %$", red, re.MULTILINE)
     assert line
     assert line[1] == old
     # By far: not what another CPU would do.
     assert float(line[2]) > 10 * float(old)
+    # decoder.onnx has kept its weights: the engines no longer compute the same, and the caches of one of them do.
+    to_torch, _, to_float_cache = gate.compare_batches(damaged / "gptq-int4", read_studies(gate.STUDIES)[:3]).pairs
+    assert not gates["gptq-int4-onnx.kl_to_torch"].passes(to_torch.divergence.mean_kl.value)
+    assert gates["gptq-int4-onnx.kl_of_int8_cache"].passes(to_float_cache.divergence.mean_kl.value)
 
 
 def test_bytes_held_are_those_of_the_tensors(
@@ -319,49 +338,94 @@ def test_bytes_held_are_those_of_the_tensors(
 
 
 def test_a_package_too_many_is_named_and_no_other_is(
-    tiny_artifact: Artifact, films: list[Path], monkeypatch: pytest.MonkeyPatch
+    tiny_artifact: Artifact, onnx_artifact: Artifact, films: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that has loaded one package more than the committed baselines know."""
-    monkeypatch.setattr(gate, "_IMPORTED", gate._IMPORTED.replace("import lite\n", "import lite, pluggy\n"))
+    monkeypatch.setattr(slim, "_PROBE", slim._PROBE.replace("import lite\n", "import lite, pluggy\n"))
     gates = read_gates(gate.GATES)
-    found = gate.measure_imports(tiny_artifact.path, films[0])
-    after_import, after_findings = (
-        Judged(name=name, value=value, gate=gates[f"imports.{name}"]) for name, value in found.items()
-    )
-    assert str(after_import) == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
-    assert re.findall(r"\+(\w+)", str(after_findings)) == ["pluggy", "0"]
+    found = gate.measure_imports({"fp16": tiny_artifact.path, "gptq-int4": onnx_artifact.path}, films[0])
+    judged = {name: Judged(name=name, value=value, gate=gates[f"imports.{name}"]) for name, value in found.items()}
+    assert str(judged["lite"]) == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
+    assert str(judged["onnx"]) == "REGRESSION: onnx was 4 packages, is 5 packages +pluggy, tolerance +0"
+    assert re.findall(r"\+(\w+)", str(judged["findings"])) == ["pluggy", "0"]
 
 
 def test_a_process_that_cannot_draft_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LiteError, match=r"could not draft none\.png \(lite\.errors\.ArtifactError: .*\) · expected"):
-        gate.measure_imports(tmp_path / "none", tmp_path / "none.png")
+    paths = dict.fromkeys(("fp16", "gptq-int4"), tmp_path / "none")
+    with pytest.raises(LiteError, match=r"drafting none\.png: .*\(lite\.errors\.ArtifactError: .*\) · expected"):
+        gate.measure_imports(paths, tmp_path / "none.png")
+
+
+def test_an_environment_without_torch_is_measured_in_megabytes_texts_and_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gptq-int4").mkdir()
+    probe = slim.Probe(lite=tmp_path, after_import=(), after_findings=("numpy",), load_s=0.1, peak_rss_bytes=1)
+    texts = tuple("abcd")
+    measured = slim.Slim(
+        sizes={"numpy": 150_000_000, "pillow": 50_000_000},
+        probe=probe, engines=("onnx",) * 4, texts=(*texts[:3], "e"), expected=texts,
+    )  # fmt: skip
+    asked: list[tuple[Path, int]] = []
+
+    def measure(artifact: Path, films: list[Path]) -> slim.Slim:
+        asked.append((artifact, len(films)))
+        return measured
+
+    monkeypatch.setattr(slim, "measure_slim", measure)
+    arguments = ["--artifacts", str(tmp_path), "--only", "slim"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert verdicts(printed) == {"slim.mb": "pass", "slim.imports": "pass", "slim.same_text": "REGRESSION"}
+    assert re.search(r"\| slim\.mb +\| +\S+ \| +200 \|", printed)
+    assert asked == [(tmp_path / "gptq-int4", 24)]
+
+
+def test_an_environment_that_cannot_be_made_is_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LiteError("pip install: got exit status 1")
+
+    (tmp_path / "gptq-int4").mkdir()
+    monkeypatch.setattr(slim, "make_environment", fail)
+    assert main(["--artifacts", str(tmp_path), "--only", "slim"]) == 1
+    printed = capsys.readouterr()
+    assert "error: slim: pip install: got exit status 1" in printed.err.splitlines()
+    assert verdicts(printed.out) == {f"slim.{metric}": "REGRESSION" for metric in gate.METRICS["slim"]}
 
 
 def test_ratios_are_of_medians_and_the_artifacts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
-    # By artifact: seconds of the tower and of a decoded token.
-    pace = {"fp16": (0.2, 0.01), "gptq-int4": (0.2, 0.03), "vision-int8": (0.1, 0.01)}
+    # By artifact and engine: seconds of the tower and of a decoded token.
+    pace = {
+        "fp16 by torch": (0.2, 0.01),
+        "gptq-int4 by torch": (0.2, 0.03),
+        "vision-int8 by torch": (0.1, 0.01),
+        "gptq-int4 by onnx": (0.2, 0.003),
+    }
 
-    def fake(path: Path, device: str) -> Any:
+    def fake(path: Path, *, engine: str, device: str = "cpu") -> Any:
         assert device == "cpu"
+        name = f"{path.name} by {engine}"
 
         def findings(image: object, reason: object) -> Any:
-            quantised = path.name != "fp16"
             # The first study warms up, and two more are slow by chance: with it they would be half of all.
-            slow = 50 if quantised and turns.count(path.name) < 3 else 1
-            turns.append(path.name)
-            vision_s, token_s = pace[path.name]
-            # A text that was cut has one step less: its first token comes from the prefill, and no step finds its end.
-            timings = SimpleNamespace(vision_s=slow * vision_s, decode_s=slow * token_s * (9 if quantised else 10))
-            reason = "length" if quantised else "eos"
-            return SimpleNamespace(num_new_tokens=10, finish_reason=reason, timings=timings)
+            slow = 50 if name != "fp16 by torch" and turns.count(name) < 3 else 1
+            turns.append(name)
+            vision_s, token_s = pace[name]
+            # One slow token in a text does not count either.
+            steps = (slow * token_s, slow * token_s, 40 * token_s)
+            return SimpleNamespace(timings=SimpleNamespace(vision_s=slow * vision_s, decode_steps_s=steps))
 
         return SimpleNamespace(findings=findings)
 
     monkeypatch.setattr(lite, "load", fake)
-    ratios = gate.measure_ratios({name: Path(name) for name in pace}, read_studies(gate.STUDIES)[:5])
+    paths = {name: Path(name) for name in gate.NEEDS["timed"]}
+    ratios = gate.measure_ratios(paths, read_studies(gate.STUDIES)[:5])
     assert ratios == {
         "int4_over_fp16_decode": pytest.approx(3),
         "int8_over_fp32_vision": pytest.approx(0.5),
+        "onnx_over_torch_decode": pytest.approx(0.1),
     }
     assert turns == list(pace) * 6
