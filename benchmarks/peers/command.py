@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.peers.engines import PEERS_PYTHON, REFERENCE, SPECS
-from benchmarks.peers.measure import NoRow, Row, Setting, measure
-from benchmarks.peers.report import estimate, format_report
+from benchmarks.peers.estimate import estimate, measured_costs, modelled_costs
+from benchmarks.peers.measure import Measured, NoRow, Row, Setting, measure
+from benchmarks.peers.ratios import against_llama_cpp
+from benchmarks.peers.report import format_report
 from benchmarks.peers.weights import Model
 from benchmarks.peers.worker import CHECK_PROMPT, CHECK_TOKENS
 from benchmarks.synthetic import Widths
@@ -69,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         "--widths", nargs=4, type=positive, metavar=("HIDDEN", "INTERMEDIATE", "HEADS", "VOCABULARY"),
         help="other widths than those of a 7B model; hidden and intermediate a multiple of 128",
     )  # fmt: skip
+    parser.add_argument(
+        "--vision", type=Path, metavar="ARTIFACT",
+        help="also time the vision tower of an artifact, and tell what a draft takes from image to text",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--peers-python", type=Path, default=PEERS_PYTHON, metavar="FILE",
@@ -115,18 +121,28 @@ def _setting(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         limit_s=arguments.limit_s,
         device=check_device(arguments.device),
         peers_python=arguments.peers_python.absolute(),
+        vision=None if arguments.vision is None else arguments.vision.absolute(),
     )
 
 
-def _document(rows: Sequence[Row | NoRow], setting: Setting, about: dict[str, Any]) -> dict[str, Any]:
+def _document(measured: Measured, setting: Setting, about: dict[str, Any]) -> dict[str, Any]:
+    depth, vision = setting.model.num_layers, measured.vision
+
     def values(row: Row | NoRow) -> dict[str, Any]:
         if isinstance(row, NoRow):
             return asdict(row)
-        return asdict(row) | {"modelled_32_layers": asdict(estimate(row, setting.model.num_layers))}
+        modelled = asdict(estimate(row, depth)) | {"end_to_end_s": modelled_costs(row, depth, vision).end_to_end_s}
+        end_to_end_s = measured_costs(row, vision).end_to_end_s
+        return asdict(row) | {"end_to_end_s": end_to_end_s, "modelled_32_layers": modelled}
 
     settings = asdict(setting)
-    del settings["peers_python"], settings["model"]["shapes"]
-    return about | {"setting": settings, "rows": [values(row) for row in rows]}
+    del settings["peers_python"], settings["vision"], settings["model"]["shapes"]
+    return about | {
+        "setting": settings,
+        "vision": None if vision is None else asdict(vision),
+        "rows": [values(row) for row in measured.rows],
+        "ratios": [asdict(ratios) for ratios in against_llama_cpp(measured, depth)],
+    }
 
 
 def _versions(rows: Sequence[Row | NoRow]) -> dict[str, str]:
@@ -142,16 +158,16 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, command:
     """Measure, print, write; return the exit status."""
     setting = _setting(parser, arguments)
     specs = [spec for spec in SPECS if spec.name in arguments.engines]
-    rows = list(measure(specs, setting))
-    found = _versions(rows)
+    measured = measure(specs, setting)
+    found = _versions(measured.rows)
     about = {"machine": machine(), "versions": found, "command": command}
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     provenance = f"- Machine: {machine()}.\n- Versions: {listed}.\n- Command: `{command}`."
-    sys.stdout.write(f"{format_report(rows, setting)}\n{provenance}\n")
+    sys.stdout.write(f"{format_report(measured, setting)}\n{provenance}\n")
     if arguments.json is not None:
-        text = json.dumps(_document(rows, setting, about), ensure_ascii=False, allow_nan=False, indent=1)
+        text = json.dumps(_document(measured, setting, about), ensure_ascii=False, allow_nan=False, indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    return 1 if any(isinstance(row, NoRow) and row.failed for row in rows) else 0
+    return 1 if any(isinstance(row, NoRow) and row.failed for row in measured.rows) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

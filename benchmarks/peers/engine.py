@@ -23,7 +23,8 @@ class Engine(Protocol):
     cache_bytes_per_token: int  # keys and values of all layers
     fewest_layers: int  # 0, unless the engine needs one
     fills: bool  # whether `fill` works
-    skips_last_mlp: bool  # whether only the prompt's last token goes through the last layer's feed-forward half
+    last_token_only: tuple[str, ...]  # the last layer's parts that of a prompt only the last token goes through
+    load_s: float | None  # from a file to the first token; None: the weights come from no file
 
     def start(self, num_layers: int) -> None:
         """Compute only the first layers from now on, and empty the cache."""

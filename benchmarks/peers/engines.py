@@ -19,7 +19,7 @@ class Spec:
     """One row of the table."""
 
     name: str
-    module: Literal["lite_decoder", "hugging_face", "llamacpp"]
+    module: Literal["lite_decoder", "lite_onnx", "hugging_face", "llamacpp"]
     form: str
     packages: tuple[str, ...]  # distributions it cannot do without
     install: str  # how to get them
@@ -47,6 +47,22 @@ def _lite(name: str, form: str, *, bytes_per_weight: float, max_difference: floa
         install='pip install "llava-rad-lite[torch]"',
         bytes_per_weight=bytes_per_weight,
         max_difference=max_difference,
+    )
+
+
+def _lite_onnx(name: str, cache_dtype: str) -> Spec:
+    return Spec(
+        name=name,
+        module="lite_onnx",
+        form=cache_dtype,
+        # The latter two write its artifact.
+        packages=("onnxruntime", "onnx", "torch"),
+        install='pip install "llava-rad-lite[export]"',
+        # A block has a float32 scale, and a sum that ONNX Runtime adds.
+        bytes_per_weight=0.5 + 2 * 4 / 128,
+        dense_bytes=1.5,
+        library_bytes=0.3e9,
+        max_difference=_FOUR,
     )
 
 
@@ -100,6 +116,8 @@ REFERENCE: Final = _lite("lite dense", "dense", bytes_per_weight=4, max_differen
 SPECS: Final = (
     REFERENCE,
     _lite("lite gptq-int4", "gptq-int4", bytes_per_weight=0.5 + _SCALES, max_difference=_FOUR),
+    _lite_onnx("lite onnx int4", "float32"),
+    _lite_onnx("lite onnx int4 int8-cache", "int8"),
     _transformers("float32", bytes_per_weight=4, max_difference=_EXACT),
     _transformers("float16", bytes_per_weight=2, max_difference=_EXACT, gpu_only=True),
     _transformers("bfloat16", bytes_per_weight=2, max_difference=_BFLOAT16),

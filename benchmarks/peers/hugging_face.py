@@ -23,7 +23,8 @@ class TransformersEngine:
 
     fewest_layers = 0
     fills = True
-    skips_last_mlp = False
+    last_token_only = ()
+    load_s = None
 
     def __init__(self, model: Any, *, max_seq_len: int, computes_in: str) -> None:  # noqa: ANN401 - a peer's model
         self.model = model

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers.weights import GROUP_SIZE
 from kernels.gptq import to_tensors
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
 from lite.decoder import LlamaDecoder
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 
     from benchmarks.peers.weights import Model
 
-GROUP_SIZE: Final = 128
-_GPTQ: Final = {
+GPTQ: Final = {
     "quant_method": "gptq",
     "checkpoint_format": "gptq",
     "bits": 4,
@@ -41,7 +41,8 @@ class LiteEngine:
 
     fewest_layers = 0
     fills = True
-    skips_last_mlp = False
+    last_token_only = ()
+    load_s = None
 
     def __init__(self, decoder: LlamaDecoder, *, max_seq_len: int, computes_in: str) -> None:
         self.decoder = decoder
@@ -80,7 +81,7 @@ def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -
     on_gpu = torch.device(device).type == "cuda"
     dtype = {False: torch.float32, True: torch.bfloat16 if form == "tinygemm" else torch.float16}[on_gpu]
     swapped: dict[str, Callable[[Tensor], nn.Module]] = {"tinygemm": TinygemmLinear, "gemlite": _gemlite_linear}
-    quantization = {"quantization_config": _GPTQ} if form == "gptq-int4" else {}
+    quantization = {"quantization_config": GPTQ} if form == "gptq-int4" else {}
     with torch.device("meta"):
         decoder = LlamaDecoder(DecoderConfig.from_hf({**model.config, **quantization}))
     state = {}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from benchmarks.peers.apart import run_apart
 from benchmarks.peers.engine import Unavailable
 
 if TYPE_CHECKING:
@@ -45,13 +47,15 @@ class LlamaCppEngine:
 
     fewest_layers = 1
     fills = False
-    skips_last_mlp = True
+    last_token_only = ("mlp.",)
 
     def __init__(self, model: Model, form: str, *, device: str, threads: int, folder: Path) -> None:
         self.llama_cpp: Any = importlib.import_module("llama_cpp")
         self.model = model
         self.kind, _, flash = form.partition(" ")
-        self.folder = folder
+        self.files = {
+            layers: folder / f"{self.kind}-{layers}.gguf" for layers in (model.num_layers, self.fewest_layers)
+        }
         self.options = {
             "n_ctx": model.max_seq_len,
             "n_batch": BATCH_SIZE,
@@ -64,26 +68,31 @@ class LlamaCppEngine:
         if device != "cpu" and not self.llama_cpp.llama_supports_gpu_offload():
             raise Unavailable("this build has no GPU support")
         self.llama: Any = None
-        self.num_layers: int | None = None
         head = {"Q4_0": "4-bit", "Q8_0": "8-bit"}[self.kind]
         self.computes_in = f"{head} blocks × int8, cache float16"
         self.cache_bytes_per_token = 2 * model.num_layers * int(model.config["hidden_size"]) * 2
         self.weight_bytes = _weight_bytes(model, self.kind)
-        self.start(model.num_layers)
+        for layers, file in self.files.items():
+            if not file.exists():
+                run_apart(write_gguf, file, model, self.kind, num_layers=layers)
+        self.load_s = self._load(model.num_layers)
 
     def start(self, num_layers: int) -> None:
-        """Load the file with so many layers, unless it is there; empty the cache."""
+        """Load the file with so many layers, unless it is loaded; empty the cache."""
         if num_layers != self.num_layers:
-            if self.llama is not None:
-                self.llama.close()
-            file = self.folder / f"{self.kind}-{num_layers}.gguf"
-            if not file.exists():
-                write_gguf(file, self.model, self.kind, num_layers=num_layers)
-            self.llama = self.llama_cpp.Llama(model_path=str(file), **self.options)
-            self.num_layers = num_layers
-            # The file is mapped: the first token pays for the reading.
-            self.llama.eval([0])
+            self._load(num_layers)
         self.llama.reset()
+
+    def _load(self, num_layers: int) -> float:
+        """Load a file; return how long it took."""
+        if self.llama is not None:
+            self.llama.close()
+        started = time.perf_counter()
+        self.llama = self.llama_cpp.Llama(model_path=str(self.files[num_layers]), **self.options)
+        # The file is mapped: the first token pays for the reading.
+        self.llama.eval([0])
+        self.num_layers = num_layers
+        return time.perf_counter() - started
 
     def prefill(self, input_ids: list[int]) -> NDArray[np.float32]:
         """Run a prompt."""
@@ -105,7 +114,7 @@ class LlamaCppEngine:
 
 
 def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -> LlamaCppEngine:
-    """Write the file, unless another process of this run has, and load it.
+    """Write the files, unless another process of this run has, and load that of the whole model.
 
     Raises:
         Unavailable: the machine has a GPU that this build of llama.cpp cannot use.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,7 @@ class Setting:
     limit_s: float  # for one prefill, and for the decoding of one round
     device: str
     peers_python: Path
+    vision: Path | None = None  # an artifact whose tower is timed, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,8 @@ class Row:
     prefill: Quantiles | Missing  # seconds
     decode: Quantiles  # seconds a token
     shallow: Depth
-    skips_last_mlp: bool  # see `Engine`
+    last_token_only: tuple[str, ...]  # see `Engine`
+    load_s: float | None
     bandwidth: float  # bytes per second of a streaming read, while these engines were loaded
     peak_bytes: int | None  # of the worker's process (RSS) or of torch's allocator (VRAM), since it was loaded
     turns: tuple[str, ...]  # the engines it took turns with, itself included
@@ -87,39 +90,35 @@ class NoRow:
     failed: bool  # or else it is not there
 
 
-class Worker:
-    """An engine's process."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """All that was measured."""
 
-    def __init__(self, spec: Spec, setting: Setting, folder: Path) -> None:
-        """Start it and load the engine.
+    rows: list[Row | NoRow]
+    vision: Quantiles | None = None  # seconds of the tower for an image, if it was asked for
+
+
+class Worker:
+    """The process of an engine, or of the tower."""
+
+    def __init__(self, command: Sequence[str], *, name: str, threads: int, folder: Path) -> None:
+        """Start it, and wait until it has loaded what it runs.
 
         Raises:
             BackendUnavailable: it cannot run here.
             LiteError: it failed.
         """
-        if spec.gpu_only and setting.device == "cpu":
-            raise BackendUnavailable("needs a CUDA GPU")
-        own = spec.environment == "project" or not setting.peers_python.exists()
-        python = sys.executable if own else str(setting.peers_python)
-        order = {
-            "module": spec.module,
-            "form": spec.form,
-            "packages": spec.packages,
-            "install": spec.install,
-            "model": asdict(setting.model),
-            "device": setting.device,
-            "threads": setting.threads,
-            "folder": str(folder),
-        }
-        self._said = (folder / f"{spec.name}.txt").open("w+", encoding="utf-8", errors="replace")
+        self._said = (folder / f"{name}.txt").open("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.peers.worker", json.dumps(order)],
+            command,
             cwd=ROOT,
-            env=_environment(setting.threads),
+            env=_environment(threads),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
             encoding="utf-8",
+            # A group of its own: Ctrl-C is for us alone, and who ends the group ends the writers of files in it, too.
+            start_new_session=True,
         )
         try:
             self.about = self._answer()
@@ -158,8 +157,9 @@ class Worker:
         return lines[-1].strip() if lines else "it says nothing"
 
     def close(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
+        """End the process and those that it has started, whatever they do."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._said):
             if pipe is not None:
@@ -170,6 +170,58 @@ class Worker:
 def _environment(threads: int) -> dict[str, str]:
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONUNBUFFERED": "1"}
+
+
+def start_engine(spec: Spec, setting: Setting, folder: Path) -> Worker:
+    """Start a process and load an engine there.
+
+    Raises:
+        BackendUnavailable: it cannot run here.
+        LiteError: it failed.
+    """
+    if spec.gpu_only and setting.device == "cpu":
+        raise BackendUnavailable("needs a CUDA GPU")
+    own = spec.environment == "project" or not setting.peers_python.exists()
+    python = sys.executable if own else str(setting.peers_python)
+    order = {
+        "module": spec.module,
+        "form": spec.form,
+        "packages": spec.packages,
+        "install": spec.install,
+        "model": asdict(setting.model),
+        "device": setting.device,
+        "threads": setting.threads,
+        "folder": str(folder),
+    }
+    command = [python, "-m", "benchmarks.peers.worker", json.dumps(order)]
+    return Worker(command, name=spec.name, threads=setting.threads, folder=folder)
+
+
+class Tower:
+    """The vision tower, whose time is the same for all engines; without an artifact there is none to time."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        """Load it, and run it once untimed.
+
+        Raises:
+            LiteError: it failed.
+        """
+        self.seconds: list[float] = []
+        self.worker: Worker | None = None
+        if setting.vision is not None:
+            command = [sys.executable, "-m", "benchmarks.peers.tower", str(setting.vision), setting.device]
+            self.worker = Worker(command, name="tower", threads=setting.threads, folder=folder)
+
+    def round(self) -> None:
+        """Take one turn."""
+        if self.worker is not None:
+            time.sleep(_SETTLE_S)
+            self.seconds.append(self.worker.ask("round")["seconds"])
+
+    def close(self) -> None:
+        """End its process."""
+        if self.worker is not None:
+            self.worker.close()
 
 
 # -- One engine ------------------------------------------------------------------------------------------------------
@@ -187,7 +239,7 @@ class Runner:
         """
         self.spec = spec
         self.setting = setting
-        self.worker = Worker(spec, setting, folder)
+        self.worker = start_engine(spec, setting, folder)
         try:
             self.difference = self._check(folder)
             self._probe()
@@ -271,7 +323,8 @@ class Runner:
                 prefill=quantiles(self.prefill_s[shallow]) if self.prefills else None,
                 decode=quantiles(self.decode_s[shallow]),
             ),
-            skips_last_mlp=about["skips_last_mlp"],
+            last_token_only=tuple(about["last_token_only"]),
+            load_s=about["load_s"],
             bandwidth=bandwidth,
             peak_bytes=self.worker.ask("peak")["bytes"],
             turns=turns,
@@ -281,16 +334,22 @@ class Runner:
 # -- All of them -----------------------------------------------------------------------------------------------------
 
 
-def measure(specs: Sequence[Spec], setting: Setting) -> Iterator[Row | NoRow]:
+def measure(specs: Sequence[Spec], setting: Setting) -> Measured:
     """Measure engines, and first and always `REFERENCE`. One that fails does not stop the rest.
 
     Raises:
-        LiteError: the reference fails, or the bandwidth cannot be measured.
+        LiteError: the reference or the tower fails, or the bandwidth cannot be measured.
     """
     others = [spec for spec in specs if spec != REFERENCE]
-    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+    rows: list[Row | NoRow] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="peers-") as folder,
+        # First: it stays loaded, and the memory that engines may have is what it leaves.
+        contextlib.closing(Tower(setting, Path(folder))) as tower,
+    ):
         for group in groups([REFERENCE, *others], setting):
-            yield from _measure_group(group, setting, Path(folder))
+            rows += _measure_group(group, setting, Path(folder), tower)
+        return Measured(rows=rows, vision=quantiles(tower.seconds) if tower.seconds else None)
 
 
 def groups(specs: Sequence[Spec], setting: Setting) -> list[list[Spec]]:
@@ -328,7 +387,7 @@ def free_memory(device: str) -> float:
     return 0.0
 
 
-def _measure_group(group: Sequence[Spec], setting: Setting, folder: Path) -> Iterator[Row | NoRow]:
+def _measure_group(group: Sequence[Spec], setting: Setting, folder: Path, tower: Tower) -> list[Row | NoRow]:
     runners: dict[str, Runner] = {}
     results: dict[str, Row | NoRow] = {}
 
@@ -349,6 +408,7 @@ def _measure_group(group: Sequence[Spec], setting: Setting, folder: Path) -> Ite
         bandwidth = measured_bandwidth(setting)
         turns = tuple(runners)
         for number in range(setting.rounds):
+            tower.round()
             for runner in list(runners.values()):
                 _say(f"round {number + 1} of {setting.rounds}: {runner.spec.name}")
                 try:
@@ -363,8 +423,7 @@ def _measure_group(group: Sequence[Spec], setting: Setting, folder: Path) -> Ite
     finally:
         for runner in runners.values():
             runner.worker.close()
-    for spec in group:
-        yield results[spec.name]
+    return [results[spec.name] for spec in group]
 
 
 def measured_bandwidth(setting: Setting) -> float:

@@ -1,19 +1,17 @@
-"""The tables for people, and the model of 32 layers behind the second of them."""
+"""The tables for people: what was measured, what is modelled for 32 layers, and how we stand against llama.cpp."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from benchmarks.peers.engines import REFERENCE
-from benchmarks.peers.measure import NoRow, Row, Setting
-from benchmarks.peers.weights import Model
-from lite.bench.results import Missing, Quantiles
+from benchmarks.peers.estimate import FINDINGS_TOKENS, REAL_LAYERS, Line, estimate, measured_costs, modelled_costs
+from benchmarks.peers.measure import Measured, NoRow, Row, Setting
+from benchmarks.peers.ratios import OURS, THEIRS, Ratios, against_llama_cpp
+from lite.bench.results import Missing
 from lite.bench.table import markdown_table
 
-REAL_LAYERS: Final = 32
 _MEASURED: Final = (
     "engine",
     "computes in",
@@ -26,6 +24,7 @@ _MEASURED: Final = (
     "prefill tokens/s",
     "p20–p80",
     "TFLOP/s",
+    "load s",
     "peak GB",
 )
 _MODELLED: Final = (
@@ -38,79 +37,47 @@ _MODELLED: Final = (
     "rest s",
     f"~{REAL_LAYERS} layers s",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """What a straight line through two depths says of the real one. Seconds; the first two are of what was run."""
-
-    layer_s: float
-    rest_s: float  # embedding, head, all that is there without layers
-    modelled_s: float  # of REAL_LAYERS
-    low_s: float  # the same through p20 of the deeper and p80 of the other
-    high_s: float  # through p80 and p20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """An engine at the real depth, modelled."""
-
-    decode: Line | Missing
-    prefill: Line | Missing
-
-
-def estimate(row: Row, num_layers: int) -> Estimate:
-    """Continue the lines through the two depths that were timed to `REAL_LAYERS`."""
-    fewer = row.shallow
-    prefill: Line | Missing = Missing(why="no prefill was timed")
-    if not isinstance(row.prefill, Missing) and fewer.prefill is not None:
-        prefill = _line(fewer.num_layers, fewer.prefill, num_layers, row.prefill)
-    return Estimate(decode=_line(fewer.num_layers, fewer.decode, num_layers, row.decode), prefill=prefill)
-
-
-def _line(fewer: int, shallow: Quantiles, more: int, deep: Quantiles) -> Line | Missing:
-    if fewer == more:
-        return Missing(why="timed at one depth only: give it more --layers")
-    layer_s = (deep.p50 - shallow.p50) / (more - fewer)
-    if layer_s <= 0:
-        return Missing(why=f"noise: {deep.p50:.3g} s with {_count(more, 'layer')}, {shallow.p50:.3g} s with {fewer}")
-
-    def at_real_depth(shallow_s: float, deep_s: float) -> float:
-        # No further layers take less time than none.
-        return deep_s + (REAL_LAYERS - more) * max(0.0, deep_s - shallow_s) / (more - fewer)
-
-    return Line(
-        layer_s=layer_s,
-        rest_s=deep.p50 - more * layer_s,
-        modelled_s=at_real_depth(shallow.p50, deep.p50),
-        low_s=at_real_depth(shallow.p80, deep.p20),
-        high_s=at_real_depth(shallow.p20, deep.p80),
-    )
+_END_TO_END: Final = "end to end s"
+_RATIOS: Final = ("engine", "layers", "decode tokens/s", "prefill tokens/s", "end to end", "peak memory")
 
 
 def prefill_flop(row: Row, setting: Setting) -> int:
     """Count the operations of a prefill in the layers' linears."""
     shapes = setting.model.shapes
-    left_out = f"model.layers.{setting.model.num_layers - 1}.mlp." if row.skips_last_mlp else "nothing"
+    left_out = tuple(f"model.layers.{setting.model.num_layers - 1}.{part}" for part in row.last_token_only)
     weights = sum(math.prod(shapes[name]) for name in shapes if "_proj" in name and not name.startswith(left_out))
     return 2 * weights * setting.num_prompt_tokens
 
 
-def format_report(rows: Sequence[Row | NoRow], setting: Setting) -> str:
+def format_report(measured: Measured, setting: Setting) -> str:
     """Return what was measured, what follows for the real depth, and what has to be known of both, as markdown."""
-    model = setting.model
+    model, rows = setting.model, measured.rows
     depth = _count(model.num_layers, "decoder layer")
+    end_to_end = (_END_TO_END,) if measured.vision is not None else ()
     parts = [
         f"Measured with {depth} and the head, hidden_size {model.config['hidden_size']}, on {setting.device} with "
         f"{_count(setting.threads, 'thread')}: prompts of {_count(setting.num_prompt_tokens, 'token')}, then "
         f"{setting.num_new_tokens} more, {_count(setting.rounds, 'round')}.",
-        markdown_table(_MEASURED, [_measured_cells(row, setting) for row in rows], left=2),
+        markdown_table((*_MEASURED, *end_to_end), [_measured_cells(row, setting, measured) for row in rows], left=2),
         f"Modelled (~) for {REAL_LAYERS} layers, which nobody ran: the difference between {depth} and the fewest that "
         "the engine runs with, divided by the layers between them and continued. In brackets the same from p20 of the "
         "one and p80 of the other: where that is wide, more layers or a quieter machine are needed.",
-        markdown_table(_MODELLED, [_modelled_cells(row, model) for row in rows]),
-        "\n".join(f"- {note}" for note in _notes(rows, setting)),
+        markdown_table(
+            (*_MODELLED, *(f"~{name}" for name in end_to_end)),
+            [_modelled_cells(row, model.num_layers, measured) for row in rows],
+        ),
     ]
+    if ratios := against_llama_cpp(measured, model.num_layers):
+        compared = [row for row in rows if isinstance(row, Row) and row.name in (*OURS, *THEIRS)]
+        theirs = [row.name for row in compared if row.name in THEIRS]
+        together = len({row.turns for row in compared}) == 1
+        parts += [
+            f"Against {' and '.join(theirs)}, for each figure the better: how many times as fast by the medians of "
+            "this run, more than 1 is faster; and how many times the memory, less than 1 is less."
+            + ("" if together else " They took no turns with each other: name these alone with --engines."),
+            markdown_table(_RATIOS, [_ratio_cells(ratio) for ratio in ratios]),
+        ]
+    parts.append("\n".join(f"- {note}" for note in _notes(measured, setting)))
     return "\n\n".join(parts)
 
 
@@ -123,10 +90,15 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _measured_cells(row: Row | NoRow, setting: Setting) -> tuple[str, ...]:
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else _number(value)
+
+
+def _measured_cells(row: Row | NoRow, setting: Setting, measured: Measured) -> tuple[str, ...]:
+    with_end = measured.vision is not None
     if isinstance(row, NoRow):
         why = "failed: see below" if row.failed else row.why
-        return (row.name, why, *("–",) * (len(_MEASURED) - 2))
+        return (row.name, why, *("–",) * (len(_MEASURED) - 2 + with_end))
     nbytes = row.weight_bytes + row.cache_bytes
     achieved = nbytes / row.decode.p50
     prefill = ("–¹", "–", "–")
@@ -144,16 +116,26 @@ def _measured_cells(row: Row | NoRow, setting: Setting) -> tuple[str, ...]:
         _number(achieved / 1e9),
         f"{achieved / row.bandwidth:.0%}",
         *prefill,
+        _seconds(row.load_s),
         "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
+        *((_seconds(measured_costs(row, measured.vision).end_to_end_s),) if with_end else ()),
     )
 
 
-def _modelled_cells(row: Row | NoRow, model: Model) -> tuple[str, ...]:
+def _modelled_cells(row: Row | NoRow, num_layers: int, measured: Measured) -> tuple[str, ...]:
+    with_end = measured.vision is not None
     if isinstance(row, NoRow):
-        return (row.name, *("–",) * (len(_MODELLED) - 1))
-    found = estimate(row, model.num_layers)
+        return (row.name, *("–",) * (len(_MODELLED) - 1 + with_end))
+    found = estimate(row, num_layers)
     rate = "–" if isinstance(found.decode, Missing) else f"~{_number(1 / found.decode.modelled_s)}"
-    return (row.name, *_line_cells(found.decode, 1e3), rate, *_line_cells(found.prefill, 1.0))
+    end_to_end_s = modelled_costs(row, num_layers, measured.vision).end_to_end_s
+    return (
+        row.name,
+        *_line_cells(found.decode, 1e3),
+        rate,
+        *_line_cells(found.prefill, 1.0),
+        *(("–" if end_to_end_s is None else f"~{_number(end_to_end_s)}",) if with_end else ()),
+    )
 
 
 def _line_cells(line: Line | Missing, units_per_s: float) -> tuple[str, str, str]:
@@ -164,7 +146,15 @@ def _line_cells(line: Line | Missing, units_per_s: float) -> tuple[str, str, str
     return layer, rest, f"~{modelled} ({low}–{high})"
 
 
-def _notes(rows: Sequence[Row | NoRow], setting: Setting) -> list[str]:
+def _ratio_cells(ratios: Ratios) -> tuple[str, ...]:
+    mark = "~" if ratios.modelled else ""
+    values = (ratios.decode, ratios.prefill, ratios.end_to_end, ratios.peak)
+    times = ("–" if value is None else f"{mark}{value:.2f}×" for value in values)
+    return (ratios.name, f"{mark}{ratios.num_layers}", *times)
+
+
+def _notes(measured: Measured, setting: Setting) -> list[str]:
+    rows = measured.rows
     done = [row for row in rows if isinstance(row, Row)]
     bandwidths = {row.turns: f"{row.bandwidth / 1e9:.3g}" for row in done}
     together = "All engines were loaded at once and took turns."
@@ -181,8 +171,16 @@ def _notes(rows: Sequence[Row | NoRow], setting: Setting) -> list[str]:
         "the same, not how good a format is.",
         f"{together} Loading, the check and a probe came before that.",
         f"TFLOP/s counts the layers' linears, as far as they are computed. Peak memory is that {memory} once loaded.",
+        "load s: from a file that the system holds in memory already to the first token, with the library imported; "
+        "the other engines get their weights from no file.",
     ]
-    if skipping := [row.name for row in done if row.skips_last_mlp]:
+    if (vision := measured.vision) is not None:
+        notes.append(
+            f"end to end s: the vision tower, {_number(vision.p50)} s for an image ({_number(vision.p20)}–"
+            f"{_number(vision.p80)}, p20–p80 of {vision.count}), then the prefill and {FINDINGS_TOKENS} tokens, by "
+            "their medians. The tower is the same for all, and whole, whatever the number of decoder layers."
+        )
+    if skipping := [row.name for row in done if row.last_token_only]:
         notes.append(
             f"{', '.join(skipping)}: of a prompt only the last token goes through the last layer's feed-forward half. "
             "With so few layers that flatters prefill tokens/s, and leaves less than nothing as the rest; the figures "

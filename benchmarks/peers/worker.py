@@ -10,7 +10,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from benchmarks.peers.engine import Unavailable
 from benchmarks.peers.weights import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from benchmarks.peers.engine import Engine
 
@@ -66,7 +65,8 @@ class Worker:
             "cache_bytes_per_token": engine.cache_bytes_per_token,
             "fewest_layers": engine.fewest_layers,
             "fills": engine.fills,
-            "skips_last_mlp": engine.skips_last_mlp,
+            "last_token_only": engine.last_token_only,
+            "load_s": engine.load_s,
         }
 
     def check(self, file: str) -> dict[str, Any]:
@@ -138,29 +138,31 @@ def _peak_bytes(*, on_gpu: bool) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
-def _serve(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Load the engine, then do what is asked for, as long as something is."""
-    worker = Worker(order)
+def _answers(load: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+    """Load, then do what is asked for, as long as something is."""
+    worker = load()
     yield worker.about()
     for line in sys.stdin:
         asked = json.loads(line)
         yield getattr(worker, asked.pop("do"))(**asked)
 
 
-def main() -> int:
-    """Serve until stdin ends; return the exit status."""
+def serve(load: Callable[[], Any]) -> int:
+    """Serve until stdin ends; return the exit status.
+
+    Args:
+        load: makes what has the methods that are asked for, and `about`.
+    """
     # Libraries print: what goes to stdout is the answers alone.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    # Ctrl-C reaches the whole group: it is the parent that ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def answer(found: dict[str, Any]) -> None:
         answers.write(json.dumps(found) + "\n")
         answers.flush()
 
     try:
-        for found in _serve(json.loads(sys.argv[1])):
+        for found in _answers(load):
             answer(found)
     except Unavailable as reason:
         answer({"unavailable": str(reason)})
@@ -172,4 +174,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(lambda: Worker(json.loads(sys.argv[1]))))
