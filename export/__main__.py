@@ -22,7 +22,7 @@ from export.settings import (
 )
 from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
-from lite.console import positive
+from lite.console import keeping_interrupts, positive
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=options.overwrite,
             show_progress=not options.quiet,
         )
-        artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
+        with keeping_interrupts():
+            artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
     except LiteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -361,7 +362,8 @@ def _add_onnx(arguments: list[str]) -> int:
             device=options.device,
             show_progress=not options.quiet,
         )
-        artifact = add_onnx(options.artifact, settings, out=options.out)
+        with keeping_interrupts():
+            artifact = add_onnx(options.artifact, settings, out=options.out)
     except LiteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

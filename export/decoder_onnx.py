@@ -19,7 +19,8 @@ its weights go to the disk one linear at a time: the memory it takes is that of 
 - Behind the last layer's attention only the tokens that logits are wanted of go on: one of a prompt, and of a layer
   that is a quarter, as of a 7B model's, a third of what is left to do.
 - The head is 8-bit: as `decoder/` has it, or rounded to nearest if it is 16-bit there.
-- The int8 cache has a scale for each channel of each layer, found on studies (`export.cache_scales`).
+
+`export.int8_cache_graph` writes the second graph, whose cache is int8.
 """
 
 from __future__ import annotations
@@ -69,7 +70,6 @@ _NUMPY: Final[Mapping[OnnxFloat, Any]] = {"float32": np.float32, "float16": np.f
 _ONNX: Final[Mapping[str, int]] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
-    "int8": TensorProto.INT8,
 }
 
 
@@ -107,35 +107,7 @@ def require_gptq(config: DecoderConfig) -> None:
         raise ArtifactError(f"{msg} · export with --decoder gptq-int4")
 
 
-def write_int8_cache_graph(folder: Path, k_scales: Array, v_scales: Array) -> None:
-    """Write the graph with an int8 cache: decoder.onnx in all but the cache.
-
-    Args:
-        folder: where decoder.onnx is.
-        k_scales: what a step of the keys stands for, float32 [num_hidden_layers, kv_heads, head_dim].
-        v_scales: of the values.
-    """
-    model = onnx.load(folder / ONNX_GRAPH_NAMES["float"], load_external_data=False)
-    graph = model.graph
-    for value in (*graph.input, *graph.output):
-        if value.name.startswith(("past_key_values.", "present.")):
-            value.type.tensor_type.elem_type = TensorProto.INT8
-    layers = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    for layer, (node, k, v) in enumerate(zip(layers, k_scales, v_scales, strict=True)):
-        names = []
-        for kind, scales in (("k", k), ("v", v)):
-            names.append(f"layers.{layer}.{kind}_scale")
-            graph.initializer.append(onnx.numpy_helper.from_array(scales[None, :, None].astype(np.float32), names[-1]))
-            node.attribute.append(helper.make_attribute(f"{kind}_quant_type", "PER_CHANNEL"))
-        node.attribute.append(helper.make_attribute("kv_cache_bit_width", 8))
-        node.input.extend([*[""] * (_GQA_SCALES_AT - len(node.input)), *names])
-    (folder / ONNX_GRAPH_NAMES["int8"]).write_bytes(model.SerializeToString())
-
-
 # -- The graph -------------------------------------------------------------------------------------------------------
-
-_GQA_SCALES_AT: Final = 12
-"""The place of k_scale among the inputs of GroupQueryAttention; some before it stay empty."""
 
 
 def _decoder(graph: _Graph, source: _Source, config: DecoderConfig) -> None:

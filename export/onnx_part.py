@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from export import verify
 from export.cache_scales import find_cache_scales
-from export.decoder_onnx import ACCURACY_LEVEL, require_gptq, write_decoder_onnx, write_int8_cache_graph
+from export.decoder_onnx import ACCURACY_LEVEL, require_gptq, write_decoder_onnx
+from export.int8_cache_graph import write_int8_cache_graph
 from export.settings import DEFAULTS
 from export.studies import Study, StudyReader, sha256_of_studies
 from lite.artifact import (

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 from typing import TYPE_CHECKING, Final
 
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 EXIT_FAILED: Final = 1
@@ -28,7 +31,8 @@ def run_command(command: Callable[[], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a letter the terminal cannot show must not end the run
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = command()
+        with keeping_interrupts():
+            status = command()
         sys.stdout.flush()
     except LiteError as error:
         say(f"error: {error}")
@@ -41,6 +45,37 @@ def run_command(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     return status
+
+
+@contextlib.contextmanager
+def keeping_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end a block as KeyboardInterrupt even where a library has made an error of its own out of it.
+
+    torch does, when it comes while torch asks Python about an argument: what is raised then is a ValueError.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no signal comes, and no handler can be set
+        yield
+        return
+    came = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(*given: object) -> None:
+        nonlocal came
+        came = True
+        if callable(before):
+            before(*given)
+
+    # Who ignores it, or has left it to the system, goes on doing so.
+    if callable(before):
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def say(line: str) -> None:

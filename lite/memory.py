@@ -35,8 +35,8 @@ ONNX_FIRST_USE_BYTES: Final = 17 << 20
 ONNX_CHUNK_SIZE: Final = 512
 """Tokens of a prompt that go through `decoder.onnx` together: it bounds the memory of activations."""
 _ONNX_HELD: Final = 1.5
-"""Of the activations: the C library keeps holes between them. 1.25 to 1.67 were measured in runs of 256 to 1,472 tokens
-at 7B widths (ONNX Runtime 1.32 without memory patterns, glibc, November 2026)."""
+"""Of the activations: the arena has holes between them. 1.4 to 1.6 were measured in runs of 256 to 1,472 tokens at 7B
+widths (ONNX Runtime 1.32 without memory patterns, November 2026)."""
 _LARGEST_BLOCK: Final = 128  # of `export.decoder_onnx`, where a group is a whole row
 PROMPT_TEXT_TOKENS: Final = 128
 """What a plan allows for the words of a prompt: the fixed ones are 55 to 70, a reason of two sentences some 40 more."""
@@ -130,7 +130,7 @@ def plan_memory(
             ),
             vision_work_bytes=vision_work,
             prefill_work_bytes=_onnx_prefill_work_bytes(
-                config, batch_size=batch_size, num_tokens=prompt, itemsize=itemsize
+                config, batch_size=batch_size, num_tokens=prompt, itemsize=itemsize, int8_cache=cache_dtype == "int8"
             ),
         )
     itemsize = ITEMSIZE[dtype or ("float32" if on_cpu else config.dtype)]
@@ -284,23 +284,31 @@ def _prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize: int
     return streams + max(attention, gated) + logits
 
 
-def _onnx_prefill_work_bytes(config: DecoderConfig, *, batch_size: int, num_tokens: int, itemsize: int) -> int:
+def _onnx_prefill_work_bytes(
+    config: DecoderConfig, *, batch_size: int, num_tokens: int, itemsize: int, int8_cache: bool
+) -> int:
     """Count what a chunk of a prompt takes on its way through `decoder.onnx`, and what waits beside it.
 
-    Measured with ONNX Runtime 1.32 (AVX2, November 2026) on graphs of 4 layers, each width and the chunk varied alone:
-    neither the prompt before a chunk nor the dtype of the cache counts (attention keeps no scores), nor does depth from
-    3 layers on. ONNX Runtime hands the buffers of a layer on to the next, so that those of attention are there when
-    gate and up are computed. At 7B widths the count is 211 MiB for 512 tokens; 212 were measured.
+    Measured with ONNX Runtime 1.32 (November 2026) on graphs of 4 layers, each width and the chunk varied alone: with a
+    float cache the prompt before a chunk does not count (attention keeps no scores), nor does depth from 3 layers on.
+    ONNX Runtime hands the buffers of a layer on to the next, so that those of attention are there when gate and up are
+    computed. At 7B widths the count is 211 MiB for 512 tokens; 212 were measured.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # gate and up side by side, then each, and silu(gate): 5. Queries, keys and values side by side and each by itself,
     # turned, and what comes of them; the residual stream before and after, its norm. As wide as q, one is for both.
     widths = 5 * inner + 4 * q + 6 * kv + (3 if q == hidden else 4) * hidden
-    chunk = min(num_tokens, ONNX_CHUNK_SIZE) * widths * itemsize
+    chunk = min(num_tokens, ONNX_CHUNK_SIZE)
+    work = round(_ONNX_HELD * chunk * widths * itemsize)
+    if int8_cache and itemsize == ITEMSIZE["float32"]:
+        # For the last chunk of a prompt: keys and values before it in float32, and once more while they are cast;
+        # those with what is new; and what is new, while it is rounded (see `export.int8_cache_graph`).
+        past = (num_tokens - 1) // ONNX_CHUNK_SIZE * ONNX_CHUNK_SIZE
+        work += (3 * past + 2 * num_tokens + 2 * chunk) * kv * itemsize
     # The image's features of every study, and the prompt's embeddings of the one that is computed.
     waiting = (batch_size * 4 + itemsize) * num_tokens * hidden
-    return round(_ONNX_HELD * chunk) + waiting + batch_size * 2 * 4 * config.vocab_size
+    return work + waiting + batch_size * 2 * 4 * config.vocab_size
 
 
 def _vision_bytes(part: VisionPart, file_bytes: int, batch_size: int) -> tuple[int, int]:

@@ -4,8 +4,9 @@
     image_features ──────────────────────────────┴─▶ decoder.onnx ────────┤
                                 past_key_values ─▶ (one buffer) ◀─ present┘
 
-`export.decoder_onnx` draws the graph. Keys and values lie in buffers of this module's, of which the graph is told the
-addresses (IO binding): it writes what is new into them, and nothing is copied from one token to the next.
+`export.decoder_onnx` draws the graph, and `export.int8_cache_graph` the one with an int8 cache. Keys and values lie in
+buffers of this module's, of which the graph is told the addresses (IO binding): it writes what is new into them, and
+nothing is copied from one token to the next.
 
 A prompt goes through a chunk at a time, which bounds the memory of activations. The prompts of a batch go one after
 the other: arithmetic is what a prompt costs, so that together they would take as long, and more memory.
@@ -25,7 +26,7 @@ from lite.memory import ONNX_CHUNK_SIZE
 from lite.onnx_session import CPU, import_onnxruntime, open_session, require_onnxruntime
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lite.artifact import Artifact, CacheDtype, OnnxPart
     from lite.config import DecoderConfig
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+PREFILL_INPUT: Final = "is_prefill"
+"""Of a graph with an int8 cache that computes in float32: whether a prompt is read (see `export.int8_cache_graph`)."""
 MAX_CACHE_KL: Final = 1e-3
 """The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
 _OLDEST: Final = (1, 22), "8-bit MatMulNBits"
@@ -119,7 +122,8 @@ class OnnxDecoder:
         # What ONNX Runtime calls the place of a provider's memory.
         self._place = _DEVICES.get(self.provider, "cpu"), int(index or 0)
         file = artifact.file(ONNX_GRAPH_NAMES["int8" if int8 else "float"])
-        self._session = open_session(file, provider=provider, data=ONNX_DATA_NAME, arena=False, whole=True)
+        self._two_ways = int8 and self.dtype == "float32"
+        self._session = open_session(file, provider=provider, data=ONNX_DATA_NAME, patterns=False, whole=True)
         self._check_signature(str(file))
         self._embeddings = _embeddings(artifact, self.config)
 
@@ -171,10 +175,10 @@ class OnnxDecoder:
             LiteError: the logits are not finite.
         """
         logits = [
-            self._run_row(self.embed(input_ids, image), cache, row, num_logits=1)[0]
+            self._run_row(self.embed(input_ids, image), cache, row)
             for row, (input_ids, image) in enumerate(zip(prompts, image_features, strict=True))
         ]
-        return np.stack(logits)
+        return np.concatenate(logits)
 
     def decode_one_token(
         self, input_ids: Sequence[int], cache: OnnxCache, active: Sequence[bool] | None = None
@@ -200,7 +204,8 @@ class OnnxDecoder:
         if cache.binding is None:
             cache.binding = self._session.io_binding()
             cache.bind(cache.binding)
-        logits = self._run(cache.binding, cache, self.embed(input_ids)[:, None], totals, logits_at=[0])
+        inputs_embeds = self.embed(input_ids)[:, None]
+        logits = self._run(cache.binding, cache, inputs_embeds, totals, logits_at=[0], is_prefill=False)
         cache.num_cached_tokens = totals
         return logits[:, 0]
 
@@ -228,24 +233,42 @@ class OnnxDecoder:
         """
         inputs_embeds = self.embed([*input_ids, *target_ids[:-1]], image_features)
         cache = cache or self.new_cache(1, len(inputs_embeds))
-        return self._run_row(inputs_embeds, cache, 0, num_logits=len(target_ids))
+        return self._run_row(inputs_embeds, cache, 0, num_decoded=len(target_ids) - 1)
 
-    def _run_row(self, inputs_embeds: Array, cache: OnnxCache, row: int, *, num_logits: int) -> Array:
-        """Run a row's tokens [T, hidden_size] through an empty cache; return the last logits [num_logits, V]."""
+    def _run_row(self, inputs_embeds: Array, cache: OnnxCache, row: int, *, num_decoded: int = 0) -> Array:
+        """Run a row's tokens through an empty cache.
+
+        Args:
+            inputs_embeds: [T, hidden_size], a prompt, and what was decoded after it.
+            cache: the batch's.
+            row: which one.
+            num_decoded: tokens behind the prompt, which see the cache as if each had been decoded by itself.
+
+        Returns:
+            logits float32 [1 + num_decoded, vocab_size], of the prompt's last token and all behind it.
+        """
         length = len(inputs_embeds)
+        num_prompt_tokens = length - num_decoded
         binding = self._session.io_binding()
         cache.bind(binding, row)
         scored: list[Array] = []
-        for begin in range(0, length, self.chunk_size):
-            end = min(begin + self.chunk_size, length)
+        for begin, end in self._chunks(num_prompt_tokens, length):
             # Of a chunk that no logits are wanted of those of its last token are computed all the same, and dropped.
-            first = max(begin, length - num_logits)
+            first = max(begin, num_prompt_tokens - 1)
             logits_at = range(min(first, end - 1) - begin, end - begin)
-            logits = self._run(binding, cache, inputs_embeds[None, begin:end], [end], logits_at=logits_at)
+            is_prefill = begin < num_prompt_tokens
+            chunk = inputs_embeds[None, begin:end]
+            logits = self._run(binding, cache, chunk, [end], logits_at=logits_at, is_prefill=is_prefill)
             if first < end:
                 scored.append(logits[0])
         cache.num_cached_tokens[row] = length
         return np.concatenate(scored)
+
+    def _chunks(self, num_prompt_tokens: int, length: int) -> Iterator[tuple[int, int]]:
+        """Divide a row: no chunk holds tokens of the prompt and tokens behind it."""
+        for start, stop in ((0, num_prompt_tokens), (num_prompt_tokens, length)):
+            for begin in range(start, stop, self.chunk_size):
+                yield begin, min(begin + self.chunk_size, stop)
 
     def _run(
         self,
@@ -255,6 +278,7 @@ class OnnxDecoder:
         totals: Sequence[int],
         *,
         logits_at: Sequence[int],
+        is_prefill: bool,
     ) -> Array:
         """Run the graph on inputs_embeds [B, T, hidden_size], behind which each row has `totals` tokens."""
         if max(totals) > cache.max_seq_len:
@@ -270,6 +294,8 @@ class OnnxDecoder:
             "total_sequence_length": np.array(max(totals), np.int32),
             "logits_at": np.array(logits_at, np.int64),
         }
+        if self._two_ways:
+            inputs[PREFILL_INPUT] = np.array(is_prefill)
         for name, values in inputs.items():
             binding.bind_cpu_input(name, values)
         logits = np.empty((len(totals), len(logits_at), self.config.vocab_size), np.float32)
@@ -299,6 +325,8 @@ class OnnxDecoder:
             "total_sequence_length": ((), "tensor(int32)"),
             "logits_at": ((), "tensor(int64)"),
         }
+        if self._two_ways:
+            expected[PREFILL_INPUT] = (), "tensor(bool)"
         for layer in range(config.num_hidden_layers):
             for kind in ("key", "value"):
                 expected |= {f"past_key_values.{layer}.{kind}": cache, f"present.{layer}.{kind}": cache}

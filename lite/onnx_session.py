@@ -86,15 +86,17 @@ def check_provider(provider: str) -> str:
     return f"{name}{colon}{index}"
 
 
-def open_session(file: Path, *, provider: str, data: str | None = None, arena: bool = True, whole: bool = False) -> Any:  # noqa: ANN401
+def open_session(
+    file: Path, *, provider: str, data: str | None = None, patterns: bool = True, whole: bool = False
+) -> Any:  # noqa: ANN401 - of ONNX Runtime
     """Load a graph.
 
     Args:
         file: of an artifact that has been checked.
         provider: from `provider_of_device` or `check_provider`.
         data: the file beside it that holds its weights; None: it has them itself.
-        arena: keep the memory of activations for the next run. Without it the system has it back, and page faults
-            take the time that is saved.
+        patterns: allocate the activations of a run by what they took in a run of the same shape before. Where shapes
+            are many that takes more memory, and no less time.
         whole: refuse the graph unless the provider computes all of it: an operator that it lacks would be computed on
             the CPU, with copies to and fro.
 
@@ -110,7 +112,7 @@ def open_session(file: Path, *, provider: str, data: str | None = None, arena: b
     options = runtime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
-    options.enable_cpu_mem_arena = arena
+    options.enable_mem_pattern = patterns
     name, _, index = provider.partition(":")
     providers: list[Any] = [(name, {"device_id": int(index)} if index else {})]
     if name != CPU and whole:

@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, gptq_llama, random_llama, tiny_llama_config, tiny_manifest
 from safetensors.torch import save_file
 
-from export.decoder_onnx import write_decoder_onnx, write_int8_cache_graph
+from export.decoder_onnx import write_decoder_onnx
+from export.int8_cache_graph import write_int8_cache_graph
 from export.verify import unfinished_artifact
 from kernels.gptq import GptqWeight
 from lite.artifact import Artifact, CacheCalibration, DecoderPart, OnnxPart
@@ -39,6 +40,8 @@ OPERATORS = {
     "Cast",
 }
 """What the providers of CUDA and DirectML have, too."""
+NUM_PAST = {"Shape", "Cast", "Unsqueeze", "Sub"}
+PROMPT_WAY = {"Slice", "Cast", "Mul", "GroupQueryAttention", "Div", "Round", "Clip", "Concat"}
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 256}
 FORMS: dict[str, dict[str, Any]] = {
@@ -78,15 +81,32 @@ def write(out: Path, *, dtype: Any = "float32", llama: dict[str, Any] | None = N
     return unfinished_artifact(out, manifest)
 
 
+def with_int8_cache(artifact: Artifact, k_scale: float = 0.05, v_scale: float = 0.1) -> Artifact:
+    """Add the graph with an int8 cache, every channel with the same scale."""
+    config, part = artifact.decoder_config(), artifact.manifest.onnx
+    assert part is not None
+    shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    write_int8_cache_graph(artifact.path, np.full(shape, k_scale, np.float32), np.full(shape, v_scale, np.float32))
+    calibration = CacheCalibration(data="none", sha256="0" * 64, studies=1, tokens=1)
+    part = dataclasses.replace(part, cache_calibration=calibration)
+    return unfinished_artifact(artifact.path, dataclasses.replace(artifact.manifest, onnx=part))
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """One with both graphs. Read only."""
-    artifact = write(tmp_path_factory.mktemp("written"), group_size=32)
-    scales = np.full((2, 2, 32), 0.05, np.float32)
-    write_int8_cache_graph(artifact.path, scales, 2 * scales)
-    calibration = CacheCalibration(data="none", sha256="0" * 64, studies=1, tokens=1)
-    part = OnnxPart(dtype="float32", accuracy_level=4, lm_head_bits=8, cache_calibration=calibration)
-    return unfinished_artifact(artifact.path, dataclasses.replace(artifact.manifest, onnx=part))
+    return with_int8_cache(write(tmp_path_factory.mktemp("written"), group_size=32))
+
+
+def both_graphs(artifact: Artifact) -> tuple[onnx.GraphProto, onnx.GraphProto]:
+    """The graph with a float cache, and the one with an int8 cache."""
+    names = "decoder.onnx", "decoder.int8_cache.onnx"
+    plain, quantized = (onnx.load(artifact.path / name, load_external_data=False).graph for name in names)
+    return plain, quantized
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def exact(artifact: Artifact) -> None:
@@ -158,9 +178,15 @@ def test_in_float16(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.int8_cache.onnx"])
-def test_only_operators_that_the_providers_of_gpus_have(written: Artifact, name: str) -> None:
-    model = onnx.load(written.path / name, load_external_data=False)
-    assert {node.op_type for node in model.graph.node} == OPERATORS
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_only_operators_that_the_providers_of_gpus_have(tmp_path: Path, dtype: str, name: str) -> None:
+    artifact = with_int8_cache(write(tmp_path, dtype=dtype, group_size=32))
+    model = onnx.load(artifact.path / name, load_external_data=False)
+    # For CPUs attention has two ways, one of which is taken.
+    more = NUM_PAST | {"If"} if (dtype, name) == ("float32", "decoder.int8_cache.onnx") else set()
+    assert {node.op_type for node in model.graph.node} == (
+        OPERATORS - {"GroupQueryAttention"} | more if more else OPERATORS
+    )
     assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
     counts = [sum(node.op_type == wanted for node in model.graph.node) for wanted in ("MatMulNBits", "Gather")]
     assert counts == [4 * 2 + 1, 2]
@@ -176,7 +202,7 @@ def test_the_data_is_written_once_aligned_and_without_gaps(written: Artifact) ->
         places[graph] = {}
         for tensor in model.graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
-                assert tensor.name.endswith("_scale"), "only the scales of the cache are within the graph"
+                assert tensor.name.endswith("_scale") or len(tensor.raw_data) <= 8, "weights are not within the graph"
                 continue
             entry = {item.key: item.value for item in tensor.external_data}
             assert entry["location"] == "decoder.onnx.data"
@@ -208,26 +234,86 @@ def test_the_integers_are_those_of_the_decoder(written: Artifact) -> None:
     np.testing.assert_array_equal((fields * scales).reshape(len(values), -1), np.concatenate(rows))
 
 
-def test_the_int8_cache_is_the_only_difference_between_the_graphs(written: Artifact) -> None:
-    plain, quantized = (
-        onnx.load(written.path / name, load_external_data=False) for name in ("decoder.onnx", "decoder.int8_cache.onnx")
-    )
-    added = {t.name: onnx.numpy_helper.to_array(t) for t in quantized.graph.initializer if t.name.endswith("_scale")}
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_int8_cache_is_the_only_difference_between_the_graphs(tmp_path: Path, dtype: str) -> None:
+    plain, quantized = both_graphs(with_int8_cache(write(tmp_path, dtype=dtype, group_size=32)))
+    added = {t.name: onnx.numpy_helper.to_array(t) for t in quantized.initializer if t.name.endswith("_scale")}
     assert {name: (array.shape, float(array.flat[0])) for name, array in added.items()} == {
         f"layers.{layer}.{kind}_scale": ((1, 2, 1, 32), pytest.approx(scale))
         for layer in range(2)
         for kind, scale in (("k", 0.05), ("v", 0.1))
     }
-    for node, other in zip(plain.graph.node, quantized.graph.node, strict=True):
+    others = [
+        node for node in quantized.node if node.op_type not in ("Shape", "Unsqueeze", "Sub") and "num_" not in node.name
+    ]
+    for node, other in zip(plain.node, others, strict=True):
         if node.op_type != "GroupQueryAttention":
             assert node == other
             continue
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in other.attribute}
-        assert attributes["k_quant_type"] == attributes["v_quant_type"] == b"PER_CHANNEL"
-        assert attributes["kv_cache_bit_width"] == 8
-    kinds = {v.name.partition(".")[0]: v.type.tensor_type.elem_type for v in quantized.graph.input}
+        assert list(node.output) == list(other.output)
+        if dtype == "float32":
+            assert (other.op_type, list(other.input)) == ("If", ["is_prefill"])
+            prompt, decode = attributes(other)["then_branch"], attributes(other)["else_branch"]
+            assert {inner.op_type for inner in prompt.node} == PROMPT_WAY
+            (in_float,) = (inner for inner in prompt.node if inner.op_type == "GroupQueryAttention")
+            assert attributes(in_float) == attributes(node)
+            (other,) = decode.node
+        found = attributes(other)
+        assert found["k_quant_type"] == found["v_quant_type"] == b"PER_CHANNEL"
+        assert found["kv_cache_bit_width"] == 8
+        assert found.items() > attributes(node).items()
+    kinds = {v.name.partition(".")[0]: v.type.tensor_type.elem_type for v in quantized.input}
     assert kinds["past_key_values"] == onnx.TensorProto.INT8
-    assert kinds["inputs_embeds"] == onnx.TensorProto.FLOAT
+    assert ("is_prefill" in kinds) == (dtype == "float32")
+
+
+def read_prompt(
+    artifact: Artifact, *, as_decoded: bool = False, chunk_size: int = 512
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Read PROMPT with an int8 cache; return the logits, and the cache's keys and values, layer by layer."""
+    decoder = OnnxDecoder(artifact, cache_dtype="int8")
+    decoder.chunk_size = chunk_size
+    if as_decoded:
+        run = decoder._run
+        decoder._run = lambda *given, **named: run(*given, **(named | {"is_prefill": False}))  # type: ignore[method-assign]
+    length = len(PROMPT) - 1 + len(IMAGE)
+    cache = decoder.new_cache(1, length)
+    logits = decoder.prefill([PROMPT], IMAGE[None], cache)
+    return logits, [
+        cache.buffers[f"{layer}.{kind}"].numpy().astype(int) for layer in range(2) for kind in ("key", "value")
+    ]
+
+
+def test_a_prompt_sees_itself_unrounded_and_leaves_what_is_decoded_from(written: Artifact) -> None:
+    plain = OnnxDecoder(written).prefill([PROMPT], IMAGE[None], OnnxDecoder(written).new_cache(1, 40))
+    logits, cache = read_prompt(written)
+    np.testing.assert_allclose(logits, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
+    rounded, of_the_kernel = read_prompt(written, as_decoded=True)
+    assert np.abs(rounded - plain).max() > 1e-3 * np.abs(plain).max(), "rounding the cache does nothing here"
+    # The first layer's keys and values come from the same numbers: ours are rounded as ONNX Runtime's kernel does it,
+    # but for ties and the last bit of a rotation.
+    for ours, its in zip(cache[:2], of_the_kernel[:2], strict=True):
+        assert np.abs(ours - its).max() <= 1
+        assert (ours != its).mean() < 0.01
+        assert len(np.unique(ours)) > 50, "a scale that leaves few steps would prove nothing"
+    assert all((ours != 0).any(axis=-1).all() for ours in cache)
+
+
+def test_chunks_of_a_prompt_see_those_before_rounded(written: Artifact) -> None:
+    whole, cache = read_prompt(written)
+    for chunk_size in (1, 4, 7):
+        chunked, other = read_prompt(written, chunk_size=chunk_size)
+        assert 0 < np.abs(chunked - whole).max() < 0.1 * np.abs(whole).max()
+        for ours, its in zip(other[:2], cache[:2], strict=True):
+            assert np.abs(ours - its).max() <= 1
+
+
+def test_values_beyond_the_scales_are_clipped(tmp_path: Path) -> None:
+    artifact = with_int8_cache(write(tmp_path, group_size=32), k_scale=1e-3, v_scale=1e-3)
+    for as_decoded in (False, True):
+        _, cache = read_prompt(artifact, as_decoded=as_decoded)
+        assert [values.min() for values in cache] == [-128] * 4
+        assert [values.max() for values in cache] == [127] * 4
 
 
 def test_the_embeddings_are_beside_it_in_float16(written: Artifact) -> None:
