@@ -16,6 +16,7 @@ from lite.errors import LiteError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+    from types import FrameType
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -59,11 +60,11 @@ def keeping_interrupts() -> Iterator[None]:
     came = False
     before = signal.getsignal(signal.SIGINT)
 
-    def handle(*given: object) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
         if callable(before):
-            before(*given)
+            before(number, frame)
 
     # Who ignores it, or has left it to the system, goes on doing so.
     if callable(before):

@@ -15,6 +15,7 @@ the other: arithmetic is what a prompt costs, so that together they would take a
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -95,7 +96,14 @@ class OnnxDecoder:
 
     engine: EngineName = "onnx"
 
-    def __init__(self, artifact: Artifact, *, provider: str = CPU, cache_dtype: CacheDtype | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        provider: str = CPU,
+        cache_dtype: CacheDtype | None = None,
+        profile: Path | None = None,
+    ) -> None:
         """Load the graph.
 
         Args:
@@ -103,6 +111,7 @@ class OnnxDecoder:
             provider: from `lite.onnx_session.check_provider`.
             cache_dtype: what keys and values are stored as; None: as what the activations are. int8 is a quarter of
                 the memory of float32; what it loses is in the manifest.
+            profile: for `end_profile`, how the name of its file begins; None writes none.
 
         Raises:
             ArtifactError: there is no `decoder.onnx`, or it is not what the manifest says.
@@ -123,7 +132,9 @@ class OnnxDecoder:
         self._place = _DEVICES.get(self.provider, "cpu"), int(index or 0)
         file = artifact.file(ONNX_GRAPH_NAMES["int8" if int8 else "float"])
         self._two_ways = int8 and self.dtype == "float32"
-        self._session = open_session(file, provider=provider, data=ONNX_DATA_NAME, patterns=False, whole=True)
+        self._session = open_session(
+            file, provider=provider, data=ONNX_DATA_NAME, patterns=False, whole=True, profile=profile
+        )
         self._check_signature(str(file))
         self._embeddings = _embeddings(artifact, self.config)
 
@@ -234,6 +245,10 @@ class OnnxDecoder:
         inputs_embeds = self.embed([*input_ids, *target_ids[:-1]], image_features)
         cache = cache or self.new_cache(1, len(inputs_embeds))
         return self._run_row(inputs_embeds, cache, 0, num_decoded=len(target_ids) - 1)
+
+    def end_profile(self) -> Path:
+        """End the profile that was asked for, and return its file: what each operator of each run has taken."""
+        return Path(self._session.end_profiling())
 
     def _run_row(self, inputs_embeds: Array, cache: OnnxCache, row: int, *, num_decoded: int = 0) -> Array:
         """Run a row's tokens through an empty cache.

@@ -87,7 +87,13 @@ def check_provider(provider: str) -> str:
 
 
 def open_session(
-    file: Path, *, provider: str, data: str | None = None, patterns: bool = True, whole: bool = False
+    file: Path,
+    *,
+    provider: str,
+    data: str | None = None,
+    patterns: bool = True,
+    whole: bool = False,
+    profile: Path | None = None,
 ) -> Any:  # noqa: ANN401 - of ONNX Runtime
     """Load a graph.
 
@@ -99,6 +105,7 @@ def open_session(
             are many that takes more memory, and no less time.
         whole: refuse the graph unless the provider computes all of it: an operator that it lacks would be computed on
             the CPU, with copies to and fro.
+        profile: let ONNX Runtime write down what each operator takes, into a file whose name begins like this one.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -113,6 +120,8 @@ def open_session(
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
     options.enable_mem_pattern = patterns
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     name, _, index = provider.partition(":")
     providers: list[Any] = [(name, {"device_id": int(index)} if index else {})]
     if name != CPU and whole:
