@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_tiny_gptq_artifact
 
 import lite
+from export import OnnxSettings, add_onnx
 from lite import engine as engines
 from lite.artifact import Artifact
 from lite.engine import choose_engine
@@ -218,14 +219,22 @@ def test_an_old_onnxruntime_is_named(tiny_onnx_artifact: Artifact, monkeypatch: 
 # ---- the limit on memory
 
 
+@pytest.fixture(scope="module")
+def deep_onnx_artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Artifact:
+    """Of so many layers that the cache is larger than what a prompt takes on its way through one of them."""
+    folder = tmp_path_factory.mktemp("deep")
+    plain = write_tiny_gptq_artifact(folder / "plain", tokenizer_model, num_hidden_layers=8)
+    return add_onnx(plain.path, OnnxSettings(verify_studies=1, verify_tokens=4, device="cpu"), out=folder / "artifact")
+
+
 @pytest.fixture
-def plans(tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def plans(deep_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """The peaks planned with an int8 and with a float cache, the process's own memory left out."""
     from lite.memory import plan_memory
 
     monkeypatch.setattr("lite.model.rss_bytes", lambda: 0)
     small, large = (
-        plan_memory(tiny_onnx_artifact, device="cpu", engine="onnx", cache_dtype=cache).peak_bytes
+        plan_memory(deep_onnx_artifact, device="cpu", engine="onnx", cache_dtype=cache).peak_bytes
         for cache in ("int8", None)
     )
     return small, large
@@ -239,30 +248,30 @@ def with_cache_kl(artifact: Artifact, kl: float | None) -> Artifact:
 
 
 def test_a_limit_that_only_the_int8_cache_fits_takes_it(
-    tiny_onnx_artifact: Artifact, plans: tuple[int, int], films: list[Path], monkeypatch: pytest.MonkeyPatch
+    deep_onnx_artifact: Artifact, plans: tuple[int, int], films: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, large = plans
     assert small < large
-    good = with_cache_kl(tiny_onnx_artifact, 1e-4)
+    good = with_cache_kl(deep_onnx_artifact, 1e-4)
     monkeypatch.setattr("lite.model.load_artifact", lambda _: good)
     for limit, cache_dtype in ((large, "float32"), (large - 1, "int8"), (small, "int8")):
-        model = lite.load(tiny_onnx_artifact.path, engine="onnx", memory_limit=limit)
+        model = lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=limit)
         assert model.findings(films[0], max_new_tokens=1).cache_dtype == cache_dtype
     with pytest.raises(lite.MemoryBudgetError, match="expected at least"):
-        lite.load(tiny_onnx_artifact.path, engine="onnx", memory_limit=small - 1)
+        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small - 1)
     # What was asked for is not changed.
     with pytest.raises(lite.MemoryBudgetError):
-        lite.load(tiny_onnx_artifact.path, engine="onnx", memory_limit=large - 1, cache_dtype="float32")
+        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1, cache_dtype="float32")
 
 
 @pytest.mark.parametrize("kl", [2e-3, None])
 def test_a_cache_that_loses_too_much_is_not_taken_unasked(
-    tiny_onnx_artifact: Artifact, plans: tuple[int, int], monkeypatch: pytest.MonkeyPatch, kl: float | None
+    deep_onnx_artifact: Artifact, plans: tuple[int, int], monkeypatch: pytest.MonkeyPatch, kl: float | None
 ) -> None:
     small, large = plans
-    bad = with_cache_kl(tiny_onnx_artifact, kl)
+    bad = with_cache_kl(deep_onnx_artifact, kl)
     monkeypatch.setattr("lite.model.load_artifact", lambda _: bad)
     with pytest.raises(lite.MemoryBudgetError):
-        lite.load(tiny_onnx_artifact.path, engine="onnx", memory_limit=large - 1)
-    model = lite.load(tiny_onnx_artifact.path, engine="onnx", memory_limit=small, cache_dtype="int8")
+        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1)
+    model = lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small, cache_dtype="int8")
     assert model.decoder.cache_dtype == "int8"
