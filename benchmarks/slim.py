@@ -150,8 +150,11 @@ def make_environment(venv: Path) -> None:
         venv: where; what lies there is removed.
 
     Raises:
-        LiteError: Python cannot make one, or pip cannot install.
+        LiteError: something else lies there, Python cannot make one, or pip cannot install.
     """
+    if venv.exists() and not (venv / "pyvenv.cfg").is_file() and not (venv.is_dir() and not any(venv.iterdir())):
+        msg = f"{venv}: got something that is no virtual environment · expected one, or nothing, as what lies there is "
+        raise LiteError(f"{msg}removed · name another place")
     hint = "expected an environment · install Python's venv module (Debian: the python3-venv package)"
     _run([sys.executable, "-m", "venv", "--clear", str(venv)], cwd=ROOT, what="python -m venv", hint=hint)
     # Where the Makefile has them, too.

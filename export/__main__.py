@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import glob
 import os
 import sys
@@ -24,6 +25,8 @@ from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.config import DecoderFormat, VisionFormat
 from lite.console import keeping_interrupts, positive
 from lite.errors import LiteError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         with keeping_interrupts():
             artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
-    except LiteError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (LiteError, OSError) as error:
+        print(f"error: {_reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         from export.work import work_path
@@ -115,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted: no artifact at {options.out} · {what_now}", file=sys.stderr)
         return 130
     _print_whole(_summary(artifact))
-    for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial")):
+    for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial*")):
         print(f"note: {left} is left from an export that was killed: remove it, unless one is running", file=sys.stderr)
     return 0
 
@@ -342,6 +345,8 @@ def _onnx_rows(manifest: Manifest) -> list[tuple[str, str]]:
     for name, part, yardstick in (("engine", "decoder", "decoder/"), ("int8 cache", "int8_cache", "a float cache")):
         found = measured[part]
         rows.append((name, f"KL {found['mean_kl']:.2g} from {yardstick}, same top token {found['same_top']:.2%}"))
+    studies, tokens = measured["decoder"]["studies"], measured["decoder"]["tokens"]
+    rows.append(("both along", f"the reports of {studies} studies ({measured['verify_data']}), {tokens} tokens"))
     return rows
 
 
@@ -364,8 +369,8 @@ def _add_onnx(arguments: list[str]) -> int:
         )
         with keeping_interrupts():
             artifact = add_onnx(options.artifact, settings, out=options.out)
-    except LiteError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (LiteError, OSError) as error:
+        print(f"error: {_reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ninterrupted: {options.artifact} is as it was", file=sys.stderr)
@@ -405,6 +410,17 @@ def _onnx_parser() -> argparse.ArgumentParser:
     _add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
+
+
+def _reason(error: LiteError | OSError) -> str:
+    """Say what went wrong; of the system's errors, which disk, quota or permission it is about."""
+    if not isinstance(error, OSError):
+        return str(error)
+    file = f"{error.filename}: " if error.filename else ""
+    todo = (
+        "make room there, or choose another place" if error.errno in _NO_ROOM else "check the disk, and its permissions"
+    )
+    return f"{file}got {error.strerror or error} · expected to be able to write · {todo}"
 
 
 def _print_whole(text: str) -> None:

@@ -32,6 +32,7 @@ from lite.artifact import (
     staged_artifact,
 )
 from lite.decoder import check_device
+from lite.errors import ArtifactError
 from lite.onnx_decoder import OnnxDecoder
 from lite.vision import VisionEncoder
 
@@ -142,7 +143,7 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
         BackendUnavailable: a package is missing or too old.
     """
     device = check_device(settings.device)
-    artifact = load_artifact(path)
+    artifact = load_artifact(Path(path).resolve())
     manifest, config = artifact.manifest, artifact.decoder_config()
     require_gptq(config)
     artifact.verify()
@@ -159,7 +160,10 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
     )
     data = BUILT_IN if settings.calibration_data is None else Path(settings.calibration_data).name
     steps = 2 + len(calibrating) + verify.num_onnx_steps(config)
-    target = artifact.path if out is None else Path(out)
+    target = artifact.path if out is None else Path(out).resolve()
+    if out is not None and target.is_relative_to(artifact.path):
+        msg = f"{target}: got a place inside the artifact · expected one beside it · choose another place"
+        raise ArtifactError(msg)
     with (
         staged_artifact(target, overwrite=out is None) as staged,
         tqdm(total=steps, desc="writing decoder.onnx", disable=not settings.show_progress, dynamic_ncols=True) as bar,

@@ -90,7 +90,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
-        help="what the decoder computes in (default: the stored one on a GPU, float32 on the CPU)",
+        help="have torch compute the decoder in this (default: the stored one on a GPU, float32 on the CPU)",
     )
     generate.add_argument(
         "--rendering",
@@ -263,10 +263,21 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
         if name == "calibration_errors":  # seven for each layer: the manifest has them all
             worst = max(value, key=value.__getitem__)
             name, value = "layers", f"{sum(value.values()) / len(value):.2%} on average, {value[worst]:.2%} in {worst}"
+        elif name == "onnx":
+            value = f"{_divergence(value['decoder'])} from decoder/; int8 cache {_divergence(value['int8_cache'])} more"
+        elif name == "decoder":
+            value = f"{_divergence(value)} from the checkpoint"
         elif not isinstance(value, str):
             value = json.dumps(value)
         yield f"fidelity {name}", value
     yield "notice", manifest.notice
+
+
+def _divergence(measured: dict[str, Any]) -> str:
+    return (
+        f"KL {measured['mean_kl']:.2g} nats/token, same top token {measured['same_top']:.2%}, along the reports of "
+        f"{measured['studies']} studies"
+    )
 
 
 def _print_heading(image: str, arguments: argparse.Namespace) -> None:

@@ -420,7 +420,8 @@ def staged_artifact(out: str | os.PathLike[str], *, overwrite: bool = False) -> 
     Raises:
         ArtifactError: `out` exists, or its parent folder cannot be written.
     """
-    target = Path(out).absolute()
+    # Of a link the folder that it leads to is replaced, and not the link by a folder.
+    target = Path(out).resolve()
     check_target(target, overwrite=overwrite)
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -446,14 +447,36 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        msg = f"{target}: got a path that exists · expected a new one · choose another place or ask to overwrite"
+        msg = f"{target}: got a path that exists · expected a new one · choose another place, or remove it"
         raise ArtifactError(msg)
-    # Overwriting deletes: only ever an artifact, never somebody's home folder.
+    # Overwriting deletes: only ever an artifact, never somebody's home folder, and nothing that lies beside its files.
     if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_NAME).is_file()):
         msg = (
             f"{target}: got something that is not an artifact · expected an artifact to overwrite · remove it yourself"
         )
         raise ArtifactError(msg)
+    if foreign := _foreign_files(target):
+        msg = (
+            f"{foreign[0]}: got a file that is not the artifact's ({len(foreign)} in all) · expected none in a folder "
+        )
+        raise ArtifactError(f"{msg}that is replaced · move it elsewhere first")
+    if Path.cwd().is_relative_to(target):
+        msg = f"{target}: got the folder you are in · expected another, as it is replaced · leave it first: cd .."
+        raise ArtifactError(msg)
+    folders = [target, *(entry for entry in target.rglob("*") if entry.is_dir())]
+    if closed := [folder for folder in folders if not os.access(folder, os.W_OK)]:
+        msg = f"{closed[0]}: got a folder that cannot be written · expected one that can be replaced · change its mode"
+        raise ArtifactError(f"{msg}, or choose another place")
+
+
+def _foreign_files(folder: Path) -> list[Path]:
+    """Return the files that its manifest, of whatever version, does not list."""
+    try:
+        listed = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        listed = {}
+    ours = {folder / name for name in (MANIFEST_NAME, *listed)}
+    return sorted(entry for entry in folder.rglob("*") if not entry.is_dir() and entry not in ours)
 
 
 def _fsync(path: Path) -> None:

@@ -79,7 +79,7 @@ def _require_torch(artifact: Artifact) -> None:
     if has_torch():
         return
     listed = artifact.manifest.decoder.format
-    todo = "or use engine='onnx'"
+    todo = "or leave out what asks for torch: a device, a dtype, or the engine"
     if artifact.manifest.onnx is None:
         gptq = listed.startswith("gptq")
         todo = (

@@ -74,7 +74,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         """Say what takes how much."""
         parts = {
-            "libraries": self.libraries_bytes,
+            "the process before": self.libraries_bytes,
             "decoder": self.decoder_bytes,
             "tower": self.vision_bytes,
             f"cache of {self.batch_size} x {self.max_seq_len} tokens": self.cache_bytes,
@@ -149,8 +149,14 @@ def plan_memory(
     )
 
 
-def check_memory(plan: MemoryPlan, limit: int, *, what: str) -> None:
+def check_memory(plan: MemoryPlan, limit: int, *, what: str, hint: str = "") -> None:
     """Refuse a plan that does not fit.
+
+    Args:
+        plan: what it takes.
+        limit: bytes.
+        what: is refused.
+        hint: what else to do, to be added to the message.
 
     Raises:
         MemoryBudgetError: it names the parts, and what would fit.
@@ -160,10 +166,17 @@ def check_memory(plan: MemoryPlan, limit: int, *, what: str) -> None:
     fits = (limit - plan.weight_bytes) // (plan.study_bytes // plan.batch_size)
     todo = f"take {fits} at a time" if 1 <= fits < plan.batch_size else "give it more, or export with fewer bits"
     msg = (
-        f"{what}: got a memory limit of {shown_bytes(limit)} · expected at least {shown_bytes(plan.peak_bytes)}: "
-        f"{plan} · {todo}"
+        f"{what}: got a memory limit of {shown_bytes(limit)} · expected at least {_shown_limit(plan.peak_bytes)}: "
+        f"{plan} · {todo}{hint}"
     )
     raise MemoryBudgetError(msg)
+
+
+def _shown_limit(count: int) -> str:
+    """Return a size as text that as a limit is enough: rounded up, as the process grows by a little until then."""
+    digits, unit = (2, 30) if count >= 2**30 else (1, 20)
+    steps = math.ceil(count / 2**unit * 10**digits * 1.005)
+    return shown_bytes(steps / 10**digits * 2**unit)
 
 
 def decoder_bytes(config: DecoderConfig, *, itemsize: int) -> int:
@@ -372,15 +385,18 @@ _UNITS: Final = {"": 1, "b": 1} | {
 }
 
 
-def parse_bytes(text: str) -> int:
-    """Read a size: a number of bytes, or with a unit such as "12GiB", "800 MB" or "12G" (binary).
+def parse_bytes(size: int | str) -> int:
+    """Read a size: a number of bytes, or text, perhaps with a unit, such as "12GiB", "800 MB" or "12G" (binary).
 
     Raises:
         LiteError: it is no size.
     """
+    if type(size) is int and size > 0:
+        return size
+    text = size if isinstance(size, str) else ""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not found or found[2] not in _UNITS or not float(found[1]):
-        msg = f"got the size {text!r} · expected a number of bytes, or one with a unit · write it like 12GiB"
+        msg = f"got the size {size!r} · expected a number of bytes, or one with a unit · write it like 12GiB"
         raise LiteError(msg)
     return int(float(found[1]) * _UNITS[found[2]])
 

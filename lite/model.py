@@ -468,9 +468,9 @@ def load(
         cache_dtype: what the onnx engine keeps keys and values in: "float32" or "int8", a quarter of it. None takes
             float32, or int8 where only that fits `memory_limit` and loses no more than `MAX_CACHE_KL`, as measured at
             export.
-        memory_limit: refuse, before anything is loaded, an artifact with which one study would take more: bytes, or
-            text such as "12GiB". On a GPU torch's allocator counts, on a CPU what the process has resident, Python
-            and its packages included. See `lite.memory`.
+        memory_limit: refuse, before anything is loaded, an artifact with which one study at a time would take more:
+            bytes, or text such as "12GiB". On a GPU torch's allocator counts, on a CPU what the process has resident,
+            with all that it holds already. See `lite.memory`.
         verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B
             model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026), longer where the
             disk is slower.
@@ -481,12 +481,13 @@ def load(
         MemoryBudgetError: one study would take more than `memory_limit`.
         LiteError: there is no such engine, dtype or cache.
     """
-    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
     artifact = load_artifact(path)
     chosen = choose_engine(artifact, engine, device=device, dtype=dtype, provider=provider)
     if chosen == "torch" and cache_dtype is not None:
-        msg = f"got cache_dtype {cache_dtype!r} for the torch engine · expected it for onnx only · give a dtype"
-        raise LiteError(msg)
+        msg = f"got cache_dtype {cache_dtype!r} for the torch engine · expected it for onnx only, which computes "
+        todo = "leave it out" if artifact.manifest.onnx else f"make it with `python -m export onnx {artifact.path}`"
+        raise LiteError(f"{msg}decoder.onnx · {todo}")
     if verify:
         artifact.verify(engine=chosen)
     manifest, config = artifact.manifest, artifact.decoder_config()
@@ -528,16 +529,22 @@ def _load_onnx(
     from lite.vision import VisionEncoder
 
     check_cache_dtype(artifact, cache_dtype)
-    chosen = check_provider(provider or "cpu")
-    if limit is not None and chosen == CPU:
+    chosen = check_provider("cpu" if provider is None else provider)
+    if limit is not None and chosen != CPU:
+        msg = f"got a memory limit with provider {provider!r} · expected the CPU, of whose memory alone there is a plan"
+        raise LiteError(f"{msg} · leave the limit out")
+    if limit is not None:
         libraries = rss_bytes() or 0
 
         def plan(dtype: CacheDtype | None) -> MemoryPlan:
             return plan_memory(artifact, device="cpu", engine="onnx", cache_dtype=dtype, libraries_bytes=libraries)
 
+        hint = ""
         if cache_dtype is None and plan(None).peak_bytes > limit:
             cache_dtype = smaller_cache(artifact)
-        check_memory(plan(cache_dtype), limit, what=str(artifact.path))
+            if cache_dtype is None and plan("int8").peak_bytes <= limit:
+                hint = "; cache_dtype='int8' would fit, but lost too much at export to be taken without being asked for"
+        check_memory(plan(cache_dtype), limit, what=str(artifact.path), hint=hint)
     vision = VisionEncoder(artifact, provider=chosen)
     return vision, OnnxDecoder(artifact, provider=chosen, cache_dtype=cache_dtype)
 

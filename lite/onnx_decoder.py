@@ -322,11 +322,10 @@ class OnnxDecoder:
             msg = f"got an error of ONNX Runtime ({reason}) · expected {self.provider} to compute the decoder · "
             raise LiteError(f"{msg}if it is about memory take a smaller batch, else report this") from error
         if not np.isfinite(logits).all():
-            msg = (
-                f"got logits that are not finite in {self.dtype} · expected numbers · the computation overflowed: "
-                "export decoder.onnx with --activations float32, or use the torch engine"
-            )
-            raise LiteError(msg)
+            todo = "the artifact may be damaged: load it with verify=True"
+            if self.dtype != "float32":
+                todo = "the computation overflowed: export decoder.onnx with --activations float32, or use torch"
+            raise LiteError(f"got logits that are not finite in {self.dtype} · expected numbers · {todo}")
         return logits
 
     def _check_signature(self, file: str) -> None:

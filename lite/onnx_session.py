@@ -6,7 +6,7 @@ import mmap
 from typing import TYPE_CHECKING, Any, Final
 
 from lite.cores import available_cores
-from lite.errors import ArtifactError, BackendUnavailable
+from lite.errors import ArtifactError, BackendUnavailable, LiteError
 
 if TYPE_CHECKING:
     import types
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
+_REMOTE: Final = "AzureExecutionProvider"
+"""Calls models elsewhere, and computes nothing itself; ONNX Runtime lists it everywhere."""
 _SHORT: Final = {
     "cpu": CPU,
     "cuda": CUDA,
@@ -62,7 +64,7 @@ def provider_of_device(device: str) -> str:
     return wanted if wanted.partition(":")[0] in import_onnxruntime().get_available_providers() else CPU
 
 
-def check_provider(provider: str) -> str:
+def check_provider(provider: object) -> str:
     """Return the full name of a provider, with ":N" behind it where that was given.
 
     Args:
@@ -71,12 +73,16 @@ def check_provider(provider: str) -> str:
 
     Raises:
         BackendUnavailable: this ONNX Runtime has no such provider.
+        LiteError: it is no text.
     """
     runtime = import_onnxruntime()
+    if not isinstance(provider, str):
+        msg = f"got provider {provider!r} · expected one name, a text such as cpu or cuda:1 · give only one"
+        raise LiteError(msg)
     name, colon, index = provider.partition(":")
     name = _SHORT.get(name.lower(), name)
-    available: list[str] = runtime.get_available_providers()
-    if name not in available or (colon and not index.isdecimal()):
+    available = [found for found in runtime.get_available_providers() if found != _REMOTE]
+    if name not in available or (colon and not (index.isdecimal() and name != CPU)):
         msg = (
             f"got provider {provider!r} · expected one that ONNX Runtime {runtime.__version__} has here: "
             f"{', '.join(available)} · choose one of them, or install the build that has it (onnxruntime-gpu, "
@@ -169,6 +175,9 @@ def _check_external_data(file: Path, data: str | None) -> None:
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             named = sorted(set(_locations(content, 0, len(content), "model")))
+    except PermissionError as error:
+        msg = f"{file}: got {error.strerror} · expected a readable file · check its permissions"
+        raise ArtifactError(msg) from error
     except (OSError, ValueError, IndexError) as error:
         msg = f"{file}: got something that ONNX Runtime cannot load ({error}) · expected the graph written at export"
         raise ArtifactError(f"{msg} · export the artifact again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 from conftest import tiny_manifest
 
 from lite.artifact import (
+    FORMAT_VERSION,
     NOTICE,
     Artifact,
     CalibrationRecord,
     DecoderPart,
     FileRecord,
     Manifest,
+    check_target,
     load_artifact,
     staged_artifact,
 )
@@ -296,6 +299,63 @@ def test_overwriting_never_deletes_what_is_not_an_artifact(tmp_path: Path) -> No
     with pytest.raises(ArtifactError, match="not an artifact"), staged_artifact(home, overwrite=True):
         pass
     assert (home / "thesis.tex").read_text() == "years of work"
+
+
+def finished(out: Path, **changes: Any) -> Artifact:
+    with staged_artifact(out) as staged:
+        write_minimal(staged.path)
+        return staged.finish(tiny_manifest(**changes))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "mine/figures.csv", "decoder/other.safetensors"])
+def test_overwriting_never_deletes_what_lies_beside_the_artifacts_files(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "artifact"
+    finished(out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("years of work")
+    with pytest.raises(ArtifactError, match=rf"{name}: got a file that is not the artifact's \(1 in all\)"):
+        check_target(out, overwrite=True)
+    assert (out / name).read_text() == "years of work"
+
+
+def test_an_artifact_of_another_version_can_be_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    finished(out)
+    edit_manifest(out, format_version=FORMAT_VERSION + 1)
+    check_target(out, overwrite=True)
+
+
+def test_overwriting_a_link_replaces_what_it_leads_to(tmp_path: Path) -> None:
+    finished(tmp_path / "artifact-v3", model="first")
+    link = tmp_path / "artifact"
+    link.symlink_to("artifact-v3")
+    with staged_artifact(link, overwrite=True) as staged:
+        write_minimal(staged.path)
+        staged.finish(tiny_manifest(model="second"))
+    assert link.is_symlink()
+    assert load_artifact(tmp_path / "artifact-v3").manifest.model == load_artifact(link).manifest.model == "second"
+    assert names(tmp_path) == ["artifact", "artifact-v3"]
+
+
+@pytest.mark.parametrize("inside", [".", "decoder"])
+def test_the_folder_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    out = tmp_path / "artifact"
+    finished(out)
+    monkeypatch.chdir(out / inside)
+    with pytest.raises(ArtifactError, match="got the folder you are in .* leave it first"):
+        check_target(out, overwrite=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "artifact"
+    finished(out)
+    access = os.access
+    # Who is root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and path != out / "decoder")
+    with pytest.raises(ArtifactError, match="decoder: got a folder that cannot be written"):
+        check_target(out, overwrite=True)
 
 
 def test_the_notice_says_what_it_must() -> None:

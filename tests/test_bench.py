@@ -203,11 +203,9 @@ def test_the_onnx_engine_is_measured_where_there_is_no_torch(
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "error: artifact torch: " in done.stderr
-    assert "got no torch" in done.stderr
-    failed, row = json.loads((tmp_path / "j.json").read_text())["rows"]
-    assert "error" in failed
+    assert done.returncode == 0
+    assert "By onnx alone, as torch is not installed." in done.stdout
+    (row,) = json.loads((tmp_path / "j.json").read_text())["rows"]
     assert (row["engine"], row["cache_dtype"]) == ("onnx", "float32")
     assert row["traffic"]["achieved"] > 0
 
@@ -324,7 +322,7 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
     status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--memory-limit", "64MiB")
     assert status == 1
     assert "got a memory limit of 64.0 MiB · expected at least" in err
-    assert "libraries" in err
+    assert "the process before" in err
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from lite import engine as engines
 from lite.artifact import Artifact
 from lite.engine import choose_engine
 from lite.errors import ArtifactError, BackendUnavailable, LiteError
+from lite.onnx_decoder import OnnxDecoder
 
 
 @pytest.fixture
@@ -70,7 +71,9 @@ def test_what_only_torch_has_means_torch(tiny_onnx_artifact: Artifact, settings:
 @pytest.mark.usefixtures("no_torch", "no_gpu")
 def test_without_torch(tiny_artifact: Artifact, tiny_gptq_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
     assert choose_engine(tiny_onnx_artifact) == "onnx"
-    refuse(tiny_onnx_artifact, BackendUnavailable, r"got no torch .*llava-rad-lite\[torch\].*engine='onnx'", "torch")
+    refuse(
+        tiny_onnx_artifact, BackendUnavailable, r"got no torch .*llava-rad-lite\[torch\].*leave out what asks", "torch"
+    )
     # A GPU that was asked for is not silently a CPU.
     for settings in ({"device": "cuda"}, {"dtype": "float16"}):
         refuse(tiny_onnx_artifact, BackendUnavailable, "got no torch", **settings)
@@ -107,10 +110,16 @@ def test_a_provider_and_what_only_torch_has(tiny_onnx_artifact: Artifact, settin
     refuse(tiny_onnx_artifact, LiteError, "for the onnx engine · expected it for the torch engine only", **settings)
 
 
-@pytest.mark.parametrize("provider", ["abacus", "cuda:x", "cpu:", "CUDAExecutionProvider", "dml"])
+@pytest.mark.parametrize("provider", ["abacus", "", "cuda:x", "cpu:", "cpu:1", "CUDAExecutionProvider", "dml"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, perhaps with its provider")
 def test_a_provider_that_is_not_there(tiny_onnx_artifact: Artifact, provider: str) -> None:
     with pytest.raises(BackendUnavailable, match=r"got provider .* expected one that ONNX Runtime .*CPUExecution"):
+        lite.load(tiny_onnx_artifact.path, engine="onnx", provider=provider)
+
+
+@pytest.mark.parametrize("provider", [1, ["cpu"], [("CPUExecutionProvider", {})]])
+def test_a_provider_that_is_no_name(tiny_onnx_artifact: Artifact, provider: Any) -> None:
+    with pytest.raises(LiteError, match="got provider .* expected one name"):
         lite.load(tiny_onnx_artifact.path, engine="onnx", provider=provider)
 
 
@@ -121,6 +130,9 @@ def test_a_provider_that_cannot_compute_the_graph(tiny_onnx_artifact: Artifact) 
     if not others:
         pytest.skip("this ONNX Runtime has no provider that lacks operators")
     with pytest.raises(BackendUnavailable, match=r"decoder\.onnx: got a provider Azure.* all of its operators"):
+        OnnxDecoder(tiny_onnx_artifact, provider=others[0])
+    # It computes nothing itself, and is not offered.
+    with pytest.raises(BackendUnavailable, match="expected one that ONNX Runtime .* has here: (?!.*Azure.*choose)"):
         lite.load(tiny_onnx_artifact.path, engine="onnx", provider=others[0])
 
 
@@ -273,5 +285,7 @@ def test_a_cache_that_loses_too_much_is_not_taken_unasked(
     monkeypatch.setattr("lite.model.load_artifact", lambda _: bad)
     with pytest.raises(lite.MemoryBudgetError):
         lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1)
+    with pytest.raises(lite.MemoryBudgetError, match="cache_dtype='int8' would fit, but lost too much at export"):
+        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small)
     model = lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small, cache_dtype="int8")
     assert model.decoder.cache_dtype == "int8"

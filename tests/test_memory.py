@@ -7,6 +7,7 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -197,6 +198,19 @@ def test_a_plan_of_the_onnx_engine_counts_what_it_holds(tiny_onnx_artifact: Arti
     assert sized(cache_dtype="float32").cache_bytes == sized().cache_bytes == 4 * sized(cache_dtype="int8").cache_bytes
 
 
+@pytest.mark.parametrize("limit", [True, 0, -5, 1.5, float("nan"), [1], b"1GiB", ""])
+def test_a_limit_that_is_no_size(tiny_onnx_artifact: Artifact, limit: Any) -> None:
+    with pytest.raises(LiteError, match="got the size .* expected a number of bytes"):
+        load(tiny_onnx_artifact.path, memory_limit=limit)
+
+
+def test_what_a_refusal_asks_for_is_enough(tiny_onnx_artifact: Artifact) -> None:
+    with pytest.raises(MemoryBudgetError) as refused:
+        load(tiny_onnx_artifact.path, engine="onnx", memory_limit=1)
+    asked = str(refused.value).partition("expected at least ")[2].partition(":")[0]
+    load(tiny_onnx_artifact.path, engine="onnx", memory_limit=asked)
+
+
 def test_the_onnx_engine_is_refused_with_numbers(tiny_onnx_artifact: Artifact) -> None:
     with pytest.raises(MemoryBudgetError, match=r"got a memory limit of 1\.0 MiB · expected .*decoder .*cache of 1 x"):
         load(tiny_onnx_artifact.path, engine="onnx", memory_limit="1MiB")
@@ -229,9 +243,8 @@ def test_a_refusal_says_what_would_fit() -> None:
         prefill_work_bytes=16 << 20,
     )
     check_memory(plan, 150 << 20, what="a")
-    with pytest.raises(
-        MemoryBudgetError, match=r"150\.0 MiB: libraries 10\.0 MiB .*cache of 8 x 10 .* take 2 at a time"
-    ):
+    refusal = r"150\.8 MiB: the process before 10\.0 MiB .*cache of 8 x 10 .* take 2 at a time"
+    with pytest.raises(MemoryBudgetError, match=refusal):
         check_memory(plan, 90 << 20, what="a")
     with pytest.raises(MemoryBudgetError, match="export with fewer bits"):
         check_memory(plan, 75 << 20, what="a")

@@ -586,17 +586,37 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     assert siblings(own_gptq_artifact) == beside
 
 
-def test_a_full_disk_leaves_everything(own_gptq_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "todo"), [(28, "make room there, or choose another place"), (5, "check the disk, and its permissions")]
+)
+def test_a_full_disk_leaves_everything_and_is_told_in_words(
+    own_gptq_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: int, todo: str
+) -> None:
     def full(*arguments: Any, **settings: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(error, os.strerror(error), "decoder.onnx.data")
 
     monkeypatch.setattr("export.onnx_part.write_int8_cache_graph", full)
     before, beside = load_artifact(own_gptq_artifact), siblings(own_gptq_artifact)
-    with pytest.raises(OSError, match="No space left"):
-        add_onnx(own_gptq_artifact, OnnxSettings(verify_studies=1, verify_tokens=4, device="cpu"))
+    assert export_main(["onnx", str(own_gptq_artifact), *QUICK]) == 1
+    said = f"error: decoder.onnx.data: got {os.strerror(error)} · expected to be able to write · {todo}\n"
+    assert capsys.readouterr().err == said
     assert load_artifact(own_gptq_artifact) == before
     before.verify()
     assert siblings(own_gptq_artifact) == beside
+
+
+def test_places_that_are_refused(
+    own_gptq_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load_artifact(own_gptq_artifact)
+    assert export_main(["onnx", str(own_gptq_artifact), "--out", str(own_gptq_artifact / "sub"), *QUICK]) == 1
+    assert "got a place inside the artifact" in capsys.readouterr().err
+    monkeypatch.chdir(own_gptq_artifact)
+    assert export_main(["onnx", ".", *QUICK]) == 1
+    assert "got the folder you are in" in capsys.readouterr().err
+    assert export_main(["onnx", ".", "--out", "../beside", *QUICK]) == 0
+    assert load_artifact("../beside").manifest.onnx is not None
+    assert load_artifact(own_gptq_artifact) == before
 
 
 def test_ctrl_c_leaves_everything(own_gptq_artifact: Path) -> None:

@@ -79,7 +79,7 @@ def test_torch_is_asked_for_in_words_where_it_is_missing(environment: Path, onnx
     done = subprocess.run([*python, "-c", "import torch"], capture_output=True, text=True, check=False)
     assert "No module named 'torch'" in done.stderr
     with pytest.raises(
-        LiteError, match=r"generate: got exit status 1 \(error: .*: got no torch · .* use engine='onnx'"
+        LiteError, match=r"generate: got exit status 1 \(error: .*: got no torch · .* leave out what asks"
     ):
         slim.generate(python, onnx_artifact.path, FILMS[:1], cwd=environment, more=("--engine", "torch"))
 
@@ -226,3 +226,16 @@ def test_wrong_use(tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.Captu
     assert str(tmp_path / "none") in capsys.readouterr().err
     with pytest.raises(SystemExit, match="^2$"):
         main(["--no-such-option"])
+
+
+@pytest.mark.parametrize("content", ["thesis.txt", None])
+def test_a_folder_that_is_no_environment_is_never_removed(tmp_path: Path, content: str | None) -> None:
+    precious = tmp_path / "precious"
+    if content is None:
+        precious.write_text("a file")
+    else:
+        precious.mkdir()
+        (precious / content).write_text("years of work")
+    with pytest.raises(LiteError, match="got something that is no virtual environment .* name another place"):
+        slim.make_environment(precious)
+    assert (precious if content is None else precious / content).read_text()

@@ -41,6 +41,7 @@ from lite.bench.results import (
 )
 from lite.bench.roofline import is_modelled
 from lite.bench.studies import ListedStudy, sha256_of_studies
+from lite.engine import has_torch
 from lite.errors import LiteError
 
 _REHEARSAL: Final = Draft(id="rehearsal", text="Small left pleural effusion. No pneumothorax.")
@@ -154,7 +155,7 @@ def _drafts_of(record: ReferenceRecord) -> list[Draft]:
 
 
 def _runs(job: Job) -> Iterator[tuple[str, Path, Options]]:
-    """Yield what is measured: the name of its row, the artifact, and how; for both engines twice."""
+    """Yield what is measured: the name of its row, the artifact, and how; for both engines twice, if there are both."""
     options = job.options
     if options.engine != "both":
         yield from ((name, path, options) for name, path in job.artifacts)
@@ -164,9 +165,10 @@ def _runs(job: Job) -> Iterator[tuple[str, Path, Options]]:
     for name, path in job.artifacts:
         if load_artifact(path).manifest.onnx is None:
             yield name, path, torch
-        else:
+            continue
+        if has_torch():
             yield f"{name} torch", path, torch
-            yield f"{name} onnx", path, onnx
+        yield f"{name} onnx", path, onnx
 
 
 def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
@@ -175,6 +177,8 @@ def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
     if job.options.engine == "both":
         without = [name for name, path in job.artifacts if load_artifact(path).manifest.onnx is None]
         notes |= dict.fromkeys(f"{name}: by torch alone, as it has no decoder.onnx." for name in without)
+        if not has_torch() and len(without) < len(job.artifacts):
+            notes["By onnx alone, as torch is not installed."] = None
     if any(isinstance(row, Row) and row.engine == "onnx" and is_modelled(row.plan.decoder_bytes) for row in rows):
         notes["Other cards are modelled for the torch engine only: --engine torch, or both."] = None
     for row in rows:
