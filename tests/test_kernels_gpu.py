@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import assert_within
+from within import assert_within
 
 from kernels import reference
 from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_within
+from within import assert_within
 
 from kernels import quant_matmul as quant_matmul_module
 from kernels import reference

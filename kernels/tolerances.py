@@ -1,4 +1,4 @@
-"""How far a kernel may be from its reference, by op and by the bits of what it reads. The same in CI, and on any card.
+"""How far a kernel may be from its reference, by op and by the bits of what it reads: in tests, in CI, on any card.
 
 What is compared is the kernel's output in the dtype of its inputs with the reference's in float32, so the rounding to
 that dtype is always allowed. The rest has a reason each.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 # Half a unit in the last place; of bfloat16 a whole one, as Triton's interpreter cuts off where a GPU rounds.
 ROUNDING: Final = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
@@ -18,7 +19,7 @@ class Tolerance(NamedTuple):
     """Beside the rounding."""
 
     rtol: float
-    atol: float  # the tests' values are of the order of 1
+    atol: float  # for values of the order of 1
 
 
 # Sums of float32 in another order: 2^-24 of the largest partial sum for each of a few hundred to a thousand terms.
@@ -45,8 +46,21 @@ TOLERANCES: Final = {
 }
 
 
-def assert_within(got: torch.Tensor, expected: torch.Tensor, op: str, bits: int) -> None:
-    """Compare a kernel's output with the reference's in float32 on the CPU."""
+def allowed(op: str, bits: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the relative and the absolute difference that outputs of `dtype` may have."""
     tolerance = TOLERANCES[op, bits]
-    rtol = tolerance.rtol + ROUNDING[got.dtype]
-    torch.testing.assert_close(got.cpu().float(), expected, rtol=rtol, atol=tolerance.atol)
+    return tolerance.rtol + ROUNDING[dtype], tolerance.atol
+
+
+def worst(got: Tensor, expected: Tensor, op: str, bits: int) -> float:
+    """Return the largest difference as a share of what is allowed: up to 1 is right. A NaN is infinitely wrong.
+
+    Args:
+        got: the kernel's output.
+        expected: the reference's, float32.
+        op: of TOLERANCES.
+        bits: of TOLERANCES.
+    """
+    rtol, atol = allowed(op, bits, got.dtype)
+    shares = (got.float() - expected).abs() / (atol + rtol * expected.abs())
+    return float(shares.nan_to_num(nan=float("inf")).max())
