@@ -138,7 +138,7 @@ def _select_cuda(index: int) -> Selection:
     elif capability < OLDEST_CAPABILITY:
         problem = f"{card}, and the kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
     else:
-        problem = _triton_problem() or _probe_problem(index, card)
+        problem = _triton_problem() or _probe_problem(index, card, capability)
     if problem is not None:
         return Selection(backend="reference", reason=problem, is_fallback=True)
     return Selection(backend="triton", reason=card)
@@ -154,10 +154,13 @@ def _triton_problem() -> str | None:
     return None
 
 
-def _probe_problem(index: int, card: str) -> str | None:
+def _probe_problem(index: int, card: str, capability: tuple[int, int]) -> str | None:
     """Run an empty kernel: what lacks a C compiler, or a card that this Triton no longer knows, is found out now."""
     from kernels.gpu import probe
 
+    if capability >= (10, 0) and probe.version() < (3, 3):
+        # Not to be tried: asked for a card it does not know, its compiler ends the process.
+        return f"{card}: triton {'.'.join(map(str, probe.version()))} does not know it; 3.3 does"
     try:
         probe.run(torch.device("cuda", index))
     except Exception as error:  # noqa: BLE001 - whatever the compiler or the driver raises is the reason

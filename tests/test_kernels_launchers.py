@@ -61,7 +61,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backend_module, "_card", lambda _: Card(capability=found["capability"], multiprocessors=46))
     monkeypatch.setattr(backend_module, "_triton_problem", lambda: found["triton"])
-    monkeypatch.setattr(backend_module, "_probe_problem", lambda _, card: found["probe"] and f"{card}: no")
+    monkeypatch.setattr(backend_module, "_probe_problem", lambda _, card, __: found["probe"] and f"{card}: no")
     backend_module._select_cuda.cache_clear()
     yield found
     backend_module._select_cuda.cache_clear()
@@ -121,8 +121,12 @@ def test_a_compiler_that_fails_is_the_reason(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
     monkeypatch.setattr(probe, "run", fails)
-    problem = backend_module._probe_problem(0, "Card")
+    problem = backend_module._probe_problem(0, "Card", (8, 6))
     assert problem == "Card: triton does not compile for it (RuntimeError: Failed to find C compiler.)"
+    # The compiler of an old Triton would end the process: it is not asked.
+    monkeypatch.setattr(probe, "version", lambda: (3, 2))
+    assert backend_module._probe_problem(0, "Card", (12, 0)) == "Card: triton 3.2 does not know it; 3.3 does"
+    assert "C compiler" in (backend_module._probe_problem(0, "Card", (9, 0)) or "")
 
 
 # ---- the weight in tiles

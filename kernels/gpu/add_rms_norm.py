@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import OPTIONS
+
 
 @triton.jit
 def add_rms_norm_kernel(
@@ -32,4 +34,6 @@ def add_rms_norm(
     block = triton.next_power_of_2(hidden_size)
     # 16 numbers for each thread of a row of 4,096: 8 warps; never more than 16 of them, nor less than one.
     num_warps = min(max(block // 512, 1), 16)
-    add_rms_norm_kernel[(rows,)](x, residual, weight, sums, out, hidden_size, eps, BLOCK=block, num_warps=num_warps)
+    add_rms_norm_kernel[(rows,)](
+        x, residual, weight, sums, out, hidden_size, eps, BLOCK=block, num_warps=num_warps, **OPTIONS
+    )

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import OPTIONS
+
 
 @triton.jit
 def partial_attention_kernel(
@@ -116,10 +118,10 @@ def decode_attention(
         q, k_cache, v_cache, k_cache if k_scales is None else k_scales, v_cache if v_scales is None else v_scales,
         lengths, sums, stats, scale, heads, heads // k_cache.shape[1], head_dim, max_seq_len,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), strides[0], strides[1],
-        QUANTIZED=k_scales is not None, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=num_warps,
+        QUANTIZED=k_scales is not None, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=num_warps, **OPTIONS,
     )  # fmt: skip
     # 16 tiles at a time: with head_dim 128 that is 16 sums for each of 128 threads, and 1,024 slots a turn.
     combine_kernel[(B * heads,)](
         sums, stats, lengths, out, heads, head_dim, tiles, max_seq_len,
-        BLOCK_S=block_s, BLOCK_T=16, BLOCK_D=block_d, num_warps=4,
+        BLOCK_S=block_s, BLOCK_T=16, BLOCK_D=block_d, num_warps=4, **OPTIONS,
     )  # fmt: skip

@@ -11,6 +11,12 @@ def probe_kernel(out_ptr: tl.tensor) -> None:
     tl.store(out_ptr, 1)
 
 
+def version() -> tuple[int, int]:
+    """Return Triton's version, as far as it decides what cards it knows."""
+    major, minor = str(triton.__version__).split(".")[:2]
+    return int(major), int(minor)
+
+
 def run(device: torch.device) -> None:
     """Launch it, and see that it did something.
 

@@ -1,23 +1,25 @@
 """Kernels of `kernels.quant_matmul`, over the tiles that `kernels.packing` draws.
 
 How an integer becomes a weight, without the slow conversion of an integer to a float: masked where it lies in its word,
-and taken for the bits of a float32, q is a denormal number, q * 2^(position - 149). So, computed 2^-38 times too small,
+and taken for the bits of a float32, q is a denormal number, q * 2^(position - 149), and
 
-    weight = scale * (q - zero) = denormal * (scale * 2^(149 - position)) - zero * scale
+    weight / 2^38 = scale * (q - zero) / 2^38 = denormal * (scale * 2^(111 - position)) - zero * scale / 2^38
 
 A mask and one multiply-add, then one more multiply-add for each row of x; a shift only for the fields that reach beyond
-the 23 bits of the mantissa. All of it is exact: q has at most 8 bits, a scale 11. GPUs multiply denormal numbers at
-full speed, and Triton does not flush them to zero. 2^-38 keeps the largest scale of float16 below the largest float32.
+the 23 bits of the mantissa. All of it is exact: q has at most 8 bits, a scale 11. (2^149 times a scale would overflow;
+2^111 times the largest, 2^16, does not.) GPUs multiply denormal numbers at full speed, and Triton does not have them
+flushed to zero, which `tests/test_kernels_compiled.py` makes sure of.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import OPTIONS
+
 TILE_OUTPUTS = tl.constexpr(16)
 TILE_WORDS = tl.constexpr(32)
 TILE_SIZE = tl.constexpr(512)
-TINY = tl.constexpr(2.0**-38)
 HUGE = tl.constexpr(2.0**38)
 
 
@@ -33,12 +35,12 @@ def _scales(
 ) -> tl.tensor:
     """Return the scales of outputs n for the field that begins at input k0: float32 [outputs], 0 beyond N and K."""
     offsets = (k0 // GROUP_SIZE).to(tl.int64) * N + n
-    return tl.load(scales_ptr + offsets, mask=(n < N) & (k0 < K), other=0.0).to(tl.float32)
+    return tl.load(scales_ptr + offsets, mask=n < tl.where(k0 < K, N, 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _tiny_weights(words: tl.tensor, scale: tl.tensor, field: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
-    """Return the weights in one field of some words, TINY times as large: float32 [outputs, words]."""
+    """Return the weights in one field of some words, divided by HUGE: float32 [outputs, words]."""
     IN_PLACE: tl.constexpr = 23 // BITS
     POSITION: tl.constexpr = field % IN_PLACE * BITS
     MASK: tl.constexpr = ((1 << BITS) - 1) << POSITION
@@ -69,7 +71,9 @@ def partial_products_kernel(
     word = tl.arange(0, TILE_WORDS)
     words_ptr = tiles_ptr + _tile_offsets(n, spans)[:, None] + word[None, :]
     x_ptr += row.to(tl.int64) * x_stride
-    row_1, row_2, row_3 = row + 1 < M, row + 2 < M, row + 3 < M
+    # Of a row that is not there nothing is read, and nothing written.
+    K_1, K_2, K_3 = tl.where(row + 1 < M, K, 0), tl.where(row + 2 < M, K, 0), tl.where(row + 3 < M, K, 0)
+    N_1, N_2, N_3 = tl.where(row + 1 < M, N, 0), tl.where(row + 2 < M, N, 0), tl.where(row + 3 < M, N, 0)
     total_0 = tl.zeros((BLOCK_N, TILE_WORDS), dtype=tl.float32)
     total_1 = total_0
     total_2 = total_0
@@ -87,20 +91,20 @@ def partial_products_kernel(
             x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
             total_0 += weights * x[None, :]
             if ROWS > 1:
-                x = tl.load(x_ptr + x_stride + k, mask=(k < K) & row_1, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + x_stride + k, mask=k < K_1, other=0.0).to(tl.float32)
                 total_1 += weights * x[None, :]
             if ROWS > 2:
-                x = tl.load(x_ptr + 2 * x_stride + k, mask=(k < K) & row_2, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + 2 * x_stride + k, mask=k < K_2, other=0.0).to(tl.float32)
                 total_2 += weights * x[None, :]
-                x = tl.load(x_ptr + 3 * x_stride + k, mask=(k < K) & row_3, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + 3 * x_stride + k, mask=k < K_3, other=0.0).to(tl.float32)
                 total_3 += weights * x[None, :]
     out_ptr += (split.to(tl.int64) * M + row) * N + n
     tl.store(out_ptr, tl.sum(total_0, axis=1) * HUGE, mask=n < N)
     if ROWS > 1:
-        tl.store(out_ptr + N, tl.sum(total_1, axis=1) * HUGE, mask=(n < N) & row_1)
+        tl.store(out_ptr + N, tl.sum(total_1, axis=1) * HUGE, mask=n < N_1)
     if ROWS > 2:
-        tl.store(out_ptr + 2 * N, tl.sum(total_2, axis=1) * HUGE, mask=(n < N) & row_2)
-        tl.store(out_ptr + 3 * N, tl.sum(total_3, axis=1) * HUGE, mask=(n < N) & row_3)
+        tl.store(out_ptr + 2 * N, tl.sum(total_2, axis=1) * HUGE, mask=n < N_2)
+        tl.store(out_ptr + 3 * N, tl.sum(total_3, axis=1) * HUGE, mask=n < N_3)
 
 
 @triton.jit
@@ -194,11 +198,13 @@ def decode(
     grid = (triton.cdiv(M, rows), triton.cdiv(N, block_n), splits)
     partial_products_kernel[grid](
         x, tiles, scales, partials if splits > 1 else out, M, N, K, x.stride(0), spans, triton.cdiv(spans, splits),
-        BITS=bits, GROUP_SIZE=group_size, ROWS=rows, BLOCK_N=block_n, num_warps=num_warps,
+        BITS=bits, GROUP_SIZE=group_size, ROWS=rows, BLOCK_N=block_n, num_warps=num_warps, **OPTIONS,
     )  # fmt: skip
     if splits > 1:
         # 512: 4 values for each of the 128 threads; there is little to do, so many small programs.
-        sum_partials_kernel[(triton.cdiv(M * N, 512),)](partials, out, M * N, SPLITS=splits, BLOCK=512, num_warps=4)
+        sum_partials_kernel[(triton.cdiv(M * N, 512),)](
+            partials, out, M * N, SPLITS=splits, BLOCK=512, num_warps=4, **OPTIONS
+        )
 
 
 def dequantize(
@@ -209,7 +215,19 @@ def dequantize(
     # 64 outputs: each of 128 threads reads 4 x 16 bytes, and the rows it writes stay 64 bytes long anyhow.
     grid = (spans, triton.cdiv(end - begin, 64))
     dequantize_kernel[grid](
-        tiles, scales, out, begin, end, N, K, spans, BITS=bits, GROUP_SIZE=group_size, BLOCK_N=64, num_warps=4
+        tiles,
+        scales,
+        out,
+        begin,
+        end,
+        N,
+        K,
+        spans,
+        BITS=bits,
+        GROUP_SIZE=group_size,
+        BLOCK_N=64,
+        num_warps=4,
+        **OPTIONS,
     )
 
 
@@ -222,5 +240,5 @@ def fused(
     grid = (triton.cdiv(M, block_m), triton.cdiv(N, block_n))
     fused_products_kernel[grid](
         x, tiles, scales, out, M, N, K, x.stride(0), spans,
-        BITS=bits, GROUP_SIZE=group_size, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
+        BITS=bits, GROUP_SIZE=group_size, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **OPTIONS,
     )  # fmt: skip

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import OPTIONS
+
 # Adding and subtracting 1.5 * 2^23 rounds a float32 to the nearest integer, ties to even, as torch.round does.
 ROUNDING = tl.constexpr(12582912.0)
 
@@ -107,5 +109,5 @@ def rotary_and_cache(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), strides[0], strides[1],
         # One warp: half a head of 128 is 2 numbers a thread.
-        QUANTIZED=k_scales is not None, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        QUANTIZED=k_scales is not None, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1, **OPTIONS,
     )  # fmt: skip

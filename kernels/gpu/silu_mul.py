@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import OPTIONS
+
 
 @triton.jit
 def silu_mul_kernel(gate_up_ptr: tl.tensor, out_ptr: tl.tensor, inner: tl.tensor, BLOCK: tl.constexpr) -> None:
@@ -24,4 +26,4 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """Launch the kernel: gate_up contiguous [rows, 2 * inner], out contiguous [rows, inner]."""
     rows, inner = out.shape
     # 1,024: 8 numbers for each of 128 threads, 16 bytes of each half; 11 programs for a row of Vicuna's 11,008.
-    silu_mul_kernel[(rows, triton.cdiv(inner, 1024))](gate_up, out, inner, BLOCK=1024, num_warps=4)
+    silu_mul_kernel[(rows, triton.cdiv(inner, 1024))](gate_up, out, inner, BLOCK=1024, num_warps=4, **OPTIONS)
