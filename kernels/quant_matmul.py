@@ -145,10 +145,10 @@ def decode_plan(M: int, weight_shape: tuple[int, int], bits: int, card: Card) ->
     block_n, num_warps = 32, 4
     programs = -(-N // block_n) * -(-M // rows)
     spans = -(-K // span_size(bits))
-    # Programs of 128 threads that a multiprocessor holds at once, by the registers of a thread (56 to 64, 80, 168 as
-    # ptxas counts for 7.5 to 12.0) in 64 Ki; Turing, the smallest, has room for 1024 threads. Rounded down: one wave
-    # that is not quite full beats one and a bit.
-    resident = {1: 8, 2: 6, 4: 3}[rows]
+    # Programs of 128 threads that a multiprocessor holds at once: it has 64 Ki registers, and a thread takes 56 to 64,
+    # 80 to 96, or 168 (ptxas of CUDA 12.8, for 7.5 to 12.0); Turing, the smallest, has room for 1024 threads. Rounded
+    # down: one wave that is not quite full beats one and a bit.
+    resident = {1: 8, 2: 5, 4: 3}[rows]
     wanted = max(1, resident * card.multiprocessors // programs)
     # Each split reads at least 2 tiles an output, else its start and end take longer than its reading; and with more
     # than 16 the partial sums begin to count beside the weight.

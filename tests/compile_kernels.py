@@ -58,19 +58,25 @@ def launch_all(capability: int) -> None:
         quant_matmul.dequantize(tiles, scales, torch.empty(64, K, dtype=float16), begin=0, end=64, **form)
         if capability >= 80:
             quant_matmul.fused(x, tiles, scales, out, **form, block_m=64, block_n=64, num_warps=4)
-    q = torch.empty(1, HEADS, HEAD_DIM, dtype=float16)
-    workspace = torch.empty(HEADS * SLOTS // 64 * HEAD_DIM)
-    integers = torch.zeros(1, dtype=torch.int32)
-    for stored in (float16, torch.int8):
-        cache = torch.empty(1, HEADS, SLOTS, HEAD_DIM, dtype=stored)
-        scales_of_cache = torch.empty(1, HEADS, SLOTS, dtype=float16) if stored == torch.int8 else None
-        caches = (cache, cache), (scales_of_cache, scales_of_cache)
-        sizes: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "max_seq_len": SLOTS, "block_s": 64, "num_warps": 4}
-        decode_attention.decode_attention(q, *caches[0], integers, *caches[1], workspace, workspace, q, **sizes)
-        token, table = q.unsqueeze(1), torch.empty(1, 1, HEAD_DIM // 2)
-        rotary_and_cache.rotary_and_cache(
-            token, token, token, table, table, integers[None], *caches[0], *caches[1], token, token
+    if capability >= 80:
+        cut = {"rows": 1, "block_n": 32, "splits": 1, "num_warps": 4}
+        y = torch.empty(1, N, dtype=torch.bfloat16)
+        quant_matmul.decode(x[:1].bfloat16(), tiles, scales, y, torch.empty(0), **form, **cut)
+    workspace = torch.empty(2 * HEADS * SLOTS // 64 * HEAD_DIM)
+    sizes: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "max_seq_len": SLOTS, "block_s": 64, "num_warps": 4}
+    # Vicuna's, a row at a time; and rows of grouped queries over int8, with the other kind of integers.
+    for stored, B, T, kv_heads, integer in ((float16, 1, 1, HEADS, torch.int32), (torch.int8, 2, 3, 8, torch.int64)):
+        q, k = (torch.empty(B, T, heads, HEAD_DIM, dtype=float16) for heads in (HEADS, kv_heads))
+        cache = torch.empty(B, kv_heads, SLOTS, HEAD_DIM, dtype=stored)
+        scales_of_cache = torch.empty(B, kv_heads, SLOTS, dtype=float16) if stored == torch.int8 else None
+        caches, pair = (cache, cache), (scales_of_cache, scales_of_cache)
+        lengths, slots, table = (
+            torch.ones(B).to(integer),
+            torch.ones(B, T).to(integer),
+            torch.empty(B, T, HEAD_DIM // 2),
         )
+        decode_attention.decode_attention(q[:, 0], *caches, lengths, *pair, workspace, workspace, q[:, 0], **sizes)
+        rotary_and_cache.rotary_and_cache(q, k, k, table, table, slots, *caches, *pair, q, k)
     x = torch.empty(1, HIDDEN_SIZE, dtype=float16)
     add_rms_norm.add_rms_norm(x, x, x[0], 1e-5, x, x)
     silu_mul.silu_mul(torch.empty(1, 2 * INNER, dtype=float16), torch.empty(1, INNER, dtype=float16))
