@@ -14,6 +14,7 @@ COMMANDS: Final = {
     "engines": ("benchmarks.engines", "compare the onnx engine with torch on one artifact: texts, KL, time"),
     "full-depth": ("benchmarks.full_depth", "measure random weights of the real widths; compute what 32 layers take"),
     "gate": ("benchmarks.gate", "compare today's exports with the baselines: quality, bytes, memory, imports, time"),
+    "kernels": ("benchmarks.kernels", "check the GPU kernels one by one, and time them beside other libraries'"),
     "peers": ("benchmarks.peers", "time other runtimes on the same shapes, whichever are installed"),
     "profile": ("benchmarks.onnx_profile", "where the onnx engine's time goes, operator by operator, and how fast"),
     "phantom": ("benchmarks.phantom.__main__", "synthetic films with known findings, and the small model for them"),

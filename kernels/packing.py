@@ -17,6 +17,21 @@ ONNX Runtime's MatMulNBits takes the same integers with the same zero, an output
 
     B       uint8 [N, K / block_size, block_size · bits / 8]    low bits first; a block is a group
     scales  [N · K / block_size]
+
+The GPU kernels of `kernels.quant_matmul` take them in *tiles* (`to_tiles`), made at load and never written to disk.
+Inputs are cut into spans of 32 · pack_factor, 256 with 4 bits and 128 with 8; a tile holds one span of 16 outputs as
+16 x 32 words, 2 KiB that lie together, and the tiles of the same outputs follow one another:
+
+    tiles   int32 [ceil(N / 16), ceil(K / span), 16, 32]        word w of output n in span s, 4 bits:
+        bit  31              …                                     4 3                0
+            │ q[n, 256s+224+w] │ … │ q[n, 256s+64+w] │ q[n, 256s+32+w] │ q[n, 256s+w] │
+
+- A program that computes 16 outputs reads one unbroken stretch of memory, each thread 4 words (16 bytes) at a time.
+- Field j of the 32 words of an output holds 32 neighbouring inputs: they meet 32 neighbouring values of x, with no
+  shuffling, and lie in one group whatever its size (a multiple of 32, or the whole row), so share one scale.
+- What is beyond N or K holds the symmetric zero, a weight of 0.
+
+scales stay as they are: for one group the scales of neighbouring outputs lie side by side.
 """
 
 from __future__ import annotations
@@ -25,6 +40,11 @@ import torch
 from torch import Tensor
 
 WORD_BITS = 32
+TILE_OUTPUTS = 16
+TILE_WORDS = 32
+"""Words of an output in a tile: with 4 of them a thread, 8 threads share an output and a warp reads 512 bytes."""
+_CHUNK_VALUES = 2**24
+"""Integers that `to_tiles` expands at a time, each to 4 bytes: loading takes 64 MiB beside the weight, at any size."""
 
 
 def pack_factor(bits: int) -> int:
@@ -87,6 +107,59 @@ def to_blocks(qweight: Tensor, bits: int, block_size: int) -> Tensor:
     # The bytes of a word lie lowest first, as on all machines that torch and ONNX Runtime run on.
     rows = qweight.t().contiguous().view(torch.uint8)
     return rows.view(rows.shape[0], -1, block_size * bits // 8)
+
+
+def span_size(bits: int) -> int:
+    """Return how many inputs a tile covers."""
+    return TILE_WORDS * pack_factor(bits)
+
+
+def to_tiles(qweight: Tensor, bits: int) -> Tensor:
+    """Turn GPTQ's words into the tiles of the GPU kernels; `from_tiles` undoes it.
+
+    Args:
+        qweight: int32 [K / pack_factor, N].
+        bits: 4 or 8.
+
+    Returns:
+        int32 [ceil(N / TILE_OUTPUTS), ceil(K / span), TILE_OUTPUTS, TILE_WORDS], on the same device.
+    """
+    K, N = qweight.shape[0] * pack_factor(bits), qweight.shape[1]
+    span = span_size(bits)
+    spans, rows = -(-K // span), -(-N // TILE_OUTPUTS)
+    tiles = torch.empty(rows, spans, TILE_OUTPUTS, TILE_WORDS, dtype=torch.int32, device=qweight.device)
+    step = max(1, _CHUNK_VALUES // (spans * span * TILE_OUTPUTS))
+    for begin in range(0, rows, step):
+        some = qweight[:, begin * TILE_OUTPUTS : (begin + step) * TILE_OUTPUTS]
+        values = unpack(some, bits)  # [K, outputs]
+        count = min(step, rows - begin)
+        # On the right of each axis, last first.
+        padding = (0, count * TILE_OUTPUTS - values.shape[1], 0, spans * span - K)
+        whole = torch.nn.functional.pad(values, padding, value=symmetric_zero(bits))
+        fields = whole.view(spans, pack_factor(bits), TILE_WORDS, count, TILE_OUTPUTS)
+        # `pack` puts neighbours of the first axis into a word; the fields of a word have to be these neighbours.
+        words = pack(fields.permute(3, 0, 4, 2, 1).reshape(-1, pack_factor(bits)).t().contiguous(), bits)
+        tiles[begin : begin + count] = words.view(count, spans, TILE_OUTPUTS, TILE_WORDS)
+    return tiles
+
+
+def from_tiles(tiles: Tensor, bits: int, K: int, N: int) -> Tensor:
+    """Undo `to_tiles`.
+
+    Args:
+        tiles: from `to_tiles`.
+        bits: 4 or 8.
+        K: inputs of the weight.
+        N: its outputs.
+
+    Returns:
+        The unsigned integers, uint8 [N, K]; `pack(values.t(), bits)` is GPTQ's qweight again.
+    """
+    rows, spans = tiles.shape[:2]
+    values = unpack(tiles.reshape(1, -1), bits)  # [pack_factor, words], as there is only one row of words
+    fields = values.view(pack_factor(bits), rows, spans, TILE_OUTPUTS, TILE_WORDS)
+    whole = fields.permute(1, 3, 2, 0, 4).reshape(rows * TILE_OUTPUTS, spans * span_size(bits))
+    return whole[:N, :K]
 
 
 def symmetric_qzeros(groups: int, out_features: int, bits: int) -> Tensor:

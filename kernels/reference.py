@@ -13,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kernels.quant_matmul import QuantWeight
+
 ROWS_VALUES: Final = 2**19
 """Values of a stored weight that are expanded at a time: 2 MB of float32 stay in the cache between being written and
 being read by the product, and the memory does not grow with the weight."""
@@ -116,3 +118,140 @@ def matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int],
         end = min(begin + step, shape[0])
         product[:, begin:end] = flat @ rows(begin, end).t()
     return product.view(*x.shape[:-1], shape[0])
+
+
+def quant_matmul(x: Tensor, weight: QuantWeight) -> Tensor:
+    """Multiply x by the transpose of a quantised weight, whose values are exact in float32.
+
+    Args:
+        x: [..., in], floating, on the weight's device.
+        weight: (out, in).
+
+    Returns:
+        [..., out] in the dtype of x.
+
+    Raises:
+        ValueError: x has another last dimension.
+    """
+    product = matmul_by_rows(x.float(), weight.shape, lambda begin, end: weight.rows(begin, end, torch.float32))
+    return product.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + residual, rounded to their dtype, and `rms_norm` of that.
+
+    Args:
+        x: [..., hidden_size], any float dtype.
+        residual: like x.
+        weight: [hidden_size].
+        eps: added to the mean square.
+
+    Returns:
+        The sum and the normed sum, each in the shape and dtype of x.
+    """
+    total = (x.float() + residual.float()).to(x.dtype)
+    return total, rms_norm(total, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up.
+
+    Args:
+        gate_up: [..., 2 * inner], the gate and behind it up, any float dtype.
+
+    Returns:
+        [..., inner] in the dtype of gate_up.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+
+
+def quantize_vectors(x: Tensor, scales_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round each vector to int8 by its largest magnitude; a vector of zeros has a scale of 0.
+
+    Args:
+        x: [..., head_dim], any float dtype.
+        scales_dtype: float16 or float32.
+
+    Returns:
+        int8 [..., head_dim] in -127 … 127, and the scales [...]; x is about values * scales.
+    """
+    scales = (x.float().abs().amax(-1) / 127).to(scales_dtype)
+    # What is stored divides, not what was computed: rounded to float16 the two differ.
+    stored = scales.float().unsqueeze(-1)
+    steps = (x.float() / stored.masked_fill(stored == 0, 1.0)).clamp(-127, 127).round()
+    return steps.masked_fill(stored == 0, 0.0).to(torch.int8), scales
+
+
+def rotary_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Turn q and k by `rotary`; write k and v into the cache, by `quantize_vectors` if that is int8.
+
+    Args:
+        q: [B, T, heads, head_dim], any float dtype.
+        k: [B, T, kv_heads, head_dim].
+        v: like k.
+        cos: [B, T, head_dim / 2], from `rotary_table`.
+        sin: like cos.
+        slots: [B, T], where in its row each token goes; outside 0 … S - 1 it is not written.
+        k_cache: [B, kv_heads, S, head_dim], in the dtype of k or int8. Written to.
+        v_cache: like k_cache. Written to.
+        k_scales: [B, kv_heads, S] for a cache of int8, float16 or float32. Written to.
+        v_scales: like k_scales. Written to.
+
+    Returns:
+        The turned q and k.
+    """
+    q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+    rows, tokens = ((slots >= 0) & (slots < k_cache.shape[2])).nonzero(as_tuple=True)
+    places = slots[rows, tokens].long()
+    for x, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+        vectors = x[rows, tokens]  # [written, kv_heads, head_dim]
+        if scales is None:
+            cache[rows, :, places] = vectors
+        else:
+            cache[rows, :, places], scales[rows, :, places] = quantize_vectors(vectors, scales.dtype)
+    return q, k
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    max_seq_len: int | None = None,
+) -> Tensor:
+    """Let one query per row attend over the first `lengths` slots of its row, by `attention`.
+
+    Args:
+        q: [B, heads, head_dim], any float dtype.
+        k_cache: [B, kv_heads, S, head_dim], any float dtype, or int8.
+        v_cache: like k_cache.
+        lengths: [B], integers; a row of length 0 gets zeros.
+        k_scales: [B, kv_heads, S] for a cache of int8: key = k_cache * k_scales.
+        v_scales: like k_scales.
+        max_seq_len: slots from here on are not seen.
+
+    Returns:
+        [B, heads, head_dim] in the dtype of q.
+    """
+    k, v = k_cache.float(), v_cache.float()
+    if k_scales is not None and v_scales is not None:
+        k, v = k * k_scales.float().unsqueeze(-1), v * v_scales.float().unsqueeze(-1)
+    lengths = lengths.long().clamp(max=k.shape[2] if max_seq_len is None else max_seq_len)
+    attended = attention(q.float().unsqueeze(2), k, v, lengths[:, None] - 1).squeeze(2)
+    return attended.masked_fill((lengths <= 0)[:, None, None], 0.0).to(q.dtype)

@@ -1,0 +1,68 @@
+"""The residual addition before each norm of a decoder, and the norm, in one pass over the row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from kernels import reference
+from kernels.backend import Backend, device_guard, require_backend
+from kernels.checks import check_float, check_tensor, output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HIDDEN_SIZE: Final = 32768
+"""Beyond it a row would no longer fit the registers of one program."""
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    sum_out: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return x + residual, and that scaled to a root mean square of one and then by `weight`.
+
+    The sum is rounded to its dtype before it is normed, as it is without this kernel. The norm is float32 inside.
+
+    Args:
+        x: [..., hidden_size], float16, bfloat16 or float32, contiguous.
+        residual: like x.
+        weight: [hidden_size], contiguous, in the dtype of x.
+        eps: added to the mean square.
+        sum_out: where to put the sum, contiguous; x or residual itself will do.
+        out: where to put the normed sum, contiguous; not sum_out, but x or residual itself will do.
+        backend: None for the selected one (see `kernels.backend`).
+
+    Returns:
+        The sum and the normed sum, each in the shape and dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or the backend does not run here.
+    """
+    check_float("x", x)
+    if x.dim() < 1 or not 0 < x.shape[-1] <= MAX_HIDDEN_SIZE:
+        raise ValueError(f"got x {list(x.shape)} · expected [..., hidden_size], at most {MAX_HIDDEN_SIZE}")
+    shape, hidden_size = tuple(x.shape), x.shape[-1]
+    check_tensor("residual", residual, shape, x.dtype, x.device)
+    check_tensor("weight", weight, (hidden_size,), x.dtype, x.device)
+    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
+        msg = "got x, residual or weight with gaps · expected contiguous tensors"
+        raise ValueError(msg)
+    chosen = require_backend(x.device, backend)
+    sums = output("sum_out", sum_out, shape, x.dtype, x.device)
+    normed = output("out", out, shape, x.dtype, x.device)
+    if chosen == "reference":
+        right_sum, right_normed = reference.add_rms_norm(x, residual, weight, eps)
+        return sums.copy_(right_sum), normed.copy_(right_normed)
+    if x.numel():
+        from kernels.gpu import add_rms_norm as kernels
+
+        x, residual = x.view(-1, hidden_size), residual.view(-1, hidden_size)
+        with device_guard(x.device):
+            kernels.add_rms_norm(x, residual, weight, eps, sums.view(-1, hidden_size), normed.view(-1, hidden_size))
+    return sums, normed

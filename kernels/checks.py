@@ -1,0 +1,103 @@
+"""What the launchers check of their arguments: shapes, dtypes, devices and strides, never values.
+
+A value on a GPU can only be checked by waiting for it, and a launcher must not wait: it runs within CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
+_BFLOAT16_CAPABILITY: Final = (8, 0)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise unless a tensor is of a dtype that its card computes in.
+
+    Raises:
+        ValueError: it is no float of 16 or 32 bits, or bfloat16 on a card without it.
+    """
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"got {name} {tensor.dtype} · expected float16, bfloat16 or float32")
+    if tensor.dtype == torch.bfloat16 and tensor.is_cuda:
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < _BFLOAT16_CAPABILITY:
+            got = f"bfloat16 on a card of compute capability {capability[0]}.{capability[1]}"
+            raise ValueError(f"got {name} {got} · expected 8.0 or newer for it · use float16")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless a tensor is just so.
+
+    Raises:
+        ValueError: it has another shape or dtype, or is elsewhere.
+    """
+    if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device):
+        got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"got {name} {got} · expected {list(shape)} {dtype} on {device}")
+
+
+def output(name: str, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the tensor to write to: the caller's, checked, or a new one, uninitialised.
+
+    Raises:
+        ValueError: the caller's has another shape or dtype, is elsewhere, or has gaps.
+    """
+    if given is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    check_tensor(name, given, shape, dtype, device)
+    if not given.is_contiguous():
+        raise ValueError(f"got {name} with strides {list(given.stride())} · expected a contiguous tensor")
+    return given
+
+
+def scratch(given: Tensor | None, nbytes: int, device: torch.device) -> Tensor:
+    """Return `nbytes` to work in, uint8: of the caller's workspace, or new ones.
+
+    Raises:
+        ValueError: the workspace is too small, of another dtype, elsewhere, or has gaps.
+    """
+    if given is None:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if given.dtype != torch.uint8 or given.device != device or given.dim() != 1 or not given.is_contiguous():
+        got = f"{list(given.shape)} {given.dtype} on {given.device}"
+        raise ValueError(f"got workspace {got} · expected a contiguous vector of torch.uint8 on {device}")
+    if given.numel() < nbytes:
+        raise ValueError(f"got workspace of {given.numel()} bytes · expected at least {nbytes}")
+    return given[:nbytes]
+
+
+def check_cache(
+    k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, *, dtype: torch.dtype
+) -> None:
+    """Raise unless keys and values are a cache for tensors of `dtype`: in that dtype, or int8 with scales.
+
+    Raises:
+        ValueError: they are not.
+    """
+    quantized = k_cache.dtype == torch.int8
+    if k_cache.dtype != dtype and not quantized:
+        raise ValueError(f"got k_cache {k_cache.dtype} · expected {dtype}, the dtype of the tokens, or torch.int8")
+    pairs = [("k_cache", k_cache, "v_cache", v_cache)]
+    if quantized != (k_scales is not None) or quantized != (v_scales is not None):
+        got = "both" if k_scales is not None and v_scales is not None else "not both"
+        wanted = "k_scales and v_scales" if quantized else "no scales"
+        raise ValueError(f"got a cache of {k_cache.dtype} and {got} of k_scales and v_scales · expected {wanted}")
+    if k_scales is not None and v_scales is not None:
+        pairs.append(("k_scales", k_scales, "v_scales", v_scales))
+        if k_scales.dtype not in (torch.float16, torch.float32) or k_scales.shape != k_cache.shape[:3]:
+            got = f"k_scales {list(k_scales.shape)} {k_scales.dtype}"
+            raise ValueError(f"got {got} · expected torch.float16 or torch.float32 {list(k_cache.shape[:3])}")
+    for first_name, first, second_name, second in pairs:
+        same = (first.shape, first.dtype, first.stride(), first.device)
+        if same != (second.shape, second.dtype, second.stride(), second.device):
+            got = f"{second_name} {list(second.shape)} {second.dtype} with strides {list(second.stride())}"
+            expected = f"{list(first.shape)} {first.dtype} with strides {list(first.stride())}, like {first_name}"
+            raise ValueError(f"got {got} on {second.device} · expected {expected} on {first.device}")
+        if first.stride(-1) != 1:
+            raise ValueError(f"got {first_name} with strides {list(first.stride())} · expected the last to be 1")

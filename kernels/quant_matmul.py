@@ -1,0 +1,326 @@
+"""The product with a weight in the GPTQ format, for GPUs: y = x Wᵀ, weight-only, 4 or 8 bits.
+
+    decode     M ≤ 16   integers are expanded in registers as they are read; the inputs are split to fill the card
+    prefill    M > 16   a part of the weight is expanded into a scratch buffer, cuBLAS multiplies, the next one follows
+
+Decoding is bound by reading the weight. In prefill the expansion is small beside the product on every card, and cuBLAS
+has tensor cores where there are any. `backend="triton-dot"` multiplies on the tensor cores without a scratch buffer.
+
+Linears of one input (q, k and v, or gate and up) are one weight here, their outputs side by side: one launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+
+from kernels import reference
+from kernels.backend import Card, card_of, device_guard, require_backend
+from kernels.checks import check_float, output, scratch
+from kernels.packing import from_tiles, span_size, symmetric_zero, to_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from kernels.gptq import GptqWeight
+
+QuantMatmulBackend = Literal["reference", "triton", "triton-dot"]
+
+MAX_DECODE_ROWS: Final = 16
+"""Rows of x up to which the weight is expanded in registers; with more, expanding it once is cheaper."""
+GROUP_SIZES: Final = (32, 64, 128, 256, 512, 1024)
+SCRATCH_VALUES: Final = 2**25
+"""Weights that prefill expands at a time: 64 MiB of 16 bits. With hidden_size 4096 that is 8192 outputs, enough for a
+product to fill any card, and it does not grow with the weight."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantWeight:
+    """One or more linear weights of symmetric integers in tiles, their outputs side by side, on any device."""
+
+    tiles: Tensor
+    """int32 [ceil(out / 16), ceil(in / span), 16, 32], see `kernels.packing`."""
+    scales: Tensor
+    """float16 [groups, out]."""
+    bits: int
+    group_size: int
+    in_features: int
+    sizes: tuple[int, ...]
+    """The outputs of each weight: `y.split(weight.sizes, dim=-1)` takes the products apart."""
+
+    @classmethod
+    def from_gptq(cls, *weights: GptqWeight) -> QuantWeight:
+        """Put weights of one input side by side, into new memory; let go of the old ones afterwards.
+
+        Args:
+            weights: at least one; all of one `in`, bits and group_size, on one device.
+
+        Raises:
+            ValueError: they differ, or the groups are not of a size in GROUP_SIZES or the whole row.
+        """
+        if not weights:
+            msg = "got no weights · expected at least one"
+            raise ValueError(msg)
+        forms = {(weight.shape[1], weight.bits, weight.group_size, weight.qweight.device) for weight in weights}
+        if len(forms) > 1:
+            got = " and ".join(
+                sorted(f"{k} inputs, {bits} bits, groups of {size} on {at}" for k, bits, size, at in forms)
+            )
+            raise ValueError(f"got weights of {got} · expected one form · keep them apart")
+        ((in_features, bits, group_size, _),) = forms
+        if group_size not in GROUP_SIZES and group_size != in_features:
+            msg = f"got groups of {group_size} inputs · expected one of {GROUP_SIZES} or all {in_features}"
+            raise ValueError(f"{msg} · export with --group-size 128")
+        return cls(
+            tiles=to_tiles(torch.cat([weight.qweight for weight in weights], dim=1), bits),
+            scales=torch.cat([weight.scales for weight in weights], dim=1),
+            bits=bits,
+            group_size=group_size,
+            in_features=in_features,
+            sizes=tuple(weight.shape[0] for weight in weights),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of all weights together."""
+        return self.scales.shape[1], self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in memory: what decoding reads."""
+        return self.tiles.nbytes + self.scales.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.tiles.device
+
+    def to(self, device: torch.device | str) -> QuantWeight:
+        """Return the weight on a device."""
+        return dataclasses.replace(self, tiles=self.tiles.to(device), scales=self.scales.to(device))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [out, in], computed in float32 and rounded to `dtype`."""
+        return self.rows(0, self.shape[0], dtype)
+
+    def rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Return rows begin … end - 1 of the dequantised weight."""
+        outputs = self.tiles.shape[2]
+        first, last = begin // outputs, -(-end // outputs)
+        values = from_tiles(self.tiles[first:last], self.bits, self.in_features, (last - first) * outputs)
+        steps = values[begin - first * outputs : end - first * outputs].float() - symmetric_zero(self.bits)
+        groups = steps.view(end - begin, -1, self.group_size)
+        return (groups * self.scales[:, begin:end].float().t().unsqueeze(-1)).flatten(1).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """How `quant_matmul` cuts a product with few rows into programs."""
+
+    rows: int
+    block_n: int
+    splits: int
+    num_warps: int
+
+
+def decode_plan(M: int, weight_shape: tuple[int, int], bits: int, card: Card) -> DecodePlan:
+    """Return how to cut a product of M ≤ MAX_DECODE_ROWS rows: a small table, and no measurement.
+
+    Args:
+        M: rows of x.
+        weight_shape: (out, in).
+        bits: 4 or 8.
+        card: where it runs.
+    """
+    N, K = weight_shape
+    # A program takes 4 rows at most: with 4 words of 2 outputs a thread holds 32 sums, and no register spills.
+    rows = 1 if M == 1 else 2 if M == 2 else 4
+    # 8 threads to an output and 128 to a program: 2 outputs a thread, which share each x that has been converted.
+    block_n, num_warps = 32, 4
+    programs = -(-N // block_n) * -(-M // rows)
+    spans = -(-K // span_size(bits))
+    # Programs of 128 threads that a multiprocessor holds at once: it has 64 Ki registers, and a thread takes 56 to 64,
+    # 80 to 96, or 168 (ptxas of CUDA 12.8, for 7.5 to 12.0); Turing, the smallest, has room for 1024 threads. Rounded
+    # down: one wave that is not quite full beats one and a bit.
+    resident = {1: 8, 2: 5, 4: 3}[rows]
+    wanted = max(1, resident * card.multiprocessors // programs)
+    # Each split reads at least 2 tiles an output, else its start and end take longer than its reading; and with more
+    # than 16 the partial sums begin to count beside the weight.
+    splits = max(1, min(wanted, spans // 2, 16))
+    # As many spans in each, and none without any.
+    return DecodePlan(rows=rows, block_n=block_n, splits=-(-spans // -(-spans // splits)), num_warps=num_warps)
+
+
+def quant_matmul_workspace_bytes(M: int, weight: QuantWeight, *, dtype: torch.dtype) -> int:
+    """Return how many bytes of workspace `quant_matmul` asks for, which may be none.
+
+    Args:
+        M: rows of x. One workspace serves all products that follow one another: the largest of these.
+        weight: on its device.
+        dtype: of x.
+    """
+    N, K = weight.shape
+    if M > MAX_DECODE_ROWS:
+        return min(N, _scratch_rows(K)) * K * dtype.itemsize
+    splits = decode_plan(M, weight.shape, weight.bits, card_of(weight.device)).splits
+    return splits * M * N * 4 if splits > 1 else 0
+
+
+def quant_matmul(
+    x: Tensor,
+    weight: QuantWeight,
+    *,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    backend: QuantMatmulBackend | None = None,
+    fp16_accumulation: bool = False,
+) -> Tensor:
+    """Multiply x by the transpose of a weight.
+
+    Sums are float32, in the same order every time. In prefill weights are rounded to the dtype of x first.
+
+    Args:
+        x: [..., in], float16, bfloat16 or float32, on the weight's device.
+        weight: (out, in).
+        out: where to put the products, contiguous [..., out] in the dtype of x.
+        workspace: uint8 [quant_matmul_workspace_bytes(…)] or more, to allocate nothing.
+        backend: None for the selected one (see `kernels.backend`); "triton-dot" for the tensor cores without a
+            scratch buffer, from Ampere (8.0) on.
+        fp16_accumulation: let cuBLAS add up in float16 in prefill: faster on GeForce cards, and less exact. It takes
+            torch 2.7.
+
+    Returns:
+        [..., out] in the dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or the backend does not run here.
+    """
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K or x.device != weight.device:
+        got = f"x {list(x.shape)} on {x.device} for a weight {[N, K]} on {weight.device}"
+        raise ValueError(f"got {got} · expected a last dimension of {K}, on one device · pass the input of this linear")
+    check_float("x", x)
+    chosen = require_backend(x.device, "triton" if backend == "triton-dot" else backend)
+    y = output("out", out, (*x.shape[:-1], N), x.dtype, x.device)
+    M = math.prod(x.shape[:-1])
+    if M == 0:
+        return y
+    if chosen == "reference":
+        return y.copy_(reference.quant_matmul(x, weight))
+    flat = x.reshape(M, K)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    with device_guard(x.device):
+        if backend == "triton-dot":
+            _fused(flat, weight, y.view(M, N))
+        elif M <= MAX_DECODE_ROWS:
+            _decode(flat, weight, y.view(M, N), workspace)
+        else:
+            with _accumulating(in_float16=fp16_accumulation):
+                _prefill(flat, weight, y.view(M, N), workspace)
+    return y
+
+
+def _kernel_group_size(weight: QuantWeight) -> int:
+    """Return the group size as the kernels want it: one group for a row ends with the last span."""
+    if weight.scales.shape[0] > 1:
+        return weight.group_size
+    return weight.tiles.shape[1] * span_size(weight.bits)
+
+
+def _decode(x: Tensor, weight: QuantWeight, y: Tensor, workspace: Tensor | None) -> None:
+    from kernels.gpu import quant_matmul as kernels
+
+    plan = decode_plan(x.shape[0], weight.shape, weight.bits, card_of(x.device))
+    nbytes = quant_matmul_workspace_bytes(x.shape[0], weight, dtype=x.dtype)
+    kernels.decode(
+        x,
+        weight.tiles,
+        weight.scales,
+        y,
+        scratch(workspace, nbytes, x.device).view(torch.float32),
+        bits=weight.bits,
+        group_size=_kernel_group_size(weight),
+        rows=plan.rows,
+        block_n=plan.block_n,
+        splits=plan.splits,
+        num_warps=plan.num_warps,
+    )
+
+
+def _prefill(x: Tensor, weight: QuantWeight, y: Tensor, workspace: Tensor | None) -> None:
+    from kernels.gpu import quant_matmul as kernels
+
+    (M, K), N = x.shape, weight.shape[0]
+    nbytes = quant_matmul_workspace_bytes(M, weight, dtype=x.dtype)
+    values = scratch(workspace, nbytes, x.device).view(x.dtype).view(-1, K)
+    for begin in range(0, N, len(values)):
+        end = min(begin + len(values), N)
+        some = values[: end - begin]
+        kernels.dequantize(
+            weight.tiles,
+            weight.scales,
+            some,
+            begin=begin,
+            end=end,
+            bits=weight.bits,
+            group_size=_kernel_group_size(weight),
+        )
+        torch.matmul(x, some.t(), out=y[:, begin:end])
+
+
+def _scratch_rows(K: int) -> int:
+    """Return how many outputs are expanded at a time; whole tiles, so that none is read twice."""
+    return max(16, SCRATCH_VALUES // K // 16 * 16)
+
+
+def _fused(x: Tensor, weight: QuantWeight, y: Tensor) -> None:
+    from kernels.gpu import quant_matmul as kernels
+
+    capability = card_of(x.device).capability
+    if capability < (8, 0):
+        msg = f"got backend 'triton-dot' on a card of compute capability {capability[0]}.{capability[1]}"
+        raise ValueError(f"{msg} · expected 8.0 or newer, which Triton has tensor cores for · leave it out")
+    if x.dtype == torch.float32:
+        msg = (
+            "got backend 'triton-dot' for x torch.float32 · expected 16 bits, as tiles of 32 overflow the shared memory"
+        )
+        raise ValueError(f"{msg} · leave it out")
+    # 16 rows are the least a tensor core takes. With more, 64 x 64 sums are 32 registers for each of 128 threads.
+    block_m, block_n = (16, 64) if x.shape[0] <= MAX_DECODE_ROWS else (64, 64)
+    kernels.fused(
+        x,
+        weight.tiles,
+        weight.scales,
+        y,
+        bits=weight.bits,
+        group_size=_kernel_group_size(weight),
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=4,
+    )
+
+
+@contextlib.contextmanager
+def _accumulating(*, in_float16: bool) -> Iterator[None]:
+    """Let cuBLAS add up in float16 meanwhile, or forbid it: torch's switch is put back in any case."""
+    switch: Any = torch.backends.cuda.matmul
+    try:
+        before = switch.allow_fp16_accumulation
+    except AttributeError:
+        if in_float16:
+            msg = f"got fp16_accumulation with torch {torch.__version__} · expected torch 2.7 or newer · leave it out"
+            raise ValueError(msg) from None
+        yield
+        return
+    switch.allow_fp16_accumulation = in_float16
+    try:
+        yield
+    finally:
+        switch.allow_fp16_accumulation = before

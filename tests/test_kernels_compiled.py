@@ -1,0 +1,58 @@
+"""The Triton kernels as machine code for cards that are not here: what the interpreter takes has to compile, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+KERNELS = {
+    "add_rms_norm_kernel",
+    "combine_kernel",
+    "dequantize_kernel",
+    "partial_attention_kernel",
+    "partial_products_kernel",
+    "rotary_and_cache_kernel",
+    "silu_mul_kernel",
+    "sum_partials_kernel",
+}
+MAX_SHARED_BYTES = 99 << 10
+"""What a program may have on the cards with the least: 8.6, 8.9 and 12.0. Volta and Turing have less, and need none."""
+
+
+CAPABILITIES = (70, 86, 120)
+"""The oldest card, a common one, and the newest: three instruction sets."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    # A cache of its own, or nothing would be compiled the second time.
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), *map(str, CAPABILITIES)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles(capability: int, compiled: dict[str, Any]) -> None:
+    kernels = compiled[str(capability)]
+    assert set(kernels) == KERNELS | ({"fused_products_kernel"} if capability >= 80 else set())
+    for variants in kernels.values():
+        for found in variants:
+            assert found["target"] == capability
+            assert found["machine_code_bytes"] > 0
+            assert found["shared_bytes"] <= (MAX_SHARED_BYTES if capability >= 80 else 48 << 10)
+            assert not found["flushes_denormals"]
+    # Weights and cache are read 16 bytes at a time, as their layouts are made for.
+    for name in ("partial_products_kernel", "dequantize_kernel", "partial_attention_kernel"):
+        assert all(found["loads_of_16_bytes"] >= 2 for found in kernels[name]), name

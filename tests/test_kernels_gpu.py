@@ -1,0 +1,82 @@
+"""What only a GPU can show of the kernels: real shapes, and that a CUDA graph may hold them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from within import assert_within
+
+from kernels import reference
+from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes
+from kernels.gptq import GptqWeight, to_tensors
+from kernels.quant_matmul import QuantWeight, quant_matmul, quant_matmul_workspace_bytes
+from kernels.rotary_and_cache import rotary_and_cache
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA GPU: no CUDA graphs", allow_module_level=True)
+pytestmark = pytest.mark.gpu
+
+
+def random_weight(bits: int, N: int, K: int) -> QuantWeight:
+    generator = torch.Generator().manual_seed(0)
+    half = 1 << (bits - 1)
+    values = torch.randint(-half, half, (N, K), generator=generator)
+    scales = ((torch.rand(N, K // 128, generator=generator) + 0.5) / half / K**0.5).half()
+    return QuantWeight.from_gptq(GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits))
+
+
+@pytest.mark.parametrize("M", [1, 8, 100])
+@pytest.mark.parametrize("shape", [(12288, 4096), (4096, 11008)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_real_shapes(bits: int, shape: tuple[int, int], M: int) -> None:
+    weight = random_weight(bits, *shape)
+    x = torch.randn(M, shape[1], generator=torch.Generator().manual_seed(1)).half()
+    got = quant_matmul(x.cuda(), weight.to("cuda"))
+    op = "quant_matmul decode" if M <= 16 else "quant_matmul prefill"
+    assert_within(got, reference.quant_matmul(x.float(), weight), op, bits)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_cuda_graph_serves_every_token(*, quantized: bool) -> None:
+    """Captured once, replayed with other inputs, slots and lengths: the same as without a graph."""
+    B, heads, head_dim, slots = 2, 4, 128, 300
+    hidden = heads * head_dim
+    weight = random_weight(4, 3 * hidden, hidden).to("cuda")
+    kind = torch.int8 if quantized else torch.float16
+    cache = dict(zip(("k_cache", "v_cache"), torch.zeros(2, B, heads, slots, head_dim, dtype=kind).cuda(), strict=True))
+    if quantized:
+        cache |= dict(zip(("k_scales", "v_scales"), torch.zeros(2, B, heads, slots).half().cuda(), strict=True))
+    x = torch.zeros(B, 1, hidden, dtype=torch.float16, device="cuda")
+    at = torch.zeros(B, 1, dtype=torch.int64, device="cuda")
+    nbytes = max(
+        quant_matmul_workspace_bytes(B, weight, dtype=x.dtype),
+        decode_attention_workspace_bytes(B, heads, head_dim, slots),
+    )
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    out = torch.empty(B, heads, head_dim, dtype=torch.float16, device="cuda")
+
+    def token() -> torch.Tensor:
+        qkv = quant_matmul(x, weight, workspace=workspace)
+        q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, heads, heads), dim=-2)
+        cos, sin = reference.rotary_table(at, head_dim, 1e4)
+        q, _ = rotary_and_cache(q, k, v, cos, sin, at, **cache)
+        return decode_attention(q[:, 0], lengths=at[:, 0] + 1, out=out, workspace=workspace, **cache)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        token()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token()
+    inputs = torch.randn(5, B, 1, hidden, generator=torch.Generator().manual_seed(0)).half().cuda()
+    graphed = []
+    for step in range(5):
+        x.copy_(inputs[step])
+        at.copy_(torch.tensor([[step], [step + 200]]))
+        graph.replay()
+        graphed.append(out.clone())
+    for step in range(5):
+        x.copy_(inputs[step])
+        at.copy_(torch.tensor([[step], [step + 200]]))
+        assert torch.equal(token(), graphed[step])

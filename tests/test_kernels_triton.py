@@ -1,0 +1,438 @@
+"""The Triton kernels against their references, on odd shapes, outputs and unseen cache slots poisoned with NaN.
+
+With a GPU these run on it. Without one they are skipped here, and `test_kernels_interpreted.py` runs this same file in
+a process of its own under TRITON_INTERPRET=1, which has to be set before anything imports Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from within import assert_within
+
+from kernels import quant_matmul as quant_matmul_module
+from kernels import reference
+from kernels.add_rms_norm import add_rms_norm
+from kernels.backend import card_of, is_interpreted, select_backend
+from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes
+from kernels.gptq import GptqWeight, to_tensors
+from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul, quant_matmul_workspace_bytes
+from kernels.rotary_and_cache import rotary_and_cache
+from kernels.silu_mul import silu_mul
+
+DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
+if not is_interpreted():
+    if not torch.cuda.is_available():
+        msg = "no CUDA GPU; test_kernels_interpreted.py runs these under Triton's interpreter"
+        pytest.skip(msg, allow_module_level=True)
+    pytestmark = pytest.mark.gpu
+
+NAN = float("nan")
+Launches = list[tuple[str, tuple[int, ...]]]
+
+# N, K, group size: N beside the tiles of 16 and 32 outputs, K beside the spans of 256 (4 bits) and 128 inputs (8 bits).
+WEIGHTS = [(40, 320, 32), (24, 384, 64), (56, 640, 128), (8, 1032, 1032)]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """The kernels that Triton was asked to run, by name, each with its grid."""
+    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.jit import JITFunction
+
+    seen: Launches = []
+    if is_interpreted():
+        interpret = GridExecutor.__call__
+
+        def record_interpreted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append((self.fn.__name__, tuple(self.grid)))
+            return interpret(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", record_interpreted)
+    else:
+        launch = JITFunction.run
+
+        def record_launched(self: Any, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> Any:
+            seen.append((self.fn.__name__, tuple(grid)))
+            return launch(self, *args, grid=grid, **kwargs)
+
+        monkeypatch.setattr(JITFunction, "run", record_launched)
+    return seen
+
+
+def names(launches: Launches) -> list[str]:
+    return [name for name, _ in launches]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_gptq(bits: int, N: int, K: int, group_size: int, *, seed: int = 0) -> GptqWeight:
+    """A weight whose products with values of order 1 are of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    half = 1 << (bits - 1)
+    values = torch.randint(-half, half, (N, K), generator=generator)
+    values[0, 0], values[-1, -1] = -half, half - 1
+    scales = (torch.rand(N, K // group_size, generator=generator) + 0.5) / half / K**0.5
+    return GptqWeight.from_tensors(to_tensors(values, scales.half(), bits=bits), bits=bits)
+
+
+def poison(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.full(shape, NAN, dtype=dtype, device=DEVICE)
+
+
+def poisoned_workspace(nbytes: int) -> torch.Tensor:
+    """Every float in it is a NaN, of 16 bits or of 32."""
+    return torch.full((nbytes,), 255, dtype=torch.uint8, device=DEVICE)
+
+
+def test_the_backend_is_triton() -> None:
+    selection = select_backend(DEVICE)
+    assert selection.backend == "triton"
+    assert not selection.is_fallback
+    assert selection.reason
+
+
+# ---- quant_matmul
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 13])
+@pytest.mark.parametrize(("N", "K", "group_size"), WEIGHTS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quant_matmul_decode(bits: int, N: int, K: int, group_size: int, M: int, launches: Launches) -> None:
+    weight = QuantWeight.from_gptq(random_gptq(bits, N, K, group_size)).to(DEVICE)
+    x = randn(M, K)
+    out = poison(M, N)
+    nbytes = quant_matmul_workspace_bytes(M, weight, dtype=x.dtype)
+    got = quant_matmul(x.to(DEVICE), weight, out=out, workspace=poisoned_workspace(nbytes))
+    plan = decode_plan(M, (N, K), bits, card_of(DEVICE))
+    assert names(launches) == ["partial_products_kernel"] + ["sum_partials_kernel"] * (plan.splits > 1)
+    assert got is out
+    assert_within(got, reference.quant_matmul(x.float(), weight.to("cpu")), "quant_matmul decode", bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quant_matmul_decode_in_splits_of_different_length(bits: int, launches: Launches) -> None:
+    spans = 11
+    weight = QuantWeight.from_gptq(random_gptq(bits, 16, spans * 1024 // bits, 128)).to(DEVICE)
+    plan = decode_plan(1, weight.shape, bits, card_of(DEVICE))
+    assert plan.splits > 1
+    assert spans % plan.splits
+    x = randn(1, weight.shape[1])
+    got = quant_matmul(x.to(DEVICE), weight)
+    assert names(launches) == ["partial_products_kernel", "sum_partials_kernel"]
+    assert launches[0][1][2] == plan.splits
+    assert_within(got, reference.quant_matmul(x.float(), weight.to("cpu")), "quant_matmul decode", bits)
+    assert torch.equal(got, quant_matmul(x.to(DEVICE), weight))  # to the bit, every time
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quant_matmul_decode_in_other_dtypes(dtype: torch.dtype, launches: Launches) -> None:
+    weight = QuantWeight.from_gptq(random_gptq(4, 40, 320, 32)).to(DEVICE)
+    x = randn(3, 320, dtype=dtype)
+    got = quant_matmul(x.to(DEVICE), weight, out=poison(3, 40, dtype=dtype))
+    assert names(launches)[0] == "partial_products_kernel"
+    assert_within(got, reference.quant_matmul(x.float(), weight.to("cpu")), "quant_matmul decode", 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quant_matmul_is_exact_for_the_largest_and_the_smallest_scales(bits: int) -> None:
+    """All integers at all places of a word, one at a time: the product is the weight, and that is exact in float32."""
+    half, K = 1 << (bits - 1), 1024 // bits
+    values = (torch.arange(16)[:, None] + torch.arange(K) * (2 * half // 16) + 1) % (2 * half) - half
+    scales = torch.tensor([65504.0, 2.0**-24, 2.0**-14, 0.0, 1 / 3, 1.0, 2.0**-23, 3e-6]).half().repeat(2)[:, None]
+    gptq = GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits)
+    weight = QuantWeight.from_gptq(gptq).to(DEVICE)
+    identity = torch.eye(K)
+    for begin in range(0, K, 16):
+        got = quant_matmul(identity[begin : begin + 16].to(DEVICE), weight)
+        assert torch.equal(got.cpu().t(), gptq.dequantize(torch.float32)[:, begin : begin + 16])
+
+
+@pytest.mark.parametrize("M", [17, 40])
+@pytest.mark.parametrize(("N", "K", "group_size"), WEIGHTS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quant_matmul_prefill(
+    bits: int, N: int, K: int, group_size: int, M: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quant_matmul_module, "SCRATCH_VALUES", 16 * K)  # 16 outputs at a time
+    weight = QuantWeight.from_gptq(random_gptq(bits, N, K, group_size)).to(DEVICE)
+    x = randn(M, K)
+    nbytes = quant_matmul_workspace_bytes(M, weight, dtype=x.dtype)
+    assert nbytes == min(16, N) * K * 2
+    got = quant_matmul(x.to(DEVICE), weight, out=poison(M, N), workspace=poisoned_workspace(nbytes))
+    assert names(launches) == ["dequantize_kernel"] * -(-N // 16)
+    assert_within(got, reference.quant_matmul(x.float(), weight.to("cpu")), "quant_matmul prefill", bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_prefill_multiplies_by_the_weight_that_is_stored(
+    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is handed to torch's product is, bit for bit, the weight of `kernels.gptq`."""
+    gptq = random_gptq(bits, 40, 320, 64)
+    seen: list[torch.Tensor] = []
+    matmul = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda x, w, **kw: seen.append(w.t().clone()) or matmul(x, w, **kw))
+    quant_matmul(randn(17, 320, dtype=dtype).to(DEVICE), QuantWeight.from_gptq(gptq).to(DEVICE))
+    assert torch.equal(torch.cat(seen).cpu(), gptq.dequantize(dtype))
+
+
+@pytest.mark.parametrize("M", [1, 17, 70])
+@pytest.mark.parametrize(("N", "K", "group_size"), WEIGHTS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quant_matmul_on_tensor_cores(bits: int, N: int, K: int, group_size: int, M: int, launches: Launches) -> None:
+    if card_of(DEVICE).capability < (8, 0):
+        pytest.skip("a card without tensor cores that Triton knows")
+    weight = QuantWeight.from_gptq(random_gptq(bits, N, K, group_size)).to(DEVICE)
+    x = randn(M, K)
+    got = quant_matmul(x.to(DEVICE), weight, out=poison(M, N), backend="triton-dot")
+    assert names(launches) == ["fused_products_kernel"]
+    assert_within(got, reference.quant_matmul(x.float(), weight.to("cpu")), "quant_matmul prefill", bits)
+
+
+@pytest.mark.parametrize("M", [1, 20])
+def test_linears_side_by_side_are_one_launch(M: int, launches: Launches) -> None:
+    parts = [random_gptq(4, N, 320, 32, seed=seed) for seed, N in enumerate((40, 8, 24))]
+    weight = QuantWeight.from_gptq(*parts).to(DEVICE)
+    x = randn(M, 320)
+    got = quant_matmul(x.to(DEVICE), weight)
+    assert len([name for name in names(launches) if name != "sum_partials_kernel"]) == 1
+    for part, product in zip(parts, got.split(weight.sizes, dim=-1), strict=True):
+        expected = reference.quant_matmul(x.float(), QuantWeight.from_gptq(part))
+        assert_within(product, expected, "quant_matmul decode" if M == 1 else "quant_matmul prefill", 4)
+
+
+def test_quant_matmul_takes_rows_with_gaps_and_any_number_of_axes(launches: Launches) -> None:
+    weight = QuantWeight.from_gptq(random_gptq(4, 40, 320, 32)).to(DEVICE)
+    wide = randn(2, 3, 1, 700)
+    wide[..., 320:] = NAN
+    got = quant_matmul(wide.to(DEVICE)[..., :320], weight)
+    assert got.shape == (2, 3, 1, 40)
+    assert_within(got, reference.quant_matmul(wide[..., :320].float(), weight.to("cpu")), "quant_matmul decode", 4)
+    turned = randn(320, 5)
+    got = quant_matmul(turned.to(DEVICE).t(), weight)
+    assert_within(got, reference.quant_matmul(turned.t().float(), weight.to("cpu")), "quant_matmul decode", 4)
+    before = len(launches)
+    assert quant_matmul(torch.zeros(0, 320, dtype=torch.float16, device=DEVICE), weight).shape == (0, 40)
+    assert len(launches) == before
+
+
+# ---- decode_attention
+
+# B, heads, kv_heads, S, head_dim, lengths: none a multiple of a tile; the last but one has rows of nothing and of all.
+ATTENTION = [
+    (3, 4, 2, 150, 24, (1, 7, 129)),
+    (1, 2, 2, 65, 128, (65,)),
+    (3, 3, 1, 64, 16, (0, 64, 63)),
+    (1, 1, 1, 1100, 8, (1089,)),  # more tiles than are combined at a time
+]
+
+
+def poisoned_cache(
+    kv_heads: int, slots: int, head_dim: int, lengths: tuple[int, ...], scales_dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """A layer of a larger cache, unseen slots poisoned: k_cache and v_cache, and the scales of an int8 cache."""
+    cache: dict[str, torch.Tensor] = {}
+    for seed, name in enumerate(("k", "v")):
+        values = randn(2, len(lengths), kv_heads, slots, head_dim, seed=seed)
+        scales = None
+        if scales_dtype is not None:
+            values, scales = reference.quantize_vectors(values, scales_dtype)
+        for row, length in enumerate(lengths):
+            values[:, row, :, length:] = 127 if scales is not None else NAN
+            if scales is not None:
+                scales[:, row, :, length:] = NAN
+        cache[f"{name}_cache"] = values.to(DEVICE)[1]
+        if scales is not None:
+            cache[f"{name}_scales"] = scales.to(DEVICE)[1]
+    return cache
+
+
+def on_cpu(cache: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in cache.items()}
+
+
+@pytest.mark.parametrize("scales_dtype", [None, torch.float16, torch.float32])
+@pytest.mark.parametrize(("B", "heads", "kv_heads", "slots", "head_dim", "lengths"), ATTENTION)
+def test_decode_attention(
+    B: int,
+    heads: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    lengths: tuple[int, ...],
+    scales_dtype: torch.dtype | None,
+    launches: Launches,
+) -> None:
+    cache = poisoned_cache(kv_heads, slots, head_dim, lengths, scales_dtype)
+    q = randn(B, heads, head_dim, seed=2) * 3  # scores far from each other: without their maximum exp() would overflow
+    seen = torch.tensor(lengths, dtype=torch.int32)
+    workspace = poisoned_workspace(decode_attention_workspace_bytes(B, heads, head_dim, slots))
+    out = poison(B, heads, head_dim)
+    got = decode_attention(q.to(DEVICE), lengths=seen.to(DEVICE), out=out, workspace=workspace, **cache)
+    tiles = -(-slots // 64)
+    assert launches == [("partial_attention_kernel", (tiles, B * heads)), ("combine_kernel", (B * heads,))]
+    assert got is out
+    expected = reference.decode_attention(q.float(), lengths=seen, **on_cpu(cache))
+    assert_within(got, expected, "decode_attention", 16 if scales_dtype is None else 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_decode_attention_in_other_dtypes(dtype: torch.dtype, launches: Launches) -> None:
+    q = randn(2, 2, 16, dtype=dtype)
+    k, v = randn(2, 2, 2, 70, 16, seed=1, dtype=dtype)
+    lengths = torch.tensor([70, 3])
+    got = decode_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), lengths.to(DEVICE))
+    assert names(launches) == ["partial_attention_kernel", "combine_kernel"]
+    assert_within(got, reference.decode_attention(q.float(), k.float(), v.float(), lengths), "decode_attention", 16)
+
+
+@pytest.mark.parametrize("rising", [False, True])
+def test_the_largest_score_may_come_last(*, rising: bool) -> None:
+    """Over 18 tiles, 16 of which are combined at a time, the running maximum changes, or does not."""
+    q, (k, v) = torch.ones(1, 1, 8).half(), randn(2, 1, 1, 1100, 8, seed=1)
+    k += torch.linspace(-2, 2, 1100)[:, None] * (1 if rising else -1)
+    lengths = torch.tensor([1100])
+    got = decode_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), lengths.to(DEVICE))
+    assert_within(got, reference.decode_attention(q.float(), k.float(), v.float(), lengths), "decode_attention", 16)
+
+
+def test_max_seq_len_decides_what_is_launched_and_read(launches: Launches) -> None:
+    q, (k, v) = randn(2, 2, 16), randn(2, 2, 1, 200, 16, seed=1)
+    k[:, :, 70:], v[:, :, 70:] = NAN, NAN
+    lengths = torch.tensor([1000, 5])  # beyond max_seq_len, as of a row that has ended
+    got = decode_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), lengths.to(DEVICE), max_seq_len=70)
+    assert launches[0] == ("partial_attention_kernel", (2, 4))
+    expected = reference.decode_attention(q.float(), k[:, :, :70].float(), v[:, :, :70].float(), torch.tensor([70, 5]))
+    assert_within(got, expected, "decode_attention", 16)
+    # Other lengths, the same launches: one CUDA graph serves every token.
+    before = list(launches)
+    decode_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), lengths.to(DEVICE) // 100, max_seq_len=70)
+    assert launches[len(before) :] == before
+
+
+# ---- rotary_and_cache
+
+
+@pytest.mark.parametrize("scales_dtype", [None, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 6), (4, 2, 24), (1, 1, 128)])
+def test_rotary_and_cache(
+    heads: int, kv_heads: int, head_dim: int, scales_dtype: torch.dtype | None, launches: Launches
+) -> None:
+    B, T, slots = 3, 5, 9
+    qkv = randn(B, T, (heads + 2 * kv_heads) * head_dim)
+    qkv[0, 0] = 0  # vectors of zeros: a scale of 0
+    # Ragged rows, a slot of -1 for padding, and one beyond the end.
+    at = torch.tensor([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [2, -1, 3, 9, 5]])
+    cos, sin = reference.rotary_table(at.clamp(min=0) * 100, head_dim, 1e4)
+    shape = (2, B, kv_heads, slots, head_dim)  # of two layers, of which the second is written
+    stored = torch.float16 if scales_dtype is None else torch.int8
+    untouched = NAN if scales_dtype is None else 99
+    cache = {name: torch.full(shape, untouched, dtype=stored, device=DEVICE) for name in ("k_cache", "v_cache")}
+    if scales_dtype is not None:
+        cache |= {name: poison(*shape[:-1], dtype=scales_dtype) for name in ("k_scales", "v_scales")}
+    layer = {name: tensor[1] for name, tensor in cache.items()}
+    q, k, v = qkv.to(DEVICE).unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=-2)
+    q_out, k_out = poison(*q.shape), poison(*k.shape)
+    tables = [tensor.to(DEVICE) for tensor in (cos, sin, at)]
+    got_q, got_k = rotary_and_cache(q, k, v, *tables, **layer, q_out=q_out, k_out=k_out)
+    assert launches == [("rotary_and_cache_kernel", (B * T, heads + 2 * kv_heads))]
+    assert got_q is q_out
+    assert got_k is k_out
+    assert_within(got_q, reference.rotary(q.cpu().float(), cos, sin), "rotary_and_cache", 16)
+    assert_within(got_k, reference.rotary(k.cpu().float(), cos, sin), "rotary_and_cache", 16)
+    # The cache: what was returned, put or rounded slot by slot, and nothing else.
+    for name, vectors in (("k", got_k.cpu()), ("v", v.cpu())):
+        values, scales = cache[f"{name}_cache"].cpu(), cache.get(f"{name}_scales")
+        expected = torch.full(shape, untouched, dtype=stored)
+        expected_scales = torch.full(shape[:-1], NAN)
+        for row in range(B):
+            for token, slot in enumerate(at[row].tolist()):
+                if not 0 <= slot < slots:
+                    continue
+                vector = vectors[row, token]
+                if scales_dtype is not None:
+                    vector, vector_scales = reference.quantize_vectors(vector, scales_dtype)
+                    expected_scales[1, row, :, slot] = vector_scales.float()
+                expected[1, row, :, slot] = vector
+        torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+        if scales is not None:
+            torch.testing.assert_close(scales.cpu().float(), expected_scales, rtol=0, atol=0, equal_nan=True)
+
+
+def test_ties_and_the_largest_magnitude_round_as_in_torch(launches: Launches) -> None:
+    """With a scale of exactly 1, halves go to the even neighbour; with one rounded down, nothing goes beyond 127."""
+    v = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5]).half().view(1, 1, 1, 8)
+    # 1e-5 / 127 is 1.3 of the smallest numbers of float16: it becomes 1 of them.
+    k = torch.tensor([1e-5, -1e-5, 3e-6, 0, 0, 0, 0, 2.0**-24]).half().view(1, 1, 1, 8)
+    k_cache, v_cache = torch.full((2, 1, 1, 1, 8), 99, dtype=torch.int8, device=DEVICE)
+    k_scales, v_scales = poison(2, 1, 1, 1)
+    cos, sin = torch.ones(1, 1, 4, device=DEVICE), torch.zeros(1, 1, 4, device=DEVICE)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    inputs = (k.to(DEVICE), k.to(DEVICE), v.to(DEVICE), cos, sin, slots)
+    rotary_and_cache(*inputs, k_cache, v_cache, k_scales=k_scales, v_scales=v_scales)
+    assert names(launches) == ["rotary_and_cache_kernel"]
+    assert v_scales.item() == 1.0
+    assert v_cache.flatten().tolist() == [127, 0, 2, 2, 0, -2, -126, 126]
+    assert k_scales.item() == 2.0**-24
+    assert k_cache.flatten().tolist() == [127, -127, 50, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rotary_and_cache_in_other_dtypes(dtype: torch.dtype) -> None:
+    q, k, v = randn(3, 2, 3, 2, 16, dtype=dtype)
+    at = torch.arange(3).expand(2, 3).contiguous()
+    cos, sin = reference.rotary_table(at, 16, 1e4)
+    k_cache, v_cache = poison(2, 2, 2, 4, 16, dtype=dtype)
+    inputs = [tensor.to(DEVICE) for tensor in (q, k, v, cos, sin, at)]
+    got_q, got_k = rotary_and_cache(*inputs, k_cache, v_cache)
+    assert_within(got_q, reference.rotary(q.float(), cos, sin), "rotary_and_cache", 16)
+    assert torch.equal(k_cache[:, :, :3].transpose(1, 2), got_k)
+    assert torch.equal(v_cache[:, :, :3].transpose(1, 2).cpu(), v)
+    assert v_cache[:, :, 3].isnan().all()
+
+
+# ---- add_rms_norm and silu_mul
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 1, 129), (2, 4100)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, launches: Launches) -> None:
+    x, residual = randn(2, *shape, dtype=dtype)
+    weight = randn(shape[-1], seed=1, dtype=dtype)
+    inputs = [tensor.to(DEVICE) for tensor in (x, residual, weight)]
+    got_sum, got = add_rms_norm(*inputs, 1e-5, sum_out=poison(*shape, dtype=dtype), out=poison(*shape, dtype=dtype))
+    rows = x.numel() // shape[-1]
+    assert launches == [("add_rms_norm_kernel", (rows,))]
+    assert_within(got_sum, x.float() + residual.float(), "add_rms_norm", 16)
+    # Of the sum as it was rounded.
+    expected = reference.rms_norm(got_sum.cpu().float(), weight.float(), 1e-5)
+    assert_within(got, expected, "add_rms_norm", 16)
+
+
+def test_add_rms_norm_in_place_and_beyond_the_squares_of_half_precision() -> None:
+    x, residual, weight = randn(2, 33), torch.full((2, 33), 3e4, dtype=torch.float16), randn(33, seed=1)
+    on_device = [tensor.to(DEVICE) for tensor in (x, residual, weight)]
+    got_sum, got = add_rms_norm(*on_device, 1e-6, sum_out=on_device[1], out=on_device[0])
+    assert got_sum is on_device[1]
+    assert got is on_device[0]
+    assert torch.equal(got_sum.cpu(), x + residual)
+    assert_within(got, reference.rms_norm((x + residual).float(), weight.float(), 1e-6), "add_rms_norm", 16)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 14), (2, 1, 2060)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype, launches: Launches) -> None:
+    gate_up = randn(*shape, dtype=dtype) * 4
+    inner = shape[-1] // 2
+    gate_up.view(-1, 2 * inner)[0, 0] = -300  # exp(300) overflows; the product is 0 all the same
+    out = poison(*shape[:-1], inner, dtype=dtype)
+    got = silu_mul(gate_up.to(DEVICE), out=out)
+    assert launches == [("silu_mul_kernel", (gate_up.numel() // shape[-1], -(-inner // 1024)))]
+    assert got is out
+    assert_within(got, reference.silu_mul(gate_up.float()), "silu_mul", 16)
