@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import glob
 import os
 import sys
@@ -25,8 +24,6 @@ from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.config import DecoderFormat, VisionFormat
 from lite.console import keeping_interrupts, positive
 from lite.errors import LiteError
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         with keeping_interrupts():
             artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
-    except (LiteError, OSError) as error:
-        print(f"error: {_reason(error)}", file=sys.stderr)
+    except LiteError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         from export.work import work_path
@@ -369,8 +366,8 @@ def _add_onnx(arguments: list[str]) -> int:
         )
         with keeping_interrupts():
             artifact = add_onnx(options.artifact, settings, out=options.out)
-    except (LiteError, OSError) as error:
-        print(f"error: {_reason(error)}", file=sys.stderr)
+    except LiteError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ninterrupted: {options.artifact} is as it was", file=sys.stderr)
@@ -410,17 +407,6 @@ def _onnx_parser() -> argparse.ArgumentParser:
     _add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def _reason(error: LiteError | OSError) -> str:
-    """Say what went wrong; of the system's errors, which disk, quota or permission it is about."""
-    if not isinstance(error, OSError):
-        return str(error)
-    file = f"{error.filename}: " if error.filename else ""
-    todo = (
-        "make room there, or choose another place" if error.errno in _NO_ROOM else "check the disk, and its permissions"
-    )
-    return f"{file}got {error.strerror or error} · expected to be able to write · {todo}"
 
 
 def _print_whole(text: str) -> None:

@@ -6,10 +6,15 @@ before keeps its bytes for whoever holds a hard link to it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from typing import TYPE_CHECKING
 
+from lite.errors import ArtifactError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -36,3 +41,31 @@ def give_name(partial: Path, file: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def disk_errors_explained(out: Path) -> Iterator[None]:
+    """Turn what the system says of files into an error of ours.
+
+    Args:
+        out: what is being written, for an error that does not know its file.
+
+    Raises:
+        ArtifactError: the disk is full, or a file cannot be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        # A write that finds no room does not know its file's name.
+        where = error.filename or out
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            msg = (
+                f"{where}: got a full disk · expected room to write the artifact · "
+                "free some space, or choose an --out on another disk"
+            )
+        else:
+            msg = (
+                f"{where}: got an error from the system ({error.strerror or error}) · expected a file that can be read "
+                "or written · check the disk and its permissions"
+            )
+        raise ArtifactError(msg) from error

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from export import verify
 from export.cache_scales import find_cache_scales
 from export.decoder_onnx import ACCURACY_LEVEL, require_gptq, write_decoder_onnx
+from export.durable import disk_errors_explained
 from export.int8_cache_graph import write_int8_cache_graph
 from export.settings import DEFAULTS
 from export.studies import Study, StudyReader, sha256_of_studies
@@ -165,6 +166,7 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
         msg = f"{target}: got a place inside the artifact · expected one beside it · choose another place"
         raise ArtifactError(msg)
     with (
+        disk_errors_explained(target),
         staged_artifact(target, overwrite=out is None) as staged,
         tqdm(total=steps, desc="writing decoder.onnx", disable=not settings.show_progress, dynamic_ncols=True) as bar,
     ):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import shutil
 from pathlib import Path
@@ -41,7 +40,7 @@ from export.decoder import (
     require_divisible,
     write_configs,
 )
-from export.durable import give_name, partial_name
+from export.durable import disk_errors_explained, give_name, partial_name
 from export.layerwise import STAGES, LayerQuantizer
 from export.onnx_part import BUILT_IN, MAX_CACHE_STUDIES, CacheStudies, write_onnx_part
 from export.settings import DEFAULTS, ExportSettings, TokenWeights
@@ -428,7 +427,10 @@ def _measure(
 ) -> dict[str, Any]:
     with _bar(settings, "measuring parity", verify.num_steps(source), unit="step") as bar:
         fidelity = verify.measure(source, folder, manifest, studies, device=settings.device, advance=bar.update)
-    return {"verify_data": _verify_name(settings), **fidelity}
+    listed = {"verify_data": _verify_name(settings)}
+    if "onnx" in fidelity:
+        fidelity["onnx"] = listed | fidelity["onnx"]
+    return listed | fidelity
 
 
 def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm[Any]:
@@ -439,7 +441,8 @@ def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm
 def _system_errors_explained(out: Path, settings: ExportSettings) -> Iterator[None]:
     """Turn what the system refuses into an error of ours: memory, a full disk, any file that cannot be used."""
     try:
-        yield
+        with disk_errors_explained(out):
+            yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(".")[0]
         msg = (
@@ -448,17 +451,3 @@ def _system_errors_explained(out: Path, settings: ExportSettings) -> Iterator[No
             "folder and begin anew with --device cpu"
         )
         raise BackendUnavailable(msg) from error
-    except OSError as error:
-        # A write that finds no room does not know its file's name.
-        where = error.filename or out
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            msg = (
-                f"{where}: got a full disk · expected room to write the artifact · "
-                "free some space, or choose an --out on another disk"
-            )
-        else:
-            msg = (
-                f"{where}: got an error from the system ({error.strerror or error}) · expected a file that can be read "
-                "or written · check the disk and its permissions"
-            )
-        raise ArtifactError(msg) from error

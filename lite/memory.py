@@ -3,8 +3,8 @@
     peak = libraries + decoder + tower + tower's activations + cache + decoder's activations
 
 Each term is counted from shapes. On a GPU the peak is that of torch's allocator, and the tower is not in it. On a CPU
-it is that of resident memory, where two things are not in our hands: ONNX Runtime's arena, which keeps what the tower's
-activations took, and freed memory that the C library keeps.
+it is that of resident memory, where two things are not in our hands: ONNX Runtime's arenas, which keep what activations
+took (the tower's, and the decoder's of the onnx engine), and freed memory that the C library keeps.
 """
 
 from __future__ import annotations

@@ -587,19 +587,18 @@ def test_a_graph_that_computes_something_else_is_not_kept(
 
 
 @pytest.mark.parametrize(
-    ("error", "todo"), [(28, "make room there, or choose another place"), (5, "check the disk, and its permissions")]
+    ("error", "said"), [(28, "got a full disk"), (5, "got an error from the system (Input/output")]
 )
 def test_a_full_disk_leaves_everything_and_is_told_in_words(
-    own_gptq_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: int, todo: str
+    own_gptq_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: int, said: str
 ) -> None:
     def full(*arguments: Any, **settings: Any) -> None:
-        raise OSError(error, os.strerror(error), "decoder.onnx.data")
+        raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr("export.onnx_part.write_int8_cache_graph", full)
     before, beside = load_artifact(own_gptq_artifact), siblings(own_gptq_artifact)
     assert export_main(["onnx", str(own_gptq_artifact), *QUICK]) == 1
-    said = f"error: decoder.onnx.data: got {os.strerror(error)} · expected to be able to write · {todo}\n"
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err.startswith(f"error: {own_gptq_artifact}: {said}")
     assert load_artifact(own_gptq_artifact) == before
     before.verify()
     assert siblings(own_gptq_artifact) == beside

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -617,6 +618,30 @@ def test_groups_of_another_size_than_the_configuration_says_are_refused(
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="got groups of 32 inputs · expected 64 by config.json"):
         lite.load(copied, device="cpu", verify=False)
+
+
+def test_decoder_onnx_is_written_along(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line: the scales of its cache are found on the studies that the decoder is calibrated on."""
+    out = tmp_path / "artifact"
+    arguments = ["--checkpoint", str(folders[0]), "--base", str(folders[1]), "--out", str(out), "--quiet"]
+    arguments += ["--decoder", "gptq-int4", "--group-size", "32", "--token-weights", "1,1", "--device", "cpu"]
+    assert main([*arguments, "--calibration-data", str(listed), "--engine", "onnx"]) == 0
+    printed = capsys.readouterr().out
+    artifact = load_artifact(out)
+    measured = artifact.manifest.fidelity["onnx"]
+    assert measured["verify_data"] == artifact.manifest.fidelity["verify_data"] == "built-in"
+    assert re.search(r"engine +KL \S+ from decoder/, same top token", printed)
+    studies, tokens = measured["decoder"]["studies"], measured["decoder"]["tokens"]
+    assert f"the reports of {studies} studies (built-in), {tokens} tokens" in printed
+    part = artifact.manifest.onnx
+    assert part is not None
+    assert part.cache_calibration is not None
+    assert part.cache_calibration.data == "studies.json"
+    assert lite_main(["info", str(out)]) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fidelity onnx"))
+    assert re.search(r"KL \S+ nats/token, same top token .* from decoder/; int8 cache KL .* more$", told)
 
 
 def test_an_8_bit_tower_goes_the_whole_way(folders: tuple[Path, Path], listed: Path, tmp_path: Path) -> None:
