@@ -175,7 +175,9 @@ def test_a_weight_in_tiles_is_the_same_weight(bits: int, group_size: int) -> Non
     assert torch.equal(weight.rows(5, 34, torch.float32), gptq.dequantize(torch.float32)[5:34])
     x = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(1))
     product = quant_matmul(x, weight.to("cpu"))
-    torch.testing.assert_close(product, gptq_matmul(x, gptq), rtol=1e-5, atol=1e-4)
+    expected = gptq_matmul(x, gptq)
+    # Sums of 512 products in float32, in whatever order the threads take them.
+    torch.testing.assert_close(product, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_weights_side_by_side() -> None:
