@@ -10,8 +10,9 @@
     decoder.onnx.data         the weights of both: mapped into memory, each linear once
     embed_tokens.npy          the embeddings, float16; a prompt's rows are read from it, and the image put between
 
-All operators are ones that ONNX Runtime's CUDA and DirectML providers have, too. The graph is written node by node, and
-its weights go to the disk one linear at a time: the memory it takes is that of the largest.
+All operators are ones that ONNX Runtime's CUDA provider has, too. (DirectML has their names, but its attention takes
+neither packed inputs nor a rotary embedding.) The graph is written node by node, and its weights go to the disk one
+linear at a time: the memory it takes is that of the largest.
 
 - *MatMulNBits* multiplies by the GPTQ integers as they are. With accuracy_level 4 it rounds its inputs to int8, a scale
   for each block: that is what makes it fast on a CPU, and the one thing it does less exactly than `lite.decoder`.
@@ -42,6 +43,7 @@ from kernels.packing import to_blocks
 from kernels.reference import rotary_table
 from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.errors import ArtifactError
+from lite.memory import onnx_block_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,8 +62,6 @@ CONTRIB: Final = "com.microsoft"
 ACCURACY_LEVEL: Final = 4
 """Inputs of MatMulNBits are rounded to int8. Without it (level 0 or 1) a 4-bit product of one row takes four times as
 long (2 cores, AVX2, ONNX Runtime 1.32, November 2026)."""
-LARGEST_BLOCK: Final = 128
-"""Inputs of a block where a group is a whole row."""
 _ALIGNMENT: Final = 1 << 16
 """Where a tensor begins in the data file: Windows maps files in steps of 64 KiB."""
 _HEAD_ROWS: Final = 4096
@@ -326,10 +326,8 @@ class _Source:
     def block_size(self, in_features: int) -> int:
         """Return the inputs of a block: a group, or of a whole row as many as fit."""
         quantization = self.config.quantization
-        if quantization is not None and quantization.group_size not in (None, -1):
-            return quantization.group_size
-        for size in (LARGEST_BLOCK, 64, 32, 16):
-            if in_features % size == 0:
-                return size
+        size = onnx_block_size(in_features, quantization.group_size if quantization is not None else None)
+        if size is not None:
+            return size
         msg = f"got a linear of {in_features} inputs · expected a multiple of 16, for the blocks of MatMulNBits"
         raise ArtifactError(f"{msg} · this decoder has no decoder.onnx")

@@ -34,7 +34,8 @@ from lite.artifact import (
 )
 from lite.decoder import check_device
 from lite.errors import ArtifactError
-from lite.onnx_decoder import OnnxDecoder
+from lite.onnx_decoder import OLDEST_INT8_CACHE, OnnxDecoder
+from lite.onnx_session import has_onnxruntime
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def write_onnx_part(
         advance: called twice, and once for each study.
 
     Returns:
-        What the manifest says of it.
+        What the manifest says of it. With an ONNX Runtime that has no int8 cache there is no graph with one.
 
     Raises:
         ArtifactError: the decoder is not GPTQ.
@@ -109,6 +110,11 @@ def write_onnx_part(
     part = OnnxPart(dtype=activations, accuracy_level=ACCURACY_LEVEL, lm_head_bits=4 if bits == 4 else 8)
     written = verify.unfinished_artifact(folder, dataclasses.replace(manifest, onnx=part))
     encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
+
+    if not has_onnxruntime(OLDEST_INT8_CACHE):
+        for _ in range(1 + len(cache.studies)):
+            advance()
+        return part
 
     def features(study: Study) -> Any:  # noqa: ANN401 - an array
         image = encoder(study.pixel_values[None])[0]

@@ -77,7 +77,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument(
         "--provider",
         metavar="NAME",
-        help="what ONNX Runtime computes with: cpu, cuda, dml or its own name for it (default: the CPU)",
+        help="what ONNX Runtime computes with: cpu, cuda or its own name for it (default: the CPU)",
     )
     generate.add_argument(
         "--cache-dtype",
@@ -264,7 +264,8 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
             worst = max(value, key=value.__getitem__)
             name, value = "layers", f"{sum(value.values()) / len(value):.2%} on average, {value[worst]:.2%} in {worst}"
         elif name == "onnx":
-            value = f"{_divergence(value['decoder'])} from decoder/; int8 cache {_divergence(value['int8_cache'])} more"
+            more = f"; int8 cache {_divergence(value['int8_cache'])} more" if "int8_cache" in value else ""
+            value = f"{_divergence(value['decoder'])} from decoder/{more}"
         elif name == "decoder":
             value = f"{_divergence(value)} from the checkpoint"
         elif not isinstance(value, str):

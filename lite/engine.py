@@ -56,6 +56,9 @@ def choose_engine(
         raise LiteError(f"got {got} for the onnx engine · expected it for the torch engine only · {todo}")
     if engine == "torch" and provider is not None:
         raise LiteError(f"got provider {provider!r} for the torch engine · expected it for onnx only · give a device")
+    if provider is not None and device == "cpu" and not str(provider).lower().startswith("cpu"):
+        msg = f"got device 'cpu' and provider {provider!r} · expected one of them · leave one out"
+        raise LiteError(msg)
     exists = artifact.manifest.onnx is not None
     if engine == "torch" or (engine == "auto" and provider is None and (for_torch or not exists)):
         _require_torch(artifact)

@@ -37,7 +37,8 @@ ONNX_CHUNK_SIZE: Final = 512
 _ONNX_HELD: Final = 1.5
 """Of the activations: the arena has holes between them. 1.4 to 1.6 were measured in runs of 256 to 1,472 tokens at 7B
 widths (ONNX Runtime 1.32 without memory patterns, November 2026)."""
-_LARGEST_BLOCK: Final = 128  # of `export.decoder_onnx`, where a group is a whole row
+_BLOCK_SIZES: Final = (128, 64, 32, 16)
+"""Inputs of a block of MatMulNBits where a group is a whole row: as many as divide it."""
 PROMPT_TEXT_TOKENS: Final = 128
 """What a plan allows for the words of a prompt: the fixed ones are 55 to 70, a reason of two sentences some 40 more."""
 
@@ -275,10 +276,16 @@ def onnx_linear_bytes(name: str, config: DecoderConfig, part: OnnxPart, *, bytes
     out_features, in_features = onnx_linear_shapes(config)[name]
     quantization = config.quantization
     bits = part.lm_head_bits if name == "lm_head" else quantization.bits if quantization is not None else 4
-    group_size = quantization.group_size if quantization is not None else None
-    block_size = group_size if group_size not in (-1, None) else _LARGEST_BLOCK
-    blocks = out_features * math.ceil(in_features / block_size)
+    block_size = onnx_block_size(in_features, quantization.group_size if quantization is not None else None)
+    blocks = out_features * math.ceil(in_features / (block_size or in_features))
     return out_features * in_features * bits // 8 + blocks * bytes_per_block
+
+
+def onnx_block_size(in_features: int, group_size: int | None) -> int | None:
+    """Return the inputs of a block of MatMulNBits: a group, or of a whole row (-1, None) as many as fit; None: none."""
+    if group_size not in (-1, None):
+        return group_size
+    return next((size for size in _BLOCK_SIZES if in_features % size == 0), None)
 
 
 def cache_bytes_per_token(config: DecoderConfig, *, itemsize: int) -> int:

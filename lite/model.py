@@ -463,7 +463,7 @@ def load(
             GPU and float32 on the CPU: twice the memory of float16, and far less time where 16-bit products are slow
             (see `lite.decoder.load_decoder`).
         provider: what ONNX Runtime computes with, tower and decoder: a name of its own such as "CUDAExecutionProvider",
-            or cpu, cuda, dml; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA
+            or cpu, cuda; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA
             where `device` is a GPU and this ONNX Runtime has it.
         cache_dtype: what the onnx engine keeps keys and values in: "float32" or "int8", a quarter of it. None takes
             float32, or int8 where only that fits `memory_limit` and loses no more than `MAX_CACHE_KL`, as measured at

@@ -22,9 +22,9 @@ import numpy as np
 
 from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.config import IMAGE_TOKEN_ID
-from lite.errors import ArtifactError, ContextLengthError, LiteError
+from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError
 from lite.memory import ONNX_CHUNK_SIZE
-from lite.onnx_session import CPU, import_onnxruntime, open_session, require_onnxruntime
+from lite.onnx_session import CPU, CUDA, DML, import_onnxruntime, open_session, require_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,13 +40,14 @@ PREFILL_INPUT: Final = "is_prefill"
 MAX_CACHE_KL: Final = 1e-3
 """The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
 _OLDEST: Final = (1, 22), "8-bit MatMulNBits"
-_OLDEST_INT8_CACHE: Final = (1, 27), "an int8 cache in GroupQueryAttention"
+OLDEST_INT8_CACHE: Final = (1, 27)
+_OLDEST_INT8_CACHE: Final = OLDEST_INT8_CACHE, "an int8 cache in GroupQueryAttention"
 _NUMPY: Final[dict[str, np.dtype[Any]]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "int8": np.dtype(np.int8),
 }
-_DEVICES: Final = {CPU: "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
+_DEVICES: Final = {CPU: "cpu", CUDA: "cuda"}
 
 
 class OnnxCache:
@@ -128,6 +129,12 @@ class OnnxDecoder:
         version, what = _OLDEST_INT8_CACHE if int8 else _OLDEST
         require_onnxruntime(version, what=what)
         self.provider, _, index = provider.partition(":")
+        if self.provider == DML:
+            msg = (
+                f"got provider {DML} for the decoder · expected cpu or cuda: DirectML's GroupQueryAttention takes "
+                "neither packed queries, keys and values nor a rotary embedding · use another provider"
+            )
+            raise BackendUnavailable(msg)
         # What ONNX Runtime calls the place of a provider's memory.
         self._place = _DEVICES.get(self.provider, "cpu"), int(index or 0)
         file = artifact.file(ONNX_GRAPH_NAMES["int8" if int8 else "float"])
@@ -140,8 +147,9 @@ class OnnxDecoder:
 
     @property
     def device(self) -> str:
-        """Where it computes: "cpu", "cuda", "dml", or by its provider's name."""
-        return _DEVICES.get(self.provider, self.provider)
+        """Where it computes: "cpu", "cuda", "cuda:N", or by its provider's name."""
+        name, index = _DEVICES.get(self.provider, self.provider), self._place[1]
+        return f"{name}:{index}" if index else name
 
     def peak_vram_bytes(self) -> None:
         """Say that ONNX Runtime does not tell."""

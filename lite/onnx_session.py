@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
+DML: Final = "DmlExecutionProvider"
 _REMOTE: Final = "AzureExecutionProvider"
 """Calls models elsewhere, and computes nothing itself; ONNX Runtime lists it everywhere."""
 _SHORT: Final = {
     "cpu": CPU,
     "cuda": CUDA,
-    "dml": "DmlExecutionProvider",
-    "directml": "DmlExecutionProvider",
+    "dml": DML,
+    "directml": DML,
     "rocm": "ROCMExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
@@ -45,6 +46,16 @@ def import_onnxruntime() -> types.ModuleType:
     return module
 
 
+def has_onnxruntime(version: tuple[int, int]) -> bool:
+    """Say whether ONNX Runtime is that new.
+
+    Raises:
+        BackendUnavailable: it is not installed.
+    """
+    installed: str = import_onnxruntime().__version__
+    return tuple(int(part) for part in installed.split(".")[:2]) >= version
+
+
 def require_onnxruntime(version: tuple[int, int], *, what: str) -> None:
     """Refuse a version that lacks an operator.
 
@@ -52,7 +63,7 @@ def require_onnxruntime(version: tuple[int, int], *, what: str) -> None:
         BackendUnavailable: ONNX Runtime is older, or not installed.
     """
     installed: str = import_onnxruntime().__version__
-    if tuple(int(part) for part in installed.split(".")[:2]) < version:
+    if not has_onnxruntime(version):
         wanted = ".".join(map(str, version))
         msg = f"got onnxruntime {installed} · expected {wanted} or newer, the first with {what} · "
         raise BackendUnavailable(f'{msg}pip install --upgrade "onnxruntime>={wanted}"')
@@ -68,8 +79,8 @@ def check_provider(provider: object) -> str:
     """Return the full name of a provider, with ":N" behind it where that was given.
 
     Args:
-        provider: a name of ONNX Runtime's such as "CUDAExecutionProvider", or cpu, cuda, dml, rocm, openvino; "cuda:1"
-            for the second GPU.
+        provider: a name of ONNX Runtime's such as "CUDAExecutionProvider", or cpu, cuda, rocm, openvino; "cuda:1" for
+            the second GPU.
 
     Raises:
         BackendUnavailable: this ONNX Runtime has no such provider.
@@ -135,18 +146,34 @@ def open_session(
     elif name != CPU:
         providers.append(CPU)
     try:
-        return runtime.InferenceSession(str(file), options, providers=providers)
+        session = _session(runtime, file, options, providers)
+        if whole and (got := session.get_providers()[0]) != name:
+            msg = (
+                f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries "
+            )
+            raise BackendUnavailable(f"{msg}and its device are there, or use --provider cpu")
+        return session
+    except BackendUnavailable:
+        raise
     except Exception as error:  # its errors have no common base but Exception
+        if name != CPU and not whole:
+            return open_session(file, provider=CPU, data=data, patterns=patterns, profile=profile)
         reason = str(error).strip().partition("\n")[0][:200]
         if name != CPU and whole:
             msg = (
-                f"{file}: got a provider {name} that cannot compute it ({reason}) · expected one with all of its "
-                "operators · use --provider cpu, or export decoder.onnx with --activations float16, which GPUs need"
+                f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one "
+                "with all of its operators · use --provider cpu, or for a GPU export decoder.onnx with --activations "
+                "float16"
             )
             raise BackendUnavailable(msg) from error
         msg = f"{file}: got a graph that ONNX Runtime {runtime.__version__} cannot load ({reason})"
         msg += " · expected the graph written at export · export the artifact again"
         raise ArtifactError(msg) from error
+
+
+def _session(runtime: types.ModuleType, file: Path, options: Any, providers: list[Any]) -> Any:  # noqa: ANN401 - its types
+    # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
+    return runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
 
 
 # -- The files that a graph reads ------------------------------------------------------------------------------------
@@ -204,6 +231,8 @@ def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, i
     """Yield the fields of a message that have a length: number, begin and end."""
     while at < end:
         key, at = _varint(content, at)
+        if key >= 1 << 32:  # of which ONNX Runtime's reader would keep 32 bits, and see another field
+            raise ValueError("a tag of more than 32 bits")
         field, kind = key >> 3, key & 7
         if kind == 0:
             _, at = _varint(content, at)

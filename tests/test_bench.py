@@ -21,12 +21,22 @@ from test_model import relist
 from lite import artifact as artifact_module
 from lite.artifact import Artifact
 from lite.bench import __main__ as cli
-from lite.bench.measure import Options, _batches, _Planner, _traffic, disk_bytes, out_of_memory, quantiles
+from lite.bench.measure import (
+    Options,
+    _batches,
+    _Planner,
+    _settings,
+    _traffic,
+    disk_bytes,
+    out_of_memory,
+    quantiles,
+)
 from lite.bench.quality import Clinical
 from lite.bench.results import Missing, NotRun, Throughput
 from lite.bench.run import Job, _notes, _runs
 from lite.bench.studies import ListedStudy
 from lite.config import DecoderConfig
+from lite.errors import LiteError
 from lite.model import FindingsModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +189,18 @@ def test_an_artifact_without_decoder_onnx_is_measured_by_torch_alone(
         ("fp16", paths[0], torch), ("int4 torch", paths[1], torch), ("int4 onnx", paths[1], onnx_only)
     ]  # fmt: skip
     assert _notes(job, []) == ("fp16: by torch alone, as it has no decoder.onnx.",)
+
+
+def test_a_cache_dtype_is_not_dropped_where_torch_is_chosen(tiny_artifact: Artifact) -> None:
+    with pytest.raises(LiteError, match="got cache_dtype 'int8' for the torch engine"):
+        _settings(tiny_artifact, Options(cache_dtype="int8"))
+
+
+def test_a_damaged_artifact_is_a_row_for_both_engines(tmp_path: Path) -> None:
+    options = Options(engine="both")
+    job = Job(artifacts=(("gone", tmp_path / "gone"),), studies=(), data="", record=None, options=options,
+              clinical=Clinical(), command="")  # fmt: skip
+    assert [name for name, _, _ in _runs(job)] == ["gone"]
 
 
 NO_TORCH = """

@@ -49,6 +49,11 @@ def test_who_ignores_interrupts_goes_on_ignoring_them(ignored: signal.Handlers) 
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_handler_that_is_not_of_python_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    assert run_command(lambda: 7) == 7
+
+
 def test_in_another_thread_a_command_runs_all_the_same() -> None:
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(run_command(lambda: 7)))

@@ -39,7 +39,7 @@ OPERATORS = {
     "Gather",
     "Cast",
 }
-"""What the providers of CUDA and DirectML have, too."""
+"""What the provider of CUDA has, too."""
 NUM_PAST = {"Shape", "Cast", "Unsqueeze", "Sub"}
 PROMPT_WAY = {"Slice", "Cast", "Mul", "GroupQueryAttention", "Div", "Round", "Clip", "Concat"}
 
@@ -179,7 +179,7 @@ def test_in_float16(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.int8_cache.onnx"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_only_operators_that_the_providers_of_gpus_have(tmp_path: Path, dtype: str, name: str) -> None:
+def test_only_operators_that_the_provider_of_cuda_has(tmp_path: Path, dtype: str, name: str) -> None:
     artifact = with_int8_cache(write(tmp_path, dtype=dtype, group_size=32))
     model = onnx.load(artifact.path / name, load_external_data=False)
     # For CPUs attention has two ways, one of which is taken.

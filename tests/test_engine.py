@@ -136,6 +136,40 @@ def test_a_provider_that_cannot_compute_the_graph(tiny_onnx_artifact: Artifact) 
         lite.load(tiny_onnx_artifact.path, engine="onnx", provider=others[0])
 
 
+def test_a_provider_that_does_not_start_is_told_of_and_for_the_tower_is_the_cpu(
+    tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    from lite.vision import VisionEncoder
+
+    start = onnxruntime.InferenceSession._create_inference_session
+
+    def fail(self: Any, providers: Any, *more: Any) -> None:
+        if providers and providers[0][0] == "CUDAExecutionProvider":
+            raise RuntimeError("invalid device ordinal; GPU=7")
+        start(self, providers, *more)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fail)
+    with pytest.raises(BackendUnavailable, match=r"CUDAExecutionProvider that does not start.*ordinal; GPU=7"):
+        OnnxDecoder(tiny_onnx_artifact, provider="CUDAExecutionProvider")
+    # The result says which it was.
+    assert VisionEncoder(tiny_onnx_artifact, provider="CUDAExecutionProvider").provider == "CPUExecutionProvider"
+    assert capfd.readouterr().out == ""
+
+
+def test_directml_is_refused_for_the_decoder(tiny_onnx_artifact: Artifact) -> None:
+    with pytest.raises(BackendUnavailable, match="got provider Dml.* neither packed .* use another provider"):
+        OnnxDecoder(tiny_onnx_artifact, provider="DmlExecutionProvider")
+
+
+def test_a_device_and_a_provider_that_contradict_each_other(tiny_onnx_artifact: Artifact) -> None:
+    for settings in ({"engine": "onnx"}, {}):
+        with pytest.raises(LiteError, match="got device 'cpu' and provider 'cuda' · expected one of them"):
+            lite.load(tiny_onnx_artifact.path, device="cpu", provider="cuda", **settings)
+    assert choose_engine(tiny_onnx_artifact, device="cpu", provider="cpu") == "onnx"
+
+
 @pytest.mark.parametrize("provider", ["cpu", "CPU", "CPUExecutionProvider"])
 def test_names_of_the_cpu(tiny_onnx_artifact: Artifact, films: list[Path], provider: str) -> None:
     found = lite.load(tiny_onnx_artifact.path, provider=provider).findings(films[0], max_new_tokens=1)

@@ -211,6 +211,15 @@ def test_what_a_refusal_asks_for_is_enough(tiny_onnx_artifact: Artifact) -> None
     load(tiny_onnx_artifact.path, engine="onnx", memory_limit=asked)
 
 
+def test_blocks_of_whole_rows_divide_them() -> None:
+    config = dataclasses.replace(
+        WIDTHS, intermediate_size=416, quantization=Quantization(format="gptq-int4", group_size=-1)
+    )
+    # 4,096 rows of 13 blocks of 32 inputs, half a byte each.
+    assert onnx_linear_bytes("down", config, PART, bytes_per_block=4) == 4096 * (416 // 2 + 13 * 4)
+    assert onnx_linear_bytes("o", config, PART, bytes_per_block=4) == 4096 * (4096 // 2 + 32 * 4)
+
+
 def test_the_onnx_engine_is_refused_with_numbers(tiny_onnx_artifact: Artifact) -> None:
     with pytest.raises(MemoryBudgetError, match=r"got a memory limit of 1\.0 MiB · expected .*decoder .*cache of 1 x"):
         load(tiny_onnx_artifact.path, engine="onnx", memory_limit="1MiB")

@@ -411,6 +411,25 @@ def test_a_tensor_outside_is_found_wherever_it_hides(own_onnx_artifact: Path, na
         lite.load(own_onnx_artifact, engine="onnx")
 
 
+def test_a_tag_that_hides_a_graph_from_us_and_not_from_onnx_runtime(own_onnx_artifact: Path) -> None:
+    """Field 7, the graph, with a 33rd bit in its tag: ONNX Runtime's reader drops that."""
+
+    def hide(file: Path) -> None:
+        model = onnx.load(file, load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "secret.bin"
+        graph = model.graph.SerializeToString()
+        model.ClearField("graph")
+        length = bytes((len(graph) >> shift & 127) | (128 if shift < 21 else 0) for shift in (0, 7, 14, 21))
+        file.write_bytes(model.SerializeToString() + b"\xba\x80\x80\x80\x10" + length + graph)
+
+    damage(own_onnx_artifact, "decoder.onnx", hide)
+    with pytest.raises(ArtifactError, match=r"cannot load \(a tag of more than 32 bits\)"):
+        lite.load(own_onnx_artifact, engine="onnx")
+
+
 @pytest.mark.parametrize("content", [b"", b"\x3a\xff\xff\xff\x7f", b"\x3a", b"\x0b", b"\xff" * 20, b"\x3a\x02\x0a\x05"])
 def test_what_is_no_graph(own_onnx_artifact: Path, content: bytes) -> None:
     damage(own_onnx_artifact, "decoder.onnx", lambda file: file.write_bytes(content))
@@ -602,6 +621,25 @@ def test_a_full_disk_leaves_everything_and_is_told_in_words(
     assert load_artifact(own_gptq_artifact) == before
     before.verify()
     assert siblings(own_gptq_artifact) == beside
+
+
+def test_an_onnx_runtime_without_an_int8_cache_writes_the_float_one(
+    own_gptq_artifact: Path, films: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest one for Python 3.10 is 1.23."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    assert export_main(["onnx", str(own_gptq_artifact), *QUICK]) == 0
+    assert "int8 cache           none: it takes onnxruntime 1.27 or newer at export" in capsys.readouterr().out
+    artifact = load_artifact(own_gptq_artifact)
+    assert artifact.manifest.onnx is not None
+    assert artifact.manifest.onnx.cache_dtypes == ("float32",)
+    assert "decoder.int8_cache.onnx" not in artifact.manifest.files
+    assert lite_main(["info", str(own_gptq_artifact)]) == 0
+    assert lite.load(own_gptq_artifact, engine="onnx").findings(films[0]).cache_dtype == "float32"
+    with pytest.raises(LiteError, match="got cache_dtype 'int8' · expected float32"):
+        lite.load(own_gptq_artifact, engine="onnx", cache_dtype="int8")
 
 
 def test_places_that_are_refused(

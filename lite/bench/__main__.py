@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine(parser, "auto", "torch", "onnx", "both")
     _add_device(parser)
     parser.add_argument(
-        "--provider", metavar="NAME", help="what ONNX Runtime computes with, for the onnx engine: cpu, cuda, dml or a "
-        "name of its own (default: cpu)",
+        "--provider", metavar="NAME", help="what ONNX Runtime computes with, for the onnx engine: cpu, cuda or a name "
+        "of its own (default: cpu)",
     )  # fmt: skip
     parser.add_argument(
         "--cache-dtype", choices=["float32", "float16", "int8"], help="what the onnx engine keeps keys and values in "

@@ -194,6 +194,9 @@ def _settings(artifact: Artifact, options: Options) -> tuple[EngineName, dict[st
 
         import_onnxruntime()
         return engine, {"provider": options.provider, "cache_dtype": options.cache_dtype}
+    if options.cache_dtype is not None:
+        msg = f"got cache_dtype {options.cache_dtype!r} for the torch engine · expected it for onnx only · leave it out"
+        raise LiteError(msg)
     from lite.decoder import check_device
 
     return engine, {"device": check_device(options.device), "dtype": options.dtype}
