@@ -21,13 +21,14 @@ import torch
 from kernels import reference
 from kernels.backend import Card, card_of, device_guard, require_backend
 from kernels.checks import check_float, output, scratch
-from kernels.packing import from_tiles, span_size, symmetric_zero, to_tiles
+from kernels.packing import from_tiles, pack, span_size, symmetric_zero, to_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
+    from kernels.bnb import Int8Weight
     from kernels.gptq import GptqWeight
 
 QuantMatmulBackend = Literal["reference", "triton", "triton-dot"]
@@ -35,8 +36,8 @@ QuantMatmulBackend = Literal["reference", "triton", "triton-dot"]
 MAX_DECODE_ROWS: Final = 16
 """Rows of x up to which the weight is expanded in registers; with more, expanding it once is cheaper."""
 GROUP_SIZES: Final = (32, 64, 128, 256, 512, 1024)
-SCRATCH_VALUES: Final = 2**25
-"""Weights that prefill expands at a time: 64 MiB of 16 bits. With hidden_size 4096 that is 8192 outputs, enough for a
+SCRATCH_VALUES: Final = 3 * 2**23
+"""Weights that prefill expands at a time: 48 MiB of 16 bits. With hidden_size 4096 that is 6144 outputs, enough for a
 product to fill any card, and it does not grow with the weight."""
 
 
@@ -83,6 +84,40 @@ class QuantWeight:
             bits=bits,
             group_size=group_size,
             in_features=in_features,
+            sizes=tuple(weight.shape[0] for weight in weights),
+        )
+
+    @classmethod
+    def from_int8(cls, *weights: Int8Weight) -> QuantWeight:
+        """Put weights of bitsandbytes' int8 side by side, into new memory: integers with one scale for each output.
+
+        The scales become float16, as all here are: off by up to 2^-11, for a whole row.
+
+        Args:
+            weights: at least one; all of one `in`, on one device.
+
+        Raises:
+            ValueError: they differ, or a row is so small, or so large, that float16 cannot hold its scale.
+        """
+        if len({(weight.shape[1], weight.weight.device) for weight in weights}) != 1:
+            msg = "got no weights, or weights of several inputs or devices · expected one form · keep them apart"
+            raise ValueError(msg)
+        magnitudes = torch.cat([weight.scb for weight in weights])
+        scales = (magnitudes / 127).half()
+        tiny = torch.finfo(torch.float16).smallest_normal
+        # Of a row of zeros the scale does not matter.
+        if not bool(((magnitudes == 0) | ((scales >= tiny) & scales.isfinite())).all()):
+            msg = (
+                "got rows whose scales float16 does not hold · expected them between 6e-5 and 65504 · keep them in int8"
+            )
+            raise ValueError(msg)
+        unsigned = torch.cat([weight.weight for weight in weights]).t().to(torch.int16) + symmetric_zero(8)
+        return cls(
+            tiles=to_tiles(pack(unsigned, 8), 8),
+            scales=scales.unsqueeze(0),
+            bits=8,
+            group_size=weights[0].shape[1],
+            in_features=weights[0].shape[1],
             sizes=tuple(weight.shape[0] for weight in weights),
         )
 
