@@ -119,13 +119,12 @@ def profile_decoder(artifact: Artifact, *, cache_dtype: Any, num_prompt_tokens: 
 
 def _draft(decoder: OnnxDecoder, num_prompt_tokens: int, num_new_tokens: int) -> None:
     rng = np.random.default_rng(0)
-    image = rng.standard_normal((1, num_prompt_tokens - 1, decoder.config.hidden_size), dtype=np.float32)
+    image = rng.standard_normal((num_prompt_tokens - 1, decoder.config.hidden_size), dtype=np.float32)
     cache = decoder.new_cache(1, num_prompt_tokens + num_new_tokens)
     for _ in range(2):
-        cache.num_cached_tokens = [0]
-        decoder.prefill([[1, IMAGE_TOKEN_ID]], image, cache)
+        decoder.prefill([1, IMAGE_TOKEN_ID], image, cache)
     for token_id in rng.integers(decoder.config.vocab_size, size=num_new_tokens).tolist():
-        decoder.decode_one_token([token_id], cache)
+        decoder.decode_one_token(cache, [token_id])
 
 
 def int8_rate() -> float:

@@ -293,7 +293,7 @@ def _count(text: str) -> int:
 def _summary(artifact: Artifact) -> str:
     """Return what a user wants to know at the end: sizes, parity, the terms, and what to type next."""
     manifest = artifact.manifest
-    vision, decoder, merge = (manifest.fidelity[part] for part in ("vision", "decoder", "merge"))
+    vision, decoder, cache, merge = (manifest.fidelity[part] for part in ("vision", "decoder", "int8_cache", "merge"))
     sizes: dict[str, int] = {}
     for name, record in manifest.files.items():
         part = name.partition("/")[0]
@@ -303,6 +303,7 @@ def _summary(artifact: Artifact) -> str:
         (f"decoder/ ({manifest.decoder.format})", _megabytes(sizes["decoder"])),
         ("features", f"smallest cosine {vision['min_cosine']:.6f}, largest difference {vision['max_abs']:.2g}"),
         ("decoder", f"KL {decoder['mean_kl']:.2g} nats/token, same top token {decoder['same_top']:.2%}"),
+        ("int8 cache", f"KL {cache['mean_kl']:.2g} more, same top token {cache['same_top']:.2%}"),
         (
             "measured on",
             f"{decoder['studies']} studies ({manifest.fidelity['verify_data']}), {decoder['tokens']} tokens",
@@ -340,7 +341,10 @@ def _onnx_rows(manifest: Manifest) -> list[tuple[str, str]]:
     measured = manifest.fidelity["onnx"]
     nbytes = sum(record.bytes for name, record in manifest.files.items() if name in names)
     rows = [("decoder.onnx", _megabytes(nbytes))]
-    for name, part, yardstick in (("engine", "decoder", "decoder/"), ("int8 cache", "int8_cache", "a float cache")):
+    for name, part, yardstick in (
+        ("engine", "decoder", "decoder/"),
+        ("its int8 cache", "int8_cache", "its float cache"),
+    ):
         if (found := measured.get(part)) is None:
             rows.append((name, "none: it takes onnxruntime 1.27 or newer at export"))
             continue

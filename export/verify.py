@@ -7,7 +7,8 @@ its prompt, and a findings text; the decoder is scored on the text, teacher-forc
 
     source    film ─ torch tower ─ base + LoRA, float32 ──▶ p(token | …)  ─┐
     artifact  film ─ vision.onnx ─ decoder/ ──────────────▶ q(token | …)  ─┴▶ KL(p‖q), same top token
-                          └─────── decoder.onnx ──────────▶ r(token | …)  ───▶ KL(q‖r), if there is one
+                          ├─────── with an int8 cache ────▶ r(token | …)  ───▶ KL(q‖r)
+                          └─────── decoder.onnx ──────────▶ s(token | …)  ───▶ KL(q‖s), if there is one
 
 The numbers go into the manifest; numbers worse than `TOLERANCES` end the export.
 """
@@ -70,6 +71,8 @@ TOLERANCES: Final = {
     "decoder bnb-int8": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
     "decoder gptq-int4": Tolerance(max_mean_kl=2.0, min_same_top=0.4),
     "decoder bnb-nf4": Tolerance(max_mean_kl=2.0, min_same_top=0.4),
+    # A scale for each vector: 1e-6 to 1e-4 nats.
+    "int8 cache": Tolerance(max_mean_kl=0.05, min_same_top=0.9),
     # Against decoder/, whose integers it has: what is lost is lost by inputs rounded to int8, 1e-4 to 1e-3 nats on
     # films that the model knows. And against itself with a float cache.
     "decoder.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
@@ -101,7 +104,8 @@ def measure(
         advance: Called `num_steps` times as the work goes on.
 
     Returns:
-        What the manifest records under `fidelity`: {"vision": {...}, "decoder": {...}}, and "onnx" if there is one.
+        What the manifest records under `fidelity`: {"vision": {...}, "decoder": {...}, "int8_cache": {...}}, the last
+        against the decoder with a cache of what it computes in, and "onnx" if there is one.
     """
     source_features = _source_features(checkpoint, studies, device)
     advance()
@@ -109,10 +113,11 @@ def measure(
     features = _artifact_features(artifact, studies)
     advance()
     source_logits = _source_logits(checkpoint, studies, source_features, device, advance)
-    logits = _artifact_logits(artifact, studies, features, device, advance)
+    logits, with_int8 = _artifact_logits(artifact, studies, features, device, advance, cache_dtypes=(None, "int8"))
     fidelity = {
         "vision": _compare_features(source_features, features),
         "decoder": _compare_logits(studies, source_logits, logits),
+        "int8_cache": _compare_logits(studies, logits, with_int8),
     }
     if manifest.onnx is not None:
         fidelity["onnx"] = _compare_onnx(artifact, studies, features, logits)
@@ -143,7 +148,8 @@ def measure_onnx(
     artifact = unfinished_artifact(folder, manifest)
     features = _artifact_features(artifact, studies)
     advance()
-    return _compare_onnx(artifact, studies, features, _artifact_logits(artifact, studies, features, device, advance))
+    (logits,) = _artifact_logits(artifact, studies, features, device, advance)
+    return _compare_onnx(artifact, studies, features, logits)
 
 
 def num_steps(checkpoint: Checkpoint) -> int:
@@ -167,6 +173,7 @@ def require_parity(fidelity: dict[str, Any], manifest: Manifest) -> None:
     _require(part, "cosine", vision["min_cosine"], "min_cosine")
     _require(part, "relative error", vision["relative_error"], "max_relative_error")
     _require_decoder(f"decoder {manifest.decoder.format}", fidelity["decoder"])
+    _require_decoder("int8 cache", fidelity["int8_cache"])
     if manifest.onnx is not None:
         require_onnx_parity(fidelity["onnx"])
 
@@ -236,21 +243,42 @@ def _source_logits(
 
 @torch.inference_mode()
 def _artifact_logits(
-    artifact: Artifact, studies: Sequence[Study], features: Sequence[Tensor], device: str, advance: Advance
-) -> list[Tensor]:
-    """Compute the same with the runtime's decoder from the files just written."""
-    hidden: list[Tensor] = []
+    artifact: Artifact,
+    studies: Sequence[Study],
+    features: Sequence[Tensor],
+    device: str,
+    advance: Advance,
+    *,
+    cache_dtypes: Sequence[CacheDtype | None] = (None,),
+) -> list[list[Tensor]]:
+    """Compute the same with the runtime's decoder from the files just written, once for each kind of cache.
+
+    A text is computed behind its prompt, as it is when it is decoded: what an int8 cache loses is lost there.
+    """
+    prompts: list[list[Tensor]] = []
+    texts: list[list[Tensor]] = []
     num_hidden_layers = artifact.decoder_config().num_hidden_layers
     for index in range(num_hidden_layers):
         decoder = load_decoder(artifact, device=device, layers=range(index, index + 1))
-        if not hidden:
-            ids = [(*study.input_ids, *study.target_ids[:-1]) for study in studies]
-            hidden = [decoder.embed(tokens, image) for tokens, image in zip(ids, features, strict=True)]
-        hidden = [decoder(x[None], decoder.new_cache(1, len(x)), [0])[0] for x in hidden]
+        if not prompts:
+            embedded = [decoder.embed(study.input_ids, image) for study, image in zip(studies, features, strict=True)]
+            behind = [decoder.embed(study.target_ids[:-1]) for study in studies]
+            prompts, texts = [list(embedded) for _ in cache_dtypes], [list(behind) for _ in cache_dtypes]
+        last: list[list[Tensor]] = [[] for _ in cache_dtypes]
+        for kind, cache_dtype in enumerate(cache_dtypes):
+            decoder.quantizes_cache = cache_dtype == "int8"
+            for study, (prompt, text) in enumerate(zip(prompts[kind], texts[kind], strict=True)):
+                cache = decoder.new_cache(1, len(prompt) + len(text))
+                x, normed = decoder(prompt[None], cache)
+                prompts[kind][study], scored = x[0], normed[0, -1:]
+                if len(text):
+                    x, normed = decoder(text[None], cache, start=len(prompt), reads_cache=True)
+                    texts[kind][study], scored = x[0], torch.cat((scored, normed[0]))
+                last[kind].append(scored)
         advance()
         if index + 1 < num_hidden_layers:
-            del decoder
-    return [decoder.logits(x[-len(study.target_ids) :]).cpu() for study, x in zip(studies, hidden, strict=True)]
+            del decoder, last
+    return [[decoder.logits(scored).cpu() for scored in kind] for kind in last]
 
 
 def _compare_onnx(

@@ -82,7 +82,19 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument(
         "--cache-dtype",
         choices=get_args(CacheDtype),
-        help="what the onnx engine keeps keys and values in (default: float32; int8 is a quarter of it)",
+        help="what keys and values are kept in: int8, or what the decoder computes in (default: the latter, unless "
+        "only int8 fits the memory)",
+    )
+    generate.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="take no more than that, such as 12GiB, or refuse before anything is loaded (default: what a GPU has "
+        "free; no limit on a CPU)",
+    )
+    generate.add_argument(
+        "--fp16-accumulation",
+        action="store_true",
+        help="let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact",
     )
     generate.add_argument(
         "--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is)"
@@ -122,6 +134,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         provider=arguments.provider,
         cache_dtype=arguments.cache_dtype,
+        memory_limit=arguments.memory_limit,
+        fp16_accumulation=arguments.fp16_accumulation,
         verify=not arguments.no_verify,
     )
     # One reason for all films: if it cannot be used, say so once and not for each film.
@@ -136,7 +150,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
     """Print the text of each film as it is made."""
-    status = 0
+    status, noted = 0, frozenset[str]()
     for image in arguments.images:
         try:
             stream = model.stream(
@@ -152,6 +166,7 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
             status = _report(image, error)
             continue
         _note_cut(stream.findings)
+        noted = _note_fallbacks(stream.findings, noted)
     return status
 
 
@@ -165,8 +180,8 @@ def _print_pieces(stream: FindingsStream) -> None:
 
 
 def _print_texts(model: FindingsModel, arguments: argparse.Namespace) -> int:
-    """Print each film's text when its batch is done."""
-    status = 0
+    """Print each film's text when it is done."""
+    status, noted = 0, frozenset[str]()
     for image, result in _results(model, arguments):
         if isinstance(result, LiteError):
             status = _report(image, result)
@@ -174,6 +189,7 @@ def _print_texts(model: FindingsModel, arguments: argparse.Namespace) -> int:
         _print_heading(image, arguments)
         _print(result.text)
         _note_cut(result)
+        noted = _note_fallbacks(result, noted)
     return status
 
 
@@ -194,7 +210,7 @@ def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tu
     from lite.model import Study, StudyError
 
     results = model.findings_batch(
-        (Study(image, arguments.reason, arguments.query) for image in arguments.images),
+        [Study(image, arguments.reason, arguments.query) for image in arguments.images],
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         rendering=arguments.rendering,
@@ -221,6 +237,8 @@ def _findings_json(findings: Findings) -> dict[str, Any]:
         "dtype": findings.dtype,
         "cache_dtype": findings.cache_dtype,
         "provider": findings.provider,
+        "backend": findings.backend,
+        "fallbacks": list(findings.fallbacks),
         "rendering": findings.rendering,
         "notice": findings.notice,
     }
@@ -268,6 +286,8 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
             value = f"{_divergence(value['decoder'])} from decoder/{more}"
         elif name == "decoder":
             value = f"{_divergence(value)} from the checkpoint"
+        elif name == "int8_cache":
+            value = f"{_divergence(value)} more"
         elif not isinstance(value, str):
             value = json.dumps(value)
         yield f"fidelity {name}", value
@@ -290,6 +310,15 @@ def _print_heading(image: str, arguments: argparse.Namespace) -> None:
 def _note_cut(findings: Findings | None) -> None:
     if findings is not None and findings.finish_reason == "length":
         say(f"note: the text was cut after {findings.num_new_tokens} tokens (--max-new-tokens, or the context is full)")
+
+
+def _note_fallbacks(findings: Findings | None, noted: frozenset[str]) -> frozenset[str]:
+    """Say what is slower than it has to be, each thing once; return what has been said."""
+    found = findings.fallbacks if findings is not None else ()
+    for fallback in found:
+        if fallback not in noted:
+            say(f"note: {fallback}")
+    return noted.union(found)
 
 
 def _report(image: str, error: LiteError) -> int:

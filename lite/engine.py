@@ -9,6 +9,7 @@ Nothing heavy is imported before the choice: a process with the onnx engine neve
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import sys
 from typing import TYPE_CHECKING, Final, Literal, get_args
@@ -96,13 +97,35 @@ def _require_torch(artifact: Artifact) -> None:
 
 
 def _gpu_for_torch() -> bool:
-    """Say whether torch sees a GPU; it is asked only where there is a driver, as importing it takes seconds."""
-    try:
-        ctypes.CDLL(_CUDA_DRIVER)
-    except OSError:
-        return False
+    """Say whether torch sees a GPU; it is asked only where there is one, as importing it takes seconds."""
+    return _has_gpu() and gpu_problem() is None
+
+
+def gpu_problem() -> str | None:
+    """Say why torch does not see the GPU that is there; None where it does, or there is none."""
+    if not _has_gpu():
+        return None
     if not has_torch():
-        return False
+        return "torch is not installed"
     import torch
 
-    return torch.cuda.is_available()
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:  # such as a driver that is too old, with its version
+        return str(error).strip().partition("\n")[0]
+    return f"torch {torch.__version__} does not see it"
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    """Ask the driver of NVIDIA's GPUs, if there is one."""
+    try:
+        driver = ctypes.CDLL(_CUDA_DRIVER)
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False

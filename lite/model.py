@@ -5,32 +5,38 @@
 
 A `FindingsModel` holds read-only weights; everything a request changes (its cache, its text) belongs to the request.
 So one model may be used from several threads at once: the requests share the cores and the weights and nothing else.
+
+With a GPU, another thread reads the films of a batch that come next, and sees to their features, while this one decodes
+(`lite.feed`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import os
 import time
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lite.artifact import TOKENIZER_NAME, load_artifact
-from lite.engine import choose_engine
-from lite.errors import ArtifactError, LiteError, PromptError
-from lite.generate import Generation
+from lite.engine import choose_engine, gpu_problem
+from lite.errors import ArtifactError, LiteError, MemoryBudgetError, PromptError
+from lite.feed import Feed
+from lite.generate import Generation, Request
 from lite.image import load_image, preprocess
-from lite.memory import MemoryPlan, Peaks, check_memory, parse_bytes, peak_rss_bytes, plan_memory, rss_bytes
+from lite.memory import REASON_TOKENS, STUDIES_AHEAD, Peaks, Planner, parse_bytes, peak_rss_bytes, rss_bytes
+from lite.onnx_session import CPU, CUDA
 from lite.prompt import PromptEncoder, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
 
     from lite.artifact import Artifact, CacheDtype
-    from lite.generate import Engine, FinishReason
+    from lite.generate import Engine, FinishReason, Requests
     from lite.image import ImageSource, Rendering
     from lite.vision import VisionEncoder
 
@@ -45,13 +51,16 @@ class Study(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time went, in seconds. A batch goes through each stage together: its studies share these numbers."""
+    """Where the time of a study went, in seconds.
 
-    image_s: float  # reading and preprocessing the film; this one is the study's own
+    In a batch a token takes as long as one of all rows, and as the prompt of another study that began in between.
+    """
+
+    image_s: float  # reading and preprocessing the film
     vision_s: float  # tower and projector
     prefill_s: float  # the prompt through the decoder, to the first token
-    decode_steps_s: tuple[float, ...]  # each further token; of a batch, one for each row
-    batch_size: int
+    decode_steps_s: tuple[float, ...]  # each further token
+    batch_size: int  # rows of the batch
 
     @property
     def decode_s(self) -> float:
@@ -71,7 +80,7 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """The process's memory peaks until each stage of this request had ended, and this request's cache, in bytes.
+    """The process's memory peaks until each stage of this study had ended, and the cache of its batch, in bytes.
 
     A peak is never less than the one before. In the first request of a process they tell what each stage takes.
     """
@@ -110,6 +119,8 @@ class Findings:
     dtype: str  # what the decoder computes in
     cache_dtype: str  # what keys and values are stored as
     provider: str  # ONNX Runtime's, for the vision tower, and for the decoder of the onnx engine
+    backend: str  # what the decoder's operations ran on: "triton, CUDA graphs", "triton", "torch" or "onnxruntime"
+    fallbacks: tuple[str, ...]  # what was slower than it has to be on such a machine, each with its reason
     notice: str
 
     @property
@@ -126,24 +137,16 @@ class StudyError:
     error: LiteError
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    """A study that has passed every check and waits for the models."""
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
+class _Drafting(Request):
+    """A study on its way."""
 
-    input_ids: list[int]
-    pixel_values: np.ndarray
-    rendering: str
-    image_s: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Begun:
-    """A batch whose images have been seen and whose text is to come."""
-
-    generation: Generation
-    vision_s: float
-    image_peaks: Peaks
-    vision_peaks: Peaks
+    index: int = 0
+    rendering: str = ""
+    image_s: float = 0.0
+    vision_s: float = 0.0
+    image_peaks: Peaks | None = None
+    vision_peaks: Peaks | None = None
 
 
 class FindingsStream:
@@ -180,13 +183,17 @@ class FindingsModel:
 
     def __init__(
         self, artifact: Artifact, *, tokenizer: Tokenizer, prompt: PromptEncoder, vision: VisionEncoder,
-        decoder: Engine,
+        decoder: Engine, planner: Planner | None = None, fallbacks: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.artifact = artifact
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.vision = vision
         self.decoder = decoder
+        self.planner = planner
+        """Says how many studies at a time fit; None: as many as are asked for."""
+        self.fallbacks = fallbacks
+        """What is slower than it has to be since it was loaded, each with its reason; requests may find more."""
 
     @property
     def notice(self) -> str:
@@ -235,7 +242,7 @@ class FindingsModel:
         but for an overflow, which only the piece it happens in can tell.
         """
         limit = self._max_new_tokens(max_new_tokens)
-        return FindingsStream(self._pieces(self._prepare(Study(image, reason, query), rendering), limit))
+        return FindingsStream(self._pieces(self._prepare(Study(image, reason, query), rendering, limit)))
 
     def findings_batch(
         self,
@@ -245,19 +252,20 @@ class FindingsModel:
         max_new_tokens: int | None = None,
         rendering: Rendering = "mimic-cxr-jpg",
     ) -> Iterator[Findings | StudyError]:
-        """Draft the findings of many films, a batch at a time.
+        """Draft the findings of many films, several at a time: one that has ended makes room for the next.
 
         Args:
-            studies: `Study`s, tuples like them, or images alone. Read lazily, `batch_size` at a time, so it may be a
-                generator over more films than fit in memory.
+            studies: `Study`s, tuples like them, or images alone. Read lazily, so it may be a generator over more films
+                than fit in memory.
             batch_size: how many go through the decoder together. More is faster and takes more memory: the cache
-                grows with it.
+                grows with it. Where that many do not fit (`load`'s memory_limit) it is as many as do, which
+                `Findings.timings.batch_size` tells.
             max_new_tokens: as for `findings`.
             rendering: as for `findings`.
 
         Yields:
             One result per study, in order. A study that cannot be used or computed, whatever is wrong with it, yields
-            a `StudyError` in its place; the others of its batch are not affected.
+            a `StudyError` in its place; the others are not affected.
 
         Raises:
             LiteError: batch_size or max_new_tokens is no count, or `studies` is one study and not several.
@@ -267,7 +275,9 @@ class FindingsModel:
             raise LiteError(msg)
         _check_count("batch_size", batch_size, "1 runs the studies one by one")
         limit = self._max_new_tokens(max_new_tokens)
-        return self._batches(iter(studies), batch_size, limit, rendering)
+        if isinstance(studies, Sized):  # rows that nobody will have would be allocated all the same
+            batch_size = max(1, min(batch_size, len(studies)))
+        return self._drafts(iter(studies), self._rows_that_fit(batch_size, limit), limit, rendering)
 
     def score(
         self,
@@ -296,10 +306,9 @@ class FindingsModel:
             PromptError: there are no tokens, or one is not in the vocabulary.
             ContextLengthError: prompt and answer together are longer than the context.
         """
-        prepared = self._prepare(Study(image, reason, query), rendering)
-        self._check_answer(token_ids, self.prompt.num_tokens(prepared.input_ids))
-        features = self.vision(prepared.pixel_values[None])[0]
-        return np.asarray(self.decoder.score(prepared.input_ids, token_ids, features))
+        study = self._prepare(Study(image, reason, query), rendering, 1)
+        self._check_answer(token_ids, study.num_prompt_tokens)
+        return np.asarray(self.decoder.score(study.input_ids, token_ids, study.image_features()))
 
     def _check_answer(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         vocab_size = self.decoder.config.vocab_size
@@ -315,111 +324,158 @@ class FindingsModel:
         _check_count("max_new_tokens", max_new_tokens, "leave it out for the default")
         return max_new_tokens
 
-    def _prepare(self, study: Study, rendering: Rendering) -> _Prepared:
+    def _prepare(self, study: Study, rendering: Rendering, max_new_tokens: int, *, index: int = 0) -> _Drafting:
         """Check everything about a study, the cheap things first."""
         input_ids = self.prompt.encode(study.reason, query=study.query)
         started = time.perf_counter()
         loaded = load_image(study.image, rendering=rendering)
         pixel_values = preprocess(loaded.image, self.artifact.manifest.preprocessing)
-        image_s = time.perf_counter() - started
-        return _Prepared(input_ids=input_ids, pixel_values=pixel_values, rendering=loaded.rendering, image_s=image_s)
-
-    def _start(self, batch: Sequence[_Prepared], max_new_tokens: int) -> _Begun:
-        """Run the tower over a batch, up to where its generation begins."""
-        image_peaks = self._peaks()
-        started = time.perf_counter()
-        image_features = self.vision(np.stack([prepared.pixel_values for prepared in batch]))
-        vision_s = time.perf_counter() - started
-        generation = Generation(
-            self.decoder,
-            [prepared.input_ids for prepared in batch],
-            image_features,
-            num_prompt_tokens=[self.prompt.num_tokens(prepared.input_ids) for prepared in batch],
+        drafting = _Drafting(
+            index=index,
+            input_ids=input_ids,
+            num_prompt_tokens=self.prompt.num_tokens(input_ids),
+            image_features=_nothing,
             max_new_tokens=max_new_tokens,
-            max_seq_len=self.prompt.max_seq_len,
-            eos_token_id=self.artifact.manifest.decoding.eos_token_id,
-            peaks=self._peaks,
+            rendering=loaded.rendering,
+            image_s=time.perf_counter() - started,
+            image_peaks=self._peaks(),
         )
-        return _Begun(generation=generation, vision_s=vision_s, image_peaks=image_peaks, vision_peaks=self._peaks())
+        drafting.image_features = functools.partial(self._see, drafting, pixel_values)
+        return drafting
+
+    def _see(self, drafting: _Drafting, pixel_values: np.ndarray) -> Any:  # noqa: ANN401 - the engine's own
+        """Run the tower on a study's film: image_features [P, hidden_size], where the decoder computes if possible."""
+        started = time.perf_counter()
+        out = None
+        if self.vision.writes_to(self.decoder.device):
+            out = self.decoder.image_buffer(self.prompt.num_image_tokens)
+        features = self.vision(pixel_values[None], out)[0]
+        drafting.vision_s = time.perf_counter() - started
+        drafting.vision_peaks = self._peaks()
+        return features
+
+    def _see_ahead(self, drafting: _Drafting) -> None:
+        """Have the features ready before their turn. They are handed over, and made again if the prompt has to be."""
+        again = drafting.image_features
+        try:
+            seen = [again()]
+        except MemoryBudgetError:
+            return  # in its turn it is found again, and the batch makes room
+        drafting.image_features = lambda: seen.pop() if seen else again()
 
     def _peaks(self) -> Peaks:
         return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=self.decoder.peak_vram_bytes())
 
-    def _finish(self, batch: Sequence[_Prepared], begun: _Begun) -> list[Findings]:
-        """Put the results of a finished generation together."""
-        generation, peaks = begun.generation, self._peaks()
-        memory = Memory(
-            image=begun.image_peaks,
-            vision=begun.vision_peaks,
-            prefill=generation.prefill_peaks or peaks,
-            decode=peaks,
-            cache_bytes=generation.cache_bytes,
-        )
-        return [
-            Findings(
-                text=self.tokenizer.decode(row.token_ids),
-                finish_reason=row.finish_reason or "length",
-                token_ids=tuple(row.token_ids),
-                num_prompt_tokens=row.num_prompt_tokens,
-                timings=Timings(
-                    image_s=prepared.image_s,
-                    vision_s=begun.vision_s,
-                    prefill_s=generation.prefill_s,
-                    decode_steps_s=tuple(generation.decode_steps_s),
-                    batch_size=len(batch),
-                ),
-                memory=memory,
-                rendering=prepared.rendering,
-                artifact_id=self.artifact.id,
-                engine=self.decoder.engine,
-                device=str(self.decoder.device),
-                dtype=str(self.decoder.dtype).removeprefix("torch."),
-                cache_dtype=self.decoder.cache_dtype,
-                provider=self.vision.provider,
-                notice=self.notice,
-            )
-            for prepared, row in zip(batch, generation.rows, strict=True)
-        ]
+    def _rows_that_fit(self, batch_size: int, max_new_tokens: int) -> int:
+        """Return how many studies at a time the memory limit allows, at most so many."""
+        if self.planner is None:
+            return batch_size
+        return self.planner.rows_that_fit(batch_size, max_new_tokens)
 
-    def _pieces(self, prepared: _Prepared, max_new_tokens: int) -> Generator[str, None, Findings]:
-        begun = self._start([prepared], max_new_tokens)
+    def row_len(self, max_new_tokens: int) -> int:
+        """Return the places of a row that most studies fit into: the prompt, a reason, the text."""
+        num_prompt_tokens: int = self.prompt.num_tokens(self.prompt.encode(None)) + REASON_TOKENS
+        return min(num_prompt_tokens + max_new_tokens, self.prompt.max_seq_len)
+
+    def _generation(self, feed: Requests, *, batch_size: int, max_seq_len: int) -> Generation:
+        return Generation(
+            self.decoder,
+            feed,
+            batch_size=batch_size,
+            max_seq_len=max_seq_len,
+            context=self.prompt.max_seq_len,
+            eos_token_id=self.artifact.manifest.decoding.eos_token_id,
+            peaks=self._peaks,
+        )
+
+    def _result(self, drafting: _Drafting) -> Findings:
+        """Put the result of a study that has ended together.
+
+        Raises:
+            LiteError: it has ended with that.
+        """
+        drafting.image_features = _nothing  # which held the film, and the study itself
+        if drafting.error is not None:
+            raise drafting.error
+        peaks = self._peaks()
+        return Findings(
+            text=self.tokenizer.decode(drafting.token_ids),
+            finish_reason=drafting.finish_reason or "length",
+            token_ids=tuple(drafting.token_ids),
+            num_prompt_tokens=drafting.num_prompt_tokens,
+            timings=Timings(
+                image_s=drafting.image_s,
+                vision_s=drafting.vision_s,
+                prefill_s=drafting.prefill_s,
+                decode_steps_s=tuple(drafting.decode_steps_s),
+                batch_size=drafting.batch_size,
+            ),
+            memory=Memory(
+                image=drafting.image_peaks or peaks,
+                vision=drafting.vision_peaks or peaks,
+                prefill=drafting.prefill_peaks or peaks,
+                decode=peaks,
+                cache_bytes=drafting.cache_bytes,
+            ),
+            rendering=drafting.rendering,
+            artifact_id=self.artifact.id,
+            engine=self.decoder.engine,
+            device=str(self.decoder.device),
+            dtype=str(self.decoder.dtype).removeprefix("torch."),
+            cache_dtype=self.decoder.cache_dtype,
+            provider=self.vision.provider,
+            backend=self.decoder.backend,
+            fallbacks=self.fallbacks + self.decoder.fallbacks,
+            notice=self.notice,
+        )
+
+    def _pieces(self, drafting: _Drafting) -> Generator[str, None, Findings]:
+        feed = Feed(iter([drafting]), lambda study: study)
         text = TextStream(self.tokenizer)
-        for (token_id,) in begun.generation:
+        for _, token_id in self._generation(feed, batch_size=1, max_seq_len=1):
             if token_id is not None and (piece := text.push(token_id)):
                 yield piece
-        if rest := text.finish():
+        if drafting.error is None and (rest := text.finish()):
             yield rest
-        return self._finish([prepared], begun)[0]
+        return self._result(drafting)
 
-    def _batches(
+    def _drafts(
         self, studies: Iterator[Any], batch_size: int, max_new_tokens: int, rendering: Rendering
     ) -> Iterator[Findings | StudyError]:
-        index = 0
-        while chunk := list(itertools.islice(studies, batch_size)):
-            ready: list[_Prepared | LiteError] = []
-            for item in chunk:
-                try:
-                    ready.append(self._prepare(_study(item), rendering))
-                except LiteError as error:
-                    ready.append(error)
-            batch = [entry for entry in ready if isinstance(entry, _Prepared)]
-            results = iter(self._run_batch(batch, max_new_tokens) if batch else [])
-            for entry in ready:
-                result = next(results) if isinstance(entry, _Prepared) else entry
-                yield StudyError(index=index, error=result) if isinstance(result, LiteError) else result
-                index += 1
+        def prepare(numbered: tuple[int, Any]) -> _Drafting:
+            index, item = numbered
+            try:
+                drafting = self._prepare(_study(item), rendering, max_new_tokens, index=index)
+                if ahead:  # in the other thread, while this one decodes
+                    self._see_ahead(drafting)
+            except LiteError as error:
+                return _Drafting(
+                    index=index, input_ids=(), num_prompt_tokens=0, image_features=_nothing,
+                    max_new_tokens=max_new_tokens, error=error,
+                )  # fmt: skip
+            return drafting
 
-    def _run_batch(self, batch: Sequence[_Prepared], max_new_tokens: int) -> list[Findings | LiteError]:
-        try:
-            begun = self._start(batch, max_new_tokens)
-            for _ in begun.generation:
-                pass
-            return [*self._finish(batch, begun)]
-        except LiteError as error:
-            if len(batch) == 1:
-                return [error]
-        # The error does not say which study it comes from: one by one, only that one has it.
-        return [result for prepared in batch for result in self._run_batch([prepared], max_new_tokens)]
+        # On a CPU the two would only share the cores.
+        ahead = STUDIES_AHEAD if self.decoder.run_ahead else 0
+        done: dict[int, Findings | StudyError] = {}
+        index = 0
+        with Feed(enumerate(studies), prepare, ahead=ahead) as feed:
+            generation = self._generation(feed, batch_size=batch_size, max_seq_len=self.row_len(max_new_tokens))
+            for drafting, token_id in generation:
+                if token_id is not None or not isinstance(drafting, _Drafting):
+                    continue
+                try:
+                    done[drafting.index] = self._result(drafting)
+                except LiteError as error:
+                    done[drafting.index] = StudyError(index=drafting.index, error=error)
+                # What has ended before those that were asked for earlier waits for them.
+                while index in done:
+                    yield done.pop(index)
+                    index += 1
+
+
+def _nothing() -> None:
+    """Stand in the place of image features that are not wanted any more."""
 
 
 def _study(item: Any) -> Study:  # noqa: ANN401 - anything a caller may put into the list
@@ -450,6 +506,7 @@ def load(
     provider: str | None = None,
     cache_dtype: CacheDtype | None = None,
     memory_limit: int | str | None = None,
+    fp16_accumulation: bool = False,
     verify: bool = True,
 ) -> FindingsModel:
     """Load an artifact.
@@ -465,12 +522,13 @@ def load(
         provider: what ONNX Runtime computes with, tower and decoder: a name of its own such as "CUDAExecutionProvider",
             or cpu, cuda; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA
             where `device` is a GPU and this ONNX Runtime has it.
-        cache_dtype: what the onnx engine keeps keys and values in: "float32" or "int8", a quarter of it. None takes
-            float32, or int8 where only that fits `memory_limit` and loses no more than `MAX_CACHE_KL`, as measured at
-            export.
-        memory_limit: refuse, before anything is loaded, an artifact with which one study at a time would take more:
-            bytes, or text such as "12GiB". On a GPU torch's allocator counts, on a CPU what the process has resident,
-            with all that it holds already. See `lite.memory`.
+        cache_dtype: what keys and values are kept in: "int8", or what the decoder computes in. None takes the latter,
+            or int8 where only that fits the memory and loses no more than `MAX_CACHE_KL`, as measured at export.
+        memory_limit: bytes, or text such as "12GiB": refuse, before anything is loaded, an artifact with which one
+            study at a time would take more, and run as many at a time as fit. On a GPU all that the model has there
+            counts, and None takes what is free; on a CPU what the process has resident, with all that it holds
+            already, and None sets no limit. See `lite.memory`.
+        fp16_accumulation: let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact.
         verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B
             model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026), longer where the
             disk is slower.
@@ -484,10 +542,9 @@ def load(
     limit = None if memory_limit is None else parse_bytes(memory_limit)
     artifact = load_artifact(path)
     chosen = choose_engine(artifact, engine, device=device, dtype=dtype, provider=provider)
-    if chosen == "torch" and cache_dtype is not None:
-        msg = f"got cache_dtype {cache_dtype!r} for the torch engine · expected it for onnx only, which computes "
-        todo = "leave it out" if artifact.manifest.onnx else f"make it with `python -m export onnx {artifact.path}`"
-        raise LiteError(f"{msg}decoder.onnx · {todo}")
+    if fp16_accumulation and chosen != "torch":
+        msg = "got fp16_accumulation for the onnx engine · expected it for torch on a GPU only · leave it out"
+        raise LiteError(msg)
     if verify:
         artifact.verify(engine=chosen)
     manifest, config = artifact.manifest, artifact.decoder_config()
@@ -499,33 +556,75 @@ def load(
         num_image_tokens=manifest.vision.num_image_tokens,
         max_seq_len=config.max_position_embeddings,
     )
-    if chosen == "onnx":
-        vision, decoder = _load_onnx(artifact, provider, cache_dtype, limit)
-    else:
-        vision, decoder = _load_torch(artifact, device, dtype, limit)
-    return FindingsModel(artifact, tokenizer=tokenizer, prompt=prompt, vision=vision, decoder=decoder)
+    loaded = (
+        _load_onnx(artifact, provider, cache_dtype, limit)
+        if chosen == "onnx"
+        else _load_torch(artifact, device, dtype, cache_dtype, limit, fp16_accumulation=fp16_accumulation)
+    )
+    vision, decoder, planner = loaded
+    fallbacks: list[str] = []
+    if device == "auto" and provider is None and (problem := gpu_problem()) is not None:
+        fallbacks.append(f"the CPU in place of the GPU that is there: {problem}")
+    if str(decoder.device).startswith("cuda") and vision.provider == CPU:
+        fallbacks.append("the tower on the CPU: this ONNX Runtime has no CUDA provider, or it does not start")
+    return FindingsModel(
+        artifact,
+        tokenizer=tokenizer,
+        prompt=prompt,
+        vision=vision,
+        decoder=decoder,
+        planner=planner,
+        fallbacks=tuple(fallbacks),
+    )
 
 
-def _load_torch(artifact: Artifact, device: str, dtype: str | None, limit: int | None) -> tuple[VisionEncoder, Engine]:
+def _load_torch(
+    artifact: Artifact,
+    device: str,
+    dtype: str | None,
+    cache_dtype: CacheDtype | None,
+    limit: int | None,
+    *,
+    fp16_accumulation: bool,
+) -> tuple[VisionEncoder, Engine, Planner | None]:
     # torch first: onnxruntime then finds the CUDA libraries that torch has brought.
-    from lite.decoder import DTYPES, check_device, load_decoder
+    from lite.decoder import check_cache_dtype, check_device, check_dtype, free_bytes, load_decoder
+    from lite.onnx_session import provider_of_device
     from lite.vision import VisionEncoder
 
-    if dtype is not None and dtype not in DTYPES:
-        msg = f"got dtype {dtype!r} · expected {', '.join(DTYPES)} or None · choose one of them"
-        raise LiteError(msg)
+    check_dtype(dtype)
     target = check_device(device)
-    if limit is not None:
-        plan = plan_memory(artifact, device=target, dtype=dtype, libraries_bytes=rss_bytes() or 0)
-        check_memory(plan, limit, what=str(artifact.path))
-    return VisionEncoder(artifact, device=target), load_decoder(artifact, device=target, dtype=dtype)
+    check_cache_dtype(artifact, cache_dtype, device=target, dtype=dtype)
+    on_gpu = target.startswith("cuda")
+    if fp16_accumulation and not on_gpu:
+        raise LiteError(f"got fp16_accumulation on {target} · expected it for a GPU only · leave it out")
+    planner = None
+    if on_gpu or limit is not None:
+        planner = Planner.choose(
+            artifact,
+            device=target,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            limit=free_bytes(target) if limit is None else limit,
+            tower_on_gpu=on_gpu and provider_of_device(target).startswith(CUDA),
+            libraries_bytes=rss_bytes() or 0,
+        )
+    decoder = load_decoder(
+        artifact,
+        device=target,
+        dtype=dtype,
+        cache_dtype=cache_dtype if planner is None else planner.cache_dtype,
+        chunk_size=None if planner is None else planner.chunk_size,
+        fp16_accumulation=fp16_accumulation,
+    )
+    return VisionEncoder(artifact, device=target), decoder, planner
 
 
 def _load_onnx(
     artifact: Artifact, provider: str | None, cache_dtype: CacheDtype | None, limit: int | None
-) -> tuple[VisionEncoder, Engine]:
-    from lite.onnx_decoder import OnnxDecoder, check_cache_dtype, smaller_cache
-    from lite.onnx_session import CPU, check_provider
+) -> tuple[VisionEncoder, Engine, Planner | None]:
+    from lite.onnx_decoder import OnnxDecoder, check_cache_dtype
+    from lite.onnx_session import check_provider
     from lite.vision import VisionEncoder
 
     check_cache_dtype(artifact, cache_dtype)
@@ -533,20 +632,19 @@ def _load_onnx(
     if limit is not None and chosen != CPU:
         msg = f"got a memory limit with provider {provider!r} · expected the CPU, of whose memory alone there is a plan"
         raise LiteError(f"{msg} · leave the limit out")
+    planner = None
     if limit is not None:
-        libraries = rss_bytes() or 0
-
-        def plan(dtype: CacheDtype | None) -> MemoryPlan:
-            return plan_memory(artifact, device="cpu", engine="onnx", cache_dtype=dtype, libraries_bytes=libraries)
-
-        hint = ""
-        if cache_dtype is None and plan(None).peak_bytes > limit:
-            cache_dtype = smaller_cache(artifact)
-            if cache_dtype is None and plan("int8").peak_bytes <= limit:
-                hint = "; cache_dtype='int8' would fit, but lost too much at export to be taken without being asked for"
-        check_memory(plan(cache_dtype), limit, what=str(artifact.path), hint=hint)
+        planner = Planner.choose(
+            artifact,
+            device="cpu",
+            engine="onnx",
+            cache_dtype=cache_dtype,
+            limit=limit,
+            libraries_bytes=rss_bytes() or 0,
+        )
+        cache_dtype = planner.cache_dtype
     vision = VisionEncoder(artifact, provider=chosen)
-    return vision, OnnxDecoder(artifact, provider=chosen, cache_dtype=cache_dtype)
+    return vision, OnnxDecoder(artifact, provider=chosen, cache_dtype=cache_dtype), planner
 
 
 def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:

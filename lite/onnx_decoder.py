@@ -8,12 +8,12 @@
 buffers of this module's, of which the graph is told the addresses (IO binding): it writes what is new into them, and
 nothing is copied from one token to the next.
 
-A prompt goes through a chunk at a time, which bounds the memory of activations. The prompts of a batch go one after
-the other: arithmetic is what a prompt costs, so that together they would take as long, and more memory.
+A prompt goes through a chunk at a time, which bounds the memory of activations.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +24,7 @@ from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.config import IMAGE_TOKEN_ID
 from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError
 from lite.memory import ONNX_CHUNK_SIZE
-from lite.onnx_session import CPU, CUDA, DML, import_onnxruntime, open_session, require_onnxruntime
+from lite.onnx_session import CPU, CUDA, DML, errors_explained, import_onnxruntime, open_session, require_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 PREFILL_INPUT: Final = "is_prefill"
 """Of a graph with an int8 cache that computes in float32: whether a prompt is read (see `export.int8_cache_graph`)."""
-MAX_CACHE_KL: Final = 1e-3
-"""The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
+NOT_FINITE: Final = -1
+"""In the place of a token whose logits are not finite."""
 _OLDEST: Final = (1, 22), "8-bit MatMulNBits"
 OLDEST_INT8_CACHE: Final = (1, 27)
 _OLDEST_INT8_CACHE: Final = OLDEST_INT8_CACHE, "an int8 cache in GroupQueryAttention"
@@ -65,12 +65,19 @@ class OnnxCache:
         self.dtype = _NUMPY[dtype]
         self.device = device
         self.num_cached_tokens = [0] * batch_size
+        self.input_ids = [0] * batch_size
+        """The newest token of each row; NOT_FINITE where its logits were not."""
         self.buffers = {
             f"{layer}.{kind}": ort_value.ortvalue_from_shape_and_type(self.shape, self.dtype, *device)
             for layer in range(config.num_hidden_layers)
             for kind in ("key", "value")
         }
-        self.binding: Any = None  # of the whole batch; `OnnxDecoder` makes it when the first token is decoded
+        self.bindings: dict[int, Any] = {}  # of the first n rows; `OnnxDecoder` makes them when they are decoded
+
+    @property
+    def batch_size(self) -> int:
+        """The number of rows."""
+        return self.shape[0]
 
     @property
     def max_seq_len(self) -> int:
@@ -82,20 +89,47 @@ class OnnxCache:
         """2 (keys, values) x layers x rows x kv_heads x max_seq_len x head_dim x bytes of an element."""
         return len(self.buffers) * math.prod(self.shape) * self.dtype.itemsize
 
-    def bind(self, binding: Any, row: int | None = None) -> None:  # noqa: ANN401 - of ONNX Runtime
-        """Tell a binding where the buffers are: all rows, or only one of them."""
-        shape = self.shape if row is None else (1, *self.shape[1:])
-        offset = (row or 0) * math.prod(self.shape[1:]) * self.dtype.itemsize
+    def bind(self, binding: Any, first: int, count: int) -> None:  # noqa: ANN401 - of ONNX Runtime
+        """Tell a binding where the buffers of some rows are."""
+        shape = (count, *self.shape[1:])
+        offset = first * math.prod(self.shape[1:]) * self.dtype.itemsize
         for name, buffer in self.buffers.items():
             place = (*self.device, self.dtype, shape, buffer.data_ptr() + offset)
             binding.bind_input(f"past_key_values.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
+
+    def newest(self) -> NewestTokens:
+        """Return the newest token of each row."""
+        return NewestTokens(list(self.input_ids))
+
+    def release(self, row: int, *, damaged: bool = False) -> None:  # noqa: ARG002 - no slot is read that is not its study's
+        """Free a row."""
+        self.num_cached_tokens[row] = 0
+
+    def sample(self, first: int, logits: Array) -> None:
+        """Take the most probable token of some rows: logits [rows, vocab_size]."""
+        finite = np.isfinite(logits).all(-1)
+        self.input_ids[first : first + len(logits)] = np.where(finite, logits.argmax(-1), NOT_FINITE).tolist()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NewestTokens:
+    """Token ids, which are here already."""
+
+    token_ids: list[int]
+
+    def tolist(self) -> list[int]:
+        """Return them; NOT_FINITE where the logits were not finite."""
+        return self.token_ids
 
 
 class OnnxDecoder:
     """A Llama decoder that reads images, computed by ONNX Runtime."""
 
     engine: EngineName = "onnx"
+    backend = "onnxruntime"
+    fallbacks: tuple[str, ...] = ()
+    run_ahead = 0
 
     def __init__(
         self,
@@ -151,8 +185,22 @@ class OnnxDecoder:
         name, index = _DEVICES.get(self.provider, self.provider), self._place[1]
         return f"{name}:{index}" if index else name
 
+    @property
+    def overflow(self) -> str:
+        """What to say where logits are not finite."""
+        todo = "the artifact may be damaged: load it with verify=True"
+        if self.dtype != "float32":
+            todo = "the computation overflowed: export decoder.onnx with --activations float32, or use torch"
+        return f"got logits that are not finite in {self.dtype} · expected numbers · {todo}"
+
     def peak_vram_bytes(self) -> None:
         """Say that ONNX Runtime does not tell."""
+
+    def image_buffer(self, num_image_tokens: int) -> None:
+        """Say that features are taken from the host."""
+
+    def give_back(self, cache: OnnxCache) -> None:
+        """Forget a cache."""
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> OnnxCache:
         """Allocate a cache for `batch_size` studies of up to `max_seq_len` tokens each."""
@@ -178,55 +226,53 @@ class OnnxDecoder:
         before, after = (self._embeddings[list(part)].astype(dtype) for part in (input_ids[:at], input_ids[at + 1 :]))
         return np.concatenate((before, np.asarray(image_features).astype(dtype), after))
 
-    def prefill(self, prompts: Sequence[Sequence[int]], image_features: Array, cache: OnnxCache) -> Array:
-        """Fill the cache with the prompts; return the logits after the last token of each.
+    def prefill(self, input_ids: Sequence[int], image_features: Array, cache: OnnxCache, row: int = 0) -> Array:
+        """Fill a free row of the cache with a prompt, and choose its first token.
 
         Args:
-            prompts: the input_ids of each row, each with IMAGE_TOKEN_ID once; their lengths may differ.
-            image_features: [B, P, hidden_size].
-            cache: empty, with B rows.
+            input_ids: of the prompt, with IMAGE_TOKEN_ID once.
+            image_features: [P, hidden_size].
+            cache: from `new_cache`.
+            row: of the cache.
 
         Returns:
-            logits float32 [B, vocab_size].
+            logits float32 [1, vocab_size] behind the prompt.
 
         Raises:
-            ContextLengthError: a prompt is longer than the cache.
-            LiteError: the logits are not finite.
+            ContextLengthError: the prompt is longer than the cache.
+            LiteError: ONNX Runtime fails.
         """
-        logits = [
-            self._run_row(self.embed(input_ids, image), cache, row)
-            for row, (input_ids, image) in enumerate(zip(prompts, image_features, strict=True))
-        ]
-        return np.concatenate(logits)
+        logits = self._run_row(self.embed(input_ids, image_features), cache, row)
+        cache.sample(row, logits)
+        return logits
 
-    def decode_one_token(
-        self, input_ids: Sequence[int], cache: OnnxCache, active: Sequence[bool] | None = None
-    ) -> Array:
-        """Run one token per row; return the logits of the next.
+    def decode_one_token(self, cache: OnnxCache, input_ids: Sequence[int] | None = None) -> Array:
+        """Run the newest token of each row, and choose the next.
 
         Args:
-            input_ids: the newest token of each row.
-            cache: after `prefill`.
-            active: which rows go on. A row that has ended is computed, as the batch is rectangular, but does not
-                grow; its logits mean nothing.
+            cache: after `prefill` of at least one row. Rows that are free stay so.
+            input_ids: for each row, instead of the token that was chosen.
 
         Returns:
-            logits float32 [B, vocab_size].
+            logits float32 [rows, vocab_size], of the rows up to the last that is not free; those of free rows mean
+            nothing.
 
         Raises:
             ContextLengthError: the cache is full.
-            LiteError: the logits are not finite.
+            LiteError: ONNX Runtime fails.
         """
-        grows = active if active is not None else [True] * len(input_ids)
-        # A row that has ended writes into its last slot, which nobody reads any more.
-        totals = [n + grow for n, grow in zip(cache.num_cached_tokens, grows, strict=True)]
-        if cache.binding is None:
-            cache.binding = self._session.io_binding()
-            cache.bind(cache.binding)
-        inputs_embeds = self.embed(input_ids)[:, None]
-        logits = self._run(cache.binding, cache, inputs_embeds, totals, logits_at=[0], is_prefill=False)
-        cache.num_cached_tokens = totals
-        return logits[:, 0]
+        counts = cache.num_cached_tokens
+        rows = max(row for row, count in enumerate(counts) if count) + 1
+        # A free row writes its first slot, which its next study will write again.
+        totals = [count + 1 for count in counts[:rows]]
+        if rows not in cache.bindings:
+            cache.bindings[rows] = self._session.io_binding()
+            cache.bind(cache.bindings[rows], 0, rows)
+        inputs_embeds = self.embed(cache.input_ids[:rows] if input_ids is None else input_ids[:rows])[:, None]
+        logits = self._run(cache.bindings[rows], cache, inputs_embeds, totals, logits_at=[0], is_prefill=False)[:, 0]
+        cache.num_cached_tokens = [count + 1 if count else 0 for count in counts]
+        cache.sample(0, logits)
+        return logits
 
     def score(
         self,
@@ -252,7 +298,10 @@ class OnnxDecoder:
         """
         inputs_embeds = self.embed([*input_ids, *target_ids[:-1]], image_features)
         cache = cache or self.new_cache(1, len(inputs_embeds))
-        return self._run_row(inputs_embeds, cache, 0, num_decoded=len(target_ids) - 1)
+        logits = self._run_row(inputs_embeds, cache, 0, num_decoded=len(target_ids) - 1)
+        if not np.isfinite(logits).all():
+            raise LiteError(self.overflow)
+        return logits
 
     def end_profile(self) -> Path:
         """End the profile that was asked for, and return its file: what each operator of each run has taken."""
@@ -273,7 +322,7 @@ class OnnxDecoder:
         length = len(inputs_embeds)
         num_prompt_tokens = length - num_decoded
         binding = self._session.io_binding()
-        cache.bind(binding, row)
+        cache.bind(binding, row, 1)
         scored: list[Array] = []
         for begin, end in self._chunks(num_prompt_tokens, length):
             # Of a chunk that no logits are wanted of those of its last token are computed all the same, and dropped.
@@ -323,17 +372,8 @@ class OnnxDecoder:
             binding.bind_cpu_input(name, values)
         logits = np.empty((len(totals), len(logits_at), self.config.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        try:
+        with errors_explained(self.provider):
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-            reason = str(error).strip().partition("\n")[0][:200]
-            msg = f"got an error of ONNX Runtime ({reason}) · expected {self.provider} to compute the decoder · "
-            raise LiteError(f"{msg}if it is about memory take a smaller batch, else report this") from error
-        if not np.isfinite(logits).all():
-            todo = "the artifact may be damaged: load it with verify=True"
-            if self.dtype != "float32":
-                todo = "the computation overflowed: export decoder.onnx with --activations float32, or use torch"
-            raise LiteError(f"got logits that are not finite in {self.dtype} · expected numbers · {todo}")
         return logits
 
     def _check_signature(self, file: str) -> None:
@@ -375,14 +415,6 @@ def check_cache_dtype(artifact: Artifact, cache_dtype: str | None) -> None:
             f"{artifact.path}: got cache_dtype {cache_dtype!r} · expected {' or '.join(known)}, which decoder.onnx was "
         )
         raise LiteError(f"{msg}exported with · choose one of them")
-
-
-def smaller_cache(artifact: Artifact) -> CacheDtype | None:
-    """Return the cache to take where the usual one does not fit: int8, if it loses little enough; None if not."""
-    measured = artifact.manifest.fidelity.get("onnx")
-    lost = measured.get("int8_cache", {}).get("mean_kl") if isinstance(measured, dict) else None
-    good = "int8" in _part(artifact).cache_dtypes and isinstance(lost, float) and lost <= MAX_CACHE_KL
-    return "int8" if good else None
 
 
 def _part(artifact: Artifact) -> OnnxPart:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import TYPE_CHECKING, Any, Final
 
 from lite.cores import available_cores
-from lite.errors import ArtifactError, BackendUnavailable, LiteError
+from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudgetError
 
 if TYPE_CHECKING:
     import types
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
 DML: Final = "DmlExecutionProvider"
+_SETTINGS: Final = {
+    # By default its arena doubles each time, and every way of computing a convolution is tried, with what each takes.
+    CUDA: {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
+}
 _REMOTE: Final = "AzureExecutionProvider"
 """Calls models elsewhere, and computes nothing itself; ONNX Runtime lists it everywhere."""
 _SHORT: Final = {
@@ -140,7 +145,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     name, _, index = provider.partition(":")
-    providers: list[Any] = [(name, {"device_id": int(index)} if index else {})]
+    settings: dict[str, Any] = dict(_SETTINGS.get(name, {})) | ({"device_id": int(index)} if index else {})
+    providers: list[Any] = [(name, settings)]
     if name != CPU and whole:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     elif name != CPU:
@@ -174,6 +180,24 @@ def open_session(
 def _session(runtime: types.ModuleType, file: Path, options: Any, providers: list[Any]) -> Any:  # noqa: ANN401 - its types
     # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
     return runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
+
+
+@contextlib.contextmanager
+def errors_explained(provider: str) -> Iterator[None]:
+    """Say in this project's words what goes wrong while a graph is computed.
+
+    Raises:
+        MemoryBudgetError: it is about memory.
+        LiteError: it is not.
+    """
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+        reason = str(error).strip().partition("\n")[0][:200]
+        what = f"got an error of ONNX Runtime ({reason}) · expected {provider} to compute the graph · "
+        if "memory" in str(error).lower() or isinstance(error, MemoryError):
+            raise MemoryBudgetError(f"{what}take fewer studies at a time, or a larger machine") from error
+        raise LiteError(f"{what}report this") from error
 
 
 # -- The files that a graph reads ------------------------------------------------------------------------------------

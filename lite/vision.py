@@ -7,19 +7,36 @@ The graph may compute in float16 inside; what goes in and comes out is float32. 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from lite.artifact import VISION_NAME
+from lite.cuda_lock import CAPTURING
 from lite.errors import ArtifactError
-from lite.onnx_session import open_session, provider_of_device
+from lite.onnx_session import CPU, CUDA, errors_explained, open_session, provider_of_device
 
 if TYPE_CHECKING:
     from lite.artifact import Artifact
 
 INPUT_NAME = "pixel_values"
 OUTPUT_NAME = "image_features"
+
+
+class Buffer(Protocol):
+    """Memory of another library's that features are written to, such as a tensor of torch's."""
+
+    @property
+    def device(self) -> Any:  # noqa: ANN401 - of that library
+        """Where it is: as text "cpu", "cuda" or "cuda:N"."""
+
+    @property
+    def shape(self) -> Any:  # noqa: ANN401
+        """[B, P, C]."""
+
+    def data_ptr(self) -> int:
+        """Return its address."""
 
 
 class VisionEncoder:
@@ -49,17 +66,45 @@ class VisionEncoder:
         name: str = self._session.get_providers()[0]
         return name
 
-    def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
+    def __call__(self, pixel_values: np.ndarray, out: Buffer | None = None) -> Any:  # noqa: ANN401 - an array, or out
         """Run the tower and the projector.
 
         Args:
             pixel_values: float32 [B, 3, S, S], from `lite.image.preprocess`.
+            out: contiguous float32 [B, P, C] that nobody writes or reads meanwhile. Where the provider computes on the
+                same device, the features are written there and never pass through the host.
 
         Returns:
-            image_features, float32 [B, P, C].
+            image_features, float32 [B, P, C]: `out` if it was written to, or else a numpy array.
+
+        Raises:
+            MemoryBudgetError: a GPU is full.
+            LiteError: ONNX Runtime fails.
         """
-        features: np.ndarray = self._session.run([OUTPUT_NAME], {INPUT_NAME: pixel_values})[0]
-        return features
+        place = None if out is None else self._place(out.device)
+        # On a GPU ONNX Runtime waits for all of it, which a capture in another thread would not survive.
+        with CAPTURING if self.provider == CUDA else contextlib.nullcontext(), errors_explained(self.provider):
+            if out is None or place is None:
+                return self._session.run([OUTPUT_NAME], {INPUT_NAME: pixel_values})[0]
+            binding = self._session.io_binding()
+            pixels = np.ascontiguousarray(pixel_values)  # bound by its address
+            binding.bind_cpu_input(INPUT_NAME, pixels)
+            binding.bind_output(OUTPUT_NAME, *place, np.float32, tuple(out.shape), out.data_ptr())
+            self._session.run_with_iobinding(binding)  # it has ended when this returns
+        return out
+
+    def writes_to(self, device: object) -> bool:
+        """Say whether features can be written to that device's memory without a copy: a name such as "cuda:0"."""
+        return self._place(device) is not None
+
+    def _place(self, where: object) -> tuple[str, int] | None:
+        """Return what ONNX Runtime calls a device; None where its provider does not write there."""
+        device, _, index = str(where).partition(":")
+        if device == "cpu":
+            return ("cpu", 0) if self.provider == CPU else None
+        options = self._session.get_provider_options().get(CUDA, {})
+        same = device == "cuda" and self.provider == CUDA and int(options.get("device_id", 0)) == int(index or 0)
+        return ("cuda", int(index or 0)) if same else None
 
     def _check_signature(self, file: str) -> None:
         """Compare names, types and fixed dimensions with the manifest, so that a wrong graph fails at load."""

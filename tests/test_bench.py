@@ -36,7 +36,6 @@ from lite.bench.results import Missing, NotRun, Throughput
 from lite.bench.run import Job, _notes, _runs
 from lite.bench.studies import ListedStudy
 from lite.config import DecoderConfig
-from lite.errors import LiteError
 from lite.model import FindingsModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,10 +123,11 @@ def both(
 def test_both_engines_have_a_row_each(both: tuple[dict[str, Any], ...], tiny_onnx_artifact: Artifact) -> None:
     ran = [[row[key] for key in ("name", "engine", "device", "dtype", "cache_dtype", "provider")] for row in both]
     assert ran == [
-        ["artifact torch", "torch", "cpu", "float32", "float32", "CPU"],
+        ["artifact torch", "torch", "cpu", "float32", "int8", "CPU"],
         ["artifact onnx", "onnx", "cpu", "float32", "int8", "CPU"],
     ]
     assert {row["artifact_id"] for row in both} == {tiny_onnx_artifact.id}
+    assert [(row["backend"], row["fallbacks"]) for row in both] == [("torch", []), ("onnxruntime", [])]
     assert all(row["latency"]["total"]["p50"] > 0 for row in both)
 
 
@@ -182,18 +182,24 @@ def test_an_artifact_without_decoder_onnx_is_measured_by_torch_alone(
     job = Job(
         artifacts=artifacts, studies=(), data="", record=None, options=options, clinical=Clinical(), command=""
     )  # fmt: skip
-    torch = dataclasses.replace(options, engine="torch", provider=None, cache_dtype=None)
+    torch = dataclasses.replace(options, engine="torch", provider=None)
     onnx_only = dataclasses.replace(options, engine="onnx", device="auto", dtype=None)
     paths = [path for _, path in artifacts]
     assert list(_runs(job)) == [
         ("fp16", paths[0], torch), ("int4 torch", paths[1], torch), ("int4 onnx", paths[1], onnx_only)
     ]  # fmt: skip
     assert _notes(job, []) == ("fp16: by torch alone, as it has no decoder.onnx.",)
+    # A float cache is that of the activations, which are each engine's own.
+    job = dataclasses.replace(job, options=dataclasses.replace(options, cache_dtype="float32"))
+    asked = {options.engine: options.cache_dtype for _, _, options in _runs(job)}
+    assert asked == {"torch": None, "onnx": "float32"}
 
 
-def test_a_cache_dtype_is_not_dropped_where_torch_is_chosen(tiny_artifact: Artifact) -> None:
-    with pytest.raises(LiteError, match="got cache_dtype 'int8' for the torch engine"):
-        _settings(tiny_artifact, Options(cache_dtype="int8"))
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_cache_dtype_is_not_dropped_where_torch_is_chosen(tiny_artifact: Artifact, cache_dtype: Any) -> None:
+    engine, settings = _settings(tiny_artifact, Options(device="cpu", cache_dtype=cache_dtype))
+    assert engine == "torch"
+    assert settings == {"device": "cpu", "dtype": None, "cache_dtype": cache_dtype}
 
 
 def test_a_damaged_artifact_is_a_row_for_both_engines(tmp_path: Path) -> None:
@@ -364,8 +370,8 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
         (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "gone.png: got no such file"),
         (("{artifact}", "--data", "{tmp}/list.json", "--engine", "onnx"), "got an artifact without decoder.onnx"),
         (
-            ("{artifact}", "--data", "{tmp}/list.json", "--engine", "torch", "--cache-dtype", "int8"),
-            "got --cache-dtype int8 for the torch engine",
+            ("{artifact}", "--data", "{tmp}/list.json", "--engine", "torch", "--provider", "cpu"),
+            "got provider 'cpu' for the torch engine",
         ),
         (
             ("record", "{artifact}", "--data", "{tmp}/list.json", "--out", "{tmp}/r", "--engine", "onnx"),

@@ -160,6 +160,8 @@ def row(
         dtype="float16",
         cache_dtype="float16",
         provider="CUDAExecutionProvider",
+        backend="triton, CUDA graphs",
+        fallbacks=(),
         disk_bytes=weights + 190_000_000,
         weight_bytes=weights + 180_000_000,
         verify_s=weight_gb * 0.8,

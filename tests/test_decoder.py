@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from conftest import HIDDEN_SIZE, random_llama, tiny_llama_config, tiny_manifest
 from safetensors.torch import save_file
 
 from kernels.reference import attention
-from lite.artifact import Artifact, FileRecord, load_artifact
+from lite.artifact import Artifact, CacheDtype, FileRecord, load_artifact
+from lite.cache import NOT_FINITE, KVCache
 from lite.config import IMAGE_TOKEN_ID
 from lite.decoder import LlamaDecoder, check_device, load_decoder
-from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError
+from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError, MemoryBudgetError
+from lite.linear import linears_of
 
 VOCAB_SIZE = 300
 FORMS = {
@@ -49,14 +52,20 @@ def decoder_folder(out: Path, config: dict[str, Any], weights: dict[str, torch.T
     return Artifact(path=out, manifest=manifest, id="0" * 16)
 
 
-def tiny_decoder(out: Path, **changes: Any) -> LlamaDecoder:
-    config = tiny_llama_config(VOCAB_SIZE, **changes)
-    return load_decoder(decoder_folder(out, config, random_llama(config)), device="cpu")
+def tiny_decoder(out: Path, *, cache_dtype: CacheDtype | None = None) -> LlamaDecoder:
+    config = tiny_llama_config(VOCAB_SIZE)
+    return load_decoder(decoder_folder(out, config, random_llama(config)), device="cpu", cache_dtype=cache_dtype)
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> LlamaDecoder:
     return tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def int8_cached(tmp_path_factory: pytest.TempPathFactory) -> LlamaDecoder:
+    """The same with an int8 cache."""
+    return tiny_decoder(tmp_path_factory.mktemp("int8-cached"), cache_dtype="int8")
 
 
 def features(rows: int, *, seed: int = 7) -> np.ndarray:
@@ -100,33 +109,70 @@ def test_same_logits_and_greedy_tokens_as_transformers(tmp_path: Path, form: str
     assert greedy(ours, PROMPTS[:1], features(1), steps=12)[0] == generated[0].tolist()
 
 
+def prefill(
+    decoder: LlamaDecoder, prompts: list[list[int]], image_features: np.ndarray, cache: KVCache
+) -> torch.Tensor:
+    """Fill the first rows; return the logits behind each prompt."""
+    rows = zip(prompts, image_features, strict=True)
+    return torch.cat([decoder.prefill(ids, image, cache, row) for row, (ids, image) in enumerate(rows)])
+
+
 def greedy(
-    decoder: LlamaDecoder, prompts: list[list[int]], image_features: np.ndarray, *, steps: int, chunk: int | None = None
+    decoder: LlamaDecoder, prompts: list[list[int]], image_features: np.ndarray, *, steps: int
 ) -> list[list[int]]:
     cache = decoder.new_cache(len(prompts), 64)
-    logits = decoder.prefill(prompts, image_features, cache, chunk_size=chunk)
-    chosen = [logits.argmax(-1).tolist()]
+    prefill(decoder, prompts, image_features, cache)
+    chosen = [cache.newest().tolist()]
     while len(chosen) < steps:
-        chosen.append(decoder.decode_one_token(chosen[-1], cache).argmax(-1).tolist())
+        logits = decoder.decode_one_token(cache)
+        chosen.append(cache.newest().tolist())
+        assert chosen[-1] == logits.argmax(-1).tolist()
     return [list(row) for row in zip(*chosen, strict=True)]
 
 
-def test_cached_decoding_is_uncached_scoring(decoder: LlamaDecoder) -> None:
-    image = features(1)
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_cached_decoding_is_uncached_scoring(
+    decoder: LlamaDecoder, int8_cached: LlamaDecoder, cache_dtype: str | None
+) -> None:
+    """With an int8 cache the scored tokens see each other rounded, as if each had been decoded."""
+    decoder = decoder if cache_dtype is None else int8_cached
+    image = features(1)[0]
     cache = decoder.new_cache(1, 40)
     token_ids = [33, 44, 55, 66, 77]
-    steps = [decoder.prefill(PROMPTS[:1], image, cache)]
-    steps += [decoder.decode_one_token([token_id], cache) for token_id in token_ids[:-1]]
-    torch.testing.assert_close(torch.cat(steps), decoder.score(PROMPTS[0], token_ids, image[0]), atol=1e-4, rtol=1e-4)
+    steps = [decoder.prefill(PROMPTS[0], image, cache)]
+    steps += [decoder.decode_one_token(cache, [token_id]) for token_id in token_ids[:-1]]
+    torch.testing.assert_close(torch.cat(steps), decoder.score(PROMPTS[0], token_ids, image), atol=1e-4, rtol=1e-4)
     assert cache.num_cached_tokens == [11 + 4]
+    assert cache.position_ids.tolist() == [11 + 4]
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 7])
+def test_scoring_in_chunks_is_scoring_at_once(
+    decoder: LlamaDecoder,
+    int8_cached: LlamaDecoder,
+    cache_dtype: str | None,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With an int8 cache of the answer only: a prompt's later chunks see its earlier ones as the cache keeps them."""
+    chosen = decoder if cache_dtype is None else int8_cached
+    answer = [33, 44, 55, 66, 77, 88, 99, 111]
+    prompt = PROMPTS[0] if cache_dtype is None else [IMAGE_TOKEN_ID]
+    image = features(1)[0] if cache_dtype is None else features(1)[0][:1]
+    expected = chosen.score(prompt, answer, image)
+    monkeypatch.setattr(chosen, "chunk_size", chunk)
+    torch.testing.assert_close(chosen.score(prompt, answer, image), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7, 100])
-def test_chunked_prefill_is_whole_prefill(decoder: LlamaDecoder, chunk: int) -> None:
+def test_chunked_prefill_is_whole_prefill(decoder: LlamaDecoder, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     image = features(3)
     whole, chunked = decoder.new_cache(3, 40), decoder.new_cache(3, 40)
-    expected = decoder.prefill(PROMPTS, image, whole)
-    got = decoder.prefill(PROMPTS, image, chunked, chunk_size=chunk)
+    assert decoder.chunk_size > 19
+    expected = prefill(decoder, PROMPTS, image, whole)
+    monkeypatch.setattr(decoder, "chunk_size", chunk)
+    got = prefill(decoder, PROMPTS, image, chunked)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert chunked.num_cached_tokens == whole.num_cached_tokens == [11, 7, 19]
     for row, length in enumerate(whole.num_cached_tokens):
@@ -135,7 +181,11 @@ def test_chunked_prefill_is_whole_prefill(decoder: LlamaDecoder, chunk: int) -> 
         )
 
 
-def test_a_batch_of_different_lengths_is_each_one_alone(decoder: LlamaDecoder) -> None:
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_batch_of_different_lengths_is_each_one_alone(
+    decoder: LlamaDecoder, int8_cached: LlamaDecoder, cache_dtype: str | None
+) -> None:
+    decoder = decoder if cache_dtype is None else int8_cached
     image = features(3)
     together = greedy(decoder, PROMPTS, image, steps=15)
     alone = [greedy(decoder, [prompt], image[i : i + 1], steps=15)[0] for i, prompt in enumerate(PROMPTS)]
@@ -143,27 +193,75 @@ def test_a_batch_of_different_lengths_is_each_one_alone(decoder: LlamaDecoder) -
     assert len({tuple(row) for row in alone}) == 3, "rows that all say the same would prove nothing"
 
 
-def test_padding_and_stale_slots_do_not_matter(decoder: LlamaDecoder) -> None:
+def test_stale_slots_do_not_matter(decoder: LlamaDecoder) -> None:
+    """What an earlier study has left behind, in a row that is free or behind a prompt."""
     image = features(3)
-    clean, dirty = decoder.new_cache(3, 40), decoder.new_cache(3, 40)
+    clean, dirty = decoder.new_cache(4, 40), decoder.new_cache(4, 40)
     dirty.k_cache.fill_(1e4)
     dirty.v_cache.fill_(1e4)
     for cache in (clean, dirty):
-        decoder.prefill(PROMPTS, image, cache)
-    expected = decoder.decode_one_token([3, 4, 5], clean)
-    torch.testing.assert_close(decoder.decode_one_token([3, 4, 5], dirty), expected)
+        prefill(decoder, PROMPTS, image, cache)
+        cache.release(1)
+    expected = decoder.decode_one_token(clean, [3, 4, 5, 6])
+    got = decoder.decode_one_token(dirty, [3, 4, 5, 6])
+    torch.testing.assert_close(got[[0, 2]], expected[[0, 2]])
 
 
-def test_a_row_that_has_ended_does_not_grow_and_does_not_disturb_the_others(decoder: LlamaDecoder) -> None:
+def test_a_free_row_does_not_grow_and_does_not_disturb_the_others(decoder: LlamaDecoder) -> None:
     image = features(2)
     # The first row fills its slots to the last: it must not ask for another one.
     cache, alone = decoder.new_cache(2, 11), decoder.new_cache(1, 40)
-    decoder.prefill(PROMPTS[:2], image, cache)
-    decoder.prefill(PROMPTS[1:2], image[1:], alone)
+    prefill(decoder, PROMPTS[:2], image, cache)
+    decoder.prefill(PROMPTS[1], image[1], alone)
+    cache.release(0)
+    before = cache.k_cache[:, 0].clone()
     for token_id in (21, 22, 23):
-        got = decoder.decode_one_token([0, token_id], cache, [False, True])
-        torch.testing.assert_close(got[1:], decoder.decode_one_token([token_id], alone), atol=1e-4, rtol=1e-4)
-    assert cache.num_cached_tokens == [11, 7 + 3]
+        got = decoder.decode_one_token(cache, [0, token_id])
+        torch.testing.assert_close(got[1:], decoder.decode_one_token(alone, [token_id]), atol=1e-4, rtol=1e-4)
+    assert cache.num_cached_tokens == [0, 7 + 3]
+    assert cache.position_ids.tolist() == [-1, 7 + 3]
+    assert torch.equal(cache.k_cache[:, 0], before)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_study_in_a_row_that_was_used_is_that_study_alone(
+    decoder: LlamaDecoder, int8_cached: LlamaDecoder, cache_dtype: str | None
+) -> None:
+    """Rows begin and end when they like, and the ones beside them go on."""
+    decoder = decoder if cache_dtype is None else int8_cached
+    image = features(3)
+    first, second, third = (greedy(decoder, [ids], image[i : i + 1], steps=9)[0] for i, ids in enumerate(PROMPTS))
+    cache = decoder.new_cache(2, 40)
+    said: dict[int, list[int]] = {0: [], 1: []}
+
+    def decode(steps: int, *rows: int) -> None:
+        for _ in range(steps):
+            decoder.decode_one_token(cache)
+            for row in rows:
+                said[row].append(cache.newest().tolist()[row])
+
+    # The longest first, so that what it leaves behind lies behind the prompt of the next.
+    decoder.prefill(PROMPTS[2], image[2], cache, 0)
+    decode(2, 0)
+    decoder.prefill(PROMPTS[0], image[0], cache, 1)
+    decode(3, 0, 1)
+    assert said == {0: third[1:6], 1: first[1:4]}
+    cache.release(0)
+    decode(2, 1)
+    decoder.prefill(PROMPTS[1], image[1], cache, 0)
+    said[0].clear()
+    decode(3, 0, 1)
+    assert said == {0: second[1:4], 1: first[1:9]}
+
+
+def test_fewer_rows_are_decoded_where_the_last_are_free(decoder: LlamaDecoder) -> None:
+    cache = decoder.new_cache(4, 40)
+    prefill(decoder, PROMPTS, features(3), cache)
+    assert len(decoder.decode_one_token(cache)) == 3
+    cache.release(2)
+    cache.release(0)
+    assert len(decoder.decode_one_token(cache)) == 2
+    assert cache.num_cached_tokens == [0, 9, 0, 0]
 
 
 def test_the_layer_attends_as_the_reference_says(decoder: LlamaDecoder) -> None:
@@ -184,28 +282,172 @@ def test_cache_counts_its_bytes(decoder: LlamaDecoder) -> None:
     assert (cache.batch_size, cache.max_seq_len) == (3, 40)
 
 
+def test_an_int8_cache_counts_a_byte_a_number_and_two_a_vector(int8_cached: LlamaDecoder) -> None:
+    cache = int8_cached.new_cache(3, 40)
+    vectors = 2 * 2 * 3 * 2 * 40  # keys and values, layers, rows, kv_heads, slots
+    assert cache.nbytes == vectors * (16 + 2)
+    held = (cache.k_cache, cache.v_cache, cache.k_scales, cache.v_scales)
+    assert cache.nbytes == sum(tensor.nbytes for tensor in held if tensor is not None)
+    assert cache.k_cache.dtype == torch.int8
+    assert int8_cached.cache_dtype == "int8"
+
+
+def test_an_int8_cache_is_close_to_a_float_one_and_not_the_same(
+    decoder: LlamaDecoder, int8_cached: LlamaDecoder
+) -> None:
+    answer = [33, 44, 55, 66, 77]
+    exact, rounded = (model.score(PROMPTS[0], answer, features(1)[0]) for model in (decoder, int8_cached))
+    # Behind the prompt nothing is rounded: its tokens see each other as they were computed.
+    torch.testing.assert_close(rounded[0], exact[0], atol=1e-5, rtol=1e-5)
+    for row in (1, 4):
+        assert 0 < float((rounded[row] - exact[row]).abs().max()) < 0.2 * float(exact[row].std())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 10])
+def test_chunks_of_a_prompt_see_those_before_rounded(
+    int8_cached: LlamaDecoder, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, chunked = int8_cached.new_cache(1, 12), int8_cached.new_cache(1, 12)
+    expected = int8_cached.prefill(PROMPTS[0], features(1)[0], whole)
+    monkeypatch.setattr(int8_cached, "chunk_size", chunk)
+    got = int8_cached.prefill(PROMPTS[0], features(1)[0], chunked)
+    assert 0 < float((got - expected).abs().max()) < 0.2 * float(expected.std())
+    # What the first layer stores depends on nothing before.
+    for ours, its in ((chunked.k_cache, whole.k_cache), (chunked.v_cache, whole.v_cache)):
+        assert int((ours[0].int() - its[0].int()).abs().max()) <= 1
+        assert bool(its[0, :, :, :11].any(-1).all())
+
+
+def test_tokens_that_were_handed_over_do_not_change(decoder: LlamaDecoder) -> None:
+    """They are looked at when the next step has been computed already."""
+    cache = decoder.new_cache(1, 40)
+    decoder.prefill(PROMPTS[0], features(1)[0], cache)
+    handed = [cache.newest()]
+    for _ in range(5):
+        decoder.decode_one_token(cache)
+        handed.append(cache.newest())
+    assert [tokens.tolist() for tokens in handed] == [
+        [i] for i in greedy(decoder, PROMPTS[:1], features(1), steps=6)[0]
+    ]
+
+
+def test_what_an_int8_cache_reads_is_what_was_written(decoder: LlamaDecoder, int8_cached: LlamaDecoder) -> None:
+    exact, rounded = decoder.new_cache(1, 12), int8_cached.new_cache(1, 12)
+    for model, cache in ((decoder, exact), (int8_cached, rounded)):
+        model.prefill(PROMPTS[0], features(1)[0], cache)
+    first = slice(0, 1)
+    for stored, read in zip(exact.layer(0, first)[:2], rounded.layer(0, first).read(11, torch.float32), strict=True):
+        steps = stored[:, :, :11].abs().amax(-1, keepdim=True) / 127
+        # Half a step, and the scale's own rounding to float16.
+        assert bool(((read - stored[:, :, :11]).abs() <= steps * (0.5 + 127 * 2**-11)).all())
+
+
 def test_a_cache_that_is_too_short_is_refused(decoder: LlamaDecoder) -> None:
+    cache = decoder.new_cache(3, 18)
     with pytest.raises(ContextLengthError, match=r"position 19 .* 18"):
-        decoder.prefill(PROMPTS, features(3), decoder.new_cache(3, 18))
+        decoder.prefill(PROMPTS[2], features(1)[0], cache, 2)
+    assert cache.num_cached_tokens == [0, 0, 0]
+    short = decoder.new_cache(1, 12)
+    decoder.prefill(PROMPTS[0], features(1)[0], short)
+    decoder.decode_one_token(short)
+    with pytest.raises(ContextLengthError, match=r"position 13 .* 12"):
+        decoder.decode_one_token(short)
 
 
-def test_overflow_is_an_error_and_not_garbage(tmp_path: Path) -> None:
+def test_overflow_is_seen_and_no_garbage(tmp_path: Path) -> None:
+    """The most probable of NaNs would be a token all the same: the host is told that there is none."""
     overflowing = tiny_decoder(tmp_path)
-    overflowing.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
-    with pytest.raises(LiteError, match="not finite"):
-        overflowing.prefill(PROMPTS[:1], features(1), overflowing.new_cache(1, 40))
-    with pytest.raises(LiteError, match="not finite"):
+    down = overflowing.model.layers[1].mlp.down_proj
+    down.weights = (torch.full_like(down.weights[0], float("inf")),)
+    cache = overflowing.new_cache(1, 40)
+    overflowing.prefill(PROMPTS[0], features(1)[0], cache)
+    assert cache.newest().tolist() == [NOT_FINITE]
+    assert overflowing.overflow.startswith("got logits that are not finite in torch.float32 · expected numbers")
+    with pytest.raises(LiteError, match="not finite in torch.float32"):
         overflowing.score(PROMPTS[0], [33, 44], features(1)[0])
 
 
-def test_overflow_after_the_first_token_is_an_error_too(tmp_path: Path) -> None:
-    overflowing = tiny_decoder(tmp_path)
-    cache = overflowing.new_cache(2, 40)
-    overflowing.prefill(PROMPTS[:2], features(2), cache)
-    overflowing.decode_one_token([33, 44], cache)
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_overflow_after_the_first_token_is_of_its_row_only(tmp_path: Path, cache_dtype: CacheDtype | None) -> None:
+    overflowing = tiny_decoder(tmp_path, cache_dtype=cache_dtype)
+    cache, alone = overflowing.new_cache(2, 40), overflowing.new_cache(1, 40)
+    image = features(3)
+    prefill(overflowing, PROMPTS[:2], image[:2], cache)
+    assert NOT_FINITE not in cache.newest().tolist()
+    overflowing.prefill(PROMPTS[0], image[0], alone)
     overflowing.model.embed_tokens.weight[55] = float("nan")
-    with pytest.raises(LiteError, match="not finite in torch.float32"):
-        overflowing.decode_one_token([44, 55], cache)
+    for token_ids in ([33, 44], [44, 55], [66, 3]):
+        got, expected = (
+            overflowing.decode_one_token(cache, token_ids),
+            overflowing.decode_one_token(alone, token_ids[:1]),
+        )
+        torch.testing.assert_close(got[:1], expected, atol=1e-4, rtol=1e-4)
+    newest = cache.newest().tolist()
+    assert newest == [*alone.newest().tolist(), NOT_FINITE]
+    assert newest[0] != NOT_FINITE
+    # A study that begins where the NaNs are, its prompt shorter, says what it says elsewhere.
+    kept = (cache.k_cache, cache.v_cache, cache.k_scales, cache.v_scales)
+    assert not all(bool(tensor[:, 1].isfinite().all()) for tensor in kept if tensor is not None)
+    cache.release(1, damaged=True)
+    assert all(not bool(tensor[:, 1].any()) for tensor in kept if tensor is not None)
+    assert all(bool(tensor[:, 0].any()) for tensor in kept if tensor is not None)
+    overflowing.prefill(PROMPTS[1], image[1], cache, 1)
+    elsewhere = overflowing.new_cache(1, 40)
+    overflowing.prefill(PROMPTS[1], image[1], elsewhere)
+    for token_id in (7, 8):
+        got = overflowing.decode_one_token(cache, [5, token_id])[1:]
+        torch.testing.assert_close(got, overflowing.decode_one_token(elsewhere, [token_id]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_made_in_inference_mode_can_be_used_outside(decoder: LlamaDecoder) -> None:
+    """On a GPU that of `score` serves the next request."""
+    with torch.inference_mode():
+        cache = decoder.new_cache(1, 40)
+    assert not any(tensor.is_inference() for tensor in (cache.k_cache, cache.position_ids, cache.sampled))
+    decoder.prefill(PROMPTS[0], features(1)[0], cache)
+    cache.release(0)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_ours"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronous", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_cuda_says_in_many_ways_that_it_is_full(
+    decoder: LlamaDecoder, error: str, *, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr("lite.decoder.KVCache", fail)
+    with pytest.raises(MemoryBudgetError if is_ours else RuntimeError, match=re.escape(error.partition("\n")[0])):
+        decoder.new_cache(1, 40)
+
+
+@pytest.mark.parametrize("what", ["the cache", "a prompt", "a token", "a text", "the features of a film"])
+def test_a_full_gpu_is_an_error_of_ours(decoder: LlamaDecoder, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to do, and the batch is halved (see `lite.generate`)."""
+    cache, image = decoder.new_cache(1, 40), features(1)[0]
+    decoder.prefill(PROMPTS[0], image, cache)
+    runs = {
+        "the cache": lambda: decoder.new_cache(1, 40),
+        "a prompt": lambda: decoder.prefill(PROMPTS[0], image, cache),
+        "a token": lambda: decoder.decode_one_token(cache),
+        "a text": lambda: decoder.score(PROMPTS[0], [33], image),
+        "the features of a film": lambda: decoder.image_buffer(5),
+    }
+
+    def out_of_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    places = {"the cache": "lite.decoder.KVCache", "the features of a film": "torch.empty"}
+    monkeypatch.setattr(places.get(what, "lite.decoder.LlamaDecoder._layers"), out_of_memory)
+    with pytest.raises(MemoryBudgetError, match=rf"got no memory for {what} \(CUDA out of memory.* 2.00 GiB\.\) · exp"):
+        runs[what]()
 
 
 def test_dtype_is_float32_on_the_cpu_unless_asked_otherwise(tmp_path: Path) -> None:
@@ -224,6 +466,12 @@ def test_shards_are_one_file(tmp_path: Path, decoder: LlamaDecoder) -> None:
     sharded = load_decoder(decoder_folder(tmp_path, config, random_llama(config), shards=3), device="cpu")
     for name, weight in decoder.state_dict().items():
         assert torch.equal(sharded.state_dict()[name], weight), name
+    linears = linears_of(sharded)
+    assert len(linears) == 4 * 2 + 1
+    for name, linear in linears_of(decoder).items():
+        for got, expected in zip(linears[name].weights, linear.weights, strict=True):
+            assert isinstance(got, torch.Tensor)
+            assert torch.equal(got, expected), name
 
 
 def test_a_shard_the_manifest_does_not_list_is_not_opened(tmp_path: Path) -> None:
@@ -237,7 +485,10 @@ def test_a_shard_the_manifest_does_not_list_is_not_opened(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"),
+        (
+            lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+            r"no tensor model\.layers\.1\.mlp\.up_proj \(1 missing\)",
+        ),
         (lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}), "unknown tensor model.layers.2"),
         (lambda w: w.update({"model.norm.weight": torch.zeros(63)}), r"model\.norm\.weight of shape \[63\] .* \[64\]"),
     ],
@@ -337,7 +588,7 @@ def test_gpu_matches_cpu(tiny_artifact: Artifact) -> None:
     on_gpu = load_decoder(load_artifact(tiny_artifact.path), device="cuda")
     assert on_gpu.dtype == torch.float16
     caches = [decoder.new_cache(3, 40) for decoder in (on_cpu, on_gpu)]
-    expected, got = (d.prefill(PROMPTS, image, cache) for d, cache in zip((on_cpu, on_gpu), caches, strict=True))
-    torch.testing.assert_close(got.cpu(), expected, atol=0.1, rtol=0.05)
+    expected, got = (prefill(d, PROMPTS, image, cache) for d, cache in zip((on_cpu, on_gpu), caches, strict=True))
+    torch.testing.assert_close(got.cpu().float(), expected, atol=0.1, rtol=0.05)
     in_float32 = load_decoder(load_artifact(tiny_artifact.path), device="cuda", dtype="float32")
     assert greedy(in_float32, PROMPTS, image, steps=12) == greedy(on_cpu, PROMPTS, image, steps=12)

@@ -278,14 +278,14 @@ def read_prompt(
         decoder._run = lambda *given, **named: run(*given, **(named | {"is_prefill": False}))  # type: ignore[method-assign]
     length = len(PROMPT) - 1 + len(IMAGE)
     cache = decoder.new_cache(1, length)
-    logits = decoder.prefill([PROMPT], IMAGE[None], cache)
+    logits = decoder.prefill(PROMPT, IMAGE, cache)
     return logits, [
         cache.buffers[f"{layer}.{kind}"].numpy().astype(int) for layer in range(2) for kind in ("key", "value")
     ]
 
 
 def test_a_prompt_sees_itself_unrounded_and_leaves_what_is_decoded_from(written: Artifact) -> None:
-    plain = OnnxDecoder(written).prefill([PROMPT], IMAGE[None], OnnxDecoder(written).new_cache(1, 40))
+    plain = OnnxDecoder(written).prefill(PROMPT, IMAGE, OnnxDecoder(written).new_cache(1, 40))
     logits, cache = read_prompt(written)
     np.testing.assert_allclose(logits, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
     rounded, of_the_kernel = read_prompt(written, as_decoded=True)

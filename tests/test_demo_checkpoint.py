@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import pytest
 import torch
 from conftest import CHECKPOINT, ROOT, export_demo_gptq
 from pydicom import dcmread
+from safetensors.torch import load_file
+from test_decoder import decoder_folder
 
 from benchmarks.phantom.publish import unfold_channel_scales
 from benchmarks.phantom.write import write_studies
 from lite.artifact import Artifact
 from lite.bench.labels import read_labels
 from lite.bench.metrics import label_f1
+from lite.decoder import load_decoder
 from lite.model import FindingsModel, load
 
 NUM_FILMS = 40
@@ -54,13 +58,20 @@ def log_probs(model: FindingsModel, path: Path, reason: str | None, token_ids: t
     return torch.from_numpy(model.score(path, token_ids, reason)).double().log_softmax(-1)
 
 
+def stored(model: FindingsModel) -> dict[str, torch.Tensor]:
+    """The decoder's weights as its files have them, in float32."""
+    files = (model.artifact.path / "decoder").glob("*.safetensors")
+    return {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
+
+
 def mean_kl(
     model: FindingsModel, scored: Scored, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 ) -> float:
     """Mean KL in nats per token of the model with changed decoder weights from the model as it is."""
     changed = copy.copy(model)
-    changed.decoder = copy.deepcopy(model.decoder)
-    changed.decoder.load_state_dict(change(dict(model.decoder.state_dict())))
+    config = json.loads((model.artifact.path / "decoder" / "config.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        changed.decoder = load_decoder(decoder_folder(Path(folder), config, change(stored(model))), device="cpu")
     total, count = 0.0, 0
     for path, reason, token_ids, expected in scored:
         got = log_probs(changed, path, reason, token_ids)
@@ -77,7 +88,7 @@ def round_to_nearest_int4(state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
         scales = (groups.abs().amax(-1, keepdim=True) / 7).half().float()
         return ((groups / scales).round().clamp(-8, 7) * scales).flatten(-2)
 
-    return {name: quantise(weight) if "_proj" in name else weight for name, weight in state.items()}
+    return {name: quantise(weight).contiguous() if "_proj" in name else weight for name, weight in state.items()}
 
 
 def test_round_to_nearest_int4_costs_what_it_costs_a_real_decoder(demo_model: FindingsModel, scored: Scored) -> None:
@@ -91,7 +102,7 @@ def test_the_channel_scales_leave_the_function_unchanged(demo_model: FindingsMod
     def unfold(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return unfold_channel_scales(state, config, sigma=plan["scale_sigma"], seed=plan["seed"])
 
-    before = dict(demo_model.decoder.state_dict())
+    before = stored(demo_model)
     unfolded = unfold(before)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.allclose(unfolded[name], before[name], rtol=0.1)

@@ -94,7 +94,8 @@ def test_an_artifact_without_decoder_onnx(tiny_artifact: Artifact) -> None:
         ({"engine": "onnx", "device": "cuda"}, "got device 'cuda' for the onnx engine .* give a provider"),
         ({"engine": "onnx", "dtype": "float16"}, "got dtype 'float16' for the onnx engine .*--activations"),
         ({"engine": "torch", "provider": "cpu"}, "got provider 'cpu' for the torch engine .* give a device"),
-        ({"engine": "torch", "cache_dtype": "int8"}, "got cache_dtype 'int8' for the torch engine"),
+        ({"engine": "torch", "cache_dtype": "int4"}, "got cache_dtype 'int4' · expected int8, or float32, which"),
+        ({"engine": "torch", "cache_dtype": "float16"}, "got cache_dtype 'float16' · expected int8, or float32, which"),
         ({"engine": "onnx", "cache_dtype": "int4"}, "got cache_dtype 'int4' · expected float32 or int8"),
         ({"engine": "onnx", "cache_dtype": "float16"}, "got cache_dtype 'float16' · expected float32 or int8"),
     ],
@@ -237,13 +238,35 @@ def test_torch_is_installed_and_not_loaded(tiny_onnx_artifact: Artifact, films: 
 
 def test_a_driver_is_asked_for_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing torch takes seconds: not where there can be no GPU."""
-    monkeypatch.setattr(engines, "_CUDA_DRIVER", "libnosuchdriver.so.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("torch was asked"))
-    assert not engines._gpu_for_torch()
-    monkeypatch.setattr(engines, "_CUDA_DRIVER", None)  # the process itself, which can always be opened
+    # No such library, and one that is no driver: the process itself.
+    for driver in ("libnosuchdriver.so.1", None):
+        monkeypatch.setattr(engines, "_CUDA_DRIVER", driver)
+        engines._has_gpu.cache_clear()
+        assert not engines._gpu_for_torch()
+        assert engines.gpu_problem() is None
+    engines._has_gpu.cache_clear()  # of what has just been answered
+    monkeypatch.setattr(engines, "_has_gpu", lambda: True)
     for answer in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda answer=answer: answer)
         assert engines._gpu_for_torch() is answer
+
+
+def test_why_torch_does_not_see_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 9000).\nPlease update")
+
+    monkeypatch.setattr(engines, "_has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert engines.gpu_problem() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert engines.gpu_problem() == "The NVIDIA driver on your system is too old (found version 9000)."
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert engines.gpu_problem() == f"torch {torch.__version__} does not see it"
+    monkeypatch.setattr(engines, "has_torch", lambda: False)
+    assert engines.gpu_problem() == "torch is not installed"
 
 
 def test_an_old_onnxruntime_is_named(tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,16 +333,16 @@ def test_a_limit_that_only_the_int8_cache_fits_takes_it(
         lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1, cache_dtype="float32")
 
 
-@pytest.mark.parametrize("kl", [2e-3, None])
+@pytest.mark.parametrize(("kl", "why"), [(2e-3, "lost too much at export"), (None, "was not measured at export")])
 def test_a_cache_that_loses_too_much_is_not_taken_unasked(
-    deep_onnx_artifact: Artifact, plans: tuple[int, int], monkeypatch: pytest.MonkeyPatch, kl: float | None
+    deep_onnx_artifact: Artifact, plans: tuple[int, int], monkeypatch: pytest.MonkeyPatch, kl: float | None, why: str
 ) -> None:
     small, large = plans
     bad = with_cache_kl(deep_onnx_artifact, kl)
     monkeypatch.setattr("lite.model.load_artifact", lambda _: bad)
     with pytest.raises(lite.MemoryBudgetError):
         lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1)
-    with pytest.raises(lite.MemoryBudgetError, match="cache_dtype='int8' would fit, but lost too much at export"):
+    with pytest.raises(lite.MemoryBudgetError, match=f"cache_dtype='int8' would fit, but {why}"):
         lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small)
     model = lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small, cache_dtype="int8")
     assert model.decoder.cache_dtype == "int8"

@@ -30,7 +30,7 @@ from export.__main__ import main
 from export.checkpoint import open_checkpoint
 from export.decoder import DecoderFolder
 from export.studies import StudyReader
-from lite.artifact import load_artifact
+from lite.artifact import CacheDtype, load_artifact
 from lite.decoder import load_decoder
 from lite.errors import ArtifactError, BackendUnavailable, CheckpointError
 from lite.vision import VisionEncoder
@@ -235,12 +235,17 @@ def test_parity_layer_by_layer_is_that_of_the_whole_decoder(source: Checkpoint, 
         source.tokenizer, artifact.manifest, max_seq_len=source.decoder.max_position_embeddings, max_tokens=16
     ).built_in(2)
     features = [torch.from_numpy(VisionEncoder(artifact)(study.pixel_values[None])[0]) for study in studies]
-    layered = verify._artifact_logits(artifact, studies, features, "cpu", lambda: None)
-    decoder = load_decoder(artifact, device="cpu")
-    for study, image, logits in zip(studies, features, layered, strict=True):
-        whole = decoder.score(study.input_ids, study.target_ids, image)
-        assert whole.shape == logits.shape == (16, decoder.config.vocab_size)
-        torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
+    caches: tuple[CacheDtype | None, ...] = (None, "int8")
+    found = verify._artifact_logits(artifact, studies, features, "cpu", lambda: None, cache_dtypes=caches)
+    for cache_dtype, layered in zip(caches, found, strict=True):
+        decoder = load_decoder(artifact, device="cpu", cache_dtype=cache_dtype)
+        for study, image, logits in zip(studies, features, layered, strict=True):
+            whole = decoder.score(study.input_ids, study.target_ids, image)
+            assert whole.shape == logits.shape == (16, decoder.config.vocab_size)
+            torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
+    for exact, rounded in zip(*found, strict=True):
+        assert torch.equal(exact[0], rounded[0]), "nothing of a prompt is lost"
+        assert not torch.equal(exact[1:], rounded[1:])
 
 
 def _fails(folders: tuple[Path, Path], out: Path, match: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import gc
 import itertools
 import json
 import re
@@ -24,7 +25,16 @@ from PIL import Image
 import lite
 from lite.artifact import Artifact, load_artifact, sha256_of
 from lite.cores import available_cores
-from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, ImageError, LiteError, PromptError
+from lite.decoder import LlamaDecoder
+from lite.errors import (
+    ArtifactError,
+    BackendUnavailable,
+    ContextLengthError,
+    ImageError,
+    LiteError,
+    MemoryBudgetError,
+    PromptError,
+)
 from lite.image import load_image, preprocess
 from lite.model import Findings, FindingsModel, Study, StudyError, load
 from lite.vision import VisionEncoder
@@ -49,6 +59,7 @@ def test_findings_are_complete(tiny_model: FindingsModel, tiny_artifact: Artifac
     assert findings.num_prompt_tokens == tiny_model.prompt.num_tokens(tiny_model.prompt.encode("cough"))
     assert findings.artifact_id == tiny_artifact.id
     assert (findings.device, findings.dtype, findings.provider) == ("cpu", "float32", "CPUExecutionProvider")
+    assert (findings.cache_dtype, findings.backend, findings.fallbacks) == ("float32", "torch", ())
     assert findings.rendering == "as-is"
     assert findings.notice == "For tests. Not for clinical use."
     assert findings.memory.peak_rss_bytes is not None
@@ -171,12 +182,16 @@ class BlindFor:
         self.vision = vision
         self.provider = vision.provider
         self.pixel_values = pixel_values
-        self.batch_sizes: list[int] = []
+        self.calls = 0
 
-    def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
-        self.batch_sizes.append(len(pixel_values))
-        features = self.vision(pixel_values)
-        features[(pixel_values == self.pixel_values).all((1, 2, 3))] = float("nan")
+    def writes_to(self, device: object) -> bool:
+        return self.vision.writes_to(device)
+
+    def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
+        self.calls += 1
+        features = self.vision(pixel_values, out)
+        if np.array_equal(pixel_values[0], self.pixel_values):
+            features[0] = float("nan")
         return features
 
 
@@ -189,9 +204,9 @@ def test_a_study_that_overflows_does_not_lose_the_others(
     monkeypatch.setattr(tiny_model, "vision", blind)
     with pytest.raises(LiteError, match="not finite"):
         tiny_model.findings(films[1])
-    blind.batch_sizes.clear()
+    blind.calls = 0
     results = list(tiny_model.findings_batch([films[0], "nowhere.png", *films[1:]], batch_size=4))
-    assert blind.batch_sizes == [3, 1, 1, 1, 2], "only the batch with the bad study is done again"
+    assert blind.calls == 5, "nothing is done again for the bad study"
     errors = [result for result in results if isinstance(result, StudyError)]
     assert [(error.index, type(error.error)) for error in errors] == [(1, ImageError), (2, LiteError)]
     assert "not finite" in str(errors[1].error)
@@ -296,13 +311,18 @@ def test_any_form_of_one_picture(tiny_model: FindingsModel, films: list[Path]) -
     assert len({tiny_model.findings(form).text for form in forms}) == 1
 
 
-def test_the_eos_token_ends_the_text(tmp_path: Path, tokenizer_model: bytes, films: list[Path]) -> None:
+@pytest.fixture(scope="module")
+def ending_model(tiny_artifact: Artifact, films: list[Path]) -> FindingsModel:
     """Another model: one whose EOS comes early, for some films earlier than for others."""
-    artifact = write_tiny_artifact(tmp_path / "artifact", tokenizer_model)
-    model = load(artifact.path, device="cpu")
+    model = load(tiny_artifact.path, device="cpu")
     token_id = model.findings(films[0]).token_ids[4]
-    head = model.decoder.lm_head.weight.data
+    (head,) = model.decoder.lm_head.weights
     head[[2, token_id]] = head[[token_id, 2]]
+    return model
+
+
+def test_the_eos_token_ends_the_text(ending_model: FindingsModel, films: list[Path]) -> None:
+    model = ending_model
     findings = model.findings(films[0])
     assert findings.finish_reason == "eos"
     assert findings.num_new_tokens < 5
@@ -310,6 +330,144 @@ def test_the_eos_token_ends_the_text(tmp_path: Path, tokenizer_model: bytes, fil
     together = list(model.findings_batch([Study(image) for image in films], batch_size=5))
     alone = [model.findings(image) for image in films]
     assert [getattr(one, "token_ids", None) for one in together] == [one.token_ids for one in alone]
+
+
+def all_pairs(films: list[Path]) -> list[Study]:
+    return [Study(image, reason) for reason in REASONS for image in films]
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_results_come_in_order_although_later_studies_end_first(
+    ending_model: FindingsModel, films: list[Path], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = all_pairs(films)
+    alone = [ending_model.findings(study.image, study.reason) for study in studies]
+    ended: list[int] = []
+    result = FindingsModel._result
+    monkeypatch.setattr(FindingsModel, "_result", lambda self, study: ended.append(study.index) or result(self, study))
+    together = list(ending_model.findings_batch(studies, batch_size=batch_size))
+    assert ended != sorted(ended), "all that end in order would prove nothing"
+    assert sorted(ended) == list(range(len(studies)))
+    for one, other in zip(alone, together, strict=True):
+        assert isinstance(other, Findings)
+        assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+        assert (other.num_prompt_tokens, other.timings.batch_size) == (one.num_prompt_tokens, batch_size)
+        assert len(other.timings.decode_steps_s) == len(one.timings.decode_steps_s)
+        assert min(other.timings.image_s, other.timings.vision_s, other.timings.prefill_s) > 0
+
+
+def test_a_result_does_not_wait_for_the_whole_batch(ending_model: FindingsModel, films: list[Path]) -> None:
+    """Nor are films read that are not needed yet."""
+    read = 0
+
+    def studies() -> Iterator[Study]:
+        nonlocal read
+        for study in all_pairs(films):
+            read += 1
+            yield study
+
+    results = ending_model.findings_batch(studies(), batch_size=2)
+    first = next(results)
+    assert isinstance(first, Findings)
+    assert read < 25
+    assert len(list(results)) == 24
+    assert read == 25
+
+
+class NotedThreads:
+    """The tower, and which thread runs it on which film."""
+
+    def __init__(self, vision: VisionEncoder) -> None:
+        self.vision = vision
+        self.provider = vision.provider
+        self.threads: list[int] = []
+
+    def writes_to(self, device: object) -> bool:
+        return self.vision.writes_to(device)
+
+    def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
+        self.threads.append(threading.get_ident())
+        return self.vision(pixel_values, out)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_running_ahead_changes_no_text(
+    ending_model: FindingsModel, films: list[Path], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a GPU: tokens are looked at a step late, and another thread makes the next studies ready."""
+    studies: list[Any] = [*all_pairs(films), "nowhere.png", films[0]]
+    expected = list(ending_model.findings_batch(studies, batch_size=batch_size))
+    streamed = "".join(ending_model.stream(films[1], "cough"))
+    noted = NotedThreads(ending_model.vision)
+    monkeypatch.setattr(ending_model, "vision", noted)
+    list(ending_model.findings_batch(studies[:3], batch_size=batch_size))
+    assert set(noted.threads) == {threading.get_ident()}, "on a CPU the two would share the cores"
+
+    noted.threads.clear()
+    monkeypatch.setattr(LlamaDecoder, "run_ahead", 1)
+    results = list(ending_model.findings_batch(studies, batch_size=batch_size))
+    assert len(noted.threads) == 26
+    assert len(set(noted.threads)) == 1
+    assert threading.get_ident() not in noted.threads
+    for got, one in zip(results, expected, strict=True):
+        if isinstance(one, StudyError):
+            assert isinstance(got, StudyError)
+            assert (got.index, str(got.error)) == (one.index, str(one.error)) == (25, str(one.error))
+        else:
+            assert isinstance(got, Findings)
+            assert (got.text, got.token_ids, got.finish_reason) == (one.text, one.token_ids, one.finish_reason)
+    assert "".join(ending_model.stream(films[1], "cough")) == streamed
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_without_memory_for_a_film_the_batch_makes_room(
+    ending_model: FindingsModel, films: list[Path], monkeypatch: pytest.MonkeyPatch, run_ahead: int
+) -> None:
+    """Also where it happens in the thread that makes studies ready."""
+    studies = all_pairs(films)[:6]
+    expected = texts(ending_model.findings_batch(studies, batch_size=2))
+    monkeypatch.setattr(LlamaDecoder, "run_ahead", run_ahead)
+    vision, calls = ending_model.vision, []
+
+    class Full:
+        provider = vision.provider
+        writes_to = staticmethod(vision.writes_to)
+
+        def __call__(self, *arguments: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise MemoryBudgetError("got no memory")
+            return vision(*arguments)
+
+    monkeypatch.setattr(ending_model, "vision", Full())
+    results = list(ending_model.findings_batch(studies, batch_size=2))
+    assert texts(results) == expected
+    assert len(calls) > len(studies)
+
+
+def test_what_has_ended_keeps_no_film(ending_model: FindingsModel, films: list[Path]) -> None:
+    """Each is 3 MB at 518 pixels: they have to go without waiting for the garbage to be collected."""
+    gc.collect()
+    gc.disable()
+    try:
+        list(ending_model.findings_batch(all_pairs(films), batch_size=2))
+        left = [thing for thing in gc.get_objects() if type(thing).__name__ == "_Drafting"]
+    finally:
+        gc.enable()
+    assert left == []
+
+
+def test_who_stops_listening_stops_the_other_thread(
+    ending_model: FindingsModel, films: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaDecoder, "run_ahead", 1)
+    before = set(threading.enumerate())
+    results = ending_model.findings_batch(all_pairs(films), batch_size=2)
+    next(results)
+    (other,) = set(threading.enumerate()) - before
+    results.close()  # type: ignore[attr-defined]
+    other.join(10)
+    assert not other.is_alive()
 
 
 def test_the_demo_model_reads_in_batches_what_it_reads_alone(demo_model: FindingsModel, tmp_path: Path) -> None:

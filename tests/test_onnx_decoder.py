@@ -37,7 +37,7 @@ from lite.config import IMAGE_TOKEN_ID
 from lite.cores import available_cores
 from lite.errors import ArtifactError, ContextLengthError, LiteError
 from lite.model import Findings, FindingsModel, Study
-from lite.onnx_decoder import OnnxDecoder
+from lite.onnx_decoder import NOT_FINITE, OnnxDecoder
 
 PROMPTS = [
     [1, 30, 31, IMAGE_TOKEN_ID, 40, 41, 42],
@@ -70,10 +70,11 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
 
 def test_cached_is_uncached(decoder: OnnxDecoder) -> None:
     cache = decoder.new_cache(1, LENGTHS[0] + len(TARGETS))
-    logits = [decoder.prefill(PROMPTS[:1], IMAGES[:1], cache)[0]]
+    logits = [decoder.prefill(PROMPTS[0], IMAGES[0], cache)[0]]
     for index, token_id in enumerate(TARGETS[:-1]):
         assert cache.num_cached_tokens == [LENGTHS[0] + index]
-        logits.append(decoder.decode_one_token([token_id], cache)[0])
+        logits.append(decoder.decode_one_token(cache, [token_id])[0])
+        assert cache.newest().tolist() == [logits[-1].argmax()]
     scored = decoder.score(PROMPTS[0], TARGETS, IMAGES[0])
     assert scored.shape == (len(TARGETS), decoder.config.vocab_size)
     close(np.stack(logits), scored)
@@ -94,7 +95,7 @@ def test_chunked_is_whole(tiny_onnx_artifact: Artifact, chunk_size: int) -> None
             close(got, expected)
     caches = [decoder.new_cache(1, 20) for decoder in (whole, chunked)]
     first, second = (
-        decoder.prefill(PROMPTS[2:], IMAGES[2:], cache) for decoder, cache in zip((whole, chunked), caches, strict=True)
+        decoder.prefill(PROMPTS[2], IMAGES[2], cache) for decoder, cache in zip((whole, chunked), caches, strict=True)
     )
     close(second, first)
     for name, buffer in caches[0].buffers.items():
@@ -103,20 +104,45 @@ def test_chunked_is_whole(tiny_onnx_artifact: Artifact, chunk_size: int) -> None
 
 
 def test_rows_of_a_batch_are_the_rows_alone(decoder: OnnxDecoder) -> None:
-    """They are of other lengths and end at other times."""
+    """They are of other lengths and end at other times; and one begins where another has ended."""
     together = decoder.new_cache(3, max(LENGTHS) + 6)
-    batch = [decoder.prefill(PROMPTS, IMAGES, together)]
+    batch = [[decoder.prefill(*study, together, row)[0]] for row, study in enumerate(zip(PROMPTS, IMAGES, strict=True))]
     assert together.num_cached_tokens == LENGTHS
     ends = [2, 5, 4]
     for step in range(max(ends)):
-        active = [step < end for end in ends]
-        batch.append(decoder.decode_one_token([TARGETS[step]] * 3, together, active))
-    assert together.num_cached_tokens == [length + end for length, end in zip(LENGTHS, ends, strict=True)]
+        logits = decoder.decode_one_token(together, [TARGETS[step]] * 3)
+        # Those behind the last that is not free are not computed.
+        assert len(logits) == (3 if step < 4 else 2)
+        for row, end in enumerate(ends):
+            if step < end:
+                batch[row].append(logits[row])
+            if step + 1 == end:
+                together.release(row)
+    assert together.num_cached_tokens == [0, 0, 0]
     for row, (prompt, image, end) in enumerate(zip(PROMPTS, IMAGES, ends, strict=True)):
         alone = decoder.new_cache(1, LENGTHS[row] + 6)
-        close(batch[0][row], decoder.prefill([prompt], image[None], alone)[0])
+        close(batch[row][0], decoder.prefill(prompt, image, alone)[0])
         for step in range(end):
-            close(batch[step + 1][row], decoder.decode_one_token([TARGETS[step]], alone)[0])
+            close(batch[row][step + 1], decoder.decode_one_token(alone, [TARGETS[step]])[0])
+
+
+@pytest.mark.parametrize("left_behind", [1.0, np.nan])
+def test_a_study_in_a_row_that_was_used_is_that_study_alone(decoder: OnnxDecoder, left_behind: float) -> None:
+    """The longer one before it has left keys and values behind its prompt, numbers or not."""
+    cache, alone = decoder.new_cache(2, 24), decoder.new_cache(1, 24)
+    decoder.prefill(PROMPTS[2], IMAGES[2] * left_behind, cache, 0)
+    decoder.prefill(PROMPTS[0], IMAGES[0], cache, 1)
+    assert (cache.newest().tolist()[0] == NOT_FINITE) == (left_behind != 1.0)
+    for _ in range(2):
+        decoder.decode_one_token(cache)
+    cache.release(0, damaged=left_behind != 1.0)
+    decoder.decode_one_token(cache)  # while it is free
+    assert cache.num_cached_tokens == [0, LENGTHS[0] + 3]
+    close(decoder.prefill(PROMPTS[1], IMAGES[1], cache, 0), decoder.prefill(PROMPTS[1], IMAGES[1], alone))
+    for token_id in TARGETS[:3]:
+        got = decoder.decode_one_token(cache, [token_id, 91])[:1]
+        close(got, decoder.decode_one_token(alone, [token_id]))
+    assert cache.num_cached_tokens == [LENGTHS[1] + 3, LENGTHS[0] + 6]
 
 
 def test_the_cache_is_written_in_place(decoder: OnnxDecoder) -> None:
@@ -124,9 +150,10 @@ def test_the_cache_is_written_in_place(decoder: OnnxDecoder) -> None:
     addresses = {name: buffer.data_ptr() for name, buffer in cache.buffers.items()}
     for buffer in cache.buffers.values():
         buffer.numpy()[...] = 99
-    decoder.prefill(PROMPTS[:2], IMAGES[:2], cache)
+    for row in range(2):
+        decoder.prefill(PROMPTS[row], IMAGES[row], cache, row)
     for step in range(4):
-        decoder.decode_one_token([90, 91], cache)
+        decoder.decode_one_token(cache, [90, 91])
         assert {name: buffer.data_ptr() for name, buffer in cache.buffers.items()} == addresses
         for buffer in cache.buffers.values():
             for row, length in enumerate(LENGTHS[:2]):
@@ -148,22 +175,35 @@ def test_the_caches_size(tiny_onnx_artifact: Artifact) -> None:
 def test_a_full_cache_is_refused_before_anything_is_written(decoder: OnnxDecoder) -> None:
     short = decoder.new_cache(1, LENGTHS[0] - 1)
     with pytest.raises(ContextLengthError, match=rf"position {LENGTHS[0]} · expected at most {LENGTHS[0] - 1}"):
-        decoder.prefill(PROMPTS[:1], IMAGES[:1], short)
-    exact = decoder.new_cache(1, LENGTHS[0] + 1)
-    decoder.prefill(PROMPTS[:1], IMAGES[:1], exact)
-    decoder.decode_one_token([80], exact)
+        decoder.prefill(PROMPTS[0], IMAGES[0], short)
+    assert short.num_cached_tokens == [0]
+    exact = decoder.new_cache(2, LENGTHS[0] + 1)
+    decoder.prefill(PROMPTS[0], IMAGES[0], exact, 0)
+    decoder.decode_one_token(exact)
+    decoder.prefill(PROMPTS[1], IMAGES[1], exact, 1)
     with pytest.raises(ContextLengthError, match="allocate a longer cache"):
-        decoder.decode_one_token([80], exact)
-    assert exact.num_cached_tokens == [LENGTHS[0] + 1]
-    # A row that has ended does not grow, and may be full.
-    decoder.decode_one_token([80], exact, [False])
+        decoder.decode_one_token(exact)
+    assert exact.num_cached_tokens == [LENGTHS[0] + 1, LENGTHS[1]]
+    # A row that was full does not grow when it is free.
+    exact.release(0)
+    decoder.decode_one_token(exact)
+    assert exact.num_cached_tokens == [0, LENGTHS[1] + 1]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_none_are_no_text(tiny_onnx_artifact: Artifact, value: float) -> None:
     decoder = OnnxDecoder(tiny_onnx_artifact)
+    cache, image = decoder.new_cache(2, 30), np.full((4, 64), value, np.float32)
+    decoder.prefill(PROMPTS[0], IMAGES[0], cache, 0)
+    decoder.prefill(PROMPTS[0], image, cache, 1)
+    for _ in range(2):
+        newest = cache.newest().tolist()
+        assert newest[0] >= 0
+        assert newest[1] == NOT_FINITE
+        decoder.decode_one_token(cache)
+    assert decoder.overflow.startswith("got logits that are not finite in float32 · expected numbers")
     with pytest.raises(LiteError, match="got logits that are not finite in float32"):
-        decoder.prefill(PROMPTS[:1], np.full((1, 4, 64), value, np.float32), decoder.new_cache(1, 30))
+        decoder.score(PROMPTS[0], TARGETS, image)
 
 
 def test_an_error_of_onnx_runtime_is_ours(tiny_onnx_artifact: Artifact) -> None:
@@ -186,12 +226,13 @@ def test_decoding_takes_no_more_memory_with_each_token(tiny_onnx_artifact: Artif
 
     decoder = OnnxDecoder(tiny_onnx_artifact)
     cache = decoder.new_cache(8, 600)
-    decoder.prefill([PROMPTS[0]] * 8, np.repeat(IMAGES[:1], 8, axis=0), cache)
+    for row in range(8):
+        decoder.prefill(PROMPTS[0], IMAGES[0], cache, row)
     for _ in range(50):
-        decoder.decode_one_token([80] * 8, cache)
+        decoder.decode_one_token(cache)
     before = rss_bytes() or 0
     for _ in range(400):
-        decoder.decode_one_token([80] * 8, cache)
+        decoder.decode_one_token(cache)
     # A copy of the cache for each token would be 400 x 2 MB.
     assert (rss_bytes() or 0) - before < 8e6
 
@@ -631,7 +672,7 @@ def test_an_onnx_runtime_without_an_int8_cache_writes_the_float_one(
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
     assert export_main(["onnx", str(own_gptq_artifact), *QUICK]) == 0
-    assert "int8 cache           none: it takes onnxruntime 1.27 or newer at export" in capsys.readouterr().out
+    assert "its int8 cache       none: it takes onnxruntime 1.27 or newer at export" in capsys.readouterr().out
     artifact = load_artifact(own_gptq_artifact)
     assert artifact.manifest.onnx is not None
     assert artifact.manifest.onnx.cache_dtypes == ("float32",)

@@ -45,6 +45,7 @@ from lite.bench.table import modelled_tables
 from lite.config import DecoderConfig, Quantization
 from lite.decoder import LlamaDecoder
 from lite.errors import ArtifactError, LiteError
+from lite.linear import linears_of
 from lite.memory import cache_bytes_per_token
 from lite.model import FindingsModel
 
@@ -96,8 +97,7 @@ def test_roofs_of_the_7b_model_in_4_bits_are_the_known_ones(name: str, tokens_pe
 
 def test_weight_bytes_are_those_of_a_loaded_decoder(tiny_model: FindingsModel) -> None:
     decoder = tiny_model.decoder
-    weights = dict(decoder.named_parameters())
-    held = sum(weight.nbytes for name, weight in weights.items() if "proj" in name or name == "lm_head.weight")
+    held = sum(linear.nbytes for linear in linears_of(decoder).values())
     assert decode_weight_bytes(decoder.config, itemsize=4) == held > 0
 
 
@@ -106,16 +106,20 @@ def test_operations_of_the_decoder_are_those_torch_counts() -> None:
     decoder, length = LlamaDecoder(SMALL), 30
     for weight in decoder.parameters():
         nn.init.normal_(weight, std=0.1)
+    for linear in linears_of(decoder).values():
+        drawn = {name: {"weight": torch.randn(size, linear.in_features) / 10} for name, size in linear.parts.items()}
+        linear.take(drawn, device="cpu", dtype=torch.float32)
     cache = decoder.new_cache(1, length + 1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        hidden_states = decoder(torch.ones(1, length, SMALL.hidden_size), cache, [0])
-        decoder.logits(hidden_states[:, -1])
+        _, normed = decoder(torch.ones(1, length, SMALL.hidden_size), cache)
+        decoder.logits(normed[:, -1])
     masked = length**2 - length * (length + 1) // 2
     per_pair = 4 * SMALL.num_hidden_layers * SMALL.num_attention_heads * SMALL.head_dim
     assert prefill_flop(SMALL, length) == counter.get_total_flops() - per_pair * masked
     cache.num_cached_tokens = [length]
+    cache.position_ids.fill_(length)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        decoder.decode_one_token([3], cache)
+        decoder.decode_one_token(cache, [3])
     assert decode_flop(SMALL, length + 1) == counter.get_total_flops()
 
 

@@ -1,13 +1,14 @@
 """Our own decoder, and the int4 linears of others in it: with these only the linears differ.
 
 dense          nn.Linear                          float32 on a CPU, float16 on a GPU
-gptq-int4      lite.linear.QuantizedLinear        groups of 128, kernels/gptq.py
+gptq-int4      lite.linear                        groups of 128, kernels/gptq.py; on a GPU kernels/quant_matmul.py
 tinygemm       torch's own int4 product           groups of 128, computes in bfloat16
 gemlite        gemlite's Triton kernels           groups of 128, computes in float16
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.weights import GROUP_SIZE
+from kernels.backend import select_backend
 from kernels.gptq import to_tensors
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
+from lite.cuda_graph import GraphedStep, capture_cuda_graph
 from lite.decoder import LlamaDecoder
-from lite.linear import QuantizedLinear
+from lite.linear import Linear, linears_of, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,30 +52,40 @@ class LiteEngine:
         self.layers = decoder.model.layers
         self.max_seq_len = max_seq_len
         self.cache = decoder.new_cache(1, max_seq_len)
+        self.steps: dict[int, dict[int, GraphedStep]] = {}  # by depth
         self.computes_in = computes_in
         self.cache_bytes_per_token = self.cache.nbytes // max_seq_len
-        self.weight_bytes = _weight_bytes(decoder)
+        self.weight_bytes = weight_bytes(decoder)
 
     def start(self, num_layers: int) -> None:
         """Keep the first layers, empty the cache."""
         self.decoder.model.layers = self.layers[:num_layers]
-        self.cache.num_cached_tokens = [0]
+        is_new = num_layers not in self.steps
+        self.cache.steps = self.steps.setdefault(num_layers, {})
+        if is_new and self.decoder.capture is not None:
+            # Captured on its second run, which is no token's time.
+            self.fill(1)
+            self.decode_one_token(0)
+            self.decode_one_token(0)
+        self.cache.release(0)
 
     def prefill(self, input_ids: list[int]) -> Tensor:
         """Run a prompt, the first token of which takes the place of the image."""
+        self.cache.release(0)
         with torch.inference_mode():
-            features = self.decoder.embed(input_ids[:1]).unsqueeze(0)  # [1, 1, hidden_size]
-        return self.decoder.prefill([[IMAGE_TOKEN_ID, *input_ids[1:]]], features, self.cache)[0]
+            features = self.decoder.embed(input_ids[:1])  # [1, hidden_size]
+        return self.decoder.prefill([IMAGE_TOKEN_ID, *input_ids[1:]], features, self.cache)[0].float()
 
     def decode_one_token(self, token_id: int) -> Tensor:
         """Run a token."""
-        return self.decoder.decode_one_token([token_id], self.cache)[0]
+        return self.decoder.decode_one_token(self.cache, [token_id])[0].float()
 
     def fill(self, num_tokens: int) -> None:
         """Draw keys and values."""
         for tensor in (self.cache.k_cache, self.cache.v_cache):
             tensor[..., :num_tokens, :].normal_()
-        self.cache.num_cached_tokens = [num_tokens]
+        self.cache.num_cached_tokens[0] = num_tokens
+        self.cache.position_ids.fill_(num_tokens)
 
 
 def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -> LiteEngine:  # noqa: ARG001 - no files
@@ -80,23 +93,37 @@ def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -
     torch.set_num_threads(threads)
     on_gpu = torch.device(device).type == "cuda"
     dtype = {False: torch.float32, True: torch.bfloat16 if form == "tinygemm" else torch.float16}[on_gpu]
-    swapped: dict[str, Callable[[Tensor], nn.Module]] = {"tinygemm": TinygemmLinear, "gemlite": _gemlite_linear}
+    swapped: dict[str, Callable[[Tensor], nn.Module]] = {"tinygemm": TinygemmLinear, "gemlite": gemlite_linear}
     quantization = {"quantization_config": GPTQ} if form == "gptq-int4" else {}
     with torch.device("meta"):
         decoder = LlamaDecoder(DecoderConfig.from_hf({**model.config, **quantization}))
+    linears = linears_of(decoder)
+    owners = parts_of(linears)
+    waiting: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
     state = {}
     for name, values in model.tensors():
         drawn = torch.from_numpy(values).to(device)
         module = name.removesuffix(".weight")
-        if "_proj" not in name or form == "dense":
+        if module not in owners:
             state[name] = drawn.to(dtype)
-        elif form in swapped:
-            decoder.set_submodule(module, swapped[form](drawn))
+            continue
+        owner, part = owners[module]
+        linear, parts = linears[owner], waiting[owner]
+        parts[part] = drawn
+        if len(parts) < len(linear.parts):
+            continue
+        if form in swapped and owner != "lm_head":
+            # Side by side, as ours are: one product.
+            decoder.set_submodule(owner, swapped[form](torch.cat([parts[name] for name in linear.parts])))
         else:
-            _give_gptq(decoder.get_submodule(module), drawn, device)
-    # Not strict: what was swapped in has its weight already. A plain one left without would still be on `meta`.
+            tensors = {name: _stored(linear, weight) for name, weight in parts.items()}
+            linear.take(tensors, device=device, dtype=dtype, backend=select_backend(torch.device(device)).backend)
+        parts.clear()
+    # Not strict: what a linear holds is not in the state.
     decoder.load_state_dict(state, strict=False, assign=True)
     decoder.eval().requires_grad_(requires_grad=False)
+    if on_gpu and decoder.selection.backend == "triton":
+        decoder.capture = functools.partial(capture_cuda_graph, device=decoder.device)
     rest = str(dtype).removeprefix("torch.")
     computes_in = f"bfloat16, rest {rest}" if form == "tinygemm" and not on_gpu else rest
     return LiteEngine(decoder, max_seq_len=model.max_seq_len, computes_in=computes_in)
@@ -114,10 +141,12 @@ def round_to_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.flatten(1).to(torch.int8), scales
 
 
-def _give_gptq(module: nn.Module, weight: Tensor, device: str) -> None:
+def _stored(linear: Linear, weight: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a weight as a checkpoint has them."""
+    if linear.quantization is None:
+        return {"weight": weight}
     values, scales = round_to_groups(weight)
-    if isinstance(module, QuantizedLinear):
-        module.take(to_tensors(values, scales, bits=4), device=device)
+    return to_tensors(values, scales, bits=4)
 
 
 class TinygemmLinear(nn.Module):
@@ -149,7 +178,8 @@ class TinygemmLinear(nn.Module):
         return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def _gemlite_linear(weight: Tensor) -> Any:  # noqa: ANN401 - gemlite's linear
+def gemlite_linear(weight: Tensor) -> Any:  # noqa: ANN401 - gemlite's linear
+    """Make a linear of gemlite's, which takes and gives float16."""
     helper: Any = importlib.import_module("gemlite.helper")
     values, scales = round_to_groups(weight)
     processor = helper.A16Wn(device=str(weight.device), dtype=torch.float16)
@@ -157,9 +187,8 @@ def _gemlite_linear(weight: Tensor) -> Any:  # noqa: ANN401 - gemlite's linear
     return processor.from_weights(unsigned, scales, torch.full_like(scales, 8), 4, GROUP_SIZE)
 
 
-def _weight_bytes(decoder: LlamaDecoder) -> int:
+def weight_bytes(decoder: LlamaDecoder) -> int:
     """Add up what decoding a token reads."""
     state: dict[str, Tensor] = decoder.state_dict()
     plain = sum(tensor.nbytes for name, tensor in state.items() if "embed_tokens" not in name)
-    stored = [module.weight for module in decoder.modules() if isinstance(module, QuantizedLinear)]
-    return plain + sum(weight.nbytes for weight in stored if weight is not None)
+    return plain + sum(linear.nbytes for linear in linears_of(decoder).values())

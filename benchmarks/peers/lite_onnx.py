@@ -51,7 +51,7 @@ class LiteOnnxEngine:
         """Load the artifact with so many layers, unless it is loaded; empty the cache."""
         if num_layers != self.decoder.config.num_hidden_layers:
             self._load(num_layers)
-        self.cache.num_cached_tokens = [0]
+        self.cache.release(0)
 
     def _load(self, num_layers: int) -> float:
         """Load an artifact; return how long it took."""
@@ -65,13 +65,13 @@ class LiteOnnxEngine:
 
     def prefill(self, input_ids: list[int]) -> NDArray[np.float32]:
         """Run a prompt, the first token of which takes the place of the image."""
-        features = self.decoder.embed(input_ids[:1])[None]  # [1, 1, hidden_size]
-        logits: NDArray[np.float32] = self.decoder.prefill([[IMAGE_TOKEN_ID, *input_ids[1:]]], features, self.cache)[0]
+        features = self.decoder.embed(input_ids[:1])  # [1, hidden_size]
+        logits: NDArray[np.float32] = self.decoder.prefill([IMAGE_TOKEN_ID, *input_ids[1:]], features, self.cache)[0]
         return logits
 
     def decode_one_token(self, token_id: int) -> NDArray[np.float32]:
         """Run a token."""
-        logits: NDArray[np.float32] = self.decoder.decode_one_token([token_id], self.cache)[0]
+        logits: NDArray[np.float32] = self.decoder.decode_one_token(self.cache, [token_id])[0]
         return logits
 
     def fill(self, num_tokens: int) -> None:

@@ -332,6 +332,7 @@ def artifact_columns() -> list[Group]:
                 Column("dtype", "", lambda row: Cell(row.dtype)),
                 Column("cache", "", lambda row: Cell(row.cache_dtype)),
                 Column("provider", "of ONNX Runtime", lambda row: Cell(row.provider)),
+                Column("backend", "", lambda row: Cell(row.backend, footnote="; ".join(row.fallbacks))),
             ],
         ),
         Group(

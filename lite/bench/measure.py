@@ -26,7 +26,7 @@ from lite.bench.results import Draft, Latency, MemoryUse, Missing, NotRun, Quant
 from lite.bench.roofline import decode_weight_bytes
 from lite.bench.studies import ListedStudy, sha256_of_studies
 from lite.engine import EngineName, choose_engine
-from lite.errors import BackendUnavailable, LiteError
+from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
 from lite.memory import (
     ITEMSIZE,
     MemoryPlan,
@@ -153,6 +153,8 @@ def measure(
         dtype=first.dtype,
         cache_dtype=first.cache_dtype,
         provider=first.provider.removesuffix("ExecutionProvider"),
+        backend=first.backend,
+        fallbacks=first.fallbacks,
         disk_bytes=disk_bytes(artifact, engine),
         weight_bytes=plan.decoder_bytes + plan.vision_bytes,
         verify_s=verify_s,
@@ -194,12 +196,10 @@ def _settings(artifact: Artifact, options: Options) -> tuple[EngineName, dict[st
 
         import_onnxruntime()
         return engine, {"provider": options.provider, "cache_dtype": options.cache_dtype}
-    if options.cache_dtype is not None:
-        msg = f"got cache_dtype {options.cache_dtype!r} for the torch engine · expected it for onnx only · leave it out"
-        raise LiteError(msg)
     from lite.decoder import check_device
 
-    return engine, {"device": check_device(options.device), "dtype": options.dtype}
+    device = check_device(options.device)
+    return engine, {"device": device, "dtype": options.dtype, "cache_dtype": options.cache_dtype}
 
 
 def _meter(engine: EngineName, device: str) -> EnergyMeter | Missing:
@@ -371,6 +371,9 @@ def _throughput(
         seconds, results = _timed(lambda: _drafted(model, chosen, batch_size, options))
         rates.append(60.0 * count / seconds)
         token_rates.append(sum(findings.num_new_tokens for findings in results) / seconds)
+        if (rows := min(findings.timings.batch_size for findings in results)) < batch_size:
+            msg = f"got a batch of {batch_size} · expected {rows}, all that fit into the memory · take fewer at a time"
+            raise MemoryBudgetError(msg)
     return Throughput(
         batch_size=batch_size,
         num_studies=count,

@@ -160,7 +160,10 @@ def _runs(job: Job) -> Iterator[tuple[str, Path, Options]]:
     if options.engine != "both":
         yield from ((name, path, options) for name, path in job.artifacts)
         return
-    torch = dataclasses.replace(options, engine="torch", provider=None, cache_dtype=None)
+    # int8 both have; of the floats each computes with its own.
+    torch = dataclasses.replace(options, engine="torch", provider=None)
+    if torch.cache_dtype != "int8":
+        torch = dataclasses.replace(torch, cache_dtype=None)
     onnx = dataclasses.replace(options, engine="onnx", device="auto", dtype=None)
     for name, path in job.artifacts:
         try:
