@@ -39,11 +39,17 @@ SEED: Final = 20_261_401
 
 ENGINES: Final[dict[str, dict[str, Any]]] = {
     "torch": {"engine": "torch", "device": "cpu"},
+    "torch-int8-cache": {"engine": "torch", "device": "cpu", "cache_dtype": "int8"},
     "onnx": {"engine": "onnx"},
     "onnx-int8-cache": {"engine": "onnx", "cache_dtype": "int8"},
 }
 """What is compared, by how it is loaded."""
-PAIRS: Final = (("onnx", "torch"), ("onnx-int8-cache", "torch"), ("onnx-int8-cache", "onnx"))
+PAIRS: Final = (
+    ("torch-int8-cache", "torch"),
+    ("onnx", "torch"),
+    ("onnx-int8-cache", "torch"),
+    ("onnx-int8-cache", "onnx"),
+)
 """Candidate and yardstick."""
 
 
@@ -77,6 +83,14 @@ class Compared:
     decoder: str
     engines: tuple[EngineFigures, ...]
     pairs: tuple[Comparison, ...]
+
+    def engine(self, name: str) -> EngineFigures:
+        """Return one of the engines."""
+        return next(engine for engine in self.engines if engine.name == name)
+
+    def pair(self, candidate: str, yardstick: str) -> Comparison:
+        """Return one of the comparisons."""
+        return next(pair for pair in self.pairs if (pair.candidate, pair.yardstick) == (candidate, yardstick))
 
 
 def compare_engines(path: Path, studies: Sequence[ListedStudy], truth: Sequence[Readings]) -> Compared:

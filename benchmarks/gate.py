@@ -71,18 +71,19 @@ CANDIDATES: Final = {
 }
 ARTIFACT_METRICS: Final = ("bytes", "mean_kl", "same_top", "label_f1_micro", "plan_error")
 # What is measured beside: its metrics, and the artifacts that it needs.
-ONNX, IMPORTS, SLIM, TIMED = "gptq-int4-onnx", "imports", "slim", "timed"
+ENGINES, IMPORTS, SLIM, TIMED = "gptq-int4-engines", "imports", "slim", "timed"
 OTHER_METRICS: Final = {
-    ONNX: (
-        *("bytes", "mean_kl", "same_top", "label_f1_micro"),
-        *("kl_to_torch", "same_text_as_torch", "label_f1_lost_to_torch", "kl_of_int8_cache"),
+    ENGINES: (
+        *("onnx_bytes", "onnx_mean_kl", "onnx_same_top", "onnx_label_f1_micro"),
+        *("onnx_kl_to_torch", "onnx_same_text_as_torch", "onnx_label_f1_lost_to_torch", "onnx_kl_of_int8_cache"),
+        *("torch_kl_of_int8_cache", "torch_same_text_with_int8_cache"),
     ),
     IMPORTS: ("lite", "findings", "onnx"),
     SLIM: ("mb", "imports", "same_text"),
     TIMED: ("int4_over_fp16_decode", "int8_over_fp32_vision", "onnx_over_torch_decode"),
 }
 NEEDS: Final = {
-    ONNX: ("gptq-int4",),
+    ENGINES: ("gptq-int4",),
     IMPORTS: ("fp16", "gptq-int4"),
     SLIM: ("gptq-int4",),
     TIMED: ("fp16", "gptq-int4", "vision-int8"),
@@ -268,18 +269,18 @@ def measure_artifact(path: Path, studies: Sequence[ListedStudy], record: Referen
         divergence.mean_kl.value,
         divergence.same_top.value,
         label_f1(_truth(studies), [read_labels(draft.text) for draft in drafts]).micro.value,
-        planned_bytes(model.artifact, drafts) / held_bytes(cast("LlamaDecoder", model.decoder), drafts) - 1.0,
+        planned_bytes(model, drafts) / held_bytes(cast("LlamaDecoder", model.decoder), drafts) - 1.0,
     )
     return dict(zip(ARTIFACT_METRICS, values, strict=True))
 
 
-def measure_onnx(path: Path, studies: Sequence[ListedStudy], record: ReferenceRecord) -> dict[str, Value]:
-    """Measure the onnx engine beside the record and beside torch, on one artifact."""
+def measure_engines(path: Path, studies: Sequence[ListedStudy], record: ReferenceRecord) -> dict[str, Value]:
+    """Measure the onnx engine beside the record and beside torch, and the int8 caches of both, on one artifact."""
     model = lite.load(path, engine="onnx")
     divergence = _along_record(model, studies, record)
     compared = compare_batches(path, studies)
-    of_torch, _, of_float_cache = compared.pairs
-    torch_f1, onnx_f1, _ = (engine.label_f1.value for engine in compared.engines)
+    of_torch, of_torch_cache = compared.pair("onnx", "torch"), compared.pair("torch-int8-cache", "torch")
+    torch_f1, onnx_f1 = (compared.engine(name).label_f1.value for name in ("torch", "onnx"))
     files = {*ONNX_GRAPH_NAMES.values(), ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME}
     values: tuple[Value, ...] = (
         _bytes_of(model.artifact, files.__contains__),
@@ -289,9 +290,11 @@ def measure_onnx(path: Path, studies: Sequence[ListedStudy], record: ReferenceRe
         of_torch.divergence.mean_kl.value,
         of_torch.same_text.value,
         torch_f1 - onnx_f1,
-        of_float_cache.divergence.mean_kl.value,
+        compared.pair("onnx-int8-cache", "onnx").divergence.mean_kl.value,
+        of_torch_cache.divergence.mean_kl.value,
+        of_torch_cache.same_text.value,
     )
-    return dict(zip(OTHER_METRICS[ONNX], values, strict=True))
+    return dict(zip(OTHER_METRICS[ENGINES], values, strict=True))
 
 
 def compare_batches(path: Path, studies: Sequence[ListedStudy]) -> Compared:
@@ -331,20 +334,19 @@ def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy]) -> list[li
     return drafts
 
 
-def planned_bytes(artifact: Artifact, drafts: Sequence[lite.Findings]) -> int:
+def planned_bytes(model: lite.FindingsModel, drafts: Sequence[lite.Findings]) -> int:
     """Return what the memory plan says of decoder and cache, for the batch that was drafted."""
-    longest = max(draft.num_prompt_tokens for draft in drafts)
-    plan = plan_memory(artifact, device="cpu", batch_size=len(drafts), num_prompt_tokens=longest)
+    limit = model.artifact.manifest.decoding.max_new_tokens
+    num_prompt_tokens = drafts[0].num_prompt_tokens
+    if len(drafts) > 1:  # the rows of a batch are as long as most studies need, whatever these are
+        num_prompt_tokens = max(*(draft.num_prompt_tokens for draft in drafts), model.row_len(limit) - limit)
+    plan = plan_memory(model.artifact, device="cpu", batch_size=len(drafts), num_prompt_tokens=num_prompt_tokens)
     return plan.decoder_bytes + plan.cache_bytes
 
 
 def held_bytes(decoder: LlamaDecoder, drafts: Sequence[lite.Findings]) -> int:
     """Return what decoder and cache really took."""
-    from lite.linear import QuantizedLinear
-
-    quantized = [module.weight for module in decoder.modules() if isinstance(module, QuantizedLinear)]
-    weights = [*decoder.parameters(), *(weight for weight in quantized if weight is not None)]
-    return sum(weight.nbytes for weight in weights) + drafts[0].memory.cache_bytes
+    return decoder.nbytes + drafts[0].memory.cache_bytes
 
 
 def measure_imports(paths: Mapping[str, Path], film: Path) -> dict[str, Value]:
@@ -377,7 +379,7 @@ def measure_ratios(paths: Mapping[str, Path], studies: Sequence[ListedStudy]) ->
     onnx over torch.
     """
     models = {name: lite.load(paths[name], engine="torch", device="cpu") for name in NEEDS[TIMED]}
-    models[ONNX] = lite.load(paths["gptq-int4"], engine="onnx")
+    models["onnx"] = lite.load(paths["gptq-int4"], engine="onnx")
     drafts = draft_in_turns(models, studies)
     decode, vision = (
         {name: statistics.median(seconds(draft) for draft in found) for name, found in drafts.items()}
@@ -386,7 +388,7 @@ def measure_ratios(paths: Mapping[str, Path], studies: Sequence[ListedStudy]) ->
     values = (
         decode["gptq-int4"] / decode["fp16"],
         vision["vision-int8"] / vision["fp16"],
-        decode[ONNX] / decode["gptq-int4"],
+        decode["onnx"] / decode["gptq-int4"],
     )
     return dict(zip(OTHER_METRICS[TIMED], values, strict=True))
 
@@ -464,7 +466,7 @@ def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value 
     paths = export_candidates(names, OUT) if artifacts is None else given_artifacts(names, artifacts)
     film = studies[0].image
     special: dict[str, Callable[[], dict[str, Value]]] = {
-        ONNX: lambda: measure_onnx(paths["gptq-int4"], studies, record),
+        ENGINES: lambda: measure_engines(paths["gptq-int4"], studies, record),
         IMPORTS: lambda: measure_imports(paths, film),
         SLIM: lambda: measure_slim(paths["gptq-int4"], studies),
         TIMED: lambda: measure_ratios(paths, studies),
@@ -495,7 +497,7 @@ def _parser() -> argparse.ArgumentParser:
         "--artifacts", type=Path, metavar="DIR",
         help=f"measure artifacts that lie there, named {', '.join(CANDIDATES)} (default: export them anew)",
     )  # fmt: skip
-    exact = [*CANDIDATES, ONNX, IMPORTS, SLIM]
+    exact = [*CANDIDATES, ENGINES, IMPORTS, SLIM]
     parser.add_argument(
         "--only", nargs="+", choices=exact, default=exact, metavar="NAME", help=f"only these: {', '.join(exact)}"
     )

@@ -40,12 +40,13 @@ def test_both_engines_draft_films_of_their_own_and_the_table_says_how_far_they_a
     found = json.loads(figures.read_text(encoding="utf-8"))
     assert [engine["name"] for engine in found["engines"]] == list(ENGINES)
     assert [(pair["candidate"], pair["yardstick"]) for pair in found["pairs"]] == list(PAIRS)
-    to_torch, _, int8_to_float = (pair["divergence"] for pair in found["pairs"])
-    # Two engines, and two caches: near, and not the same twice.
+    torch_int8_to_float, to_torch, _, int8_to_float = (pair["divergence"] for pair in found["pairs"])
+    # Two engines, and two caches of each: near, and not the same twice.
     assert 0 < to_torch["mean_kl"]["value"] < 2e-3
     assert 0 < int8_to_float["mean_kl"]["value"] < 1e-3
+    assert 0 < torch_int8_to_float["mean_kl"]["value"] < 1e-3
     assert all(engine["decode_tokens_per_s"] > 1 and engine["total_s"] > 0 for engine in found["engines"])
-    assert "| onnx-int8-cache | onnx" in printed
+    assert "| onnx-int8-cache  | onnx " in printed
     assert f"- Artifact: {onnx_artifact.id} (gptq-int4" in printed
     assert f"engines {' '.join(arguments)}." in printed
 
@@ -91,6 +92,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
     log: list[tuple[str, str]] = []
     made = {
         "torch": Model("torch", log, same, 0.02),
+        "torch-int8-cache": Model("torch-int8-cache", log, same, 0.02),
         "onnx": Model("onnx", log, same, 0.01),
         "onnx-int8-cache": Model("onnx-int8-cache", log, other, 0.005),
     }
@@ -105,12 +107,14 @@ def test_figures_are_of_the_films_and_the_yardsticks_texts(models: dict[str, Mod
     compared = compare_engines(Path("artifact"), studies, truth)
     # In turns, film by film, and the first film twice.
     assert models["torch"].log == [(name, film) for film in "0012" for name in ENGINES]
-    torch, onnx, int8 = compared.engines
+    torch, _, onnx, int8 = compared.engines
+    assert compared.engine("onnx") is onnx
     assert (torch.decode_tokens_per_s, onnx.decode_tokens_per_s) == (pytest.approx(50), pytest.approx(100))
     assert (torch.prefill_s, torch.total_s) == (pytest.approx(0.06), pytest.approx(0.2))
     assert torch.label_f1.value == onnx.label_f1.value == 1.0
     assert int8.label_f1.value < 1.0
-    to_torch, int8_to_torch, int8_to_onnx = compared.pairs
+    _, to_torch, int8_to_torch, int8_to_onnx = compared.pairs
+    assert compared.pair("onnx-int8-cache", "onnx") is int8_to_onnx
     assert (to_torch.same_text.value, to_torch.rouge_l.value) == (1.0, 1.0)
     assert int8_to_torch.same_text.value == int8_to_onnx.same_text.value == pytest.approx(2 / 3)
     assert int8_to_torch.rouge_l.value < 1.0
@@ -133,10 +137,11 @@ def test_the_tables_say_how_many_and_where(models: dict[str, Model]) -> None:
     studies = [ListedStudy(id=name, image=Path(name), reason=None, query="", report="") for name in "012"]
     lines = engines.format_tables(compare_engines(Path("artifact"), studies, [read_labels("")] * 3)).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    assert cells[2][:4] == ["onnx", "torch", "100.0% (3 of 3)", "2 (of 1)"]
-    assert cells[3][:4] == ["onnx-int8-cache", "torch", "66.7% (2 of 3)", "– (of 0)"]
-    assert [row[0] for row in cells[-3:]] == list(ENGINES)
-    assert cells[-3][2:] == ["50", "60.0", "0.200"]
+    assert cells[2][:4] == ["torch-int8-cache", "torch", "100.0% (3 of 3)", "– (of 0)"]
+    assert cells[3][:4] == ["onnx", "torch", "100.0% (3 of 3)", "2 (of 1)"]
+    assert cells[4][:4] == ["onnx-int8-cache", "torch", "66.7% (2 of 3)", "– (of 0)"]
+    assert [row[0] for row in cells[-4:]] == list(ENGINES)
+    assert cells[-4][2:] == ["50", "60.0", "0.200"]
 
 
 def test_an_artifact_without_decoder_onnx_is_an_error(
