@@ -14,6 +14,7 @@ COMMANDS: Final = {
     "engines": ("benchmarks.engines", "compare the onnx engine with torch on one artifact: texts, KL, time"),
     "full-depth": ("benchmarks.full_depth", "measure random weights of the real widths; compute what 32 layers take"),
     "gate": ("benchmarks.gate", "compare today's exports with the baselines: quality, bytes, memory, imports, time"),
+    "gpu": ("benchmarks.gpu", "the whole runtime on a GPU, at full size with random weights, beside other libraries"),
     "kernels": ("benchmarks.kernels", "check the GPU kernels one by one, and time them beside other libraries'"),
     "peers": ("benchmarks.peers", "time other runtimes on the same shapes, whichever are installed"),
     "profile": ("benchmarks.onnx_profile", "where the onnx engine's time goes, operator by operator, and how fast"),

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
-from kernels.backend import select_backend
+from kernels.backend import Selection, select_backend
 from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes
 from kernels.gptq import GptqWeight
 from kernels.packing import pack_factor
@@ -232,14 +232,12 @@ def _nf4(x: Tensor, dense: Tensor) -> tuple[Callable[[], Tensor], int]:
 
 
 def _gemlite(x: Tensor, dense: Tensor) -> tuple[Callable[[], Tensor], int]:
-    from benchmarks.peers.lite_decoder import round_to_groups
+    from benchmarks.peers.lite_decoder import gemlite_linear
 
-    helper: Any = _package("gemlite.helper")
-    values, scales = round_to_groups(dense)
-    processor = helper.A16Wn(device=str(dense.device), dtype=torch.float16)
-    unsigned = (values + 8).to(torch.uint8)
-    linear = processor.from_weights(unsigned, scales, torch.full_like(scales, 8), 4, GROUP_SIZE)
-    return lambda: linear(x), dense.numel() // 2 + 2 * scales.nbytes
+    _package("gemlite.helper")
+    linear = gemlite_linear(dense)
+    # A float16 scale and a zero of that size for each group.
+    return lambda: linear(x), dense.numel() // 2 + 2 * 2 * dense.numel() // GROUP_SIZE
 
 
 def _package(name: str) -> Any:  # noqa: ANN401 - a peer's module
@@ -553,6 +551,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (*named, f"{row.time.p50 * 1e3:.4f}{mark}", spread, f"{row.bytes_per_s / 1e9:,.0f}", f"{row.share:.0%}")
 
 
+def report(rows: Sequence[Row], bandwidth: float, reason: str) -> str:
+    """Return the figures as markdown, and what a reader has to know of them."""
+    return table(rows) + "\n\n" + "\n".join(f"- {note}" for note in _notes(rows, bandwidth, reason))
+
+
 def _notes(rows: Sequence[Row], bandwidth: float, reason: str) -> list[str]:
     notes = [
         f"Kernels on: {reason}. Bandwidth of a streaming read in this run: {bandwidth / 1e9:,.0f} GB/s.",
@@ -581,8 +584,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, command: str) -> int:
-    """Measure, print, write; return the exit status.
+def find_gpu() -> tuple[torch.device, Selection]:
+    """Return the current GPU, and why the kernels run there.
 
     Raises:
         BackendUnavailable: there is no GPU, or the kernels do not run on it.
@@ -597,22 +600,49 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     if selection.backend != "triton" or selection.is_fallback:
         msg = f"got no kernels ({selection.reason}) · expected Triton's on {device} · install what is missing"
         raise BackendUnavailable(msg)
+    return device, selection
+
+
+def measure_all(
+    rows: Sequence[int], device: torch.device, *, bandwidth: float, stop: Callable[[], bool] = lambda: False
+) -> list[Row]:
+    """Measure every contender at the shapes of Vicuna-7B.
+
+    Args:
+        rows: of x, studies at a time.
+        device: a GPU.
+        bandwidth: of a streaming read, bytes per second.
+        stop: says before each whether the time is up.
+    """
     torch.manual_seed(0)
-    bandwidth = streaming_read_bandwidth(str(device))
-    rows = []
+    measured: list[Row] = []
     with torch.inference_mode():
-        for contender in contenders(Shapes(), arguments.rows, device):
-            rows.append(measure(contender, rounds=_ROUNDS, bandwidth=bandwidth, time=time_calls))
+        for contender in contenders(Shapes(), rows, device):
+            if stop():
+                break
+            measured.append(measure(contender, rounds=_ROUNDS, bandwidth=bandwidth, time=time_calls))
             torch.cuda.empty_cache()
+    return measured
+
+
+def is_right(rows: Sequence[Row]) -> bool:
+    """Say whether all that is ours computes what it should."""
+    return not any(row.is_wrong and row.engine.startswith("lite") for row in rows)
+
+
+def run(arguments: argparse.Namespace, command: str) -> int:
+    """Measure, print, write; return the exit status.
+
+    Raises:
+        BackendUnavailable: there is no GPU, or the kernels do not run on it.
+    """
+    device, selection = find_gpu()
+    bandwidth = streaming_read_bandwidth(str(device))
+    rows = measure_all(arguments.rows, device, bandwidth=bandwidth)
     found = versions()
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
-    notes = [
-        *_notes(rows, bandwidth, selection.reason),
-        f"Machine: {machine()}.",
-        f"Versions: {listed}.",
-        f"Command: `{command}`.",
-    ]
-    sys.stdout.write(table(rows) + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n")
+    about = (f"Machine: {machine()}.", f"Versions: {listed}.", f"Command: `{command}`.")
+    sys.stdout.write("\n".join((report(rows, bandwidth, selection.reason), *(f"- {line}" for line in about))) + "\n")
     if arguments.json is not None:
         document = {
             "machine": machine(),
@@ -622,7 +652,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
             "rows": [dataclasses.asdict(row) for row in rows],
         }
         write_whole(arguments.json, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    return 1 if any(row.is_wrong and row.engine.startswith("lite") for row in rows) else 0
+    return 0 if is_right(rows) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
