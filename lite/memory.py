@@ -50,8 +50,8 @@ not fit. A usual prompt is one chunk of the first: on a GPU the weights are expa
 STUDIES_AHEAD: Final = 2
 """Studies of a batch that are made ready while a GPU decodes: one for the next free row, and one being worked on."""
 GPU_LIBRARIES_BYTES: Final = 640 << 20
-"""What CUDA, cuBLAS and the compiled kernels take on a card, and what torch's allocator cannot use for its holes. An
-estimate: no GPU has been measured."""
+"""What CUDA, cuBLAS and the compiled kernels take on a card, and what torch's allocator cannot use for its holes, 0.1
+to 0.5 GB by `tests/fake_cuda.py`. An estimate: no GPU has been measured."""
 _EXPANDED_VALUES: Final = 3 * 2**23
 """Weights that are expanded at a time for a prompt: `kernels.quant_matmul.SCRATCH_VALUES`."""
 _REPACKED_VALUES: Final = 2**24

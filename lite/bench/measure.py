@@ -28,6 +28,7 @@ from lite.bench.studies import ListedStudy, sha256_of_studies
 from lite.engine import EngineName, choose_engine
 from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
 from lite.memory import (
+    CHUNK_SIZES,
     ITEMSIZE,
     MemoryPlan,
     Peaks,
@@ -126,7 +127,8 @@ def measure(
     meter = _meter(engine, str(model.decoder.device))
     warm = _warm_up(model, studies, options)
     runs, drafts = _run_singly(model, studies, options, meter, on_progress)
-    planned = _Planner(artifact, engine, options, [run.findings for run in runs], libraries_bytes=before)
+    chosen = {} if model.planner is None else {"chunk_size": model.planner.chunk_size}
+    planned = _Planner(artifact, engine, options, [run.findings for run in runs], libraries_bytes=before, **chosen)
     usable = [study for study, draft in zip(studies, drafts, strict=True) if draft.error is None]
     batches = tuple(_batches(model, usable, options, planned, on_progress))
     on_progress("bandwidth", 0, 1)
@@ -311,6 +313,7 @@ class _Planner:
     options: Options
     runs: Sequence[Findings]
     libraries_bytes: int
+    chunk_size: int = CHUNK_SIZES[0]
 
     def __call__(self, batch_size: int) -> MemoryPlan:
         first = self.runs[0]
@@ -324,6 +327,7 @@ class _Planner:
             num_prompt_tokens=max(findings.num_prompt_tokens for findings in self.runs),
             max_new_tokens=self.options.max_new_tokens,
             libraries_bytes=self.libraries_bytes,
+            chunk_size=self.chunk_size,
         )
 
 

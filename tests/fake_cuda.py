@@ -1,0 +1,469 @@
+"""A GPU that is not there: the real decoder runs on tensors without memory, and what they would take is counted.
+
+    lite/decoder.py, lite/generate.py, kernels/*.py     as they are
+    kernels/gpu/*.py                                    launch nothing; a launch allocates nothing
+    torch on "cuda"                                     FakeTensorMode: shapes, dtypes and devices, no numbers
+    attention                                           allocates what torch's kernel for it allocates: see `attend`
+    the allocator                                       `Allocator`, after torch's own
+
+Whatever waits for a number of the device's (`.item()`, `bool(tensor)`, `nonzero`) fails, as there are no numbers, and
+so does an op on tensors of two devices. Copies between host and device are noted: see `FakeGpu.copies`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import dataclasses
+import functools
+import types
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import kernels.gpu
+from kernels.backend import Card, Selection
+from lite.artifact import Artifact
+from lite.config import IMAGE_TOKEN_ID, DecoderConfig
+from lite.decoder import LlamaDecoder, load_decoder
+from lite.generate import Generation, Request
+from lite.memory import STUDIES_AHEAD, MemoryPlan, Peaks, layer_linear_shapes, plan_memory
+
+if TYPE_CHECKING:
+    from lite.cuda_graph import Step
+
+RTX_3060: Final = Card(capability=(8, 6), multiprocessors=28)
+T4: Final = Card(capability=(7, 5), multiprocessors=40)
+H100: Final = Card(capability=(9, 0), multiprocessors=132)
+LAUNCHERS: Final = {
+    "add_rms_norm": ("add_rms_norm",),
+    "decode_attention": ("decode_attention",),
+    "quant_matmul": ("decode", "dequantize"),
+    "rotary_and_cache": ("rotary_and_cache",),
+    "silu_mul": ("silu_mul",),
+}
+TOKEN: Final = 7
+"""The token that is always chosen."""
+
+
+# -- Memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Block:
+    """A piece of a segment; those of one segment are linked."""
+
+    pool: list[tuple[int, int, Block]]  # of the free ones: size, address
+    address: int
+    nbytes: int
+    before: Block | None = None
+    after: Block | None = None
+    is_free: bool = False
+
+
+class Allocator:
+    """torch's caching allocator: the free block that fits best, cut from a segment of 2 MiB, 20 MiB or what is needed.
+
+    Source: c10/cuda/CUDACachingAllocator.cpp, without its options.
+    """
+
+    def __init__(self) -> None:
+        self.allocated = self.peak = 0
+        self.reserved = self.reserved_peak = 0
+        self.pools: tuple[list[tuple[int, int, Block]], list[tuple[int, int, Block]]] = [], []
+        self._addresses = 0
+
+    def allocate(self, nbytes: int) -> Block:
+        """Take a block: of whole 512 bytes, and up to 1 MiB more in a segment of large ones."""
+        nbytes = -(-nbytes // 512) * 512
+        is_small = nbytes <= 1 << 20
+        pool = self.pools[0 if is_small else 1]
+        place = bisect.bisect_left(pool, nbytes, key=lambda entry: entry[0])
+        if place < len(pool):
+            block = pool.pop(place)[2]
+        else:
+            segment = 2 << 20 if is_small else 20 << 20 if nbytes < 10 << 20 else -(-nbytes // (2 << 20)) * (2 << 20)
+            block = Block(pool, self._addresses, segment)
+            self._addresses += segment
+            self.reserved += segment
+            self.reserved_peak = max(self.reserved_peak, self.reserved)
+        block.is_free = False
+        left = block.nbytes - nbytes
+        if left >= 512 if is_small else left > 1 << 20:
+            rest = Block(pool, block.address + nbytes, left, before=block, after=block.after)
+            if block.after is not None:
+                block.after.before = rest
+            block.nbytes, block.after = nbytes, rest
+            self._keep(rest)
+        self.allocated += block.nbytes
+        self.peak = max(self.peak, self.allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give a block back; it becomes one with what is free on either side."""
+        self.allocated -= block.nbytes
+        first, second = block.before, block.after
+        if second is not None and second.is_free:
+            self._join(block, second)
+        if first is not None and first.is_free:
+            self._join(first, block)
+            block = first
+        self._keep(block)
+
+    def release(self) -> None:
+        """Give segments back that are free: `torch.cuda.empty_cache()`."""
+        for pool in self.pools:
+            whole = [entry for entry in pool if entry[2].before is None and entry[2].after is None]
+            pool[:] = [entry for entry in pool if entry not in whole]
+            self.reserved -= sum(nbytes for nbytes, _, _ in whole)
+
+    def pop_peak(self) -> int:
+        """Return the most bytes allocated since this was last asked, as `torch.cuda.max_memory_allocated` counts."""
+        peak, self.peak = self.peak, self.allocated
+        return peak
+
+    @contextlib.contextmanager
+    def private_pool(self) -> Iterator[None]:
+        """Take blocks from segments of their own meanwhile, as a CUDA graph does."""
+        pools, self.pools = self.pools, ([], [])
+        try:
+            yield
+        finally:
+            self.pools = pools
+
+    def _join(self, block: Block, following: Block) -> None:
+        for one in (block, following):
+            if one.is_free:
+                one.pool.remove((one.nbytes, one.address, one))
+        block.nbytes += following.nbytes
+        block.after = following.after
+        if block.after is not None:
+            block.after.before = block
+
+    def _keep(self, block: Block) -> None:
+        block.is_free = True
+        bisect.insort(block.pool, (block.nbytes, block.address, block))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """From one device to another."""
+
+    source: str
+    target: str
+    nbytes: int
+    waits: bool  # torch waits for the copy to end, and so for all that was launched before
+
+
+_COMPOSITE: Final = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Say whether an op is made of others, and not only for autograd."""
+    return func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE)
+
+
+class FakeGpu(TorchDispatchMode):
+    """A card, and the count of what lies on it."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+        self.allocator = Allocator()
+        self._tensors = FakeTensorMode()
+        self.copies: list[Copy] = []
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._workspaces: dict[bool, Block] = {}  # of cuBLAS, by whether it is the stream of captures
+        self._is_capturing = False
+
+    def capture(self, step: Step) -> Step:
+        """Stand in for `lite.cuda_graph.capture_cuda_graph`: what a step takes stays the graph's own."""
+        self.allocator.release()
+        self._is_capturing = True
+        with self.allocator.private_pool():
+            result = step()
+        self._is_capturing = False
+        return lambda: result
+
+    def start_over(self, decoder: LlamaDecoder) -> None:
+        """Forget the cache that a decoder keeps, and the peaks."""
+        decoder._idle = None
+        self.allocator.release()
+        self.allocator.pop_peak()
+        self.allocator.reserved_peak = self.allocator.reserved
+
+    def plan(self, artifact: Artifact, **settings: Any) -> MemoryPlan:
+        """Plan for this card."""
+        with (
+            mock.patch("torch.cuda.is_available", return_value=True),
+            mock.patch("torch.cuda.get_device_capability", return_value=self.card.capability),
+        ):
+            return plan_memory(artifact, device="cuda:0", **settings)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let "cuda" be this card meanwhile; what was made on it stays."""
+        with contextlib.ExitStack() as stack:
+            for name, launchers in LAUNCHERS.items():
+                module = types.SimpleNamespace(**dict.fromkeys(launchers, _launch))
+                stack.enter_context(mock.patch.object(kernels.gpu, name, module, create=True))
+            selection = Selection(backend="triton", reason="a card that is not there")
+            for name, value in {
+                "kernels.backend.is_interpreted": lambda: False,
+                "kernels.backend._select_cuda": lambda _: selection,
+                "kernels.backend._card": lambda _: self.card,
+                "torch.cuda.current_device": lambda: 0,
+                "torch.cuda.device": lambda _: contextlib.nullcontext(),
+                "torch.cuda.empty_cache": self.allocator.release,
+                "torch.cuda.current_stream": mock.MagicMock(),
+                "torch.Tensor.record_stream": mock.MagicMock(),  # what is allocated is counted all the same
+                "torch.nn.functional.scaled_dot_product_attention": functools.partial(attend, self.card),
+                "lite.cache.NewestTokens.tolist": lambda newest: [TOKEN] * len(newest._host),
+            }.items():
+                stack.enter_context(mock.patch(name, value))
+            stack.enter_context(self._tensors)
+            stack.enter_context(self)
+            stack.enter_context(_Indexing())
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_composite(func):  # else what passes within it would not be seen
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm") and args[0].device.type == "cuda":
+            self._need_workspace()
+        out = func(*args, **kwargs)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
+                self._see(tensor.untyped_storage())
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            source = args[1] if func._schema.name == "aten::copy_" else args[0]
+            if source.device != out.device:
+                waits = not (kwargs.get("non_blocking") or args[2:] == (True,))
+                self.copies.append(
+                    Copy(source=source.device.type, target=out.device.type, nbytes=source.nbytes, waits=waits)
+                )
+        return out
+
+    def _see(self, storage: Any) -> None:
+        if storage in self._known or not storage.nbytes():
+            return
+        self._known.add(storage)
+        weakref.finalize(storage, self.allocator.free, self.allocator.allocate(storage.nbytes()))
+
+    def _need_workspace(self) -> None:
+        """Take what cuBLAS has for good for each stream: at::cuda::parseChosenWorkspaceSize."""
+        if self._is_capturing not in self._workspaces:
+            nbytes = 32 << 20 if self.card.capability[0] in (9, 10, 12) else (8 << 20) + (128 << 10)
+            self._workspaces[self._is_capturing] = self.allocator.allocate(nbytes)
+
+
+# -- What of torch does not work without a GPU -----------------------------------------------------------------------
+
+
+_BY_OP: Final = {
+    Tensor.contiguous: torch.ops.aten.contiguous.default,
+    Tensor.copy_: torch.ops.aten.copy_.default,
+    Tensor.nonzero: torch.ops.aten.nonzero.default,
+}
+
+
+class _Indexing(TorchFunctionMode):
+    """What asks the device's library, which a torch for CPUs lacks, done by ops: mainly tensor[…]."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            return _view(*args)
+        if func is Tensor.__setitem__:
+            return torch.ops.aten.copy_.default(_view(*args[:2]), args[2])
+        if func in _BY_OP:
+            return _BY_OP[func](*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _view(x: Tensor, index: Any) -> Tensor:
+    dim = 0
+    for at in index if isinstance(index, tuple) else (index,):
+        if at is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(at, slice):
+            x = torch.ops.aten.slice.Tensor(x, dim, at.start, at.stop)
+        elif isinstance(at, Tensor):
+            x = torch.ops.aten.index.Tensor(x, [None] * dim + [at])
+        else:
+            x = x.select(dim, at)
+            continue
+        dim += at.dim() if isinstance(at, Tensor) else 1
+    return x
+
+
+def _launch(*args: Any, **_: Any) -> None:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    assert {tensor.device.type for tensor in tensors} == {"cuda"}
+
+
+def attend(
+    card: Card, q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> Tensor:
+    """Allocate what torch's `scaled_dot_product_attention` takes: [B, heads, T, head_dim] in 16 bits.
+
+    Without a mask flash attention from Ampere on: the result and the logarithms of the sums. Else memory-efficient
+    attention, for which a mask is made into numbers, and its rows padded to a multiple of 8. Neither has grouped
+    queries with a mask: then the scores are there, in float32. (Of flash attention the few megabytes are left out that
+    it takes for itself where a chunk is too short to fill the card.)
+
+    Source: aten/src/ATen/native/transformers/{attention.cpp,cuda/sdp_utils.cpp}
+    """
+    B, heads, T, head_dim = q.shape
+    has_flash = card.capability >= (8, 0)
+    if enable_gqa and (attn_mask is not None or not has_flash):
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            q, k, v, attn_mask, 0.0, is_causal, enable_gqa=enable_gqa
+        )[0]
+    if attn_mask is not None:
+        bias = torch.empty(attn_mask.shape, dtype=q.dtype, device=q.device)
+        if bias.shape[-1] % 8:
+            bias = torch.nn.functional.pad(bias, (0, 8 - bias.shape[-1] % 8))
+    attended = torch.empty(B, T, heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    _sums = torch.empty(B, heads, T, dtype=torch.float32, device=q.device)
+    return attended
+
+
+# -- What is computed ------------------------------------------------------------------------------------------------
+
+
+def all_true() -> Any:
+    """Take whatever is asked of numbers for true."""
+    return mock.patch.object(Tensor, "__bool__", return_value=True)
+
+
+def load_on(gpu: FakeGpu, artifact: Artifact, **settings: Any) -> LlamaDecoder:
+    """Load a decoder of whose weights there are the shapes only."""
+    stored = [
+        (Path("decoder"), name, lambda shape=shape, dtype=dtype: torch.empty(shape, dtype=dtype))
+        for name, (shape, dtype) in stored_tensors(artifact.decoder_config()).items()
+    ]
+    # There are no numbers to check: all are taken for right.
+    with (
+        mock.patch("lite.decoder._tensors", return_value=iter(stored)),
+        mock.patch("torch.equal", return_value=True),
+        all_true(),
+    ):
+        decoder = load_decoder(artifact, device="cuda:0", **settings)
+    assert decoder.capture is not None
+    decoder.capture = gpu.capture
+    return decoder
+
+
+def stored_tensors(config: DecoderConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of the tensors of a decoder's files."""
+    vector, table = (config.hidden_size,), (config.vocab_size, config.hidden_size)
+    plain = {"model.embed_tokens.weight": table, "model.norm.weight": vector}
+    if not config.tie_word_embeddings:
+        plain["lm_head.weight"] = table
+    linears = {}
+    for layer in range(config.num_hidden_layers):
+        for name, shape in layer_linear_shapes(config).items():
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            linears[f"model.layers.{layer}.{block}.{name}"] = shape
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            plain[f"model.layers.{layer}.{name}.weight"] = vector
+    tensors = {name: (shape, torch.float16) for name, shape in plain.items()}
+    stored = config.quantization
+    for name, (outputs, inputs) in linears.items():
+        if stored is None:
+            tensors[f"{name}.weight"] = (outputs, inputs), torch.float16
+        elif stored.format == "bnb-int8":
+            tensors[f"{name}.weight"] = (outputs, inputs), torch.int8
+            tensors[f"{name}.SCB"] = (outputs,), torch.float32
+        else:
+            factor = 32 // stored.bits
+            groups = inputs // (inputs if stored.group_size in (-1, None) else stored.group_size)
+            tensors[f"{name}.qweight"] = (inputs // factor, outputs), torch.int32
+            tensors[f"{name}.qzeros"] = (groups, outputs // factor), torch.int32
+            tensors[f"{name}.scales"] = (groups, outputs), torch.float16
+            tensors[f"{name}.g_idx"] = (inputs,), torch.int32
+    return tensors
+
+
+def prompt_of(num_prompt_tokens: int, num_image_tokens: int) -> list[int]:
+    """Return input_ids that take so many places, the image's among them."""
+    return [1, IMAGE_TOKEN_ID, *[TOKEN] * (num_prompt_tokens - num_image_tokens - 1)]
+
+
+def draft(
+    decoder: LlamaDecoder,
+    *,
+    batch_size: int,
+    num_prompt_tokens: int,
+    max_seq_len: int,
+    num_image_tokens: int = 1369,
+    max_new_tokens: int = 3,
+    tower_on_gpu: bool = True,
+) -> None:
+    """Draft as `FindingsModel` does: a full batch, and meanwhile the features of the studies that come next.
+
+    A text is short; the rows have room for a longer one.
+    """
+    input_ids = prompt_of(num_prompt_tokens, num_image_tokens)
+    ahead = STUDIES_AHEAD if batch_size > 1 else 0
+    waiting: collections.deque[Request] = collections.deque()
+    left = batch_size + ahead
+
+    def see() -> Any:
+        if tower_on_gpu:
+            return decoder.image_buffer(num_image_tokens)[0]
+        return torch.empty(num_image_tokens, decoder.config.hidden_size)
+
+    def prepare() -> None:
+        nonlocal left
+        if not left:
+            return
+        left -= 1
+        seen = [see()] if ahead else []
+        waiting.append(
+            Request(
+                input_ids=input_ids,
+                num_prompt_tokens=num_prompt_tokens,
+                image_features=lambda: seen.pop() if seen else see(),
+                max_new_tokens=max_new_tokens,
+            )
+        )
+
+    def feed(*, wait: bool) -> Request | None:
+        while len(waiting) < max(1, ahead):
+            if not left:
+                break
+            prepare()
+        request = waiting.popleft() if waiting else None
+        if ahead:
+            prepare()
+        return request
+
+    generation = Generation(
+        decoder,
+        feed,
+        batch_size=batch_size,
+        max_seq_len=max_seq_len,
+        context=decoder.config.max_position_embeddings,
+        eos_token_id=2,
+        peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None),
+    )
+    texts: dict[int, Sequence[int]] = {}
+    for request, token_id in generation:
+        assert request.error is None
+        if token_id is None:
+            texts[id(request)] = request.token_ids
+    assert list(texts.values()) == [[TOKEN] * max_new_tokens] * (batch_size + ahead)
