@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lite.__main__ import _report, main
 from lite.artifact import Artifact, sha256_of
+from lite.decoder import LlamaDecoder
 from lite.errors import LiteError
 from lite.model import FindingsModel
 from lite.vision import VisionEncoder
@@ -225,6 +226,40 @@ def test_a_bad_reason_is_said_once(generate: list[str], films: list[Path], capsy
 def test_a_cut_text_says_so(generate: list[str], films: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*generate, films[0], "--max-new-tokens", "2") == 0
     assert "cut after 2 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [[], ["--batch-size", "2"]])
+def test_what_is_slower_than_it_has_to_be_is_said_once(
+    generate: list[str],
+    films: list[Path],
+    mode: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(LlamaDecoder, "fallbacks", ("no CUDA graph: the driver is too old",))
+    assert run(*generate, *films[:3], *mode) == 0
+    assert capsys.readouterr().err.count("note: no CUDA graph: the driver is too old\n") == 1
+    assert run(*generate, films[0], "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["backend"], shown["fallbacks"]) == ("torch", ["no CUDA graph: the driver is too old"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--memory-limit", "1MiB"], "got a memory limit of 1.0 MiB · expected at least "),
+        (["--memory-limit", "much"], "got the size 'much' · expected a number of bytes"),
+        (["--fp16-accumulation"], "got fp16_accumulation on cpu · expected it for a GPU only"),
+        (["--cache-dtype", "float16"], "got cache_dtype 'float16' · expected int8, or float32"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(
+    generate: list[str], films: list[Path], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*generate, films[0], *flags) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
 
 
 def test_info(tiny_artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ from lite.errors import (
     PromptError,
 )
 from lite.image import load_image, preprocess
+from lite.memory import Planner
 from lite.model import Findings, FindingsModel, Study, StudyError, load
 from lite.vision import VisionEncoder
 
@@ -443,6 +444,24 @@ def test_without_memory_for_a_film_the_batch_makes_room(
     results = list(ending_model.findings_batch(studies, batch_size=2))
     assert texts(results) == expected
     assert len(calls) > len(studies)
+
+
+def test_a_batch_is_split_where_the_memory_allows_fewer(
+    ending_model: FindingsModel, films: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = all_pairs(films)[:6]
+    expected = texts(ending_model.findings_batch(studies, batch_size=4))
+
+    def planner(rows: int) -> Planner:
+        made = Planner(artifact=ending_model.artifact, limit=0, device="cpu")
+        limit = ending_model.artifact.manifest.decoding.max_new_tokens
+        return dataclasses.replace(made, limit=made.plan(rows, max_new_tokens=limit).card_bytes)
+
+    for rows, batch_size in ((1, 1), (3, 3), (9, 4)):
+        monkeypatch.setattr(ending_model, "planner", planner(rows))
+        results = list(ending_model.findings_batch(studies, batch_size=4))
+        assert texts(results) == expected
+        assert {result.timings.batch_size for result in results if isinstance(result, Findings)} == {batch_size}
 
 
 def test_what_has_ended_keeps_no_film(ending_model: FindingsModel, films: list[Path]) -> None:
