@@ -23,9 +23,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lite
 from benchmarks.phantom.write import write_studies
-from lite.bench.labels import Label, Reading, read_labels
-from lite.bench.studies import ListedStudy, read_studies
-from lite.image import load_image
+from lite.eval.labels import Label, Reading, read_labels
+from lite.image.files import load_image
+from lite.studies.readers import ListedStudy, read_studies
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "benchmarks" / "phantom" / "checkpoint"

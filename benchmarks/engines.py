@@ -2,7 +2,7 @@
 
 Both compute the same integers; what they round on the way differs. They draft the same films in turns, film by film, so
 that whatever slows the machine slows all of them. Then each candidate is asked, token by token along the text of its
-yardstick (its end, EOS, included), what it would have written (see `lite.bench.divergence`).
+yardstick (its end, EOS, included), what it would have written (see `lite.eval.divergence`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import lite
 from benchmarks.phantom.loss import shown, shown_interval
 from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
-from lite.bench.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
-from lite.bench.files import write_whole
-from lite.bench.labels import read_labels
 from lite.bench.machine import machine, versions
-from lite.bench.metrics import Estimate, Readings, label_f1, rouge_l, same_text
-from lite.bench.studies import ListedStudy, read_studies
 from lite.bench.table import markdown_table, to_json
 from lite.console import positive, run_command, show_progress
+from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
+from lite.eval.labels import read_labels
+from lite.eval.metrics import Estimate, Readings, label_f1, rouge_l, same_text
+from lite.files import write_whole
+from lite.studies.readers import ListedStudy, read_studies
 
 NUM_FILMS: Final = 100
 # Films of this seed are used for nothing else.

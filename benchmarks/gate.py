@@ -34,19 +34,20 @@ from benchmarks.demo import CALIBRATION_SEED, CHECKPOINT, NUM_CALIBRATION_FILMS,
 from benchmarks.engines import Compared, compare_drafts, draft_in_turns, load_engines
 from benchmarks.phantom.write import write_studies
 from benchmarks.quantisation import Row, Setting, export_command, measured_run
-from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, VISION_NAME, Artifact
-from lite.bench.divergence import DivergenceSummary, summarise
-from lite.bench.labels import read_labels
+from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, VISION_NAME
+from lite.artifact.open import Artifact
 from lite.bench.machine import machine, versions
-from lite.bench.metrics import Readings, label_f1
-from lite.bench.record import ReferenceRecord, check_record, read_record
-from lite.bench.studies import ListedStudy, read_studies, sha256_of_studies
 from lite.bench.table import markdown_table, to_json
 from lite.errors import LiteError
-from lite.memory import plan_memory
+from lite.eval.divergence import DivergenceSummary, summarise
+from lite.eval.labels import read_labels
+from lite.eval.metrics import Readings, label_f1
+from lite.eval.record import ReferenceRecord, check_record, read_record
+from lite.memory.plan import plan_memory
+from lite.studies.readers import ListedStudy, read_studies, sha256_of_studies
 
 if TYPE_CHECKING:
-    from lite.decoder import LlamaDecoder
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -35,13 +35,13 @@ from kernels.quant_matmul import QuantWeight, quant_matmul, quant_matmul_workspa
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.silu_mul import silu_mul
 from kernels.tolerances import worst
-from lite.bench.files import write_whole
 from lite.bench.machine import machine, streaming_read_bandwidth, versions
 from lite.bench.measure import quantiles
 from lite.bench.results import Quantiles
 from lite.bench.table import markdown_table
 from lite.console import positive, run_command
 from lite.errors import BackendUnavailable
+from lite.files import write_whole
 
 GROUP_SIZE: Final = 128
 _FLUSH_BYTES: Final = 256 << 20

@@ -25,18 +25,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lite.artifact import Artifact, OnnxPart, load_artifact
-from lite.bench.files import write_whole
+from lite.artifact.manifest import OnnxPart
+from lite.artifact.open import Artifact, load_artifact
 from lite.bench.machine import machine, streaming_read_bandwidth, versions
 from lite.bench.table import markdown_table, to_json
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
 from lite.console import positive, run_command
-from lite.cores import available_cores
-from lite.engine import choose_engine
+from lite.engines.choose import choose_engine
+from lite.engines.cores import available_cores
+from lite.engines.onnx_engine.decoder import OnnxDecoder
+from lite.engines.onnx_session import CPU, import_onnxruntime
 from lite.errors import LiteError
-from lite.memory import cache_bytes_per_token, onnx_linear_bytes, onnx_linear_shapes
-from lite.onnx_decoder import OnnxDecoder
-from lite.onnx_session import CPU, import_onnxruntime
+from lite.files import write_whole
+from lite.memory.counts import cache_bytes_per_token, onnx_linear_bytes, onnx_linear_shapes
 
 PROMPT_TOKENS: Final = 1472  # an image of 1369 patches and a question, as in `peers`
 NEW_TOKENS: Final = 16

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lite.artifact import load_artifact
+from lite.artifact.open import load_artifact
 from lite.bench.machine import machine
-from lite.bench.studies import read_studies
 from lite.bench.table import markdown_table
 from lite.console import run_command, say
-from lite.engine import choose_engine
+from lite.engines.choose import choose_engine
 from lite.errors import ArtifactError, LiteError
+from lite.studies.readers import read_studies
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 VENV: Final = ROOT / "build" / "slim-venv"
@@ -103,7 +103,7 @@ class Slim:
         if torch := [name for name in (*self.sizes, *self.probe.after_findings) if name.lower() == "torch"]:
             found.append(f"got {torch[0]} in the slim environment · expected none · see who brings it")
         if wrong := sorted({*self.engines} - {"onnx"}):
-            found.append(f"got the engine {wrong[0]} · expected onnx · see lite/engine.py")
+            found.append(f"got the engine {wrong[0]} · expected onnx · see lite/engines/choose.py")
         if self.same_text < 1.0:
             equal = round(self.same_text * len(self.expected))
             found.append(f"got {equal} of {len(self.expected)} texts as in this environment · expected all · compare")

@@ -20,7 +20,7 @@ from export.settings import (
     Method,
     TokenWeights,
 )
-from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, OnnxFloat
+from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
 from lite.console import keeping_interrupts, positive
 from lite.errors import LiteError
@@ -28,7 +28,8 @@ from lite.errors import LiteError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lite.artifact import Artifact, Manifest
+    from lite.artifact.manifest import Manifest
+    from lite.artifact.open import Artifact
 
 _DESCRIPTION = """\
 Turn a LLaVA-Rad checkpoint, as downloaded, into an artifact: the folder that `python -m lite` runs.

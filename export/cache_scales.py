@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from export.studies import Study
-    from lite.onnx_decoder import OnnxDecoder
+    from lite.engines.onnx_engine.decoder import OnnxDecoder
 
     Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from export.checkpoint import Checkpoint
     from export.settings import GptqSettings
-    from lite.artifact import Manifest
+    from lite.artifact.manifest import Manifest
 
 MAX_FINDINGS_TOKENS: Final = 256
 HELD_OUT_SHARE: Final = 4

@@ -15,7 +15,7 @@ neither packed inputs nor a rotary embedding.) The graph is written node by node
 linear at a time: the memory it takes is that of the largest.
 
 - *MatMulNBits* multiplies by the GPTQ integers as they are. With accuracy_level 4 it rounds its inputs to int8, a scale
-  for each block: that is what makes it fast on a CPU, and the one thing it does less exactly than `lite.decoder`.
+  for each block: that is what makes it fast on a CPU, and the one thing it does less exactly than torch's decoder.
 - *GroupQueryAttention* turns queries and keys, writes the cache in place and attends over it.
 - Behind the last layer's attention only the tokens that logits are wanted of go on: one of a prompt, and of a layer
   that is a quarter, as of a 7B model's, a third of what is left to do.
@@ -41,9 +41,9 @@ from export.gptq import Grid, round_to_nearest
 from kernels.gptq import TENSORS, GptqWeight
 from kernels.packing import to_blocks
 from kernels.reference import rotary_table
-from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
+from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.errors import ArtifactError
-from lite.memory import onnx_block_size
+from lite.memory.counts import onnx_block_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lite.artifact import OnnxFloat
+    from lite.artifact.manifest import OnnxFloat
     from lite.config import DecoderConfig
 
     Array = np.ndarray[Any, np.dtype[Any]]

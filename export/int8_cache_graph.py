@@ -23,8 +23,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.cache_scales import STEPS
-from lite.artifact import ONNX_GRAPH_NAMES
-from lite.onnx_decoder import PREFILL_INPUT
+from lite.artifact.manifest import ONNX_GRAPH_NAMES
+from lite.engines.onnx_engine.decoder import PREFILL_INPUT
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,20 +22,13 @@ from export.durable import disk_errors_explained
 from export.int8_cache_graph import write_int8_cache_graph
 from export.settings import DEFAULTS
 from export.studies import Study, StudyReader, sha256_of_studies
-from lite.artifact import (
-    TOKENIZER_NAME,
-    Artifact,
-    CacheCalibration,
-    Manifest,
-    OnnxFloat,
-    OnnxPart,
-    load_artifact,
-    staged_artifact,
-)
-from lite.decoder import check_device
+from lite.artifact.manifest import TOKENIZER_NAME, CacheCalibration, Manifest, OnnxFloat, OnnxPart
+from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.write import staged_artifact
+from lite.engines.onnx_engine.decoder import OLDEST_INT8_CACHE, OnnxDecoder
+from lite.engines.onnx_session import has_onnxruntime
+from lite.engines.torch_engine.decoder import check_device
 from lite.errors import ArtifactError
-from lite.onnx_decoder import OLDEST_INT8_CACHE, OnnxDecoder
-from lite.onnx_session import has_onnxruntime
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:

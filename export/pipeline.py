@@ -49,21 +49,19 @@ from export.token_weights import num_search_steps, search_token_weights
 from export.vision_onnx import build_vision_onnx, write_vision_onnx
 from export.work import WorkFolder, work_folder, work_path
 from lite._version import __version__
-from lite.artifact import (
+from lite.artifact.manifest import (
     NOTICE,
     TOKENIZER_NAME,
-    Artifact,
     CalibrationRecord,
     DecoderPart,
     Manifest,
     OnnxPart,
     TowerShape,
     VisionPart,
-    check_target,
-    load_artifact,
-    staged_artifact,
 )
-from lite.decoder import check_device
+from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.write import check_target, staged_artifact
+from lite.engines.torch_engine.decoder import check_device
 from lite.errors import ArtifactError, BackendUnavailable
 from lite.vision import VisionEncoder
 

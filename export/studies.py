@@ -16,11 +16,12 @@ import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
 from lite.errors import ArtifactError, CheckpointError, PromptError
-from lite.image import load_image, preprocess
+from lite.image.files import load_image
+from lite.image.preprocess import preprocess
 from lite.prompt import PromptEncoder, Tokenizer
 
 if TYPE_CHECKING:
-    from lite.artifact import Manifest
+    from lite.artifact.manifest import Manifest
     from lite.config import Preprocessing
 
     Array = np.ndarray[Any, np.dtype[np.float32]]

@@ -22,11 +22,12 @@ import torch
 
 from export import forward
 from export.calibration import embed
-from lite.artifact import Artifact, FileRecord
-from lite.bench.divergence import compare_logits, summarise
-from lite.decoder import load_decoder
+from lite.artifact.manifest import FileRecord
+from lite.artifact.open import Artifact
+from lite.engines.onnx_engine.decoder import OnnxDecoder
+from lite.engines.torch_engine.decoder import load_decoder
 from lite.errors import ArtifactError
-from lite.onnx_decoder import OnnxDecoder
+from lite.eval.divergence import compare_logits, summarise
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from export.checkpoint import Checkpoint
     from export.studies import Study
-    from lite.artifact import CacheDtype, Manifest
+    from lite.artifact.manifest import CacheDtype, Manifest
     from lite.config import DecoderConfig
 
     Advance = Callable[[], object]

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lite._version import __version__
-from lite.artifact import CacheDtype, load_artifact
+from lite.artifact.manifest import CacheDtype
+from lite.artifact.open import load_artifact
 from lite.console import EXIT_FAILED, positive, run_command, say
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lite.artifact import Artifact
+    from lite.artifact.open import Artifact
     from lite.model import Findings, FindingsModel, FindingsStream
 
 

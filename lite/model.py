@@ -7,7 +7,7 @@ A `FindingsModel` holds read-only weights; everything a request changes (its cac
 So one model may be used from several threads at once: the requests share the cores and the weights and nothing else.
 
 With a GPU, another thread reads the films of a batch that come next, and sees to their features, while this one decodes
-(`lite.feed`).
+(`lite.session.feed`).
 """
 
 from __future__ import annotations
@@ -22,22 +22,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lite.artifact import TOKENIZER_NAME, load_artifact
-from lite.engine import choose_engine, gpu_problem
+from lite.artifact.manifest import TOKENIZER_NAME
+from lite.artifact.open import load_artifact
+from lite.engines.choose import choose_engine, gpu_problem
+from lite.engines.onnx_session import CPU, CUDA
 from lite.errors import ArtifactError, LiteError, MemoryBudgetError, PromptError
-from lite.feed import Feed
-from lite.generate import Generation, Request
-from lite.image import load_image, preprocess
-from lite.memory import REASON_TOKENS, STUDIES_AHEAD, Peaks, Planner, parse_bytes, peak_rss_bytes, rss_bytes
-from lite.onnx_session import CPU, CUDA
+from lite.image.files import load_image
+from lite.image.preprocess import preprocess
+from lite.memory.plan import REASON_TOKENS, STUDIES_AHEAD, Planner
+from lite.memory.process import Peaks, peak_rss_bytes, rss_bytes
+from lite.memory.sizes import parse_bytes
 from lite.prompt import PromptEncoder, TextStream, Tokenizer
+from lite.session.feed import Feed
+from lite.session.generate import Generation, Request
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
 
-    from lite.artifact import Artifact, CacheDtype
-    from lite.generate import Engine, FinishReason, Requests
-    from lite.image import ImageSource, Rendering
+    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.open import Artifact
+    from lite.image.files import ImageSource
+    from lite.image.rendering import Rendering
+    from lite.session.generate import Engine, FinishReason, Requests
     from lite.vision import VisionEncoder
 
 
@@ -212,7 +218,8 @@ class FindingsModel:
         """Draft the findings of one film.
 
         Args:
-            image: whatever `lite.image.load_image` takes: a path (PNG, JPEG, DICOM …), bytes, an array, a PIL image.
+            image: whatever `lite.image.files.load_image` takes: a path (PNG, JPEG, DICOM …), bytes, an array, or a
+                PIL image.
             reason: the reason for the exam, in a sentence or two; None or blank if unknown.
             query: ask this instead of the question the model was trained with; excludes a reason.
             max_new_tokens: stop after so many tokens; None takes the artifact's default.
@@ -514,11 +521,11 @@ def load(
     Args:
         path: the artifact's folder.
         engine: "torch" computes `decoder/`; "onnx" computes `decoder.onnx`, without torch. "auto" takes onnx where the
-            artifact has it and there is no GPU for torch, or no torch (see `lite.engine`).
+            artifact has it and there is no GPU for torch, or no torch (see `lite.engines.choose`).
         device: "auto" (an NVIDIA GPU if torch sees one, or the CPU), "cpu", "cuda" or "cuda:N".
         dtype: what torch computes the decoder in: "float32", "float16" or "bfloat16". None takes the stored dtype on a
             GPU and float32 on the CPU: twice the memory of float16, and far less time where 16-bit products are slow
-            (see `lite.decoder.load_decoder`).
+            (see `lite.engines.torch_engine.decoder.load_decoder`).
         provider: what ONNX Runtime computes with, tower and decoder: a name of its own such as "CUDAExecutionProvider",
             or cpu, cuda; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA
             where `device` is a GPU and this ONNX Runtime has it.
@@ -588,8 +595,8 @@ def _load_torch(
     fp16_accumulation: bool,
 ) -> tuple[VisionEncoder, Engine, Planner | None]:
     # torch first: onnxruntime then finds the CUDA libraries that torch has brought.
-    from lite.decoder import check_cache_dtype, check_device, check_dtype, free_bytes, load_decoder
-    from lite.onnx_session import provider_of_device
+    from lite.engines.onnx_session import provider_of_device
+    from lite.engines.torch_engine.decoder import check_cache_dtype, check_device, check_dtype, free_bytes, load_decoder
     from lite.vision import VisionEncoder
 
     check_dtype(dtype)
@@ -623,8 +630,8 @@ def _load_torch(
 def _load_onnx(
     artifact: Artifact, provider: str | None, cache_dtype: CacheDtype | None, limit: int | None
 ) -> tuple[VisionEncoder, Engine, Planner | None]:
-    from lite.onnx_decoder import OnnxDecoder, check_cache_dtype
-    from lite.onnx_session import check_provider
+    from lite.engines.onnx_engine.decoder import OnnxDecoder, check_cache_dtype
+    from lite.engines.onnx_session import check_provider
     from lite.vision import VisionEncoder
 
     check_cache_dtype(artifact, cache_dtype)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lite.artifact import VISION_NAME
-from lite.cuda_lock import CAPTURING
+from lite.artifact.manifest import VISION_NAME
+from lite.engines.cuda_lock import CAPTURING
+from lite.engines.onnx_session import CPU, CUDA, errors_explained, open_session, provider_of_device
 from lite.errors import ArtifactError
-from lite.onnx_session import CPU, CUDA, errors_explained, open_session, provider_of_device
 
 if TYPE_CHECKING:
-    from lite.artifact import Artifact
+    from lite.artifact.open import Artifact
 
 INPUT_NAME = "pixel_values"
 OUTPUT_NAME = "image_features"
@@ -70,7 +70,7 @@ class VisionEncoder:
         """Run the tower and the projector.
 
         Args:
-            pixel_values: float32 [B, 3, S, S], from `lite.image.preprocess`.
+            pixel_values: float32 [B, 3, S, S], from `lite.image.preprocess.preprocess`.
             out: contiguous float32 [B, P, C] that nobody writes or reads meanwhile. Where the provider computes on the
                 same device, the features are written there and never pass through the host.
 

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 
 from export.gptq import Grid, round_to_nearest
 from kernels.gptq import to_tensors
-from lite.artifact import Artifact, DecoderPart, Manifest, TowerShape, VisionPart, staged_artifact
+from lite.artifact.manifest import DecoderPart, Manifest, TowerShape, VisionPart
+from lite.artifact.open import Artifact
+from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults, Preprocessing
 from lite.model import FindingsModel, load
 

@@ -1,6 +1,6 @@
 """A GPU that is not there: the real decoder runs on tensors without memory, and what they would take is counted.
 
-    lite/decoder.py, lite/generate.py, kernels/*.py     as they are
+    lite/engines/torch_engine/decoder.py, lite/session/generate.py, kernels/*.py     as they are
     kernels/gpu/*.py                                    launch nothing; a launch allocates nothing
     torch on "cuda"                                     FakeTensorMode: shapes, dtypes and devices, no numbers
     attention                                           allocates what torch's kernel for it allocates: see `attend`
@@ -33,14 +33,16 @@ from torch.utils._pytree import tree_iter
 
 import kernels.gpu
 from kernels.backend import Card, Selection
-from lite.artifact import Artifact
+from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.decoder import LlamaDecoder, load_decoder
-from lite.generate import Generation, Request
-from lite.memory import STUDIES_AHEAD, MemoryPlan, Peaks, layer_linear_shapes, plan_memory
+from lite.engines.torch_engine.decoder import LlamaDecoder, load_decoder
+from lite.memory.counts import layer_linear_shapes
+from lite.memory.plan import STUDIES_AHEAD, MemoryPlan, plan_memory
+from lite.memory.process import Peaks
+from lite.session.generate import Generation, Request
 
 if TYPE_CHECKING:
-    from lite.cuda_graph import Step
+    from lite.engines.torch_engine.cuda_graph import Step
 
 RTX_3060: Final = Card(capability=(8, 6), multiprocessors=28)
 T4: Final = Card(capability=(7, 5), multiprocessors=40)
@@ -188,7 +190,7 @@ class FakeGpu(TorchDispatchMode):
         self._is_capturing = False
 
     def capture(self, step: Step) -> Step:
-        """Stand in for `lite.cuda_graph.capture_cuda_graph`: what a step takes stays the graph's own."""
+        """Stand in for `torch_engine.cuda_graph.capture_cuda_graph`: what a step takes stays the graph's own."""
         self.allocator.release()
         self._is_capturing = True
         with self.allocator.private_pool():
@@ -229,7 +231,7 @@ class FakeGpu(TorchDispatchMode):
                 "torch.cuda.current_stream": mock.MagicMock(),
                 "torch.Tensor.record_stream": mock.MagicMock(),  # what is allocated is counted all the same
                 "torch.nn.functional.scaled_dot_product_attention": functools.partial(attend, self.card),
-                "lite.cache.NewestTokens.tolist": lambda newest: [TOKEN] * len(newest._host),
+                "lite.engines.torch_engine.cache.NewestTokens.tolist": lambda newest: [TOKEN] * len(newest._host),
             }.items():
                 stack.enter_context(mock.patch(name, value))
             stack.enter_context(self._tensors)
@@ -357,7 +359,7 @@ def load_on(gpu: FakeGpu, artifact: Artifact, **settings: Any) -> LlamaDecoder:
     ]
     # There are no numbers to check: all are taken for right.
     with (
-        mock.patch("lite.decoder._tensors", return_value=iter(stored)),
+        mock.patch("lite.engines.torch_engine.decoder._tensors", return_value=iter(stored)),
         mock.patch("torch.equal", return_value=True),
         all_true(),
     ):

@@ -12,9 +12,9 @@ from conftest import gptq_llama, tiny_llama_config
 from test_decoder import PROMPTS, VOCAB_SIZE, decoder_folder, features
 
 from kernels.quant_matmul import QuantWeight
-from lite.artifact import CacheDtype
-from lite.decoder import load_decoder
-from lite.linear import linears_of
+from lite.artifact.manifest import CacheDtype
+from lite.engines.torch_engine.decoder import load_decoder
+from lite.engines.torch_engine.linear import linears_of
 
 STEPS = 2
 SETTINGS: dict[str, tuple[str, CacheDtype | None]] = {

@@ -14,16 +14,16 @@ import torch
 
 from benchmarks.gpu import model
 from lite.errors import LiteError
-from lite.feed import Feed
-from lite.generate import Generation, Request
-from lite.memory import Peaks
+from lite.memory.process import Peaks
+from lite.session.feed import Feed
+from lite.session.generate import Generation, Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.gpu.rig import Report, Rig
-    from lite.artifact import CacheDtype
-    from lite.decoder import LlamaDecoder
+    from lite.artifact.manifest import CacheDtype
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 HEADER: Final = ("batching", "cache", "rows", "s", "tokens/s", "studies/min")
 _NEVER: Final = -2

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.gpu.rig import Rig
-    from lite.artifact import CacheDtype
-    from lite.decoder import LlamaDecoder
+    from lite.artifact.manifest import CacheDtype
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 LAYERS: Final = 2
 """As many are computed plainly."""

@@ -18,10 +18,10 @@ from benchmarks import kernels as kernel_table
 from benchmarks.gpu import batches, decode, few_sms, int8_cache, memory, prefill
 from benchmarks.gpu.rig import Report, Rig, Setting, first_line
 from benchmarks.kernels import Unavailable, find_gpu
-from lite.bench.files import write_whole
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
 from lite.console import positive, run_command, say
+from lite.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

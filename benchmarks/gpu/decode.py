@@ -3,7 +3,7 @@
 Each model is measured beside our int4 decoder, as many at once as the memory limit allows. First it is right: the
 logits behind a prompt and behind one decoded token, of the first layers, beside those of plain float32; of ours also
 16 tokens at full depth, with CUDA graphs and without. Then each in turn goes back to the end of the context and decodes
-as `lite.generate` does: a step ahead of the host, which reads every token.
+as `lite.session.generate` does: a step ahead of the host, which reads every token.
 
 Bytes are what a token has to read: every linear once, and the keys and values that each row sees.
 """
@@ -30,11 +30,11 @@ from benchmarks.gpu.decoding import (
 )
 from benchmarks.gpu.rig import first_line
 from benchmarks.kernels import Unavailable
-from lite.artifact import load_artifact
+from lite.artifact.open import load_artifact
 from lite.bench.measure import quantiles
-from lite.decoder import DTYPES
+from lite.engines.torch_engine.decoder import DTYPES
 from lite.errors import MemoryBudgetError
-from lite.memory import cache_bytes_per_token, cache_scale_bytes_per_token, layer_bytes, onnx_read_bytes
+from lite.memory.counts import cache_bytes_per_token, cache_scale_bytes_per_token, layer_bytes, onnx_read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.gpu.rig import Report, Rig
-    from lite.artifact import CacheDtype
+    from lite.artifact.manifest import CacheDtype
     from lite.bench.results import Quantiles
-    from lite.cuda_graph import Capture
-    from lite.decoder import LlamaDecoder
+    from lite.engines.torch_engine.cuda_graph import Capture
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 REFERENCE: Final = "lite int4"
 DENSE: Final = "fp16, cuBLAS"
@@ -478,8 +478,8 @@ def _measure_onnx(rig: Rig, bandwidth: float) -> Row:
     if rig.is_late():
         return dataclasses.replace(row, why=LATE)
     try:
-        from lite.onnx_decoder import OnnxDecoder
-        from lite.onnx_session import check_provider
+        from lite.engines.onnx_engine.decoder import OnnxDecoder
+        from lite.engines.onnx_session import check_provider
 
         artifact = load_artifact(setting.artifact)
         part, config = artifact.manifest.onnx, artifact.decoder_config()

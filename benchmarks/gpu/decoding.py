@@ -1,6 +1,6 @@
 """Decoding, token after token, and how long each takes: ours, transformers', ONNX Runtime's, taking turns.
 
-As `lite.generate` does it: a step ahead of the host, which reads every token.
+As `lite.session.generate` does it: a step ahead of the host, which reads every token.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.rig import Clock, Rig
     from benchmarks.peers.hugging_face import TransformersEngine
-    from lite.decoder import LlamaDecoder
-    from lite.onnx_decoder import OnnxDecoder
+    from lite.engines.onnx_engine.decoder import OnnxDecoder
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 WARM_UP: Final = 3
 """Tokens before any is timed: kernels are compiled at the first, and the second step is captured."""
@@ -76,7 +76,7 @@ class LiteDecoding(Decoding):
         self._unread.append(self.cache.newest())
 
     def read(self, *, everything: bool = False) -> None:
-        """Read as `lite.generate` does."""
+        """Read as `lite.session.generate` does."""
         while len(self._unread) > (0 if everything else self.decoder.run_ahead):
             self._unread.popleft().tolist()
 

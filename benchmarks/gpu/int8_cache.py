@@ -9,8 +9,8 @@ import numpy as np
 from benchmarks.gpu import model
 from benchmarks.gpu.decoding import LiteDecoding, time_in_turns
 from benchmarks.kernels import Unavailable
-from lite.bench.divergence import compare_logits
 from lite.bench.measure import quantiles
+from lite.eval.divergence import compare_logits
 
 if TYPE_CHECKING:
     from benchmarks.gpu.decoding import Decoding

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benchmarks.gpu import model
-from lite.artifact import VISION_NAME, Artifact, DecoderPart, FileRecord, Manifest, TowerShape, VisionPart
+from lite.artifact.manifest import VISION_NAME, DecoderPart, FileRecord, Manifest, TowerShape, VisionPart
+from lite.artifact.open import Artifact
 from lite.config import Preprocessing
 from lite.errors import MemoryBudgetError
-from lite.memory import plan_memory
+from lite.memory.plan import plan_memory
 
 if TYPE_CHECKING:
     from benchmarks.gpu.rig import Report, Rig
-    from lite.artifact import CacheDtype
-    from lite.memory import MemoryPlan
+    from lite.artifact.manifest import CacheDtype
+    from lite.memory.plan import MemoryPlan
 
 HEADER: Final = ("rows", "cache", "planned GB", "held GB", "plan is off by")
 _ROWS: Final = (1, 8)

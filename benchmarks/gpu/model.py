@@ -23,15 +23,15 @@ from kernels.bnb import Nf4Weight, import_bitsandbytes
 from kernels.quant_matmul import QuantWeight
 from kernels.reference import attention, rms_norm, rotary, rotary_table, silu_mul
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig, Quantization
-from lite.decoder import DTYPES, LlamaDecoder
-from lite.linear import Linear, linears_of, parts_of
+from lite.engines.torch_engine.decoder import DTYPES, LlamaDecoder
+from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lite.artifact import CacheDtype
-    from lite.cache import KVCache
-    from lite.cuda_graph import Capture
+    from lite.artifact.manifest import CacheDtype
+    from lite.engines.torch_engine.cache import KVCache
+    from lite.engines.torch_engine.cuda_graph import Capture
 
 VICUNA: Final = Shapes()
 LAYERS: Final = 32

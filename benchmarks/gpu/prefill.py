@@ -17,17 +17,17 @@ from torch.nn import functional
 
 from benchmarks.gpu import model
 from benchmarks.gpu.rig import HostClock, first_line
-from lite.artifact import load_artifact
-from lite.bench.divergence import compare_logits
+from lite.artifact.open import load_artifact
 from lite.bench.measure import quantiles
-from lite.linear import linears_of
+from lite.engines.torch_engine.linear import linears_of
+from lite.eval.divergence import compare_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from benchmarks.gpu.rig import Report, Rig
     from lite.bench.results import Quantiles
-    from lite.decoder import LlamaDecoder
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 MAX_KL: Final = 1e-3
 HEADER: Final = ("what", "sums", "ms", "p20–p80", "tokens/s", "× cuBLAS alone")

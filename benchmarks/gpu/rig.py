@@ -20,15 +20,15 @@ import torch
 from benchmarks.gpu.model import LAYERS, VICUNA, config_json, random_decoder
 from lite.bench.machine import streaming_read_bandwidth
 from lite.config import DecoderConfig
-from lite.cuda_graph import capture_cuda_graph
+from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from benchmarks.kernels import Shapes
-    from lite.cuda_graph import Capture
-    from lite.decoder import LlamaDecoder
+    from lite.engines.torch_engine.cuda_graph import Capture
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 WORK_BYTES: Final = 700_000_000
 """Kept free of what is put into the memory side by side: a prompt's activations, cuBLAS, holes between allocations."""

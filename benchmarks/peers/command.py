@@ -22,8 +22,8 @@ from benchmarks.peers.worker import CHECK_PROMPT, CHECK_TOKENS
 from benchmarks.synthetic import Widths
 from lite.bench.machine import machine, versions
 from lite.console import positive
-from lite.cores import available_cores
-from lite.decoder import check_device
+from lite.engines.cores import available_cores
+from lite.engines.torch_engine.decoder import check_device
 from lite.errors import LiteError
 
 LAYERS: Final = 2

@@ -1,7 +1,7 @@
 """Our own decoder, and the int4 linears of others in it: with these only the linears differ.
 
 dense          nn.Linear                          float32 on a CPU, float16 on a GPU
-gptq-int4      lite.linear                        groups of 128, kernels/gptq.py; on a GPU kernels/quant_matmul.py
+gptq-int4      torch_engine.linear   groups of 128, kernels/gptq.py; on a GPU kernels/quant_matmul.py
 tinygemm       torch's own int4 product           groups of 128, computes in bfloat16
 gemlite        gemlite's Triton kernels           groups of 128, computes in float16
 """
@@ -19,9 +19,9 @@ from benchmarks.peers.weights import GROUP_SIZE
 from kernels.backend import select_backend
 from kernels.gptq import to_tensors
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.cuda_graph import GraphedStep, capture_cuda_graph
-from lite.decoder import LlamaDecoder
-from lite.linear import Linear, linears_of, parts_of
+from lite.engines.torch_engine.cuda_graph import GraphedStep, capture_cuda_graph
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.peers.apart import run_apart
 from benchmarks.peers.engine import Unavailable
 from benchmarks.peers.weights import GROUP_SIZE
-from lite.artifact import load_artifact
+from lite.artifact.open import load_artifact
 from lite.config import IMAGE_TOKEN_ID
-from lite.onnx_decoder import OnnxDecoder
-from lite.onnx_session import import_onnxruntime
+from lite.engines.onnx_engine.decoder import OnnxDecoder
+from lite.engines.onnx_session import import_onnxruntime
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +82,7 @@ class LiteOnnxEngine:
 def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -> LiteOnnxEngine:  # noqa: ARG001
     """Make the artifacts, unless another process of this run has, and load that of the whole model.
 
-    Threads come from the environment: `lite.cores` reads it.
+    Threads come from the environment: `lite.engines.cores` reads it.
 
     Raises:
         Unavailable: a GPU is asked for.

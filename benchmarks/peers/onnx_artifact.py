@@ -21,7 +21,8 @@ from benchmarks.peers.lite_decoder import GPTQ, round_to_groups
 from benchmarks.peers.weights import GROUP_SIZE
 from benchmarks.synthetic import make_tokenizer
 from kernels.gptq import to_tensors
-from lite.artifact import DecoderPart, Manifest, TowerShape, VisionPart, staged_artifact
+from lite.artifact.manifest import DecoderPart, Manifest, TowerShape, VisionPart
+from lite.artifact.write import staged_artifact
 from lite.config import Preprocessing
 from lite.errors import LiteError
 

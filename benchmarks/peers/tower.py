@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.worker import serve
-from lite.artifact import load_artifact
+from lite.artifact.open import load_artifact
 from lite.vision import VisionEncoder
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from benchmarks.phantom.film import draw_film
 from benchmarks.phantom.findings import DRAWN_LABELS, sample_study
-from lite.cores import available_cores
+from lite.engines.cores import available_cores
 from lite.errors import LiteError
-from lite.image import mimic_cxr_jpg
+from lite.image.rendering import mimic_cxr_jpg
 
 IMAGE_SIZE: Final = 112
 PATCH_SIZE: Final = 14

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.phantom.findings import DRAWN_LABELS, Finding, Study
-from lite.bench.labels import Label, Side, Size, Zone
+from lite.eval.labels import Label, Side, Size, Zone
 
 REGION_GRID = 32
 """Cells along each side of `Film.regions`."""

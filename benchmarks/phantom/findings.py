@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lite.bench.labels import Label, Side, Size, Zone
+from lite.eval.labels import Label, Side, Size, Zone
 
 View = Literal["PA", "AP"]
 Device = Literal["endotracheal tube", "central venous line", "pacemaker"]

@@ -1,7 +1,7 @@
 """What quantising costs: `python -m benchmarks.phantom loss LIST.json --reference FP16_ARTIFACT CANDIDATE...`.
 
 The reference drafts every film freely; each candidate is then asked, token by token along that text (its end, EOS,
-included), what it would have written (see `lite.bench.divergence`), and also drafts the films by itself:
+included), what it would have written (see `lite.eval.divergence`), and also drafts the films by itself:
 
     reference ─ drafts ─▶ texts ─▶ logits on them, kept on disk ─┐
                             └────▶ candidate's logits on them ───┴▶ KL, same top token, perplexity ratio
@@ -31,15 +31,15 @@ from tqdm import tqdm
 
 import lite
 from benchmarks.phantom.score import read_truth
-from lite.artifact import Artifact, load_artifact
-from lite.bench.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
-from lite.bench.labels import read_labels
-from lite.bench.metrics import Estimate, Readings, bootstrap_interval, label_f1
-from lite.bench.record import check_belongs, settings_of
-from lite.bench.studies import ListedStudy, read_studies
+from lite.artifact.open import Artifact, load_artifact
 from lite.bench.table import markdown_table, to_json
 from lite.console import positive, short_names
 from lite.errors import LiteError
+from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
+from lite.eval.labels import read_labels
+from lite.eval.metrics import Estimate, Readings, bootstrap_interval, label_f1
+from lite.eval.record import check_belongs, settings_of
+from lite.studies.readers import ListedStudy, read_studies
 
 BATCH_SIZE = 16
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import lite
 from benchmarks.phantom.score import Prediction
-from lite.bench.studies import ListedStudy, read_studies
 from lite.errors import LiteError
+from lite.studies.readers import ListedStudy, read_studies
 
 BATCH_SIZE = 8
 

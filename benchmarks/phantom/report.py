@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from benchmarks.phantom.findings import Finding, Scenario, Study
-from lite.bench.labels import LABELS, Label, Reading, Side, Size, Status
+from lite.eval.labels import LABELS, Label, Reading, Side, Size, Status
 
 _DEGREE: Mapping[Size, str] = {"small": "mild", "moderate": "moderate", "large": "severe"}
 
@@ -115,7 +115,7 @@ _LUNG_LABELS: tuple[Label, ...] = ("Edema", "Consolidation", "Lung Lesion", "Ate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A findings text and what it states about each of the 14 labels, as `lite.bench.labels.read_labels` reports it."""
+    """A findings text and what it states about each of the 14 labels, as `lite.eval.labels.read_labels` reports it."""
 
     text: str
     readings: Mapping[Label, Reading]

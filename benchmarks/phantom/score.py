@@ -1,7 +1,7 @@
 """Score predicted findings against their references: `python -m benchmarks.phantom score PREDICTIONS.jsonl`.
 
 A prediction is one line of JSON, in the form of the reference evaluation: {"id", "query", "reference", "prediction"}.
-Labels are read from both texts by `lite.bench.labels`, which is exact on the grammar's own texts; with the JSON list
+Labels are read from both texts by `lite.eval.labels`, which is exact on the grammar's own texts; with the JSON list
 of the films (`--truth`) the reference's labels are what was drawn, and the labeller only reads the predictions.
 """
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lite.bench.labels import LABELS, Label, Reading
-from lite.bench.metrics import RESAMPLES, Estimate, FindingsScores, Readings, score_findings
 from lite.errors import LiteError
+from lite.eval.labels import LABELS, Label, Reading
+from lite.eval.metrics import RESAMPLES, Estimate, FindingsScores, Readings, score_findings
 
 _KEYS = ("id", "query", "reference", "prediction")
 

@@ -34,7 +34,7 @@ from benchmarks.phantom.findings import Study, sample_study
 from benchmarks.phantom.report import write_findings, write_reason
 from lite.config import IMAGE_TOKEN, PromptTemplate
 from lite.errors import BackendUnavailable, LiteError
-from lite.image import mimic_cxr_jpg
+from lite.image.rendering import mimic_cxr_jpg
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -70,7 +70,7 @@ def study_seed(seed: int, index: int) -> int:
 def write_studies(out: Path, *, count: int, seed: int, dicom: bool) -> Path:
     """Write `count` studies to a new folder, whole or not at all.
 
-    The PNG is always what `lite.image.load_image` makes of the stored values: with `dicom`, of exactly what the DICOM
+    The PNG is always what `load_image` makes of the stored values: with `dicom`, of exactly what the DICOM
     file stores, so both files load to identical pixels.
 
     Args:

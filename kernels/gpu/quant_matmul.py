@@ -8,7 +8,7 @@ and taken for the bits of a float32, q is a denormal number, q * 2^(position - 1
 A mask and one multiply-add, then one more multiply-add for each row of x; a shift only for the fields that reach beyond
 the 23 bits of the mantissa. All of it is exact: q has at most 8 bits, a scale 11. (2^149 times a scale would overflow;
 2^111 times the largest, 2^16, does not.) GPUs multiply denormal numbers at full speed, and Triton does not have them
-flushed to zero, which `tests/test_kernels_compiled.py` makes sure of.
+flushed to zero, which `tests/kernels/test_kernels_compiled.py` makes sure of.
 """
 
 import torch

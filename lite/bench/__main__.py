@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Final, get_args
 
 import lite
 from lite._version import __version__
-from lite.artifact import CacheDtype, load_artifact
+from lite.artifact.manifest import CacheDtype
+from lite.artifact.open import load_artifact
 from lite.bench.measure import Options
 from lite.bench.quality import Clinical
 from lite.bench.results import Bench, FailedRow
-from lite.bench.studies import ListedStudy, read_studies
 from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
 from lite.errors import LiteError
-from lite.memory import parse_bytes
+from lite.memory.sizes import parse_bytes
+from lite.studies.readers import ListedStudy, read_studies
 
 if TYPE_CHECKING:
     from lite.bench.run import Job
@@ -211,7 +212,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
         record = _DEMO_RECORD
         say(f"reference: {record}")
     if arguments.chexbert is not None:
-        from lite.bench.clinical import check_chexbert_files
+        from lite.eval.clinical import check_chexbert_files
 
         check_chexbert_files(arguments.chexbert)
     return Job(
@@ -287,7 +288,7 @@ def _report_failures(bench: Bench) -> int:
 
 def _record(arguments: argparse.Namespace) -> int:
     from lite.bench.machine import machine, versions
-    from lite.bench.record import bound_error, check_new, record_paths, take_record, write_record
+    from lite.eval.record import bound_error, check_new, record_paths, take_record, write_record
 
     check_new(arguments.out)
     studies, data = _studies(arguments)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
-from lite.bench.metrics import Estimate
 from lite.bench.results import Missing, NotRun, Quantiles, RecordQuality, ReportQuality, Row, Throughput
-from lite.memory import shown_bytes
+from lite.eval.metrics import Estimate
+from lite.memory.sizes import shown_bytes
 
 _NONE: Final = "–"
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from lite.bench.results import Missing
-from lite.cores import available_cores
+from lite.engines.cores import available_cores
 from lite.errors import BackendUnavailable, MemoryBudgetError
 
 _ROOT: Final = Path(__file__).resolve().parent.parent.parent

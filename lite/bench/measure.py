@@ -18,29 +18,23 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
-from lite.artifact import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, load_artifact
-from lite.bench.divergence import StudyDivergence
+from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
+from lite.artifact.open import load_artifact
 from lite.bench.machine import EnergyMeter, energy_meter, streaming_read_bandwidth
-from lite.bench.record import check_record, read_record
 from lite.bench.results import Draft, Latency, MemoryUse, Missing, NotRun, Quantiles, Row, Throughput, Traffic
 from lite.bench.roofline import decode_weight_bytes
-from lite.bench.studies import ListedStudy, sha256_of_studies
-from lite.engine import EngineName, choose_engine
+from lite.engines.choose import EngineName, choose_engine
 from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
-from lite.memory import (
-    CHUNK_SIZES,
-    ITEMSIZE,
-    MemoryPlan,
-    Peaks,
-    cache_bytes_per_token,
-    check_memory,
-    onnx_read_bytes,
-    plan_memory,
-    rss_bytes,
-)
+from lite.eval.divergence import StudyDivergence
+from lite.eval.record import check_record, read_record
+from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, onnx_read_bytes
+from lite.memory.plan import CHUNK_SIZES, MemoryPlan, check_memory, plan_memory
+from lite.memory.process import Peaks, rss_bytes
+from lite.studies.readers import ListedStudy, sha256_of_studies
 
 if TYPE_CHECKING:
-    from lite.artifact import Artifact, CacheDtype
+    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.open import Artifact
     from lite.model import Findings, FindingsModel
 
 T = TypeVar("T")
@@ -194,11 +188,11 @@ def _settings(artifact: Artifact, options: Options) -> tuple[EngineName, dict[st
     )
     if engine == "onnx":
         # Never torch: this process would hold it for nothing.
-        from lite.onnx_session import import_onnxruntime
+        from lite.engines.onnx_session import import_onnxruntime
 
         import_onnxruntime()
         return engine, {"provider": options.provider, "cache_dtype": options.cache_dtype}
-    from lite.decoder import check_device
+    from lite.engines.torch_engine.decoder import check_device
 
     device = check_device(options.device)
     return engine, {"device": device, "dtype": options.dtype, "cache_dtype": options.cache_dtype}
@@ -408,7 +402,7 @@ def _drafted(model: FindingsModel, studies: Sequence[ListedStudy], batch_size: i
 
 
 def _peaks(model: FindingsModel) -> Peaks:
-    from lite.memory import peak_rss_bytes
+    from lite.memory.process import peak_rss_bytes
 
     return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=model.decoder.peak_vram_bytes())
 

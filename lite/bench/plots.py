@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from lite.bench.metrics import Estimate
 from lite.bench.results import Quantiles
+from lite.eval.metrics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

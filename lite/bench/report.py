@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from lite.artifact import NOTICE
+from lite.artifact.manifest import NOTICE
 from lite.bench.columns import (
     Cell,
     Column,
@@ -29,8 +29,6 @@ from lite.bench.columns import (
     result_columns,
     text_columns,
 )
-from lite.bench.files import write_whole
-from lite.bench.metrics import Estimate
 from lite.bench.plots import LossKind, Point, draw_pareto
 from lite.bench.results import (
     Bench,
@@ -46,8 +44,11 @@ from lite.bench.results import (
 )
 from lite.bench.words import Passage, compare_words
 from lite.errors import BackendUnavailable, LiteError
-from lite.image import load_image
-from lite.memory import MemoryPlan, shown_bytes
+from lite.eval.metrics import Estimate
+from lite.files import write_whole
+from lite.image.files import load_image
+from lite.memory.plan import MemoryPlan
+from lite.memory.sizes import shown_bytes
 
 _TEMPLATE: Final = "report.html.j2"
 _FILM_PX: Final = 256

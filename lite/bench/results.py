@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lite.bench.divergence import DivergenceSummary
-from lite.bench.metrics import Estimate
-from lite.memory import MemoryPlan
+from lite.eval.divergence import DivergenceSummary
+from lite.eval.metrics import Estimate
+from lite.memory.plan import MemoryPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

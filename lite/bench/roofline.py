@@ -18,23 +18,19 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lite.artifact import VISION_NAME, read_json_object
+from lite.artifact.manifest import VISION_NAME
+from lite.artifact.open import read_json_object
 from lite.bench.results import Missing
 from lite.config import from_json
 from lite.errors import LiteError
-from lite.memory import (
-    cache_bytes_per_token,
-    decoder_bytes,
-    head_bytes,
-    layer_bytes,
-    layer_linear_shapes,
-    shown_bytes,
-)
+from lite.memory.counts import cache_bytes_per_token, decoder_bytes, head_bytes, layer_bytes, layer_linear_shapes
+from lite.memory.sizes import shown_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lite.artifact import Artifact, VisionPart
+    from lite.artifact.manifest import VisionPart
+    from lite.artifact.open import Artifact
     from lite.config import DecoderConfig
 
 SHARE_OF_BANDWIDTH: Final = 0.6

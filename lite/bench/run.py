@@ -22,12 +22,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
-from lite.artifact import load_artifact
+from lite.artifact.open import load_artifact
 from lite.bench.machine import machine, versions
 from lite.bench.measure import Measured, Options, Progress, measure, out_of_memory
-from lite.bench.metrics import RESAMPLES
 from lite.bench.quality import NO_REFERENCE, NO_REPORTS, Clinical, against_record, against_reports
-from lite.bench.record import ReferenceRecord, check_studies, read_record
 from lite.bench.results import (
     Bench,
     Draft,
@@ -40,9 +38,11 @@ from lite.bench.results import (
     StudyShown,
 )
 from lite.bench.roofline import is_modelled
-from lite.bench.studies import ListedStudy, sha256_of_studies
-from lite.engine import has_torch
+from lite.engines.choose import has_torch
 from lite.errors import LiteError
+from lite.eval.metrics import RESAMPLES
+from lite.eval.record import ReferenceRecord, check_studies, read_record
+from lite.studies.readers import ListedStudy, sha256_of_studies
 
 _REHEARSAL: Final = Draft(id="rehearsal", text="Small left pleural effusion. No pneumothorax.")
 

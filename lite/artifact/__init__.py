@@ -1,0 +1,1 @@
+"""The artifact: its manifest, opening one, and writing one."""

@@ -1,0 +1,186 @@
+"""The artifact: a folder with everything the runtime needs, and a manifest that says what is in it.
+
+    artifact/
+      manifest.json       what each part is, the prompt, the preprocessing, every file with its bytes and sha256
+      vision.onnx         pixel_values [B,3,S,S] -> image_features [B,P,C]
+      decoder/            a Hugging Face Llama folder: config.json, model.safetensors
+      decoder.onnx        perhaps: the decoder once more, for ONNX Runtime alone; with it decoder.onnx.data,
+                          embed_tokens.npy, and decoder.int8_cache.onnx, the graph with another cache
+      tokenizer.model     SentencePiece
+
+The manifest is the only thing that decides: the runtime opens no file it does not list. An artifact is written to a
+temporary sibling folder and renamed when it is complete, so it exists whole or not at all. Its id is the hash of the
+manifest, which holds the hash of everything else: two artifacts with one id hold the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lite.config import (
+    DecoderConfig,
+)
+from lite.errors import ArtifactError
+
+if TYPE_CHECKING:
+    pass
+from lite.artifact.manifest import (
+    DECODER_CONFIG_NAME,
+    MANIFEST_NAME,
+    ONNX_DATA_NAME,
+    ONNX_EMBEDDINGS_NAME,
+    ONNX_GRAPH_NAMES,
+    TOKENIZER_NAME,
+    VISION_NAME,
+    FileRecord,
+    Manifest,
+    OnnxPart,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """An artifact on disk whose manifest has been read and whose files have the sizes it says."""
+
+    path: Path
+    manifest: Manifest
+    id: str  # the first 16 hex digits of the sha256 of manifest.json
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all listed files."""
+        return sum(record.bytes for record in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """Return the path of a listed file; a file the manifest does not list is never opened."""
+        if name not in self.manifest.files:
+            msg = (
+                f"{self.path}: got a manifest that does not list {name} · expected it among its files · "
+                "the artifact is incomplete: export it again"
+            )
+            raise ArtifactError(msg)
+        return self.path / name
+
+    def decoder_config(self) -> DecoderConfig:
+        """Read the decoder's shape."""
+        file = self.file(DECODER_CONFIG_NAME)
+        return DecoderConfig.from_hf(read_json_object(file), where=str(file))
+
+    def verify(self, *, engine: Literal["torch", "onnx"] | None = None) -> None:
+        """Hash every listed file, or those that an engine reads.
+
+        Raises:
+            ArtifactError: a file is not what the manifest says; it names the first.
+        """
+        onnx_names = _onnx_names(self.manifest.onnx)
+        for name, record in self.manifest.files.items():
+            weights = name.startswith("decoder/") and name.endswith(".safetensors")
+            if (engine == "onnx" and weights) or (engine == "torch" and name in onnx_names):
+                continue
+            got = sha256_of(self.path / name)
+            if got != record.sha256:
+                msg = (
+                    f"{self.path / name}: got sha256 {got} · expected {record.sha256} · the file is damaged or was "
+                    "changed: copy or export the artifact again"
+                )
+                raise ArtifactError(msg)
+
+
+def load_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Read an artifact's manifest and check that each listed file is there with the right size.
+
+    This reads one small file and asks for sizes; `Artifact.verify` hashes.
+
+    Raises:
+        ArtifactError: there is no artifact there, its manifest cannot be used, or a file is missing or has another
+            size.
+    """
+    folder = Path(path)
+    manifest_path = folder / MANIFEST_NAME
+    try:
+        raw = manifest_path.read_bytes()
+    except OSError as error:
+        msg = (
+            f"{folder}: got {_why_no_manifest(folder, error)} · expected an artifact folder with {MANIFEST_NAME} · "
+            "make one with `python -m export`"
+        )
+        raise ArtifactError(msg) from error
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        msg = f"{manifest_path}: got bytes that are not UTF-8 · expected JSON · export the artifact again"
+        raise ArtifactError(msg) from error
+    manifest = Manifest.parse(text, where=str(manifest_path))
+    artifact = Artifact(path=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest()[:16])
+    for name in (VISION_NAME, DECODER_CONFIG_NAME, TOKENIZER_NAME, *_onnx_names(manifest.onnx)):
+        artifact.file(name)
+    for name, record in manifest.files.items():
+        _check_size(folder / name, record)
+    return artifact
+
+
+def _onnx_names(part: OnnxPart | None) -> list[str]:
+    """Return the files that an artifact with `decoder.onnx` must have."""
+    if part is None:
+        return []
+    graphs = [ONNX_GRAPH_NAMES["float"], *([ONNX_GRAPH_NAMES["int8"]] if part.cache_calibration else [])]
+    return [*graphs, ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME]
+
+
+def _why_no_manifest(folder: Path, error: OSError) -> str:
+    if not folder.exists():
+        return "a path that does not exist"
+    if not folder.is_dir():
+        return "a file"
+    if isinstance(error, FileNotFoundError):
+        return f"a folder without {MANIFEST_NAME}"
+    return f"a folder whose {MANIFEST_NAME} cannot be read ({error.strerror})"
+
+
+def _check_size(file: Path, record: FileRecord) -> None:
+    if not file.is_file():
+        msg = (
+            f"{file}: got no such file · expected {record.bytes} bytes, sha256 {record.sha256} · "
+            "copy or export the artifact again"
+        )
+        raise ArtifactError(msg)
+    size = file.stat().st_size
+    if size != record.bytes:
+        msg = (
+            f"{file}: got {size} bytes · expected {record.bytes} bytes, sha256 {record.sha256} · the file is truncated "
+            "or was changed: copy or export the artifact again"
+        )
+        raise ArtifactError(msg)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of the artifact."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets in brackets without end
+        msg = f"{file}: got something unreadable ({error}) · expected a JSON object · export the artifact again"
+        raise ArtifactError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{file}: got a {type(value).__name__} · expected a JSON object · export the artifact again"
+        raise ArtifactError(msg)
+    return value
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a file of any size in constant memory."""
+    digest = hashlib.sha256()
+    buffer = bytearray(1 << 20)
+    view = memoryview(buffer)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                digest.update(view[:count])
+    except OSError as error:
+        msg = f"{file}: got {error.strerror} · expected a readable file · check the disk and its permissions"
+        raise ArtifactError(msg) from error
+    return digest.hexdigest()

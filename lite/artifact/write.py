@@ -1,0 +1,150 @@
+"""Artifacts being written: in a temporary folder beside their place, and renamed when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lite.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+from lite.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
+from lite.artifact.open import Artifact, load_artifact, sha256_of
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class StagedArtifact:
+    """An artifact being written. Nothing is at `out` until `finish` returns."""
+
+    out: Path
+    path: Path  # write the files here
+    overwrite: bool
+    finished: bool = False
+
+    def finish(self, manifest: Manifest) -> Artifact:
+        """Hash what was written, write the manifest, and move the folder to its place.
+
+        Args:
+            manifest: everything but `files`, which is filled in from what lies in the folder.
+
+        Returns:
+            The artifact at `out`.
+        """
+        written = sorted(file for file in self.path.rglob("*") if file.is_file())
+        files = {
+            file.relative_to(self.path).as_posix(): FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
+            for file in written
+        }
+        text = dataclasses.replace(manifest, files=files).to_json()
+        # A manifest that could not be read back must fail here, on the exporter's machine.
+        Manifest.parse(text, where=str(self.path / MANIFEST_NAME))
+        (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        load_artifact(self.path)
+        for entry in [*self.path.rglob("*"), self.path]:
+            _fsync(entry)
+        self._move()
+        _fsync(self.out.parent)
+        return load_artifact(self.out)
+
+    def _move(self) -> None:
+        """Rename the folder to `out`; when that fails or is interrupted, what was at `out` is there again."""
+        replaced = self.path.with_name(f"{self.path.name}.replaced")
+        try:
+            if self.overwrite and self.out.exists():
+                self.out.rename(replaced)
+            self.path.rename(self.out)
+            self.finished = True
+        finally:
+            # The folders tell how far it went, wherever an interrupt came.
+            if not self.path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            elif replaced.exists():
+                replaced.rename(self.out)
+
+
+@contextlib.contextmanager
+def staged_artifact(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[StagedArtifact]:
+    """Yield a temporary folder beside `out`; leaving the block without `finish`, by any way, removes it.
+
+    Args:
+        out: where the artifact will be. Something there already is refused unless `overwrite`.
+        overwrite: replace an artifact (or an empty folder) that is there, at the last moment. Anything else there is
+            refused all the same.
+
+    Raises:
+        ArtifactError: `out` exists, or its parent folder cannot be written.
+    """
+    # Of a link the folder that it leads to is replaced, and not the link by a folder.
+    target = Path(out).resolve()
+    check_target(target, overwrite=overwrite)
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except OSError as error:
+        msg = f"{target.parent}: got {error.strerror} · expected a folder that can be written · choose another place"
+        raise ArtifactError(msg) from error
+    staged = StagedArtifact(out=target, path=folder, overwrite=overwrite)
+    try:
+        yield staged
+    finally:
+        if not staged.finished:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a place where no artifact can be written.
+
+    Raises:
+        ArtifactError: something is there that must not be replaced.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        msg = f"{target}: got a path that exists · expected a new one · choose another place, or remove it"
+        raise ArtifactError(msg)
+    # Overwriting deletes: only ever an artifact, never somebody's home folder, and nothing that lies beside its files.
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_NAME).is_file()):
+        msg = (
+            f"{target}: got something that is not an artifact · expected an artifact to overwrite · remove it yourself"
+        )
+        raise ArtifactError(msg)
+    if foreign := _foreign_files(target):
+        msg = (
+            f"{foreign[0]}: got a file that is not the artifact's ({len(foreign)} in all) · expected none in a folder "
+        )
+        raise ArtifactError(f"{msg}that is replaced · move it elsewhere first")
+    if Path.cwd().is_relative_to(target):
+        msg = f"{target}: got the folder you are in · expected another, as it is replaced · leave it first: cd .."
+        raise ArtifactError(msg)
+    folders = [target, *(entry for entry in target.rglob("*") if entry.is_dir())]
+    if closed := [folder for folder in folders if not os.access(folder, os.W_OK)]:
+        msg = f"{closed[0]}: got a folder that cannot be written · expected one that can be replaced · change its mode"
+        raise ArtifactError(f"{msg}, or choose another place")
+
+
+def _foreign_files(folder: Path) -> list[Path]:
+    """Return the files that its manifest, of whatever version, does not list."""
+    try:
+        listed = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        listed = {}
+    ours = {folder / name for name in (MANIFEST_NAME, *listed)}
+    return sorted(entry for entry in folder.rglob("*") if not entry.is_dir() and entry not in ours)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The engines: what turns prompts and image features into tokens."""

@@ -1,0 +1,1 @@
+"""The engine that computes with ONNX Runtime alone."""

@@ -1,0 +1,282 @@
+"""Sessions of ONNX Runtime: which provider computes, with how many threads, and errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from typing import TYPE_CHECKING, Any, Final
+
+from lite.engines.cores import available_cores
+from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudgetError
+
+if TYPE_CHECKING:
+    import types
+    from collections.abc import Iterator
+    from pathlib import Path
+
+CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+DML: Final = "DmlExecutionProvider"
+_SETTINGS: Final = {
+    # By default its arena doubles each time, and every way of computing a convolution is tried, with what each takes.
+    CUDA: {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"},
+}
+_REMOTE: Final = "AzureExecutionProvider"
+"""Calls models elsewhere, and computes nothing itself; ONNX Runtime lists it everywhere."""
+_SHORT: Final = {
+    "cpu": CPU,
+    "cuda": CUDA,
+    "dml": DML,
+    "directml": DML,
+    "rocm": "ROCMExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+
+
+def import_onnxruntime() -> types.ModuleType:
+    """Import ONNX Runtime.
+
+    Raises:
+        BackendUnavailable: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        msg = (
+            f"got no onnxruntime ({error}) · expected it for the vision tower · "
+            'pip install "llava-rad-lite[cpu]", or "llava-rad-lite[gpu]" with an NVIDIA GPU'
+        )
+        raise BackendUnavailable(msg) from error
+    module: types.ModuleType = onnxruntime
+    return module
+
+
+def has_onnxruntime(version: tuple[int, int]) -> bool:
+    """Say whether ONNX Runtime is that new.
+
+    Raises:
+        BackendUnavailable: it is not installed.
+    """
+    installed: str = import_onnxruntime().__version__
+    return tuple(int(part) for part in installed.split(".")[:2]) >= version
+
+
+def require_onnxruntime(version: tuple[int, int], *, what: str) -> None:
+    """Refuse a version that lacks an operator.
+
+    Raises:
+        BackendUnavailable: ONNX Runtime is older, or not installed.
+    """
+    installed: str = import_onnxruntime().__version__
+    if not has_onnxruntime(version):
+        wanted = ".".join(map(str, version))
+        msg = f"got onnxruntime {installed} · expected {wanted} or newer, the first with {what} · "
+        raise BackendUnavailable(f'{msg}pip install --upgrade "onnxruntime>={wanted}"')
+
+
+def provider_of_device(device: str) -> str:
+    """Return the provider for a device of torch's; the CPU's where this ONNX Runtime has none for CUDA."""
+    wanted = device.replace("cuda", CUDA) if device.startswith("cuda") else CPU
+    return wanted if wanted.partition(":")[0] in import_onnxruntime().get_available_providers() else CPU
+
+
+def check_provider(provider: object) -> str:
+    """Return the full name of a provider, with ":N" behind it where that was given.
+
+    Args:
+        provider: a name of ONNX Runtime's such as "CUDAExecutionProvider", or cpu, cuda, rocm, openvino; "cuda:1" for
+            the second GPU.
+
+    Raises:
+        BackendUnavailable: this ONNX Runtime has no such provider.
+        LiteError: it is no text.
+    """
+    runtime = import_onnxruntime()
+    if not isinstance(provider, str):
+        msg = f"got provider {provider!r} · expected one name, a text such as cpu or cuda:1 · give only one"
+        raise LiteError(msg)
+    name, colon, index = provider.partition(":")
+    name = _SHORT.get(name.lower(), name)
+    available = [found for found in runtime.get_available_providers() if found != _REMOTE]
+    if name not in available or (colon and not (index.isdecimal() and name != CPU)):
+        msg = (
+            f"got provider {provider!r} · expected one that ONNX Runtime {runtime.__version__} has here: "
+            f"{', '.join(available)} · choose one of them, or install the build that has it (onnxruntime-gpu, "
+            "onnxruntime-directml, …)"
+        )
+        raise BackendUnavailable(msg)
+    return f"{name}{colon}{index}"
+
+
+def open_session(
+    file: Path,
+    *,
+    provider: str,
+    data: str | None = None,
+    patterns: bool = True,
+    whole: bool = False,
+    profile: Path | None = None,
+) -> Any:  # noqa: ANN401 - of ONNX Runtime
+    """Load a graph.
+
+    Args:
+        file: of an artifact that has been checked.
+        provider: from `provider_of_device` or `check_provider`.
+        data: the file beside it that holds its weights; None: it has them itself.
+        patterns: allocate the activations of a run by what they took in a run of the same shape before. Where shapes
+            are many that takes more memory, and no less time.
+        whole: refuse the graph unless the provider computes all of it: an operator that it lacks would be computed on
+            the CPU, with copies to and fro.
+        profile: let ONNX Runtime write down what each operator takes, into a file whose name begins like this one.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not take the file, or it names weights in another file than `data`.
+        BackendUnavailable: the provider cannot be started, or does not have all operators.
+    """
+    runtime = import_onnxruntime()
+    _check_external_data(file, data)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
+    options.enable_mem_pattern = patterns
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    name, _, index = provider.partition(":")
+    settings: dict[str, Any] = dict(_SETTINGS.get(name, {})) | ({"device_id": int(index)} if index else {})
+    providers: list[Any] = [(name, settings)]
+    if name != CPU and whole:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    elif name != CPU:
+        providers.append(CPU)
+    try:
+        session = _session(runtime, file, options, providers)
+        if whole and (got := session.get_providers()[0]) != name:
+            msg = (
+                f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries "
+            )
+            raise BackendUnavailable(f"{msg}and its device are there, or use --provider cpu")
+        return session
+    except BackendUnavailable:
+        raise
+    except Exception as error:  # its errors have no common base but Exception
+        if name != CPU and not whole:
+            return open_session(file, provider=CPU, data=data, patterns=patterns, profile=profile)
+        reason = str(error).strip().partition("\n")[0][:200]
+        if name != CPU and whole:
+            msg = (
+                f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one "
+                "with all of its operators · use --provider cpu, or for a GPU export decoder.onnx with --activations "
+                "float16"
+            )
+            raise BackendUnavailable(msg) from error
+        msg = f"{file}: got a graph that ONNX Runtime {runtime.__version__} cannot load ({reason})"
+        msg += " · expected the graph written at export · export the artifact again"
+        raise ArtifactError(msg) from error
+
+
+def _session(runtime: types.ModuleType, file: Path, options: Any, providers: list[Any]) -> Any:  # noqa: ANN401 - its types
+    # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
+    return runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
+
+
+@contextlib.contextmanager
+def errors_explained(provider: str) -> Iterator[None]:
+    """Say in this project's words what goes wrong while a graph is computed.
+
+    Raises:
+        MemoryBudgetError: it is about memory.
+        LiteError: it is not.
+    """
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+        reason = str(error).strip().partition("\n")[0][:200]
+        what = f"got an error of ONNX Runtime ({reason}) · expected {provider} to compute the graph · "
+        if "memory" in str(error).lower() or isinstance(error, MemoryError):
+            raise MemoryBudgetError(f"{what}take fewer studies at a time, or a larger machine") from error
+        raise LiteError(f"{what}report this") from error
+
+
+# -- The files that a graph reads ------------------------------------------------------------------------------------
+
+_MESSAGES: Final[dict[str, dict[int, str]]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external_data"},
+}
+"""The messages of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto that lead to external data, by field."""
+_DEEPEST: Final = 100
+"""Messages within messages that protobuf reads."""
+
+
+def _check_external_data(file: Path, data: str | None) -> None:
+    """Refuse a graph that reads other files than the one the manifest lists: before 1.24 ONNX Runtime would.
+
+    Raises:
+        ArtifactError: it names another one, or is no graph.
+    """
+    try:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            named = sorted(set(_locations(content, 0, len(content), "model")))
+    except PermissionError as error:
+        msg = f"{file}: got {error.strerror} · expected a readable file · check its permissions"
+        raise ArtifactError(msg) from error
+    except (OSError, ValueError, IndexError) as error:
+        msg = f"{file}: got something that ONNX Runtime cannot load ({error}) · expected the graph written at export"
+        raise ArtifactError(f"{msg} · export the artifact again") from error
+    if other := [name for name in named if name != data]:
+        msg = f"{file}: got a graph that reads its weights from {other[0]!r} · expected them in {data or 'itself'}"
+        raise ArtifactError(f"{msg} · do not use this artifact")
+
+
+def _locations(content: mmap.mmap, begin: int, end: int, message: str, depth: int = 0) -> Iterator[str]:
+    """Walk through a message; yield the file names of external data."""
+    if depth > _DEEPEST:
+        raise ValueError("messages within messages without end")
+    if message == "external_data":
+        entry = [(field, content[at:to]) for field, at, to in _fields(content, begin, end)]
+        if (1, b"location") in entry:
+            yield from (value.decode(errors="replace") for field, value in entry if field == 2)
+        return
+    for field, at, to in _fields(content, begin, end):
+        if field in _MESSAGES[message]:
+            yield from _locations(content, at, to, _MESSAGES[message][field], depth + 1)
+
+
+def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the fields of a message that have a length: number, begin and end."""
+    while at < end:
+        key, at = _varint(content, at)
+        if key >= 1 << 32:  # of which ONNX Runtime's reader would keep 32 bits, and see another field
+            raise ValueError("a tag of more than 32 bits")
+        field, kind = key >> 3, key & 7
+        if kind == 0:
+            _, at = _varint(content, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, at = _varint(content, at)
+            yield field, at, at + length
+            at += length
+        else:
+            raise ValueError(f"a field of wire type {kind}")
+    if at != end:
+        raise ValueError("a field that ends behind its message")
+
+
+def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
+    value = 0
+    for place in range(10):
+        byte = content[at + place]
+        value |= (byte & 127) << (7 * place)
+        if byte < 128:
+            return value, at + place + 1
+    raise ValueError("a number without end")

@@ -1,0 +1,1 @@
+"""The engine that computes with torch and this project's kernels."""

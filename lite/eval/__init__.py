@@ -1,0 +1,1 @@
+"""What a text, or a distribution, is worth beside another one."""

@@ -1,0 +1,380 @@
+"""Clinical figures for real reports, by models that others trained: F1-RadGraph and CheXbert F1.
+
+Both follow LLaVA-Rad's evaluation (`llava/eval/rrg_eval`), so that figures can be laid beside published ones:
+
+* **F1-RadGraph** is the "partial" reward of the `radgraph` package, with its model "radgraph" (RadGraph 1.0): the F1 of
+  two sets of entities, each an entity's words, its label and whether it has a relation, averaged over the studies. A
+  study with an empty text, or with a text in which the model finds no entity, has 0, even if the two are alike.
+* **CheXbert F1** compares the labels that CheXbert reads from both texts, over all 14 conditions and over the five of
+  CheXpert's competition; blank and negated count as negative, uncertain as negative or as positive.
+
+Published values of that evaluation are medians over resamples; here the value is that of the studies themselves.
+
+No text leaves the machine. The labeller opens local files only. The `radgraph` package does all work here too, but it
+fetches its own weights from Hugging Face when it does not find them: `radgraph_f1` is for those who asked for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lite.bench.results import Missing
+from lite.errors import CheckpointError, LiteError
+from lite.eval.labels import Label
+from lite.eval.metrics import Estimate, Floats, bootstrap_interval, check_paired
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from torch import Tensor
+    from transformers import BertModel
+
+CONDITIONS: Final[tuple[Label, ...]] = (
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+    "No Finding",
+)
+"""What CheXbert's heads are about, in their order."""
+
+COMPETITION: Final[tuple[Label, ...]] = (
+    "Cardiomegaly",
+    "Edema",
+    "Consolidation",
+    "Atelectasis",
+    "Pleural Effusion",
+)
+"""The five conditions of CheXpert's competition."""
+
+VOCABULARY_NAME: Final = "vocab.txt"
+# A head's classes are blank, positive, negative, uncertain; No Finding has the first two.
+_POSITIVE: Final = 1
+_UNCERTAIN: Final = 3
+# BERT's heads are not recorded in its weights; in every published size they have 64 channels.
+_HEAD_DIM: Final = 64
+_BATCH_SIZE: Final = 32
+_SPECIAL_TOKENS: Final = frozenset({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"})
+# What torch.load raises on files that are none of its own, damaged, or ask for more than tensors.
+_NOT_LOADED: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
+
+def radgraph_f1(references: Sequence[str], predictions: Sequence[str], *, device: str) -> Estimate | Missing:
+    """Average the F1-RadGraph ("partial") of each study.
+
+    The model is loaded, used and let go; the package reads one text at a time.
+
+    Args:
+        references: the reference texts.
+        predictions: the predicted texts, in the same order.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        The figure; or why it is missing: the package is not installed or does not work with the transformers that is,
+        or its weights are not on this machine and could not be fetched.
+
+    Raises:
+        LiteError: the package failed for another reason: damaged weights, no such device, not enough memory.
+    """
+    check_paired(references, predictions)
+    in_own_environment = (
+        'install it with: pip install "llava-rad-lite[clinical]", in an environment without the extra "bench"'
+    )
+    try:
+        # Its import changes which warnings are shown, for the whole process.
+        with warnings.catch_warnings():
+            radgraph = import_module("radgraph")
+        transformers_version = version("transformers")
+    except ImportError as error:
+        return Missing(why="not installed", todo=f"F1-RadGraph needs radgraph ({error}): {in_own_environment}.")
+    if int(transformers_version.partition(".")[0]) > 4:
+        todo = f"radgraph does not run with transformers {transformers_version}: {in_own_environment}."
+        return Missing(why="needs transformers 4", todo=todo)
+    cuda = _cuda_index(device)
+    # The package takes a text of blanks only for one with words, and fails.
+    refs, hyps = ([text.strip() for text in texts] for texts in (references, predictions))
+    try:
+        # It prints what it does, which is no part of our output.
+        with contextlib.redirect_stdout(sys.stderr):
+            scorer = radgraph.F1RadGraph(reward_level="partial", model_type="radgraph", cuda=cuda)
+            _, rewards, _, _ = scorer(refs=refs, hyps=hyps)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        # For files neither here nor to be had, the package raises this very type, and transformers a bare OSError.
+        if type(error) is Exception or (type(error) is OSError and error.errno is None):
+            todo = f"radgraph's weights are not here and could not be fetched: try again with a network ({reason})."
+            return Missing(why="no weights", todo=todo)
+        msg = (
+            f"got an error from radgraph {version('radgraph')} ({reason}) · expected its F1 · if its weights are "
+            "damaged, delete its folder in the user's cache (~/.cache/radgraph) and have them fetched again"
+        )
+        raise LiteError(msg) from error
+    per_study = np.array([[reward, 1.0] for reward in rewards])
+    return bootstrap_interval(per_study, lambda sums: sums[:, 0] / sums[:, 1])
+
+
+def _cuda_index(device: str) -> int:
+    """Return a device as radgraph takes it: the GPU's number, -1 for the CPU."""
+    import torch
+
+    from lite.engines.torch_engine.decoder import check_device
+
+    chosen = torch.device(check_device(device))
+    return (chosen.index or 0) if chosen.type == "cuda" else -1
+
+
+def check_chexbert_files(weights: Path) -> None:
+    """Require CheXbert's weights and the vocabulary beside them, without opening them.
+
+    Raises:
+        CheckpointError: one is not there.
+    """
+    if not weights.is_file():
+        msg = f"{weights}: got no such file · expected CheXbert's weights, chexbert.pth · check the path"
+        raise CheckpointError(msg)
+    vocabulary = weights.with_name(VOCABULARY_NAME)
+    if not vocabulary.is_file():
+        msg = (
+            f"{vocabulary}: got no such file · expected the vocabulary of BERT uncased beside CheXbert's weights · put "
+            "vocab.txt of the model bert-base-uncased there"
+        )
+        raise CheckpointError(msg)
+
+
+def chexbert_f1(
+    references: Sequence[str], predictions: Sequence[str], *, weights: Path | None, device: str
+) -> dict[str, Estimate] | Missing:
+    """Compare the labels that CheXbert reads from the references with those it reads from the predictions.
+
+    As in the reference evaluation, a condition that neither side has counts 0 in a macro average, and so does a micro
+    F1 without any positive: unlike `lite.eval.metrics.label_f1`, which leaves out what cannot be measured.
+
+    Args:
+        references: the reference texts.
+        predictions: the predicted texts, in the same order.
+        weights: the published file (the state of a DataParallel labeller, under "model_state_dict"), with the
+            vocab.txt of bert-base-uncased beside it.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        F1 by "micro-14 uncertain negative" and so on: micro or macro, 14 or 5 conditions, uncertain as negative or as
+        positive. Or why it is missing: no weights were given, or a package is not installed.
+
+    Raises:
+        CheckpointError: weights or vocabulary are not there, damaged, unsafe to read, or of another model.
+        BackendUnavailable: there is no such device.
+
+    Source: Smit et al. 2020, https://arxiv.org/abs/2004.09167
+    """
+    check_paired(references, predictions)
+    if weights is None:
+        todo = "Give CheXbert's weights: --chexbert FILE, with vocab.txt of bert-base-uncased in the same folder."
+        return Missing(why="no weights", todo=todo)
+    check_chexbert_files(weights)
+    try:
+        import tokenizers  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        todo = f'CheXbert needs torch and transformers ({error}): pip install "llava-rad-lite[torch,bench]".'
+        return Missing(why="not installed", todo=todo)
+    classes = read_classes([*references, *predictions], weights=weights, device=device)
+    truth, drafted = np.split(classes, 2)
+
+    def estimate(average: str, conditions: Sequence[Label], uncertain: str) -> Estimate:
+        columns = [CONDITIONS.index(condition) for condition in conditions]
+        positive = (_POSITIVE, _UNCERTAIN) if uncertain == "positive" else (_POSITIVE,)
+        there, said = (np.isin(side[:, columns], positive) for side in (truth, drafted))
+        counts = np.stack([there & said, ~there & said, there & ~said], axis=-1).astype(np.float64)
+        return bootstrap_interval(counts.reshape(len(references), -1), _MICRO_OR_MACRO[average])
+
+    return {
+        f"{average}-{len(conditions)} uncertain {uncertain}": estimate(average, conditions, uncertain)
+        for uncertain, conditions, average in product(
+            ("negative", "positive"), (CONDITIONS, COMPETITION), _MICRO_OR_MACRO
+        )
+    }
+
+
+def _micro_f1(sums: Floats) -> Floats:
+    return _f1(sums.reshape(len(sums), -1, 3).sum(axis=1))
+
+
+def _macro_f1(sums: Floats) -> Floats:
+    macro: Floats = _f1(sums.reshape(len(sums), -1, 3)).mean(axis=1)
+    return macro
+
+
+def _f1(counts: Floats) -> Floats:
+    """Turn true positives, false positives and false negatives [..., 3] into F1 [...], 0 where there are none."""
+    tp, fp, fn = np.moveaxis(counts, -1, 0)
+    f1: Floats = np.divide(2 * tp, 2 * tp + fp + fn, out=np.zeros_like(tp), where=tp + fp + fn > 0)
+    return f1
+
+
+_MICRO_OR_MACRO: Final = {"micro": _micro_f1, "macro": _macro_f1}
+
+
+def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray[np.int64]:
+    """Let CheXbert read reports.
+
+    Args:
+        texts: the reports; what is longer than BERT's context (512 tokens) is cut.
+        weights: as in `chexbert_f1`.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        [texts, 14], in the order of `CONDITIONS`: 0 blank, 1 positive, 2 negative, 3 uncertain.
+
+    Raises:
+        CheckpointError: weights or vocabulary are damaged, unsafe to read, or of another model.
+        BackendUnavailable: there is no such device.
+    """
+    import torch
+
+    from lite.engines.torch_engine.decoder import check_device
+
+    chosen = torch.device(check_device(device))
+    state = _read_state(weights)
+    bert = _build_bert(state, weights, chosen)
+    tokenizer = _read_tokenizer(weights.with_name(VOCABULARY_NAME), bert)
+    heads = [
+        tuple(state[f"linear_heads.{index}.{name}"].to(chosen, torch.float32) for name in ("weight", "bias"))
+        for index in range(len(CONDITIONS))
+    ]
+    encodings = tokenizer.encode_batch([" ".join(text.split()) for text in texts])
+    # Padding is added to batches of like lengths; the order is restored at the end.
+    order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
+    classes = np.empty((len(texts), len(CONDITIONS)), dtype=np.int64)
+    for start in range(0, len(order), _BATCH_SIZE):
+        batch = order[start : start + _BATCH_SIZE]
+        ids = [torch.tensor(encodings[index].ids) for index in batch]
+        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        with torch.inference_mode():
+            hidden = bert(input_ids=input_ids.to(chosen), attention_mask=mask.to(chosen)).last_hidden_state[:, 0]
+            scores = [torch.nn.functional.linear(hidden, weight, bias) for weight, bias in heads]
+        classes[batch] = torch.stack([score.argmax(dim=1) for score in scores], dim=1).cpu().numpy()
+    return classes
+
+
+def _read_state(weights: Path) -> dict[str, Tensor]:
+    """Read the labeller's tensors, without the prefix that DataParallel gives to all of them."""
+    import torch
+
+    try:
+        saved = torch.load(weights, map_location="cpu", weights_only=True)
+        state = dict(saved.get("model_state_dict"))
+        prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    except _NOT_LOADED as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        msg = (
+            f"{weights}: got a file that cannot be read as CheXbert's ({reason}) · expected tensors under "
+            "model_state_dict, and nothing that would have to be run · fetch the published chexbert.pth again"
+        )
+        raise CheckpointError(msg) from error
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _build_bert(state: dict[str, Tensor], weights: Path, device: torch.device) -> BertModel:
+    """Build BERT from the shapes, and require the state to be all of it, the fourteen heads, and nothing else."""
+    from transformers import BertConfig, BertModel
+
+    try:
+        vocab_size, hidden_size = state["bert.embeddings.word_embeddings.weight"].shape
+        config = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_hidden_layers=len({name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}),
+            num_attention_heads=hidden_size // _HEAD_DIM,
+            intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
+            max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]),
+            type_vocab_size=len(state["bert.embeddings.token_type_embeddings.weight"]),
+        )
+        with device:
+            bert = BertModel(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        msg = (
+            f"{weights}: got tensors that make no BERT ({type(error).__name__}: {error}) · expected CheXbert's, bert.* "
+            "and linear_heads.* · check that it is the published chexbert.pth"
+        )
+        raise CheckpointError(msg) from error
+    expected = {f"bert.{name}": tuple(tensor.shape) for name, tensor in bert.state_dict().items()}
+    for index, condition in enumerate(CONDITIONS):
+        num_classes = 2 if condition == "No Finding" else 4
+        expected[f"linear_heads.{index}.weight"] = (num_classes, hidden_size)
+        expected[f"linear_heads.{index}.bias"] = (num_classes,)
+    wrong = [f"no {name}" for name in expected if name not in state]
+    wrong += [f"{name}, which is no part of it" for name in state if name not in expected]
+    wrong += [
+        f"{name} {list(tensor.shape)} of {tensor.dtype}, not {list(expected[name])} of finite numbers"
+        for name, tensor in state.items()
+        if name in expected and not _is_of_shape(tensor, expected[name])
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        msg = (
+            f"{weights}: got {wrong[0]}{more} · expected the {len(expected)} tensors of a labeller of this size · "
+            "check that it is the published chexbert.pth, and whole"
+        )
+        raise CheckpointError(msg)
+    bert.load_state_dict({name: state[f"bert.{name}"] for name in bert.state_dict()})
+    bert.train(mode=False)
+    return bert
+
+
+def _is_of_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    return tuple(tensor.shape) == shape and tensor.is_floating_point() and bool(tensor.isfinite().all())
+
+
+def _read_tokenizer(path: Path, bert: BertModel) -> BertWordPieceTokenizer:
+    """Read a list of word pieces, a line each, and require as many as BERT has embeddings."""
+    from tokenizers import BertWordPieceTokenizer
+
+    try:
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: got a file that cannot be read ({error}) · expected a list of word pieces · fetch it again"
+        raise CheckpointError(msg) from error
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    if len(vocabulary) != bert.config.vocab_size or not vocabulary.keys() >= _SPECIAL_TOKENS:
+        msg = (
+            f"{path}: got {len(vocabulary)} word pieces · expected the {bert.config.vocab_size} that the weights are "
+            f"for, {', '.join(sorted(_SPECIAL_TOKENS))} among them · put vocab.txt of bert-base-uncased there"
+        )
+        raise CheckpointError(msg)
+    tokenizer = BertWordPieceTokenizer(vocabulary, lowercase=True)
+    tokenizer.enable_truncation(bert.config.max_position_embeddings)
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Films in, pixel_values out."""

@@ -1,0 +1,439 @@
+"""The gate: green on what is exported today, red with its numbers on a decoder off by 5 % in one layer."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import lite
+from benchmarks import gate, slim
+from benchmarks.gate import Gate, Judged, WrongUseError, main, read_gates, update_baselines
+from benchmarks.quantisation import Setting, export_command
+from export import OnnxSettings, add_onnx
+from export.__main__ import _parser
+from lite.artifact.open import Artifact
+from lite.artifact.write import staged_artifact
+from lite.errors import LiteError
+from lite.model import Findings, load
+from lite.studies.readers import read_studies
+
+GATES = """\
+# Why.
+[fp16.bytes]
+baseline = 1000  # in total
+tolerance = "±10"
+
+[fp16.mean_kl]
+tolerance = "+50 %"
+baseline = 2.600e-05
+
+[imports.lite]
+baseline = ["numpy"]
+tolerance = "+0"
+"""
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Path:
+    path = tmp_path / "gates.toml"
+    path.write_text(GATES, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the gate is made to measure: passes the gates above."""
+    values: dict[str, Any] = {"fp16.bytes": 1000, "fp16.mean_kl": 2e-5, "imports.lite": ("numpy",)}
+    monkeypatch.setattr(gate, "measure", lambda *_: values)
+    return values
+
+
+# -- Gates -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("baseline", "tolerance", "passing", "failing"),
+    [
+        (2.0, "+50 %", [3.0, 2.0, -9.0], [3.01, float("nan"), float("inf")]),
+        (-2.0, "+50 %", [-1.0, -2.0], [-0.99]),
+        (0.9, "-0.02", [0.881, 0.9, 1.0], [0.879, float("nan")]),
+        (1000, "±10", [990, 1000, 1010], [989, 1011, float("nan"), ("numpy",)]),
+        (0.0, "+1e-6", [0.0, 9e-7], [1.1e-6]),
+        (("numpy", "torch"), "+0", [("numpy", "torch"), ("torch",), ()], [("cv2", "numpy", "torch"), ("cv2",), 1.0]),
+        (("numpy", "torch"), "±1", [("cv2", "numpy", "torch"), ("torch",)], [(), ("a", "b", "numpy", "torch")]),
+    ],
+)
+def test_a_tolerance_has_a_size_and_a_direction(
+    baseline: Any, tolerance: str, passing: list[Any], failing: list[Any]
+) -> None:
+    entry = Gate(name="fp16.mean_kl", baseline=baseline, tolerance=tolerance)
+    assert [entry.passes(value) for value in passing] == [True] * len(passing)
+    assert [entry.passes(value) for value in failing] == [False] * len(failing)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[fp16.bytes", "cannot be read"),
+        ("fp16 = 3", r"\[fp16\.\]: got a gate of something that is not measured"),
+        ("[fp16.speed]\nbaseline = 1\ntolerance = '+0'", r"\[fp16\.speed\]: .* fp16: bytes, mean_kl, same_top"),
+        ("[fp8.bytes]\nbaseline = 1\ntolerance = '+0'", r"\[fp8\.bytes\]: got a gate of something"),
+        ("[fp16.bytes]\nbaseline = 1", r"\[fp16\.bytes\]: got other keys"),
+        ("[fp16.bytes]\nbaseline = 1\ntolerance = '+0'\nworse = 'above'", "got other keys"),
+        ("[fp16.bytes]\nbaseline = 'much'\ntolerance = '+0'", "got the baseline 'much'"),
+        ("[fp16.bytes]\nbaseline = true\ntolerance = '+0'", "got the baseline True"),
+        ("[fp16.bytes]\nbaseline = 1\ntolerance = 0.1", 'got the tolerance "0.1" · expected one such as'),
+        ("[fp16.bytes]\nbaseline = 1\ntolerance = '50 %'", 'got the tolerance "50 %"'),
+    ],
+)
+def test_a_gates_file_that_cannot_be_used_is_wrong_use(
+    gates: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    gates.write_text(text, encoding="utf-8")
+    with pytest.raises(WrongUseError, match=message):
+        read_gates(gates)
+    assert main(["--gates", str(gates)]) == 2
+    assert str(gates) in capsys.readouterr().err
+
+
+def test_everything_that_is_measured_has_a_baseline() -> None:
+    expected = [f"{subject}.{metric}" for subject, metrics in gate.METRICS.items() for metric in metrics]
+    assert sorted(read_gates(gate.GATES)) == sorted(expected)
+
+
+def test_an_update_changes_the_numbers_and_nothing_else(gates: Path) -> None:
+    values = {
+        "fp16.bytes": 1024,
+        "fp16.mean_kl": 2.6000001e-5,
+        "imports.lite": ("numpy", "torch"),
+        "fp16.same_top": 1.0,
+    }
+    changes = update_baselines(gates, values)
+    assert changes == [
+        "fp16.bytes: 1000 → 1024",
+        'imports.lite: ["numpy"] → ["numpy", "torch"]',
+    ]
+    expected = GATES.replace("1000", "1024").replace('["numpy"]', '["numpy", "torch"]')
+    assert gates.read_text(encoding="utf-8") == expected
+    assert update_baselines(gates, values) == []
+
+
+# -- Command line ----------------------------------------------------------------------------------------------------
+
+
+def verdicts(printed: str) -> dict[str, str]:
+    """Read gate and verdict from the table."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    return {row[0]: row[-1] for row in rows[2:]}
+
+
+def test_what_passes_is_listed_with_machine_and_versions(
+    gates: Path, measured: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--gates", str(gates)]) == 0
+    printed = capsys.readouterr().out
+    assert verdicts(printed) == dict.fromkeys(measured, "pass")
+    assert "REGRESSION" not in printed
+    assert re.search(r"^machine: .*core", printed, re.MULTILINE)
+    assert re.search(r"^versions: Python 3.*torch 2", printed, re.MULTILINE)
+
+
+def test_a_regression_names_metric_old_new_and_tolerance(
+    gates: Path, measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A metric without a baseline beside a regression: the regression decides.
+    measured |= {"fp16.mean_kl": 0.004, "imports.lite": ("cv2", "numpy"), "fp16.same_top": 0.5}
+    assert main(["--gates", str(gates), "--json", str(tmp_path / "gate.json")]) == 1
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert "REGRESSION: fp16.mean_kl was 2.6e-05, is 0.004, tolerance +50 %" in lines
+    assert "REGRESSION: imports.lite was 1 package, is 2 packages +cv2, tolerance +0" in lines
+    expected = ["pass", "REGRESSION", "REGRESSION", "no baseline"]
+    assert list(verdicts(printed).values()) == expected
+    written = json.loads((tmp_path / "gate.json").read_text(encoding="utf-8"))
+    assert [row["verdict"] for row in written["gates"]] == expected
+    assert written["gates"][1] == {
+        "name": "fp16.mean_kl", "baseline": 2.6e-5, "value": 0.004, "tolerance": "+50 %", "verdict": "REGRESSION",
+    }  # fmt: skip
+    assert written["gates"][2]["value"] == ["cv2", "numpy"]
+    assert {"machine", "versions", "command"} < written.keys()
+
+
+def test_no_baseline_is_neither_a_pass_nor_a_regression(
+    gates: Path,
+    measured: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured["fp16.same_top"] = 0.5
+    assert main(["--gates", str(gates)]) == 3
+    assert "no baseline: fp16.same_top was –, is 0.5, tolerance –" in capsys.readouterr().out
+    assert main(["--gates", str(tmp_path / "none.toml")]) == 3
+    assert "got no gates file" in capsys.readouterr().err
+    monkeypatch.setattr(gate, "RECORD", tmp_path / "none.json")
+    assert main(["--gates", str(gates)]) == 3
+    assert "expected the fp16 reference record" in capsys.readouterr().err
+
+
+def test_a_record_that_cannot_be_read_is_red(
+    gates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gate, "RECORD", tmp_path / "record.json")
+    gate.RECORD.write_text("{}", encoding="utf-8")
+    assert main(["--gates", str(gates)]) == 1
+    assert "got no format_version · expected a reference record" in capsys.readouterr().err
+
+
+def test_update_prints_old_and_new_and_then_passes(
+    gates: Path, measured: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured["fp16.mean_kl"] = 0.004
+    assert main(["--gates", str(gates), "--update"]) == 0
+    printed = capsys.readouterr().out
+    assert "fp16.mean_kl: 2.600e-05 → 0.004000" in printed.splitlines()
+    assert read_gates(gates)["fp16.mean_kl"].baseline == 0.004
+    assert verdicts(printed)["fp16.mean_kl"] == "pass"
+
+
+def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["--only", "fp8"])
+    (tmp_path / "fp16").mkdir()
+    assert main(["--artifacts", str(tmp_path), "--only", "fp16", "bnb-nf4"]) == 2
+    assert f"{tmp_path / 'bnb-nf4'}: got no such folder" in capsys.readouterr().err
+    assert main(["--json", str(tmp_path / "none" / "gate.json")]) == 2
+    assert "got no such folder · expected one to write to" in capsys.readouterr().err
+
+
+# -- Exporting and measuring -----------------------------------------------------------------------------------------
+
+
+def test_candidates_are_commands_of_the_exporter(tmp_path: Path) -> None:
+    setting = Setting(
+        checkpoint=tmp_path,
+        base=tmp_path,
+        held_out=tmp_path,
+        calibration=tmp_path,
+        artifacts=tmp_path,
+        device="cpu",
+        keep=True,
+    )
+    for name, row in gate.CANDIDATES.items():
+        options = _parser().parse_args(export_command(row, setting, tmp_path / name)[3:])
+        assert (options.vision, options.decoder) == (("int8", "fp16") if name == "vision-int8" else ("fp32", name))
+        assert options.engine == ("onnx" if name == "gptq-int4" else "torch")
+        assert row.calibrated == name.startswith("gptq") == (options.calibration_data is not None)
+
+
+def test_an_export_that_fails_is_a_regression(
+    tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(command: list[str]) -> None:
+        raise LiteError(f"exit status 1: no {Path(command[command.index('--out') + 1]).name}")
+
+    # What an earlier run has left must not be taken for what this one could not export.
+    shutil.copytree(tiny_artifact.path, tmp_path / "gate" / "fp16")
+    monkeypatch.setattr(gate, "OUT", tmp_path / "gate")
+    monkeypatch.setattr(gate, "NUM_CALIBRATION_FILMS", 1)
+    monkeypatch.setattr(gate, "measured_run", fail)
+    # Imports are measured of other artifacts.
+    assert main(["--only", "imports", "bnb-nf4", "--json", str(tmp_path / "gate.json")]) == 1
+    printed = capsys.readouterr()
+    for name in ("fp16", "gptq-int4", "bnb-nf4"):
+        assert f"error: {name}: exit status 1: no {name}" in printed.err.splitlines()
+    assert "REGRESSION: imports.lite was 0 packages, is failed, tolerance +0" in printed.out.splitlines()
+    failed = [
+        *(f"bnb-nf4.{metric}" for metric in gate.ARTIFACT_METRICS),
+        "imports.lite",
+        "imports.findings",
+        "imports.onnx",
+    ]
+    assert verdicts(printed.out) == dict.fromkeys(failed, "REGRESSION")
+    assert {row["value"] for row in json.loads((tmp_path / "gate.json").read_text())["gates"]} == {None}
+
+
+def test_what_failed_is_no_baseline(gates: Path, measured: dict[str, Any]) -> None:
+    measured |= {"fp16.mean_kl": None, "fp16.bytes": 2000}
+    assert main(["--gates", str(gates), "--update"]) == 1
+    updated = read_gates(gates)
+    assert (updated["fp16.mean_kl"].baseline, updated["fp16.bytes"].baseline) == (2.6e-5, 2000)
+
+
+@pytest.fixture(scope="module")
+def onnx_artifact(
+    demo_int4_artifact: Artifact, calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    """The candidate gptq-int4, as the gate exports it."""
+    settings = OnnxSettings(calibration_data=calibration, verify_studies=1, verify_tokens=8)
+    return add_onnx(demo_int4_artifact.path, settings, out=tmp_path_factory.mktemp("onnx") / "gptq-int4")
+
+
+def off_by_5_percent(artifact: Artifact, out: Path) -> Path:
+    """Copy a GPTQ artifact with the scales of one layer's linears multiplied by 1.05, and the hashes that belong."""
+    with staged_artifact(out) as staged:
+        shutil.copytree(artifact.path, staged.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        damaged = []
+        for file in (staged.path / "decoder").glob("*.safetensors"):
+            tensors = load_file(file)
+            found = [name for name in tensors if name.startswith("model.layers.1.") and name.endswith(".scales")]
+            tensors |= {name: (tensors[name].float() * 1.05).half() for name in found}
+            save_file(tensors, file, metadata={"format": "pt"})
+            damaged += found
+        assert len(damaged) == 7
+        staged.finish(artifact.manifest)
+    return out
+
+
+def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
+    onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The committed baselines, record and films; the artifact is exported as the gate would."""
+    damaged = tmp_path / "damaged"
+    off_by_5_percent(onnx_artifact, damaged / "gptq-int4")
+    subjects = ("gptq-int4", "gptq-int4-engines")
+    assert main(["--artifacts", str(onnx_artifact.path.parent), "--only", *subjects]) == 0
+    green = capsys.readouterr().out
+    assert verdicts(green) == {f"{name}.{metric}": "pass" for name in subjects for metric in gate.METRICS[name]}
+    assert main(["--artifacts", str(damaged), "--only", "gptq-int4"]) == 1
+    red = capsys.readouterr().out
+    assert verdicts(red)["gptq-int4.mean_kl"] == "REGRESSION"
+    assert verdicts(red)["gptq-int4.bytes"] == verdicts(red)["gptq-int4.plan_error"] == "pass"
+    gates = read_gates(gate.GATES)
+    old = f"{gates['gptq-int4.mean_kl'].baseline:.4g}"
+    line = re.search(r"^REGRESSION: gptq-int4\.mean_kl was (\S+), is (\S+), tolerance \+150 %$", red, re.MULTILINE)
+    assert line
+    assert line[1] == old
+    # By far: not what another CPU would do.
+    assert float(line[2]) > 10 * float(old)
+    # decoder.onnx has kept its weights: the engines no longer compute the same, and the caches of each of them do.
+    compared = gate.compare_batches(damaged / "gptq-int4", read_studies(gate.STUDIES)[:3])
+    for candidate, yardstick, metric, passes in (
+        ("onnx", "torch", "onnx_kl_to_torch", False),
+        ("onnx-int8-cache", "onnx", "onnx_kl_of_int8_cache", True),
+        ("torch-int8-cache", "torch", "torch_kl_of_int8_cache", True),
+    ):
+        lost = compared.pair(candidate, yardstick).divergence.mean_kl.value
+        assert gates[f"gptq-int4-engines.{metric}"].passes(lost) is passes, metric
+
+
+def test_bytes_held_are_those_of_the_tensors(
+    tiny_artifact: Artifact, demo_int4_artifact: Artifact, films: list[Path]
+) -> None:
+    for artifact, film in ((tiny_artifact, films[0]), (demo_int4_artifact, read_studies(gate.STUDIES)[0].image)):
+        model = load(artifact.path, device="cpu")
+        drafts = [model.findings(film)]
+        files = (artifact.path / "decoder").glob("*.safetensors")
+        # In memory fp16 is float32, and zeros and group numbers, which the runtime can do without, are not there.
+        sizes = {
+            name: tensor.nbytes * (1 if name.endswith((".qweight", ".scales")) else 2)
+            for file in files
+            for name, tensor in load_file(file).items()
+            if not name.endswith((".qzeros", ".g_idx"))
+        }
+        held = gate.held_bytes(model.decoder, drafts)
+        assert held == sum(sizes.values()) + drafts[0].memory.cache_bytes
+        assert gate.planned_bytes(model, drafts) == held
+        batch = [draft for draft in model.findings_batch([film, film], batch_size=2) if isinstance(draft, Findings)]
+        assert gate.planned_bytes(model, batch) == gate.held_bytes(model.decoder, batch) > held
+
+
+def test_a_package_too_many_is_named_and_no_other_is(
+    tiny_artifact: Artifact, onnx_artifact: Artifact, films: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has loaded one package more than the committed baselines know."""
+    monkeypatch.setattr(slim, "_PROBE", slim._PROBE.replace("import lite\n", "import lite, pluggy\n"))
+    gates = read_gates(gate.GATES)
+    found = gate.measure_imports({"fp16": tiny_artifact.path, "gptq-int4": onnx_artifact.path}, films[0])
+    judged = {name: Judged(name=name, value=value, gate=gates[f"imports.{name}"]) for name, value in found.items()}
+    assert str(judged["lite"]) == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
+    assert str(judged["onnx"]) == "REGRESSION: onnx was 4 packages, is 5 packages +pluggy, tolerance +0"
+    assert re.findall(r"\+(\w+)", str(judged["findings"])) == ["pluggy", "0"]
+
+
+def test_a_process_that_cannot_draft_is_an_error(tmp_path: Path) -> None:
+    paths = dict.fromkeys(("fp16", "gptq-int4"), tmp_path / "none")
+    with pytest.raises(LiteError, match=r"drafting none\.png: .*\(lite\.errors\.ArtifactError: .*\) · expected"):
+        gate.measure_imports(paths, tmp_path / "none.png")
+
+
+def test_an_environment_without_torch_is_measured_in_megabytes_texts_and_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gptq-int4").mkdir()
+    probe = slim.Probe(lite=tmp_path, after_import=(), after_findings=("numpy",), load_s=0.1, peak_rss_bytes=1)
+    texts = tuple("abcd")
+    measured = slim.Slim(
+        sizes={"numpy": 150_000_000, "pillow": 50_000_000},
+        probe=probe, engines=("onnx",) * 4, texts=(*texts[:3], "e"), expected=texts,
+    )  # fmt: skip
+    asked: list[tuple[Path, int]] = []
+
+    def measure(artifact: Path, films: list[Path]) -> slim.Slim:
+        asked.append((artifact, len(films)))
+        return measured
+
+    monkeypatch.setattr(slim, "measure_slim", measure)
+    arguments = ["--artifacts", str(tmp_path), "--only", "slim"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert verdicts(printed) == {"slim.mb": "pass", "slim.imports": "pass", "slim.same_text": "REGRESSION"}
+    assert re.search(r"\| slim\.mb +\| +\S+ \| +200 \|", printed)
+    assert asked == [(tmp_path / "gptq-int4", 24)]
+
+
+def test_an_environment_that_cannot_be_made_is_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LiteError("pip install: got exit status 1")
+
+    (tmp_path / "gptq-int4").mkdir()
+    monkeypatch.setattr(slim, "make_environment", fail)
+    assert main(["--artifacts", str(tmp_path), "--only", "slim"]) == 1
+    printed = capsys.readouterr()
+    assert "error: slim: pip install: got exit status 1" in printed.err.splitlines()
+    assert verdicts(printed.out) == {f"slim.{metric}": "REGRESSION" for metric in gate.METRICS["slim"]}
+
+
+def test_ratios_are_of_medians_and_the_artifacts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    # By artifact and engine: seconds of the tower and of a decoded token.
+    pace = {
+        "fp16 by torch": (0.2, 0.01),
+        "gptq-int4 by torch": (0.2, 0.03),
+        "vision-int8 by torch": (0.1, 0.01),
+        "gptq-int4 by onnx": (0.2, 0.003),
+    }
+
+    def fake(path: Path, *, engine: str, device: str = "cpu") -> Any:
+        assert device == "cpu"
+        name = f"{path.name} by {engine}"
+
+        def findings(image: object, reason: object) -> Any:
+            # The first study warms up, and two more are slow by chance: with it they would be half of all.
+            slow = 50 if name != "fp16 by torch" and turns.count(name) < 3 else 1
+            turns.append(name)
+            vision_s, token_s = pace[name]
+            # One slow token in a text does not count either.
+            steps = (slow * token_s, slow * token_s, 40 * token_s)
+            return SimpleNamespace(timings=SimpleNamespace(vision_s=slow * vision_s, decode_steps_s=steps))
+
+        return SimpleNamespace(findings=findings)
+
+    monkeypatch.setattr(lite, "load", fake)
+    paths = {name: Path(name) for name in gate.NEEDS["timed"]}
+    ratios = gate.measure_ratios(paths, read_studies(gate.STUDIES)[:5])
+    assert ratios == {
+        "int4_over_fp16_decode": pytest.approx(3),
+        "int8_over_fp32_vision": pytest.approx(0.5),
+        "onnx_over_torch_decode": pytest.approx(0.1),
+    }
+    assert turns == list(pace) * 6

@@ -1,0 +1,133 @@
+"""Where the onnx engine's time goes: ONNX Runtime's profile, summed up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import onnx_profile
+from benchmarks.onnx_profile import format_profile, main, profile_decoder, split_runs
+from lite.artifact.open import Artifact, load_artifact
+from lite.memory.counts import onnx_linear_bytes, onnx_linear_shapes
+
+
+def event(name: str, ts: int, dur: int, op: str | None = None) -> dict[str, Any]:
+    if op is None:
+        return {"cat": "Session", "name": name, "ts": ts, "dur": dur, "args": {}}
+    return {"cat": "Node", "name": f"{name}_kernel_time", "ts": ts, "dur": dur, "args": {"op_name": op}}
+
+
+def test_nodes_belong_to_the_run_they_begin_in() -> None:
+    events = [
+        event("session_initialization", 0, 90),
+        event("model_run", 200, 50),
+        event("model_run", 100, 40),
+        event("layers.0.qkv", 100, 10, "MatMulNBits"),
+        event("layers.0.attention", 110, 29, "If"),
+        event("layers.0.attention.decode", 111, 20, "GroupQueryAttention"),
+        event("layers.0.qkv", 200, 30, "MatMulNBits"),
+        {"cat": "Node", "name": "layers.0.qkv_fence_before", "ts": 101, "dur": 1, "args": {"op_name": "MatMulNBits"}},
+        event("lm_head", 250, 5, "MatMulNBits"),
+    ]
+    first, second = split_runs(events)
+    assert (first.seconds, second.seconds) == (pytest.approx(40e-6), pytest.approx(50e-6))
+    assert [(name, op) for name, op, _ in first.nodes] == [
+        ("layers.0.qkv", "MatMulNBits"),
+        ("layers.0.attention", "If"),
+        ("layers.0.attention.decode", "GroupQueryAttention"),
+    ]
+    assert second.nodes == (("layers.0.qkv", "MatMulNBits", pytest.approx(30e-6)),)
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both take a while, and have tests and uses of their own."""
+    monkeypatch.setattr(onnx_profile, "streaming_read_bandwidth", lambda _: 30e9)
+    monkeypatch.setattr(onnx_profile, "_PRODUCT", (16, 64, 32))
+
+
+@pytest.mark.usefixtures("limits")
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_a_profile_is_all_of_the_time(tiny_onnx_artifact: Artifact, cache_dtype: str) -> None:
+    config, part = tiny_onnx_artifact.decoder_config(), tiny_onnx_artifact.manifest.onnx
+    assert part is not None
+    found = profile_decoder(tiny_onnx_artifact, cache_dtype=cache_dtype, num_prompt_tokens=40, num_new_tokens=5)
+    assert found.cache_dtype == cache_dtype
+    for phase in (found.prefill, found.decode):
+        parts = {part.name: part for part in phase.parts}
+        assert {*onnx_linear_shapes(config), "GroupQueryAttention", "between operators"} <= parts.keys()
+        assert "If" not in parts, "its time is that of its branch"
+        assert sum(part.seconds for part in phase.parts) == pytest.approx(phase.seconds)
+        assert [part.seconds for part in phase.parts] == sorted((part.seconds for part in phase.parts), reverse=True)
+        assert (parts["qkv"].calls, parts["lm_head"].calls, parts["GroupQueryAttention"].calls) == (2, 1, 2)
+        assert ("the cache's rounding" in parts) == (cache_dtype == "int8" and phase is found.prefill)
+    decode = {part.name: part for part in found.decode.parts}
+    for name in onnx_linear_shapes(config):
+        layers = 1 if name == "lm_head" else 2
+        assert decode[name].bytes_read == layers * onnx_linear_bytes(name, config, part, bytes_per_block=4)
+    # 43 tokens on average, keys and values of 2 layers, 2 heads of 16.
+    assert decode["GroupQueryAttention"].bytes_read == 43 * 2 * 2 * 2 * 16 * (4 if cache_dtype == "float32" else 1)
+    prefill = {part.name: part for part in found.prefill.parts}
+    out, inputs = onnx_linear_shapes(config)["qkv"]
+    assert prefill["qkv"].operations == 2 * 40 * out * inputs * 2
+    out, inputs = onnx_linear_shapes(config)["down"]
+    assert prefill["down"].operations == 2 * 40 * out * inputs, "the last layer's is for one token"
+    assert prefill["lm_head"].operations is None
+    assert found.int8_rate > 0
+
+
+@pytest.mark.usefixtures("limits")
+def test_a_prompt_of_several_chunks_is_one(tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite.engines.onnx_engine.decoder.ONNX_CHUNK_SIZE", 16)
+    found = profile_decoder(tiny_onnx_artifact, cache_dtype=None, num_prompt_tokens=40, num_new_tokens=3)
+    (qkv,) = (part for part in found.prefill.parts if part.name == "qkv")
+    assert qkv.calls == 3 * 2
+
+
+@pytest.mark.usefixtures("limits")
+def test_the_command_line(
+    tiny_onnx_artifact: Artifact, tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "profile.json"
+    path = str(tiny_onnx_artifact.path)
+    assert main([path, "--new-tokens", "4", "--cache-dtype", "int8", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(file.read_text())
+    # As long a prompt as the context holds.
+    context = tiny_onnx_artifact.decoder_config().max_position_embeddings
+    assert f"{context - 4} tokens, cache int8: prefill " in printed
+    assert "| gate_up " in printed
+    assert written["artifact_id"] == load_artifact(path).id
+    assert written["num_prompt_tokens"] == context - 4
+    assert {part["name"] for part in written["decode"]["parts"]} >= {"qkv", "lm_head"}
+    assert written["command"].startswith("python -m benchmarks profile ")
+    for wrong, message in (
+        ([str(tiny_artifact.path)], "got an artifact without decoder.onnx"),
+        ([path, "--new-tokens", "1"], "expected 2 of each at least"),
+        ([path, "--prompt-tokens", str(context)], f"{context} in all at most"),
+        ([str(tmp_path / "nowhere")], "got a path that does not exist"),
+    ):
+        assert main(wrong) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_shares_are_of_the_limits() -> None:
+    part = onnx_profile.Part(name="qkv", calls=2, seconds=0.5, operations=40_000_000_000)
+    read = onnx_profile.Part(name="qkv", calls=2, seconds=0.01, bytes_read=150_000_000)
+    found = onnx_profile.Profile(
+        artifact_id="0",
+        cache_dtype="int8",
+        num_prompt_tokens=40,
+        prefill=onnx_profile.Phase(seconds=1.0, parts=(part,)),
+        decode=onnx_profile.Phase(seconds=0.02, parts=(read,)),
+        bandwidth=30e9,
+        int8_rate=160e9,
+    )
+    printed = format_profile(found)
+    assert "prefill 1 s, 40 GOP/s in all, of 160 that int8 products reach" in printed
+    assert "a token 20 ms, 7.5 GB/s in all, of 30.0" in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "qkv" in line]
+    assert rows == [["qkv", "2", "500.00", "50.0%", "80.0", "50%"], ["qkv", "2", "10.00", "50.0%", "15.0", "50%"]]

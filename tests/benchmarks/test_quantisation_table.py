@@ -1,0 +1,183 @@
+"""The table of decoder formats: what its rows ask of the exporter, how a child is measured, and one made for real."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import random_checkpoint
+from conftest import CHECKPOINT
+
+from benchmarks import quantisation
+from benchmarks.quantisation import (
+    CALIBRATION_SEED,
+    REFERENCE,
+    ROWS,
+    TRICKS,
+    Result,
+    Row,
+    Setting,
+    ablation_rows,
+    export_command,
+    format_table,
+    main,
+    measured_run,
+)
+from export.__main__ import _parser
+from lite.artifact.open import load_artifact
+from lite.errors import LiteError
+from lite.studies.readers import read_studies
+
+PYTHON = sys.executable
+
+
+def test_peak_memory_is_the_childs_own() -> None:
+    """The process that measures is far larger than the child, which must not be seen in the figure."""
+    filled = bytearray(b"x") * (400 << 20)
+    idle = measured_run([PYTHON, "-c", "pass"])
+    del filled
+    busy = measured_run([PYTHON, "-c", "import time; filled = bytearray(b'x') * (150 << 20); time.sleep(0.2)"])
+    assert idle.peak_rss_bytes < 60e6
+    assert 150 << 20 < busy.peak_rss_bytes < 220e6
+    assert busy.seconds >= 0.2
+
+
+def test_a_child_that_fails_tells_why() -> None:
+    code = "import sys; print('working', file=sys.stderr); sys.exit('error: no such film')"
+    with pytest.raises(LiteError, match="^exit status 1: error: no such film$"):
+        measured_run([PYTHON, "-c", code])
+    with pytest.raises(LiteError, match="^signal 9: it says nothing$"):
+        measured_run([PYTHON, "-c", "import os; os.kill(os.getpid(), 9)"])
+    with pytest.raises(LiteError, match="got no start.*no-such-command"):
+        measured_run(["no-such-command"])
+
+
+def test_every_row_is_one_command_of_the_exporter(tmp_path: Path) -> None:
+    setting = Setting(
+        checkpoint=tmp_path / "checkpoint",
+        base=tmp_path / "base",
+        held_out=tmp_path / "held-out.json",
+        calibration=tmp_path / "calibration.json",
+        artifacts=tmp_path,
+        device="cpu",
+        keep=False,
+    )
+    rows = (*ROWS, *ablation_rows())
+    assert len({row.name for row in rows}) == len(rows)
+    assert len({row.options for row in ROWS}) == len(ROWS)
+    for row in rows:
+        command = export_command(row, setting, tmp_path / "out")
+        assert command[:3] == [PYTHON, "-m", "export"]
+        assert command[3 : 3 + len(row.options)] == list(row.options)
+        _parser().parse_args(command[3:])  # exits when the exporter does not know it
+        named = dict(pairwise(command))
+        assert (named["--checkpoint"], named["--base"]) == (str(tmp_path / "checkpoint"), str(tmp_path / "base"))
+        assert named["--out"] == str(tmp_path / "out")
+        # Only GPTQ sees films, and never those that it is measured on.
+        assert ("--calibration-data" in named) == (named.get("--method") == "gptq")
+        assert named.get("--calibration-data", "none") in ("none", str(setting.calibration))
+
+
+def test_the_ablation_adds_and_removes_one_trick_at_a_time() -> None:
+    def used(row: Row) -> set[str]:
+        text = " ".join(row.options)
+        on = {trick.name for trick in TRICKS if " ".join(trick.on) in text and " ".join(trick.off) not in text}
+        off = {trick.name for trick in TRICKS if " ".join(trick.off) in text}
+        assert on | off == {trick.name for trick in TRICKS}
+        return on
+
+    rows = {row.name: used(row) for row in ablation_rows()}
+    names = [trick.name for trick in TRICKS]
+    assert rows["plain"] == set()
+    assert rows["full"] == set(names)
+    for at, name in enumerate(names[:-1]):
+        assert rows[f"plus-{name}"] == set(names[: at + 1])
+        assert rows[f"full-without-{name}"] == set(names) - {name}
+    # Full without the last trick is the row before full; all others are different exports.
+    assert len(rows) == 2 * len(names) == len({frozenset(on) for on in rows.values()})
+
+
+def test_a_failed_row_keeps_its_place_and_shows_its_error() -> None:
+    text = format_table([Result(name="fp16", error="out of memory"), Result(name="other", error="no such option")])
+    lines = text.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["fp16", "other"]
+    assert all(line.split("|")[2].strip() == "failed" for line in lines[2:4])
+    assert lines[-2:] == ["- fp16 failed: out of memory", "- other failed: no such option"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
+    """A table of three rows, made as users make it: the reference, a row that fails, and one that cannot lose.
+
+    The checkpoint is a random one, which exports sooner than the demo's.
+    """
+    monkeypatch = pytest.MonkeyPatch()
+    rows = (
+        REFERENCE,
+        Row(name="nonsense", options=("--decoder", "int3")),
+        Row(name="again", options=("--decoder", "fp16", "--verify-studies", "1")),
+    )
+    monkeypatch.setattr(quantisation, "ROWS", rows)
+    folder = tmp_path_factory.mktemp("table")
+    checkpoint, base = random_checkpoint.write(folder / "random")
+    out = folder / "out"
+    places = ["--checkpoint", str(checkpoint), "--base", str(base), "--out", str(out)]
+    printed: list[str] = []
+    monkeypatch.setattr(sys.stdout, "write", printed.append)
+    try:
+        status = main(["--films", "2", "--calibration-films", "2", *places, "--device", "cpu", "--json"])
+    finally:
+        monkeypatch.undo()
+    return status, "".join(printed), out
+
+
+def test_a_row_that_fails_does_not_stop_the_others(table: tuple[int, str, Path]) -> None:
+    status, text, out = table
+    assert status == 1
+    values = json.loads(text)
+    fp16, nonsense, again = values["formats"]
+    assert [row["name"] for row in (fp16, nonsense, again)] == ["fp16", "nonsense", "again"]
+    assert "exit status 2" in nonsense["error"]
+    assert "invalid choice: 'int3'" in nonsense["error"]
+    assert nonsense["figures"] is nonsense["loss"] is nonsense["cost"] is None
+    assert fp16["loss"] is None
+    assert again["loss"]["divergence"]["mean_kl"]["value"] == 0
+    assert again["loss"]["same_text"]["value"] == 1
+    for row in (fp16, again):
+        assert row["error"] is None
+        artifact = load_artifact(out / "artifacts" / row["name"])
+        assert row["figures"]["artifact_id"] == artifact.id
+        decoder = [file for file in (artifact.path / "decoder").iterdir() if file.is_file()]
+        assert row["figures"]["decoder_bytes"] == sum(file.stat().st_size for file in decoder)
+        assert row["cost"]["seconds"] > 0.5
+        # An export loads torch: the figure is bytes, not KiB.
+        assert row["cost"]["peak_rss_bytes"] > 100e6
+    assert "ablation" not in values
+
+
+def test_it_says_what_it_was_measured_on(table: tuple[int, str, Path]) -> None:
+    _, text, out = table
+    values = json.loads(text)
+    held_out, calibration = (read_studies(out / name / "studies.json") for name in ("held-out", "calibration"))
+    assert (len(held_out), len(calibration)) == (2, 2)
+    assert not {study.id for study in held_out} & {study.id for study in calibration}
+    assert f"2 films of seed {quantisation.SEED}; calibrated on 2 films of seed {CALIBRATION_SEED}" in values["films"]
+    assert values["command"].startswith("python -m benchmarks.quantisation --films 2 ")
+    assert {"Python", "torch", "onnxruntime"} <= set(values["versions"])
+    assert " of " in values["machine"]
+
+
+def test_wrong_use_and_nothing_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--only", "int3"])
+    assert ended.value.code == 2
+    few = ["--films", "1", "--calibration-films", "1", "--only", "fp16"]
+    assert main([*few, "--seed", str(CALIBRATION_SEED)]) == 1
+    assert "the films to calibrate on · expected other films" in capsys.readouterr().err
+    # Without an fp16 artifact there is nothing to compare with.
+    base = CHECKPOINT / "base"
+    assert main([*few, "--checkpoint", str(tmp_path), "--base", str(base)]) == 1
+    assert "error: exit status 1: error: " in capsys.readouterr().err

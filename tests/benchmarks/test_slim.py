@@ -1,0 +1,241 @@
+"""The environment without torch: what is measured of it, what contradicts the claim, and the claim itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import slim
+from benchmarks.slim import Probe, Slim, main
+from export import OnnxSettings, add_onnx
+from lite.artifact.open import Artifact
+from lite.errors import LiteError
+from lite.model import load
+from lite.studies.readers import read_studies
+
+FILMS = [study.image for study in read_studies(slim.STUDIES)]
+# What the base and the extra `cpu` ask for.
+PACKAGES = ("numpy", "pillow", "sentencepiece", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def onnx_artifact(
+    demo_int4_artifact: Artifact, calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    settings = OnnxSettings(calibration_data=calibration, verify_studies=1, verify_tokens=8)
+    return add_onnx(demo_int4_artifact.path, settings, out=tmp_path_factory.mktemp("onnx") / "artifact")
+
+
+def linked_environment(folder: Path, *, own: Path | None = None) -> None:
+    """Make an environment out of what is installed here already, but only of the packages that are claimed to do."""
+    venv.create(folder, symlinks=True, with_pip=False)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    for name in PACKAGES:
+        package = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            (site_packages / top).symlink_to(str(package.locate_file(top)))
+    for name in ("lite", "kernels"):
+        if own is None:
+            shutil.copytree(ROOT / name, site_packages / name)
+        else:
+            (site_packages / name).symlink_to(own / name)
+
+
+# -- Without torch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    linked_environment(tmp_path / "venv")
+    return tmp_path / "venv"
+
+
+def test_an_artifact_drafts_where_there_is_no_torch(
+    onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slim, "make_environment", linked_environment)
+    measured = slim.measure_slim(onnx_artifact.path, FILMS[:2], tmp_path / "venv")
+    assert measured.broken() == []
+    model = load(onnx_artifact.path, engine="onnx")
+    assert list(measured.texts) == [model.findings(film).text for film in FILMS[:2]]
+    assert measured.engines == ("onnx", "onnx")
+    assert {name.lower() for name in measured.sizes} == set(PACKAGES)
+    assert measured.probe.after_import == ()
+    assert measured.probe.after_findings == ("PIL", "numpy", "onnxruntime", "sentencepiece")
+    assert 0 < measured.probe.load_s < 60
+    assert 20e6 < (measured.probe.peak_rss_bytes or 0) < 1e9
+
+
+def test_torch_is_asked_for_in_words_where_it_is_missing(environment: Path, onnx_artifact: Artifact) -> None:
+    python = [str(environment / "bin" / "python"), "-I"]
+    done = subprocess.run([*python, "-c", "import torch"], capture_output=True, text=True, check=False)
+    assert "No module named 'torch'" in done.stderr
+    with pytest.raises(
+        LiteError, match=r"generate: got exit status 1 \(error: .*: got no torch · .* leave out what asks"
+    ):
+        slim.generate(python, onnx_artifact.path, FILMS[:1], cwd=environment, more=("--engine", "torch"))
+
+
+def test_a_copy_of_the_package_from_elsewhere_proves_nothing(
+    onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slim, "make_environment", lambda folder: linked_environment(folder, own=ROOT))
+    with pytest.raises(LiteError, match="got lite from .* expected the copy in .*venv"):
+        slim.measure_slim(onnx_artifact.path, FILMS[:1], tmp_path / "venv")
+
+
+# -- Its parts -------------------------------------------------------------------------------------------------------
+
+
+def install_by_hand(site_packages: Path, name: str, files: dict[str, int], *, gone: str = "") -> None:
+    """Lay out a package with files of so many bytes as pip would."""
+    about = site_packages / f"{name}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    record = "".join(f"{file},,\n" for file in (*files, gone) if file)
+    (about / "RECORD").write_text(record)
+    for file, size in files.items():
+        (site_packages / file).parent.mkdir(parents=True, exist_ok=True)
+        (site_packages / file).write_bytes(bytes(size))
+
+
+def test_sizes_are_of_the_packages_and_not_of_what_every_environment_has(tmp_path: Path) -> None:
+    site_packages = tmp_path / "lib" / "site-packages"
+    install_by_hand(site_packages, "small", {"small.py": 70})
+    install_by_hand(site_packages, "Large", {"large/a.so": 4000, "large.libs/b.so": 500}, gone="large/removed.py")
+    install_by_hand(site_packages, "pip", {"pip/main.py": 9000})
+    install_by_hand(site_packages, "setuptools", {"setuptools/main.py": 9000, "pkg_resources/main.py": 9000})
+    (site_packages / "distutils-precedence.pth").write_bytes(bytes(9000))
+    sizes = slim.installed_sizes(site_packages)
+    assert list(sizes.items()) == [("Large", 4500), ("small", 70)]
+
+
+def test_pip_that_finds_no_index_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    # Were there one after all, nothing would be installed.
+    pip_args = ["--dry-run", "--retries", "0", "--index-url", (tmp_path / "no-index").as_uri()]
+    with pytest.raises(
+        LiteError, match=r"pip install: got exit status 1 \(ERROR: .*\) · expected an index .* PIP_ARGS"
+    ):
+        slim.install(Path(sys.executable), pip_args)
+
+
+def test_pip_gets_a_copy_of_the_sources_the_constraints_and_what_pip_args_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    copied: set[str] = set()
+
+    def run(command: list[str], *, cwd: Path, what: str, hint: str) -> str:
+        commands.append(command)
+        if "pip" in command:
+            copied.update(path.relative_to(cwd).as_posix() for path in cwd.rglob("*"))
+        return ""
+
+    monkeypatch.setattr(slim, "_run", run)
+    monkeypatch.setenv("PIP_ARGS", "--find-links '/some where'")
+    slim.make_environment(tmp_path / "venv")
+    made, pip = commands
+    assert made == [sys.executable, "-m", "venv", "--clear", str(tmp_path / "venv")]
+    assert pip[0] == str(tmp_path / "venv" / "bin" / "python")
+    assert pip[pip.index("--find-links") + 1] == "/some where"
+    assert pip[pip.index("-c") + 1] == str(ROOT / "constraints.txt")
+    assert pip[-1].endswith("[cpu]")
+    assert not pip[-1].startswith(str(ROOT))
+    assert {"pyproject.toml", "README.md", "LICENSE", "lite/model.py", "lite/bench/report.html.j2"} <= copied
+    assert not any(path.startswith(("build", "benchmarks/phantom/checkpoint", ".")) for path in copied)
+
+
+# -- The verdict -----------------------------------------------------------------------------------------------------
+
+
+def a_slim(
+    *, sizes: tuple[str, ...] = ("numpy", "onnxruntime"), imported: tuple[str, ...] = ("numpy",), engine: str = "onnx",
+    texts: tuple[str, ...] = ("Clear lungs.", "Large heart."),
+) -> Slim:  # fmt: skip
+    probe = Probe(lite=Path("lite"), after_import=(), after_findings=imported, load_s=0.25, peak_rss_bytes=90_000_000)
+    return Slim(
+        sizes=dict.fromkeys(sizes, 1_250_000),
+        probe=probe,
+        engines=("onnx", engine),
+        texts=texts,
+        expected=("Clear lungs.", "Large heart."),
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (a_slim(imported=("numpy", "torch")), "got torch in the slim environment"),
+        (a_slim(sizes=("numpy", "torch")), "got torch in the slim environment"),
+        (a_slim(engine="torch"), "got the engine torch · expected onnx"),
+        (a_slim(texts=("Clear lungs.", "Large heart. Clear lungs.")), "got 1 of 2 texts as in this environment"),
+    ],
+)
+def test_what_contradicts_the_claim_is_said_and_fails(
+    measured: Slim,
+    message: str,
+    onnx_artifact: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert [message in line for line in measured.broken()] == [True]
+    monkeypatch.setattr(slim, "measure_slim", lambda *_: measured)
+    assert main(["--artifact", str(onnx_artifact.path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_what_holds_is_a_short_table(
+    onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slim, "measure_slim", lambda *_: a_slim())
+    assert main(["--artifact", str(onnx_artifact.path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2].split() == ["|", "numpy", "|", "1.2", "|"]
+    assert printed[4].split() == ["|", "together", "|", "2.5", "|"]
+    assert "texts as in this environment: 2 of 2" in printed
+    assert "loaded in 0.25 s, hashes compared; peak RSS 90 MB" in printed
+    assert "imported: numpy" in printed
+
+
+def test_an_environment_that_cannot_be_made_fails(
+    onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: Path) -> None:
+        raise LiteError("pip install: got exit status 1")
+
+    monkeypatch.setattr(slim, "make_environment", fail)
+    assert main(["--artifact", str(onnx_artifact.path)]) == 1
+    assert capsys.readouterr().err == "error: pip install: got exit status 1\n"
+
+
+def test_wrong_use(tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--artifact", str(tiny_artifact.path)]) == 2
+    assert "got an artifact without decoder.onnx" in capsys.readouterr().err
+    assert main(["--artifact", str(tmp_path / "none")]) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["--no-such-option"])
+
+
+@pytest.mark.parametrize("content", ["thesis.txt", None])
+def test_a_folder_that_is_no_environment_is_never_removed(tmp_path: Path, content: str | None) -> None:
+    precious = tmp_path / "precious"
+    if content is None:
+        precious.write_text("a file")
+    else:
+        precious.mkdir()
+        (precious / content).write_text("years of work")
+    with pytest.raises(LiteError, match="got something that is no virtual environment .* name another place"):
+        slim.make_environment(precious)
+    assert (precious if content is None else precious / content).read_text()

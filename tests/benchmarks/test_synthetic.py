@@ -1,0 +1,426 @@
+"""The random checkpoint of any depth: that the exporter takes it, what it holds, and that it exists whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from random_checkpoint import load
+
+from benchmarks import synthetic
+from benchmarks.phantom.findings import sample_study
+from benchmarks.phantom.report import write_findings
+from benchmarks.phantom.tokenizer import VOCAB_SIZE
+from benchmarks.synthetic import Widths, main, make_tokenizer, write_checkpoint
+from export import forward
+from export.checkpoint import Checkpoint, adapter_shapes, base_shapes, open_checkpoint
+from lite.config import DecodingDefaults, PromptTemplate
+from lite.errors import LiteError
+from lite.prompt import PromptEncoder, Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = Widths(
+    hidden_size=256,
+    intermediate_size=688,
+    num_attention_heads=4,
+    vocab_size=1200,
+    max_position_embeddings=512,
+    lora_rank=8,
+    image_size=42,
+    tower_dim=128,
+    tower_depth=3,
+)
+LAYERS = 6
+SHARD_BYTES = 2_500_000
+FIRST_WORD_ID = 259
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of small widths, with studies. Read only."""
+    out = tmp_path_factory.mktemp("synthetic") / "out"
+    total = write_checkpoint(out, layers=LAYERS, seed=3, studies=2, widths=SMALL, shard_bytes=SHARD_BYTES)
+    assert total == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return out
+
+
+@pytest.fixture(scope="module")
+def opened(written: Path) -> Checkpoint:
+    return open_checkpoint(written / "llava-rad-synthetic", written / "base")
+
+
+def base_tensors(out: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted((out / "base").glob("*.bin")):
+        tensors |= load(shard)
+    return tensors
+
+
+def test_the_exporter_finds_the_published_layout(written: Path, opened: Checkpoint) -> None:
+    assert {path.name for path in written.iterdir()} == {"llava-rad-synthetic", "base", "studies"}
+    assert {path.name for path in (written / "llava-rad-synthetic").iterdir()} == {
+        "config.json",
+        "adapter_config.json",
+        "adapter_model.bin",
+        "non_lora_trainables.bin",
+        "biomedclipcxr_42.json",
+        "biomedclipcxr_42_checkpoint.pt",
+        "NOTICE",
+    }
+    assert (opened.decoder.num_hidden_layers, opened.tower.num_blocks, opened.tower.image_size) == (LAYERS, 2, 42)
+    assert opened.adapter_config.scale == 2.0
+    assert opened.notice is not None
+    assert "random weights" in opened.notice
+    stored = {
+        entry.dtype for files in (opened.base, opened.adapter, opened.projector) for entry in files.entries.values()
+    }
+    assert stored == {"float16"}
+    assert {entry.dtype for entry in opened.trunk.entries.values()} == {"float32"}
+    features = forward.image_features(opened.read_tower(), opened.tower, torch.randn(2, 3, 42, 42))
+    assert features.shape == (2, 9, SMALL.hidden_size)
+    assert 0.3 < float(features.square().mean().sqrt()) < 5
+
+
+def test_the_default_widths_are_the_published_ones() -> None:
+    widths = Widths()
+    shapes = widths.base_shapes(32)
+    # 32 layers of 4 * 4096² + 3 * 4096 * 11008 weights, embeddings and head of 32000 * 4096, and 65 norms of 4096.
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 6_738_415_616
+    lora = widths.lora_shapes(32)
+    assert len(lora) == 448
+    # The published adapter_model.bin: 319,971,402 bytes, names and index included.
+    assert 2 * sum(int(np.prod(shape)) for shape in lora.values()) == 319_815_680
+    config = widths.llama_config(32)
+    heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+    assert [config[key] for key in heads] == [32, 32, 4096, 1e-5, 10000.0]
+    assert (widths.image_size, widths.tower_dim, widths.tower_depth) == (518, 768, 12)
+
+
+def test_names_and_shapes_are_those_the_exporter_expects(opened: Checkpoint) -> None:
+    assert SMALL.base_shapes(LAYERS) == base_shapes(opened.decoder)
+    assert SMALL.lora_shapes(LAYERS) == adapter_shapes(opened.decoder, opened.adapter_config)
+
+
+def test_shards_are_filled_in_order_and_stay_small(written: Path) -> None:
+    index = json.loads((written / "base/pytorch_model.bin.index.json").read_text())
+    shards = sorted(path.name for path in (written / "base").glob("*.bin"))
+    count = len(shards)
+    assert count > 3
+    assert shards == [f"pytorch_model-{number:05d}-of-{count:05d}.bin" for number in range(1, count + 1)]
+    assert list(index["weight_map"]) == list(SMALL.base_shapes(LAYERS))
+    assert list(index["weight_map"].values()) == sorted(index["weight_map"].values())
+    sizes = {shard: sum(t.nbytes for t in load(written / "base" / shard).values()) for shard in shards}
+    assert max(sizes.values()) <= SHARD_BYTES
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    # Some layer lies in two shards, as one of the published base does.
+    layers = {name.split(".")[2]: set[str]() for name in index["weight_map"] if "layers" in name}
+    for name, shard in index["weight_map"].items():
+        if "layers" in name:
+            layers[name.split(".")[2]].add(shard)
+    assert max(map(len, layers.values())) == 2
+
+
+def test_a_tensor_larger_than_a_shard_has_one_to_itself() -> None:
+    shapes: dict[str, tuple[int, ...]] = {"a": (2,), "big": (100,), "b": (2,), "c": (2,)}
+    assert synthetic._shards(shapes, 8) == [["a"], ["big"], ["b", "c"]]
+
+
+def test_hidden_states_and_logits_are_sane(opened: Checkpoint) -> None:
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(FIRST_WORD_ID, SMALL.vocab_size, (48,), generator=generator)
+    hidden = opened.read_base("model.embed_tokens.weight")[input_ids].float()
+    sizes = []
+    for index in range(LAYERS):
+        layer = opened.read_layer(index)
+        hidden = forward.decoder_layer(opened.decoder, layer.weights, forward.source_linear(layer), hidden)
+        sizes.append(float(hidden.square().mean().sqrt()))
+    # Each layer adds its share: hidden states grow, and no faster than a sum of independent parts.
+    assert sizes == sorted(sizes)
+    assert 1 < sizes[0] < sizes[-1] < 6 * LAYERS**0.5
+    final = forward.rms_norm(hidden, opened.read_base("model.norm.weight"), opened.decoder.rms_norm_eps)
+    logits = final @ opened.read_base("lm_head.weight").float().T
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert 1.0 < float(entropy) < 0.9 * np.log(SMALL.vocab_size)
+    top = logits.argmax(-1)
+    assert len(top.unique()) > 24
+    # Neither the end nor a byte: drafts have the length that was asked for and can be printed.
+    assert int(top.min()) >= FIRST_WORD_ID
+
+
+def test_a_few_channels_of_the_hidden_state_are_heavy(written: Path) -> None:
+    tensors = base_tensors(written)
+    loudest = []
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.5.mlp.down_proj.weight",
+    ):
+        weight = tensors[name].float() if "embed" not in name else tensors[name].float().T
+        norms = weight.norm(dim=1)
+        loudest.append(set(norms.topk(synthetic.HEAVY_CHANNELS).indices.tolist()))
+        ordered = norms.sort(descending=True).values
+        assert float(ordered[7] / ordered[8]) > 5
+    assert loudest[0] == loudest[1] == loudest[2]
+    # The inputs of a linear are of uneven size too, and its norm makes up for it.
+    q_proj, norm = (
+        tensors[f"model.layers.0.{name}.weight"].float() for name in ("self_attn.q_proj", "input_layernorm")
+    )
+    columns = q_proj.norm(dim=0).log()
+    assert float(columns.std()) > 0.3
+    assert float(torch.corrcoef(torch.stack([columns, norm.log()]))[0, 1]) < -0.9
+
+
+def test_the_adapter_is_a_noticeable_share_of_every_linear(opened: Checkpoint) -> None:
+    layer = opened.read_layer(1)
+    assert len(layer.lora) == 7
+    for linear, pair in layer.lora.items():
+        base = layer.weights[f"{linear}.weight"].float()
+        update = pair.scale * pair.b.float() @ pair.a.float()
+        assert float(update.norm() / base.norm()) == pytest.approx(synthetic.LORA_SHARE, rel=0.15), linear
+
+
+def test_no_matrix_repeats_or_has_low_rank(written: Path) -> None:
+    tensors = base_tensors(written)
+    seen: set[float] = set()
+    for name, tensor in tensors.items():
+        start = tensor.flatten()[:64].float()
+        assert float(start.sum()) not in seen, name
+        seen.add(float(start.sum()))
+    # A Gaussian matrix of this form has singular values down to (1 - sqrt(256 / 688)) of its scale.
+    for layer in range(LAYERS):
+        singular = torch.linalg.svdvals(tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].float())
+        assert float(singular[-1] / singular[0]) > 0.02
+
+
+def test_rows_drawn_in_chunks_are_all_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "_CHUNK_VALUES", 256 * 7)  # 7 rows at a time, and 1200 = 171 * 7 + 3
+    weights = synthetic._Weights(SMALL, layers=1, seed=0)
+    head = weights.base("lm_head.weight", (1200, 256)).float()
+    sizes = head.square().mean(1).sqrt() * 256**0.5
+    torch.testing.assert_close(sizes[FIRST_WORD_ID:], torch.full((941,), 3.0), rtol=0.25, atol=0)
+    torch.testing.assert_close(sizes[:FIRST_WORD_ID], torch.full((259,), 0.03), rtol=0.25, atol=0)
+
+
+def test_the_same_seed_writes_the_same_bytes_and_shallow_is_the_start_of_deep(tmp_path: Path, written: Path) -> None:
+    for name, layers, seed in (("again", LAYERS, 3), ("shallow", 2, 3), ("other", 2, 4)):
+        write_checkpoint(tmp_path / name, layers=layers, seed=seed, widths=SMALL, shard_bytes=SHARD_BYTES)
+    for path in sorted((tmp_path / "again").rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (written / path.relative_to(tmp_path / "again")).read_bytes(), path.name
+    deep, shallow, other = (base_tensors(out) for out in (written, tmp_path / "shallow", tmp_path / "other"))
+    assert len(shallow) == 2 * 9 + 3
+    for name, tensor in shallow.items():
+        assert torch.equal(tensor, deep[name]), name
+        assert not torch.equal(tensor, other[name]), name
+    adapters = [load(out / "llava-rad-synthetic/adapter_model.bin") for out in (tmp_path / "shallow", written)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+def test_studies_have_the_form_of_the_evaluation_data(written: Path) -> None:
+    entries = json.loads((written / "studies/studies.json").read_text())
+    assert len(entries) == 2
+    assert all((written / "studies" / entry["image"]).is_file() for entry in entries)
+    assert all(entry["generate_method"] == "rule-based" for entry in entries)
+
+
+# -- The tokenizer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(make_tokenizer(32000))
+    return file
+
+
+def test_the_tokenizer_has_the_published_size_and_llamas_pieces(tokenizer_file: Path) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+    assert pieces.get_piece_size() == 32000
+    assert [pieces.id_to_piece(index) for index in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (0, 1, 2, -1)
+    assert [pieces.is_byte(index) for index in (2, 3, 258, 259)] == [False, True, True, False]
+    assert len({pieces.id_to_piece(index) for index in range(32000)}) == 32000
+    # What is not in the vocabulary is spelt in bytes, and white space stays as it is.
+    for text in ("Größe  \n\n 3.4 cm → ✓", "  two"):
+        assert pieces.decode(pieces.encode(text)) == text
+
+
+def test_a_prompt_and_findings_take_a_sane_number_of_tokens(tokenizer_file: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_file, DecodingDefaults())
+    encoder = PromptEncoder(tokenizer, PromptTemplate(), num_image_tokens=1369, max_seq_len=4096)
+    # Vicuna's tokenizer needs some 55 for the same prompt.
+    assert 40 < len(encoder.encode()) < 70
+    rng = np.random.default_rng(0)
+    texts = [write_findings(sample_study(1000 + index), rng).text for index in range(50)]
+    tokens, words = sum(len(tokenizer.encode(text)) for text in texts), sum(len(text.split()) for text in texts)
+    assert 1.0 < tokens / words < 1.4
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
+
+
+def test_pseudo_words_leave_english_alone(tokenizer_file: Path) -> None:
+    large = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+    small = sentencepiece.SentencePieceProcessor(model_proto=make_tokenizer(VOCAB_SIZE))
+    assert small.get_piece_size() == VOCAB_SIZE
+    text = "A chat between a curious user and an assistant. Large left pneumothorax, measuring 3.4 cm."
+    assert large.encode(text) == small.encode(text)
+    words = list(synthetic._pseudo_words())
+    assert len(words) == len(set(words)) == 85**3
+    last = large.id_to_piece(31999)
+    assert re.fullmatch("▁([bcdfghjklmnprstvz][aeiou]){3}", last)
+    # Each is one piece and reads as a word of its own: a draft of them has spaces.
+    assert large.decode([31999, 31998]) == f"{last[1:]} {large.id_to_piece(31998)[1:]}"
+
+
+def test_a_vocabulary_without_room_for_what_was_learnt_is_refused() -> None:
+    with pytest.raises(LiteError, match=r"got a vocabulary of 1000 · expected at least the 1024"):
+        make_tokenizer(1000)
+
+
+@pytest.mark.parametrize(
+    ("value", "encoded"), [(0, b"\0"), (127, b"\x7f"), (128, b"\x80\x01"), (32000, b"\x80\xfa\x01")]
+)
+def test_varint(value: int, encoded: bytes) -> None:
+    assert synthetic._varint(value) == encoded
+
+
+# -- Whole or not at all ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_a_path_that_exists_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "folder":
+        out.mkdir()
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(LiteError, match=r"got a path that exists · expected a new one · name another"):
+        write_checkpoint(out, layers=1, widths=SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("changes", [{"layers": 0}, {"layers": 33}, {"seed": -1}, {"studies": -1}])
+def test_numbers_out_of_range_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
+    with pytest.raises(LiteError, match=r"expected 1 to 32 layers and no negative numbers"):
+        write_checkpoint(tmp_path / "out", **{"layers": 1, "widths": SMALL, **changes})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda _: usage(20 << 30, 7 << 30, 13 << 30))
+    with pytest.raises(LiteError, match=r"got 13\.00 GiB free · expected at least 13\.3\d GiB") as caught:
+        write_checkpoint(tmp_path / "out", layers=32, studies=1000)
+    assert "fewer layers" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_of_the_disk_is_that_of_the_tensors(written: Path, opened: Checkpoint) -> None:
+    tensors = 0
+    for files in (opened.base, opened.adapter, opened.projector, opened.trunk):
+        for entry in files.entries.values():
+            tensors += int(np.prod(entry.shape)) * (2 if entry.dtype == "float16" else 4)
+    estimate = synthetic._bytes_needed(SMALL, layers=LAYERS, studies=0) - synthetic._SLACK_BYTES
+    assert tensors <= estimate <= 1.001 * tensors
+    films = sum(path.stat().st_size for path in (written / "studies").rglob("*") if path.is_file())
+    assert films < 2 * synthetic._FILM_BYTES
+
+
+def run(code: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """Let the system refuse to grow any file beyond 3 MB, in a process of its own: like a disk that is full."""
+    resource = pytest.importorskip("resource")
+    assert resource.RLIMIT_FSIZE is not None
+    code = f"""
+import resource, sys
+from pathlib import Path
+from benchmarks.synthetic import Widths, write_checkpoint
+from lite.errors import LiteError
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+try:
+    write_checkpoint(Path(sys.argv[1]), layers=6, widths={SMALL!r})
+except LiteError as error:
+    print(error)
+"""
+    process = run(code, str(tmp_path / "out"))
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert re.search(r"pytorch_model-00001-of-00001\.bin: got a write that failed .* · expected room", printed), printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LiteError, match=r"got an error from the system .* · check the disk"):
+        write_checkpoint(tmp_path / "file" / "out", layers=1, widths=SMALL)
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    """Interrupt the real command once its temporary folder is there: it has seconds of work left."""
+    # Whoever runs the tests in the background has them ignore SIGINT, and the process would inherit that.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from benchmarks.synthetic import main; sys.exit(main())"
+    out = tmp_path / "out"
+    process = run(code, str(out), "--layers", "1")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.*.partial/base/*.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not out.exists()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert f"interrupted: nothing was written to {out}" in errors
+    assert not list(tmp_path.iterdir())
+
+
+# -- The command line ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_wrote_and_what_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(synthetic, "Widths", lambda: SMALL)
+    out = tmp_path / "a folder" / "out"
+    assert main([str(out), "--layers", "2", "--studies", "1", "--seed", "7"]) == 0
+    printed = capsys.readouterr().out
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert f"{total:,} bytes: random weights in LLaVA-Rad's layout, 2 decoder layers of the published 32" in printed
+    assert f"python -m export --checkpoint '{out}/llava-rad-synthetic' --base '{out}/base'" in printed
+    assert f"--verify-data '{out}/studies/studies.json'" in printed
+    assert main([str(out), "--layers", "2"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {out}: got a path that exists")
+
+
+@pytest.mark.parametrize("layers", ["0", "33", "many"])
+def test_wrong_use_exits_with_2(tmp_path: Path, layers: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "out"), "--layers", layers])
+    assert caught.value.code == 2

@@ -1,0 +1,537 @@
+"""`python -m lite.bench` from the command line to its figures, with real processes and the real runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+from test_model import relist
+
+from lite import artifact as artifact_module
+from lite.artifact.open import Artifact
+from lite.bench import __main__ as cli
+from lite.bench.measure import (
+    Options,
+    _batches,
+    _Planner,
+    _settings,
+    _traffic,
+    disk_bytes,
+    out_of_memory,
+    quantiles,
+)
+from lite.bench.quality import Clinical
+from lite.bench.results import Missing, NotRun, Throughput
+from lite.bench.run import Job, _notes, _runs
+from lite.config import DecoderConfig
+from lite.model import FindingsModel
+from lite.studies.readers import ListedStudy
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ("--device", "cpu", "--runs", "4", "--batch-sizes", "2", "--max-new-tokens", "8")
+
+
+def write_list(folder: Path, films: list[Path], *, missing: bool = False) -> Path:
+    turns = [{"value": "<image>\nDescribe."}, {"value": "Small left pleural effusion. No pneumothorax."}]
+    names = [str(film) for film in films] + (["not-there.png"] if missing else [])
+    entries = [
+        {"id": f"s{number}", "image": name, "reason": "Cough." if number % 2 else None, "conversations": turns}
+        for number, name in enumerate(names)
+    ]
+    path = folder / "list.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.fixture(scope="module")
+def benched(
+    tiny_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, Any], Path]:
+    """The tiny artifact against a record of itself, with everything that can be written."""
+    folder = tmp_path_factory.mktemp("bench")
+    listed = write_list(folder, films[:3])
+    data = ("--data", str(listed))
+    assert cli.main(["record", str(tiny_artifact.path), *data, "--out", str(folder / "fp16"), "--device", "cpu"]) == 0
+    outputs = ("--json", str(folder / "bench.json"), "--html", str(folder / "bench.html"))
+    status = cli.main([str(tiny_artifact.path), *data, "--reference", str(folder / "fp16"), *FAST[:-2], *outputs])
+    return status, json.loads((folder / "bench.json").read_text()), folder
+
+
+def test_every_figure_is_taken(benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact) -> None:
+    status, document, _ = benched
+    assert status == 0
+    (row,) = document["rows"]
+    assert row["artifact_id"] == tiny_artifact.id
+    assert row["disk_bytes"] == tiny_artifact.nbytes
+    assert (row["num_runs"], row["num_warmup"]) == (4, 2)
+    for stage, times in row["latency"].items():
+        assert 0 < times["p20"] <= times["p50"] <= times["p80"] <= times["p90"] <= times["p99"] < 60, stage
+    assert row["latency"]["decode_token"]["count"] >= 4
+    assert row["latency"]["total"]["p50"] > row["latency"]["ttft"]["p50"] > row["latency"]["vision"]["p50"]
+    (batch,) = row["batches"]
+    assert (batch["batch_size"], batch["num_studies"]) == (2, 2)
+    assert batch["studies_per_min"]["p50"] > 0
+    assert batch["plan"]["cache_bytes"] == 2 * row["plan"]["cache_bytes"]
+    memory = row["memory"]
+    stages = [memory[f"{stage}_bytes"] for stage in ("before", "load", "image", "vision", "prefill", "decode")]
+    assert stages == sorted(stages)
+    assert 50e6 < stages[0] < stages[-1] < 2e9
+    traffic = row["traffic"]
+    assert 0 < traffic["achieved"] < traffic["bandwidth"] < 1e13
+    read = traffic["weight_bytes"] + traffic["cache_bytes"]
+    assert traffic["achieved"] * row["latency"]["decode_token"]["p50"] == pytest.approx(read, rel=1e-4)
+    # float32 on a CPU: every linear and the head once, keys and values of the prompt and half of the text.
+    config = tiny_artifact.decoder_config()
+    assert traffic["weight_bytes"] == linear_weights(config) * 4
+    context = row["num_prompt_tokens"] + row["tokens_per_study"] / 2
+    in_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert traffic["cache_bytes"] == pytest.approx(context * in_token, rel=0.2)
+    in_study = batch["tokens_per_s"] * 60 / batch["studies_per_min"]["p50"]
+    assert in_study == pytest.approx(row["tokens_per_study"], rel=0.5)
+    assert row["energy_j"]["why"] == "no GPU"
+
+
+@pytest.fixture(scope="module")
+def both(
+    tiny_onnx_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One artifact by torch and by onnx, with an int8 cache."""
+    folder = tmp_path_factory.mktemp("both")
+    arguments = ["--data", str(write_list(folder, films[:2])), "--engine", "both", "--cache-dtype", "int8"]
+    assert cli.main([str(tiny_onnx_artifact.path), *arguments, *FAST, "--json", str(folder / "j.json")]) == 0
+    torch_row, onnx_row = json.loads((folder / "j.json").read_text())["rows"]
+    return torch_row, onnx_row
+
+
+def test_both_engines_have_a_row_each(both: tuple[dict[str, Any], ...], tiny_onnx_artifact: Artifact) -> None:
+    ran = [[row[key] for key in ("name", "engine", "device", "dtype", "cache_dtype", "provider")] for row in both]
+    assert ran == [
+        ["artifact torch", "torch", "cpu", "float32", "int8", "CPU"],
+        ["artifact onnx", "onnx", "cpu", "float32", "int8", "CPU"],
+    ]
+    assert {row["artifact_id"] for row in both} == {tiny_onnx_artifact.id}
+    assert [(row["backend"], row["fallbacks"]) for row in both] == [("torch", []), ("onnxruntime", [])]
+    assert all(row["latency"]["total"]["p50"] > 0 for row in both)
+
+
+def test_measuring_onnx_loads_no_torch(both: tuple[dict[str, Any], ...]) -> None:
+    """torch alone takes 150 MB and more; what is left is Python, numpy and ONNX Runtime."""
+    of_torch, of_onnx = ([row["memory"]["before_bytes"], row["memory"]["decode_bytes"]] for row in both)
+    assert of_onnx[0] < 110e6 < of_torch[0]
+    assert of_onnx[1] < 160e6 < of_torch[1]
+
+
+def test_the_plan_of_the_onnx_engine_is_close(both: tuple[dict[str, Any], ...]) -> None:
+    row = both[1]
+    plan = sum(row["plan"][part] for part in row["plan"] if part.endswith("_bytes") and part != "load_work_bytes")
+    assert plan == pytest.approx(row["memory"]["decode_bytes"], rel=0.1)
+
+
+def test_traffic_of_the_onnx_engine_is_what_its_graph_holds(
+    both: tuple[dict[str, Any], ...], tiny_onnx_artifact: Artifact
+) -> None:
+    """Integers and float scales, once; keys and values a byte each."""
+    file = tiny_onnx_artifact.path / "decoder.onnx"
+    constants = onnx.load(file, load_external_data=False).graph.initializer
+    held = sum(
+        int(entry.value)
+        for constant in constants if constant.name.endswith((".values", ".scales"))
+        for entry in constant.external_data if entry.key == "length"
+    )  # fmt: skip
+    traffic, config = both[1]["traffic"], tiny_onnx_artifact.decoder_config()
+    assert traffic["weight_bytes"] == held > 0
+    context = both[1]["num_prompt_tokens"] + both[1]["tokens_per_study"] / 2
+    in_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert traffic["cache_bytes"] == pytest.approx(context * in_token, rel=0.2)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_bytes_on_disk_are_those_that_the_engine_reads(
+    engine: Any, tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    whole = artifact_module.sha256_of
+    monkeypatch.setattr(artifact_module, "sha256_of", lambda file: hashed.append(file) or whole(file))
+    tiny_onnx_artifact.verify(engine=engine)
+    assert disk_bytes(tiny_onnx_artifact, engine) == sum(file.stat().st_size for file in hashed)
+    assert 0 < disk_bytes(tiny_onnx_artifact, engine) < tiny_onnx_artifact.nbytes
+
+
+def test_an_artifact_without_decoder_onnx_is_measured_by_torch_alone(
+    tiny_artifact: Artifact, tiny_onnx_artifact: Artifact
+) -> None:
+    options = Options(engine="both", device="cpu", dtype="float32", provider="cpu", cache_dtype="int8")
+    artifacts = (("fp16", tiny_artifact.path), ("int4", tiny_onnx_artifact.path))
+    job = Job(
+        artifacts=artifacts, studies=(), data="", record=None, options=options, clinical=Clinical(), command=""
+    )  # fmt: skip
+    torch = dataclasses.replace(options, engine="torch", provider=None)
+    onnx_only = dataclasses.replace(options, engine="onnx", device="auto", dtype=None)
+    paths = [path for _, path in artifacts]
+    assert list(_runs(job)) == [
+        ("fp16", paths[0], torch), ("int4 torch", paths[1], torch), ("int4 onnx", paths[1], onnx_only)
+    ]  # fmt: skip
+    assert _notes(job, []) == ("fp16: by torch alone, as it has no decoder.onnx.",)
+    # A float cache is that of the activations, which are each engine's own.
+    job = dataclasses.replace(job, options=dataclasses.replace(options, cache_dtype="float32"))
+    asked = {options.engine: options.cache_dtype for _, _, options in _runs(job)}
+    assert asked == {"torch": None, "onnx": "float32"}
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_a_cache_dtype_is_not_dropped_where_torch_is_chosen(tiny_artifact: Artifact, cache_dtype: Any) -> None:
+    engine, settings = _settings(tiny_artifact, Options(device="cpu", cache_dtype=cache_dtype))
+    assert engine == "torch"
+    assert settings == {"device": "cpu", "dtype": None, "cache_dtype": cache_dtype}
+
+
+def test_a_damaged_artifact_is_a_row_for_both_engines(tmp_path: Path) -> None:
+    options = Options(engine="both")
+    job = Job(artifacts=(("gone", tmp_path / "gone"),), studies=(), data="", record=None, options=options,
+              clinical=Clinical(), command="")  # fmt: skip
+    assert [name for name, _, _ in _runs(job)] == ["gone"]
+
+
+NO_TORCH = """
+import importlib.machinery
+finder = importlib.machinery.PathFinder
+whole = finder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in ("torch", "safetensors") else whole(name, path, target)
+finder.find_spec = classmethod(find_spec)
+"""
+
+
+def test_the_onnx_engine_is_measured_where_there_is_no_torch(
+    tiny_onnx_artifact: Artifact, films: list[Path], tmp_path: Path
+) -> None:
+    # Python runs this file at its start: in the bench, and in the process that it measures in.
+    (tmp_path / "sitecustomize.py").write_text(NO_TORCH)
+    listed = write_list(tmp_path, films[:1])
+    command = [sys.executable, "-m", "lite.bench", str(tiny_onnx_artifact.path), "--data", str(listed)]
+    command += ["--engine", "both", *FAST[2:], "--json", str(tmp_path / "j.json")]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "By onnx alone, as torch is not installed." in done.stdout
+    (row,) = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert (row["engine"], row["cache_dtype"]) == ("onnx", "float32")
+    assert row["traffic"]["achieved"] > 0
+
+
+def test_a_gpu_that_cannot_be_asked_leaves_a_gap_with_its_reason(tiny_onnx_artifact: Artifact) -> None:
+    missing = _traffic(tiny_onnx_artifact, [SimpleNamespace(device="dml", engine="onnx")])
+    assert isinstance(missing, Missing)
+    assert "got the device 'dml'" in missing.todo
+
+
+def linear_weights(config: DecoderConfig) -> int:
+    """The weights of all linears, the head's among them, counted once more by hand."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * hidden * (2 * q + 2 * kv + 3 * inner) + config.vocab_size * hidden
+
+
+def test_a_model_loses_nothing_against_itself(benched: tuple[int, dict[str, Any], Path]) -> None:
+    _, document, _ = benched
+    quality = document["rows"][0]["record_quality"]
+    assert quality["divergence"]["mean_kl"]["value"] == pytest.approx(0, abs=1e-9)
+    assert quality["divergence"]["same_top"]["value"] == 1
+    assert quality["same_text"]["value"] == 1
+    assert quality["kl_gap_limit"] > 0.01  # a flat distribution over 420 tokens, of which 64 are known
+    assert quality["bleu_1"]["value"] == quality["rouge_l"]["value"] == pytest.approx(1)
+    assert document["rows"][0]["report_quality"] == document["reference_report_quality"]
+    assert [study["reference_text"] for study in document["studies"]] == [
+        draft["text"] for draft in document["rows"][0]["drafts"]
+    ]
+
+
+def test_the_report_is_there(benched: tuple[int, dict[str, Any], Path]) -> None:
+    page = (benched[2] / "bench.html").read_text(encoding="utf-8")
+    assert "Not for clinical use" in page
+    assert page.count("data:image") >= 3
+    assert not list(benched[2].glob("*.partial"))
+
+
+def test_another_model_is_told_from_the_reference(
+    benched: tuple[int, dict[str, Any], Path],
+    tmp_path: Path,
+    tiny_artifact: Artifact,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One layer's weights off by a third: the same size, the same speed, another distribution."""
+    other = damaged(tiny_artifact.path, tmp_path / "other", factor=1.3)
+    listed, record = benched[2] / "list.json", benched[2] / "fp16"
+    status, out, _ = bench(
+        capsys,
+        tiny_artifact.path,
+        other,
+        "--data",
+        listed,
+        "--reference",
+        record,
+        *FAST[:-2],
+        "--json",
+        tmp_path / "j.json",
+    )
+    assert status == 0
+    same, off = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert same["disk_bytes"] == off["disk_bytes"]
+    mean_kl = [row["record_quality"]["divergence"]["mean_kl"]["value"] for row in (same, off)]
+    assert mean_kl[0] < 1e-9 < 1e-4 < mean_kl[1]
+    assert "Not for clinical use" in out
+    assert all(word in out for word in ("other", "mean KL", "TTFT", "tokens/s", "planned", "Machine:", "Reference:"))
+
+
+def damaged(source: Path, out: Path, *, factor: float) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, out)
+    weights = out / "decoder" / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name] * factor}, weights)
+    relist(out, "decoder/model.safetensors")
+    return out
+
+
+def test_a_missing_film_is_skipped_and_counted(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = write_list(tmp_path, films[:2], missing=True)
+    status, out, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--json", tmp_path / "j.json")
+    assert status == 1
+    assert "skipped by artifact: " in err
+    assert "not-there.png: got no such file" in err
+    drafts = json.loads((tmp_path / "j.json").read_text())["rows"][0]["drafts"]
+    assert [draft["error"] is None for draft in drafts] == [True, True, False]
+    assert "no reference" in out
+
+
+def test_an_artifact_that_fails_does_not_stop_the_next(
+    tiny_artifact: Artifact, own_artifact: Path, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_artifact / "tokenizer.model").write_bytes(b"x" * (own_artifact / "tokenizer.model").stat().st_size)
+    listed = write_list(tmp_path, films[:2])
+    status, _, err = bench(
+        capsys, own_artifact, tiny_artifact.path, "--data", listed, *FAST, "--json", tmp_path / "j.json"
+    )
+    assert status == 1
+    assert "error: own: " in err
+    assert "the file is damaged" in err
+    failed, measured = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert "sha256" in failed["error"]
+    assert measured["latency"]["total"]["p50"] > 0
+
+
+def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = write_list(tmp_path, films[:1])
+    status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--memory-limit", "64MiB")
+    assert status == 1
+    assert "got a memory limit of 64.0 MiB · expected at least" in err
+    assert "the process before" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no-such-folder",), "got a path that does not exist"),
+        (("{artifact}", "--data", "{tmp}/none.json"), "got a file that cannot be read"),
+        (("{artifact}", "--data", "{tmp}/empty.json"), "got no list, or an empty one"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{tmp}/none"), "none.json: got"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--html", "{tmp}/no/such.html"), "expected a file in a folder"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/none.pth"), "none.pth: got no such file"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/bad.pth"), "bad.pth: got"),
+        (
+            ("{artifact}", "--data", "{tmp}/list.json", "--reference", "x", "--max-new-tokens", "9"),
+            "expected one of them",
+        ),
+        (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "gone.png: got no such file"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--engine", "onnx"), "got an artifact without decoder.onnx"),
+        (
+            ("{artifact}", "--data", "{tmp}/list.json", "--engine", "torch", "--provider", "cpu"),
+            "got provider 'cpu' for the torch engine",
+        ),
+        (
+            ("record", "{artifact}", "--data", "{tmp}/list.json", "--out", "{tmp}/r", "--engine", "onnx"),
+            "got an artifact without decoder.onnx",
+        ),
+        (("record", "{artifact}", "--data", "{tmp}/gone.json", "--out", "{tmp}/r"), "gone.png: got no such file"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_anything_is_measured(
+    arguments: tuple[str, ...], message: str, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write_list(tmp_path, films[:1])
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    (tmp_path / "vocab.txt").write_text("[PAD]")
+    (tmp_path / "gone.json").write_text(json.dumps([{"id": "1", "image": "gone.png"}]))
+    places = {"artifact": str(tiny_artifact.path), "tmp": str(tmp_path)}
+    status, _, err = bench(capsys, *(argument.format(**places) for argument in arguments))
+    assert status == 1
+    assert message in err
+
+
+def test_a_record_of_other_studies_is_refused(
+    benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    record = benched[2] / "fp16"
+    for chosen, missing, message in (
+        (films[1:4], False, "got studies of sha256"),
+        (films[:2], True, "got 1 of 3 studies without their film"),
+    ):
+        listed = write_list(tmp_path, chosen, missing=missing)
+        status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, "--reference", record)
+        assert status == 1
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--batch-sizes", "1,0"), ("--memory-limit", "lots"), ("--runs", "-1"), ("--no-such-flag",)]
+)
+def test_wrong_use(arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(tmp_path), *arguments])
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_no_artifact_and_no_demo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_DEMO_ARTIFACTS", (tmp_path / "artifact",))
+    status, _, err = bench(capsys)
+    assert status == 1
+    assert "run make demo" in err
+
+
+def test_without_data_the_demos_films_tell_times_and_nothing_of_quality(
+    monkeypatch: pytest.MonkeyPatch, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cli, "_DEMO_STUDIES", write_list(tmp_path, films[:1]))
+    status, _, err = bench(capsys, tiny_artifact.path, *FAST, "--json", tmp_path / "j.json")
+    assert status == 0
+    assert "taking the demo's films" in err
+    (row,) = json.loads((tmp_path / "j.json").read_text())["rows"]
+    assert row["report_quality"]["why"] == "no reports"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_child_ends_with_the_bench(
+    how: signal.Signals, tiny_artifact: Artifact, films: list[Path], tmp_path: Path
+) -> None:
+    """Ctrl-C reaches every process of the terminal; a kill only the one."""
+    listed = write_list(tmp_path, films[:1])
+    command = [sys.executable, "-m", "lite.bench", str(tiny_artifact.path), "--data", str(listed), "--runs", "100000"]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not children_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        children = children_of(process.pid)
+        assert children
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert err.strip().endswith("interrupted")
+    assert "Traceback" not in out + err
+    deadline = time.monotonic() + 20  # multiprocessing's own helper ends when its pipe has
+    while any(is_running(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(child) for child in children)
+
+
+def is_running(pid: int) -> bool:
+    """Say whether a process is there and not only waits to be noticed as dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def test_a_child_that_is_killed_is_a_row(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lite.bench.run._work", killed)
+    status, _, err = bench(capsys, tiny_artifact.path, "--data", write_list(tmp_path, films[:1]), *FAST)
+    assert status == 1
+    assert "got a process that was ended by signal 9 (out of memory, as a rule)" in err
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
+    tiny_model: FindingsModel, films: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is full at some batch size; what was measured before stays."""
+    studies = [ListedStudy(id="1", image=films[0], reason=None, query="", report="")]
+    whole = type(tiny_model).findings_batch
+
+    def full(model: FindingsModel, batch: Any, *, batch_size: int, **others: Any) -> Any:
+        if batch_size == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nand much more")
+        return whole(model, batch, batch_size=batch_size, **others)
+
+    monkeypatch.setattr(type(tiny_model), "findings_batch", full)
+    options = Options(device="cpu", batch_sizes=(1, 2), max_new_tokens=2)
+    planned = _Planner(tiny_model.artifact, "torch", options, [tiny_model.findings(films[0])], 0)
+    done, not_run = _batches(tiny_model, studies, options, planned, lambda *_: None)
+    assert isinstance(done, Throughput)
+    assert isinstance(not_run, NotRun)
+    assert not_run.why == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    with pytest.raises(RuntimeError, match="shapes"):
+        out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_the_runtime_tells_the_same_times(tiny_model: FindingsModel, films: list[Path]) -> None:
+    findings = tiny_model.findings(films[0])
+    assert findings.timings.total_s == pytest.approx(
+        findings.timings.ttft_s + sum(findings.timings.decode_steps_s), rel=1e-9
+    )
+
+
+def test_quantiles() -> None:
+    found = quantiles([float(value) for value in range(101)])
+    assert (found.p20, found.p50, found.p80, found.p90, found.p99, found.count) == (20, 50, 80, 90, 99, 101)

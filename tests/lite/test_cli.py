@@ -1,0 +1,386 @@
+"""`python -m lite`, as somebody at a terminal meets it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_tiny_artifact
+from safetensors.torch import load_file, save_file
+
+from lite.__main__ import _report, main
+from lite.artifact.open import Artifact, sha256_of
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.errors import LiteError
+from lite.model import FindingsModel
+from lite.vision import VisionEncoder
+
+NOTICE = "For tests. Not for clinical use."
+
+
+def run(*arguments: str | Path) -> int:
+    """Run the command line in this process; argparse leaves with SystemExit."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else -1
+
+
+@pytest.fixture
+def generate(tiny_artifact: Artifact) -> list[str]:
+    return ["generate", str(tiny_artifact.path), "--device", "cpu"]
+
+
+def test_text(
+    generate: list[str], films: list[Path], tiny_model: FindingsModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*generate, films[0], "--reason", "cough") == 0
+    out, err = capsys.readouterr()
+    assert out == tiny_model.findings(films[0], "cough").text + "\n"
+    assert err.count(NOTICE) == 1
+
+
+@pytest.mark.parametrize("batch_size", ["1", "3"])
+def test_several_films_are_named(
+    generate: list[str],
+    films: list[Path],
+    tiny_model: FindingsModel,
+    capsys: pytest.CaptureFixture[str],
+    batch_size: str,
+) -> None:
+    assert run(*generate, *films[:4], "--batch-size", batch_size) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(f"== {image}\n{tiny_model.findings(image).text}\n" for image in films[:4])
+    assert err.count(NOTICE) == 1
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_json(
+    generate: list[str],
+    films: list[Path],
+    tiny_model: FindingsModel,
+    capsys: pytest.CaptureFixture[str],
+    batch_size: str,
+) -> None:
+    assert run(*generate, *films[:3], "--json", "--batch-size", batch_size, "--max-new-tokens", "5") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [str(image) for image in films[:3]]
+    for line, image in zip(lines, films, strict=False):
+        assert line["text"] == tiny_model.findings(image, max_new_tokens=5).text
+        assert line["finish_reason"] == "length"
+        assert line["num_new_tokens"] == 5
+        stages = {"image_s", "vision_s", "prefill_s", "decode_s", "ttft_s", "total_s", "batch_size"}
+        assert set(line["timings"]) == stages
+        assert line["memory"]["peak_rss_bytes"] > 10_000_000
+        assert line["artifact"] == tiny_model.artifact.id
+        assert line["notice"] == NOTICE
+
+
+MODES = pytest.mark.parametrize("mode", [[], ["--json"], ["--batch-size", "2"], ["--json", "--batch-size", "4"]])
+
+
+@MODES
+def test_a_bad_file_is_reported_skipped_and_remembered(
+    generate: list[str], films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: list[str]
+) -> None:
+    bad = tmp_path / "notes.png"
+    bad.write_text("no image")
+    assert run(*generate, films[0], bad, tmp_path / "nowhere.png", tmp_path, films[1], *mode) == 1
+    out, err = capsys.readouterr()
+    reported = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(reported) == 3
+    for line, name in zip(reported, (bad, tmp_path / "nowhere.png", tmp_path), strict=True):
+        assert str(name) in line
+        assert line.count(" · ") == 2
+    if "--json" in mode:
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert [sorted(line) for line in lines[1:4]] == [["error", "image", "notice"]] * 3
+        assert [line["image"] for line in lines] == [str(p) for p in (films[0], *reported_paths(tmp_path), films[1])]
+    else:
+        assert out.count("== ") == 2
+
+
+@MODES
+def test_a_dicom_without_pydicom_is_reported_and_the_rest_goes_on(
+    generate: list[str],
+    films: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: list[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    dicom = tmp_path / "film.dcm"
+    dicom.write_bytes(b"\0" * 128 + b"DICM")
+    assert run(*generate, films[0], dicom, films[1], "--max-new-tokens", "2", *mode) == 1
+    out, err = capsys.readouterr()
+    assert err.count("error: ") == 1
+    assert f"error: {dicom}: got a DICOM file and no pydicom" in err
+    assert one_of_three_failed(out, mode, str(dicom))
+
+
+@MODES
+def test_an_overflow_is_reported_and_the_rest_goes_on(
+    generate: list[str],
+    films: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: list[str],
+) -> None:
+    run_tower = VisionEncoder.__call__
+    seen: list[np.ndarray] = []  # each film, in the order of its first appearance
+
+    def blind_for_the_second(self: VisionEncoder, pixel_values: np.ndarray, out: Any) -> Any:
+        features = run_tower(self, pixel_values, out)
+        for row, film in enumerate(pixel_values):
+            if not any(np.array_equal(film, other) for other in seen):
+                seen.append(film)
+            if len(seen) > 1 and np.array_equal(film, seen[1]):
+                features[row] = float("nan")
+        return features
+
+    monkeypatch.setattr(VisionEncoder, "__call__", blind_for_the_second)
+    assert run(*generate, *films[:3], "--max-new-tokens", "2", *mode) == 1
+    out, err = capsys.readouterr()
+    assert err.count("error: ") == 1
+    assert f"error: {films[1]}: got logits that are not finite" in err
+    # Streaming has named the film before it fails: an empty line stands for its text.
+    assert one_of_three_failed(out.replace(f"== {films[1]}\n\n", ""), mode, str(films[1]))
+
+
+def one_of_three_failed(out: str, mode: list[str], failed: str) -> bool:
+    """Tell whether the first and the third film have their text, and the failed one in between has none."""
+    if "--json" in mode:
+        lines = [json.loads(line) for line in out.splitlines()]
+        return ["error" in line for line in lines] == [False, True, False] and lines[1]["image"] == failed
+    return out.count("== ") == 2 and f"== {failed}\n" not in out
+
+
+def test_a_short_name_is_not_mistaken_for_a_word_of_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lite.__main__.say", said.append)
+    assert _report("a", LiteError("got a cat · expected a film · take one")) == 1
+    assert _report("./a", LiteError("a: got a cat · expected a film · take one")) == 1
+    assert _report("a", LiteError("a: got a cat · expected a film · take one")) == 1
+    assert said == ["error: a: got a cat · expected a film · take one"] * 3
+
+
+def reported_paths(tmp_path: Path) -> list[Path]:
+    return [tmp_path / "notes.png", tmp_path / "nowhere.png", tmp_path]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["generate"],
+        ["generate", "artifact"],
+        ["unknown"],
+        ["generate", "artifact", "film.png", "--surprise"],
+        ["generate", "artifact", "film.png", "--batch-size", "0"],
+        ["generate", "artifact", "film.png", "--max-new-tokens", "many"],
+        ["generate", "artifact", "film.png", "--rendering", "pretty"],
+        ["generate", "artifact", "film.png", "--reason", "a", "--query", "b"],
+        ["info"],
+    ],
+)
+def test_wrong_use_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert "usage: python -m lite" in capsys.readouterr().err
+
+
+def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["generate", "--help"], ["info", "--help"]):
+        assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    assert "not for clinical use" in out
+    assert "example: python -m lite generate" in out
+
+
+def test_a_bad_artifact_is_one_line(films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["generate", tmp_path, films[0]], ["info", tmp_path], ["info", tmp_path / "nowhere"]):
+        assert run(*command) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"error: {tmp_path}")
+        assert err.count("\n") == 1
+
+
+def test_a_bad_reason_is_said_once(generate: list[str], films: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for reason in ("<image>", "long " * 1000):
+        assert run(*generate, *films[:3], "--reason", reason) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: got ")
+        assert err.count("\n") == 1
+
+
+def test_a_cut_text_says_so(generate: list[str], films: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*generate, films[0], "--max-new-tokens", "2") == 0
+    assert "cut after 2 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [[], ["--batch-size", "2"]])
+def test_what_is_slower_than_it_has_to_be_is_said_once(
+    generate: list[str],
+    films: list[Path],
+    mode: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(LlamaDecoder, "fallbacks", ("no CUDA graph: the driver is too old",))
+    assert run(*generate, *films[:3], *mode) == 0
+    assert capsys.readouterr().err.count("note: no CUDA graph: the driver is too old\n") == 1
+    assert run(*generate, films[0], "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["backend"], shown["fallbacks"]) == ("torch", ["no CUDA graph: the driver is too old"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--memory-limit", "1MiB"], "got a memory limit of 1.0 MiB · expected at least "),
+        (["--memory-limit", "much"], "got the size 'much' · expected a number of bytes"),
+        (["--fp16-accumulation"], "got fp16_accumulation on cpu · expected it for a GPU only"),
+        (["--cache-dtype", "float16"], "got cache_dtype 'float16' · expected int8, or float32"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(
+    generate: list[str], films: list[Path], flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*generate, films[0], *flags) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_info(tiny_artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", tiny_artifact.path) == 0
+    out = capsys.readouterr().out
+    for expected in (tiny_artifact.id, "28 px, 4 image tokens", "2 layers", "context 640", "vision.onnx", NOTICE):
+        assert expected in out
+    assert "verified" not in out
+    assert run("info", tiny_artifact.path, "--verify", "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["artifact"] == tiny_artifact.id
+    assert value["verified"] is True
+    assert value["manifest"]["notice"] == NOTICE
+
+
+def test_info_verify_names_the_damaged_file(own_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = own_artifact / "vision.onnx"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+    assert run("info", own_artifact, "--verify") == 1
+    assert "vision.onnx: got sha256" in capsys.readouterr().err
+
+
+def test_verification_can_be_left_out(
+    own_artifact: Path, films: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = own_artifact / "decoder" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert run("generate", own_artifact, films[0]) == 1
+    assert run("generate", own_artifact, films[0], "--no-verify") == 0
+    capsys.readouterr()
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lite", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Path:
+    """An artifact that talks until its context is full: nobody waits for that."""
+    folder = write_tiny_artifact(
+        tmp_path_factory.mktemp("talkative") / "artifact",
+        tokenizer_model,
+        llama_changes={"max_position_embeddings": 100_000},
+    ).path
+    name = "decoder/model.safetensors"
+    weights = load_file(folder / name)
+    head = weights["lm_head.weight"].float()
+    # The logit of EOS is the mean of all others: never the largest.
+    head[2] = (head.sum(0) - head[2]) / (len(head) - 1)
+    save_file(weights | {"lm_head.weight": head.half()}, folder / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+class Written(io.RawIOBase):
+    """A file that remembers what reached it, write by write."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.writes.append(bytes(data))
+        return len(data)
+
+
+def test_text_leaves_piece_by_piece(
+    generate: list[str], films: list[Path], tiny_model: FindingsModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Written()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(written), encoding="utf-8"))
+    assert run(*generate, films[0]) == 0
+    assert [piece.decode() for piece in written.writes] == [*tiny_model.stream(films[0]), "\n"]
+
+
+def test_ctrl_c_ends_it_cleanly(talkative: Path, films: list[Path]) -> None:
+    process = start("generate", talkative, films[0], "--max-new-tokens", "90000")
+    try:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 8)
+        assert first, "it ended before its first word"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert err.splitlines()[-1] == b"interrupted"
+    assert (first + out).endswith(b"\n")
+
+
+def test_a_reader_that_leaves_is_no_drama(talkative: Path, films: list[Path]) -> None:
+    process = start("generate", talkative, films[0], "--max-new-tokens", "90000")
+    try:
+        assert process.stdout is not None
+        os.read(process.stdout.fileno(), 8)
+        process.stdout.close()
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 141
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err
+
+
+def test_module_runs_as_a_program(tiny_artifact: Artifact) -> None:
+    process = start("info", tiny_artifact.path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert tiny_artifact.id.encode() in out
+    assert err == b""

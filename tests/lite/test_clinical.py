@@ -1,0 +1,494 @@
+"""F1-RadGraph and CheXbert F1: on a small random labeller of the published layout, and on examples worked by hand.
+
+The published weights cannot be here. What they are is written out in `published_layout`, with small sizes; what the
+labeller computes is compared with BERT and its heads put together the long way round.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from lite.bench.results import Missing
+from lite.errors import BackendUnavailable, CheckpointError, LiteError
+from lite.eval import clinical
+from lite.eval.clinical import COMPETITION, CONDITIONS, chexbert_f1, radgraph_f1, read_classes
+from lite.eval.labels import LABELS
+from lite.eval.metrics import Estimate
+
+HIDDEN, INTERMEDIATE, LAYERS, POSITIONS = 128, 96, 2, 24
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [
+    *SPECIAL,
+    ".",
+    ",",
+    "the",
+    "heart",
+    "is",
+    "enlarged",
+    "large",
+    "no",
+    "effusion",
+    "##s",
+    "edema",
+    "left",
+    "cafe",
+]
+TEXTS = [
+    "The heart is enlarged.",
+    "  Effusions,\n no edema.  ",
+    "",
+    "Left effusion. " * 30,  # cut
+    "Café unknown edema, the left heart",
+]
+
+State = dict[str, torch.Tensor]
+
+
+def published_layout(*, seed: int = 0) -> State:
+    """Random tensors under the names that the published file has."""
+    normal = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {
+        "bert.embeddings.word_embeddings.weight": (len(WORDS), HIDDEN),
+        "bert.embeddings.position_embeddings.weight": (POSITIONS, HIDDEN),
+        "bert.embeddings.token_type_embeddings.weight": (2, HIDDEN),
+        "bert.pooler.dense.weight": (HIDDEN, HIDDEN),
+        "bert.pooler.dense.bias": (HIDDEN,),
+    }
+    for layer in range(LAYERS):
+        for name, (outputs, inputs) in {
+            "attention.self.query": (HIDDEN, HIDDEN),
+            "attention.self.key": (HIDDEN, HIDDEN),
+            "attention.self.value": (HIDDEN, HIDDEN),
+            "attention.output.dense": (HIDDEN, HIDDEN),
+            "intermediate.dense": (INTERMEDIATE, HIDDEN),
+            "output.dense": (HIDDEN, INTERMEDIATE),
+        }.items():
+            shapes[f"bert.encoder.layer.{layer}.{name}.weight"] = (outputs, inputs)
+            shapes[f"bert.encoder.layer.{layer}.{name}.bias"] = (outputs,)
+    for index in range(14):
+        classes = 2 if index == 13 else 4
+        shapes[f"linear_heads.{index}.weight"] = (classes, HIDDEN)
+        shapes[f"linear_heads.{index}.bias"] = (classes,)
+    state = {name: 0.3 * torch.randn(shape, generator=normal) for name, shape in shapes.items()}
+    norms = [f"bert.encoder.layer.{layer}.{part}" for layer in range(LAYERS) for part in ("attention.output", "output")]
+    for norm in ["bert.embeddings", *norms]:
+        state[f"{norm}.LayerNorm.weight"] = 1 + 0.1 * torch.randn(HIDDEN, generator=normal)
+        state[f"{norm}.LayerNorm.bias"] = 0.1 * torch.randn(HIDDEN, generator=normal)
+    return state
+
+
+def write_weights(folder: Path, state: State, *, prefix: str = "module.", **options: Any) -> Path:
+    path = folder / "chexbert.pth"
+    saved = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    # The published file is that of a training run: an optimiser's state and an epoch lie beside the weights.
+    optimiser = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"betas": (0.9, 0.999)}]}
+    contents = {"epoch": 8, "model_state_dict": saved, "optimizer_state_dict": optimiser}
+    torch.save(contents, path, **options)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return write_weights(tmp_path, published_layout())
+
+
+def classes_by_hand(state: State, text: str) -> list[int]:
+    """One text at a time, with attention and everything else written out, in float64."""
+    words = text.lower().replace("é", "e").replace(".", " . ").replace(",", " , ").split()
+    pieces = [piece for word in words for piece in {"effusions": ["effusion", "##s"]}.get(word, [word])]
+    ids = [WORDS.index(piece) if piece in WORDS else 1 for piece in pieces]
+    ids = [2, *ids[: POSITIONS - 2], 3]
+    w = {name: tensor.double() for name, tensor in state.items()}
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+        return scaled * w[f"{name}.LayerNorm.weight"] + w[f"{name}.LayerNorm.bias"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = w["bert.embeddings.word_embeddings.weight"][ids] + w["bert.embeddings.token_type_embeddings.weight"][0]
+    x = norm(x + w["bert.embeddings.position_embeddings.weight"][: len(ids)], "bert.embeddings")
+    for layer in range(LAYERS):
+        name = f"bert.encoder.layer.{layer}"
+        q, k, v = (
+            linear(x, f"{name}.attention.self.{part}").reshape(len(ids), 2, 64).transpose(0, 1)
+            for part in ("query", "key", "value")
+        )
+        mixed = ((q @ k.transpose(1, 2) / 8).softmax(-1) @ v).transpose(0, 1).reshape(len(ids), HIDDEN)
+        x = norm(x + linear(mixed, f"{name}.attention.output.dense"), f"{name}.attention.output")
+        inner = linear(x, f"{name}.intermediate.dense")
+        inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
+        x = norm(x + linear(inner, f"{name}.output.dense"), f"{name}.output")
+    return [int(linear(x[0], f"linear_heads.{index}").argmax()) for index in range(14)]
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_the_labeller_computes_what_bert_and_its_heads_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    # Batches of two: short and long texts are padded together, and come back in their own order.
+    monkeypatch.setattr(clinical, "_BATCH_SIZE", 2)
+    state = published_layout()
+    classes = read_classes(TEXTS, weights=write_weights(tmp_path, state, prefix=prefix), device="cpu")
+    expected = [classes_by_hand(state, text) for text in TEXTS]
+    assert classes.tolist() == expected
+    assert len({tuple(row) for row in expected}) == len(TEXTS)  # else the order would not show
+
+
+def test_a_file_of_torch_before_1_6_is_read(tmp_path: Path, weights: Path) -> None:
+    """The published file is of 2020."""
+    expected = read_classes(TEXTS, weights=weights, device="cpu")
+    old = write_weights(tmp_path, published_layout(), _use_new_zipfile_serialization=False)
+    assert old.read_bytes()[:2] != b"PK"
+    assert (read_classes(TEXTS, weights=old, device="cpu") == expected).all()
+
+
+def test_the_heads_are_in_the_published_order() -> None:
+    """Write it down again: nothing in the weights says which head is which."""
+    assert sorted(CONDITIONS) == sorted(LABELS)
+    assert [condition.split()[-1] for condition in CONDITIONS[:8]] == [
+        "Cardiomediastinum",
+        "Cardiomegaly",
+        "Opacity",
+        "Lesion",
+        "Edema",
+        "Consolidation",
+        "Pneumonia",
+        "Atelectasis",
+    ]
+    last = ["Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding"]
+    assert list(CONDITIONS[8:]) == last
+    assert set(COMPETITION) == {CONDITIONS[index] for index in (1, 4, 5, 7, 9)}
+
+
+def f1_by_hand(truth: list[list[bool]], said: list[list[bool]]) -> tuple[float, float]:
+    """Micro and macro F1 with zero_division=0, label by label from precision and recall."""
+
+    def f1(pairs: list[tuple[bool, bool]]) -> float:
+        tp = sum(there and drafted for there, drafted in pairs)
+        precision = tp / max(1, sum(drafted for _, drafted in pairs))
+        recall = tp / max(1, sum(there for there, _ in pairs))
+        return 2 * precision * recall / (precision + recall) if tp else 0.0
+
+    columns = [
+        list(zip(t, s, strict=True)) for t, s in zip(zip(*truth, strict=True), zip(*said, strict=True), strict=True)
+    ]
+    return f1([pair for column in columns for pair in column]), sum(map(f1, columns)) / len(columns)
+
+
+@pytest.fixture
+def labelled(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], dict[str, Estimate]]:
+    """Score classes as if the labeller had read them."""
+
+    def score(truth: Any, said: Any) -> dict[str, Estimate]:
+        monkeypatch.setattr(clinical, "read_classes", lambda *_, **__: np.concatenate([truth, said]))
+        scores = chexbert_f1(["r"] * len(truth), ["p"] * len(said), weights=weights, device="cpu")
+        assert isinstance(scores, dict)
+        return scores
+
+    return score
+
+
+def test_f1_of_a_worked_example(labelled: Callable[[Any, Any], dict[str, Estimate]]) -> None:
+    edema, fracture = CONDITIONS.index("Edema"), CONDITIONS.index("Fracture")
+    truth, said = np.zeros((3, 14), dtype=int), np.zeros((3, 14), dtype=int)
+    truth[:, edema], said[:, edema] = (1, 3, 2), (1, 1, 0)
+    truth[:, fracture], said[:, fracture] = (0, 0, 1), (0, 1, 3)
+    scores = {name: estimate.value for name, estimate in labelled(truth, said).items()}
+    # Negative: Edema tp 1, fp 1; Fracture fp 1, fn 1. Positive: Edema tp 2; Fracture tp 1, fp 1.
+    assert scores == {
+        "micro-14 uncertain negative": pytest.approx(2 / 5),
+        "macro-14 uncertain negative": pytest.approx((2 / 3 + 0) / 14),
+        "micro-5 uncertain negative": pytest.approx(2 / 3),
+        "macro-5 uncertain negative": pytest.approx((2 / 3) / 5),
+        "micro-14 uncertain positive": pytest.approx(6 / 7),
+        "macro-14 uncertain positive": pytest.approx((1 + 2 / 3) / 14),
+        "micro-5 uncertain positive": pytest.approx(1),
+        "macro-5 uncertain positive": pytest.approx(1 / 5),
+    }
+
+
+def test_f1_and_intervals_are_those_of_studies_drawn_again(
+    labelled: Callable[[Any, Any], dict[str, Estimate]],
+) -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.integers(4, size=(30, 14))
+    said = np.where(rng.random((30, 14)) < 0.6, truth, rng.integers(4, size=(30, 14)))
+    truth[:, 13], said[:, 13] = truth[:, 13] % 2, said[:, 13] % 2
+    truth[:, 3] = said[:, 3] = 2  # a label that neither side has counts, as 0
+    scores = labelled(truth, said)
+    draws = np.random.default_rng(0)
+    samples = [np.arange(30), *(draws.integers(30, size=30) for _ in range(500))]
+    for uncertain, positive in (("negative", [1]), ("positive", [1, 3])):
+        for conditions in (CONDITIONS, COMPETITION):
+            columns = [CONDITIONS.index(condition) for condition in conditions]
+            sides = [np.isin(side[:, columns], positive) for side in (truth, said)]
+            figures = np.array([f1_by_hand(*(side[sample].tolist() for side in sides)) for sample in samples])
+            for average, values in zip(("micro", "macro"), figures.T, strict=True):
+                estimate = scores[f"{average}-{len(conditions)} uncertain {uncertain}"]
+                low, high = np.percentile(values[1:], (2.5, 97.5))
+                assert (estimate.value, estimate.low, estimate.high) == pytest.approx((values[0], low, high))
+                assert 0 < estimate.low < estimate.high < 1
+                assert estimate.count == 30
+    assert len(scores) == 8
+
+
+def test_no_positive_anywhere_is_0_as_in_the_reference_evaluation(
+    labelled: Callable[[Any, Any], dict[str, Estimate]],
+) -> None:
+    for estimate in labelled(np.zeros((2, 14), dtype=int), np.full((2, 14), 2)).values():
+        assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
+
+
+def test_references_and_predictions_are_read_and_compared(weights: Path) -> None:
+    same = chexbert_f1(TEXTS, TEXTS, weights=weights, device="cpu")
+    other = chexbert_f1(TEXTS, TEXTS[::-1], weights=weights, device="cpu")
+    assert isinstance(same, dict)
+    assert isinstance(other, dict)
+    assert same["micro-14 uncertain positive"].value == 1
+    assert 0 < other["micro-14 uncertain positive"].value < 1
+    assert same["micro-14 uncertain positive"].count == len(TEXTS)
+
+
+def without(name: str) -> Callable[[State], Any]:
+    return lambda state: state.pop(name)
+
+
+def replaced(name: str, tensor: torch.Tensor) -> Callable[[State], Any]:
+    return lambda state: state.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("linear_heads.13.bias"), r"got no linear_heads\.13\.bias · expected the \d+ tensors"),
+        (without("bert.encoder.layer.1.output.LayerNorm.weight"), r"got no bert\.encoder\.layer\.1\.output\.LayerNorm"),
+        (without("bert.embeddings.word_embeddings.weight"), "tensors that make no BERT"),
+        (replaced("linear_heads.14.weight", torch.zeros(4, HIDDEN)), r"linear_heads\.14\.weight, which is no part"),
+        (replaced("linear_heads.13.weight", torch.zeros(4, HIDDEN)), r"\[4, 128\] of torch.float32, not \[2, 128\]"),
+        (
+            replaced("linear_heads.0.bias", torch.zeros(4, dtype=torch.int64)),
+            r"linear_heads\.0\.bias \[4\] of torch\.int64",
+        ),
+        (replaced("linear_heads.0.bias", torch.full((4,), torch.nan)), "not .* of finite numbers"),
+        (replaced("bert.embeddings.word_embeddings.weight", torch.zeros(18, 32)), "tensors that make no BERT"),
+        (dict.clear, "tensors that make no BERT"),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path: Path, change: Callable[[State], Any], message: str) -> None:
+    state = published_layout()
+    change(state)
+    path = write_weights(tmp_path, state)
+    with pytest.raises(CheckpointError, match=message):
+        chexbert_f1(["a"], ["b"], weights=path, device="cpu")
+
+
+def test_a_prefix_that_only_some_names_have_is_not_taken_off(tmp_path: Path) -> None:
+    state = published_layout()
+    state["module.linear_heads.0.bias"] = state.pop("linear_heads.0.bias")
+    with pytest.raises(CheckpointError, match=r"got no linear_heads\.0\.bias and 1 more"):
+        read_classes(["a"], weights=write_weights(tmp_path, state, prefix=""), device="cpu")
+
+
+class Runs:
+    """Asks to be rebuilt by running something."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_would_run_code_is_not_run(tmp_path: Path, weights: Path) -> None:
+    ran = tmp_path / "ran"
+    torch.save({"model_state_dict": published_layout(), "epoch": Runs(ran)}, weights)
+    with pytest.raises(CheckpointError, match="nothing that would have to be run"):
+        chexbert_f1(["a"], ["b"], weights=weights, device="cpu")
+    weights.write_bytes(pickle.dumps(Runs(ran), protocol=2))
+    with pytest.raises(CheckpointError, match="nothing that would have to be run"):
+        chexbert_f1(["a"], ["b"], weights=weights, device="cpu")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [{}, {"state_dict": {}}, {"model_state_dict": 3}, {"model_state_dict": {3: torch.zeros(1)}}, [1], torch.zeros(3)],
+    ids=str,
+)
+def test_a_file_of_another_layout_is_refused(weights: Path, contents: Any) -> None:
+    torch.save(contents, weights)
+    with pytest.raises(CheckpointError, match="expected tensors under model_state_dict"):
+        read_classes(["a"], weights=weights, device="cpu")
+
+
+@pytest.mark.parametrize("size", [0, 7, 3000, -100])
+def test_a_damaged_file_is_refused(weights: Path, size: int) -> None:
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="cannot be read as CheXbert's"):
+        read_classes(["a"], weights=weights, device="cpu")
+
+
+def test_files_that_are_not_there_are_named_with_what_to_do(tmp_path: Path, weights: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.pth: got no such file .* check the path"):
+        chexbert_f1(["a"], ["b"], weights=tmp_path / "none.pth", device="cpu")
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"vocab\.txt: got no such file .* put vocab\.txt of the model bert-base-unc"
+    ):
+        chexbert_f1(["a"], ["b"], weights=weights, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("\n".join([*WORDS, "more"]), r"got 19 word pieces · expected the 18 "),
+        ("\n".join(word.replace("[SEP]", "sep") for word in WORDS), r"\[SEP\].* among them"),
+        (b"\xff" * 9, "cannot be read"),
+    ],
+)
+def test_a_vocabulary_of_another_model_is_refused(weights: Path, content: str | bytes, message: str) -> None:
+    vocabulary = weights.with_name("vocab.txt")
+    vocabulary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=message):
+        read_classes(["a"], weights=weights, device="cpu")
+
+
+def test_no_such_device_is_said(weights: Path) -> None:
+    with pytest.raises(BackendUnavailable, match="got device 'tpu'"):
+        chexbert_f1(["a"], ["b"], weights=weights, device="tpu")
+
+
+def test_without_weights_or_packages_the_figure_is_missing_and_says_how_to_get_it(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = chexbert_f1(["a"], ["b"], weights=None, device="cpu")
+    assert isinstance(missing, Missing)
+    assert missing.why == "no weights"
+    assert "--chexbert FILE" in missing.todo
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    missing = chexbert_f1(["a"], ["b"], weights=weights, device="cpu")
+    assert isinstance(missing, Missing)
+    assert missing.why == "not installed"
+    assert "llava-rad-lite[torch,bench]" in missing.todo
+
+
+def test_unpaired_texts_are_refused() -> None:
+    for score in (
+        lambda: radgraph_f1(["a"], [], device="cpu"),
+        lambda: chexbert_f1([], [], weights=None, device="cpu"),
+    ):
+        with pytest.raises(ValueError, match="one prediction for each"):
+            score()
+
+
+def test_it_is_imported_without_torch() -> None:
+    code = "import sys, lite.eval.clinical; print({'torch', 'transformers', 'radgraph'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+# --- F1-RadGraph -----------------------------------------------------------------------------------------------------
+# `radgraph` is none of this project's test packages: it wants transformers 4 and fetches its weights. The stand-in has
+# its signature (0.1.18) and proves the plumbing only: what is passed on, what is made of the answer and of errors.
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Put a package in radgraph's place, whose reward is the share of the reference's words in the prediction."""
+    seen = SimpleNamespace(error=None, arguments={})
+
+    class F1RadGraph:
+        def __init__(self, reward_level: str, model_type: str | None = None, **options: Any) -> None:
+            seen.arguments = {"reward_level": reward_level, "model_type": model_type, **options}
+            sys.stdout.write("Using device: cpu\n")
+            if seen.error:
+                raise seen.error
+
+        def __call__(self, refs: list[str], hyps: list[str]) -> tuple[Any, list[float], list[Any], list[Any]]:
+            assert all(text == "" or text.split() for text in (*refs, *hyps))
+            rewards = [
+                len({*ref.split()} & {*hyp.split()}) / len({*ref.split()}) if ref and hyp else 0.0
+                for ref, hyp in zip(refs, hyps, strict=True)
+            ]
+            return np.mean(rewards), rewards, [], []
+
+    def version(name: str) -> str:
+        return {"radgraph": "0.1.18", "transformers": "4.57.6"}[name]
+
+    monkeypatch.setitem(sys.modules, "radgraph", SimpleNamespace(F1RadGraph=F1RadGraph))
+    monkeypatch.setattr(clinical, "version", version)
+    return seen
+
+
+def test_the_rewards_of_radgraph_become_a_mean_with_an_interval(
+    stand_in: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    estimate = radgraph_f1(["small effusion", "edema", "clear", "x"], ["small", "edema", " \n", ""], device="cpu")
+    assert isinstance(estimate, Estimate)
+    assert (estimate.value, estimate.count) == (pytest.approx(1.5 / 4), 4)
+    assert 0 <= estimate.low < estimate.value < estimate.high <= 1
+    assert stand_in.arguments == {"reward_level": "partial", "model_type": "radgraph", "cuda": -1}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_gpu_is_passed_on_by_its_number(stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, number in (("auto", 0), ("cuda", 0), ("cuda:1", 1), ("cpu", -1)):
+        radgraph_f1(["a"], ["a"], device=device)
+        assert stand_in.arguments["cuda"] == number
+    with pytest.raises(BackendUnavailable, match="cuda:2"):
+        radgraph_f1(["a"], ["a"], device="cuda:2")
+
+
+@pytest.mark.parametrize("error", [Exception("Cannot download the file"), OSError("We couldn't connect\nto the hub")])
+def test_weights_that_cannot_be_fetched_are_missing(stand_in: SimpleNamespace, error: Exception) -> None:
+    """Raise what radgraph itself and transformers do without a network, as seen with the real packages."""
+    stand_in.error = error
+    missing = radgraph_f1(["a"], ["b"], device="cpu")
+    assert isinstance(missing, Missing)
+    assert missing.why == "no weights"
+    assert str(error).partition("\n")[0] in missing.todo
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), OSError(22, "truncated"), KeyError("0")])
+def test_any_other_failure_of_radgraph_is_an_error(stand_in: SimpleNamespace, error: Exception) -> None:
+    stand_in.error = error
+    with pytest.raises(LiteError, match=r"got an error from radgraph 0\.1\.18 \(" + type(error).__name__):
+        radgraph_f1(["a"], ["b"], device="cpu")
+
+
+def test_radgraph_beside_a_transformers_that_it_cannot_use_is_missing(
+    stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clinical, "version", lambda _: "5.23.0")
+    missing = radgraph_f1(["a"], ["b"], device="cpu")
+    assert isinstance(missing, Missing)
+    assert missing.why == "needs transformers 4"
+    assert "5.23.0" in missing.todo
+    assert not stand_in.arguments
+
+
+def test_radgraph_that_is_not_installed_is_missing() -> None:
+    if any(name == "radgraph" for name in importlib.metadata.packages_distributions()):
+        pytest.skip("radgraph is installed here")
+    missing = radgraph_f1(["a"], ["b"], device="cpu")
+    assert isinstance(missing, Missing)
+    assert missing.why == "not installed"
+    assert "llava-rad-lite[clinical]" in missing.todo

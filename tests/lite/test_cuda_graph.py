@@ -1,0 +1,308 @@
+"""When a step is captured, and that a decoder on replay computes what it does without; recorded in place of a GPU."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_llama, tiny_llama_config
+from recording import record
+from test_decoder import PROMPTS, VOCAB_SIZE, decoder_folder, features
+
+from lite.artifact.open import Artifact
+from lite.config import IMAGE_TOKEN_ID
+from lite.engines.torch_engine.cache import NOT_FINITE
+from lite.engines.torch_engine.cuda_graph import GraphedStep
+from lite.engines.torch_engine.decoder import LlamaDecoder, load_decoder
+
+CACHES = pytest.mark.parametrize("cache_dtype", [None, "int8"])
+
+
+# The step by itself.
+
+
+class Counted:
+    """A step that counts how often Python runs it, and a capture that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.captures = 0
+        self.out = torch.zeros(1)
+
+    def step(self) -> torch.Tensor:
+        self.runs += 1
+        return self.out.add_(1)
+
+    def capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        self.captures += 1
+        assert self.runs == 1, "Triton compiles in the first run, and cuBLAS makes its handles"
+        return record(step)
+
+
+def test_the_first_run_is_ordinary_the_second_is_captured_and_then_replayed() -> None:
+    counted = Counted()
+    graphed = GraphedStep(counted.step, counted.capture)
+    seen = []
+    for _ in range(4):
+        out = graphed()
+        seen.append((float(out), counted.runs, counted.captures, graphed.is_captured))
+    # `record` runs Python once more, and puts back what that has written.
+    assert seen == [(1.0, 1, 0, False), (2.0, 2, 1, True), (3.0, 2, 1, True), (4.0, 2, 1, True)]
+    assert graphed.problem is None
+
+
+def test_without_a_capture_every_run_is_ordinary() -> None:
+    counted = Counted()
+    graphed = GraphedStep(counted.step, None)
+    assert [float(graphed()) for _ in range(3)] == [1.0, 2.0, 3.0]
+    assert (counted.runs, graphed.is_captured, graphed.problem) == (3, False, None)
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [("operation not permitted\nwhen stream is capturing", "operation not permitted"), ("", "RuntimeError")],
+)
+def test_a_capture_that_fails_leaves_the_ordinary_way_and_says_why(message: str, problem: str) -> None:
+    counted, tried = Counted(), []
+
+    def capture(step: Callable[[], torch.Tensor]) -> Any:
+        tried.append(step)
+        raise RuntimeError(message)
+
+    graphed = GraphedStep(counted.step, capture)
+    assert [float(graphed()) for _ in range(4)] == [1.0, 2.0, 3.0, 4.0]
+    assert (graphed.is_captured, graphed.problem) == (False, problem)
+    assert len(tried) == 1, "it is not tried again and again"
+
+
+def test_of_a_capture_that_fails_the_first_error_is_told() -> None:
+    """As torch ends a capture after an error it raises another one, which only says that there was one."""
+
+    def capture(step: Callable[[], torch.Tensor]) -> Any:
+        try:
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    graphed = GraphedStep(Counted().step, capture)
+    for _ in range(2):
+        graphed()
+    assert graphed.problem == "Cannot copy between CPU and CUDA tensors"
+
+
+def test_a_bug_in_a_step_is_not_taken_for_a_capture_that_fails() -> None:
+    def capture(step: Callable[[], torch.Tensor]) -> Any:
+        raise TypeError("a bug")
+
+    graphed = GraphedStep(Counted().step, capture)
+    graphed()
+    with pytest.raises(TypeError, match="a bug"):
+        graphed()
+
+
+# In the decoder.
+
+
+class Watched:
+    """A capture that says how many steps it has captured, and how often each was replayed."""
+
+    def __init__(self) -> None:
+        self.replays: list[int] = []
+
+    def __call__(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        recorded, at = record(step), len(self.replays)
+        self.replays.append(0)
+
+        def replay() -> torch.Tensor:
+            self.replays[at] += 1
+            return recorded()
+
+        return replay
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    config = tiny_llama_config(VOCAB_SIZE)
+    return decoder_folder(tmp_path_factory.mktemp("graphed"), config, random_llama(config))
+
+
+def captured(artifact: Artifact, **named: Any) -> tuple[LlamaDecoder, Watched]:
+    decoder, watched = load_decoder(artifact, device="cpu", **named), Watched()
+    decoder.capture = watched
+    return decoder, watched
+
+
+ANOTHER = [1, 77, 78, IMAGE_TOKEN_ID, 79]
+STUDIES = [*zip(PROMPTS, features(3), strict=True), (ANOTHER, features(1, seed=8)[0])]
+
+
+def alone(decoder: LlamaDecoder, study: int, count: int) -> list[int]:
+    cache = decoder.new_cache(1, 40)
+    decoder.prefill(*STUDIES[study], cache)
+    chosen = [cache.newest().tolist()[0]]
+    while len(chosen) < count:
+        decoder.decode_one_token(cache)
+        chosen += cache.newest().tolist()
+    return chosen
+
+
+@CACHES
+def test_replayed_tokens_are_those_of_a_decoder_that_captures_nothing(artifact: Artifact, cache_dtype: Any) -> None:
+    """Studies of different lengths: two end, another begins in a row that was used, and fewer rows are decoded."""
+    decoder, watched = captured(artifact, cache_dtype=cache_dtype)
+    plain = load_decoder(artifact, device="cpu", cache_dtype=cache_dtype)
+    caches = [model.new_cache(4, 40) for model in (decoder, plain)]
+    said: dict[int, list[int]] = {}
+    rows: dict[int, int] = {}  # the study of each
+
+    def begin(study: int, row: int) -> None:
+        for model, cache in zip((decoder, plain), caches, strict=True):
+            model.prefill(*STUDIES[study], cache, row)
+        rows[row] = study
+        said[study] = [caches[0].newest().tolist()[row]]
+
+    def decode(count: int) -> None:
+        for _ in range(count):
+            logits, expected = (
+                model.decode_one_token(cache) for model, cache in zip((decoder, plain), caches, strict=True)
+            )
+            newest = [cache.newest().tolist() for cache in caches]
+            for row, study in rows.items():
+                torch.testing.assert_close(logits[row], expected[row], atol=1e-4, rtol=1e-4)
+                assert newest[0][row] == newest[1][row]
+                said[study].append(newest[0][row])
+        assert caches[0].num_cached_tokens == caches[1].num_cached_tokens
+        assert torch.equal(caches[0].position_ids, caches[1].position_ids)
+
+    def end(row: int) -> None:
+        for cache in caches:
+            cache.release(row)
+        del rows[row]
+
+    for study in range(3):
+        begin(study, study)
+    decode(5)
+    end(2)
+    decode(3)  # of two rows
+    begin(3, 2)
+    decode(4)
+    end(1)
+    end(2)
+    decode(3)  # of one
+    assert caches[0].num_cached_tokens == [11 + 15, 0, 0, 0]
+    assert caches[0].position_ids.tolist() == [11 + 15, -1, -1, -1]
+    # Each by itself says the same, and that is not the same of all.
+    assert said == {study: alone(plain, study, len(tokens)) for study, tokens in said.items()}
+    assert [len(tokens) for tokens in said.values()] == [16, 13, 6, 5]
+    assert len({tuple(tokens[:5]) for tokens in said.values()}) == 4
+    # All but the first run of each: 9 of four rows, 3 of two and 3 of one.
+    assert sorted(caches[0].steps) == [1, 2, 4]
+    assert watched.replays == [8, 2, 2]
+    assert all(step.is_captured for step in caches[0].steps.values())
+    assert caches[1].steps == {}
+
+
+@CACHES
+def test_a_replay_takes_the_tokens_it_is_given(artifact: Artifact, cache_dtype: Any) -> None:
+    decoder, watched = captured(artifact, cache_dtype=cache_dtype)
+    token_ids = [33, 44, 55, 66, 77]
+    cache = decoder.new_cache(1, 40)
+    steps = [decoder.prefill(*STUDIES[0], cache).clone()]
+    steps += [decoder.decode_one_token(cache, [token_id]).clone() for token_id in token_ids[:-1]]
+    expected = load_decoder(artifact, device="cpu", cache_dtype=cache_dtype).score(
+        STUDIES[0][0], token_ids, STUDIES[0][1]
+    )
+    torch.testing.assert_close(torch.cat(steps), expected, atol=1e-4, rtol=1e-4)
+    assert watched.replays == [3]
+
+
+def test_rows_are_decoded_by_powers_of_two_or_all(artifact: Artifact) -> None:
+    decoder, _ = captured(artifact)
+    cache = decoder.new_cache(6, 40)
+    found = []
+    for row in range(6):
+        decoder.prefill(*STUDIES[1], cache, row)
+        found.append(len(decoder.decode_one_token(cache)))
+    assert found == [1, 2, 4, 4, 6, 6]
+    assert sorted(cache.steps) == [1, 2, 4, 6]
+
+
+def test_a_capture_that_fails_is_seen_and_the_text_is_the_same(artifact: Artifact) -> None:
+    decoder = load_decoder(artifact, device="cpu")
+    expected = alone(decoder, 0, 6)
+    assert decoder.fallbacks == ()
+
+    def capture(step: Any) -> Any:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    decoder.capture = capture
+    assert alone(decoder, 0, 6) == expected
+    assert decoder.fallbacks == ("no CUDA graph: CUDA error: operation not permitted when stream is capturing",)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_step_does_not_keep_the_decoder(artifact: Artifact, num_steps: int) -> None:
+    decoder, _ = captured(artifact)
+    cache = decoder.new_cache(1, 40)
+    decoder.prefill(*STUDIES[0], cache)
+    for _ in range(num_steps):
+        decoder.decode_one_token(cache)
+    decoder._idle = cache  # as on a GPU, where it waits for the next request
+    gc.disable()
+    try:
+        kept = weakref.ref(decoder)
+        del decoder, cache
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_step_does_not_keep_its_cache(artifact: Artifact, num_steps: int) -> None:
+    """The two would keep each other until the garbage is collected, and with them most of a GPU's memory."""
+    decoder, watched = captured(artifact)
+    cache = decoder.new_cache(1, 40)
+    decoder.prefill(*STUDIES[0], cache)
+    for _ in range(num_steps):
+        decoder.decode_one_token(cache)
+    assert watched.replays == [2][: num_steps - 1]
+    gc.disable()
+    try:
+        kept = weakref.ref(cache)
+        del cache
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@CACHES
+def test_numbers_that_are_not_finite_are_seen_on_replay_and_stay_in_their_row(
+    artifact: Artifact, cache_dtype: Any
+) -> None:
+    decoder, watched = captured(artifact, cache_dtype=cache_dtype)
+    decoder.model.embed_tokens.weight[55] = float("nan")
+    cache = decoder.new_cache(2, 40)
+    for row in range(2):
+        decoder.prefill(*STUDIES[row], cache, row)
+    expected = alone(decoder, 0, 12)
+    assert 55 not in expected
+    said = [cache.newest().tolist()]
+    for step in range(6):
+        # From the fourth step on the second row is NaNs, and nobody's concern but its own.
+        decoder.decode_one_token(cache, [said[-1][0], 55 if step == 3 else max(said[-1][1], 0)])
+        said.append(cache.newest().tolist())
+    assert [first for first, _ in said] == expected[:7]
+    assert [second == NOT_FINITE for _, second in said] == [False] * 4 + [True] * 3
+    cache.release(1, damaged=True)
+    decoder.prefill(*STUDIES[3], cache, 1)
+    said = [cache.newest().tolist()]
+    for _ in range(5):
+        decoder.decode_one_token(cache)
+        said.append(cache.newest().tolist())
+    assert [first for first, _ in said] == expected[6:]
+    assert [second for _, second in said] == alone(decoder, 3, 6)
+    assert watched.replays[0] == 10

@@ -1,0 +1,485 @@
+"""Reference records: taken, written, read and replayed with tiny models, one of them slightly another."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import ROOT, write_tiny_artifact
+
+from lite.artifact.open import Artifact
+from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
+from lite.errors import ArtifactError, ImageError, LiteError
+from lite.eval import record as record_module
+from lite.eval.divergence import TopK, compare_logits
+from lite.eval.record import (
+    ReferenceRecord,
+    bound_error,
+    check_belongs,
+    check_new,
+    check_record,
+    check_studies,
+    read_record,
+    settings_of,
+    take_record,
+    write_record,
+)
+from lite.model import FindingsModel, load
+from lite.studies.readers import ListedStudy, sha256_of_studies
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def studies(films: list[Path]) -> list[ListedStudy]:
+    reasons = ("Cough.", None, "Fever, chest pain.")
+    return [
+        ListedStudy(id=f"s{number}", image=film, reason=reason, query="", report="")
+        for number, (film, reason) in enumerate(zip(films, reasons, strict=False))
+    ]
+
+
+def take(model: Any, studies: list[ListedStudy], **changes: Any) -> ReferenceRecord:
+    return take_record(model, studies, name="list.json", machine="a test", versions={"numpy": "2"}, **changes)
+
+
+def like(model: FindingsModel, **changes: Any) -> Any:
+    """What `take_record` uses of a model, some of it replaced."""
+    names = ("artifact", "notice", "findings", "score")
+    return SimpleNamespace(**({name: getattr(model, name) for name in names} | changes))
+
+
+@pytest.fixture(scope="module")
+def record(tiny_model: FindingsModel, studies: list[ListedStudy]) -> ReferenceRecord:
+    return take(tiny_model, studies)
+
+
+@pytest.fixture
+def written(record: ReferenceRecord, tmp_path: Path) -> Path:
+    return write_record(record, tmp_path / "R")
+
+
+@pytest.fixture(scope="module")
+def changed_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> FindingsModel:
+    """A model with the same weights that computes a little else."""
+    out = tmp_path_factory.mktemp("changed") / "artifact"
+    return load(write_tiny_artifact(out, tokenizer_model, llama_changes={"rms_norm_eps": 0.1}).path, device="cpu")
+
+
+def logits_of(model: FindingsModel, record: ReferenceRecord, index: int, study: ListedStudy) -> np.ndarray:
+    return model.score(study.image, record.token_ids(index), study.reason)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def assert_equal(read: ReferenceRecord, record: ReferenceRecord) -> None:
+    assert read.info == record.info
+    for got, expected in (
+        (read.offsets, record.offsets),
+        (read.all_token_ids, record.all_token_ids),
+        (read.top.ids, record.top.ids),
+        (read.top.log_probs, record.top.log_probs),
+        (read.top.log_tail, record.top.log_tail),
+    ):
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_record_holds_what_the_model_wrote_and_found_probable(
+    record: ReferenceRecord, tiny_model: FindingsModel, studies: list[ListedStudy]
+) -> None:
+    for index, study in enumerate(studies):
+        findings = tiny_model.findings(study.image, study.reason)
+        end = [EOS] if findings.finish_reason == "eos" else []
+        assert list(record.token_ids(index)) == [*findings.token_ids, *end]
+        assert record.texts[index] == findings.text
+        kept = record.info.studies[index]
+        assert (kept.id, kept.finish_reason) == (study.id, findings.finish_reason)
+        assert min(dataclasses.astuple(kept.times)) > 0
+        logits = logits_of(tiny_model, record, index, study).astype(np.float64)
+        log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        tokens = slice(record.offsets[index], record.offsets[index + 1])
+        order = np.argsort(-log_probs, axis=1)
+        np.testing.assert_array_equal(record.top.ids[tokens], order[:, :64])
+        ranked = np.take_along_axis(log_probs, order, axis=1)
+        np.testing.assert_allclose(record.top.log_probs[tokens], ranked[:, :64], rtol=1e-6)
+        np.testing.assert_allclose(record.top.tail_mass[tokens], np.exp(ranked[:, 64:]).sum(axis=1), rtol=1e-5)
+    info, artifact = record.info, tiny_model.artifact
+    assert (info.artifact_id, info.model, info.decoder_format) == (artifact.id, "tiny", "fp16")
+    assert (info.engine, info.device, info.dtype, info.provider) == ("torch", "cpu", "float32", "CPUExecutionProvider")
+    assert (info.data, info.data_sha256) == ("list.json", sha256_of_studies(studies))
+    assert (info.machine, info.versions, info.notice) == ("a test", {"numpy": "2"}, artifact.manifest.notice)
+
+
+def test_a_text_that_was_cut_has_no_end_and_one_that_was_not_has(
+    record: ReferenceRecord, studies: list[ListedStudy], tiny_model: FindingsModel
+) -> None:
+    reasons = [study.finish_reason for study in record.info.studies]
+    ends = [record.token_ids(index)[-1] == EOS for index in range(len(studies))]
+    assert ends == [reason == "eos" for reason in reasons]
+    short = tiny_model.findings(studies[0].image, studies[0].reason, max_new_tokens=2)
+    for finish_reason, token_ids in (("eos", (*short.token_ids, EOS)), ("length", short.token_ids)):
+        model = like(
+            tiny_model,
+            findings=Mock(return_value=dataclasses.replace(short, finish_reason=finish_reason)),
+            score=Mock(return_value=np.eye(420, dtype=np.float32)[list(token_ids)]),
+        )
+        assert take(model, studies[:1]).token_ids(0) == token_ids
+        assert model.score.call_args.args == (studies[0].image, token_ids, studies[0].reason)
+
+
+@pytest.mark.parametrize("name", ["R", "R.json", "R.safetensors"])
+def test_a_record_comes_back_as_it_was(record: ReferenceRecord, tmp_path: Path, name: str) -> None:
+    assert write_record(record, tmp_path / "new folder" / name) == tmp_path / "new folder" / "R.json"
+    assert sorted(file.name for file in (tmp_path / "new folder").iterdir()) == ["R.json", "R.safetensors"]
+    for other in ("R", "R.json", "R.safetensors"):
+        assert_equal(read_record(tmp_path / "new folder" / other), record)
+
+
+def test_a_dot_in_a_name_is_part_of_it(record: ReferenceRecord, tmp_path: Path) -> None:
+    assert write_record(record, tmp_path / "demo.v1").name == "demo.v1.json"
+    with pytest.raises(LiteError, match="got no name for a record"):
+        read_record(Path())
+
+
+def test_a_study_of_100_tokens_takes_at_most_60_kb(record: ReferenceRecord, tmp_path: Path) -> None:
+    vocab_size, num_tokens, rng = 32_000, 100, np.random.default_rng(0)
+    study = dataclasses.replace(record.info.studies[0], text="Six letters. " * 50)
+    info = dataclasses.replace(
+        record.info,
+        settings=dataclasses.replace(record.info.settings, vocab_size=vocab_size),
+        studies=[study],
+    )
+    ids_type = record_module._ids_type(vocab_size)
+    large = ReferenceRecord(
+        info=info,
+        offsets=np.array([0, num_tokens], dtype=np.int32),
+        all_token_ids=rng.integers(vocab_size, size=num_tokens).astype(ids_type),
+        top=TopK(
+            ids=rng.integers(vocab_size, size=(num_tokens, 64)).astype(ids_type),
+            log_probs=rng.random((num_tokens, 64), dtype=np.float32),
+            log_tail=rng.random(num_tokens, dtype=np.float32),
+        ),
+    )
+    write_record(large, tmp_path / "R")
+    assert 35_000 < sum(file.stat().st_size for file in tmp_path.iterdir()) <= 60_000
+    assert_equal(read_record(tmp_path / "R"), large)
+
+
+def test_the_recorded_model_does_not_diverge_from_its_record(
+    written: Path, tiny_model: FindingsModel, studies: list[ListedStudy]
+) -> None:
+    record = read_record(written)
+    for index, study in enumerate(studies):
+        logits = logits_of(tiny_model, record, index, study)
+        divergence = record.compare(index, logits)
+        assert divergence.num_tokens == len(record.token_ids(index))
+        assert divergence.kl.max() < 1e-12
+        assert divergence.same_top.all()
+        np.testing.assert_allclose(divergence.reference_nll, divergence.candidate_nll, rtol=1e-6, atol=1e-6)
+
+
+def test_another_model_diverges_as_much_as_over_the_whole_vocabulary_but_for_the_gap(
+    written: Path, tiny_model: FindingsModel, changed_model: FindingsModel, studies: list[ListedStudy]
+) -> None:
+    record, gaps = read_record(written), []
+    for index, study in enumerate(studies):
+        logits = logits_of(changed_model, record, index, study)
+        full = compare_logits(logits_of(tiny_model, record, index, study), logits, record.token_ids(index))
+        bound, limit = record.compare(index, logits), record.gap_limit(index, logits)
+        gap = full.kl - bound.kl
+        assert full.kl.mean() > 1e-4
+        assert (gap > -1e-8).all()
+        assert (gap < limit + 1e-8).all()
+        assert gap.mean() < 0.5 * full.kl.mean()
+        np.testing.assert_array_equal(bound.same_top, full.same_top)
+        np.testing.assert_allclose(bound.reference_nll, full.reference_nll, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(bound.candidate_nll, full.candidate_nll)
+        gaps.append(gap)
+    measured = bound_error(record, tiny_model, changed_model, studies)
+    assert measured.num_tokens == len(record.all_token_ids)
+    assert measured.gap == pytest.approx(np.concatenate(gaps).mean(), rel=1e-6)
+    assert measured.max_gap == pytest.approx(np.concatenate(gaps).max())
+    assert 0 < measured.gap < measured.gap_limit
+    assert measured.kl - measured.gap == pytest.approx(measured.bound)
+    shown = [float(number) for number in re.findall(r"\d[\d.e-]*\d|\d", measured.describe())]
+    figures = [measured.bound, measured.kl, measured.gap, measured.num_tokens, measured.max_gap, measured.gap_limit]
+    assert shown == pytest.approx(figures, rel=0.05)
+
+
+def test_nothing_is_pooled_of_a_vocabulary_that_is_kept_whole(
+    tiny_model: FindingsModel,
+    changed_model: FindingsModel,
+    studies: list[ListedStudy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(record_module, "TOP_K", 1000)
+    record = read_record(write_record(take(tiny_model, studies[:1]), tmp_path / "R"))
+    vocab_size = record.info.settings.vocab_size
+    assert record.top.ids.shape[1] == vocab_size < 1000
+    assert record.top.tail_mass.max() == 0
+    logits = logits_of(changed_model, record, 0, studies[0])
+    full = compare_logits(logits_of(tiny_model, record, 0, studies[0]), logits, record.token_ids(0))
+    np.testing.assert_allclose(record.compare(0, logits).kl, full.kl, rtol=1e-4, atol=1e-9)
+    assert record.gap_limit(0, logits).max() == 0
+
+
+def test_the_logits_of_one_study_are_in_memory_at_a_time(tiny_model: FindingsModel, studies: list[ListedStudy]) -> None:
+    given: list[weakref.ref[np.ndarray]] = []
+    done: list[int] = []
+
+    def score(*arguments: Any) -> np.ndarray:
+        assert [logits() for logits in given] == [None] * len(given)
+        logits = tiny_model.score(*arguments).copy()
+        given.append(weakref.ref(logits))
+        return logits
+
+    record = take(like(tiny_model, score=score), studies, on_progress=done.append)
+    assert len(given) == len(studies)
+    assert done == [1, 2, 3]
+    assert record.top.log_probs.base is None
+
+
+def test_a_model_that_contradicts_its_own_text_is_not_recorded(
+    tiny_model: FindingsModel, studies: list[ListedStudy]
+) -> None:
+    model = like(tiny_model, score=lambda *arguments: -tiny_model.score(*arguments))
+    with pytest.raises(LiteError, match=r"study s0: got token \d+ at 0 of a greedy text.*among the 64 most probable"):
+        take(model, studies)
+
+
+def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_record(
+    tiny_model: FindingsModel, studies: list[ListedStudy], tmp_path: Path
+) -> None:
+    bad = tmp_path / "noise.png"
+    bad.write_bytes(b"noise")
+    with pytest.raises(ImageError, match=r"noise\.png"):
+        take(tiny_model, [studies[0], dataclasses.replace(studies[1], image=bad)])
+    with pytest.raises(LiteError, match="got no studies"):
+        take(tiny_model, [])
+
+
+def test_artifacts_of_other_settings_are_refused_by_name(
+    record: ReferenceRecord,
+    tiny_artifact: Artifact,
+    changed_model: FindingsModel,
+    tokenizer_model: bytes,
+    tmp_path: Path,
+) -> None:
+    sha256 = record.info.data_sha256
+    check_studies(record, sha256)
+    check_record(record, tiny_artifact, sha256)
+    check_record(record, changed_model.artifact, sha256)
+    for number, (changes, message) in enumerate(
+        (
+            ({"prompt": PromptTemplate(question_without_reason="What is seen?")},
+             r"got prompt.question_without_reason 'What is seen\?' · expected 'Provide a desc"),
+            ({"preprocessing": Preprocessing(image_size=28, mean=(0.5, 0.5, 0.5))}, r"got preprocessing.mean \(0.5"),
+            ({"decoding": DecodingDefaults(max_new_tokens=7)}, "got decoding.max_new_tokens 7 · expected 24"),
+            ({"llama_changes": {"vocab_size": 448}}, "got vocab_size 448 · expected 420"),
+        )
+    ):  # fmt: skip
+        other = write_tiny_artifact(tmp_path / str(number), tokenizer_model, **changes)
+        with pytest.raises(ArtifactError, match=message) as caught:
+            check_record(record, other, sha256)
+        assert f"as in the reference record fp16 tiny, artifact {tiny_artifact.id}, 3 studies" in str(caught.value)
+        assert str(other.path) in str(caught.value)
+    settings = dataclasses.replace(settings_of(tiny_artifact), tokenizer_sha256="0" * 64)
+    with pytest.raises(
+        ArtifactError, match=r"got tokenizer sha256 '[0-9a-f]{64}' · expected '0{64}', as in .* elsewhere"
+    ):
+        check_belongs(tiny_artifact, settings, reference="elsewhere")
+
+
+def test_settings_survive_the_way_through_the_file(written: Path, tiny_artifact: Artifact) -> None:
+    # Tuples that came back as lists would belong to nothing.
+    assert read_record(written).info.settings == settings_of(tiny_artifact)
+
+
+def test_other_studies_are_refused(
+    record: ReferenceRecord, tiny_model: FindingsModel, studies: list[ListedStudy]
+) -> None:
+    other = [dataclasses.replace(studies[0], reason="Fall."), *studies[1:]]
+    for replayed in (other, studies[:2], studies[::-1]):
+        sha256 = sha256_of_studies(replayed)
+        with pytest.raises(LiteError, match=f"got studies of sha256 {sha256} · expected {record.info.data_sha256}"):
+            check_record(record, tiny_model.artifact, sha256)
+        with pytest.raises(LiteError, match=f"got studies of sha256 {sha256}"):
+            check_studies(record, sha256)
+        with pytest.raises(LiteError, match=r"those of list\.json in the record .* make a record for this one"):
+            bound_error(record, tiny_model, tiny_model, replayed)
+
+
+def test_the_error_of_the_bound_takes_the_recorded_artifact(
+    record: ReferenceRecord, tiny_model: FindingsModel, changed_model: FindingsModel, studies: list[ListedStudy]
+) -> None:
+    ids = f"got artifact {changed_model.artifact.id} · expected {tiny_model.artifact.id}"
+    with pytest.raises(ArtifactError, match=ids):
+        bound_error(record, changed_model, tiny_model, studies)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.update(format_version=2), "got a record of format_version 2 .* reads 1 · upgrade"),
+        (lambda value: value.update(format_version=0), "got a record of format_version 0 .* make it again"),
+        (lambda value: value.pop("format_version"), r"R\.json: got no format_version"),
+        (lambda value: value.update(extra=1), "got an unknown key 'extra'"),
+        (lambda value: value.pop("tensors"), "got no key 'tensors'"),
+        (lambda value: value["record"].pop("machine"), r"R\.json\.record: got no key 'machine'"),
+        (lambda value: value["record"]["settings"].update(seed=1), r"record\.settings: got an unknown key 'seed'"),
+        (lambda value: value["record"]["studies"][1].pop("text"), r"studies\[1\]: got no key 'text'"),
+        (lambda value: value["record"]["studies"][1].update(finish_reason="tired"), "got 'tired'"),
+        (lambda value: value["record"]["studies"].pop(), r"R\.safetensors: got offsets .*\(4,\)\) in place"),
+    ],
+)  # fmt: skip
+def test_a_json_that_is_not_a_records_is_refused(
+    written: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit(written, change)
+    with pytest.raises(LiteError, match=message):
+        read_record(written)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000])
+def test_text_that_is_no_record_is_refused(written: Path, text: str) -> None:
+    written.write_text(text, encoding="utf-8")
+    with pytest.raises(LiteError, match=r"R\.json: got .* expected a reference record"):
+        read_record(written)
+
+
+def test_one_changed_byte_is_found(written: Path) -> None:
+    tensors = written.with_suffix(".safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    with pytest.raises(LiteError, match=r"R\.safetensors: got .* sha256 .* as R\.json says · the file is damaged"):
+        read_record(written)
+
+
+def test_half_a_record_is_none(written: Path) -> None:
+    tensors = written.with_suffix(".safetensors")
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LiteError, match=f"got {len(whole) // 2} bytes, .* expected {len(whole)} bytes"):
+        read_record(written)
+    tensors.unlink()
+    with pytest.raises(LiteError, match=r"R\.safetensors: got No such file .* side by side"):
+        read_record(written)
+    tensors.write_bytes(whole)
+    written.unlink()
+    with pytest.raises(LiteError, match=r"R\.json: got No such file"):
+        read_record(written)
+
+
+def test_tensors_that_do_not_fit_their_studies_are_refused(written: Path) -> None:
+    tensors_path = written.with_suffix(".safetensors")
+    good = safetensors.numpy.load_file(tensors_path)
+    for changes, message in (
+        ({"log_tail": good["log_tail"].astype(np.float64)}, r"log_tail \(dtype\('float64'\)"),
+        ({"top_ids": good["top_ids"][:, :63].copy()}, "top_ids .*63.*in place of .*64"),
+        ({"more": good["log_tail"]}, "more .* in place of None"),
+        ({"offsets": good["offsets"][[0, 2, 1, 3]]}, "offsets .* for"),
+        ({"offsets": good["offsets"] + np.int32(1)}, "offsets .* for"),
+    ):
+        content = safetensors.numpy.save(good | changes)
+        tensors_path.write_bytes(content)
+        record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        edit(written, lambda value, record=record: value.update(tensors=record))
+        with pytest.raises(LiteError, match=f"got {message}"):
+            read_record(written)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_is_interrupted_never_looks_whole(
+    record: ReferenceRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, fails_at: int
+) -> None:
+    calls = 0
+    owner = {"fsync": record_module.os, "replace": Path}[step]
+    real = getattr(owner, step)
+
+    def failing(*arguments: Any) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, failing)
+        with pytest.raises(LiteError, match=r"R\.json: got No space left on device · expected a folder"):
+            write_record(record, tmp_path / "R")
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == ({"R.safetensors"} if (step, fails_at) == ("replace", 2) else set())
+    with pytest.raises(LiteError, match="got No such file"):
+        read_record(tmp_path / "R")
+    # What is left over stands in nobody's way.
+    write_record(record, tmp_path / "R")
+    assert_equal(read_record(tmp_path / "R"), record)
+
+
+def test_a_record_is_never_replaced(record: ReferenceRecord, written: Path) -> None:
+    before = {file: file.read_bytes() for file in written.parent.iterdir()}
+    for refuse in (check_new, lambda name: write_record(record, name)):
+        with pytest.raises(LiteError, match=r"R\.json: got a path that exists · expected a new one"):
+            refuse(written.with_suffix(""))
+    assert {file: file.read_bytes() for file in written.parent.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LiteError, match=r"R\.json: got .* expected a folder that can be written"):
+        check_new(tmp_path / "file" / "R")
+
+
+def test_a_record_says_what_it_is(record: ReferenceRecord, tiny_artifact: Artifact) -> None:
+    info = record.info
+    assert record.describe() == (
+        f"fp16 tiny, artifact {tiny_artifact.id}, 3 studies, made {info.date[:10]} on a test by {info.created_by}, "
+        "torch engine"
+    )
+    mass = record.top.tail_mass
+    assert record.describe_tail().startswith(f"top 64 of 420 tokens; all others have {mass.mean():.2g} ")
+    assert record.describe_tail().endswith(f"over {len(mass)} tokens, {mass.max():.2g} at most")
+
+
+def test_a_record_says_which_engine_made_it(
+    tiny_onnx_artifact: Artifact, studies: list[ListedStudy], written: Path
+) -> None:
+    record = take(load(tiny_onnx_artifact.path, engine="onnx"), studies[:1])
+    assert record.info.engine == "onnx"
+    assert record.describe().endswith(", onnx engine")
+    # Settings are the artifact's: whichever engine, a record is of the same tokens, words and pixels.
+    check_record(record, tiny_onnx_artifact, sha256_of_studies(studies[:1]))
+    edit(written, lambda value: value["record"].pop("engine"))
+    assert read_record(written).info.engine == "torch"
+
+
+def test_reading_a_record_needs_no_torch(written: Path) -> None:
+    code = (
+        "import pathlib, sys; from lite.eval.record import read_record; "
+        "print(len(read_record(pathlib.Path(sys.argv[1])).texts), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(shutil.copytree(written.parent, written.parent / "moved") / "R")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "False"]
