@@ -26,7 +26,10 @@ from lite.errors import (
 )
 
 if TYPE_CHECKING:
-    from lite.model import Findings, FindingsModel, FindingsStream, Memory, Study, StudyError, Timings, load
+    from lite.loading import load
+    from lite.model import FindingsModel, FindingsStream
+    from lite.studies.results import Findings, Memory, StudyError, Timings
+    from lite.studies.study import Study
 
 __all__ = [
     "ArtifactError",
@@ -49,12 +52,25 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "Findings": "lite.studies.results",
+    "FindingsModel": "lite.model",
+    "FindingsStream": "lite.model",
+    "Memory": "lite.studies.results",
+    "Study": "lite.studies.study",
+    "StudyError": "lite.studies.results",
+    "Timings": "lite.studies.results",
+    "load": "lite.loading",
+}
+"""What is imported when it is first asked for, and where it is."""
+
+
 def __getattr__(name: str) -> object:
     """Import the runtime when something of it is first asked for."""
-    if name not in __all__:
+    if name not in _HOMES:
         msg = f"module 'lite' has no attribute {name!r}"
         raise AttributeError(msg)
-    return getattr(import_module("lite.model"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

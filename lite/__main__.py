@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lite.artifact.open import Artifact
-    from lite.model import Findings, FindingsModel, FindingsStream
+    from lite.model import FindingsModel, FindingsStream
+    from lite.studies.results import Findings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +127,7 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from lite.model import load
+    from lite.loading import load
 
     model = load(
         arguments.artifact,
@@ -208,7 +209,8 @@ def _print_json(model: FindingsModel, arguments: argparse.Namespace) -> int:
 
 def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tuple[str, Findings | LiteError]]:
     """Yield each film's path with its findings or what is wrong with it, in order."""
-    from lite.model import Study, StudyError
+    from lite.studies.results import StudyError
+    from lite.studies.study import Study
 
     results = model.findings_batch(
         [Study(image, arguments.reason, arguments.query) for image in arguments.images],

@@ -17,21 +17,16 @@ import functools
 import os
 import time
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from lite.artifact.manifest import TOKENIZER_NAME
-from lite.artifact.open import load_artifact
-from lite.engines.choose import choose_engine, gpu_problem
-from lite.engines.onnx_session import CPU, CUDA
-from lite.errors import ArtifactError, LiteError, MemoryBudgetError, PromptError
+from lite.errors import LiteError, MemoryBudgetError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.memory.plan import REASON_TOKENS, STUDIES_AHEAD, Planner
-from lite.memory.process import Peaks, peak_rss_bytes, rss_bytes
-from lite.memory.sizes import parse_bytes
+from lite.memory.process import Peaks, peak_rss_bytes
 from lite.prompt import PromptEncoder, TextStream, Tokenizer
 from lite.session.feed import Feed
 from lite.session.generate import Generation, Request
@@ -39,108 +34,13 @@ from lite.session.generate import Generation, Request
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
 
-    from lite.artifact.manifest import CacheDtype
     from lite.artifact.open import Artifact
     from lite.image.files import ImageSource
     from lite.image.rendering import Rendering
-    from lite.session.generate import Engine, FinishReason, Requests
+    from lite.session.generate import Engine, Requests
     from lite.vision import VisionEncoder
-
-
-class Study(NamedTuple):
-    """One exam: a film, and why it was made. Any tuple of this form will do."""
-
-    image: ImageSource
-    reason: str | None = None
-    query: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
-    """Where the time of a study went, in seconds.
-
-    In a batch a token takes as long as one of all rows, and as the prompt of another study that began in between.
-    """
-
-    image_s: float  # reading and preprocessing the film
-    vision_s: float  # tower and projector
-    prefill_s: float  # the prompt through the decoder, to the first token
-    decode_steps_s: tuple[float, ...]  # each further token
-    batch_size: int  # rows of the batch
-
-    @property
-    def decode_s(self) -> float:
-        """All tokens but the first."""
-        return sum(self.decode_steps_s)
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to the first token, from the file on."""
-        return self.image_s + self.vision_s + self.prefill_s
-
-    @property
-    def total_s(self) -> float:
-        """Time to the last token."""
-        return self.ttft_s + self.decode_s
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """The process's memory peaks until each stage of this study had ended, and the cache of its batch, in bytes.
-
-    A peak is never less than the one before. In the first request of a process they tell what each stage takes.
-    """
-
-    image: Peaks
-    vision: Peaks
-    prefill: Peaks
-    decode: Peaks
-    cache_bytes: int
-
-    @property
-    def peak_rss_bytes(self) -> int | None:
-        """The most that the process has had resident; None on Windows, where the standard library does not tell."""
-        return self.decode.rss_bytes
-
-    @property
-    def peak_vram_bytes(self) -> int | None:
-        """The most that torch's allocator has held on the GPU; None without one."""
-        return self.decode.vram_bytes
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    """The drafted findings of one study, and how they were made."""
-
-    text: str
-    finish_reason: FinishReason  # "length": cut at max_new_tokens or at the end of the context
-    token_ids: tuple[int, ...]  # generated, without EOS
-    num_prompt_tokens: int  # places in the context, the image's included
-    timings: Timings
-    memory: Memory
-    rendering: str  # how the film's values became grey levels: see lite.image
-    artifact_id: str
-    engine: str  # of the decoder: "torch" or "onnx"
-    device: str  # of the decoder: "cpu", "cuda"
-    dtype: str  # what the decoder computes in
-    cache_dtype: str  # what keys and values are stored as
-    provider: str  # ONNX Runtime's, for the vision tower, and for the decoder of the onnx engine
-    backend: str  # what the decoder's operations ran on: "triton, CUDA graphs", "triton", "torch" or "onnxruntime"
-    fallbacks: tuple[str, ...]  # what was slower than it has to be on such a machine, each with its reason
-    notice: str
-
-    @property
-    def num_new_tokens(self) -> int:
-        """The number of generated tokens, without EOS."""
-        return len(self.token_ids)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StudyError:
-    """Stands in the place of a study's findings when it cannot be used or computed."""
-
-    index: int  # of the study, from 0
-    error: LiteError
+from lite.studies.results import Findings, Memory, StudyError, Timings
+from lite.studies.study import Study
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
@@ -502,175 +402,3 @@ def _check_count(name: str, value: object, hint: str) -> None:
     if type(value) is not int or value < 1:
         msg = f"got {name}={value!r} · expected a whole number from 1 · {hint}"
         raise LiteError(msg)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    engine: str = "auto",
-    device: str = "auto",
-    dtype: str | None = None,
-    provider: str | None = None,
-    cache_dtype: CacheDtype | None = None,
-    memory_limit: int | str | None = None,
-    fp16_accumulation: bool = False,
-    verify: bool = True,
-) -> FindingsModel:
-    """Load an artifact.
-
-    Args:
-        path: the artifact's folder.
-        engine: "torch" computes `decoder/`; "onnx" computes `decoder.onnx`, without torch. "auto" takes onnx where the
-            artifact has it and there is no GPU for torch, or no torch (see `lite.engines.choose`).
-        device: "auto" (an NVIDIA GPU if torch sees one, or the CPU), "cpu", "cuda" or "cuda:N".
-        dtype: what torch computes the decoder in: "float32", "float16" or "bfloat16". None takes the stored dtype on a
-            GPU and float32 on the CPU: twice the memory of float16, and far less time where 16-bit products are slow
-            (see `lite.engines.torch_engine.decoder.load_decoder`).
-        provider: what ONNX Runtime computes with, tower and decoder: a name of its own such as "CUDAExecutionProvider",
-            or cpu, cuda; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA
-            where `device` is a GPU and this ONNX Runtime has it.
-        cache_dtype: what keys and values are kept in: "int8", or what the decoder computes in. None takes the latter,
-            or int8 where only that fits the memory and loses no more than `MAX_CACHE_KL`, as measured at export.
-        memory_limit: bytes, or text such as "12GiB": refuse, before anything is loaded, an artifact with which one
-            study at a time would take more, and run as many at a time as fit. On a GPU all that the model has there
-            counts, and None takes what is free; on a CPU what the process has resident, with all that it holds
-            already, and None sets no limit. See `lite.memory`.
-        fp16_accumulation: let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact.
-        verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B
-            model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026), longer where the
-            disk is slower.
-
-    Raises:
-        ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
-        BackendUnavailable: a package, the device or the provider is not there.
-        MemoryBudgetError: one study would take more than `memory_limit`.
-        LiteError: there is no such engine, dtype or cache.
-    """
-    limit = None if memory_limit is None else parse_bytes(memory_limit)
-    artifact = load_artifact(path)
-    chosen = choose_engine(artifact, engine, device=device, dtype=dtype, provider=provider)
-    if fp16_accumulation and chosen != "torch":
-        msg = "got fp16_accumulation for the onnx engine · expected it for torch on a GPU only · leave it out"
-        raise LiteError(msg)
-    if verify:
-        artifact.verify(engine=chosen)
-    manifest, config = artifact.manifest, artifact.decoder_config()
-    tokenizer = Tokenizer(artifact.file(TOKENIZER_NAME), manifest.decoding)
-    _check_parts_fit(artifact, tokenizer.vocab_size)
-    prompt = PromptEncoder(
-        tokenizer,
-        manifest.prompt,
-        num_image_tokens=manifest.vision.num_image_tokens,
-        max_seq_len=config.max_position_embeddings,
-    )
-    loaded = (
-        _load_onnx(artifact, provider, cache_dtype, limit)
-        if chosen == "onnx"
-        else _load_torch(artifact, device, dtype, cache_dtype, limit, fp16_accumulation=fp16_accumulation)
-    )
-    vision, decoder, planner = loaded
-    fallbacks: list[str] = []
-    if device == "auto" and provider is None and (problem := gpu_problem()) is not None:
-        fallbacks.append(f"the CPU in place of the GPU that is there: {problem}")
-    if str(decoder.device).startswith("cuda") and vision.provider == CPU:
-        fallbacks.append("the tower on the CPU: this ONNX Runtime has no CUDA provider, or it does not start")
-    return FindingsModel(
-        artifact,
-        tokenizer=tokenizer,
-        prompt=prompt,
-        vision=vision,
-        decoder=decoder,
-        planner=planner,
-        fallbacks=tuple(fallbacks),
-    )
-
-
-def _load_torch(
-    artifact: Artifact,
-    device: str,
-    dtype: str | None,
-    cache_dtype: CacheDtype | None,
-    limit: int | None,
-    *,
-    fp16_accumulation: bool,
-) -> tuple[VisionEncoder, Engine, Planner | None]:
-    # torch first: onnxruntime then finds the CUDA libraries that torch has brought.
-    from lite.engines.onnx_session import provider_of_device
-    from lite.engines.torch_engine.decoder import check_cache_dtype, check_device, check_dtype, free_bytes, load_decoder
-    from lite.vision import VisionEncoder
-
-    check_dtype(dtype)
-    target = check_device(device)
-    check_cache_dtype(artifact, cache_dtype, device=target, dtype=dtype)
-    on_gpu = target.startswith("cuda")
-    if fp16_accumulation and not on_gpu:
-        raise LiteError(f"got fp16_accumulation on {target} · expected it for a GPU only · leave it out")
-    planner = None
-    if on_gpu or limit is not None:
-        planner = Planner.choose(
-            artifact,
-            device=target,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            limit=free_bytes(target) if limit is None else limit,
-            tower_on_gpu=on_gpu and provider_of_device(target).startswith(CUDA),
-            libraries_bytes=rss_bytes() or 0,
-        )
-    decoder = load_decoder(
-        artifact,
-        device=target,
-        dtype=dtype,
-        cache_dtype=cache_dtype if planner is None else planner.cache_dtype,
-        chunk_size=None if planner is None else planner.chunk_size,
-        fp16_accumulation=fp16_accumulation,
-    )
-    return VisionEncoder(artifact, device=target), decoder, planner
-
-
-def _load_onnx(
-    artifact: Artifact, provider: str | None, cache_dtype: CacheDtype | None, limit: int | None
-) -> tuple[VisionEncoder, Engine, Planner | None]:
-    from lite.engines.onnx_engine.decoder import OnnxDecoder, check_cache_dtype
-    from lite.engines.onnx_session import check_provider
-    from lite.vision import VisionEncoder
-
-    check_cache_dtype(artifact, cache_dtype)
-    chosen = check_provider("cpu" if provider is None else provider)
-    if limit is not None and chosen != CPU:
-        msg = f"got a memory limit with provider {provider!r} · expected the CPU, of whose memory alone there is a plan"
-        raise LiteError(f"{msg} · leave the limit out")
-    planner = None
-    if limit is not None:
-        planner = Planner.choose(
-            artifact,
-            device="cpu",
-            engine="onnx",
-            cache_dtype=cache_dtype,
-            limit=limit,
-            libraries_bytes=rss_bytes() or 0,
-        )
-        cache_dtype = planner.cache_dtype
-    vision = VisionEncoder(artifact, provider=chosen)
-    return vision, OnnxDecoder(artifact, provider=chosen, cache_dtype=cache_dtype), planner
-
-
-def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:
-    """Refuse an artifact whose parts do not belong together, now rather than at some token."""
-    manifest, config = artifact.manifest, artifact.decoder_config()
-    vision = manifest.vision
-    stored_as = config.quantization.format if config.quantization else "fp16"
-    for got, fits, expected in (
-        (f"a decoder of {manifest.decoder.format} by the manifest", manifest.decoder.format == stored_as,
-         f"{stored_as}, as its config.json says"),
-        (f"image features of width {vision.hidden_size}", vision.hidden_size == config.hidden_size,
-         f"the decoder's hidden_size {config.hidden_size}"),
-        (f"preprocessing to {manifest.preprocessing.image_size} pixels",
-         manifest.preprocessing.image_size == vision.image_size, f"the tower's image_size {vision.image_size}"),
-        (f"a tokenizer of {tokenizer_vocab_size} pieces", tokenizer_vocab_size <= config.vocab_size,
-         f"at most the decoder's vocab_size {config.vocab_size}"),
-        (f"{vision.num_image_tokens} image tokens", 0 < vision.num_image_tokens < config.max_position_embeddings,
-         f"fewer than the decoder's max_position_embeddings {config.max_position_embeddings}"),
-    ):  # fmt: skip
-        if not fits:
-            msg = f"{artifact.path}: got {got} · expected {expected} · the parts do not belong together: export again"
-            raise ArtifactError(msg)

@@ -23,7 +23,8 @@ from lite.artifact.manifest import DecoderPart, Manifest, TowerShape, VisionPart
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults, Preprocessing
-from lite.model import FindingsModel, load
+from lite.loading import load
+from lite.model import FindingsModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "benchmarks" / "phantom" / "checkpoint"

@@ -35,7 +35,8 @@ from lite.studies.readers import ListedStudy, sha256_of_studies
 if TYPE_CHECKING:
     from lite.artifact.manifest import CacheDtype
     from lite.artifact.open import Artifact
-    from lite.model import Findings, FindingsModel
+    from lite.model import FindingsModel
+    from lite.studies.results import Findings
 
 T = TypeVar("T")
 

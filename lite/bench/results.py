@@ -163,7 +163,7 @@ class Row:
     dtype: str
     cache_dtype: str
     provider: str  # of ONNX Runtime: for the tower, and for the decoder of the onnx engine
-    backend: str  # what the decoder's operations ran on, see `lite.model.Findings`
+    backend: str  # what the decoder's operations ran on, see `Findings`
     fallbacks: tuple[str, ...]  # what was slower than it has to be on such a machine
     disk_bytes: int  # of the files that the engine reads
     weight_bytes: int  # of decoder and tower, as they lie in memory

@@ -44,7 +44,8 @@ from lite.session.generate import FinishReason
 from lite.studies.readers import ListedStudy, sha256_of_studies
 
 if TYPE_CHECKING:
-    from lite.model import Findings, FindingsModel
+    from lite.model import FindingsModel
+    from lite.studies.results import Findings
 
 RECORD_VERSION: Final = 1
 TOP_K: Final = 64

@@ -25,7 +25,8 @@ from lite.artifact.open import Artifact
 from lite.engines.torch_engine.decoder import load_decoder
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
-from lite.model import FindingsModel, load
+from lite.loading import load
+from lite.model import FindingsModel
 
 NUM_FILMS = 40
 SEED = 77_001  # of films that training, the choice of sigma and the README's table never used

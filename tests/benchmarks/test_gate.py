@@ -21,8 +21,9 @@ from export.__main__ import _parser
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.errors import LiteError
-from lite.model import Findings, load
+from lite.loading import load
 from lite.studies.readers import read_studies
+from lite.studies.results import Findings
 
 GATES = """\
 # Why.

@@ -27,7 +27,8 @@ from lite.errors import ArtifactError, ImageError, LiteError
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
 from lite.eval.record import check_belongs, settings_of
-from lite.model import FindingsModel, load
+from lite.loading import load
+from lite.model import FindingsModel
 from lite.studies.readers import read_studies
 
 NUM_FILMS = 6

@@ -18,7 +18,7 @@ from benchmarks.slim import Probe, Slim, main
 from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
 from lite.errors import LiteError
-from lite.model import load
+from lite.loading import load
 from lite.studies.readers import read_studies
 
 FILMS = [study.image for study in read_studies(slim.STUDIES)]

@@ -18,7 +18,7 @@ import onnx
 import pytest
 from test_model import relist
 
-from lite import artifact as artifact_module
+from lite.artifact import open as artifact_module
 from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
 from lite.bench.measure import (

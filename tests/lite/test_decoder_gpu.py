@@ -25,10 +25,11 @@ from lite.config import IMAGE_TOKEN_ID
 from lite.engines.torch_engine.cache import KVCache
 from lite.engines.torch_engine.decoder import LlamaDecoder, load_decoder
 from lite.errors import MemoryBudgetError
+from lite.loading import load
 from lite.memory.process import Peaks
-from lite.model import Findings, load
 from lite.session.feed import Feed
 from lite.session.generate import Generation, Request
+from lite.studies.results import Findings
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU: nothing to decode on", allow_module_level=True)

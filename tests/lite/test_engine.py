@@ -301,7 +301,7 @@ def plans(deep_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> tupl
     """The peaks planned with an int8 and with a float cache, the process's own memory left out."""
     from lite.memory.plan import plan_memory
 
-    monkeypatch.setattr("lite.model.rss_bytes", lambda: 0)
+    monkeypatch.setattr("lite.loading.rss_bytes", lambda: 0)
     small, large = (
         plan_memory(deep_onnx_artifact, device="cpu", engine="onnx", cache_dtype=cache).peak_bytes
         for cache in ("int8", None)
@@ -322,7 +322,7 @@ def test_a_limit_that_only_the_int8_cache_fits_takes_it(
     small, large = plans
     assert small < large
     good = with_cache_kl(deep_onnx_artifact, 1e-4)
-    monkeypatch.setattr("lite.model.load_artifact", lambda _: good)
+    monkeypatch.setattr("lite.loading.load_artifact", lambda _: good)
     for limit, cache_dtype in ((large, "float32"), (large - 1, "int8"), (small, "int8")):
         model = lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=limit)
         assert model.findings(films[0], max_new_tokens=1).cache_dtype == cache_dtype
@@ -339,7 +339,7 @@ def test_a_cache_that_loses_too_much_is_not_taken_unasked(
 ) -> None:
     small, large = plans
     bad = with_cache_kl(deep_onnx_artifact, kl)
-    monkeypatch.setattr("lite.model.load_artifact", lambda _: bad)
+    monkeypatch.setattr("lite.loading.load_artifact", lambda _: bad)
     with pytest.raises(lite.MemoryBudgetError):
         lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1)
     with pytest.raises(lite.MemoryBudgetError, match=f"cache_dtype='int8' would fit, but {why}"):

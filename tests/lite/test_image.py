@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from lite import image as image_module
+from lite.image import files as image_module
+from lite.image import rendering as rendering_module
 from lite.config import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, Preprocessing
 from lite.errors import BackendUnavailable, ImageError
 from lite.image.files import load_image
@@ -204,19 +205,19 @@ def test_mimic_cxr_jpg_is_the_published_recipe() -> None:
 
 
 def test_min_max_truncates_and_both_ways_of_computing_it_agree() -> None:
-    assert image_module._min_max(np.array([[5, 6, 7, 8]], np.uint16)).tolist() == [[0, 85, 170, 255]]
-    assert image_module._min_max(np.array([[0, 1, 2, 1000]], np.uint16)).tolist() == [[0, 0, 0, 255]]
+    assert rendering_module.min_max(np.array([[5, 6, 7, 8]], np.uint16)).tolist() == [[0, 85, 170, 255]]
+    assert rendering_module.min_max(np.array([[0, 1, 2, 1000]], np.uint16)).tolist() == [[0, 0, 0, 255]]
     for dtype in (np.uint8, np.int8, np.uint16, np.int16, np.int32, np.uint64, np.int64):
         limits = np.iinfo(dtype)
         # Not the whole range of the small types: a wrapped difference would then index the right cell by luck.
         low = max(int(limits.min), int(limits.max) - 65_535) + 37
         offset = np.unique(np.linspace(0, int(limits.max) - low, 9_000).astype(np.int64))
         exact = np.array([[low + int(v) for v in offset]], dtype=dtype)
-        assert (image_module._min_max(exact) == image_module._min_max(offset[None].astype(np.float64))).all()
+        assert (rendering_module.min_max(exact) == rendering_module.min_max(offset[None].astype(np.float64))).all()
     widest = np.array([[np.iinfo(np.int64).min, 0, np.iinfo(np.int64).max]])
-    assert image_module._min_max(widest).tolist() == [[0, 127, 255]]
+    assert rendering_module.min_max(widest).tolist() == [[0, 127, 255]]
     widest_float = np.array([[np.finfo(np.float64).min, 0, np.finfo(np.float64).max]])
-    assert image_module._min_max(widest_float).tolist() == [[0, 127, 255]]
+    assert rendering_module.min_max(widest_float).tolist() == [[0, 127, 255]]
 
 
 def test_a_film_of_one_value_is_black_or_white() -> None:
@@ -684,7 +685,7 @@ def test_without_a_window_the_result_says_min_max() -> None:
     stored = _film()
     for photometric in ("MONOCHROME2", "MONOCHROME1"):
         loaded = load_image(_dicom(stored, PhotometricInterpretation=photometric), rendering="voi-lut")
-        plain = image_module._min_max(stored)
+        plain = rendering_module.min_max(stored)
         assert loaded.rendering == "min-max"
         assert (_grey(loaded) == (plain if photometric == "MONOCHROME2" else 255 - plain)).all()
 

@@ -27,6 +27,7 @@ from lite.config import DecoderConfig, Quantization
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import Linear, linears_of
 from lite.errors import LiteError, MemoryBudgetError
+from lite.loading import load
 from lite.memory.counts import (
     _EXPANDED_VALUES,
     _REPACKED_VALUES,
@@ -52,7 +53,7 @@ from lite.memory.plan import (
 )
 from lite.memory.process import peak_rss_bytes, rss_bytes
 from lite.memory.sizes import parse_bytes, shown_bytes
-from lite.model import FindingsModel, load
+from lite.model import FindingsModel
 
 # GB of zeros that are stored for 7B in 8 bits, groups of 128: symmetric ones are all alike, and not kept in memory.
 ZEROS = 6.476 / 128
@@ -620,7 +621,7 @@ def test_a_peak_is_the_processes_own_and_not_its_parents() -> None:
     """What getrusage says of a child's peak is never less than its parent's when it was started."""
     ballast = bytearray(250 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    code = "from lite.memory import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from lite.memory.process import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (peak_rss_bytes() or 0) > len(ballast)
     assert int(done.stdout) < 150 << 20

@@ -37,8 +37,11 @@ from lite.errors import (
 )
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
+from lite.loading import load
 from lite.memory.plan import Planner
-from lite.model import Findings, FindingsModel, Study, StudyError, load
+from lite.model import FindingsModel
+from lite.studies.results import Findings, StudyError
+from lite.studies.study import Study
 from lite.vision import VisionEncoder
 
 REASONS = [None, "cough", "Fever and shortness of breath for three days, rule out pneumonia.", "", "chest pain"]

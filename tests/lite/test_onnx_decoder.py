@@ -36,8 +36,10 @@ from lite.errors import ArtifactError, ContextLengthError, LiteError
 from lite.eval.divergence import compare_logits
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
-from lite.model import Findings, FindingsModel, Study
+from lite.model import FindingsModel
 from lite.studies.readers import read_studies
+from lite.studies.results import Findings
+from lite.studies.study import Study
 
 PROMPTS = [
     [1, 30, 31, IMAGE_TOKEN_ID, 40, 41, 42],

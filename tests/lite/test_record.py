@@ -38,7 +38,8 @@ from lite.eval.record import (
     take_record,
     write_record,
 )
-from lite.model import FindingsModel, load
+from lite.loading import load
+from lite.model import FindingsModel
 from lite.studies.readers import ListedStudy, sha256_of_studies
 
 EOS = 2
