@@ -21,8 +21,8 @@ help:  ## list the targets
 venv: $(STAMP)  ## make .venv with everything in it, or bring it up to date
 
 $(STAMP): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: got no $(PYTHON) · expected Python 3.10 or newer · install it, or: make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: got $$($(PYTHON) --version) · expected Python 3.10 or newer · name another one: make PYTHON=python3.12"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "make: got no $(PYTHON) · expected Python 3.11 or newer · install it, or: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: got $$($(PYTHON) --version) · expected Python 3.11 or newer · name another one: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
 	@echo "Installing into $(VENV) (the first time downloads a few hundred MB; with CUDA builds of torch a few GB) ..."
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
@@ -78,7 +78,6 @@ $(PEERS_STAMP): benchmarks/peers-requirements.txt
 	@touch $@
 
 $(INTEROP_STAMP): benchmarks/interop-requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: got $$($(PYTHON) --version) · expected Python 3.11 or newer for the peers · name another one: make interop PYTHON=python3.12"; exit 1; }
 	@test -x $(INTEROP_VENV)/bin/python && $(INTEROP_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(INTEROP_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
 	@echo "Installing the peers into $(INTEROP_VENV) (1.7 GB; with CUDA builds of torch a few GB more) ..."
 	@$(INTEROP_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/interop-requirements.txt

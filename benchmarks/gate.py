@@ -23,6 +23,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,6 @@ from lite.studies.readers import ListedStudy, read_studies, sha256_of_studies
 
 if TYPE_CHECKING:
     from lite.engines.torch_engine.decoder import LlamaDecoder
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 GATES: Final = ROOT / "benchmarks" / "gates.toml"
 STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"

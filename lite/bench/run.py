@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -72,7 +72,7 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
         LiteError: the record cannot be read, or is about other studies. What is wrong with one artifact alone makes
             a `FailedRow`.
     """
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     data_sha256 = sha256_of_studies(job.studies)
     record = read_record(job.record) if job.record is not None else None
     if record is not None:

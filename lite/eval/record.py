@@ -26,7 +26,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -218,7 +218,7 @@ def take_record(
     first, manifest = drafts[0], model.artifact.manifest
     info = RecordInfo(
         created_by=f"llava-rad-lite {__version__}",
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         notice=model.notice,
         artifact_id=model.artifact.id,
         model=manifest.model,

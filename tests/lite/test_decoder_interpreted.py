@@ -24,7 +24,11 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("triton", reason="Triton is for Linux only")
     out = tmp_path_factory.mktemp("interpreted")
     # One thread: the tensors are tiny, and two threads would only wait for one another.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests/lite"}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/lite",
+    }
     command = [sys.executable, str(ROOT / "tests" / "interpreted_decoder.py"), str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from lite.image import files as image_module
-from lite.image import rendering as rendering_module
 from lite.config import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, Preprocessing
 from lite.errors import BackendUnavailable, ImageError
+from lite.image import files as image_module
+from lite.image import rendering as rendering_module
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.image.rendering import LoadedImage, equalize_hist, mimic_cxr_jpg

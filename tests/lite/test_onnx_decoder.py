@@ -669,7 +669,6 @@ def test_a_full_disk_leaves_everything_and_is_told_in_words(
 def test_an_onnx_runtime_without_an_int8_cache_writes_the_float_one(
     own_gptq_artifact: Path, films: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The newest one for Python 3.10 is 1.23."""
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
