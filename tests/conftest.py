@@ -40,6 +40,20 @@ Provide a description of the findings in the radiology image given the following
 There is a small left pleural effusion. Mild cardiomegaly. Right lower lobe consolidation, 3.4 cm."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run what is marked `full` or `gpu`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `full` or `gpu`, unless --full asks for it."""
+    if config.getoption("full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full") or item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def tokenizer_model() -> bytes:
     """A SentencePiece model with Llama's settings: BPE, byte fallback, no normalisation, spaces kept."""
