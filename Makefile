@@ -69,12 +69,12 @@ PEERS_VENV := build/peers-venv
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
 peers: $(STAMP) $(PEERS_STAMP)  ## time other engines at the same shapes: make peers ARGS="--layers 4"
-	@$(BIN)/python -m benchmarks peers $(ARGS)
+	@$(BIN)/python -m benchmarks speed peers $(ARGS)
 
-$(PEERS_STAMP): benchmarks/peers-requirements.txt
+$(PEERS_STAMP): benchmarks/speed/peers-requirements.txt
 	@test -x $(PEERS_VENV)/bin/python && $(PEERS_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
 	@echo "Building llama.cpp into $(PEERS_VENV) (takes a C++ compiler, and a quarter of an hour on 2 cores) ..."
-	@$(PEERS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/peers-requirements.txt
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/speed/peers-requirements.txt
 	@touch $@
 
 $(INTEROP_STAMP): benchmarks/interop-requirements.txt

@@ -12,20 +12,16 @@ from typing import Final
 COMMANDS: Final = {
     "demo": ("benchmarks.demo", "export the phantom model in 4 bits, draft findings for a few films, show the truth"),
     "engines": ("benchmarks.engines", "compare the onnx engine with torch on one artifact: texts, KL, time"),
-    "full-depth": ("benchmarks.full_depth", "measure random weights of the real widths; compute what 32 layers take"),
     "gate": ("benchmarks.gate", "compare today's exports with the baselines: quality, bytes, memory, imports, time"),
-    "gpu": ("benchmarks.gpu", "the whole runtime on a GPU, at full size with random weights, beside other libraries"),
-    "kernels": ("benchmarks.kernels", "check the GPU kernels one by one, and time them beside other libraries'"),
-    "peers": ("benchmarks.peers", "time other runtimes on the same shapes, whichever are installed"),
-    "profile": ("benchmarks.onnx_profile", "where the onnx engine's time goes, operator by operator, and how fast"),
     "phantom": ("benchmarks.phantom.__main__", "synthetic films with known findings, and the small model for them"),
     "quantisation": ("benchmarks.quantisation", "what each decoder format costs and takes, in one table"),
     "slim": (
         "benchmarks.slim",
         "install base and cpu extras alone, without torch, draft with them, say what they take",
     ),
-    "synthetic": ("benchmarks.synthetic", "write a checkpoint of the real shapes with random weights"),
-    "v100": ("benchmarks.v100", "the fp16 figures of a V100, each measured, published or modelled"),
+    "speed": ("benchmarks.speed", "time and memory: kernels, gpu, peers, profile, depth"),
+    "synthetic": ("benchmarks.speed.synthetic", "write a checkpoint of the real shapes with random weights"),
+    "v100": ("benchmarks.speed.v100", "the fp16 figures of a V100, each measured, published or modelled"),
 }
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.layout import (
+from benchmarks.phantom.layout import (
     GENERATION_CONFIG,
     LORA_TARGETS,
     SPECIAL_TOKENS_MAP,

@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: on a CPU, at small shapes, each section's arithmetic; and what is wrong is not timed."""
+"""`python -m benchmarks speed gpu` on a CPU, at small shapes: each section, and what is wrong is not timed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from conftest import ROOT
 from recording import record
 from torch import nn
 
-from benchmarks.gpu import batches, check, decode, few_sms, int8_cache, memory, model, prefill
-from benchmarks.gpu.command import (
+from benchmarks.speed.gpu import batches, check, decode, few_sms, int8_cache, memory, model, prefill
+from benchmarks.speed.gpu.command import (
     QUICK,
     SECTIONS,
     Section,
@@ -31,10 +31,10 @@ from benchmarks.gpu.command import (
     measure_sections,
     setting_of,
 )
-from benchmarks.gpu.decoding import Decoding, time_in_turns, tokens_seen
-from benchmarks.gpu.rig import Clock, HostClock, Report, Rig, Setting
-from benchmarks.kernels import Shapes, Unavailable
-from benchmarks.peers.lite_decoder import weight_bytes
+from benchmarks.speed.gpu.decoding import Decoding, time_in_turns, tokens_seen
+from benchmarks.speed.gpu.rig import Clock, HostClock, Report, Rig, Setting
+from benchmarks.speed.kernels import Shapes, Unavailable
+from benchmarks.speed.peers.lite_decoder import weight_bytes
 from kernels.gptq import GptqWeight
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
@@ -620,7 +620,7 @@ from compile_kernels import NoGpu
 from triton.runtime import driver
 cards = NoGpu()
 driver.set_active(cards)
-from benchmarks.gpu import smid
+from benchmarks.speed.gpu import smid
 for cards.capability in (70, 86, 90):
     kernel = smid._note_kernel.run(torch.empty(64, dtype=torch.int32), grid=(64,), warmup=True, num_warps=1)
     print("%smid" in kernel.asm["ptx"], len(kernel.asm["cubin"]) > 0)
@@ -638,7 +638,7 @@ for cards.capability in (70, 86, 90):
 def test_on_a_gpu(tmp_path: Path) -> None:
     """The command as it is, but for two layers; in a process of its own, all of which its memory limit is for."""
     file = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--quick", "--layers", "2", "--rows", "1", "2"]
+    command = [sys.executable, "-m", "benchmarks", "speed", "gpu", "--quick", "--layers", "2", "--rows", "1", "2"]
     command += ["--skip", "kernels", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from test_synthetic import SMALL
 
-from benchmarks import full_depth
-from benchmarks.full_depth import fit, main
-from benchmarks.synthetic import write_checkpoint
+from benchmarks.speed import depth as full_depth
+from benchmarks.speed.depth import fit, main
+from benchmarks.speed.synthetic import write_checkpoint
 
 
 def test_a_straight_line_is_found_and_foretells_the_deepest() -> None:

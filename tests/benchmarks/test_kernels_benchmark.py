@@ -1,4 +1,4 @@
-"""`python -m benchmarks kernels`: what it measures is right first, and without a GPU it says so."""
+"""`python -m benchmarks speed kernels`: what it measures is right first, and without a GPU it says so."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernels as benchmark
-from benchmarks.kernels import Call, Contender, Shapes, Timed, Unavailable, contenders, main, measure, table
+from benchmarks.speed import kernels as benchmark
+from benchmarks.speed.kernels import Call, Contender, Shapes, Timed, Unavailable, contenders, main, measure, table
 from lite.bench.measure import quantiles
 
 SMALL = Shapes(hidden_size=64, inner=96, heads=4, kv_heads=2, head_dim=16, vocab_size=40, num_cached_tokens=70)

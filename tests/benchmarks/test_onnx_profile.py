@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import onnx_profile
-from benchmarks.onnx_profile import format_profile, main, profile_decoder, split_runs
+from benchmarks.speed import profile as onnx_profile
+from benchmarks.speed.profile import format_profile, main, profile_decoder, split_runs
 from lite.artifact.open import Artifact, load_artifact
 from lite.memory.counts import onnx_linear_bytes, onnx_linear_shapes
 
@@ -103,7 +103,7 @@ def test_the_command_line(
     assert written["artifact_id"] == load_artifact(path).id
     assert written["num_prompt_tokens"] == context - 4
     assert {part["name"] for part in written["decode"]["parts"]} >= {"qkv", "lm_head"}
-    assert written["command"].startswith("python -m benchmarks profile ")
+    assert written["command"].startswith("python -m benchmarks speed profile ")
     for wrong, message in (
         ([str(tiny_artifact.path)], "got an artifact without decoder.onnx"),
         ([path, "--new-tokens", "1"], "expected 2 of each at least"),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks peers`, on a model of a few thousand weights: the engines that are installed, and those not.
+"""`python -m benchmarks speed peers`, on a model of a few thousand weights: engines that are installed, and not.
 
 llama.cpp lives in an environment of its own; where there is none, its rows say so.
 """
@@ -23,17 +23,17 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks.peers import lite_decoder, lite_onnx, main, measure, onnx_artifact, worker
-from benchmarks.peers.engine import Engine, Unavailable
-from benchmarks.peers.engines import PEERS_PYTHON, REFERENCE, SPECS
-from benchmarks.peers.estimate import Costs, Line, estimate, measured_costs, modelled_costs
-from benchmarks.peers.lite_decoder import LiteEngine, TinygemmLinear, round_to_groups
-from benchmarks.peers.llamacpp import gguf_name
-from benchmarks.peers.measure import Depth, Measured, NoRow, Row, Runner, Setting, groups, needed_bytes
-from benchmarks.peers.ratios import THEIRS, Ratios, against_llama_cpp
-from benchmarks.peers.report import format_report, prefill_flop
-from benchmarks.peers.weights import Model
-from benchmarks.synthetic import Widths
+from benchmarks.speed.peers import lite_decoder, lite_onnx, main, measure, onnx_artifact, worker
+from benchmarks.speed.peers.engine import Engine, Unavailable
+from benchmarks.speed.peers.engines import PEERS_PYTHON, REFERENCE, SPECS
+from benchmarks.speed.peers.estimate import Costs, Line, estimate, measured_costs, modelled_costs
+from benchmarks.speed.peers.lite_decoder import LiteEngine, TinygemmLinear, round_to_groups
+from benchmarks.speed.peers.llamacpp import gguf_name
+from benchmarks.speed.peers.measure import Depth, Measured, NoRow, Row, Runner, Setting, groups, needed_bytes
+from benchmarks.speed.peers.ratios import THEIRS, Ratios, against_llama_cpp
+from benchmarks.speed.peers.report import format_report, prefill_flop
+from benchmarks.speed.peers.weights import Model
+from benchmarks.speed.synthetic import Widths
 from lite.artifact.open import Artifact, load_artifact
 from lite.bench.measure import quantiles
 from lite.bench.results import Missing
@@ -125,7 +125,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure.Worker, "ask", die_in_a_round)
         patch.setattr(measure, "measured_bandwidth", lambda _: 1e9)
-        patch.setattr("benchmarks.peers.command.SPECS", (REFERENCE, SPEC["tinygemm int4"], wrong, absent))
+        patch.setattr("benchmarks.speed.peers.command.SPECS", (REFERENCE, SPEC["tinygemm int4"], wrong, absent))
         out = tmp_path_factory.mktemp("troubled") / "peers.json"
         return Ran(out, "--limit-s", "1e-9", "--engines", "tinygemm int4", wrong.name, absent.name)
 
@@ -192,7 +192,7 @@ def test_the_document_says_what_the_figures_depend_on(ran: Ran) -> None:
     assert document["setting"]["threads"] == 1
     assert document["setting"]["model"]["config"]["hidden_size"] == 128
     assert {"torch", "onnxruntime", "onnx"} <= document["versions"].keys()
-    assert document["command"].startswith("python -m benchmarks peers --widths 128")
+    assert document["command"].startswith("python -m benchmarks speed peers --widths 128")
     assert f"- Command: `{document['command']}`." in ran.table
     assert document["machine"] in ran.table
     assert "modelled_32_layers" in ran.rows["lite dense"]
@@ -287,7 +287,7 @@ def test_whoever_ends_a_worker_ends_what_it_has_started(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_the_workers() -> None:
-    command = [sys.executable, "-m", "benchmarks.peers", *TINY, "--rounds", "100000", "--engines", REFERENCE.name]
+    command = [sys.executable, "-m", "benchmarks.speed.peers", *TINY, "--rounds", "100000", "--engines", REFERENCE.name]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stderr is not None
         assert any(line.startswith("round 1") for line in process.stderr)

@@ -19,11 +19,11 @@ import sentencepiece
 import torch
 from random_checkpoint import load
 
-from benchmarks import synthetic
 from benchmarks.phantom.findings import sample_study
 from benchmarks.phantom.report import write_findings
 from benchmarks.phantom.tokenizer import VOCAB_SIZE
-from benchmarks.synthetic import Widths, main, make_tokenizer, write_checkpoint
+from benchmarks.speed import synthetic
+from benchmarks.speed.synthetic import Widths, main, make_tokenizer, write_checkpoint
 from export import forward
 from export.checkpoint import Checkpoint, adapter_shapes, base_shapes, open_checkpoint
 from lite.config import DecodingDefaults, PromptTemplate
@@ -360,7 +360,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from pathlib import Path
-from benchmarks.synthetic import Widths, write_checkpoint
+from benchmarks.speed.synthetic import Widths, write_checkpoint
 from lite.errors import LiteError
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 try:
@@ -385,7 +385,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     """Interrupt the real command once its temporary folder is there: it has seconds of work left."""
     # Whoever runs the tests in the background has them ignore SIGINT, and the process would inherit that.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from benchmarks.synthetic import main; sys.exit(main())"
+    code += "from benchmarks.speed.synthetic import main; sys.exit(main())"
     out = tmp_path / "out"
     process = run(code, str(out), "--layers", "1")
     deadline = time.monotonic() + 120

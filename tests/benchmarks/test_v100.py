@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.synthetic import Widths
-from benchmarks.v100 import DECODER, VISION, counts, entry, entry_text, main
+from benchmarks.speed.synthetic import Widths
+from benchmarks.speed.v100 import DECODER, VISION, counts, entry, entry_text, main
 from lite.bench.roofline import V100_ENTRY, read_reference_card
 from lite.config import DecoderConfig
 
 
 def test_the_committed_file_is_what_the_code_gives() -> None:
-    assert V100_ENTRY.read_text(encoding="utf-8") == entry_text(), "run: python -m benchmarks.v100 --out"
+    assert V100_ENTRY.read_text(encoding="utf-8") == entry_text(), "run: python -m benchmarks v100 --out"
 
 
 def test_nothing_is_called_measured_and_all_have_an_origin() -> None:

@@ -184,9 +184,9 @@ def test_a_step_that_waits_for_the_gpu_is_not_captured_and_does_no_harm() -> Non
     """A capture that really fails, in a process of its own: what it may leave behind would reach other tests."""
     code = """
 import functools, torch
-from benchmarks.gpu import model
-from benchmarks.gpu.rig import Rig, Setting
-from benchmarks.kernels import Shapes
+from benchmarks.speed.gpu import model
+from benchmarks.speed.gpu.rig import Rig, Setting
+from benchmarks.speed.kernels import Shapes
 from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 
 device = torch.device("cuda", torch.cuda.current_device())
@@ -298,7 +298,7 @@ def test_a_batch_of_films_has_the_texts_of_each_alone(
 @functools.cache
 def real_rig() -> Any:
     """A rig of the whole model: 32 layers of random weights in 4 bits."""
-    from benchmarks.gpu.rig import Rig, Setting
+    from benchmarks.speed.gpu.rig import Rig, Setting
 
     device = torch.device("cuda", torch.cuda.current_device())
     return Rig.of_gpu(dataclasses.replace(Setting(), memory_bytes=torch.cuda.mem_get_info()[1]), device)
@@ -307,7 +307,7 @@ def real_rig() -> Any:
 @CACHES
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_memory_plan_is_right_within_5_percent(rows: int, cache_dtype: Any) -> None:
-    from benchmarks.gpu import memory
+    from benchmarks.speed.gpu import memory
 
     planned = memory.plan(real_rig(), rows, cache_dtype)
     torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, counts
+from benchmarks.speed.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, counts
 from export.checkpoint import TowerConfig
 from export.forward import image_features
 from lite.artifact.manifest import TowerShape, VisionPart

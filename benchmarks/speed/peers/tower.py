@@ -1,0 +1,39 @@
+"""The process of the vision tower: `python -m benchmarks.speed.peers.tower ARTIFACT DEVICE`, started by `measure`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.speed.peers.worker import serve
+from lite.artifact.open import load_artifact
+from lite.vision import VisionEncoder
+
+
+class Tower:
+    """The tower of an artifact, and an image of noise."""
+
+    def __init__(self, path: str, device: str) -> None:
+        """Load the tower, and run it once untimed."""
+        artifact = load_artifact(path)
+        self.encoder = VisionEncoder(artifact, device=device)
+        size = artifact.manifest.vision.image_size
+        self.pixel_values = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
+        self.encoder(self.pixel_values)
+
+    def about(self) -> dict[str, Any]:
+        """Say what computes."""
+        return {"provider": self.encoder.provider}
+
+    def round(self) -> dict[str, Any]:
+        """Time an image."""
+        started = time.perf_counter()
+        self.encoder(self.pixel_values)
+        return {"seconds": time.perf_counter() - started}
+
+
+if __name__ == "__main__":
+    sys.exit(serve(lambda: Tower(*sys.argv[1:])))
