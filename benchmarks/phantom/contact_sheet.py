@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 import textwrap
 from pathlib import Path
 
@@ -62,20 +60,3 @@ def contact_sheet(out: Path, *, count: int = 24, seed: int = 0, film_size: int =
     out.parent.mkdir(parents=True, exist_ok=True)
     page([sample_study(number) for number in range(seed, seed + count)], film_size=film_size).save(out)
     return out
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m benchmarks.phantom.contact_sheet OUT`."""
-    parser = argparse.ArgumentParser(description="Save a page of phantom films with their findings as captions.")
-    parser.add_argument("out", type=Path, help="PNG to write")
-    parser.add_argument("--count", type=int, default=24, help="how many films")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first film")
-    parser.add_argument("--film-size", type=int, default=_TILE, help="pixels of each film (112: what the model sees)")
-    options = parser.parse_args(arguments)
-    contact_sheet(options.out, count=options.count, seed=options.seed, film_size=options.film_size)
-    sys.stdout.write(f"{options.out}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from benchmarks.phantom.contact_sheet import caption, contact_sheet, displayed
-from benchmarks.phantom.film import REGION_GRID, Film, draw_film
+from benchmarks.phantom.film import Film, draw_film
 from benchmarks.phantom.findings import DRAWN_LABELS, Finding, Study, View, sample_study
+from benchmarks.phantom.scene import REGION_GRID
 from lite.eval.labels import Size, Zone
+from lite.image.rendering import mimic_cxr_jpg
 
+REFERENCES = ROOT / "benchmarks" / "references" / "phantom"
 SIZES: tuple[Size, ...] = ("small", "moderate", "large")
 ONE_SIDED = [
     *(Finding(label="Pleural Effusion", side="right", size=size) for size in SIZES),
@@ -78,6 +83,20 @@ def test_same_seed_same_film_and_another_seed_another() -> None:
     np.testing.assert_array_equal(first.stored, again.stored)
     np.testing.assert_array_equal(first.regions, again.regions)
     assert np.any(first.stored != other.stored)
+
+
+def test_films_are_drawn_as_they_were_when_the_model_was_trained() -> None:
+    """The committed films show every kind of finding; another OpenCV changes a few pixels by a few grey levels."""
+    seen = set()
+    for entry in json.loads((REFERENCES / "studies.json").read_text(encoding="utf-8")):
+        drawn_study = sample_study(entry["phantom"]["seed"])
+        seen |= {finding.device or finding.label for finding in drawn_study.findings}
+        now = mimic_cxr_jpg(draw_film(drawn_study).stored, monochrome1=False).astype(int)
+        apart = np.abs(now - np.asarray(Image.open(REFERENCES / entry["image"])))
+        assert apart.max() < 16
+        assert apart.mean() < 0.01
+    devices = {"endotracheal tube", "central venous line", "pacemaker"}
+    assert seen == {*DRAWN_LABELS, *devices} - {"No Finding", "Support Devices"}
 
 
 @pytest.mark.parametrize("size", [112, 128, 384])
