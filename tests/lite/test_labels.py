@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.phantom.findings import sample_study
 from benchmarks.phantom.report import write_findings
-from lite.eval import label_phrases
-from lite.eval.labels import LABELS, Label, Mention, Reading, read_labels, read_mentions, to_chexpert
+from lite.eval.labels import LABELS, Label, Mention, Reading, read_labels, read_mentions
+from lite.eval.labels.vocabulary import table
 
 SHORT: dict[str, Label] = {
     "nothing": "No Finding",
@@ -847,15 +847,9 @@ def test_no_finding_ignores_devices_but_not_abnormalities_without_a_label() -> N
 
 
 def test_every_table_of_phrases_is_keyed_by_labels() -> None:
-    assert set(label_phrases.FINDINGS) == set(LABELS) - {"No Finding"}
-    for table in (label_phrases.DOUBTFUL_FINDINGS, label_phrases.EXCLUSIONS, label_phrases.STRUCTURES):
-        assert set(table) < set(LABELS)
-
-
-def test_cells_of_the_csv() -> None:
-    cells = to_chexpert(read_labels("Small effusion, no pneumothorax, possible pneumonia."))
-    assert tuple(cells) == LABELS
-    assert (cells["Pleural Effusion"], cells["Pneumothorax"], cells["Pneumonia"], cells["Edema"]) == (1, 0, -1, None)
+    assert set(table("findings")) == set(LABELS) - {"No Finding"}
+    for name in ("doubtful_findings", "exclusions", "structures"):
+        assert set(table(name)) < set(LABELS)
 
 
 @pytest.mark.parametrize("text", [None, "", " \n\t ", "___", "...", "XXXX XXXX", "12345", "心臓は正常"])

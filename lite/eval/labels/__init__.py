@@ -1,0 +1,169 @@
+"""CheXpert-14 labels, with side, zone and size, read from the findings text of a radiology report by rules.
+
+The pipeline, one short function per arrow (the vocabulary is in `phrases.toml`):
+
+    report ──► sections ──► sentences ──► clauses ──► mentions ──► status ──► side, zone, size ──► one reading a label
+
+1. Sections that say why or how the exam was done (indication, technique, comparison) are left out.
+2. A sentence is cut into clauses wherever a new assertion begins: after "but", "except for", and at a comma, "and" or
+   "with" that has a predicate of its own on both sides. Nothing said in one clause denies anything in another.
+3. A mention is a phrase that names a finding, or a piece of anatomy with a state: "the heart is enlarged".
+4. Its status comes from the cues around it. Reading left to right, "no" opens a denial and "may represent" a doubt, and
+   both reach as far as the list that they govern; "has resolved" and "cannot be excluded" act backwards, on the
+   subject and what is joined to it. "No change in" only looks like a denial.
+5. Side, zone and size come from the words that modify the mention: "small left effusion", "effusion on the left".
+
+Conventions are those of CheXpert (Irvin et al. 2019) where that paper, its rules or its annotators' directions say
+something. What may surprise:
+
+* Among the mentions of a label positive wins over uncertain, uncertain over negative; none at all is "absent".
+* Labels are mention-based: no label implies its parent. "Opacity, possibly pneumonia" is Lung Opacity positive and
+  Pneumonia uncertain; a consolidation alone is no Lung Opacity.
+* A normal heart or mediastinum is a negative mention; one that is only "stable", "unchanged", borderline, prominent or
+  obscured is uncertain. "Cardiac and mediastinal contours" speaks of both labels, "cardiomediastinal silhouette" of
+  Enlarged Cardiomediastinum alone.
+* Clear lungs are Lung Opacity negative, sharp costophrenic angles Pleural Effusion negative, blunted ones uncertain,
+  normal vessels Edema negative, congested ones uncertain. Heart failure is Edema positive and Cardiomegaly uncertain.
+* "No new X", "X or Y" outside a denial, "X versus Y" and "likely X" are uncertain; "consistent with X" is positive,
+  "X is unlikely" negative. "No acute osseous abnormality" does not mention fractures.
+* No Finding is positive when nothing else but Support Devices is positive or uncertain, abnormalities without a label
+  of their own (emphysema, scoliosis, calcification) included; otherwise it is absent.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+from lite.eval.labels.mentions import classify, name_findings, read_structures
+from lite.eval.labels.places import SIZES, attribute, share_places, union
+from lite.eval.labels.readings import LABELS, Found, Label, Mention, Reading, Side, Size, Status, Zone
+from lite.eval.labels.sentences import clauses, sentences
+from lite.eval.labels.vocabulary import phrase
+
+__all__ = [
+    "LABELS", "Label", "Mention", "Reading", "Side", "Size", "Status", "Zone", "read_labels", "read_mentions",
+]  # fmt: skip
+
+_EXTUBATED = phrase("extubated")
+_STATUS_ORDER: tuple[Status, ...] = ("positive", "uncertain", "negative")
+
+
+def read_mentions(text: str | None) -> list[Mention]:
+    """List every mention of a label in a report, in reading order.
+
+    Args:
+        text: a findings section, an impression, or a whole report; None counts as empty.
+    """
+    report = text or ""
+    return [
+        Mention(
+            label=found.label,
+            status=found.status,
+            side=found.side,
+            zone=found.zone,
+            size=found.size,
+            text=report[found.start : found.end],
+            start=found.start,
+            end=found.end,
+        )
+        for found in _read_report(report)
+        if found.label
+    ]
+
+
+def read_labels(text: str | None) -> dict[Label, Reading]:
+    """Read the fourteen labels from a report.
+
+    Args:
+        text: a findings section, an impression, or a whole report; None counts as empty.
+
+    Returns:
+        One reading per label, in CheXpert's order. The side is the union over the deciding mentions (left and right
+        make bilateral), the size their largest, the zone theirs if they agree on one.
+    """
+    found = list(_read_report(text or ""))
+    readings = {label: _aggregate([mention for mention in found if mention.label == label]) for label in LABELS}
+    abnormal = any(f.status in ("positive", "uncertain") and f.label != "Support Devices" for f in found)
+    readings["No Finding"] = Reading(status="absent" if abnormal else "positive")
+    return readings
+
+
+def _read_report(text: str) -> Iterator[Found]:
+    """Yield what every sentence says, at positions in the report."""
+    for start, end in sentences(text):
+        words = list(re.finditer(r"\S+", _plain(text[start:end])))
+        normalised = " ".join(word[0] for word in words)
+        # A sentence is read once however often it returns: "No pleural effusion or pneumothorax" returns a lot.
+        found_in_sentence = _read_sentence(normalised)
+        if not found_in_sentence:
+            continue
+        starts: list[int] = []
+        position = 0
+        for word in words:
+            starts.append(position)
+            position += len(word[0]) + 1
+        for found in found_in_sentence:
+            first, last = bisect_right(starts, found.start) - 1, bisect_right(starts, found.end - 1) - 1
+            yield replace(
+                found,
+                start=start + words[first].start() + found.start - starts[first],
+                end=start + words[last].start() + found.end - starts[last],
+            )
+
+
+_PLAIN = str.maketrans(dict.fromkeys("-_‐‑‒–—−\u00a0\u2009\u202f\ufeff", " ") | {"’": "'", "‘": "'", "`": "'"})
+
+
+def _plain(text: str) -> str:
+    """Lower the case and turn hyphens and underscores into spaces, keeping every character's position."""
+    lowered = text.lower()
+    if len(lowered) != len(text):
+        lowered = "".join(character.lower() if len(character.lower()) == 1 else character for character in text)
+    return lowered.translate(_PLAIN)
+
+
+@lru_cache(maxsize=4096)
+def _read_sentence(sentence: str) -> tuple[Found, ...]:
+    """Read one normalised sentence; positions are within it."""
+    named = name_findings(sentence)
+    read: list[Found] = []
+    for start, end in clauses(sentence):
+        clause = sentence[start:end]
+        inside = [item for item in named if start <= item.start < end]
+        for extubation in _EXTUBATED.finditer(clause):
+            span = (extubation.start() + start, extubation.end() + start)
+            read.append(Found(label="Support Devices", start=span[0], end=span[1], status="negative"))
+        named_here = {(item.label, place) for item in inside for place in range(item.start, item.end)}
+        states = [
+            state
+            for state in read_structures(clause, start)
+            if not any((state.label, place) in named_here for place in range(state.start, state.end))
+        ]
+        if inside:
+            read += attribute(sentence, start, end, classify(clause, start, inside))
+        read += states
+    read.sort(key=lambda item: (item.start, item.end))
+    return tuple(share_places(sentence, read))
+
+
+def _aggregate(found: list[Found]) -> Reading:
+    """Make one reading of a label's mentions: positive wins over uncertain, uncertain over negative."""
+    for status in _STATUS_ORDER:
+        deciding = [mention for mention in found if mention.status == status]
+        if not deciding:
+            continue
+        if status == "negative":
+            return Reading(status=status)
+        zones = {mention.zone for mention in deciding if mention.zone}
+        sizes = [mention.size for mention in deciding if mention.size]
+        return Reading(
+            status=status,
+            side=union(mention.side for mention in deciding if mention.side),
+            zone=zones.pop() if len(zones) == 1 else None,
+            size=max(sizes, key=SIZES.index) if sizes else None,
+        )
+    return Reading(status="absent")
