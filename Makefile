@@ -63,7 +63,7 @@ interop: $(STAMP) $(INTEROP_STAMP)  ## let transformers and gptqmodel read expor
 	        --decoder $${name%-g*} --group-size $${name##*-g} --method rtn \
 	        --out build/interop/$$name --overwrite --quiet > /dev/null || exit 1; \
 	done
-	@$(INTEROP_VENV)/bin/python -I benchmarks/interop.py $(INTEROP:%=build/interop/%)
+	@$(INTEROP_VENV)/bin/python -I benchmarks/quality/interop.py $(INTEROP:%=build/interop/%)
 
 PEERS_VENV := build/peers-venv
 PEERS_STAMP := $(PEERS_VENV)/.installed
@@ -77,10 +77,10 @@ $(PEERS_STAMP): benchmarks/speed/peers-requirements.txt
 	@$(PEERS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/speed/peers-requirements.txt
 	@touch $@
 
-$(INTEROP_STAMP): benchmarks/interop-requirements.txt
+$(INTEROP_STAMP): benchmarks/quality/interop-requirements.txt
 	@test -x $(INTEROP_VENV)/bin/python && $(INTEROP_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(INTEROP_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
 	@echo "Installing the peers into $(INTEROP_VENV) (1.7 GB; with CUDA builds of torch a few GB more) ..."
-	@$(INTEROP_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/interop-requirements.txt
+	@$(INTEROP_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/quality/interop-requirements.txt
 	@touch $@
 
 # The models in the tests are tiny: two processes of one thread each are faster than one of two threads.

@@ -329,7 +329,7 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
             f"-m benchmarks.phantom predict {_shown(artifact)} {_shown(listed)} --out {predictions}"
         ),
         "how good they are": f"-m benchmarks.phantom score {predictions}",
-        "what each format loses, on 240 films (half an hour)": "-m benchmarks.quantisation",
+        "what each format loses, on 240 films (half an hour)": "-m benchmarks quality formats",
         "the real checkpoint, from your own download": "-m export --help",
     }
     _say("Next:")

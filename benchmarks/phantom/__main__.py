@@ -1,4 +1,4 @@
-"""`python -m benchmarks.phantom`: write films, look at them, train the model, draft findings, score, compare."""
+"""`python -m benchmarks.phantom`: write films, look at them, train the model, draft findings, score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.phantom import loss, predict, score
+from benchmarks.phantom import predict, score
 from lite.errors import LiteError
 
 _EPILOG = """\
@@ -18,7 +18,6 @@ examples:
   python -m benchmarks.phantom write build/films --count 200 --seed 1
   python -m benchmarks.phantom predict build/demo/artifact build/films/studies.json --out build/predictions.jsonl
   python -m benchmarks.phantom score build/predictions.jsonl
-  python -m benchmarks.phantom loss build/films/studies.json --reference build/demo/artifact build/int4
 
 exit status: 0 done, 1 something was skipped or failed, 2 wrong use, 130 interrupted.
 """
@@ -95,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     for module, name, text in (
         (predict, "predict", "draft findings for a JSON list with an artifact"),
         (score, "score", "score drafted findings against the truth"),
-        (loss, "loss", "measure what quantised artifacts lose against fp16"),
     ):
         module.add_arguments(add(name, module.run, text))
     return parser

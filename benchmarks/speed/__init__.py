@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
 from typing import TYPE_CHECKING, Final
+
+from benchmarks.commands import run_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,15 +20,9 @@ COMMANDS: Final = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command with all arguments behind its name; return its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    return run_one_of(
+        COMMANDS,
+        argv,
         prog="python -m benchmarks speed",
         description="Measure time and memory: what is wrong is not timed, and each figure stands beside its yardstick.",
-        epilog=f"commands:\n{commands}\n\npython -m benchmarks speed COMMAND --help says more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below, with its arguments")
-    module, _ = COMMANDS[parser.parse_args(arguments[:1]).command]
-    status: int = importlib.import_module(module).main(arguments[1:])
-    return status

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import lite
-from benchmarks import demo, engines, quantisation
-from benchmarks.engines import ENGINES, PAIRS, compare_engines, main
+from benchmarks import demo
+from benchmarks.quality import engines
+from benchmarks.quality import formats as quantisation
+from benchmarks.quality.engines import ENGINES, PAIRS, compare_engines, main
 from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
 from lite.eval.labels import read_labels

@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lite
-from benchmarks import gate, slim
-from benchmarks.gate import Gate, Judged, WrongUseError, main, read_gates, update_baselines
-from benchmarks.quantisation import Setting, export_command
+from benchmarks.gates import gate, slim
+from benchmarks.gates.gate import Gate, Judged, WrongUseError, main, read_gates, update_baselines
+from benchmarks.quality.formats import Setting, export_command
 from export import OnnxSettings, add_onnx
 from export.__main__ import _parser
 from lite.artifact.open import Artifact

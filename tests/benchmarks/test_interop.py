@@ -22,11 +22,21 @@ from conftest import ROOT, random_llama, tiny_llama_config
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from benchmarks.interop import Comparison, InteropError, Reader, check, compare, main, our_logits, read_folder, table
+from benchmarks.quality.interop import (
+    Comparison,
+    InteropError,
+    Reader,
+    check,
+    compare,
+    main,
+    our_logits,
+    read_folder,
+    table,
+)
 from kernels.bnb import import_bitsandbytes
 
 VOCAB = 96
-REQUIREMENTS = ROOT / "benchmarks" / "interop-requirements.txt"
+REQUIREMENTS = ROOT / "benchmarks" / "quality" / "interop-requirements.txt"
 DOWN = "model.layers.1.mlp.down_proj"
 
 
@@ -159,7 +169,7 @@ def test_a_head_may_have_more_bits_than_the_rest(tmp_path: Path) -> None:
 def test_our_logits_are_those_of_the_plain_model(tmp_path: Path) -> None:
     plain = write_gptq(tmp_path)
     folder = read_folder(tmp_path)
-    from benchmarks.interop import sequences
+    from benchmarks.quality.interop import sequences
 
     with torch.inference_mode():
         expected = llama(plain)(sequences(VOCAB)).logits
@@ -263,7 +273,7 @@ def test_a_peer_that_only_rounds_agrees(tmp_path: Path, dtype: torch.dtype, weig
 
 
 def test_weights_are_asked_for_a_few_inputs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.interop._PROBE_ROWS", 100)  # 128 and 256 inputs: the last few are fewer
+    monkeypatch.setattr("benchmarks.quality.interop._PROBE_ROWS", 100)  # 128 and 256 inputs: the last few are fewer
     row = compared(tmp_path, peer(write_gptq(tmp_path)))
     assert (row.wrong, row.weights) == ("", "ours in float32")
 
@@ -366,8 +376,8 @@ def test_what_a_peer_cannot_do_is_skipped_with_the_reason(tmp_path: Path, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())  # as if all were installed
     plain = write_gptq(tmp_path / "row", 4, -1)
     write_gptq(tmp_path / "head", 8, 64, head_bits=8)
-    monkeypatch.setattr("benchmarks.interop._load_gptq_in_float32", lambda _: llama(plain))
-    monkeypatch.setattr("benchmarks.interop._load_by_gptqmodel", lambda _: 1 / 0)
+    monkeypatch.setattr("benchmarks.quality.interop._load_gptq_in_float32", lambda _: llama(plain))
+    monkeypatch.setattr("benchmarks.quality.interop._load_by_gptqmodel", lambda _: 1 / 0)
     by_reader = {row.reader: row for row in check([tmp_path / "row"], lambda _: None)}
     assert [reader for reader, row in by_reader.items() if row.skipped] == ["transformers", "gptqmodel"]
     assert "group size -1" in by_reader["gptqmodel"].skipped
@@ -382,7 +392,7 @@ def test_a_folder_that_is_not_there_ends_the_command(tmp_path: Path, capsys: pyt
 
 
 def test_it_runs_where_this_project_cannot_be_imported() -> None:
-    command = [sys.executable, "-I", str(ROOT / "benchmarks" / "interop.py")]
+    command = [sys.executable, "-I", str(ROOT / "benchmarks" / "quality" / "interop.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2, done.stderr
     assert "the following arguments are required: DIR" in done.stderr

@@ -16,10 +16,10 @@ from conftest import write_tiny_artifact
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from benchmarks.phantom.__main__ import main
-from benchmarks.phantom.loss import Loss, Reference, measure_loss, take_reference
 from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
+from benchmarks.quality import artifacts
+from benchmarks.quality.artifacts import Loss, Reference, measure_loss, take_reference
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
@@ -179,8 +179,8 @@ def test_a_candidate_is_refused_before_anything_is_computed(
     tmp_path: Path, tiny_artifact: Artifact, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     no_list = str(tmp_path / "none.json")
-    command = ["loss", no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
-    assert main(command) == 1
+    command = [no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
+    assert artifacts.main(command) == 1
     assert "error: " in (err := capsys.readouterr().err)
     assert "got tokenizer sha256" in err
 
@@ -188,8 +188,8 @@ def test_a_candidate_is_refused_before_anything_is_computed(
 def test_the_command_prints_a_table(
     listed: Path, demo_artifact: Artifact, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["loss", str(listed), "--reference", str(demo_artifact.path), str(damaged)]
-    assert main([*command, "--limit", "2", "--device", "cpu"]) == 0
+    command = [str(listed), "--reference", str(demo_artifact.path), str(damaged)]
+    assert artifacts.main([*command, "--limit", "2", "--device", "cpu"]) == 0
     header, rule, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     columns = [cell.strip() for cell in header.split("|")[1:-1]]
     assert {len(line) for line in (rule, *rows)} == {len(header)}
@@ -207,8 +207,8 @@ def test_a_candidate_that_cannot_compute_does_not_stop_the_others(
 ) -> None:
     broken = scaled_copy(demo_artifact, tmp_path / "broken", math.inf)
     itself = str(demo_artifact.path)
-    command = ["loss", str(listed), "--reference", itself, str(broken), str(damaged), itself]
-    assert main([*command, "--limit", "2", "--device", "cpu", "--json"]) == 1
+    command = [str(listed), "--reference", itself, str(broken), str(damaged), itself]
+    assert artifacts.main([*command, "--limit", "2", "--device", "cpu", "--json"]) == 1
     shown = capsys.readouterr()
     assert f"error: {broken}: " in shown.err
 

@@ -11,8 +11,8 @@ import pytest
 import random_checkpoint
 from conftest import CHECKPOINT
 
-from benchmarks import quantisation
-from benchmarks.quantisation import (
+from benchmarks.quality import formats as quantisation
+from benchmarks.quality.formats import (
     CALIBRATION_SEED,
     REFERENCE,
     ROWS,
@@ -165,7 +165,7 @@ def test_it_says_what_it_was_measured_on(table: tuple[int, str, Path]) -> None:
     assert (len(held_out), len(calibration)) == (2, 2)
     assert not {study.id for study in held_out} & {study.id for study in calibration}
     assert f"2 films of seed {quantisation.SEED}; calibrated on 2 films of seed {CALIBRATION_SEED}" in values["films"]
-    assert values["command"].startswith("python -m benchmarks.quantisation --films 2 ")
+    assert values["command"].startswith("python -m benchmarks quality formats --films 2 ")
     assert {"Python", "torch", "onnxruntime"} <= set(values["versions"])
     assert " of " in values["machine"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks import slim
-from benchmarks.slim import Probe, Slim, main
+from benchmarks.gates import slim
+from benchmarks.gates.slim import Probe, Slim, main
 from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
 from lite.errors import LiteError

@@ -6,7 +6,7 @@
     benchmarks/references ─┬─ films ───────────────────────┼─ drafted freely ──────▶ label F1 against the reports
                            └─ fp16 record ─────────────────┴─ along its texts ─────▶ KL, same top token
                                                                         │
-    benchmarks/gates.toml ── baseline, tolerance, what is worse ────────┴──────────▶ pass, REGRESSION, no baseline
+    gates.toml ─────────── baseline, tolerance, what is worse ──────────┴──────────▶ pass, REGRESSION, no baseline
 
 The exact gates depend on no clock and run wherever there is a CPU, on which everything is computed. The timed ones are
 ratios within one run, its artifacts taking turns film by film, and are asked for with `--timed`.
@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import lite
-from benchmarks import slim
 from benchmarks.demo import CALIBRATION_SEED, CHECKPOINT, NUM_CALIBRATION_FILMS, ROOT, TOKEN_WEIGHTS
-from benchmarks.engines import Compared, compare_drafts, draft_in_turns, load_engines
+from benchmarks.gates import slim
 from benchmarks.phantom.write import write_studies
-from benchmarks.quantisation import Row, Setting, export_command, measured_run
+from benchmarks.quality.engines import Compared, compare_drafts, draft_in_turns, load_engines
+from benchmarks.quality.formats import Row, Setting, export_command, measured_run
 from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, VISION_NAME
 from lite.artifact.open import Artifact
 from lite.bench.machine import machine, versions
@@ -50,7 +50,7 @@ from lite.studies.readers import ListedStudy, read_studies, sha256_of_studies
 if TYPE_CHECKING:
     from lite.engines.torch_engine.decoder import LlamaDecoder
 
-GATES: Final = ROOT / "benchmarks" / "gates.toml"
+GATES: Final = Path(__file__).with_name("gates.toml")
 STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
 RECORD: Final = ROOT / "benchmarks" / "references" / "phantom_fp16.json"
 OUT: Final = ROOT / "build" / "gate"
@@ -488,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
         "130 interrupted.",
     )
     parser.add_argument(
-        "--gates", type=Path, default=GATES, metavar="F", help="the baselines (default: benchmarks/gates.toml)"
+        "--gates", type=Path, default=GATES, metavar="F", help="the baselines (default: benchmarks/gates/gates.toml)"
     )
     parser.add_argument(
         "--artifacts", type=Path, metavar="DIR",

@@ -1,9 +1,9 @@
-"""What each way of quantising the decoder costs and takes: `python -m benchmarks.quantisation`.
+"""What each way of quantising the decoder costs and takes: `python -m benchmarks quality formats`.
 
 Every row of the table is a command line of the exporter. It is run as a user would run it, in a process of its own
 whose time and peak memory are measured, on films drawn for calibration; what comes out is compared with the fp16
-export on other films (see `benchmarks.phantom.loss`). With `--ablation` a second table takes 4-bit GPTQ apart: each
-trick added to the plain method, one after the other, and each taken away from the full one.
+export on other films (see `benchmarks.quality.artifacts`). With `--ablation` a second table takes 4-bit GPTQ apart:
+each trick added to the plain method, one after the other, and each taken away from the full one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.phantom.loss import (
+from benchmarks.phantom.write import write_studies
+from benchmarks.quality.artifacts import (
     COLUMNS_NOTE,
     LOSS_COLUMNS,
     ArtifactFigures,
@@ -31,13 +32,12 @@ from benchmarks.phantom.loss import (
     measure_loss,
     take_reference,
 )
-from benchmarks.phantom.write import write_studies
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
 from lite.console import positive
 from lite.errors import LiteError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "benchmarks" / "phantom" / "checkpoint"
 NUM_FILMS = 240
 NUM_CALIBRATION_FILMS = 160  # as many as the exporter takes by default, and some for it to hold out
@@ -247,7 +247,7 @@ def _provenance(results: Sequence[Result], command: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quantisation",
+        prog="python -m benchmarks quality formats",
         description="Export a checkpoint in every decoder format and print what each loses against fp16, as markdown.",
         epilog="exit status: 0 done, 1 a row failed or nothing could be measured, 2 wrong use, 130 interrupted.",
     )
@@ -344,7 +344,9 @@ def _run(arguments: argparse.Namespace, folder: Path, command: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = _parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "benchmarks.quantisation", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(
+        ["python", "-m", "benchmarks", "quality", "formats", *(sys.argv[1:] if argv is None else argv)]
+    )
     try:
         with contextlib.ExitStack() as stack:
             if arguments.out is not None:

@@ -31,7 +31,7 @@ from lite.engines.choose import choose_engine
 from lite.errors import ArtifactError, LiteError
 from lite.studies.readers import read_studies
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parents[2]
 VENV: Final = ROOT / "build" / "slim-venv"
 ARTIFACT: Final = ROOT / "build" / "demo" / "artifact"
 STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"

@@ -1,4 +1,4 @@
-"""What quantising costs: `python -m benchmarks.phantom loss LIST.json --reference FP16_ARTIFACT CANDIDATE...`.
+"""What quantising costs: `python -m benchmarks quality artifacts LIST.json --reference FP16_ARTIFACT CANDIDATE...`.
 
 The reference drafts every film freely; each candidate is then asked, token by token along that text (its end, EOS,
 included), what it would have written (see `lite.eval.divergence`), and also drafts the films by itself:
@@ -33,7 +33,7 @@ import lite
 from benchmarks.phantom.score import read_truth
 from lite.artifact.open import Artifact, load_artifact
 from lite.bench.table import markdown_table, to_json
-from lite.console import positive, short_names
+from lite.console import positive, run_command, short_names
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
 from lite.eval.labels import read_labels
@@ -282,8 +282,12 @@ def format_table(reference: Reference, losses: Sequence[Loss]) -> str:
     return f"{table}\n\n{len(reference.studies)} films, {num_tokens} tokens. {COLUMNS_NOTE}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `loss`."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks quality artifacts",
+        description="Measure what artifacts lose against a reference, along what that writes, and print a table.",
+        epilog="exit status: 0 done, 1 something could not be measured, 2 wrong use, 130 interrupted.",
+    )
     parser.add_argument(
         "list", type=Path, metavar="LIST.json", help="the list that python -m benchmarks.phantom write made"
     )
@@ -302,9 +306,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help="films at a time (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _run(arguments))
+
+
+def _run(args: argparse.Namespace) -> int:
     """Print the losses; returns 0, or 1 when a candidate could not be measured.
 
     Raises:

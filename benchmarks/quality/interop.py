@@ -9,7 +9,7 @@ and compared twice. *Weights*: the peer's own linears are given the identity mat
 weights its kernel really multiplies with. They have to be ours bit for bit, after a rounding that is named; a kernel
 that computes in bfloat16 rounds the scales too. *Logits*: Kullback-Leibler divergence per token, on fixed random ids.
 
-This is a script for an environment of its own, whose packages are in `benchmarks/interop-requirements.txt`. It imports
+This is a script for an environment of its own, whose packages are in `interop-requirements.txt` beside it. It imports
 nothing else of this project: a peer has no need of it, and transformers looks for a package that has the name of our
 folder `kernels`. Run it with `python -I`, which keeps the folders of the checkout off the path.
 """

@@ -1,4 +1,4 @@
-"""The onnx engine beside torch on one artifact: `python -m benchmarks engines ARTIFACT`.
+"""The onnx engine beside torch on one artifact: `python -m benchmarks quality engines ARTIFACT`.
 
 Both compute the same integers; what they round on the way differs. They draft the same films in turns, film by film, so
 that whatever slows the machine slows all of them. Then each candidate is asked, token by token along the text of its
@@ -21,9 +21,9 @@ from typing import Any, Final
 import numpy as np
 
 import lite
-from benchmarks.phantom.loss import shown, shown_interval
 from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
+from benchmarks.quality.artifacts import shown, shown_interval
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
 from lite.console import positive, run_command, show_progress
@@ -237,7 +237,7 @@ def _pair_cells(pair: Comparison) -> tuple[str, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks engines",
+        prog="python -m benchmarks quality engines",
         description="Draft the same synthetic films with torch and with ONNX Runtime, on the CPU, and print how far "
         "their texts agree, as markdown.",
         epilog="exit status: 0 done, 1 nothing could be measured, 2 wrong use, 130 interrupted.",
@@ -274,7 +274,9 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = _parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "benchmarks", "engines", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(
+        ["python", "-m", "benchmarks", "quality", "engines", *(sys.argv[1:] if argv is None else argv)]
+    )
     return run_command(lambda: _run(arguments, command))
 
 
