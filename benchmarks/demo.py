@@ -25,7 +25,8 @@ import lite
 from benchmarks.phantom.write import write_studies
 from lite.eval.labels import Label, Reading, read_labels
 from lite.image.files import load_image
-from lite.studies.readers import ListedStudy, read_studies
+from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "benchmarks" / "phantom" / "checkpoint"
@@ -61,7 +62,7 @@ class Agreement:
 class Drafted:
     """A film with its drafted findings and how they agree with what was drawn."""
 
-    study: ListedStudy
+    study: Study
     findings: lite.Findings  # of the 4-bit artifact
     agreements: tuple[Agreement, ...]
     fp16: lite.Findings
@@ -115,10 +116,10 @@ def _side_by_side(left: str, right: str, width: int) -> Iterator[str]:
 
 def _print_film(number: int, drafted: Drafted, width: int) -> None:
     study, findings = drafted.study, drafted.findings
-    _say(f"Film {number}  {study.image.name}  reason: {study.reason or 'none given'}")
+    _say(f"Film {number}  {study.path.name}  reason: {study.reason or 'none given'}")
     for line in _side_by_side("DRAFTED in 4 bits", "TRUTH", width):
         _say(line)
-    for line in _side_by_side(findings.text, study.report, width):
+    for line in _side_by_side(findings.text, study.reference, width):
         _say(line)
     for line in textwrap.wrap(f"fp16 drafts: {drafted.beside}", width - 2, subsequent_indent="  "):
         _say(f"  {line}")
@@ -187,7 +188,7 @@ def _draw_card(number: int, drafted: Drafted) -> Image.Image:
     column.write(drafted.findings.text, after=4)
     column.write(f"fp16: {drafted.beside}", size=14, colour=_QUIET, after=8)
     column.write("TRUTH", size=12, colour=_QUIET, after=0)
-    column.write(drafted.study.report, after=8)
+    column.write(drafted.study.reference, after=8)
     for agreement in drafted.agreements:
         colour = _RIGHT if agreement.right else _WRONG
         column.write(f"{agreement.label}: {agreement.verdict}", size=14, colour=colour, after=0)
@@ -272,7 +273,7 @@ def _write_films(folder: Path, *, count: int, seed: int, dicom: bool) -> Path:
     return write_studies(folder, count=count, seed=seed, dicom=dicom)
 
 
-def _findings(artifact: Path, studies: Sequence[ListedStudy]) -> tuple[list[lite.Findings], str]:
+def _findings(artifact: Path, studies: Sequence[Study]) -> tuple[list[lite.Findings], str]:
     model = lite.load(artifact)
     findings = []
     for result in model.findings_batch([(study.image, study.reason) for study in studies]):
@@ -282,16 +283,16 @@ def _findings(artifact: Path, studies: Sequence[ListedStudy]) -> tuple[list[lite
     return findings, model.notice
 
 
-def _draft(artifact: Path, fp16: Path, studies: Sequence[ListedStudy]) -> tuple[list[Drafted], str]:
+def _draft(artifact: Path, fp16: Path, studies: Sequence[Study]) -> tuple[list[Drafted], str]:
     findings, notice = _findings(artifact, studies)
     beside, _ = _findings(fp16, studies)
     drafted = [
         Drafted(
             study=study,
             findings=ours,
-            agreements=compare(study.report, ours.text),
+            agreements=compare(study.reference, ours.text),
             fp16=theirs,
-            fp16_agreements=compare(study.report, theirs.text),
+            fp16_agreements=compare(study.reference, theirs.text),
         )
         for study, ours, theirs in zip(studies, findings, beside, strict=True)
     ]
@@ -381,7 +382,7 @@ def main(argv: Sequence[str] = ()) -> int:
     done = _step(5, f"Saving films and texts as {_shown(picture)}")
     draw_picture(drafted, notice).save(picture)
     done()
-    _say_what_next(artifact, drafted[0].study.image.with_suffix(".dcm"), listed)
+    _say_what_next(artifact, drafted[0].study.path.with_suffix(".dcm"), listed)
     _say(f"\nThe demo took {time.perf_counter() - started:.0f} s.")
     return 0
 

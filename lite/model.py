@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lite.session.generate import Engine, Requests
     from lite.vision import VisionEncoder
 from lite.studies.results import Findings, Memory, StudyError, Timings
-from lite.studies.study import Study
+from lite.studies.study import Study, as_study
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
@@ -352,7 +352,7 @@ class FindingsModel:
         def prepare(numbered: tuple[int, Any]) -> _Drafting:
             index, item = numbered
             try:
-                drafting = self._prepare(_study(item), rendering, max_new_tokens, index=index)
+                drafting = self._prepare(as_study(item), rendering, max_new_tokens, index=index)
                 if ahead:  # in the other thread, while this one decodes
                     self._see_ahead(drafting)
             except LiteError as error:
@@ -383,19 +383,6 @@ class FindingsModel:
 
 def _nothing() -> None:
     """Stand in the place of image features that are not wanted any more."""
-
-
-def _study(item: Any) -> Study:  # noqa: ANN401 - anything a caller may put into the list
-    """Read what `findings_batch` takes for a study."""
-    if not isinstance(item, tuple):
-        return Study(item)
-    if not 1 <= len(item) <= len(Study._fields):
-        msg = (
-            f"got a study of {len(item)} values · expected (image,), (image, reason) or (image, reason, query) · "
-            "put None in the place of a reason that is not known"
-        )
-        raise LiteError(msg)
-    return Study(*item)
 
 
 def _check_count(name: str, value: object, hint: str) -> None:

@@ -45,7 +45,8 @@ from lite.eval.labels import read_labels
 from lite.eval.metrics import Readings, label_f1
 from lite.eval.record import ReferenceRecord, check_record, read_record
 from lite.memory.plan import plan_memory
-from lite.studies.readers import ListedStudy, read_studies, sha256_of_studies
+from lite.studies.readers import read_studies, sha256_of_studies
+from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from lite.engines.torch_engine.decoder import LlamaDecoder
@@ -256,7 +257,7 @@ def given_artifacts(names: Sequence[str], folder: Path) -> dict[str, Path]:
     return paths
 
 
-def measure_artifact(path: Path, studies: Sequence[ListedStudy], record: ReferenceRecord) -> dict[str, Value]:
+def measure_artifact(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> dict[str, Value]:
     """Measure everything exact about one artifact with torch, in the order of `ARTIFACT_METRICS`."""
     model = lite.load(path, engine="torch", device="cpu")
     divergence = _along_record(model, studies, record)
@@ -271,7 +272,7 @@ def measure_artifact(path: Path, studies: Sequence[ListedStudy], record: Referen
     return dict(zip(ARTIFACT_METRICS, values, strict=True))
 
 
-def measure_engines(path: Path, studies: Sequence[ListedStudy], record: ReferenceRecord) -> dict[str, Value]:
+def measure_engines(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> dict[str, Value]:
     """Measure the onnx engine beside the record and beside torch, and the int8 caches of both, on one artifact."""
     model = lite.load(path, engine="onnx")
     divergence = _along_record(model, studies, record)
@@ -294,16 +295,14 @@ def measure_engines(path: Path, studies: Sequence[ListedStudy], record: Referenc
     return dict(zip(OTHER_METRICS[ENGINES], values, strict=True))
 
 
-def compare_batches(path: Path, studies: Sequence[ListedStudy]) -> Compared:
+def compare_batches(path: Path, studies: Sequence[Study]) -> Compared:
     """Compare the engines without regard to time: each drafts all studies at once."""
     models = load_engines(path)
     drafts = {name: _draft(model, studies) for name, model in models.items()}
     return compare_drafts(models, drafts, studies, _truth(studies))
 
 
-def _along_record(
-    model: lite.FindingsModel, studies: Sequence[ListedStudy], record: ReferenceRecord
-) -> DivergenceSummary:
+def _along_record(model: lite.FindingsModel, studies: Sequence[Study], record: ReferenceRecord) -> DivergenceSummary:
     check_record(record, model.artifact, sha256_of_studies(studies))
     return summarise(
         [
@@ -313,15 +312,15 @@ def _along_record(
     )
 
 
-def _truth(studies: Sequence[ListedStudy]) -> list[Readings]:
-    return [read_labels(study.report or "") for study in studies]
+def _truth(studies: Sequence[Study]) -> list[Readings]:
+    return [read_labels(study.reference or "") for study in studies]
 
 
 def _bytes_of(artifact: Artifact, counts: Callable[[str], bool]) -> int:
     return sum(record.bytes for name, record in artifact.manifest.files.items() if counts(name))
 
 
-def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy]) -> list[lite.Findings]:
+def _draft(model: lite.FindingsModel, studies: Sequence[Study]) -> list[lite.Findings]:
     """Draft all studies in one batch: its cache is then the only one."""
     drafts = []
     for draft in model.findings_batch([(study.image, study.reason) for study in studies], batch_size=len(studies)):
@@ -358,18 +357,18 @@ def measure_imports(paths: Mapping[str, Path], film: Path) -> dict[str, Value]:
     return dict(zip(OTHER_METRICS[IMPORTS], values, strict=True))
 
 
-def measure_slim(path: Path, studies: Sequence[ListedStudy]) -> dict[str, Value]:
+def measure_slim(path: Path, studies: Sequence[Study]) -> dict[str, Value]:
     """Return what an environment without torch takes and imports, and the share of texts that are as in this one.
 
     Raises:
         LiteError: there is no such environment, or it cannot draft.
     """
-    measured = slim.measure_slim(path, [study.image for study in studies])
+    measured = slim.measure_slim(path, [study.path for study in studies])
     values: tuple[Value, ...] = measured.nbytes / 1e6, measured.probe.after_findings, measured.same_text
     return dict(zip(OTHER_METRICS[SLIM], values, strict=True))
 
 
-def measure_ratios(paths: Mapping[str, Path], studies: Sequence[ListedStudy]) -> dict[str, Value]:
+def measure_ratios(paths: Mapping[str, Path], studies: Sequence[Study]) -> dict[str, Value]:
     """Return ratios of median times.
 
     They are a decoded token of gptq-int4 over fp16, the tower in int8 over fp32, and a decoded token of gptq-int4 by
@@ -461,7 +460,7 @@ def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value 
     needed = {name for subject in subjects for name in NEEDS.get(subject, (subject,))}
     names = [name for name in CANDIDATES if name in needed]
     paths = export_candidates(names, OUT) if artifacts is None else given_artifacts(names, artifacts)
-    film = studies[0].image
+    film = studies[0].path
     special: dict[str, Callable[[], dict[str, Value]]] = {
         ENGINES: lambda: measure_engines(paths["gptq-int4"], studies, record),
         IMPORTS: lambda: measure_imports(paths, film),

@@ -285,7 +285,7 @@ def _measure_and_print(arguments: argparse.Namespace) -> int:
     except ArtifactError as error:
         say(f"error: {error}")
         return EXIT_WRONG_USE
-    films = [study.image for study in read_studies(STUDIES)]
+    films = [study.path for study in read_studies(STUDIES)]
     slim = measure_slim(arguments.artifact, films, arguments.venv)
     sys.stdout.write(f"{format_report(slim)}\n")
     for line in slim.broken():

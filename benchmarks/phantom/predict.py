@@ -16,13 +16,14 @@ from tqdm import tqdm
 import lite
 from benchmarks.phantom.score import Prediction
 from lite.errors import LiteError
-from lite.studies.readers import ListedStudy, read_studies
+from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 BATCH_SIZE = 8
 
 
 def predict(
-    model: lite.FindingsModel, studies: Sequence[ListedStudy], *, batch_size: int = BATCH_SIZE
+    model: lite.FindingsModel, studies: Sequence[Study], *, batch_size: int = BATCH_SIZE
 ) -> Iterator[Prediction | LiteError]:
     """Draft the findings of each study, in order; an error stands in the place of one that cannot be used."""
     results = model.findings_batch([(study.image, study.reason) for study in studies], batch_size=batch_size)
@@ -30,7 +31,7 @@ def predict(
         if isinstance(result, lite.StudyError):
             yield result.error
         else:
-            yield Prediction(id=study.id, query=study.query, reference=study.report, prediction=result.text)
+            yield Prediction(id=study.id, query=study.question, reference=study.reference, prediction=result.text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

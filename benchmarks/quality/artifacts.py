@@ -39,7 +39,8 @@ from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_log
 from lite.eval.labels import read_labels
 from lite.eval.metrics import Estimate, Readings, bootstrap_interval, label_f1
 from lite.eval.record import check_belongs, settings_of
-from lite.studies.readers import ListedStudy, read_studies
+from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 BATCH_SIZE = 16
 
@@ -79,7 +80,7 @@ class Reference:
 
     artifact: Artifact
     figures: ArtifactFigures
-    studies: tuple[ListedStudy, ...]
+    studies: tuple[Study, ...]
     truth: tuple[Readings, ...]
     drafts: Drafts
     folder: Path  # holds the logits
@@ -178,7 +179,7 @@ def _check_belongs(candidate: Artifact, reference: Artifact) -> None:
     check_belongs(candidate, settings_of(reference), reference=str(reference.path))
 
 
-def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy], batch_size: int, name: str) -> Drafts:
+def _draft(model: lite.FindingsModel, studies: Sequence[Study], batch_size: int, name: str) -> Drafts:
     results = model.findings_batch([(study.image, study.reason) for study in studies], batch_size=batch_size)
     eos_token_id = model.artifact.manifest.decoding.eos_token_id
     texts: list[str] = []
@@ -193,7 +194,7 @@ def _draft(model: lite.FindingsModel, studies: Sequence[ListedStudy], batch_size
 
 
 def _scored(
-    model: lite.FindingsModel, studies: Sequence[ListedStudy], drafts: Drafts, name: str
+    model: lite.FindingsModel, studies: Sequence[Study], drafts: Drafts, name: str
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the model's logits on each drafted text."""
     pairs = zip(studies, drafts.token_ids, strict=True)

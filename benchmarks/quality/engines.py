@@ -31,7 +31,8 @@ from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_log
 from lite.eval.labels import read_labels
 from lite.eval.metrics import Estimate, Readings, label_f1, rouge_l, same_text
 from lite.files import write_whole
-from lite.studies.readers import ListedStudy, read_studies
+from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 NUM_FILMS: Final = 100
 # Films of this seed are used for nothing else.
@@ -93,7 +94,7 @@ class Compared:
         return next(pair for pair in self.pairs if (pair.candidate, pair.yardstick) == (candidate, yardstick))
 
 
-def compare_engines(path: Path, studies: Sequence[ListedStudy], truth: Sequence[Readings]) -> Compared:
+def compare_engines(path: Path, studies: Sequence[Study], truth: Sequence[Readings]) -> Compared:
     """Measure both engines on the CPU.
 
     Args:
@@ -116,7 +117,7 @@ def load_engines(path: Path) -> dict[str, lite.FindingsModel]:
 def compare_drafts(
     models: Mapping[str, lite.FindingsModel],
     drafts: Mapping[str, Sequence[lite.Findings]],
-    studies: Sequence[ListedStudy],
+    studies: Sequence[Study],
     truth: Sequence[Readings],
 ) -> Compared:
     """Compare what each of `ENGINES` has drafted, and score the candidates along their yardsticks' texts."""
@@ -141,7 +142,7 @@ def compare_drafts(
 
 
 def draft_in_turns(
-    models: Mapping[str, lite.FindingsModel], studies: Sequence[ListedStudy]
+    models: Mapping[str, lite.FindingsModel], studies: Sequence[Study]
 ) -> dict[str, list[lite.Findings]]:
     """Draft each film with each model before the next film; the first film comes twice, and once does not count."""
     drafts: dict[str, list[lite.Findings]] = {name: [] for name in models}
@@ -155,7 +156,7 @@ def draft_in_turns(
 def _divergences(
     models: Mapping[str, lite.FindingsModel],
     drafts: Mapping[str, Sequence[lite.Findings]],
-    studies: Sequence[ListedStudy],
+    studies: Sequence[Study],
 ) -> dict[tuple[str, str], list[StudyDivergence]]:
     """Score each pair's candidate and yardstick along the yardstick's texts."""
     divergences: dict[tuple[str, str], list[StudyDivergence]] = {pair: [] for pair in PAIRS}

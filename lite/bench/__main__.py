@@ -24,7 +24,8 @@ from lite.bench.results import Bench, FailedRow
 from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
 from lite.errors import LiteError
 from lite.memory.sizes import parse_bytes
-from lite.studies.readers import ListedStudy, read_studies
+from lite.studies.readers import check_films, read_studies
+from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from lite.bench.run import Job
@@ -237,7 +238,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
     )
 
 
-def _studies(arguments: argparse.Namespace) -> tuple[list[ListedStudy], str]:
+def _studies(arguments: argparse.Namespace) -> tuple[list[Study], str]:
     path: Path | None = arguments.data
     if path is None:
         if not _DEMO_STUDIES.is_file():
@@ -248,8 +249,9 @@ def _studies(arguments: argparse.Namespace) -> tuple[list[ListedStudy], str]:
             raise LiteError(msg)
         say(f"no --data: taking the demo's films, {_DEMO_STUDIES.parent}")
         path = _DEMO_STUDIES
-    studies = read_studies(path, image_folder=arguments.image_folder)
-    return studies[: arguments.limit], str(path)
+    studies = read_studies(path, image_folder=arguments.image_folder)[: arguments.limit]
+    check_films(studies, path, every=False)
+    return studies, str(path)
 
 
 def _is_demo(paths: Sequence[Path]) -> bool:

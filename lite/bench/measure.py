@@ -30,7 +30,8 @@ from lite.eval.record import check_record, read_record
 from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, onnx_read_bytes
 from lite.memory.plan import CHUNK_SIZES, MemoryPlan, check_memory, plan_memory
 from lite.memory.process import Peaks, rss_bytes
-from lite.studies.readers import ListedStudy, sha256_of_studies
+from lite.studies.readers import sha256_of_studies
+from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from lite.artifact.manifest import CacheDtype
@@ -84,7 +85,7 @@ Progress = Callable[[str, int, int], None]
 
 def measure(
     path: Path,
-    studies: Sequence[ListedStudy],
+    studies: Sequence[Study],
     options: Options,
     *,
     name: str,
@@ -229,7 +230,7 @@ def _timed(function: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - started, result
 
 
-def _warm_up(model: FindingsModel, studies: Sequence[ListedStudy], options: Options) -> list[Findings]:
+def _warm_up(model: FindingsModel, studies: Sequence[Study], options: Options) -> list[Findings]:
     """Run the first studies that can be read; the very first tells what each stage adds to the memory."""
     done: list[Findings] = []
     errors: list[LiteError] = []
@@ -247,7 +248,7 @@ def _warm_up(model: FindingsModel, studies: Sequence[ListedStudy], options: Opti
 
 def _run_singly(
     model: FindingsModel,
-    studies: Sequence[ListedStudy],
+    studies: Sequence[Study],
     options: Options,
     meter: EnergyMeter | Missing,
     on_progress: Progress,
@@ -255,7 +256,7 @@ def _run_singly(
     """Run every study by itself, those that can be read again until there are `min_runs`."""
     runs: list[_Run] = []
     drafts: list[Draft] = []
-    usable: list[ListedStudy] = []
+    usable: list[Study] = []
     total = max(options.min_runs, len(studies))
     for study in studies:
         on_progress("one by one", len(runs), total)
@@ -275,7 +276,7 @@ def _run_singly(
     return runs, tuple(drafts)
 
 
-def _run(model: FindingsModel, study: ListedStudy, options: Options, meter: EnergyMeter | Missing) -> _Run:
+def _run(model: FindingsModel, study: Study, options: Options, meter: EnergyMeter | Missing) -> _Run:
     before = None if isinstance(meter, Missing) else meter.read()
     findings = model.findings(study.image, study.reason, max_new_tokens=options.max_new_tokens)
     used = None if isinstance(meter, Missing) or before is None else meter.read() - before
@@ -328,7 +329,7 @@ class _Planner:
 
 def _batches(
     model: FindingsModel,
-    studies: Sequence[ListedStudy],
+    studies: Sequence[Study],
     options: Options,
     planned: _Planner,
     on_progress: Progress,
@@ -358,7 +359,7 @@ def out_of_memory(error: MemoryError | RuntimeError) -> str:
 
 
 def _throughput(
-    model: FindingsModel, studies: Sequence[ListedStudy], batch_size: int, options: Options, plan: MemoryPlan
+    model: FindingsModel, studies: Sequence[Study], batch_size: int, options: Options, plan: MemoryPlan
 ) -> Throughput:
     """Run all studies in batches, some rounds of it. Whole batches only: a last half-empty one would tell nothing."""
     count = max(len(studies) // batch_size, 1) * batch_size
@@ -383,7 +384,7 @@ def _throughput(
     )
 
 
-def _drafted(model: FindingsModel, studies: Sequence[ListedStudy], batch_size: int, options: Options) -> list[Findings]:
+def _drafted(model: FindingsModel, studies: Sequence[Study], batch_size: int, options: Options) -> list[Findings]:
     import lite
 
     results = model.findings_batch(

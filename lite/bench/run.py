@@ -42,7 +42,8 @@ from lite.engines.choose import has_torch
 from lite.errors import LiteError
 from lite.eval.metrics import RESAMPLES
 from lite.eval.record import ReferenceRecord, check_studies, read_record
-from lite.studies.readers import ListedStudy, sha256_of_studies
+from lite.studies.readers import sha256_of_studies
+from lite.studies.study import Study
 
 _REHEARSAL: Final = Draft(id="rehearsal", text="Small left pleural effusion. No pneumothorax.")
 
@@ -52,7 +53,7 @@ class Job:
     """What to bench, and on what."""
 
     artifacts: tuple[tuple[str, Path], ...]  # each with what to call it
-    studies: tuple[ListedStudy, ...]
+    studies: tuple[Study, ...]
     data: str  # where they come from, in words
     record: Path | None
     options: Options
@@ -80,7 +81,7 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
     if job.clinical.radgraph or job.clinical.chexbert is not None:
         # Weights that cannot be used are found now, and not when every artifact has been measured.
         against_reports([_REHEARSAL.text], [_REHEARSAL], job.clinical)
-    reports = [study.report if job.reports_apply else "" for study in job.studies]
+    reports = [study.reference if job.reports_apply else "" for study in job.studies]
     rows: list[Row | FailedRow] = []
     for name, path, options in _runs(job):
         try:
@@ -123,13 +124,13 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
     )
 
 
-def _check_studies(record: ReferenceRecord, studies: Sequence[ListedStudy], data_sha256: str) -> None:
+def _check_studies(record: ReferenceRecord, studies: Sequence[Study], data_sha256: str) -> None:
     """Refuse a record of other studies, before anything is measured; say so when it is films that are missing.
 
     Raises:
         LiteError: see above.
     """
-    missing = [study.image for study in studies if not study.image.is_file()]
+    missing = [study.path for study in studies if not study.path.is_file()]
     if data_sha256 != record.info.data_sha256 and missing:
         msg = (
             f"got {len(missing)} of {len(studies)} studies without their film, the first {missing[0]} · expected all "

@@ -41,7 +41,8 @@ from lite.errors import ArtifactError, BackendUnavailable, LiteError
 from lite.eval.divergence import StudyDivergence, TopK, compare_logits, compare_top_k, gap_limit, top_k
 from lite.eval.metrics import Floats
 from lite.session.generate import FinishReason
-from lite.studies.readers import ListedStudy, sha256_of_studies
+from lite.studies.readers import sha256_of_studies
+from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from lite.model import FindingsModel
@@ -177,7 +178,7 @@ class ReferenceRecord:
 
 def take_record(
     model: FindingsModel,
-    studies: Sequence[ListedStudy],
+    studies: Sequence[Study],
     *,
     name: str,
     machine: str,
@@ -260,7 +261,7 @@ def _top_of(logits: NDArray[np.float32], token_ids: Sequence[int], study_id: str
     return TopK(ids=top.ids, log_probs=top.log_probs.astype(np.float32), log_tail=top.log_tail.astype(np.float32))
 
 
-def _recorded(study: ListedStudy, findings: Findings) -> RecordedStudy:
+def _recorded(study: Study, findings: Findings) -> RecordedStudy:
     timings = findings.timings
     times = {field.name: round(getattr(timings, field.name), 6) for field in dataclasses.fields(StageTimes)}
     return RecordedStudy(
@@ -550,7 +551,7 @@ class BoundError:
 
 
 def bound_error(
-    record: ReferenceRecord, reference: FindingsModel, candidate: FindingsModel, studies: Sequence[ListedStudy]
+    record: ReferenceRecord, reference: FindingsModel, candidate: FindingsModel, studies: Sequence[Study]
 ) -> BoundError:
     """Measure the error of a record's KL, with the model it was taken of at hand; one study's logits at a time.
 

@@ -1,35 +1,32 @@
-"""Studies to measure on: a JSON list in LLaVA-Rad's evaluation format.
+"""Lists of studies: JSON in LLaVA-Rad's evaluation format.
 
     [{"id": …, "image": "p10/film.jpg", "reason": "Cough." or null, "conversations": [{"value": question},
       {"value": findings}]}, …]
 
-`reason` and `conversations` may be missing: there is then no reason, and no report to compare with.
+Only `image` is needed. Without `id` a study is called by its image; without a reason (or with null) the model is asked
+the question without one; without `conversations`, or findings in them, there is no report to compare with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lite.errors import LiteError
+from lite.studies.study import Study
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListedStudy:
-    """One entry of a list: the film's path and the texts around it."""
-
-    id: str
-    image: Path
-    reason: str | None
-    query: str
-    report: str  # the findings that come with the film; empty where there are none
+class _NoStudy(Exception):  # noqa: N818 - never leaves this module
+    """What is wrong with an entry."""
 
 
-def read_studies(path: Path, *, image_folder: Path | None = None) -> list[ListedStudy]:
-    """Read a list of studies. That the films are there is found when they are read.
+def read_studies(path: Path, *, image_folder: Path | None = None) -> list[Study]:
+    """Read a list of studies. That the films are there is another question: see `check_films`.
 
     Args:
         path: the list.
@@ -47,14 +44,14 @@ def read_studies(path: Path, *, image_folder: Path | None = None) -> list[Listed
     if not isinstance(entries, list) or not entries:
         msg = f"{path}: got no list, or an empty one · expected a JSON list of studies · check the path"
         raise LiteError(msg)
-    studies: dict[str, ListedStudy] = {}
+    studies: dict[str, Study] = {}
     for number, entry in enumerate(entries, start=1):
         try:
-            study = _listed_study(entry, path.parent if image_folder is None else image_folder)
-        except (KeyError, TypeError, ValueError) as error:
+            study = _study(entry, path.parent if image_folder is None else image_folder)
+        except _NoStudy as error:
             msg = (
-                f"{path}: got an entry {number} that is no study ({type(error).__name__}: {error}) · expected id and "
-                "image, and reason and conversations (a question and its answer) where there are · correct it"
+                f"{path}: got an entry {number} that is no study ({error}) · expected an image, and id, reason and "
+                "conversations (a question and its answer) where there are · correct it, or take it out"
             )
             raise LiteError(msg) from error
         if study.id in studies:
@@ -64,31 +61,59 @@ def read_studies(path: Path, *, image_folder: Path | None = None) -> list[Listed
     return list(studies.values())
 
 
-def _listed_study(entry: dict[str, object], image_folder: Path) -> ListedStudy:
-    question, report = "", ""
-    if entry.get("conversations") is not None:
-        turns = entry["conversations"]
-        if not isinstance(turns, list) or len(turns) != 2:
-            msg = "conversations is not a question and its answer"
-            raise ValueError(msg)
-        question, report = (turn["value"] for turn in turns)
-        if not (isinstance(question, str) and isinstance(report, str)):
-            msg = "a question or an answer is not text"
-            raise TypeError(msg)
-    reason = entry.get("reason")
-    if not isinstance(reason, (str, type(None))):
-        msg = "a reason is not text"
-        raise TypeError(msg)
-    return ListedStudy(
-        id=str(entry["id"]),
-        image=image_folder / str(entry["image"]),
-        reason=reason,
-        query=question.replace("<image>", "").strip(),
-        report=report,
+def _study(entry: object, image_folder: Path) -> Study:
+    if not isinstance(entry, dict):
+        raise _NoStudy(f"it is {json.dumps(entry)[:40]}")
+    image, number_or_name = _text(entry, "image"), entry.get("id")
+    if not image:
+        raise _NoStudy("it has no image")
+    if not isinstance(number_or_name, str | int | None):
+        raise _NoStudy(f"its id is {json.dumps(number_or_name)[:40]}")
+    turns = entry.get("conversations") or [{}, {}]
+    if not (isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, dict) for turn in turns)):
+        raise _NoStudy("its conversations are not a question and its answer")
+    return Study(
+        image_folder / image,
+        _text(entry, "reason"),
+        id=image if number_or_name in (None, "") else str(number_or_name),
+        question=(_text(turns[0], "value") or "").replace("<image>", "").strip(),
+        reference=_text(turns[1], "value") or "",
     )
 
 
-def sha256_of_studies(studies: Sequence[ListedStudy]) -> str:
+def _text(entry: dict[str, object], name: str) -> str | None:
+    value = entry.get(name)
+    if not isinstance(value, str | None):
+        raise _NoStudy(f"its {name} is {json.dumps(value)[:40]}, not text")
+    return value
+
+
+def check_films(studies: Sequence[Study], listed: Path, *, option: str = "--image-folder", every: bool) -> int:
+    """Find out before any work which films are not there.
+
+    Args:
+        studies: of a list.
+        listed: the list.
+        option: what the command line calls the films' folder.
+        every: one missing film is an error; otherwise only when there is none at all.
+
+    Returns:
+        The number of films that are missing.
+
+    Raises:
+        LiteError: see `every`.
+    """
+    missing = [study.path for study in studies if not study.path.is_file()]
+    if missing and (every or len(missing) == len(studies)):
+        msg = (
+            f"{listed}: got {len(missing)} of {len(studies)} films that are not there, the first {missing[0]} · "
+            f"expected a file for each · name the folder that the list's images are relative to with {option}"
+        )
+        raise LiteError(f"{msg}{', or take them out of the list' if len(missing) < len(studies) else ''}")
+    return len(missing)
+
+
+def sha256_of_studies(studies: Sequence[Study]) -> str:
     """Hash what a model's answers depend on: ids, reasons and the films' bytes, in order; "none" for a missing film.
 
     Reports and questions are left out: the model does not see them.
@@ -96,7 +121,7 @@ def sha256_of_studies(studies: Sequence[ListedStudy]) -> str:
     digest = hashlib.sha256()
     for study in studies:
         try:
-            film = hashlib.sha256(study.image.read_bytes()).hexdigest()
+            film = hashlib.sha256(study.path.read_bytes()).hexdigest()
         except OSError:
             film = "none"
         digest.update(json.dumps([study.id, study.reason, film]).encode())

@@ -1,16 +1,60 @@
-"""A study: a film, and why it was made."""
+"""A study: a film, why it was made, and what else is known of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import os
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from lite.image.files import ImageSource
 
+MODEL_FIELDS: Final = ("image", "reason", "query")
+"""What the model sees of a study, in the order of a tuple that stands for one."""
 
-class Study(NamedTuple):
-    """One exam: a film, and why it was made. Any tuple of this form will do."""
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One exam. The model sees the film, and the reason or the query; the rest goes with the results."""
 
     image: ImageSource
     reason: str | None = None
-    query: str | None = None
+    query: str | None = None  # asked instead of the question the model was trained with; excludes a reason
+    _: KW_ONLY
+    id: str = ""  # what its results are called
+    question: str = ""  # what the list asks: the model is asked its own question
+    reference: str = ""  # the findings that come with the film; empty where there are none
+
+    @property
+    def path(self) -> Path:
+        """The film's file.
+
+        Raises:
+            LiteError: the film is not a file.
+        """
+        if isinstance(self.image, str | os.PathLike):
+            return Path(self.image)
+        msg = f"study {self.id}: got a film as {type(self.image).__name__} · expected a file's path · save it first"
+        raise LiteError(msg)
+
+
+def as_study(item: object) -> Study:
+    """Return what a caller gives for a study: a `Study`, a tuple (image, reason, query) or its beginning, or an image.
+
+    Raises:
+        LiteError: a tuple of another length.
+    """
+    if isinstance(item, Study):
+        return item
+    if not isinstance(item, tuple):
+        return Study(cast("ImageSource", item))  # what is no image is found when it is read
+    if not 1 <= len(item) <= len(MODEL_FIELDS):
+        msg = (
+            f"got a study of {len(item)} values · expected (image,), (image, reason) or (image, reason, query) · "
+            "put None in the place of a reason that is not known"
+        )
+        raise LiteError(msg)
+    return Study(*item)

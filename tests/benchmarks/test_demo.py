@@ -14,7 +14,8 @@ from PIL import Image
 import lite
 from benchmarks import demo
 from benchmarks.phantom.contact_sheet import contact_sheet
-from lite.studies.readers import ListedStudy, read_studies
+from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumothorax."
 
@@ -64,7 +65,7 @@ def test_columns_fit_the_terminal_and_lose_no_word() -> None:
 def drafted(tmp_path: Path, text: str) -> demo.Drafted:
     film = tmp_path / "film.png"
     Image.fromarray(np.full((64, 64), 200, dtype=np.uint8)).save(film)
-    study = ListedStudy(id="1", image=film, reason="Cough.", query="", report=TRUTH)
+    study = Study(film, "Cough.", id="1", reference=TRUTH)
     findings, fp16 = (
         cast("lite.Findings", SimpleNamespace(text=words, engine=engine, timings=SimpleNamespace(total_s=seconds)))
         for words, engine, seconds in ((text, "onnx", 0.5), (TRUTH, "torch", 1.5))
@@ -134,9 +135,9 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
     assert len(read_studies(Path(options["--verify-data"]))) == int(options["--verify-studies"]) == 2
     # And calibrated on others.
     assert (options["--decoder"], options["--engine"]) == ("gptq-int4", "onnx")
-    calibrated_on = {study.image.read_bytes() for study in read_studies(Path(options["--calibration-data"]))}
+    calibrated_on = {study.path.read_bytes() for study in read_studies(Path(options["--calibration-data"]))}
     assert len(calibrated_on) == 3
-    assert not calibrated_on & {study.image.read_bytes() for study in read_studies(Path(options["--verify-data"]))}
+    assert not calibrated_on & {study.path.read_bytes() for study in read_studies(Path(options["--verify-data"]))}
 
 
 def test_sizes_and_parity_of_the_export_are_shown_and_its_terms_are_not_said_twice(

@@ -18,7 +18,7 @@ from benchmarks.quality.engines import ENGINES, PAIRS, compare_engines, main
 from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
 from lite.eval.labels import read_labels
-from lite.studies.readers import ListedStudy
+from lite.studies.study import Study
 
 EOS = 2
 VOCAB = 12
@@ -104,7 +104,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
 
 
 def test_figures_are_of_the_films_and_the_yardsticks_texts(models: dict[str, Model]) -> None:
-    studies = [ListedStudy(id=name, image=Path(name), reason=None, query="", report="") for name in "012"]
+    studies = [Study(id=name, image=Path(name), reason=None) for name in "012"]
     truth = [read_labels(text) for text in ("Small left effusion.", "Large heart.", "Clear lungs.")]
     compared = compare_engines(Path("artifact"), studies, truth)
     # In turns, film by film, and the first film twice.
@@ -136,7 +136,7 @@ def test_figures_are_of_the_films_and_the_yardsticks_texts(models: dict[str, Mod
 
 
 def test_the_tables_say_how_many_and_where(models: dict[str, Model]) -> None:
-    studies = [ListedStudy(id=name, image=Path(name), reason=None, query="", report="") for name in "012"]
+    studies = [Study(id=name, image=Path(name), reason=None) for name in "012"]
     lines = engines.format_tables(compare_engines(Path("artifact"), studies, [read_labels("")] * 3)).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert cells[2][:4] == ["torch-int8-cache", "torch", "100.0% (3 of 3)", "– (of 0)"]

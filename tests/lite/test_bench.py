@@ -36,7 +36,7 @@ from lite.bench.results import Missing, NotRun, Throughput
 from lite.bench.run import Job, _notes, _runs
 from lite.config import DecoderConfig
 from lite.model import FindingsModel
-from lite.studies.readers import ListedStudy
+from lite.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--device", "cpu", "--runs", "4", "--batch-sizes", "2", "--max-new-tokens", "8")
@@ -367,7 +367,7 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
             ("{artifact}", "--data", "{tmp}/list.json", "--reference", "x", "--max-new-tokens", "9"),
             "expected one of them",
         ),
-        (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "gone.png: got no such file"),
+        (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "got 1 of 1 films that are not there"),
         (("{artifact}", "--data", "{tmp}/list.json", "--engine", "onnx"), "got an artifact without decoder.onnx"),
         (
             ("{artifact}", "--data", "{tmp}/list.json", "--engine", "torch", "--provider", "cpu"),
@@ -377,7 +377,7 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
             ("record", "{artifact}", "--data", "{tmp}/list.json", "--out", "{tmp}/r", "--engine", "onnx"),
             "got an artifact without decoder.onnx",
         ),
-        (("record", "{artifact}", "--data", "{tmp}/gone.json", "--out", "{tmp}/r"), "gone.png: got no such file"),
+        (("record", "{artifact}", "--data", "{tmp}/gone.json", "--out", "{tmp}/r"), "got 1 of 1 films"),
     ],
 )
 def test_what_cannot_be_used_is_said_before_anything_is_measured(
@@ -506,7 +506,7 @@ def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
     tiny_model: FindingsModel, films: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU is full at some batch size; what was measured before stays."""
-    studies = [ListedStudy(id="1", image=films[0], reason=None, query="", report="")]
+    studies = [Study(id="1", image=films[0], reason=None)]
     whole = type(tiny_model).findings_batch
 
     def full(model: FindingsModel, batch: Any, *, batch_size: int, **others: Any) -> Any:

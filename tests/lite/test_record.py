@@ -40,21 +40,22 @@ from lite.eval.record import (
 )
 from lite.loading import load
 from lite.model import FindingsModel
-from lite.studies.readers import ListedStudy, sha256_of_studies
+from lite.studies.readers import sha256_of_studies
+from lite.studies.study import Study
 
 EOS = 2
 
 
 @pytest.fixture(scope="module")
-def studies(films: list[Path]) -> list[ListedStudy]:
+def studies(films: list[Path]) -> list[Study]:
     reasons = ("Cough.", None, "Fever, chest pain.")
     return [
-        ListedStudy(id=f"s{number}", image=film, reason=reason, query="", report="")
+        Study(id=f"s{number}", image=film, reason=reason)
         for number, (film, reason) in enumerate(zip(films, reasons, strict=False))
     ]
 
 
-def take(model: Any, studies: list[ListedStudy], **changes: Any) -> ReferenceRecord:
+def take(model: Any, studies: list[Study], **changes: Any) -> ReferenceRecord:
     return take_record(model, studies, name="list.json", machine="a test", versions={"numpy": "2"}, **changes)
 
 
@@ -65,7 +66,7 @@ def like(model: FindingsModel, **changes: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def record(tiny_model: FindingsModel, studies: list[ListedStudy]) -> ReferenceRecord:
+def record(tiny_model: FindingsModel, studies: list[Study]) -> ReferenceRecord:
     return take(tiny_model, studies)
 
 
@@ -81,7 +82,7 @@ def changed_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: byt
     return load(write_tiny_artifact(out, tokenizer_model, llama_changes={"rms_norm_eps": 0.1}).path, device="cpu")
 
 
-def logits_of(model: FindingsModel, record: ReferenceRecord, index: int, study: ListedStudy) -> np.ndarray:
+def logits_of(model: FindingsModel, record: ReferenceRecord, index: int, study: Study) -> np.ndarray:
     return model.score(study.image, record.token_ids(index), study.reason)
 
 
@@ -105,7 +106,7 @@ def assert_equal(read: ReferenceRecord, record: ReferenceRecord) -> None:
 
 
 def test_a_record_holds_what_the_model_wrote_and_found_probable(
-    record: ReferenceRecord, tiny_model: FindingsModel, studies: list[ListedStudy]
+    record: ReferenceRecord, tiny_model: FindingsModel, studies: list[Study]
 ) -> None:
     for index, study in enumerate(studies):
         findings = tiny_model.findings(study.image, study.reason)
@@ -131,7 +132,7 @@ def test_a_record_holds_what_the_model_wrote_and_found_probable(
 
 
 def test_a_text_that_was_cut_has_no_end_and_one_that_was_not_has(
-    record: ReferenceRecord, studies: list[ListedStudy], tiny_model: FindingsModel
+    record: ReferenceRecord, studies: list[Study], tiny_model: FindingsModel
 ) -> None:
     reasons = [study.finish_reason for study in record.info.studies]
     ends = [record.token_ids(index)[-1] == EOS for index in range(len(studies))]
@@ -186,7 +187,7 @@ def test_a_study_of_100_tokens_takes_at_most_60_kb(record: ReferenceRecord, tmp_
 
 
 def test_the_recorded_model_does_not_diverge_from_its_record(
-    written: Path, tiny_model: FindingsModel, studies: list[ListedStudy]
+    written: Path, tiny_model: FindingsModel, studies: list[Study]
 ) -> None:
     record = read_record(written)
     for index, study in enumerate(studies):
@@ -199,7 +200,7 @@ def test_the_recorded_model_does_not_diverge_from_its_record(
 
 
 def test_another_model_diverges_as_much_as_over_the_whole_vocabulary_but_for_the_gap(
-    written: Path, tiny_model: FindingsModel, changed_model: FindingsModel, studies: list[ListedStudy]
+    written: Path, tiny_model: FindingsModel, changed_model: FindingsModel, studies: list[Study]
 ) -> None:
     record, gaps = read_record(written), []
     for index, study in enumerate(studies):
@@ -229,7 +230,7 @@ def test_another_model_diverges_as_much_as_over_the_whole_vocabulary_but_for_the
 def test_nothing_is_pooled_of_a_vocabulary_that_is_kept_whole(
     tiny_model: FindingsModel,
     changed_model: FindingsModel,
-    studies: list[ListedStudy],
+    studies: list[Study],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -244,7 +245,7 @@ def test_nothing_is_pooled_of_a_vocabulary_that_is_kept_whole(
     assert record.gap_limit(0, logits).max() == 0
 
 
-def test_the_logits_of_one_study_are_in_memory_at_a_time(tiny_model: FindingsModel, studies: list[ListedStudy]) -> None:
+def test_the_logits_of_one_study_are_in_memory_at_a_time(tiny_model: FindingsModel, studies: list[Study]) -> None:
     given: list[weakref.ref[np.ndarray]] = []
     done: list[int] = []
 
@@ -260,16 +261,14 @@ def test_the_logits_of_one_study_are_in_memory_at_a_time(tiny_model: FindingsMod
     assert record.top.log_probs.base is None
 
 
-def test_a_model_that_contradicts_its_own_text_is_not_recorded(
-    tiny_model: FindingsModel, studies: list[ListedStudy]
-) -> None:
+def test_a_model_that_contradicts_its_own_text_is_not_recorded(tiny_model: FindingsModel, studies: list[Study]) -> None:
     model = like(tiny_model, score=lambda *arguments: -tiny_model.score(*arguments))
     with pytest.raises(LiteError, match=r"study s0: got token \d+ at 0 of a greedy text.*among the 64 most probable"):
         take(model, studies)
 
 
 def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_record(
-    tiny_model: FindingsModel, studies: list[ListedStudy], tmp_path: Path
+    tiny_model: FindingsModel, studies: list[Study], tmp_path: Path
 ) -> None:
     bad = tmp_path / "noise.png"
     bad.write_bytes(b"noise")
@@ -316,9 +315,7 @@ def test_settings_survive_the_way_through_the_file(written: Path, tiny_artifact:
     assert read_record(written).info.settings == settings_of(tiny_artifact)
 
 
-def test_other_studies_are_refused(
-    record: ReferenceRecord, tiny_model: FindingsModel, studies: list[ListedStudy]
-) -> None:
+def test_other_studies_are_refused(record: ReferenceRecord, tiny_model: FindingsModel, studies: list[Study]) -> None:
     other = [dataclasses.replace(studies[0], reason="Fall."), *studies[1:]]
     for replayed in (other, studies[:2], studies[::-1]):
         sha256 = sha256_of_studies(replayed)
@@ -331,7 +328,7 @@ def test_other_studies_are_refused(
 
 
 def test_the_error_of_the_bound_takes_the_recorded_artifact(
-    record: ReferenceRecord, tiny_model: FindingsModel, changed_model: FindingsModel, studies: list[ListedStudy]
+    record: ReferenceRecord, tiny_model: FindingsModel, changed_model: FindingsModel, studies: list[Study]
 ) -> None:
     ids = f"got artifact {changed_model.artifact.id} · expected {tiny_model.artifact.id}"
     with pytest.raises(ArtifactError, match=ids):
@@ -464,9 +461,7 @@ def test_a_record_says_what_it_is(record: ReferenceRecord, tiny_artifact: Artifa
     assert record.describe_tail().endswith(f"over {len(mass)} tokens, {mass.max():.2g} at most")
 
 
-def test_a_record_says_which_engine_made_it(
-    tiny_onnx_artifact: Artifact, studies: list[ListedStudy], written: Path
-) -> None:
+def test_a_record_says_which_engine_made_it(tiny_onnx_artifact: Artifact, studies: list[Study], written: Path) -> None:
     record = take(load(tiny_onnx_artifact.path, engine="onnx"), studies[:1])
     assert record.info.engine == "onnx"
     assert record.describe().endswith(", onnx engine")

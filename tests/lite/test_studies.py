@@ -1,0 +1,112 @@
+"""Lists of studies: what is read, what is refused, and what their hash sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lite.errors import LiteError
+from lite.studies.readers import check_films, read_studies, sha256_of_studies
+from lite.studies.study import Study, as_study
+
+
+def entry(number: int, **changes: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": f"Report {number}."}]
+    return {"id": f"study-{number}", "image": f"{number}.png", "reason": "Cough.", "conversations": turns} | changes
+
+
+def listed(folder: Path, *entries: object) -> Path:
+    path = folder / "list.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_an_entry_is_read(tmp_path: Path) -> None:
+    (study,) = read_studies(listed(tmp_path, entry(1)))
+    image = tmp_path / "1.png"
+    assert study == Study(image, "Cough.", id="study-1", question="Describe.", reference="Report 1.")
+    (study,) = read_studies(listed(tmp_path, entry(1)), image_folder=Path("elsewhere"))
+    assert study.image == Path("elsewhere/1.png")
+
+
+@pytest.mark.parametrize(
+    "rest", [{}, {"reason": None, "conversations": None}, {"conversations": [{}, {"value": None}]}]
+)
+def test_all_but_the_image_may_be_missing_or_null(tmp_path: Path, rest: dict[str, object]) -> None:
+    entries = [{"id": 7, "image": "7.png", **rest}, {"image": "a/8.png", **rest}, {"id": None, "image": "9.png"}]
+    studies = read_studies(listed(tmp_path, *entries))
+    assert [study.id for study in studies] == ["7", "a/8.png", "9.png"]
+    assert {(study.reason, study.query, study.question, study.reference) for study in studies} == {(None, None, "", "")}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "got no list, or an empty one"),
+        ('{"id": 1}', "got no list, or an empty one"),
+        (json.dumps([entry(1), None]), "got an entry 2 that is no study .it is null."),
+        (json.dumps([entry(1), {"id": "2"}]), "got an entry 2 that is no study .it has no image."),
+        (json.dumps([entry(1, id=[2])]), r"entry 1 that is no study .its id is \[2\]."),
+        (json.dumps([entry(1, conversations=[{}])]), "entry 1 that is no study.*not a question and its answer"),
+        (json.dumps([entry(1, conversations=[None, None])]), "entry 1 that is no study.*not a question and its answer"),
+        (
+            json.dumps([entry(1, conversations=[{}, {"value": 5}])]),
+            "entry 1 .* .its value is 5, not text",
+        ),
+        (json.dumps([entry(1, reason=7)]), "got an entry 1 that is no study .its reason is 7, not text"),
+        (json.dumps([entry(1), entry(2), entry(1)]), "got the id study-1 again in entry 3"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_a_bad_list_is_an_error(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(LiteError, match=message):
+        read_studies(tmp_path / "list.json")
+
+
+def test_films_that_are_not_there_are_counted_and_the_flag_is_named(tmp_path: Path) -> None:
+    path = listed(tmp_path, entry(1), entry(2), entry(3))
+    studies = read_studies(path)
+    with pytest.raises(LiteError, match=r"got 3 of 3 films that are not there, the first .*1\.png .*--image-folder$"):
+        check_films(studies, path, every=False)
+    (tmp_path / "2.png").touch()
+    assert check_films(studies, path, every=False) == 2
+    with pytest.raises(LiteError, match="got 2 of 3 films .* with --images, or take them out of the list"):
+        check_films(studies, path, option="--images", every=True)
+    assert check_films(studies[1:2], path, every=True) == 0
+
+
+def test_what_stands_for_a_study() -> None:
+    study = Study("film.png", "Cough.")
+    assert as_study(study) is study
+    assert as_study(("film.png", "Cough.")) == study
+    assert as_study("film.png") == as_study(("film.png",)) == Study("film.png")
+    for values in ((), ("film.png", None, None, "id")):
+        with pytest.raises(LiteError, match=f"got a study of {len(values)} values"):
+            as_study(values)
+    with pytest.raises(LiteError, match="study 7: got a film as bytes"):
+        assert Study(b"", id="7").path
+
+
+def test_the_hash_sees_what_the_model_sees(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"a film")
+    (tmp_path / "2.png").write_bytes(b"another")
+    first, second = entry(1), entry(2)
+
+    def hashed(*entries: object) -> str:
+        return sha256_of_studies(read_studies(listed(tmp_path, *entries)))
+
+    whole = hashed(first, second)
+    other_report = entry(1, conversations=[{"value": "Q"}, {"value": "Another report."}])
+    assert hashed(other_report, second) == whole
+    others = {hashed(second, first), hashed(first), hashed(entry(1, reason=None), second), hashed(entry(3), second)}
+    (tmp_path / "1.png").write_bytes(b"a film, repainted")
+    others.add(hashed(first, second))
+    (tmp_path / "1.png").unlink()
+    others.add(hashed(first, second))
+    assert len(others) == 6
+    assert whole not in others
