@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import gptq_llama, tiny_llama_config
-from test_decoder import PROMPTS, VOCAB_SIZE, decoder_folder, features
+from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, gptq_llama, tiny_llama_config
 
 from kernels.quant_matmul import QuantWeight
 from lite.artifact.manifest import CacheDtype

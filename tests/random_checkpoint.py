@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 
 from benchmarks.phantom.publish import publish, random_weights
+from benchmarks.speed.synthetic import Widths
 from lite.config import PromptTemplate
 
 if TYPE_CHECKING:
@@ -24,6 +25,18 @@ DEPTH = 3
 SCALE_SIGMA = 0.6
 SEED = 5
 LAYERS = 2
+# Widths of a small synthetic checkpoint.
+SMALL = Widths(
+    hidden_size=256,
+    intermediate_size=688,
+    num_attention_heads=4,
+    vocab_size=1200,
+    max_position_embeddings=512,
+    lora_rank=8,
+    image_size=42,
+    tower_dim=128,
+    tower_depth=3,
+)
 
 
 @functools.cache

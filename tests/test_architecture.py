@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from repository import ROOT, run_python
 
 # kernels < lite < {export, benchmarks} < tests: what each package may import of the project, itself included.
 MAY_IMPORT = {
@@ -62,14 +58,6 @@ def forbidden_imports(source: str, package: str) -> list[tuple[int, str]]:
     return [found for found in first_party_imports(source, package) if found[1] not in MAY_IMPORT[package]]
 
 
-def run_python(code: str) -> str:
-    """Run `code` in a fresh interpreter in the repository root and return what it prints."""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 @pytest.mark.parametrize("package", sorted(MAY_IMPORT))
 def test_packages_import_only_what_is_below_them(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
@@ -98,7 +86,7 @@ def test_the_check_sees_an_import_in_the_wrong_direction(package: str, source: s
 
 
 def test_importing_lite_is_cheap() -> None:
-    loaded = run_python(f"import sys, lite; print(*[name for name in {HEAVY} if name in sys.modules])")
+    loaded = run_python("-c", f"import sys, lite; print(*[name for name in {HEAVY} if name in sys.modules])")
     assert loaded == ""
 
 
@@ -120,7 +108,7 @@ with torch.no_grad():
 print(tuple(logits.shape), bool(torch.isfinite(logits).all()), tokens.shape[1] > 3)
 print(pathlib.Path(kernels.__file__).resolve().parent.parent)
 """
-    worked, root = run_python(code).splitlines()
+    worked, root = run_python("-c", code).splitlines()
     assert worked == "(1, 3, 16) True True"
     assert root == str(ROOT)
 
@@ -137,4 +125,4 @@ quantised, state = quantize_4bit(weight, quant_type="nf4")
 back = dequantize_4bit(quantised, state)
 print(quantised.numel() * 2 == weight.numel(), 0 < float((back - weight).abs().mean()) < 0.1)
 """
-    assert run_python(code).splitlines()[-1] == "True True"
+    assert run_python("-c", code).splitlines()[-1] == "True True"

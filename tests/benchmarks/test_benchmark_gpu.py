@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from recording import record
+from repository import ROOT
 from torch import nn
 
 from benchmarks.speed.gpu import batches, check, decode, few_sms, int8_cache, memory, model, prefill

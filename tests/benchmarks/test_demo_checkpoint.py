@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKPOINT, ROOT, export_demo_gptq
+from exported import export_demo_gptq
 from pydicom import dcmread
+from repository import CHECKPOINT, ROOT
 from safetensors.torch import load_file
-from test_decoder import decoder_folder
+from tiny import decoder_folder
 
 from benchmarks.phantom.publish import unfold_channel_scales
 from benchmarks.phantom.write import write_studies

@@ -15,7 +15,6 @@ from benchmarks import demo
 from benchmarks.quality import engines
 from benchmarks.quality import formats as quantisation
 from benchmarks.quality.engines import ENGINES, PAIRS, compare_engines, main
-from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
 from lite.eval.labels import read_labels
 from lite.studies.study import Study
@@ -24,19 +23,11 @@ EOS = 2
 VOCAB = 12
 
 
-@pytest.fixture(scope="module")
-def onnx_artifact(
-    demo_int4_artifact: Artifact, calibration: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Artifact:
-    settings = OnnxSettings(calibration_data=calibration, verify_studies=1, verify_tokens=8)
-    return add_onnx(demo_int4_artifact.path, settings, out=tmp_path_factory.mktemp("onnx") / "artifact")
-
-
 def test_both_engines_draft_films_of_their_own_and_the_table_says_how_far_they_agree(
-    onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "figures.json"
-    arguments = [str(onnx_artifact.path), "--films", "2", "--seed", "7", "--json", str(figures)]
+    arguments = [str(demo_onnx_artifact.path), "--films", "2", "--seed", "7", "--json", str(figures)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     found = json.loads(figures.read_text(encoding="utf-8"))
@@ -49,7 +40,7 @@ def test_both_engines_draft_films_of_their_own_and_the_table_says_how_far_they_a
     assert 0 < torch_int8_to_float["mean_kl"]["value"] < 1e-3
     assert all(engine["decode_tokens_per_s"] > 1 and engine["total_s"] > 0 for engine in found["engines"])
     assert "| onnx-int8-cache  | onnx " in printed
-    assert f"- Artifact: {onnx_artifact.id} (gptq-int4" in printed
+    assert f"- Artifact: {demo_onnx_artifact.id} (gptq-int4" in printed
     assert f"engines {' '.join(arguments)}." in printed
 
 

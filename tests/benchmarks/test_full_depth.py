@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_synthetic import SMALL
+from random_checkpoint import SMALL
 
 from benchmarks.speed import depth as full_depth
 from benchmarks.speed.depth import fit, main

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_llama, tiny_llama_config
 from numpy.typing import NDArray
+from repository import ROOT
 from safetensors.torch import load_file, save_file
+from tiny import random_llama, tiny_llama_config
 
 from benchmarks.quality.interop import (
     Comparison,

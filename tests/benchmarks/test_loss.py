@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_artifact
 from safetensors.torch import load_file, save_file
+from tiny import write_tiny_artifact
 from torch.nn import functional as F
 
 from benchmarks.phantom.score import read_truth

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 
 from benchmarks.speed.peers import lite_decoder, lite_onnx, main, measure, onnx_artifact, worker
 from benchmarks.speed.peers.engine import Engine, Unavailable

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
+from repository import ROOT
 
 from benchmarks.phantom.contact_sheet import caption, contact_sheet, displayed
 from benchmarks.phantom.film import Film, draw_film

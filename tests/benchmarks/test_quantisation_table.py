@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import random_checkpoint
-from conftest import CHECKPOINT
+from repository import CHECKPOINT
 
 from benchmarks.quality import formats as quantisation
 from benchmarks.quality.formats import (

@@ -11,11 +11,10 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 from benchmarks.gates import slim
 from benchmarks.gates.slim import Probe, Slim, main
-from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
 from lite.errors import LiteError
 from lite.loading import load
@@ -24,14 +23,6 @@ from lite.studies.readers import read_studies
 FILMS = [study.image for study in read_studies(slim.STUDIES)]
 # What the base and the extra `cpu` ask for.
 PACKAGES = ("numpy", "pillow", "sentencepiece", "onnxruntime")
-
-
-@pytest.fixture(scope="module")
-def onnx_artifact(
-    demo_int4_artifact: Artifact, calibration: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Artifact:
-    settings = OnnxSettings(calibration_data=calibration, verify_studies=1, verify_tokens=8)
-    return add_onnx(demo_int4_artifact.path, settings, out=tmp_path_factory.mktemp("onnx") / "artifact")
 
 
 def linked_environment(folder: Path, *, own: Path | None = None) -> None:
@@ -59,12 +50,12 @@ def environment(tmp_path: Path) -> Path:
 
 
 def test_an_artifact_drafts_where_there_is_no_torch(
-    onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slim, "make_environment", linked_environment)
-    measured = slim.measure_slim(onnx_artifact.path, FILMS[:2], tmp_path / "venv")
+    measured = slim.measure_slim(demo_onnx_artifact.path, FILMS[:2], tmp_path / "venv")
     assert measured.broken() == []
-    model = load(onnx_artifact.path, engine="onnx")
+    model = load(demo_onnx_artifact.path, engine="onnx")
     assert list(measured.texts) == [model.findings(film).text for film in FILMS[:2]]
     assert measured.engines == ("onnx", "onnx")
     assert {name.lower() for name in measured.sizes} == set(PACKAGES)
@@ -74,22 +65,22 @@ def test_an_artifact_drafts_where_there_is_no_torch(
     assert 20e6 < (measured.probe.peak_rss_bytes or 0) < 1e9
 
 
-def test_torch_is_asked_for_in_words_where_it_is_missing(environment: Path, onnx_artifact: Artifact) -> None:
+def test_torch_is_asked_for_in_words_where_it_is_missing(environment: Path, demo_onnx_artifact: Artifact) -> None:
     python = [str(environment / "bin" / "python"), "-I"]
     done = subprocess.run([*python, "-c", "import torch"], capture_output=True, text=True, check=False)
     assert "No module named 'torch'" in done.stderr
     with pytest.raises(
         LiteError, match=r"generate: got exit status 1 \(error: .*: got no torch · .* leave out what asks"
     ):
-        slim.generate(python, onnx_artifact.path, FILMS[:1], cwd=environment, more=("--engine", "torch"))
+        slim.generate(python, demo_onnx_artifact.path, FILMS[:1], cwd=environment, more=("--engine", "torch"))
 
 
 def test_a_copy_of_the_package_from_elsewhere_proves_nothing(
-    onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slim, "make_environment", lambda folder: linked_environment(folder, own=ROOT))
     with pytest.raises(LiteError, match="got lite from .* expected the copy in .*venv"):
-        slim.measure_slim(onnx_artifact.path, FILMS[:1], tmp_path / "venv")
+        slim.measure_slim(demo_onnx_artifact.path, FILMS[:1], tmp_path / "venv")
 
 
 # -- Its parts -------------------------------------------------------------------------------------------------------
@@ -185,21 +176,21 @@ def a_slim(
 def test_what_contradicts_the_claim_is_said_and_fails(
     measured: Slim,
     message: str,
-    onnx_artifact: Artifact,
+    demo_onnx_artifact: Artifact,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert [message in line for line in measured.broken()] == [True]
     monkeypatch.setattr(slim, "measure_slim", lambda *_: measured)
-    assert main(["--artifact", str(onnx_artifact.path)]) == 1
+    assert main(["--artifact", str(demo_onnx_artifact.path)]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_what_holds_is_a_short_table(
-    onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(slim, "measure_slim", lambda *_: a_slim())
-    assert main(["--artifact", str(onnx_artifact.path)]) == 0
+    assert main(["--artifact", str(demo_onnx_artifact.path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[2].split() == ["|", "numpy", "|", "1.2", "|"]
     assert printed[4].split() == ["|", "together", "|", "2.5", "|"]
@@ -209,13 +200,13 @@ def test_what_holds_is_a_short_table(
 
 
 def test_an_environment_that_cannot_be_made_fails(
-    onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    demo_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(folder: Path) -> None:
         raise LiteError("pip install: got exit status 1")
 
     monkeypatch.setattr(slim, "make_environment", fail)
-    assert main(["--artifact", str(onnx_artifact.path)]) == 1
+    assert main(["--artifact", str(demo_onnx_artifact.path)]) == 1
     assert capsys.readouterr().err == "error: pip install: got exit status 1\n"
 
 

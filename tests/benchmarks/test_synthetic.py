@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from random_checkpoint import load
+from random_checkpoint import SMALL, load
+from repository import ROOT
 
 from benchmarks.phantom.findings import sample_study
 from benchmarks.phantom.report import write_findings
@@ -33,18 +34,7 @@ from lite.prompt import PromptEncoder, Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = Widths(
-    hidden_size=256,
-    intermediate_size=688,
-    num_attention_heads=4,
-    vocab_size=1200,
-    max_position_embeddings=512,
-    lora_rank=8,
-    image_size=42,
-    tower_dim=128,
-    tower_depth=3,
-)
+
 LAYERS = 6
 SHARD_BYTES = 2_500_000
 FIRST_WORD_ID = 259

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, random_llama, tiny_llama_config
+from repository import ROOT
 from safetensors.torch import load_file, save_file
+from tiny import random_llama, tiny_llama_config
 
 import kernels.reference
 from export.bnb import (

@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, gptq_llama, random_llama, tiny_llama_config, tiny_manifest
+from repository import ROOT
 from safetensors.torch import save_file
+from tiny import gptq_llama, random_llama, tiny_llama_config, tiny_manifest
 
 from export.decoder_onnx import write_decoder_onnx
 from export.int8_cache_graph import write_int8_cache_graph

@@ -18,6 +18,7 @@ import pytest
 import random_checkpoint
 import torch
 from PIL import Image
+from repository import ROOT
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,9 +40,6 @@ from lite.vision import VisionEncoder
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
     from lite.artifact.open import Artifact
-
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

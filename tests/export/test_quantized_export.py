@@ -21,8 +21,9 @@ import random_checkpoint
 import torch
 from filelock import FileLock
 from PIL import Image
+from repository import ROOT
 from safetensors.torch import load_file
-from test_packing import unpacked
+from unpacked import unpacked
 
 import export.calibration
 import export.layerwise
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
 
-ROOT = Path(__file__).resolve().parents[2]
 FINDINGS = [
     "The lungs are clear. No pleural effusion or pneumothorax.",
     "Heart size is normal. The lungs are clear.",

@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import CHECKPOINT, TINY_TOWER
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from repository import CHECKPOINT
+from tiny import TINY_TOWER
 
 import export.vision_onnx
 from benchmarks.phantom.film import draw_film

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from repository import ROOT
 
 KERNELS = {
     "add_rms_norm_kernel",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 
 from kernels import backend as backend_module
 from kernels import quant_matmul as quant_matmul_module

@@ -7,26 +7,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from unpacked import unpacked
 
 from kernels.gptq import GptqWeight, gptq_matmul, to_tensors
 from kernels.packing import pack, symmetric_qzeros, to_blocks, unpack
 
 SHAPES = [(8, 64, 32), (24, 96, 32), (16, 128, 128), (40, 256, 64)]  # out, in, group size
-
-
-def unpacked(tensors: dict[str, torch.Tensor], bits: int) -> np.ndarray:
-    """Rebuild w[out, in] = scale * (q - zero) field by field, by the definition of AutoGPTQ's format."""
-    qweight, qzeros, scales, g_idx = (tensors[name].numpy() for name in ("qweight", "qzeros", "scales", "g_idx"))
-    factor, mask = 32 // bits, (1 << bits) - 1
-    inputs, outputs = qweight.shape[0] * factor, qweight.shape[1]
-    weight = np.zeros((outputs, inputs), dtype=np.float64)
-    for k in range(inputs):
-        group = int(g_idx[k])
-        for n in range(outputs):
-            q = (int(qweight[k // factor, n]) & 0xFFFFFFFF) >> (bits * (k % factor)) & mask
-            zero = ((int(qzeros[group, n // factor]) & 0xFFFFFFFF) >> (bits * (n % factor)) & mask) + 1
-            weight[n, k] = float(scales[group, n]) * (q - zero)
-    return weight
 
 
 def random_weight(bits: int, out: int, inputs: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

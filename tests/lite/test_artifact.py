@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_manifest
+from tiny import tiny_manifest
 
 from lite.artifact.manifest import FORMAT_VERSION, NOTICE, CalibrationRecord, DecoderPart, FileRecord, Manifest
 from lite.artifact.open import Artifact, load_artifact

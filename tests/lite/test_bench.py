@@ -16,7 +16,8 @@ from typing import Any
 
 import onnx
 import pytest
-from test_model import relist
+from repository import ROOT
+from tiny import relist
 
 from lite.artifact import open as artifact_module
 from lite.artifact.open import Artifact
@@ -38,7 +39,6 @@ from lite.config import DecoderConfig
 from lite.model import FindingsModel
 from lite.studies.study import Study
 
-ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--device", "cpu", "--runs", "4", "--batch-sizes", "2", "--max-new-tokens", "8")
 
 

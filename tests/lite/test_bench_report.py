@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from PIL import Image
+from repository import ROOT
 
 from benchmarks.phantom.write import write_studies
 from lite.artifact.manifest import NOTICE

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_tiny_artifact
+from repository import ROOT
 from safetensors.torch import load_file, save_file
+from tiny import write_tiny_artifact
 
 from lite.__main__ import _report, main
 from lite.artifact.open import Artifact, sha256_of

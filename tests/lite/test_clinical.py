@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 
 from lite.bench.results import Missing
 from lite.errors import BackendUnavailable, CheckpointError, LiteError

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_llama, tiny_llama_config
 from recording import record
-from test_decoder import PROMPTS, VOCAB_SIZE, decoder_folder, features
+from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, random_llama, tiny_llama_config
 
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID

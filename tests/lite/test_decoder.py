@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN_SIZE, random_llama, tiny_llama_config, tiny_manifest
-from safetensors.torch import save_file
+from tiny import (
+    PROMPTS,
+    VOCAB_SIZE,
+    decoder_folder,
+    features,
+    random_llama,
+    tiny_llama_config,
+)
 
 from kernels.reference import attention
-from lite.artifact.manifest import CacheDtype, FileRecord
+from lite.artifact.manifest import CacheDtype
 from lite.artifact.open import Artifact, load_artifact
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.torch_engine.cache import NOT_FINITE, KVCache
@@ -22,7 +27,6 @@ from lite.engines.torch_engine.decoder import LlamaDecoder, check_device, load_d
 from lite.engines.torch_engine.linear import linears_of
 from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError, MemoryBudgetError
 
-VOCAB_SIZE = 300
 FORMS = {
     "grouped": {},
     "one kv head": {"num_key_value_heads": 1},
@@ -30,27 +34,6 @@ FORMS = {
     "tied": {"tie_word_embeddings": True},
     "long rope, wide heads": {"head_dim": 32, "rope_theta": 500000.0},
 }
-
-
-def decoder_folder(out: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], *, shards: int = 1) -> Artifact:
-    """Write only a decoder; wrap it as an artifact whose other files nobody opens."""
-    folder = out / "decoder"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    names = sorted(weights)
-    files = ["decoder/config.json"]
-    if shards == 1:
-        save_file(weights, folder / "model.safetensors")
-        files.append("decoder/model.safetensors")
-    else:
-        weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
-        for shard in sorted(set(weight_map.values())):
-            save_file({name: weights[name] for name in names if weight_map[name] == shard}, folder / shard)
-            files.append(f"decoder/{shard}")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        files.append("decoder/model.safetensors.index.json")
-    manifest = tiny_manifest(files={name: FileRecord(bytes=0, sha256="0" * 64) for name in files})
-    return Artifact(path=out, manifest=manifest, id="0" * 16)
 
 
 def tiny_decoder(out: Path, *, cache_dtype: CacheDtype | None = None) -> LlamaDecoder:
@@ -67,17 +50,6 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> LlamaDecoder:
 def int8_cached(tmp_path_factory: pytest.TempPathFactory) -> LlamaDecoder:
     """The same with an int8 cache."""
     return tiny_decoder(tmp_path_factory.mktemp("int8-cached"), cache_dtype="int8")
-
-
-def features(rows: int, *, seed: int = 7) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((rows, 5, HIDDEN_SIZE), dtype=np.float32)
-
-
-PROMPTS = [
-    [1, 20, 30, IMAGE_TOKEN_ID, 40, 50, 60],
-    [1, IMAGE_TOKEN_ID, 41],
-    [1, 9, 8, 7, 6, 5, IMAGE_TOKEN_ID, 12, 13, 14, 15, 16, 17, 18, 19],
-]
 
 
 @pytest.mark.parametrize("form", FORMS)

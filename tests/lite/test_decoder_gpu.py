@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_tiny_gptq_artifact
+from repository import ROOT
+from tiny import write_tiny_gptq_artifact
 
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID

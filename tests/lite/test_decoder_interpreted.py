@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from interpreted_decoder import SETTINGS, decode
+from repository import ROOT, run_python
 
 # How far logits may be from the reference's, as a share of their spread: in float16 each op rounds; in float32 only the
 # order of sums differs, which in a cache of int8 turns a last bit into a whole step now and then.
@@ -24,14 +21,8 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("triton", reason="Triton is for Linux only")
     out = tmp_path_factory.mktemp("interpreted")
     # One thread: the tensors are tiny, and two threads would only wait for one another.
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/lite",
-    }
-    command = [sys.executable, str(ROOT / "tests" / "interpreted_decoder.py"), str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = ROOT / "tests" / "interpreted_decoder.py"
+    run_python(script, out, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     return json.loads((out / "found.json").read_text())
 
 

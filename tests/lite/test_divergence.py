@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from numpy.typing import NDArray
+from repository import ROOT
 from torch.nn import functional as F
 
 from lite.errors import LiteError

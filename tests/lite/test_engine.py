@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_tiny_gptq_artifact
+from repository import ROOT
+from tiny import write_tiny_gptq_artifact
 
 import lite
 from export import OnnxSettings, add_onnx

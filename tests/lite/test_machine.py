@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from repository import ROOT
 
 from lite.bench import machine as module
 from lite.bench.machine import EnergyMeter, energy_meter, machine, streaming_read_bandwidth, versions

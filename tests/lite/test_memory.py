@@ -14,8 +14,9 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from conftest import tiny_llama_config, tiny_manifest
 from fake_cuda import H100, RTX_3060, T4, TOKEN, Allocator, FakeGpu, all_true, draft, load_on, prompt_of
+from repository import ROOT
+from tiny import tiny_llama_config, tiny_manifest
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
 from kernels.backend import Card
@@ -57,7 +58,6 @@ from lite.model import FindingsModel
 
 # GB of zeros that are stored for 7B in 8 bits, groups of 128: symmetric ones are all alike, and not kept in memory.
 ZEROS = 6.476 / 128
-ROOT = Path(__file__).resolve().parents[2]
 VICUNA = DecoderConfig(
     hidden_size=4096,
     intermediate_size=11008,

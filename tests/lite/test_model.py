@@ -19,11 +19,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, film, write_tiny_artifact
 from PIL import Image
+from repository import ROOT
+from tiny import film, relist, write_tiny_artifact
 
 import lite
-from lite.artifact.open import Artifact, load_artifact, sha256_of
+from lite.artifact.open import Artifact, load_artifact
 from lite.engines.cores import available_cores
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.errors import (
@@ -517,16 +518,6 @@ def test_load_hashes_unless_told_not_to(own_artifact: Path) -> None:
     with pytest.raises(ArtifactError, match=r"model\.safetensors: got sha256"):
         load(own_artifact, device="cpu")
     load(own_artifact, device="cpu", verify=False)
-
-
-def relist(folder: Path, name: str, **manifest_changes: Any) -> None:
-    """Make the manifest agree with a changed file: only the content is wrong then."""
-    file = folder / "manifest.json"
-    value = json.loads(file.read_text())
-    value["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    for part, changes in manifest_changes.items():
-        value[part] |= changes
-    file.write_text(json.dumps(value))
 
 
 @pytest.mark.parametrize(

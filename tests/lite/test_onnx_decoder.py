@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, write_tiny_gptq_artifact
-from test_model import relist
+from repository import ROOT
+from tiny import relist, write_tiny_gptq_artifact
 
 import lite
 from benchmarks.phantom.score import read_truth

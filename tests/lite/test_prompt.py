@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from conftest import CHECKPOINT
+from repository import CHECKPOINT
 
 from lite.config import IMAGE_TOKEN_ID, DecodingDefaults, PromptTemplate
 from lite.errors import ArtifactError, ContextLengthError, PromptError

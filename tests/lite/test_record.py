@@ -19,7 +19,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import ROOT, write_tiny_artifact
+from repository import ROOT
+from tiny import write_tiny_artifact
 
 from lite.artifact.open import Artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate

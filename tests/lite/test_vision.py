@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN_SIZE, IMAGE_SIZE, NUM_IMAGE_TOKENS
+from tiny import HIDDEN_SIZE, IMAGE_SIZE, NUM_IMAGE_TOKENS
 
 from lite.artifact.open import Artifact
 from lite.engines.onnx_session import CPU, CUDA
