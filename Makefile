@@ -28,10 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-DEMO_ARTIFACT = test -f build/demo/artifact/decoder.onnx || $(BIN)/python -m benchmarks.demo > /dev/null
+DEMO_ARTIFACT = test -f build/demo/artifact/decoder.onnx || $(BIN)/python -m benchmarks demo > /dev/null
 
 demo: $(STAMP)  ## export the phantom model, draft findings for a few films, save a picture
-	@$(BIN)/python -m benchmarks.demo
+	@$(BIN)/python -m benchmarks demo
 
 bench: $(STAMP)  ## latency, memory and quality of the demo's artifacts, and build/bench.html
 	@$(DEMO_ARTIFACT)

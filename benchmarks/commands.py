@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -32,3 +33,8 @@ def run_one_of(
     module, _ = commands[parser.parse_args(arguments[:1]).command]
     status: int = importlib.import_module(module).main(arguments[1:])
     return status
+
+
+def command_line(name: str, argv: Sequence[str] | None) -> str:
+    """Return what was typed to run a command of `python -m benchmarks`."""
+    return f"python -m benchmarks {name} {shlex.join(sys.argv[1:] if argv is None else argv)}"

@@ -9,36 +9,42 @@ ONNX Runtime drafts with it, and torch with fp16. Only the model is small, and r
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 import lite
+from benchmarks.exports import PHANTOM, ROOT, Recipe, Source
 from benchmarks.phantom.write import write_studies
+from benchmarks.quality.compare import draft
+from lite.console import run_command
 from lite.eval.labels import Label, Reading, read_labels
 from lite.image.files import load_image
 from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "benchmarks" / "phantom" / "checkpoint"
 OUT = ROOT / "build" / "demo"
+ARTIFACT = OUT / "artifact"
 NUM_FILMS = 6
 # Neither training nor the figures in benchmarks/phantom/README.md use films of these seeds.
 SEED = 20_261_123
 NUM_CALIBRATION_FILMS = 64
 CALIBRATION_SEED = 20_261_124
-# What a search has found on such films; it would take longer than all the rest.
-TOKEN_WEIGHTS = "0.3,0.1"  # noqa: S105 - weights of tokens, not a secret
-
+FP16 = Recipe(name="fp16", options=("--decoder", "fp16"))
+# The weights of tokens are what a search has found on such films; it would take longer than all the rest.
+GPTQ_INT4 = Recipe(
+    name="gptq-int4",
+    options=("--decoder", "gptq-int4", "--engine", "onnx", "--token-weights", "0.3,0.1"),
+    calibrated=True,
+)
 
 # The labeller knows three sizes of everything; of these, reports say how severe they are.
 _BY_DEGREE: frozenset[Label] = frozenset({"Cardiomegaly", "Edema"})
@@ -64,9 +70,17 @@ class Drafted:
 
     study: Study
     findings: lite.Findings  # of the 4-bit artifact
-    agreements: tuple[Agreement, ...]
     fp16: lite.Findings
-    fp16_agreements: tuple[Agreement, ...]
+
+    @property
+    def agreements(self) -> tuple[Agreement, ...]:
+        """What the 4-bit artifact has right."""
+        return compare(self.study.reference, self.findings.text)
+
+    @property
+    def fp16_agreements(self) -> tuple[Agreement, ...]:
+        """What the fp16 artifact has right."""
+        return compare(self.study.reference, self.fp16.text)
 
     @property
     def beside(self) -> str:
@@ -228,38 +242,27 @@ def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
     return picture.crop((0, 0, width, text.y + _GAP))
 
 
-def _step(number: int, what: str) -> Callable[[], None]:
-    """Announce a step; call what is returned when it is done."""
+@contextmanager
+def _step(number: int, what: str) -> Iterator[None]:
+    """Announce a step, and say how long it took."""
     _say(f"[{number}/5] {what} ...")
     started = time.perf_counter()
-
-    def done() -> None:
-        _say(f"      done in {time.perf_counter() - started:.1f} s\n")
-
-    return done
+    yield
+    _say(f"      done in {time.perf_counter() - started:.1f} s\n")
 
 
 def _require_checkpoint() -> None:
-    for folder in (CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base"):
+    for folder in (PHANTOM / "llava-rad-phantom", PHANTOM / "base"):
         if not folder.is_dir():
             msg = f"{folder}: got no such folder · expected the phantom checkpoint · check out the whole repository"
             raise lite.CheckpointError(msg)
 
 
-def _export(artifact: Path, listed: Path, **more: object) -> None:
-    """Export the phantom checkpoint by the command that a user would type: benchmarks do not import export."""
-    options = {
-        "checkpoint": CHECKPOINT / "llava-rad-phantom",
-        "base": CHECKPOINT / "base",
-        "out": artifact,
-        **{name.replace("_", "-"): value for name, value in more.items()},
-        "verify-data": listed,
-        "verify-studies": NUM_FILMS,
-    }
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))] + ["--overwrite"]
-    _say(f"      {_python()} -m export " + " ".join(_shown(Path(text)) for text in arguments))
+def _export(recipe: Recipe, source: Source, artifact: Path) -> None:
+    """Export the phantom checkpoint by the command that a user would type."""
+    command = [*source.command(recipe, artifact), "--verify-studies", str(NUM_FILMS), "--overwrite"]
+    _say(f"      {_python()} " + " ".join(_shown(Path(text)) for text in command[1:]))
     artifact.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "export", *arguments]
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         msg = f"got exit code {done.returncode} from the export · expected an artifact in {artifact} · see above"
@@ -273,30 +276,11 @@ def _write_films(folder: Path, *, count: int, seed: int, dicom: bool) -> Path:
     return write_studies(folder, count=count, seed=seed, dicom=dicom)
 
 
-def _findings(artifact: Path, studies: Sequence[Study]) -> tuple[list[lite.Findings], str]:
-    model = lite.load(artifact)
-    findings = []
-    for result in model.findings_batch([(study.image, study.reason) for study in studies]):
-        if isinstance(result, lite.StudyError):
-            raise result.error
-        findings.append(result)
-    return findings, model.notice
-
-
 def _draft(artifact: Path, fp16: Path, studies: Sequence[Study]) -> tuple[list[Drafted], str]:
-    findings, notice = _findings(artifact, studies)
-    beside, _ = _findings(fp16, studies)
-    drafted = [
-        Drafted(
-            study=study,
-            findings=ours,
-            agreements=compare(study.reference, ours.text),
-            fp16=theirs,
-            fp16_agreements=compare(study.reference, theirs.text),
-        )
-        for study, ours, theirs in zip(studies, findings, beside, strict=True)
-    ]
-    return drafted, notice
+    models = [lite.load(path) for path in (artifact, fp16)]
+    ours, theirs = (draft(model, studies, name=model.artifact.path.name).findings for model in models)
+    drafted = [Drafted(study=s, findings=f, fp16=b) for s, f, b in zip(studies, ours, theirs, strict=True)]
+    return drafted, models[0].notice
 
 
 def _who_drafted(drafted: Sequence[Drafted]) -> str:
@@ -339,53 +323,42 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
     _say("  # all tests\n  make test")
 
 
-def main(argv: Sequence[str] = ()) -> int:
-    """Run the demo; return the exit code."""
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.demo",
-        description="Export the phantom model in 4 bits and in fp16, draft findings for a few films with both, show "
-        f"the truth beside, and save a picture. Everything goes to {_shown(OUT)}.",
-    ).parse_args(argv)
+def _run() -> int:
     started = time.perf_counter()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a mark that the terminal cannot show must not end the demo
-        sys.stdout.reconfigure(errors="replace")
     width = min(shutil.get_terminal_size((110, 40)).columns, 160)
-    artifact, fp16, picture = OUT / "artifact", OUT / "artifact-fp16", OUT / "findings.png"
-    try:
-        _require_checkpoint()
-        done = _step(
-            1, f"Drawing {NUM_FILMS} synthetic films that the model has never seen, and others to calibrate on"
-        )
+    fp16, picture = OUT / "artifact-fp16", OUT / "findings.png"
+    _require_checkpoint()
+    with _step(1, f"Drawing {NUM_FILMS} synthetic films that the model has never seen, and others to calibrate on"):
         listed = _write_films(OUT / "films", count=NUM_FILMS, seed=SEED, dicom=True)
         others = _write_films(OUT / "calibration", count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False)
-        studies = read_studies(listed)
-        done()
-        done = _step(2, "Exporting the phantom checkpoint in 4 bits, measured on these films")
-        _export(
-            artifact, listed, decoder="gptq-int4", engine="onnx", calibration_data=others, token_weights=TOKEN_WEIGHTS
-        )
-        done()
-        done = _step(3, "Exporting it in fp16, to compare")
-        _export(fp16, listed, decoder="fp16")
-        done()
-        done = _step(4, "Drafting the films' findings with both")
-        drafted, notice = _draft(artifact, fp16, studies)
+        source = Source(verify=listed, calibration=others)
+    with _step(2, "Exporting the phantom checkpoint in 4 bits, measured on these films"):
+        _export(GPTQ_INT4, source, ARTIFACT)
+    with _step(3, "Exporting it in fp16, to compare"):
+        _export(FP16, source, fp16)
+    with _step(4, "Drafting the films' findings with both"):
+        drafted, notice = _draft(ARTIFACT, fp16, read_studies(listed))
         _say(f"      {_who_drafted(drafted)}")
-        done()
-    except lite.LiteError as error:
-        sys.stderr.write(f"demo: {error}\n")
-        return 1
     for number, film in enumerate(drafted, start=1):
         _print_film(number, film, width)
     _say(_score(drafted))
     _say(f"{textwrap.fill(notice, width)}\n")
-    done = _step(5, f"Saving films and texts as {_shown(picture)}")
-    draw_picture(drafted, notice).save(picture)
-    done()
-    _say_what_next(artifact, drafted[0].study.path.with_suffix(".dcm"), listed)
+    with _step(5, f"Saving films and texts as {_shown(picture)}"):
+        draw_picture(drafted, notice).save(picture)
+    _say_what_next(ARTIFACT, drafted[0].study.path.with_suffix(".dcm"), listed)
     _say(f"\nThe demo took {time.perf_counter() - started:.0f} s.")
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks demo",
+        description="Export the phantom model in 4 bits and in fp16, draft findings for a few films with both, show "
+        f"the truth beside, and save a picture. Everything goes to {_shown(OUT)}.",
+    ).parse_args(argv)
+    return run_command(_run)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

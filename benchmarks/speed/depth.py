@@ -27,7 +27,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.quality.formats import measured_run
+from benchmarks.exports import measured_run
 from benchmarks.speed.synthetic import MAX_LAYERS, NAME, write_checkpoint
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table

@@ -13,6 +13,7 @@ from PIL import Image
 
 import lite
 from benchmarks import demo
+from benchmarks.exports import Source
 from benchmarks.phantom.contact_sheet import contact_sheet
 from lite.studies.readers import read_studies
 from lite.studies.study import Study
@@ -73,9 +74,7 @@ def drafted(tmp_path: Path, text: str) -> demo.Drafted:
     return demo.Drafted(
         study=study,
         findings=findings,
-        agreements=demo.compare(TRUTH, text),
         fp16=fp16,
-        fp16_agreements=demo.compare(TRUTH, TRUTH),
     )
 
 
@@ -117,7 +116,7 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
 ) -> None:
     for name in ("llava-rad-phantom", "base"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
+    monkeypatch.setattr(demo, "PHANTOM", tmp_path)
     monkeypatch.setattr(demo, "OUT", tmp_path / "out")
     monkeypatch.setattr(demo, "NUM_FILMS", 2)
     monkeypatch.setattr(demo, "NUM_CALIBRATION_FILMS", 3)
@@ -128,7 +127,7 @@ def test_a_failed_export_ends_the_demo_with_its_reason(
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert demo.main() == 1
+    assert demo.main([]) == 1
     assert "got exit code 1 from the export" in capsys.readouterr().err
     # Parity is measured on the films that the demo shows: they are there before the export.
     options = dict(zip(commands[0][3::2], commands[0][4::2], strict=False))
@@ -149,7 +148,8 @@ def test_sizes_and_parity_of_the_export_are_shown_and_its_terms_are_not_said_twi
         return subprocess.CompletedProcess(command, 0, stdout=summary)
 
     monkeypatch.setattr(subprocess, "run", succeed)
-    demo._export(tmp_path / "out" / "artifact", tmp_path / "studies.json")
+    source = Source(verify=tmp_path / "studies.json", calibration=tmp_path / "others.json")
+    demo._export(demo.FP16, source, tmp_path / "out" / "artifact")
     printed = capsys.readouterr().out
     assert "KL 4e-10 nats/token, same top token 100.00%" in printed
     assert f"--verify-data {tmp_path / 'studies.json'}" in printed
@@ -165,6 +165,6 @@ def test_a_contact_sheet_makes_its_folder(tmp_path: Path) -> None:
 def test_a_missing_checkpoint_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "CHECKPOINT", tmp_path)
-    assert demo.main() == 1
+    monkeypatch.setattr(demo, "PHANTOM", tmp_path)
+    assert demo.main([]) == 1
     assert "llava-rad-phantom: got no such folder" in capsys.readouterr().err

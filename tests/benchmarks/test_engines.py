@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import lite
 from benchmarks import demo
-from benchmarks.quality import engines
-from benchmarks.quality import formats as quantisation
-from benchmarks.quality.engines import ENGINES, PAIRS, compare_engines, main
+from benchmarks.quality import engines, formats
+from benchmarks.quality.compare import Films, draft_in_turns, figures
+from benchmarks.quality.engines import BESIDE, ENGINES, compare_engines, main
 from lite.artifact.open import Artifact
 from lite.eval.labels import read_labels
 from lite.studies.study import Study
@@ -24,24 +23,27 @@ VOCAB = 12
 
 
 def test_both_engines_draft_films_of_their_own_and_the_table_says_how_far_they_agree(
-    demo_onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = tmp_path / "figures.json"
-    arguments = [str(demo_onnx_artifact.path), "--films", "2", "--seed", "7", "--json", str(figures)]
+    arguments = [str(demo_onnx_artifact.path), "--films", "2", "--seed", "7", "--json"]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    found = json.loads(figures.read_text(encoding="utf-8"))
-    assert [engine["name"] for engine in found["engines"]] == list(ENGINES)
-    assert [(pair["candidate"], pair["yardstick"]) for pair in found["pairs"]] == list(PAIRS)
-    torch_int8_to_float, to_torch, _, int8_to_float = (pair["divergence"] for pair in found["pairs"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == f"python -m benchmarks quality engines {' '.join(arguments)}"
+    assert found["films"] == "2 of seed 7"
+    torch, *rows = found["engines"]
+    assert (torch["name"], torch["loss"]) == ("torch", None)
+    pairs = [(name, reference) for reference, names in BESIDE.items() for name in names]
+    assert [(row["name"], row["loss"]["reference"]) for row in rows] == pairs
+    kl = {pair: row["loss"]["divergence"]["mean_kl"]["value"] for pair, row in zip(pairs, rows, strict=True)}
     # Two engines, and two caches of each: near, and not the same twice.
-    assert 0 < to_torch["mean_kl"]["value"] < 2e-3
-    assert 0 < int8_to_float["mean_kl"]["value"] < 1e-3
-    assert 0 < torch_int8_to_float["mean_kl"]["value"] < 1e-3
-    assert all(engine["decode_tokens_per_s"] > 1 and engine["total_s"] > 0 for engine in found["engines"])
-    assert "| onnx-int8-cache  | onnx " in printed
-    assert f"- Artifact: {demo_onnx_artifact.id} (gptq-int4" in printed
-    assert f"engines {' '.join(arguments)}." in printed
+    assert 0 < kl["onnx", "torch"] < 2e-3
+    assert 0 < kl["onnx-int8-cache", "onnx"] < 1e-3
+    assert 0 < kl["torch-int8-cache", "torch"] < 1e-3
+    assert all(row["figures"]["decode_tokens_per_s"] > 1 and row["figures"]["total_s"] > 0 for row in (torch, *rows))
+    settings = [row["figures"]["setting"] for row in (torch, *rows)]
+    assert len({setting.partition("), ")[0] for setting in settings}) == 1
+    assert settings[3].startswith("gptq-int4 (groups of 128, calibrated on 64 studies of studies.json), ")
+    assert settings[3].endswith("onnx, int8 cache")
 
 
 class Model:
@@ -52,7 +54,9 @@ class Model:
         manifest = SimpleNamespace(
             decoding=SimpleNamespace(eos_token_id=EOS), decoder=SimpleNamespace(describe=lambda: "gptq-int4")
         )
-        self.artifact = SimpleNamespace(id="1234", manifest=manifest)
+        self.artifact = SimpleNamespace(
+            id="1234", path=Path(), manifest=manifest, decoder_config=lambda: SimpleNamespace(vocab_size=VOCAB)
+        )
         self.scored: list[tuple[str, tuple[int, ...]]] = []
 
     def findings(self, image: Path, _: str | None) -> Any:
@@ -65,7 +69,11 @@ class Model:
             text=text,
             token_ids=tuple(3 + len(word) for word in text.split()),
             finish_reason="length" if image.name == "2" else "eos",
-            timings=SimpleNamespace(decode_steps_s=(step_s, step_s), prefill_s=3 * step_s, total_s=10 * step_s),
+            engine=self.name,
+            cache_dtype="float32",
+            timings=SimpleNamespace(
+                batch_size=1, decode_steps_s=(step_s, step_s), prefill_s=3 * step_s, total_s=10 * step_s
+            ),
         )
 
     def score(self, image: Path, token_ids: tuple[int, ...], _: str | None) -> np.ndarray:
@@ -79,38 +87,34 @@ class Model:
 
 
 @pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Model]:
+def models() -> dict[str, Any]:
     same = {"0": "Small left effusion .", "1": "Large heart .", "2": "Clear lungs ."}
-    other = same | {"1": "Normal heart ."}
     log: list[tuple[str, str]] = []
-    made = {
-        "torch": Model("torch", log, same, 0.02),
-        "torch-int8-cache": Model("torch-int8-cache", log, same, 0.02),
-        "onnx": Model("onnx", log, same, 0.01),
-        "onnx-int8-cache": Model("onnx-int8-cache", log, other, 0.005),
-    }
-    by_options = {tuple(sorted(options.items())): made[name] for name, options in ENGINES.items()}
-    monkeypatch.setattr(lite, "load", lambda _, **options: by_options[tuple(sorted(options.items()))])
+    paces = {"torch": 0.02, "torch-int8-cache": 0.02, "onnx": 0.01, "onnx-int8-cache": 0.005}
+    made: dict[str, Any] = {name: Model(name, log, same, pace) for name, pace in paces.items()}
+    made["onnx-int8-cache"].texts = same | {"1": "Normal heart ."}
     return made
 
 
-def test_figures_are_of_the_films_and_the_yardsticks_texts(models: dict[str, Model]) -> None:
-    studies = [Study(id=name, image=Path(name), reason=None) for name in "012"]
-    truth = [read_labels(text) for text in ("Small left effusion.", "Large heart.", "Clear lungs.")]
-    compared = compare_engines(Path("artifact"), studies, truth)
+def test_figures_are_of_the_films_and_the_references_texts(models: dict[str, Any]) -> None:
+    studies = tuple(Study(Path(name), id=name) for name in "012")
+    truth = tuple(read_labels(text) for text in ("Small left effusion.", "Large heart.", "Clear lungs."))
+    films = Films(studies=studies, truth=truth)
+    drafts = draft_in_turns(models, studies)
+    losses = compare_engines(models, drafts, films)
     # In turns, film by film, and the first film twice.
     assert models["torch"].log == [(name, film) for film in "0012" for name in ENGINES]
-    torch, _, onnx, int8 = compared.engines
-    assert compared.engine("onnx") is onnx
+    torch, _, onnx, int8 = (figures(found, truth) for found in drafts.values())
     assert (torch.decode_tokens_per_s, onnx.decode_tokens_per_s) == (pytest.approx(50), pytest.approx(100))
     assert (torch.prefill_s, torch.total_s) == (pytest.approx(0.06), pytest.approx(0.2))
-    assert torch.label_f1.value == onnx.label_f1.value == 1.0
-    assert int8.label_f1.value < 1.0
-    _, to_torch, int8_to_torch, int8_to_onnx = compared.pairs
-    assert compared.pair("onnx-int8-cache", "onnx") is int8_to_onnx
+    assert torch.micro_f1.value == onnx.micro_f1.value == 1.0
+    assert int8.micro_f1.value < 1.0
+    to_torch = losses["onnx", "torch"]
     assert (to_torch.same_text.value, to_torch.rouge_l.value) == (1.0, 1.0)
-    assert int8_to_torch.same_text.value == int8_to_onnx.same_text.value == pytest.approx(2 / 3)
-    assert int8_to_torch.rouge_l.value < 1.0
+    for reference in ("torch", "onnx"):
+        lost = losses["onnx-int8-cache", reference]
+        assert lost.same_text.value == pytest.approx(2 / 3)
+        assert lost.rouge_l.value < 1.0
     # Films 0 and 1 end with EOS, film 2 is cut. One token of onnx's twelve is another, in one film of three.
     assert to_torch.divergence.num_tokens == 5 + 4 + 3
     assert to_torch.divergence.same_top.value == pytest.approx(11 / 12)
@@ -119,22 +123,11 @@ def test_figures_are_of_the_films_and_the_yardsticks_texts(models: dict[str, Mod
     kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
     assert to_torch.divergence.mean_kl.value == pytest.approx(kl / 12)
     assert (to_torch.divergence.first_divergent_token.value, to_torch.divergence.first_divergent_token.count) == (2, 1)
-    # The int8 cache is asked along both yardsticks' texts, which are the same here, and torch only along its own.
+    # The int8 cache is asked along both references' texts, which are the same here, and torch only along its own.
     assert len(models["torch"].scored) == 3
     assert len(models["onnx-int8-cache"].scored) == 6
     assert models["torch"].scored[0] == ("0", (8, 7, 11, 4, EOS))
     assert models["torch"].scored[2] == ("2", (8, 8, 4))
-
-
-def test_the_tables_say_how_many_and_where(models: dict[str, Model]) -> None:
-    studies = [Study(id=name, image=Path(name), reason=None) for name in "012"]
-    lines = engines.format_tables(compare_engines(Path("artifact"), studies, [read_labels("")] * 3)).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    assert cells[2][:4] == ["torch-int8-cache", "torch", "100.0% (3 of 3)", "– (of 0)"]
-    assert cells[3][:4] == ["onnx", "torch", "100.0% (3 of 3)", "2 (of 1)"]
-    assert cells[4][:4] == ["onnx-int8-cache", "torch", "66.7% (2 of 3)", "– (of 0)"]
-    assert [row[0] for row in cells[-4:]] == list(ENGINES)
-    assert cells[-4][2:] == ["50", "60.0", "0.200"]
 
 
 def test_an_artifact_without_decoder_onnx_is_an_error(
@@ -148,5 +141,5 @@ def test_an_artifact_without_decoder_onnx_is_an_error(
 
 
 def test_no_other_set_has_these_films() -> None:
-    others = {demo.SEED, demo.CALIBRATION_SEED, quantisation.SEED, quantisation.CALIBRATION_SEED, 20_261_301}
+    others = {demo.SEED, demo.CALIBRATION_SEED, formats.SEED, formats.CALIBRATION_SEED, 20_261_301}
     assert engines.SEED not in others

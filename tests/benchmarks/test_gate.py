@@ -13,9 +13,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lite
+from benchmarks import exports
+from benchmarks.exports import Source
 from benchmarks.gates import gate, slim
-from benchmarks.gates.gate import Gate, Judged, WrongUseError, main, read_gates, update_baselines
-from benchmarks.quality.formats import Setting, export_command
+from benchmarks.gates.baselines import Gate, Judged, WrongUseError, read_gates, update_baselines
+from benchmarks.gates.gate import METRICS, main
+from benchmarks.quality.compare import Films, draft
+from benchmarks.quality.engines import compare_engines, load_engines
 from export.__main__ import _parser
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.write import staged_artifact
@@ -74,8 +78,26 @@ def test_a_tolerance_has_a_size_and_a_direction(
     baseline: Any, tolerance: str, passing: list[Any], failing: list[Any]
 ) -> None:
     entry = Gate(name="fp16.mean_kl", baseline=baseline, tolerance=tolerance)
-    assert [entry.passes(value) for value in passing] == [True] * len(passing)
-    assert [entry.passes(value) for value in failing] == [False] * len(failing)
+    assert {entry.judge(value) for value in passing} <= {"pass", "better"}
+    assert {entry.judge(value) for value in failing} == {"REGRESSION"}
+
+
+@pytest.mark.parametrize(
+    ("baseline", "tolerance", "value", "verdict"),
+    [
+        (1000, "+64", 1064, "pass"),
+        (1000, "+64", 936, "pass"),
+        (1000, "+64", 935, "better"),
+        (0.9, "-0.01", 0.92, "better"),
+        (0.9, "±0.01", 0.92, "REGRESSION"),
+        (("numpy", "torch"), "+0", ("numpy",), "better"),
+        (("numpy",), "+0", ("numpy",), "pass"),
+    ],
+)
+def test_what_is_far_on_the_better_side_is_said_and_is_no_regression(
+    baseline: Any, tolerance: str, value: Any, verdict: str
+) -> None:
+    assert Gate(name="fp16.bytes", baseline=baseline, tolerance=tolerance).judge(value) == verdict
 
 
 @pytest.mark.parametrize(
@@ -98,14 +120,14 @@ def test_a_gates_file_that_cannot_be_used_is_wrong_use(
 ) -> None:
     gates.write_text(text, encoding="utf-8")
     with pytest.raises(WrongUseError, match=message):
-        read_gates(gates)
+        read_gates(gates, METRICS)
     assert main(["--gates", str(gates)]) == 2
     assert str(gates) in capsys.readouterr().err
 
 
 def test_everything_that_is_measured_has_a_baseline() -> None:
     expected = [f"{subject}.{metric}" for subject, metrics in gate.METRICS.items() for metric in metrics]
-    assert sorted(read_gates(gate.GATES)) == sorted(expected)
+    assert sorted(read_gates(gate.GATES, METRICS)) == sorted(expected)
 
 
 def test_an_update_changes_the_numbers_and_nothing_else(gates: Path) -> None:
@@ -199,7 +221,7 @@ def test_update_prints_old_and_new_and_then_passes(
     assert main(["--gates", str(gates), "--update"]) == 0
     printed = capsys.readouterr().out
     assert "fp16.mean_kl: 2.600e-05 → 0.004000" in printed.splitlines()
-    assert read_gates(gates)["fp16.mean_kl"].baseline == 0.004
+    assert read_gates(gates, METRICS)["fp16.mean_kl"].baseline == 0.004
     assert verdicts(printed)["fp16.mean_kl"] == "pass"
 
 
@@ -217,20 +239,12 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_candidates_are_commands_of_the_exporter(tmp_path: Path) -> None:
-    setting = Setting(
-        checkpoint=tmp_path,
-        base=tmp_path,
-        held_out=tmp_path,
-        calibration=tmp_path,
-        artifacts=tmp_path,
-        device="cpu",
-        keep=True,
-    )
-    for name, row in gate.CANDIDATES.items():
-        options = _parser().parse_args(export_command(row, setting, tmp_path / name)[3:])
+    source = Source(verify=tmp_path, calibration=tmp_path, device="cpu")
+    for name, recipe in gate.CANDIDATES.items():
+        options = _parser().parse_args(source.command(recipe, tmp_path / name)[3:])
         assert (options.vision, options.decoder) == (("int8", "fp16") if name == "vision-int8" else ("fp32", name))
         assert options.engine == ("onnx" if name == "gptq-int4" else "torch")
-        assert row.calibrated == name.startswith("gptq") == (options.calibration_data is not None)
+        assert recipe.calibrated == name.startswith("gptq") == (options.calibration_data is not None)
 
 
 def test_an_export_that_fails_is_a_regression(
@@ -243,11 +257,11 @@ def test_an_export_that_fails_is_a_regression(
     shutil.copytree(tiny_artifact.path, tmp_path / "gate" / "fp16")
     monkeypatch.setattr(gate, "OUT", tmp_path / "gate")
     monkeypatch.setattr(gate, "NUM_CALIBRATION_FILMS", 1)
-    monkeypatch.setattr(gate, "measured_run", fail)
-    # Imports are measured of other artifacts.
+    monkeypatch.setattr(exports, "measured_run", fail)
+    # Imports are measured of another artifact.
     assert main(["--only", "imports", "bnb-nf4", "--json", str(tmp_path / "gate.json")]) == 1
     printed = capsys.readouterr()
-    for name in ("fp16", "gptq-int4", "bnb-nf4"):
+    for name in ("gptq-int4", "bnb-nf4"):
         assert f"error: {name}: exit status 1: no {name}" in printed.err.splitlines()
     assert "REGRESSION: imports.lite was 0 packages, is failed, tolerance +0" in printed.out.splitlines()
     failed = [
@@ -260,10 +274,30 @@ def test_an_export_that_fails_is_a_regression(
     assert {row["value"] for row in json.loads((tmp_path / "gate.json").read_text())["gates"]} == {None}
 
 
+def test_imports_alone_export_nothing_where_an_artifact_lies(
+    onnx_artifact: Artifact, tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[list[str]] = []
+
+    def export(names: list[str], _: Path) -> dict[str, Path]:
+        exported.append(names)
+        return dict.fromkeys(names, tmp_path)
+
+    monkeypatch.setattr(gate, "export_candidates", export)
+    monkeypatch.setattr(gate, "OUT", tmp_path)
+    monkeypatch.setattr(gate, "ARTIFACT", onnx_artifact.path)
+    assert gate.find_artifacts(["imports", "slim"], None) == {"gptq-int4": onnx_artifact.path}
+    # One without decoder.onnx does not do, and what is judged of an export is judged of today's.
+    monkeypatch.setattr(gate, "ARTIFACT", tiny_artifact.path)
+    gate.find_artifacts(["imports"], None)
+    gate.find_artifacts(["imports", "gptq-int4-engines"], None)
+    assert exported == [["gptq-int4"], ["gptq-int4"]]
+
+
 def test_what_failed_is_no_baseline(gates: Path, measured: dict[str, Any]) -> None:
     measured |= {"fp16.mean_kl": None, "fp16.bytes": 2000}
     assert main(["--gates", str(gates), "--update"]) == 1
-    updated = read_gates(gates)
+    updated = read_gates(gates, METRICS)
     assert (updated["fp16.mean_kl"].baseline, updated["fp16.bytes"].baseline) == (2.6e-5, 2000)
 
 
@@ -291,6 +325,7 @@ def off_by_5_percent(artifact: Artifact, out: Path) -> Path:
     return out
 
 
+@pytest.mark.full
 def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
     onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,7 +340,7 @@ def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
     red = capsys.readouterr().out
     assert verdicts(red)["gptq-int4.mean_kl"] == "REGRESSION"
     assert verdicts(red)["gptq-int4.bytes"] == verdicts(red)["gptq-int4.plan_error"] == "pass"
-    gates = read_gates(gate.GATES)
+    gates = read_gates(gate.GATES, METRICS)
     old = f"{gates['gptq-int4.mean_kl'].baseline:.4g}"
     line = re.search(r"^REGRESSION: gptq-int4\.mean_kl was (\S+), is (\S+), tolerance \+150 %$", red, re.MULTILINE)
     assert line
@@ -313,14 +348,16 @@ def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
     # By far: not what another CPU would do.
     assert float(line[2]) > 10 * float(old)
     # decoder.onnx has kept its weights: the engines no longer compute the same, and the caches of each of them do.
-    compared = gate.compare_batches(damaged / "gptq-int4", read_studies(gate.STUDIES)[:3])
+    models, films = load_engines(damaged / "gptq-int4"), Films.reported(read_studies(gate.STUDIES)[:3])
+    drafts = {name: draft(model, films.studies, name=name) for name, model in models.items()}
+    losses = compare_engines(models, drafts, films)
     for candidate, yardstick, metric, passes in (
         ("onnx", "torch", "onnx_kl_to_torch", False),
         ("onnx-int8-cache", "onnx", "onnx_kl_of_int8_cache", True),
         ("torch-int8-cache", "torch", "torch_kl_of_int8_cache", True),
     ):
-        lost = compared.pair(candidate, yardstick).divergence.mean_kl.value
-        assert gates[f"gptq-int4-engines.{metric}"].passes(lost) is passes, metric
+        lost = losses[candidate, yardstick].divergence.mean_kl.value
+        assert (gates[f"gptq-int4-engines.{metric}"].judge(lost) != "REGRESSION") is passes, metric
 
 
 def test_bytes_held_are_those_of_the_tensors(
@@ -337,20 +374,19 @@ def test_bytes_held_are_those_of_the_tensors(
             for name, tensor in load_file(file).items()
             if not name.endswith((".qzeros", ".g_idx"))
         }
-        held = gate.held_bytes(model.decoder, drafts)
+        held = gate.held_bytes(model, drafts)
         assert held == sum(sizes.values()) + drafts[0].memory.cache_bytes
         assert gate.planned_bytes(model, drafts) == held
         batch = [draft for draft in model.findings_batch([film, film], batch_size=2) if isinstance(draft, Findings)]
-        assert gate.planned_bytes(model, batch) == gate.held_bytes(model.decoder, batch) > held
+        assert gate.planned_bytes(model, batch) == gate.held_bytes(model, batch) > held
 
 
-def test_a_package_too_many_is_named_and_no_other_is(
-    tiny_artifact: Artifact, onnx_artifact: Artifact, films: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.full
+def test_a_package_too_many_is_named_and_no_other_is(onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has loaded one package more than the committed baselines know."""
     monkeypatch.setattr(slim, "_PROBE", slim._PROBE.replace("import lite\n", "import lite, pluggy\n"))
-    gates = read_gates(gate.GATES)
-    found = gate.measure_imports({"fp16": tiny_artifact.path, "gptq-int4": onnx_artifact.path}, films[0])
+    gates = read_gates(gate.GATES, METRICS)
+    found = gate.measure_imports(onnx_artifact.path, read_studies(gate.STUDIES)[0].path)
     judged = {name: Judged(name=name, value=value, gate=gates[f"imports.{name}"]) for name, value in found.items()}
     assert str(judged["lite"]) == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
     assert str(judged["onnx"]) == "REGRESSION: onnx was 4 packages, is 5 packages +pluggy, tolerance +0"
@@ -358,16 +394,16 @@ def test_a_package_too_many_is_named_and_no_other_is(
 
 
 def test_a_process_that_cannot_draft_is_an_error(tmp_path: Path) -> None:
-    paths = dict.fromkeys(("fp16", "gptq-int4"), tmp_path / "none")
     with pytest.raises(LiteError, match=r"drafting none\.png: .*\(lite\.errors\.ArtifactError: .*\) · expected"):
-        gate.measure_imports(paths, tmp_path / "none.png")
+        gate.measure_imports(tmp_path / "none", tmp_path / "none.png")
 
 
 def test_an_environment_without_torch_is_measured_in_megabytes_texts_and_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gptq-int4").mkdir()
-    probe = slim.Probe(lite=tmp_path, after_import=(), after_findings=("numpy",), load_s=0.1, peak_rss_bytes=1)
+    packages = "PIL", "numpy", "onnxruntime", "sentencepiece"
+    probe = slim.Probe(lite=tmp_path, after_import=(), after_findings=packages, load_s=0.1, peak_rss_bytes=1)
     texts = tuple("abcd")
     measured = slim.Slim(
         sizes={"numpy": 150_000_000, "pillow": 50_000_000},
@@ -425,11 +461,11 @@ def test_ratios_are_of_medians_and_the_artifacts_take_turns(monkeypatch: pytest.
             steps = (slow * token_s, slow * token_s, 40 * token_s)
             return SimpleNamespace(timings=SimpleNamespace(vision_s=slow * vision_s, decode_steps_s=steps))
 
-        return SimpleNamespace(findings=findings)
+        return SimpleNamespace(findings=findings, artifact=None)
 
     monkeypatch.setattr(lite, "load", fake)
     paths = {name: Path(name) for name in gate.NEEDS["timed"]}
-    ratios = gate.measure_ratios(paths, read_studies(gate.STUDIES)[:5])
+    ratios = gate.measure_ratios(paths, Films.reported(read_studies(gate.STUDIES)[:5]))
     assert ratios == {
         "int4_over_fp16_decode": pytest.approx(3),
         "int8_over_fp32_vision": pytest.approx(0.5),

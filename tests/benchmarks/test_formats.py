@@ -9,23 +9,11 @@ from pathlib import Path
 
 import pytest
 import random_checkpoint
-from repository import CHECKPOINT
 
-from benchmarks.quality import formats as quantisation
-from benchmarks.quality.formats import (
-    CALIBRATION_SEED,
-    REFERENCE,
-    ROWS,
-    TRICKS,
-    Result,
-    Row,
-    Setting,
-    ablation_rows,
-    export_command,
-    format_table,
-    main,
-    measured_run,
-)
+from benchmarks.exports import PHANTOM, Recipe, Source, measured_run
+from benchmarks.quality import formats
+from benchmarks.quality.compare import Row, format_table
+from benchmarks.quality.formats import CALIBRATION_SEED, RECIPES, REFERENCE, TRICKS, ablation_recipes, main
 from export.__main__ import _parser
 from lite.artifact.open import load_artifact
 from lite.errors import LiteError
@@ -56,40 +44,38 @@ def test_a_child_that_fails_tells_why() -> None:
 
 
 def test_every_row_is_one_command_of_the_exporter(tmp_path: Path) -> None:
-    setting = Setting(
+    source = Source(
         checkpoint=tmp_path / "checkpoint",
         base=tmp_path / "base",
-        held_out=tmp_path / "held-out.json",
+        verify=tmp_path / "held-out.json",
         calibration=tmp_path / "calibration.json",
-        artifacts=tmp_path,
         device="cpu",
-        keep=False,
     )
-    rows = (*ROWS, *ablation_rows())
-    assert len({row.name for row in rows}) == len(rows)
-    assert len({row.options for row in ROWS}) == len(ROWS)
-    for row in rows:
-        command = export_command(row, setting, tmp_path / "out")
+    recipes = (REFERENCE, *RECIPES, *ablation_recipes())
+    assert len({recipe.name for recipe in recipes}) == len(recipes)
+    assert len({recipe.options for recipe in RECIPES}) == len(RECIPES)
+    for recipe in recipes:
+        command = source.command(recipe, tmp_path / "out")
         assert command[:3] == [PYTHON, "-m", "export"]
-        assert command[3 : 3 + len(row.options)] == list(row.options)
+        assert command[3 : 3 + len(recipe.options)] == list(recipe.options)
         _parser().parse_args(command[3:])  # exits when the exporter does not know it
         named = dict(pairwise(command))
         assert (named["--checkpoint"], named["--base"]) == (str(tmp_path / "checkpoint"), str(tmp_path / "base"))
         assert named["--out"] == str(tmp_path / "out")
         # Only GPTQ sees films, and never those that it is measured on.
         assert ("--calibration-data" in named) == (named.get("--method") == "gptq")
-        assert named.get("--calibration-data", "none") in ("none", str(setting.calibration))
+        assert named.get("--calibration-data", "none") in ("none", str(source.calibration))
 
 
 def test_the_ablation_adds_and_removes_one_trick_at_a_time() -> None:
-    def used(row: Row) -> set[str]:
-        text = " ".join(row.options)
+    def used(recipe: Recipe) -> set[str]:
+        text = " ".join(recipe.options)
         on = {trick.name for trick in TRICKS if " ".join(trick.on) in text and " ".join(trick.off) not in text}
         off = {trick.name for trick in TRICKS if " ".join(trick.off) in text}
         assert on | off == {trick.name for trick in TRICKS}
         return on
 
-    rows = {row.name: used(row) for row in ablation_rows()}
+    rows = {recipe.name: used(recipe) for recipe in ablation_recipes()}
     names = [trick.name for trick in TRICKS]
     assert rows["plain"] == set()
     assert rows["full"] == set(names)
@@ -101,11 +87,9 @@ def test_the_ablation_adds_and_removes_one_trick_at_a_time() -> None:
 
 
 def test_a_failed_row_keeps_its_place_and_shows_its_error() -> None:
-    text = format_table([Result(name="fp16", error="out of memory"), Result(name="other", error="no such option")])
-    lines = text.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["fp16", "other"]
-    assert all(line.split("|")[2].strip() == "failed" for line in lines[2:4])
-    assert lines[-2:] == ["- fp16 failed: out of memory", "- other failed: no such option"]
+    lines = format_table([Row(name="fp16", error="out of memory"), Row(name="other", error="no such option")])
+    assert [line.split("|")[1].strip() for line in lines.splitlines()[2:4]] == ["fp16", "other"]
+    assert lines.splitlines()[-2:] == ["- fp16 failed: out of memory", "- other failed: no such option"]
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +99,11 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     The checkpoint is a random one, which exports sooner than the demo's.
     """
     monkeypatch = pytest.MonkeyPatch()
-    rows = (
-        REFERENCE,
-        Row(name="nonsense", options=("--decoder", "int3")),
-        Row(name="again", options=("--decoder", "fp16", "--verify-studies", "1")),
+    recipes = (
+        Recipe(name="nonsense", options=("--decoder", "int3")),
+        Recipe(name="again", options=("--decoder", "fp16", "--verify-studies", "1")),
     )
-    monkeypatch.setattr(quantisation, "ROWS", rows)
+    monkeypatch.setattr(formats, "RECIPES", recipes)
     folder = tmp_path_factory.mktemp("table")
     checkpoint, base = random_checkpoint.write(folder / "random")
     out = folder / "out"
@@ -134,6 +117,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     return status, "".join(printed), out
 
 
+@pytest.mark.full
 def test_a_row_that_fails_does_not_stop_the_others(table: tuple[int, str, Path]) -> None:
     status, text, out = table
     assert status == 1
@@ -158,13 +142,14 @@ def test_a_row_that_fails_does_not_stop_the_others(table: tuple[int, str, Path])
     assert "ablation" not in values
 
 
+@pytest.mark.full
 def test_it_says_what_it_was_measured_on(table: tuple[int, str, Path]) -> None:
     _, text, out = table
     values = json.loads(text)
     held_out, calibration = (read_studies(out / name / "studies.json") for name in ("held-out", "calibration"))
     assert (len(held_out), len(calibration)) == (2, 2)
     assert not {study.id for study in held_out} & {study.id for study in calibration}
-    assert f"2 films of seed {quantisation.SEED}; calibrated on 2 films of seed {CALIBRATION_SEED}" in values["films"]
+    assert f"2 films of seed {formats.SEED}; calibrated on 2 films of seed {CALIBRATION_SEED}" in values["films"]
     assert values["command"].startswith("python -m benchmarks quality formats --films 2 ")
     assert {"Python", "torch", "onnxruntime"} <= set(values["versions"])
     assert " of " in values["machine"]
@@ -178,6 +163,6 @@ def test_wrong_use_and_nothing_measured(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*few, "--seed", str(CALIBRATION_SEED)]) == 1
     assert "the films to calibrate on · expected other films" in capsys.readouterr().err
     # Without an fp16 artifact there is nothing to compare with.
-    base = CHECKPOINT / "base"
+    base = PHANTOM / "base"
     assert main([*few, "--checkpoint", str(tmp_path), "--base", str(base)]) == 1
     assert "error: exit status 1: error: " in capsys.readouterr().err

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ from torch.nn import functional as F
 
 from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
-from benchmarks.quality import artifacts
-from benchmarks.quality.artifacts import Loss, Reference, measure_loss, take_reference
+from benchmarks.quality.artifacts import main
+from benchmarks.quality.compare import Films, Loss, Reference, Row, compare_artifact, take_reference
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
@@ -59,32 +57,49 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact) -
 
 
 @pytest.fixture(scope="module")
-def reference(demo_artifact: Artifact, listed: Path) -> Iterator[Reference]:
-    with take_reference(demo_artifact.path, listed, name="fp16", batch_size=4, device="cpu") as reference:
-        yield reference
+def films(listed: Path) -> Films:
+    return Films.drawn(listed)
 
 
 @pytest.fixture(scope="module")
-def loss(reference: Reference, damaged: Path) -> Loss:
-    return measure_loss(reference, damaged)
+def taken(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact, films: Films) -> tuple[Reference, Row]:
+    folder = tmp_path_factory.mktemp("logits")
+    return take_reference(demo_artifact.path, films, folder, name="fp16", batch_size=4, device="cpu")
 
 
-def test_an_artifact_loses_nothing_against_itself(reference: Reference, demo_artifact: Artifact) -> None:
-    loss = measure_loss(reference, demo_artifact.path, name="again")
-    divergence = loss.divergence
+@pytest.fixture(scope="module")
+def row(taken: tuple[Reference, Row], damaged: Path, films: Films) -> Row:
+    return compare_artifact(damaged, films, taken[0], name="damaged", device="cpu")
+
+
+def loss_of(row: Row) -> Loss:
+    assert row.loss is not None
+    return row.loss
+
+
+def test_an_artifact_loses_nothing_against_itself(
+    taken: tuple[Reference, Row], demo_artifact: Artifact, films: Films
+) -> None:
+    again = compare_artifact(demo_artifact.path, films, taken[0], name="again", device="cpu")
+    loss, divergence = loss_of(again), loss_of(again).divergence
     assert (divergence.mean_kl.value, divergence.p99_kl.high, divergence.same_top.low) == (0, 0, 1)
-    assert (divergence.perplexity_ratio.low, divergence.perplexity_ratio.high, loss.same_text.low) == (1, 1, 1)
+    assert (divergence.perplexity_ratio.low, divergence.perplexity_ratio.high) == (1, 1)
+    assert (loss.reference, loss.same_text.low, loss.rouge_l.low) == ("fp16", 1, 1)
     assert math.isnan(divergence.first_divergent_token.value)
-    assert loss.figures == dataclasses.replace(reference.figures, name="again")
-    assert loss.figures.artifact_id == demo_artifact.id
+    assert again.figures is not None
+    assert again.figures.artifact_id == demo_artifact.id
+    # Studies that share a batch have no time of their own.
+    assert math.isnan(again.figures.total_s)
+    assert repr(again.figures) == repr(taken[1].figures)
 
 
 def test_divergence_is_measured_along_the_references_text(
-    reference: Reference, loss: Loss, demo_model: FindingsModel, damaged: Path, listed: Path
+    taken: tuple[Reference, Row], row: Row, demo_model: FindingsModel, damaged: Path, listed: Path
 ) -> None:
     candidate = load(damaged, device="cpu")
     kl, same_top, nll = [], [], []
-    for study, token_ids in zip(read_studies(listed), reference.drafts.token_ids, strict=True):
+    for index, study in enumerate(read_studies(listed)):
+        token_ids = taken[0].token_ids(index)
         assert token_ids[:-1] == demo_model.findings(study.image, study.reason).token_ids
         assert token_ids[-1] == demo_model.artifact.manifest.decoding.eos_token_id
         p, q = (
@@ -95,8 +110,8 @@ def test_divergence_is_measured_along_the_references_text(
         same_top.append(p.argmax(-1) == q.argmax(-1))
         targets = torch.tensor(token_ids)
         nll.append(F.cross_entropy(q, targets, reduction="none") - F.cross_entropy(p, targets, reduction="none"))
-    divergence = loss.divergence
-    assert divergence.num_tokens == sum(map(len, reference.drafts.token_ids))
+    divergence = loss_of(row).divergence
+    assert divergence.num_tokens == sum(map(len, kl))
     assert divergence.mean_kl.value == pytest.approx(float(torch.cat(kl).mean()), rel=1e-6)
     assert divergence.mean_kl.value > 1e-3
     assert divergence.same_top.value == pytest.approx(float(torch.cat(same_top).double().mean()))
@@ -108,7 +123,7 @@ def test_divergence_is_measured_along_the_references_text(
 
 
 def test_texts_are_compared_and_scored_against_what_was_drawn(
-    reference: Reference, loss: Loss, demo_model: FindingsModel, damaged: Path, listed: Path
+    taken: tuple[Reference, Row], row: Row, demo_model: FindingsModel, damaged: Path, listed: Path
 ) -> None:
     films = [(study.image, study.reason) for study in read_studies(listed)]
     theirs, ours = (
@@ -116,43 +131,42 @@ def test_texts_are_compared_and_scored_against_what_was_drawn(
         for model in (demo_model, load(damaged, device="cpu"))
     )
     truth = list(read_truth(listed).values())
-    for figures, texts in ((reference.figures, theirs), (loss.figures, ours)):
+    for figures, texts in ((taken[1].figures, theirs), (row.figures, ours)):
         expected = label_f1(truth, [read_labels(text) for text in texts])
+        assert figures is not None
         assert (figures.micro_f1, figures.macro_f1) == (expected.micro, expected.macro)
     same = [a == b for a, b in zip(ours, theirs, strict=True)]
+    loss = loss_of(row)
     assert 0 < sum(same) < NUM_FILMS
     assert loss.same_text.value == pytest.approx(sum(same) / NUM_FILMS)
+    assert loss.rouge_l.value < 1
     # Greedy decoding leaves the reference's text where teacher forcing says so, so equal texts diverge nowhere.
     assert loss.divergence.without_divergence.value == loss.same_text.value
 
 
-def test_bytes_are_those_of_the_decoder_on_disk(loss: Loss, damaged: Path) -> None:
+def test_a_row_says_what_was_loaded(row: Row, damaged: Path) -> None:
     files = [file for file in (damaged / "decoder").rglob("*") if file.is_file()]
-    assert loss.figures.decoder_bytes == sum(file.stat().st_size for file in files)
-    assert loss.figures.decoder_format == "fp16"
-    assert loss.figures.name == "artifact"
+    assert row.figures is not None
+    assert row.figures.decoder_bytes == sum(file.stat().st_size for file in files)
+    assert row.figures.setting == "fp16, torch, float32 cache"
 
 
-def test_only_the_logits_of_the_reference_are_kept_and_only_for_the_block(
-    demo_artifact: Artifact, listed: Path
-) -> None:
-    with take_reference(demo_artifact.path, listed, limit=2, device="cpu") as reference:
-        assert len(reference.studies) == len(reference.truth) == len(reference.drafts.texts) == 2
-        vocab_size = demo_artifact.decoder_config().vocab_size
-        for index, token_ids in enumerate(reference.drafts.token_ids):
-            assert reference.logits(index).shape == (len(token_ids), vocab_size)
-            assert reference.logits(index).dtype == np.float32
-        assert len(list(reference.folder.iterdir())) == 2
-    assert not reference.folder.exists()
+def test_the_references_logits_are_kept_study_by_study(taken: tuple[Reference, Row], demo_artifact: Artifact) -> None:
+    reference = taken[0]
+    vocab_size = demo_artifact.decoder_config().vocab_size
+    for index in range(NUM_FILMS):
+        assert reference.logits(index).shape == (len(reference.token_ids(index)), vocab_size)
+        assert reference.logits(index).dtype == np.float32
+    assert len(list(reference.folder.iterdir())) == NUM_FILMS
 
 
-def test_a_text_that_was_cut_gets_no_end(
-    tmp_path: Path, tokenizer_model: bytes, listed: Path, demo_artifact: Artifact
-) -> None:
+def test_a_text_that_was_cut_gets_no_end(tmp_path: Path, tokenizer_model: bytes, listed: Path) -> None:
     tiny = write_tiny_artifact(tmp_path / "tiny", tokenizer_model, decoding=DecodingDefaults(max_new_tokens=3))
-    with take_reference(tiny.path, listed, limit=2, device="cpu") as reference:
-        assert [len(token_ids) for token_ids in reference.drafts.token_ids] == [3, 3]
-        assert all(2 not in token_ids for token_ids in reference.drafts.token_ids)
+    two = Films.drawn(listed, limit=2)
+    assert len(two.studies) == len(two.truth) == 2
+    reference, _ = take_reference(tiny.path, two, tmp_path, name="tiny", device="cpu")
+    assert [len(reference.token_ids(index)) for index in (0, 1)] == [3, 3]
+    assert all(2 not in reference.token_ids(index) for index in (0, 1))
 
 
 def test_artifacts_of_different_checkpoints_are_refused(
@@ -180,7 +194,7 @@ def test_a_candidate_is_refused_before_anything_is_computed(
 ) -> None:
     no_list = str(tmp_path / "none.json")
     command = [no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
-    assert artifacts.main(command) == 1
+    assert main(command) == 1
     assert "error: " in (err := capsys.readouterr().err)
     assert "got tokenizer sha256" in err
 
@@ -189,13 +203,18 @@ def test_the_command_prints_a_table(
     listed: Path, demo_artifact: Artifact, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(listed), "--reference", str(demo_artifact.path), str(damaged)]
-    assert artifacts.main([*command, "--limit", "2", "--device", "cpu"]) == 0
-    header, rule, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert main([*command, "--limit", "2", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    header, rule, *rows = printed.partition("\n\n")[0].splitlines()
     columns = [cell.strip() for cell in header.split("|")[1:-1]]
     assert {len(line) for line in (rule, *rows)} == {len(header)}
-    # Two folders of one name are told apart by their paths.
     cells = [dict(zip(columns, (cell.strip() for cell in row.split("|")[1:-1]), strict=True)) for row in rows]
-    assert [row["artifact"] for row in cells] == [str(demo_artifact.path), str(damaged)]
+    assert [row["row"] for row in cells] == [demo_artifact.path.name, damaged.name]
+    assert [row["beside"] for row in cells] == ["–", demo_artifact.path.name]
+    # Nothing was exported here, and nothing was timed.
+    assert not {"export s", "study s"} & set(columns)
+    assert f"- Films: 2 of {listed}.\n" in printed
+    assert f"- Artifacts: {demo_artifact.path.name} {demo_artifact.id}, {damaged.name} " in printed
     assert cells[0]["KL, nats/token"] == "–"
     assert "[" in cells[1]["KL, nats/token"]
     megabytes = sum(file.stat().st_size for file in (damaged / "decoder").iterdir()) / 1e6
@@ -206,22 +225,24 @@ def test_a_candidate_that_cannot_compute_does_not_stop_the_others(
     listed: Path, demo_artifact: Artifact, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = scaled_copy(demo_artifact, tmp_path / "broken", math.inf)
+    # Twice in the list: folders of one name are told apart by their paths.
     itself = str(demo_artifact.path)
     command = [str(listed), "--reference", itself, str(broken), str(damaged), itself]
-    assert artifacts.main([*command, "--limit", "2", "--device", "cpu", "--json"]) == 1
-    shown = capsys.readouterr()
-    assert f"error: {broken}: " in shown.err
+    assert main([*command, "--limit", "2", "--device", "cpu", "--json"]) == 1
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
 
-    values = json.loads(shown.out, parse_constant=refuse)
-    assert values["num_studies"] == 2
-    candidate, same = values["candidates"]
-    assert candidate["figures"]["name"] == str(damaged)
-    assert candidate["figures"]["artifact_id"] != values["reference"]["artifact_id"] == demo_artifact.id
-    assert 0 < candidate["divergence"]["mean_kl"]["low"] <= candidate["divergence"]["mean_kl"]["value"]
-    assert same["divergence"]["first_divergent_token"] == {"value": None, "low": None, "high": None, "count": 0}
+    values = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    reference, failed, candidate, same = values["artifacts"]
+    assert reference["figures"]["artifact_id"] == demo_artifact.id
+    assert (failed["name"], failed["figures"], failed["loss"]) == (str(broken), None, None)
+    assert "not finite" in failed["error"]
+    assert candidate["name"] == str(damaged)
+    assert candidate["figures"]["artifact_id"] != demo_artifact.id
+    assert 0 < candidate["loss"]["divergence"]["mean_kl"]["low"] <= candidate["loss"]["divergence"]["mean_kl"]["value"]
+    nothing = {"value": None, "low": None, "high": None, "count": 0}
+    assert same["loss"]["divergence"]["first_divergent_token"] == nothing
 
 
 def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_list(
@@ -230,20 +251,14 @@ def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_list(
     own = Path(shutil.copytree(listed.parent, tmp_path / "studies"))
     film = read_studies(own / listed.name)[1].image
     film.write_bytes(b"noise")
-    with (
-        pytest.raises(ImageError, match=film.name),
-        take_reference(demo_artifact.path, own / listed.name, limit=2, device="cpu"),
-    ):
-        pass
+    with pytest.raises(ImageError, match=film.name):
+        take_reference(demo_artifact.path, Films.drawn(own / listed.name, limit=2), tmp_path, name="fp16", device="cpu")
 
 
 def test_a_full_disk_is_found_before_it_is_full(
-    listed: Path, demo_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+    listed: Path, demo_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(listed.parent)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with (
-        pytest.raises(LiteError, match=r"got 0.0 GB of free disk .* --limit.*TMPDIR"),
-        take_reference(demo_artifact.path, listed, limit=1, device="cpu"),
-    ):
-        pass
+    with pytest.raises(LiteError, match=r"got 0.0 GB of free disk .* --limit.*TMPDIR"):
+        take_reference(demo_artifact.path, Films.drawn(listed, limit=1), tmp_path, name="fp16", device="cpu")
