@@ -102,9 +102,8 @@ fix: $(STAMP)  ## format, and fix what ruff can fix
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-coverage: $(STAMP)  ## run all tests and list the lines none of them reaches
-	@$(BIN)/coverage run -m pytest
-	@$(BIN)/coverage report
+coverage: $(STAMP)  ## run all tests, and fail if the default ones or all of them cover too little
+	@$(BIN)/python tests/coverage_tiers.py
 
 clean:  ## remove .venv, build/ and caches
 	rm -rf $(VENV) build dist .coverage .mypy_cache .pytest_cache .ruff_cache *.egg-info
