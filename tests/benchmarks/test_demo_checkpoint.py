@@ -131,6 +131,7 @@ def test_nothing_in_the_checkpoint_is_uniform() -> None:
     assert all(float(np.abs(tensor.float().numpy()).max()) > 1e-3 for tensor in adapter.values())
 
 
+@pytest.mark.full
 def test_dicom_films_give_the_text_of_their_png_twins(demo_artifact: Artifact, tmp_path: Path) -> None:
     write_studies(tmp_path / "studies", count=2, seed=SEED, dicom=True)
     films = sorted((tmp_path / "studies" / "films").iterdir())
@@ -144,6 +145,7 @@ def test_dicom_films_give_the_text_of_their_png_twins(demo_artifact: Artifact, t
     assert texts[0] != texts[2]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("decoder_format", "fold_scales", "max_kl", "min_same_top"),
     [

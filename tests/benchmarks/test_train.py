@@ -45,6 +45,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return trainer.network.state_dict()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stop_at", [("see", 2), ("write", 1)])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: tuple[str, int]
@@ -81,6 +82,7 @@ def test_films_of_another_seed_are_not_taken_for_ours(work: Path) -> None:
         draw_films(work / "films", count=PLAN.films, seed=PLAN.seed + 1)
 
 
+@pytest.mark.full
 def test_what_is_published_can_be_exported(work: Path, tmp_path: Path) -> None:
     folder = own(work, tmp_path)
     size = train(tmp_path / "checkpoint", plan=PLAN, work=folder)

@@ -26,6 +26,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads((out / "found.json").read_text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_decoder_on_the_kernels_is_the_decoder_without(interpreted: Any, name: str, tmp_path: Path) -> None:
     got, expected = interpreted[name], decode(tmp_path / "reference", *SETTINGS[name])
