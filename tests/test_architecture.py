@@ -1,9 +1,15 @@
-"""Who may import whom, what `import lite` costs, and that other libraries live beside our folder named `kernels`."""
+"""What the design promises: who may import whom, how long things may be, what `import lite` costs.
+
+A budget that hurts is a reason to redesign. Where it is wrong, raise it in a commit that says why.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 from repository import ROOT, run_python
@@ -16,6 +22,44 @@ MAY_IMPORT = {
     "benchmarks": {"kernels", "lite", "benchmarks"},
 }
 FIRST_PARTY = {*MAY_IMPORT, "tests"}
+# The same inside lite, lowest first: a module or package imports itself and what stands in lines above its own.
+LITE = (
+    {"_version", "errors"},
+    {"config", "console", "files"},
+    {"artifact", "image"},
+    {"memory", "prompt"},
+    {"studies"},
+    {"engines"},
+    {"vision"},
+    {"session"},
+    {"model"},
+    {"loading"},
+    {"lite"},  # the façade: what `import lite` gives
+    {"eval"},
+    {"bench", "cohort", "retrieval", "serve"},
+    {"cli"},
+    {"__main__"},
+)
+
+MAX_FILE, MAX_FUNCTION = 400, 50
+MAX_LINES = {"packages": 28_000, "tests": 20_000}
+MAX_REQUEST_LINES, MAX_REQUEST_FILES = 1_800, 9
+# What one request goes through, from the command line to the kernel.
+REQUEST_PATH = (
+    "lite/__main__.py",
+    "lite/model.py",
+    "lite/session/generate.py",
+    "lite/engines/torch_engine/decoder.py",
+    "lite/engines/torch_engine/linear.py",
+    "kernels/quant_matmul.py",
+    "kernels/gpu/quant_matmul.py",
+)
+# Files of kernels/gpu that hold no op.
+NO_OPS = {"__init__", "probe"}
+# Tables made by a program, or read as one: they have no budget.
+TABLES = {"lite/eval/vocabulary.py"}
+# What is not yet as the design promises. This set may only shrink.
+NOT_YET = {"imports within lite", "files", "functions", "packages", "tests", "request path"}
 HEAVY = (
     "bitsandbytes",
     "cv2",
@@ -56,6 +100,106 @@ def first_party_imports(source: str, package: str) -> Iterator[tuple[int, str]]:
 
 def forbidden_imports(source: str, package: str) -> list[tuple[int, str]]:
     return [found for found in first_party_imports(source, package) if found[1] not in MAY_IMPORT[package]]
+
+
+@cache
+def tracked(*packages: str) -> tuple[Path, ...]:
+    """Return the Python files of these packages that git knows of, or would if asked to add all."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *packages]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return tuple(ROOT / name for name in names if name.endswith(".py") and (ROOT / name).exists())
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def num_lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def promised(what: str, wrong: list[str]) -> None:
+    assert what in NOT_YET or not wrong, "\n".join(wrong)
+
+
+def functions(source: str) -> Iterator[tuple[str, int]]:
+    """Yield name and length of every function, its docstring left out."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            documented = isinstance(first, ast.Expr) and ast.get_docstring(node, clean=False) is not None
+            docstring = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            yield node.name, (node.end_lineno or 0) - node.lineno + 1 - docstring
+
+
+def lite_units(source: str, unit: str) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each module or package of lite, other than its own, that a module of `unit` imports."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named = [f"lite.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("lite.") in set().union(*LITE) else "lite" for name in named]
+            names = names if node.module == "lite" else [node.module]
+        for name in names:
+            top, _, rest = name.partition(".")
+            other = rest.partition(".")[0] or "lite"
+            if top == "lite" and other != unit:
+                yield node.lineno, other
+
+
+def unit_of(file: Path) -> str:
+    parts = file.relative_to(ROOT / "lite").with_suffix("").parts
+    return "lite" if parts == ("__init__",) else parts[0]
+
+
+def test_lite_imports_only_what_is_below() -> None:
+    height = {unit: i for i, units in enumerate(LITE) for unit in units}
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports lite.{other}"
+        for file in tracked("lite")
+        for line, other in lite_units(file.read_text(encoding="utf-8"), unit_of(file))
+        if height[other] >= height[unit_of(file)]
+    ]
+    promised("imports within lite", wrong)
+
+
+def test_files_are_short() -> None:
+    long = {name: num_lines(ROOT / name) for name in map(relative, tracked(*MAY_IMPORT, "tests")) if name not in TABLES}
+    promised("files", [f"{name}: {lines} lines" for name, lines in long.items() if lines > MAX_FILE])
+
+
+def test_functions_are_short() -> None:
+    long = [
+        f"{relative(file)}: {name}, {lines} lines"
+        for file in tracked(*MAY_IMPORT, "tests")
+        for name, lines in functions(file.read_text(encoding="utf-8"))
+        if lines > MAX_FUNCTION
+    ]
+    promised("functions", long)
+
+
+def test_the_weight_of_it_all() -> None:
+    weights = {"packages": sum(map(num_lines, tracked(*MAY_IMPORT))), "tests": sum(map(num_lines, tracked("tests")))}
+    for name, lines in weights.items():
+        promised(name, [f"{lines} lines"] * (lines > MAX_LINES[name]))
+
+
+def test_a_request_reads_through_a_few_short_files() -> None:
+    assert len(REQUEST_PATH) <= MAX_REQUEST_FILES
+    lines = sum(num_lines(ROOT / name) for name in REQUEST_PATH)
+    promised("request path", [f"{lines} lines"] * (lines > MAX_REQUEST_LINES))
+
+
+@pytest.mark.parametrize("op", sorted(file.stem for file in tracked("kernels/gpu") if file.stem not in NO_OPS))
+def test_every_op_has_launcher_reference_tests_and_benchmark_under_one_name(op: str) -> None:
+    """A quartet: nothing runs that is not held against a plain reference, compiled for cards of today, and timed."""
+    for file in (f"kernels/{op}.py", "kernels/reference.py"):
+        assert f"def {op}(" in (ROOT / file).read_text(encoding="utf-8"), file
+    for folder in ("tests/kernels/test_kernels_triton", "tests/compile_kernels", "benchmarks/speed/"):
+        texts = [file.read_text(encoding="utf-8") for file in tracked() if relative(file).startswith(folder)]
+        assert any(re.search(rf"\b{op}\b", text) for text in texts), folder
 
 
 @pytest.mark.parametrize("package", sorted(MAY_IMPORT))
