@@ -6,6 +6,7 @@ A budget that hurts is a reason to redesign. Where it is wrong, raise it in a co
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
