@@ -359,7 +359,7 @@ except LiteError as error:
     print(error)
 """
     process = run(code, str(tmp_path / "out"))
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert re.search(r"pytorch_model-00001-of-00001\.bin: got a write that failed .* · expected room", printed), printed
     assert not list(tmp_path.iterdir())
@@ -385,7 +385,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
         time.sleep(0.01)
     assert not out.exists()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert f"interrupted: nothing was written to {out}" in errors
     assert not list(tmp_path.iterdir())

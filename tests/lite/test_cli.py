@@ -356,7 +356,7 @@ def test_ctrl_c_ends_it_cleanly(talkative: Path, films: list[Path]) -> None:
         first = os.read(process.stdout.fileno(), 8)
         assert first, "it ended before its first word"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -371,7 +371,7 @@ def test_a_reader_that_leaves_is_no_drama(talkative: Path, films: list[Path]) ->
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 8)
         process.stdout.close()
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 141
@@ -381,7 +381,7 @@ def test_a_reader_that_leaves_is_no_drama(talkative: Path, films: list[Path]) ->
 
 def test_module_runs_as_a_program(tiny_artifact: Artifact) -> None:
     process = start("info", tiny_artifact.path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0
     assert tiny_artifact.id.encode() in out
     assert err == b""

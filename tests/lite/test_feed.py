@@ -10,7 +10,7 @@ import pytest
 
 from lite.session.feed import Feed
 
-PATIENCE_S = 10.0
+PATIENCE_S = 120.0
 
 
 class Items:

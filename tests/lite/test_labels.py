@@ -868,5 +868,5 @@ def test_text_that_says_nothing_is_a_report_without_findings(text: str | None) -
 def test_time_grows_in_proportion_to_the_text(unit: str) -> None:
     start = time.process_time()
     read_labels(unit * (100_000 // len(unit)))
-    # 0.1 to 1 s on a slow core; anything quadratic takes minutes.
-    assert time.process_time() - start < 15
+    # CPU time: 0.1 to 1 s on a slow core; anything quadratic takes many minutes.
+    assert time.process_time() - start < 60
