@@ -1,0 +1,281 @@
+"""Pictures and arrays: formats, modes, depths, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_films import film, grey, noise, rgb, saved
+from numpy.typing import NDArray
+from PIL import Image
+
+from lite.errors import ImageError
+from lite.image import files as image_module
+from lite.image.files import load_image
+from lite.image.rendering import mimic_cxr_jpg
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "RGBA", "LA"])
+def test_ordinary_modes_are_what_convert_rgb_gives(mode: str) -> None:
+    picture = Image.fromarray(noise((12, 9, 3))).convert(mode)
+    image_format = "PNG" if mode in ("1", "L", "P", "RGB", "RGBA", "LA") else "TIFF"
+    data = saved(picture, image_format)
+    for source in (data, picture):
+        loaded = load_image(source)
+        assert (rgb(loaded) == np.asarray(picture.convert("RGB"))).all()
+        assert loaded.rendering == "as-is"
+        assert loaded.size == (9, 12)
+        assert loaded.view is None
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000"])
+def test_formats_are_read_from_paths_and_bytes_as_pillow_reads_them(tmp_path: Path, image_format: str) -> None:
+    data = saved(Image.fromarray(noise((16, 24))), image_format)
+    path = tmp_path / "film.image"
+    path.write_bytes(data)
+    wanted = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for source in (path, str(path), data):
+        loaded = load_image(source)
+        assert (rgb(loaded) == wanted).all()
+        assert loaded.format == image_format
+
+
+def test_what_is_transparent_is_black_whatever_colour_lies_under_it() -> None:
+    rgba = Image.new("RGBA", (3, 1), (200, 100, 50, 255))
+    rgba.putpixel((1, 0), (255, 255, 255, 0))
+    rgba.putpixel((2, 0), (200, 100, 50, 128))
+    loaded = load_image(saved(rgba))
+    assert rgb(loaded)[0].tolist() == [[200, 100, 50], [0, 0, 0], [100, 50, 25]]
+    assert loaded.rendering == "as-is, alpha over black"
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 255, 255, 90, 90, 90])
+    palette.putpixel((1, 0), 1)
+    loaded = load_image(saved(palette, transparency=0))
+    assert rgb(loaded)[0].tolist() == [[0, 0, 0], [90, 90, 90]]
+    assert loaded.rendering == "as-is, alpha over black"
+
+    grey_with_key = saved(Image.fromarray(np.array([[255, 80]], np.uint8)), transparency=255)
+    assert grey(load_image(grey_with_key)).tolist() == [[0, 80]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_exif_rotation_is_applied_once(orientation: int, image_format: str) -> None:
+    # Bright upper left quarter: where must it be once the picture is upright?
+    upright = np.zeros((32, 48), np.uint8)
+    upright[:16, :24] = 255
+    turn = {
+        1: lambda x: x,
+        2: np.fliplr,
+        3: lambda x: np.rot90(x, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: np.rot90(x, 2).T,
+        8: lambda x: np.rot90(x, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = saved(Image.fromarray(np.ascontiguousarray(turn(upright))), image_format, exif=exif, **options)
+    loaded = load_image(data)
+    assert loaded.size == (48, 32)
+    assert np.abs(grey(loaded).astype(int) - upright).max() <= (8 if image_format == "JPEG" else 0)
+    # A result that is loaded again must not turn again.
+    assert (grey(load_image(loaded.image)) == grey(loaded)).all()
+
+
+def _sixteen_bit_sources(stored: NDArray[np.uint16]) -> dict[str, Any]:
+    big_endian = saved(Image.fromarray(stored), "TIFF")
+    return {
+        "PNG": saved(Image.fromarray(stored)),
+        "TIFF": big_endian,
+        "TIFF, big-endian": saved(Image.frombytes("I;16B", stored.shape[::-1], stored.astype(">u2").tobytes()), "TIFF"),
+        "TIFF, float": saved(Image.fromarray(stored.astype(np.float32)), "TIFF"),
+        "mode I": Image.fromarray(stored.astype(np.int32)),
+        "mode F": Image.fromarray(stored.astype(np.float32)),
+        "uint16": stored,
+        "int16": stored.astype(np.int16),
+        "int64": stored.astype(np.int64),
+        "float64": stored.astype(np.float64),
+        "[H, W, 1]": stored[:, :, None],
+        "not contiguous": np.repeat(stored, 2, axis=1)[:, ::2],
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(_sixteen_bit_sources(film())))
+def test_deep_grey_images_are_stored_values(kind: str) -> None:
+    stored = film()
+    source = _sixteen_bit_sources(stored)[kind]
+    loaded = load_image(source)
+    assert loaded.rendering == "mimic-cxr-jpg"
+    assert (grey(loaded) == mimic_cxr_jpg(stored, monochrome1=False)).all()
+    linear = load_image(source, rendering="voi-lut")
+    assert linear.rendering == "min-max"
+    values = stored.astype(np.float64) - stored.min()
+    assert (grey(linear) == (values / values.max() * 255).astype(np.uint8)).all()
+
+
+def test_a_16_bit_tiff_with_white_at_zero_is_inverted() -> None:
+    stored = film()
+    data = saved(Image.fromarray(stored), "TIFF", tiffinfo={262: 0})
+    assert Image.open(io.BytesIO(data)).tag_v2[262] == 0  # type: ignore[attr-defined]
+    assert (grey(load_image(data)) == mimic_cxr_jpg(stored, monochrome1=True)).all()
+
+
+def test_the_loss_of_16_bit_colour_is_said() -> None:
+    rows = b"".join(b"\0" + struct.pack(">6H", 0x1234, 0, 0xFFFF, 0, 0xAB00, 1) for _ in range(2))
+    loaded = load_image(_png(2, 2, rows, depth=16, colour_type=2))
+    assert loaded.rendering == "as-is, 16-bit colour cut to 8"
+    assert rgb(loaded)[0].tolist() == [[0x12, 0, 0xFF], [0, 0xAB, 0]]
+
+
+def _png(width: int, height: int, rows: bytes, *, depth: int = 8, colour_type: int = 0) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_arrays_of_8_bits_are_pictures() -> None:
+    values, colour = noise((6, 5)), noise((6, 5, 3))
+    assert (grey(load_image(values)) == values).all()
+    assert (grey(load_image(values[:, :, None])) == values).all()
+    assert (rgb(load_image(colour)) == colour).all()
+    assert (rgb(load_image(colour[:, ::-1])) == colour[:, ::-1]).all()
+    assert (grey(load_image(values > 127)) == np.where(values > 127, 255, 0)).all()
+    loaded = load_image(values)
+    assert (loaded.rendering, loaded.format) == ("as-is", "array")
+
+
+def test_the_source_is_left_alone() -> None:
+    stored, picture = film(), Image.fromarray(noise((6, 5, 3)))
+    before, pixels = stored.copy(), np.array(picture)
+    load_image(stored)
+    mimic_cxr_jpg(stored, monochrome1=True)
+    loaded = load_image(picture)
+    loaded.image.putpixel((0, 0), (1, 2, 3))
+    assert (stored == before).all()
+    assert (np.asarray(picture) == pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), r"shape \[3, 8, 8\].*array\.transpose\(1, 2, 0\)"),
+        (np.zeros((1, 8, 8), np.uint8), r"transpose\(1, 2, 0\)"),
+        (np.zeros((8, 8, 4), np.uint8), r"shape \[8, 8, 4\].*\[H, W, 3\]"),
+        (np.zeros((8,), np.uint8), r"shape \[8\]"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "one film at a time"),
+        (np.zeros((8, 0), np.uint8), "0 x 8 px.*at least one pixel"),
+        (np.zeros((8, 8, 3), np.float32), "colour array of float32.*uint8"),
+        (np.zeros((8, 8, 3), np.uint16), "colour array of uint16.*uint8"),
+        (np.full((8, 8), np.nan), "NaN or infinity in 64 of 64"),
+        (np.full((8, 8), np.inf, np.float32), "NaN or infinity"),
+        (np.full((8, 8), "a"), "values of type <U1"),
+        (np.full((8, 8), None), "values of type object"),
+        (np.broadcast_to(np.uint8(0), (10_000, 10_000)), "10000 x 10000 px.*at most 80,000,000 pixels"),
+        (np.zeros((1, 30_001), np.uint8), "30,000 px a side"),
+    ],
+)
+def test_arrays_of_other_shapes_and_types_are_refused(array: NDArray[Any], message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(array)
+
+
+def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
+    def written(name: str, data: bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    whole = saved(Image.fromarray(noise((64, 64))))
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    cases = {
+        written("empty.png", b""): "an empty file",
+        written("notes.png", b"These are notes, not a film."): "no image.*PNG, JPEG, TIFF, BMP, WebP or DICOM",
+        written("cut.png", whole[: len(whole) // 2]): "damaged or truncated.*copy or download it again",
+        written("cut.jpg", saved(Image.fromarray(noise((64, 64))), "JPEG")[:900]): "damaged or truncated",
+        written("cut.tif", saved(Image.fromarray(noise((64, 64))), "TIFF")[:900]): "damaged or truncated",
+        written("array.npy", pickled.getvalue()): "no image",
+        written("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"): "no image",
+        written("zero.png", _png(0, 4, b"")): "one without pixels",
+        tmp_path / "nowhere.png": "no such file",
+        tmp_path: "a directory",
+    }
+    for path, message in cases.items():
+        with pytest.raises(ImageError, match=message) as caught:
+            load_image(path)
+        assert str(path) in str(caught.value)
+        assert str(caught.value).count(" · ") == 2
+    with pytest.raises(ImageError, match="addresses are not fetched"):
+        load_image("https://example.org/film.png")
+    with pytest.raises(ImageError, match=r"no such file|null"):
+        load_image("film\0.png")
+    with pytest.raises(ImageError, match="empty file"):
+        load_image(b"")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match="a device or a pipe"):
+        load_image(tmp_path / "pipe.png")
+
+
+def test_a_file_too_large_for_a_film_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "film.png").write_bytes(saved(Image.fromarray(noise((8, 8)))))
+    monkeypatch.setattr(image_module, "MAX_FILE_BYTES", 50)
+    with pytest.raises(ImageError, match="at most 50 bytes"):
+        load_image(tmp_path / "film.png")
+
+
+@pytest.mark.parametrize(("width", "height"), [(9_000, 9_000), (9_700, 9_700), (50_000, 50_000), (40_000, 2)])
+def test_a_decompression_bomb_is_refused_by_its_header(width: int, height: int) -> None:
+    with pytest.raises(ImageError, match="at most 80,000,000 pixels"):
+        load_image(_png(width, height, b"\0" * 100))
+
+
+def test_a_second_page_is_refused_but_not_the_preview_of_a_camera() -> None:
+    pages = [Image.fromarray(noise((8, 8), seed)) for seed in range(3)]
+    for image_format in ("TIFF", "GIF", "PNG"):
+        with pytest.raises(ImageError, match=r"3 frames.*one film"):
+            load_image(saved(pages[0], image_format, save_all=True, append_images=pages[1:]))
+    preview = saved(pages[0], "MPO", save_all=True, append_images=pages[1:])
+    assert load_image(preview).size == (8, 8)
+
+
+def test_damaged_files_raise_nothing_but_image_errors() -> None:
+    rng = np.random.default_rng(3)
+    picture = Image.fromarray(noise((24, 24)))
+    for image_format in ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000"):
+        whole = saved(picture, image_format)
+        for _ in range(60):
+            damaged = bytearray(whole[: int(rng.integers(1, len(whole) + 1))])
+            for position in rng.integers(0, len(damaged), 4):
+                damaged[position] = int(rng.integers(256))
+            try:
+                load_image(bytes(damaged))
+            except ImageError as error:
+                assert " · expected " in str(error)  # noqa: PT017 - either outcome is right, nothing else is
+
+
+@pytest.mark.parametrize("source", [None, 3, ["film.png"], object()])
+def test_sources_of_another_type_are_refused(source: Any) -> None:
+    with pytest.raises(ImageError, match="expected a path, bytes, a NumPy array or a Pillow image"):
+        load_image(source)
+
+
+def test_an_unknown_rendering_is_refused() -> None:
+    with pytest.raises(ImageError, match="'window' · expected mimic-cxr-jpg or voi-lut"):
+        load_image(film(), rendering="window")  # type: ignore[arg-type]
