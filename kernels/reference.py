@@ -5,7 +5,7 @@ Every kernel is tested against the function of the same name here, and each runs
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,3 +257,99 @@ def decode_attention(
     lengths = lengths.long().clamp(max=k.shape[2] if max_seq_len is None else max_seq_len)
     attended = attention(q.float().unsqueeze(2), k, v, lengths[:, None] - 1).squeeze(2)
     return attended.masked_fill((lengths <= 0)[:, None, None], 0.0).to(q.dtype)
+
+
+class Sampled(NamedTuple):
+    """What `sample` chose for each row, and how probable that was: NaN in a row that is not finite."""
+
+    token_ids: Tensor  # int64 [N]
+    logprobs: Tensor  # float32 [N]
+    top_ids: Tensor  # int64 [N, num_top]
+    top_logprobs: Tensor  # float32 [N, num_top]
+    is_finite: Tensor  # bool [N]
+
+
+def sample(
+    logits: Tensor, *, temperature: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor, num_top: int = 0
+) -> Sampled:
+    """Choose a token for each row: the most probable one, or one drawn from the nucleus.
+
+    With p = softmax(logits / temperature) the nucleus is {p >= t}, for the largest t for which it has at least `top_p`
+    of the probability: the fewest of the most probable tokens, and all that are as probable as the last of them. The
+    draw is a race in which token i arrives after E_i / p_i, where E_i is exponentially distributed; the first one wins
+    with probability p_i. (-log E_i is Gumbel's noise, and this the Gumbel-max trick.) E_i is a function of seed,
+    position and i alone: a replay draws the same token.
+
+    Args:
+        logits: [N, V], any float dtype.
+        temperature: float32 [N]; 0 takes the most probable token, the first of equals.
+        top_p: float32 [N] in (0, 1]; 1 keeps all tokens.
+        seeds: int64 [N].
+        positions: int64 [N], of the tokens that are chosen, below 2^32.
+        num_top: how many of the most probable tokens to return.
+
+    Returns:
+        The tokens, and the most probable ones in falling order. Log-probabilities are the model's own: at temperature
+        1 over all tokens. A row with a NaN or an infinity has token 0, log-probabilities of NaN and `is_finite` false.
+    """
+    is_finite = logits.isfinite().all(-1)
+    x = logits.float().masked_fill(~is_finite[:, None], 0.0)
+    token_ids = x.argmax(-1)
+    # A CPU may look at values without waiting for anything, and most rows are greedy.
+    if x.device.type != "cpu" or bool((temperature > 0).any()):
+        drawn = _draw(
+            x, temperature.masked_fill(temperature <= 0, 1.0), top_p, exponentials(seeds, positions, x.shape[1])
+        )
+        token_ids = torch.where((temperature > 0) & is_finite, drawn, token_ids)
+    logprobs = x.log_softmax(-1).masked_fill(~is_finite[:, None], float("nan"))
+    top_ids = token_ids.new_empty(len(x), num_top)
+    for rank in range(num_top):
+        top_ids[:, rank] = x.argmax(-1)
+        x = x.scatter(-1, top_ids[:, rank, None], float("-inf"))
+    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
+    return Sampled(token_ids, chosen, top_ids.mul_(is_finite[:, None]), logprobs.gather(-1, top_ids), is_finite)
+
+
+def _draw(x: Tensor, temperature: Tensor, top_p: Tensor, arrivals: Tensor) -> Tensor:
+    """Draw a token of each row's nucleus; `arrivals` are the E_i."""
+    weights = ((x - x.amax(-1, keepdim=True)) / temperature[:, None]).exp()  # p_i as shares of the largest
+    falling = weights.sort(-1, descending=True).values
+    masses = falling.double().cumsum(-1)
+    last = (masses >= top_p[:, None] * masses[:, -1:]).int().argmax(-1, keepdim=True)  # the first that suffices
+    threshold = falling.gather(-1, last)
+    return (weights.masked_fill(weights < threshold, 0.0) / arrivals).argmax(-1)
+
+
+_GOLDEN: Final = 0x9E3779B9
+_LOW_32: Final = 0xFFFFFFFF
+
+
+def exponentials(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Return an exponentially distributed number for each token of each row, the same on every backend.
+
+    Args:
+        seeds: int64 [N]; all 64 bits count.
+        positions: int64 [N]; the lower 32 bits count.
+        vocab_size: the number of tokens, V.
+
+    Returns:
+        float32 [N, V], from 2^-33 to 17.
+    """
+    first = _mix(seeds ^ _mix(positions + _GOLDEN))
+    second = _mix(seeds >> 32 ^ _mix(first + _GOLDEN))
+    tokens = torch.arange(vocab_size, device=seeds.device)
+    bits = _mix(second[:, None] ^ _mix(first[:, None] + tokens * _GOLDEN))
+    # Fine where it matters, near 0: the smallest arrive first. Below 1, which a float32 of 32 ones is rounded to.
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log1p(-uniform)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble the lower 32 bits one to one: the last step of the hash MurmurHash3.
+
+    The arithmetic is that of unsigned 32 bits. Products wrap around in int64, and their lower half is right even so.
+    """
+    x = x & _LOW_32
+    x = (x ^ x >> 16) * 0x85EBCA6B & _LOW_32
+    x = (x ^ x >> 13) * 0xC2B2AE35 & _LOW_32
+    return x ^ x >> 16

@@ -18,10 +18,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.backend import Card
-from kernels.gpu import add_rms_norm, decode_attention, quant_matmul, rotary_and_cache, silu_mul
+from kernels.gpu import add_rms_norm, decode_attention, quant_matmul, rotary_and_cache, sample, silu_mul
 from kernels.quant_matmul import decode_plan
+from kernels.reference import Sampled
 
-HIDDEN_SIZE, INNER, HEADS, HEAD_DIM, SLOTS = 4096, 11008, 32, 128, 2048
+HIDDEN_SIZE, INNER, HEADS, HEAD_DIM, SLOTS, VOCAB_SIZE = 4096, 11008, 32, 128, 2048, 32000
 MULTIPROCESSORS = 128
 
 
@@ -80,6 +81,9 @@ def launch_all(capability: int) -> None:
     x = torch.empty(1, HIDDEN_SIZE, dtype=float16)
     add_rms_norm.add_rms_norm(x, x, x[0], 1e-5, x, x)
     silu_mul.silu_mul(torch.empty(1, 2 * INNER, dtype=float16), torch.empty(1, INNER, dtype=float16))
+    logits, ids, floats = torch.empty(2, VOCAB_SIZE, dtype=float16), torch.empty(2, 5).long(), torch.empty(2, 5)
+    sampled = Sampled(ids[:, 0], floats[:, 0], ids, floats, torch.empty(2, dtype=torch.bool))
+    sample.sample(logits, floats[:, 0], floats[:, 0], ids[:, 0], ids[:, 0], sampled)
 
 
 def main(capabilities: list[int]) -> None:
@@ -95,7 +99,7 @@ def main(capabilities: list[int]) -> None:
             "target": kernel.metadata.target.arch,
             "shared_bytes": kernel.metadata.shared,
             "loads_of_16_bytes": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
-            # But for approximations (rsqrt.approx.ftz), none may: see kernels/gpu/quant_matmul.py.
+            # But for approximations (rsqrt.approx.ftz) and logarithms, none may: see kernels/gpu/quant_matmul.py.
             "flushes_denormals": bool(re.search(r"\b(add|mul|fma)\.[\w.]*ftz", ptx)),
             "machine_code_bytes": len(kernel.asm["cubin"]),
         }

@@ -33,6 +33,7 @@ from kernels.gptq import GptqWeight
 from kernels.packing import pack_factor
 from kernels.quant_matmul import QuantWeight, quant_matmul, quant_matmul_workspace_bytes
 from kernels.rotary_and_cache import rotary_and_cache
+from kernels.sample import sample
 from kernels.silu_mul import silu_mul
 from kernels.tolerances import worst
 from lite.bench.machine import machine, streaming_read_bandwidth, versions
@@ -136,6 +137,8 @@ def contenders(shapes: Shapes, rows: Sequence[int], device: torch.device) -> Ite
         yield from _rotary(shapes, M, device)
     for M in rows:
         yield from _pointwise(shapes, M, device)
+    for M in rows:
+        yield from _sampling(shapes, M, device)
 
 
 def random_gptq(bits: int, shape: tuple[int, int], device: torch.device) -> GptqWeight:
@@ -429,6 +432,36 @@ def _pointwise(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contend
     for make in (norm, gate):
         for engine in ("lite", "torch"):
             yield make(engine)
+
+
+def _sampling(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contender]:
+    logits = torch.randn(M, shapes.vocab_size, device=device, dtype=torch.float16) * 4
+    greedy = logits.float().log_softmax(-1).amax(-1)
+
+    def contender(engine: str, how: str, expected: Tensor, run: Callable[[Tensor], Tensor]) -> Contender:
+        def prepare() -> Call:
+            own = logits.clone()
+            return Call(run=lambda: run(own), nbytes=own.nbytes)
+
+        return Contender(
+            op="sample",
+            shape=f"{shapes.vocab_size} tokens, {M} rows, {how}",
+            engine=engine,
+            dtype="float16",
+            prepare=prepare,
+            wrong=lambda got: _judged(got, expected, "sample", engine),
+        )
+
+    for how, temperature in (("greedy", 0.0), ("nucleus of 0.9", 1.0)):
+        given: dict[str, Any] = {
+            "temperature": torch.full((M,), temperature, device=device),
+            "top_p": torch.full((M,), 0.9, device=device),
+            "seeds": torch.arange(M, device=device),
+            "positions": torch.arange(M, device=device),
+        }
+        expected = reference.sample(logits, **given).logprobs if temperature else greedy
+        yield contender("lite", how, expected, lambda own, given=given: sample(own, **given).logprobs)  # type: ignore[misc]
+    yield contender("torch", "greedy", greedy, lambda own: own.float().log_softmax(-1).max(-1).values)
 
 
 def _judged(got: Tensor, expected: Tensor, op: str, engine: str) -> float:

@@ -16,7 +16,7 @@ from benchmarks.speed.kernels import Call, Contender, Shapes, Timed, Unavailable
 from lite.bench.measure import quantiles
 
 SMALL = Shapes(hidden_size=64, inner=96, heads=4, kv_heads=2, head_dim=16, vocab_size=40, num_cached_tokens=70)
-OPS = {"quant_matmul", "decode_attention", "rotary_and_cache", "add_rms_norm", "silu_mul"}
+OPS = {"quant_matmul", "decode_attention", "rotary_and_cache", "add_rms_norm", "silu_mul", "sample"}
 
 
 def no_clock(calls: Sequence[Callable[[], Tensor]], rounds: int) -> Timed:

@@ -21,6 +21,7 @@ from kernels.gptq import GptqWeight, gptq_matmul, to_tensors
 from kernels.packing import from_tiles, pack, span_size, to_tiles, unpack
 from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul, quant_matmul_workspace_bytes
 from kernels.rotary_and_cache import rotary_and_cache
+from kernels.sample import Sampled, sample
 from kernels.silu_mul import silu_mul
 
 CPU = torch.device("cpu")
@@ -38,7 +39,9 @@ def random_gptq(bits: int, N: int, K: int, group_size: int, *, seed: int = 0) ->
 
 
 def test_importing_the_ops_does_not_import_triton() -> None:
-    modules = "add_rms_norm, backend, decode_attention, gptq, quant_matmul, reference, rotary_and_cache, silu_mul"
+    modules = (
+        "add_rms_norm, backend, decode_attention, gptq, quant_matmul, reference, rotary_and_cache, sample, silu_mul"
+    )
     code = f"import sys; from kernels import {modules}; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -341,6 +344,9 @@ def good(op: str) -> dict[str, Any]:
         return tokens | tables | {"k_cache": k_cache, "v_cache": v_cache}
     if op == "add_rms_norm":
         return {"x": torch.zeros(3, 7), "residual": torch.zeros(3, 7), "weight": torch.zeros(7), "eps": 1e-5}
+    if op == "sample":
+        integers = {"seeds": torch.zeros(3).long(), "positions": torch.zeros(3).long()}
+        return {"logits": torch.zeros(3, 9), "temperature": torch.ones(3), "top_p": torch.ones(3)} | integers
     return {"gate_up": torch.zeros(3, 14)}
 
 
@@ -350,6 +356,7 @@ OPS: dict[str, Any] = {
     "rotary_and_cache": rotary_and_cache,
     "add_rms_norm": add_rms_norm,
     "silu_mul": silu_mul,
+    "sample": sample,
 }
 
 
@@ -411,6 +418,16 @@ INT8 = {"k_cache": torch.zeros(2, 2, 5, 8, dtype=torch.int8), "v_cache": torch.z
         ("add_rms_norm", {"x": torch.zeros(3, 0)}, "got x"),
         ("silu_mul", {"gate_up": torch.zeros(3, 13)}, "expected contiguous"),
         ("silu_mul", {"gate_up": torch.zeros(14, 3).t()}, "expected contiguous"),
+        ("sample", {"logits": torch.zeros(9)}, r"got logits \[9\] · expected \[N, V\]"),
+        ("sample", {"logits": torch.zeros(3, 70000)}, "V at most 65536"),
+        ("sample", {"logits": torch.zeros(9, 3).t()}, "got logits with strides"),
+        ("sample", {"logits": torch.zeros(3, 9).long()}, "got logits torch.int64 · expected float16"),
+        ("sample", {"temperature": torch.zeros(1)}, r"got temperature \[1\] .* expected \[3\]"),
+        ("sample", {"top_p": torch.ones(3).half()}, "got top_p .* torch.float16"),
+        ("sample", {"seeds": torch.zeros(3).int()}, "got seeds .* torch.int32"),
+        ("sample", {"positions": torch.zeros(1).long().expand(3)}, "got positions with strides"),
+        ("sample", {"num_top": 10}, "got num_top 10 · expected 0 … 9"),
+        ("sample", {"out": Sampled(*torch.zeros(5, 3))}, "got out.token_ids .* torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(op: str, change: dict[str, Any], message: str) -> None:

@@ -1,73 +1,31 @@
 """The Triton kernels against their references, on odd shapes, outputs and unseen cache slots poisoned with NaN.
 
-With a GPU these run on it. Without one they are skipped here, and `test_kernels_interpreted.py` runs this same file in
-a process of its own under TRITON_INTERPRET=1, which has to be set before anything imports Triton.
+`triton_here.py` says where they run.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+import triton_here
+from triton_here import DEVICE, MARKS, NAN, Launches, names, poison, randn
 from within import assert_within
 
 from kernels import quant_matmul as quant_matmul_module
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
-from kernels.backend import card_of, is_interpreted, select_backend
+from kernels.backend import card_of, select_backend
 from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes
 from kernels.gptq import GptqWeight, to_tensors
 from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul, quant_matmul_workspace_bytes
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.silu_mul import silu_mul
 
-DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
-if not is_interpreted():
-    if not torch.cuda.is_available():
-        msg = "no CUDA GPU; test_kernels_interpreted.py runs these under Triton's interpreter"
-        pytest.skip(msg, allow_module_level=True)
-    pytestmark = pytest.mark.gpu
-
-NAN = float("nan")
-Launches = list[tuple[str, tuple[int, ...]]]
+pytestmark = MARKS
+launches = triton_here.launches
 
 # N, K, group size: N beside the tiles of 16 and 32 outputs, K beside the spans of 256 (4 bits) and 128 inputs (8 bits).
 WEIGHTS = [(40, 320, 32), (24, 384, 64), (56, 640, 128), (8, 1032, 1032)]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """The kernels that Triton was asked to run, by name, each with its grid."""
-    from triton.runtime.interpreter import GridExecutor
-    from triton.runtime.jit import JITFunction
-
-    seen: Launches = []
-    if is_interpreted():
-        interpret = GridExecutor.__call__
-
-        def record_interpreted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            seen.append((self.fn.__name__, tuple(self.grid)))
-            return interpret(self, *args, **kwargs)
-
-        monkeypatch.setattr(GridExecutor, "__call__", record_interpreted)
-    else:
-        launch = JITFunction.run
-
-        def record_launched(self: Any, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> Any:
-            seen.append((self.fn.__name__, tuple(grid)))
-            return launch(self, *args, grid=grid, **kwargs)
-
-        monkeypatch.setattr(JITFunction, "run", record_launched)
-    return seen
-
-
-def names(launches: Launches) -> list[str]:
-    return [name for name, _ in launches]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def random_gptq(bits: int, N: int, K: int, group_size: int, *, seed: int = 0) -> GptqWeight:
@@ -78,10 +36,6 @@ def random_gptq(bits: int, N: int, K: int, group_size: int, *, seed: int = 0) ->
     values[0, 0], values[-1, -1] = -half, half - 1
     scales = (torch.rand(N, K // group_size, generator=generator) + 0.5) / half / K**0.5
     return GptqWeight.from_tensors(to_tensors(values, scales.half(), bits=bits), bits=bits)
-
-
-def poison(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return torch.full(shape, NAN, dtype=dtype, device=DEVICE)
 
 
 def poisoned_workspace(nbytes: int) -> torch.Tensor:
