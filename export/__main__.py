@@ -7,7 +7,7 @@ import glob
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from export.settings import (
     DEFAULTS,
@@ -20,7 +20,7 @@ from export.settings import (
     Method,
     TokenWeights,
 )
-from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, OnnxFloat
+from lite.artifact.parts import OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
 from lite.console import keeping_interrupts, positive
 from lite.errors import LiteError
@@ -28,8 +28,8 @@ from lite.errors import LiteError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lite.artifact.manifest import Manifest
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import DecoderPart, OnnxPart
 
 _DESCRIPTION = """\
 Turn a LLaVA-Rad checkpoint, as downloaded, into an artifact: the folder that `python -m lite` runs.
@@ -293,37 +293,34 @@ def _count(text: str) -> int:
 
 def _summary(artifact: Artifact) -> str:
     """Return what a user wants to know at the end: sizes, parity, the terms, and what to type next."""
-    manifest = artifact.manifest
-    vision, decoder, cache, merge = (manifest.fidelity[part] for part in ("vision", "decoder", "int8_cache", "merge"))
-    sizes: dict[str, int] = {}
-    for name, record in manifest.files.items():
-        part = name.partition("/")[0]
-        sizes[part] = sizes.get(part, 0) + record.bytes
-    rows: list[tuple[str, Any]] = [
-        (f"vision.onnx ({manifest.vision.format})", _megabytes(sizes["vision.onnx"])),
-        (f"decoder/ ({manifest.decoder.format})", _megabytes(sizes["decoder"])),
-        ("features", f"smallest cosine {vision['min_cosine']:.6f}, largest difference {vision['max_abs']:.2g}"),
-        ("decoder", f"KL {decoder['mean_kl']:.2g} nats/token, same top token {decoder['same_top']:.2%}"),
-        ("int8 cache", f"KL {cache['mean_kl']:.2g} more, same top token {cache['same_top']:.2%}"),
-        (
-            "measured on",
-            f"{decoder['studies']} studies ({manifest.fidelity['verify_data']}), {decoder['tokens']} tokens",
-        ),
-        *_calibration_rows(manifest),
-        ("merge", f"LoRA scale {merge['lora_scale']:g}, largest rounding {merge['max_abs_rounding']:.2g}"),
-        *_onnx_rows(manifest),
+    manifest, parts = artifact.manifest, artifact.manifest.parts
+    rows = [
+        (f"vision.onnx ({parts.vision.format})", _megabytes(parts.vision.nbytes)),
+        (f"decoder/ ({parts.decoder.format})", _megabytes(parts.decoder.nbytes + parts.decoder_config.nbytes)),
     ]
+    if (vision := parts.vision.fidelity) is not None:
+        shown = f"smallest cosine {vision.min_cosine:.6f}, largest difference {vision.max_abs:.2g}"
+        rows.append(("features", shown))
+    if (fidelity := parts.decoder.fidelity) is not None:
+        rows.append(("decoder", str(fidelity.divergence)))
+        rows.append(("int8 cache", f"{fidelity.int8_cache} more"))
+        tokens = fidelity.divergence.tokens
+        rows.append(("measured on", f"{fidelity.divergence.studies} studies ({fidelity.data}), {tokens} tokens"))
+    rows += _calibration_rows(parts.decoder)
+    if (merge := parts.decoder.merge) is not None:
+        rows.append(("merge", f"LoRA scale {merge.lora_scale:g}, largest rounding {merge.max_abs_rounding:.2g}"))
+    rows += _onnx_rows(parts.decoder_onnx)
     lines = [f"{artifact.path}: artifact {artifact.id} of {manifest.model}"]
     lines += [f"  {name:<20} {value}" for name, value in rows]
     lines += ["", manifest.notice, "", "next:", f"  python -m lite generate {artifact.path} FILM.png"]
     return "\n".join(lines)
 
 
-def _calibration_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    calibration = manifest.decoder.calibration
+def _calibration_rows(part: DecoderPart) -> list[tuple[str, str]]:
+    calibration = part.calibration
     if calibration is None:
         return []
-    errors = manifest.fidelity["calibration_errors"]
+    errors = calibration.errors
     worst = max(errors, key=errors.__getitem__)
     return [
         (
@@ -335,23 +332,16 @@ def _calibration_rows(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _onnx_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    if manifest.onnx is None:
+def _onnx_rows(part: OnnxPart | None) -> list[tuple[str, str]]:
+    if part is None:
         return []
-    names = {*ONNX_GRAPH_NAMES.values(), ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME}
-    measured = manifest.fidelity["onnx"]
-    nbytes = sum(record.bytes for name, record in manifest.files.items() if name in names)
-    rows = [("decoder.onnx", _megabytes(nbytes))]
-    for name, part, yardstick in (
-        ("engine", "decoder", "decoder/"),
-        ("its int8 cache", "int8_cache", "its float cache"),
-    ):
-        if (found := measured.get(part)) is None:
-            rows.append((name, "none: it takes onnxruntime 1.27 or newer at export"))
-            continue
-        rows.append((name, f"KL {found['mean_kl']:.2g} from {yardstick}, same top token {found['same_top']:.2%}"))
-    studies, tokens = measured["decoder"]["studies"], measured["decoder"]["tokens"]
-    rows.append(("along", f"the reports of {studies} studies ({measured['verify_data']}), {tokens} tokens"))
+    rows = [("decoder.onnx", _megabytes(part.nbytes))]
+    if (fidelity := part.fidelity) is not None:
+        rows.append(("engine", f"{fidelity.divergence}, from decoder/"))
+        cache = fidelity.int8_cache and f"{fidelity.int8_cache}, from its float cache"
+        rows.append(("its int8 cache", cache or "none: it takes onnxruntime 1.27 or newer at export"))
+        studies, tokens = fidelity.divergence.studies, fidelity.divergence.tokens
+        rows.append(("along", f"the reports of {studies} studies ({fidelity.data}), {tokens} tokens"))
     return rows
 
 
@@ -381,7 +371,7 @@ def _add_onnx(arguments: list[str]) -> int:
         print(f"\ninterrupted: {options.artifact} is as it was", file=sys.stderr)
         return 130
     lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
-    lines += [f"  {name:<20} {value}" for name, value in _onnx_rows(artifact.manifest)]
+    lines += [f"  {name:<20} {value}" for name, value in _onnx_rows(artifact.manifest.parts.decoder_onnx)]
     lines += ["", artifact.manifest.notice, "", "next:"]
     lines += [f"  python -m lite generate {artifact.path} FILM.png --engine onnx"]
     _print_whole("\n".join(lines))

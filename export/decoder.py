@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from export.settings import ExportSettings
     from lite.config import DecoderConfig, DecodingDefaults
 
+CONFIG_NAME: Final = "decoder/config.json"
 EMBEDDINGS: Final = "model.embed_tokens.weight"
 FINAL_NORM: Final = "model.norm.weight"
 HEAD: Final = "lm_head"
@@ -99,6 +100,16 @@ class DecoderFolder:
     def path(self, part: int) -> Path:
         """Return the file of a part."""
         return self.folder / f"model-{part + 1:05d}-of-{self.num_parts:05d}.safetensors"
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The files of all parts, as the manifest names them."""
+        return tuple(f"decoder/{self.path(part).name}" for part in range(self.num_parts))
+
+    def files(self) -> list[str]:
+        """Return the files that are there, but for config.json, as the manifest names them."""
+        names = sorted(f"decoder/{file.name}" for file in self.folder.iterdir() if file.suffix != ".partial")
+        return [name for name in names if name != CONFIG_NAME]
 
     def num_finished(self) -> int:
         """Return how many parts are there without a gap."""

@@ -41,7 +41,6 @@ from export.gptq import Grid, round_to_nearest
 from kernels.gptq import TENSORS, GptqWeight
 from kernels.packing import to_blocks
 from kernels.reference import rotary_table
-from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.errors import ArtifactError
 from lite.memory.counts import onnx_block_size
 
@@ -51,11 +50,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lite.artifact.manifest import OnnxFloat
+    from lite.artifact.parts import OnnxFloat
     from lite.config import DecoderConfig
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+GRAPH_NAME: Final = "decoder.onnx"
+DATA_NAME: Final = "decoder.onnx.data"
+EMBEDDINGS_NAME: Final = "embed_tokens.npy"
 OPSET: Final = 20
 IR_VERSION: Final = 9
 CONTRIB: Final = "com.microsoft"
@@ -87,12 +89,12 @@ def write_decoder_onnx(folder: Path, files: Sequence[Path], config: DecoderConfi
     """
     require_gptq(config)
     source = _Source(files, config)
-    np.save(folder / ONNX_EMBEDDINGS_NAME, source.read("model.embed_tokens.weight").numpy())
-    with (folder / ONNX_DATA_NAME).open("wb") as data:
+    np.save(folder / EMBEDDINGS_NAME, source.read("model.embed_tokens.weight").numpy())
+    with (folder / DATA_NAME).open("wb") as data:
         graph = _Graph(data, dtype)
         _decoder(graph, source, config)
     model = _model(graph, config)
-    (folder / ONNX_GRAPH_NAMES["float"]).write_bytes(model.SerializeToString())
+    (folder / GRAPH_NAME).write_bytes(model.SerializeToString())
 
 
 def require_gptq(config: DecoderConfig) -> None:
@@ -228,7 +230,7 @@ class _Graph:
             dims=values.shape,
             data_location=TensorProto.EXTERNAL,
         )
-        place = {"location": ONNX_DATA_NAME, "offset": str(self.data.tell()), "length": str(values.nbytes)}
+        place = {"location": DATA_NAME, "offset": str(self.data.tell()), "length": str(values.nbytes)}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=value)
         self.constants.append(tensor)

@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.cache_scales import STEPS
-from lite.artifact.manifest import ONNX_GRAPH_NAMES
+from export.decoder_onnx import GRAPH_NAME
 from lite.engines.onnx_engine.decoder import PREFILL_INPUT
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
+INT8_CACHE_GRAPH_NAME: Final = "decoder.int8_cache.onnx"
 _SCALES_AT: Final = 12
 """The place of k_scale among the inputs of GroupQueryAttention; some before it stay empty."""
 
@@ -43,7 +44,7 @@ def write_int8_cache_graph(folder: Path, k_scales: Array, v_scales: Array) -> No
         k_scales: what a step of the keys stands for, float32 [num_hidden_layers, kv_heads, head_dim].
         v_scales: of the values.
     """
-    model = onnx.load(folder / ONNX_GRAPH_NAMES["float"], load_external_data=False)
+    model = onnx.load(folder / GRAPH_NAME, load_external_data=False)
     graph = model.graph
     (embeds,) = (value for value in graph.input if value.name == "inputs_embeds")
     two_ways = embeds.type.tensor_type.elem_type == TensorProto.FLOAT
@@ -65,7 +66,7 @@ def write_int8_cache_graph(folder: Path, k_scales: Array, v_scales: Array) -> No
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    (folder / ONNX_GRAPH_NAMES["int8"]).write_bytes(model.SerializeToString())
+    (folder / INT8_CACHE_GRAPH_NAME).write_bytes(model.SerializeToString())
 
 
 def _constants() -> list[TensorProto]:

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from export import verify
 from export.cache_scales import find_cache_scales
-from export.decoder_onnx import ACCURACY_LEVEL, require_gptq, write_decoder_onnx
+from export.decoder_onnx import ACCURACY_LEVEL, DATA_NAME, EMBEDDINGS_NAME, GRAPH_NAME, require_gptq, write_decoder_onnx
 from export.durable import disk_errors_explained
-from export.int8_cache_graph import write_int8_cache_graph
+from export.int8_cache_graph import INT8_CACHE_GRAPH_NAME, write_int8_cache_graph
 from export.settings import DEFAULTS
 from export.studies import Study, StudyReader, sha256_of_studies
-from lite.artifact.manifest import TOKENIZER_NAME, CacheCalibration, Manifest, OnnxFloat, OnnxPart
 from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.parts import Int8CacheGraph, OnnxFloat, OnnxPart, unhashed
 from lite.artifact.write import staged_artifact
 from lite.engines.onnx_engine.decoder import OLDEST_INT8_CACHE, OnnxDecoder
 from lite.engines.onnx_session import has_onnxruntime
@@ -71,8 +71,7 @@ class CacheStudies:
 
 
 def write_onnx_part(
-    folder: Path,
-    manifest: Manifest,
+    artifact: Artifact,
     cache: CacheStudies,
     *,
     activations: OnnxFloat,
@@ -81,27 +80,33 @@ def write_onnx_part(
     """Write the files of `decoder.onnx` into an artifact that is being written.
 
     Args:
-        folder: where vision.onnx and decoder/ are already.
-        manifest: what it will say.
+        artifact: its other files, and what its manifest will say of them.
         cache: what the int8 cache is calibrated on.
         activations: see `OnnxSettings`.
         advance: called twice, and once for each study.
 
     Returns:
-        What the manifest says of it. With an ONNX Runtime that has no int8 cache there is no graph with one.
+        The part. With an ONNX Runtime that has no int8 cache there is no graph with one.
 
     Raises:
         ArtifactError: the decoder is not GPTQ.
         BackendUnavailable: ONNX Runtime is too old.
     """
-    artifact = verify.unfinished_artifact(folder, manifest)
-    config = artifact.decoder_config()
-    files = sorted((folder / "decoder").glob("*.safetensors"))
+    config, folder = artifact.decoder_config(), artifact.path
+    files = [artifact.file(name) for name in artifact.manifest.parts.decoder.weights]
     write_decoder_onnx(folder, files, config, dtype=activations)
     advance()
     bits = config.quantization.lm_head_bits if config.quantization else None
-    part = OnnxPart(dtype=activations, accuracy_level=ACCURACY_LEVEL, lm_head_bits=4 if bits == 4 else 8)
-    written = verify.unfinished_artifact(folder, dataclasses.replace(manifest, onnx=part))
+    part = OnnxPart(
+        files=unhashed(GRAPH_NAME, DATA_NAME, EMBEDDINGS_NAME),
+        graph=GRAPH_NAME,
+        data=DATA_NAME,
+        embeddings=EMBEDDINGS_NAME,
+        dtype=activations,
+        accuracy_level=ACCURACY_LEVEL,
+        lm_head_bits=4 if bits == 4 else 8,
+    )
+    written = artifact.with_parts(decoder_onnx=part)
     encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
 
     if not has_onnxruntime(OLDEST_INT8_CACHE):
@@ -116,13 +121,16 @@ def write_onnx_part(
 
     write_int8_cache_graph(folder, *find_cache_scales(decoder, cache.studies, features))
     advance()
-    calibration = CacheCalibration(
+    num_image_tokens = artifact.manifest.parts.vision.num_image_tokens
+    graph = Int8CacheGraph(
+        graph=INT8_CACHE_GRAPH_NAME,
         data=cache.data,
         sha256=sha256_of_studies(list(cache.studies)),
         studies=len(cache.studies),
-        tokens=sum(study.num_tokens(manifest.vision.num_image_tokens) for study in cache.studies),
+        tokens=sum(study.num_tokens(num_image_tokens) for study in cache.studies),
     )
-    return dataclasses.replace(part, cache_calibration=calibration)
+    files_of_both = part.files | unhashed(INT8_CACHE_GRAPH_NAME)
+    return dataclasses.replace(part, files=files_of_both, int8_cache=graph)
 
 
 def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None = None) -> Artifact:
@@ -149,7 +157,7 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
     artifact.verify()
 
     def reader(max_tokens: int) -> StudyReader:
-        tokenizer, max_seq_len = artifact.file(TOKENIZER_NAME), config.max_position_embeddings
+        tokenizer, max_seq_len = artifact.file(manifest.parts.tokenizer.file), config.max_position_embeddings
         return StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=max_tokens)
 
     judged = reader(settings.verify_tokens).read(
@@ -169,28 +177,23 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
         staged_artifact(target, overwrite=out is None) as staged,
         tqdm(total=steps, desc="writing decoder.onnx", disable=not settings.show_progress, dynamic_ncols=True) as bar,
     ):
-        _link(artifact, staged.path)
-        part = write_onnx_part(
-            staged.path,
-            dataclasses.replace(manifest, onnx=None),
-            CacheStudies(studies=calibrating, data=data),
-            activations=settings.activations,
-            advance=bar.update,
-        )
-        manifest = dataclasses.replace(manifest, onnx=part)
-        measured = verify.measure_onnx(staged.path, manifest, judged, device=device, advance=bar.update)
+        without = artifact.with_parts(decoder_onnx=None)
+        _link(without, staged.path)
+        unfinished = dataclasses.replace(without, path=staged.path)
+        cache = CacheStudies(studies=calibrating, data=data)
+        part = write_onnx_part(unfinished, cache, activations=settings.activations, advance=bar.update)
         listed = BUILT_IN if settings.verify_data is None else Path(settings.verify_data).name
-        fidelity = manifest.fidelity | {"onnx": {"verify_data": listed, **measured}}
-        verify.require_onnx_parity(measured)
-        staged.finish(dataclasses.replace(manifest, fidelity=fidelity))
+        unfinished = unfinished.with_parts(decoder_onnx=part)
+        part = verify.measure_onnx(unfinished, part, judged, data=listed, device=device, advance=bar.update)
+        manifest = without.manifest.with_parts(decoder_onnx=part)
+        verify.require_parity(manifest.parts)
+        staged.finish(manifest)
     return load_artifact(target)
 
 
 def _link(artifact: Artifact, folder: Path) -> None:
-    """Put the files of an artifact, but for those of an older decoder.onnx, into a folder: as hard links if it can."""
+    """Put the files of an artifact into a folder: as hard links if it can."""
     for name in artifact.manifest.files:
-        if not name.startswith(("vision.onnx", "decoder/", TOKENIZER_NAME)):
-            continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -30,6 +30,8 @@ from export.calibration import (
 )
 from export.checkpoint import Checkpoint, base_shapes, open_checkpoint
 from export.decoder import (
+    CONFIG_NAME,
+    DecoderFolder,
     PartReport,
     calibrated_part,
     decoder_bytes,
@@ -47,19 +49,24 @@ from export.settings import DEFAULTS, ExportSettings, TokenWeights
 from export.studies import Study, StudyReader
 from export.token_weights import num_search_steps, search_token_weights
 from export.vision_onnx import build_vision_onnx, write_vision_onnx
-from export.work import WorkFolder, work_folder, work_path
+from export.work import SEARCH_NAME, VISION_NAME, WorkFolder, work_folder, work_path
 from lite._version import __version__
-from lite.artifact.manifest import (
-    NOTICE,
-    TOKENIZER_NAME,
+from lite.artifact.manifest import NOTICE, Manifest
+from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.parts import (
+    UNHASHED,
     CalibrationRecord,
+    DecoderConfigPart,
     DecoderPart,
-    Manifest,
+    MergeRecord,
     OnnxPart,
+    Parts,
+    TokenizerPart,
+    TokenWeightSearch,
     TowerShape,
     VisionPart,
+    unhashed,
 )
-from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.write import check_target, staged_artifact
 from lite.engines.torch_engine.decoder import check_device
 from lite.errors import ArtifactError, BackendUnavailable
@@ -75,6 +82,7 @@ LICENCE_NOTICE: Final = (
     "License, for non-commercial research only, no clinical use, no redistribution of the model (converted or "
     "quantised included), no hosted service. Vicuna-7B v1.5: Llama 2 Community License."
 )
+TOKENIZER_NAME: Final = "tokenizer.model"
 _CHUNK_BYTES: Final = 1 << 24
 
 
@@ -106,7 +114,7 @@ def export_artifact(
         _system_errors_explained(Path(out), settings),
         work_folder(Path(out), source.decoder.num_hidden_layers) as work,
     ):
-        manifest = _manifest(source, settings)
+        manifest = _manifest(source, work.decoder, settings)
         # Texts and films are read before the long part: a wrong path should not cost hours.
         studies = _studies(source, manifest, settings)
         calibration = read_calibration(source, manifest, settings.gptq) if settings.calibrates else None
@@ -118,55 +126,66 @@ def export_artifact(
             _write_layers(source, work, settings)
         else:
             record = _write_calibrated_layers(source, work, manifest, calibration, settings)
-            manifest = dataclasses.replace(manifest, decoder=dataclasses.replace(manifest.decoder, calibration=record))
+            manifest = _with_decoder(manifest, calibration=record)
         _finish_decoder(source, work, manifest, settings)
+        manifest = _with_decoder(manifest, files=unhashed(*work.decoder.files()), merge=_merge_record(source, work))
         with staged_artifact(out, overwrite=settings.overwrite) as staged:
             work.link_into(staged.path)
             shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
+            artifact = Artifact(path=staged.path, manifest=manifest, id=UNHASHED)
             if settings.onnx:
-                part = _write_onnx(staged.path, manifest, studies, calibration, settings)
-                manifest = dataclasses.replace(manifest, onnx=part)
-            fidelity = _quantisation_record(source, work) | _measure(source, staged.path, manifest, studies, settings)
+                part = _write_onnx(artifact, studies, calibration, settings)
+                artifact = artifact.with_parts(decoder_onnx=part)
+            parts = _measure(source, artifact, studies, settings)
             try:
-                verify.require_parity(fidelity, manifest)
+                verify.require_parity(parts)
             except ArtifactError:
                 work.discard_parts()
                 raise
-            staged.finish(dataclasses.replace(manifest, fidelity=fidelity))
+            staged.finish(dataclasses.replace(artifact.manifest, parts=parts))
     return load_artifact(out)
 
 
-def _manifest(source: Checkpoint, settings: ExportSettings) -> Manifest:
+def _manifest(source: Checkpoint, decoder: DecoderFolder, settings: ExportSettings) -> Manifest:
     return Manifest(
         model=source.name,
         created_by=f"llava-rad-lite {__version__}",
         sources={},
-        vision=VisionPart(
-            format=settings.vision_format,
-            image_size=source.tower.image_size,
-            num_image_tokens=source.tower.num_patches,
-            hidden_size=source.decoder.hidden_size,
-            tower=TowerShape(
-                hidden_size=source.tower.dim,
-                intermediate_size=source.tower.mlp_dim,
-                num_hidden_layers=source.tower.num_blocks,
-                num_attention_heads=source.tower.num_heads,
-            ),
-        ),
-        decoder=_decoder_part(settings),
         preprocessing=source.preprocessing,
         decoding=source.decoding,
         notice=f"{NOTICE} {source.notice or LICENCE_NOTICE}",
+        parts=Parts(
+            tokenizer=TokenizerPart(files=unhashed(TOKENIZER_NAME)),
+            vision=VisionPart(
+                files=unhashed(VISION_NAME),
+                format=settings.vision_format,
+                image_size=source.tower.image_size,
+                num_image_tokens=source.tower.num_patches,
+                hidden_size=source.decoder.hidden_size,
+                tower=TowerShape(
+                    hidden_size=source.tower.dim,
+                    intermediate_size=source.tower.mlp_dim,
+                    num_hidden_layers=source.tower.num_blocks,
+                    num_attention_heads=source.tower.num_heads,
+                ),
+            ),
+            decoder_config=DecoderConfigPart(files=unhashed(CONFIG_NAME)),
+            decoder=_decoder_part(settings, decoder.weights),
+        ),
     )
 
 
-def _decoder_part(settings: ExportSettings) -> DecoderPart:
+def _decoder_part(settings: ExportSettings, weights: tuple[str, ...]) -> DecoderPart:
+    part = DecoderPart(files=unhashed(*weights), weights=weights, format=settings.decoder_format)
     if not settings.decoder_format.startswith("gptq"):
-        return DecoderPart(format=settings.decoder_format)
+        return part
     gptq = settings.gptq
-    return DecoderPart(
-        format=settings.decoder_format, group_size=gptq.group_size, method=gptq.method, lm_head=gptq.lm_head
-    )
+    return dataclasses.replace(part, group_size=gptq.group_size, method=gptq.method, lm_head=gptq.lm_head)
+
+
+def _with_decoder(manifest: Manifest, **changes: Any) -> Manifest:
+    decoder = dataclasses.replace(manifest.parts.decoder, **changes)
+    return manifest.with_parts(decoder=decoder)
 
 
 def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, settings: ExportSettings) -> dict[str, Any]:
@@ -325,7 +344,22 @@ def _write_calibrated_layers(
         tokens=sum(lengths),
         image_weight=weights.image,
         prompt_weight=weights.prompt,
+        search=_search_record(work),
+        errors=_whole_report(work).errors,
     )
+
+
+def _search_record(work: WorkFolder) -> TokenWeightSearch | None:
+    found = work.read(SEARCH_NAME)
+    return found and TokenWeightSearch(held_out_studies=found["held_out_studies"], mean_kl=found["mean_kl"])
+
+
+def _whole_report(work: WorkFolder) -> PartReport:
+    """Add up the reports of the parts that are finished."""
+    whole = PartReport()
+    for part in range(work.decoder.num_finished()):
+        whole.merge(work.report(part))
+    return whole
 
 
 def _token_weights(
@@ -338,19 +372,19 @@ def _token_weights(
     """Return the token weights as given, as an earlier run has chosen them, or by a search."""
     if settings.gptq.token_weights is not None:
         return settings.gptq.token_weights
-    chosen = work.read("token_weights.json")
+    chosen = work.read(SEARCH_NAME)
     if chosen is None:
         with _bar(settings, "choosing λ", num_search_steps(source), unit="step") as bar:
             features = _features(work, manifest)
             best, kl = search_token_weights(source, calibration, features, work.path, settings, advance=bar.update)
         chosen = {"chosen": dataclasses.asdict(best), "held_out_studies": len(calibration.held_out), "mean_kl": kl}
-        work.write("token_weights.json", chosen)
+        work.write(SEARCH_NAME, chosen)
     return TokenWeights(**chosen["chosen"])
 
 
 def _features(work: WorkFolder, manifest: Manifest) -> Callable[[Study], Tensor]:
     """Return the exported tower: the decoder is calibrated on what it will see at run time."""
-    encoder = VisionEncoder(verify.unfinished_artifact(work.path, manifest))
+    encoder = VisionEncoder(Artifact(path=work.path, manifest=manifest, id=UNHASHED))
     return lambda study: torch.from_numpy(encoder(study.pixel_values[None])[0])
 
 
@@ -378,57 +412,40 @@ def _finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, se
 
 
 def _write_onnx(
-    folder: Path,
-    manifest: Manifest,
-    studies: Sequence[Study],
-    calibration: CalibrationStudies | None,
-    settings: ExportSettings,
+    artifact: Artifact, studies: Sequence[Study], calibration: CalibrationStudies | None, settings: ExportSettings
 ) -> OnnxPart:
     """Write decoder.onnx; its cache is calibrated on what the decoder was, or on what it will be measured on."""
     cache = CacheStudies(studies=studies[:MAX_CACHE_STUDIES], data=_verify_name(settings))
     if calibration is not None:
         cache = CacheStudies(studies=calibration.studies[:MAX_CACHE_STUDIES], data=calibration.data)
     with _bar(settings, "writing decoder.onnx", 2 + len(cache.studies), unit="step") as bar:
-        return write_onnx_part(folder, manifest, cache, activations=settings.activations, advance=bar.update)
+        return write_onnx_part(artifact, cache, activations=settings.activations, advance=bar.update)
 
 
 def _verify_name(settings: ExportSettings) -> str:
     return BUILT_IN if settings.verify_data is None else Path(settings.verify_data).name
 
 
-def _quantisation_record(source: Checkpoint, work: WorkFolder) -> dict[str, Any]:
-    """Return what the manifest keeps of how the decoder was rounded."""
-    whole = PartReport()
-    for part in range(work.decoder.num_parts):
-        whole.merge(work.report(part))
-    record: dict[str, Any] = {
-        "merge": {
-            "lora_scale": source.adapter_config.scale,
-            "max_abs_rounding": whole.max_abs,  # of the tensors that stay in 16 bit
-            "max_abs_rounding_tensor": whole.max_abs_tensor,
-            "relative_rms_rounding": whole.relative_rms,
-        }
-    }
-    if whole.errors:
-        record["calibration_errors"] = whole.errors
-    if (search := work.read("token_weights.json")) is not None:
-        record["token_weights"] = search
-    return record
+def _merge_record(source: Checkpoint, work: WorkFolder) -> MergeRecord:
+    whole = _whole_report(work)
+    return MergeRecord(
+        lora_scale=source.adapter_config.scale,
+        max_abs_rounding=whole.max_abs,
+        max_abs_rounding_tensor=whole.max_abs_tensor,
+        relative_rms_rounding=whole.relative_rms,
+    )
 
 
-def _measure(
-    source: Checkpoint,
-    folder: Path,
-    manifest: Manifest,
-    studies: Sequence[Study],
-    settings: ExportSettings,
-) -> dict[str, Any]:
+def _measure(source: Checkpoint, artifact: Artifact, studies: Sequence[Study], settings: ExportSettings) -> Parts:
     with _bar(settings, "measuring parity", verify.num_steps(source), unit="step") as bar:
-        fidelity = verify.measure(source, folder, manifest, studies, device=settings.device, advance=bar.update)
-    listed = {"verify_data": _verify_name(settings)}
-    if "onnx" in fidelity:
-        fidelity["onnx"] = listed | fidelity["onnx"]
-    return listed | fidelity
+        return verify.measure(
+            source,
+            artifact,
+            studies,
+            data=_verify_name(settings),
+            device=settings.device,
+            advance=bar.update,
+        )
 
 
 def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm[Any]:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from lite.artifact.manifest import OnnxFloat
+from lite.artifact.parts import OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
 from lite.errors import ArtifactError
 

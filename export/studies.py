@@ -104,7 +104,7 @@ class StudyReader:
         self.prompts = PromptEncoder(
             self.tokenizer,
             manifest.prompt,
-            num_image_tokens=manifest.vision.num_image_tokens,
+            num_image_tokens=manifest.parts.vision.num_image_tokens,
             max_seq_len=self.max_seq_len,
         )
         self.preprocessing = manifest.preprocessing

@@ -16,14 +16,13 @@ The numbers go into the manifest; numbers worse than `TOLERANCES` end the export
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from export import forward
 from export.calibration import embed
-from lite.artifact.manifest import FileRecord
-from lite.artifact.open import Artifact
+from lite.artifact.parts import DecoderFidelity, Divergence, VisionFidelity
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.torch_engine.decoder import load_decoder
 from lite.errors import ArtifactError
@@ -32,13 +31,13 @@ from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
     from export.checkpoint import Checkpoint
     from export.studies import Study
-    from lite.artifact.manifest import CacheDtype, Manifest
+    from lite.artifact.open import Artifact
+    from lite.artifact.parts import CacheDtype, OnnxPart, Parts
     from lite.config import DecoderConfig
 
     Advance = Callable[[], object]
@@ -87,70 +86,73 @@ MIN_TOKENS_FOR_SAME_TOP: Final = 100
 
 def measure(
     checkpoint: Checkpoint,
-    folder: Path,
-    manifest: Manifest,
+    artifact: Artifact,
     studies: Sequence[Study],
     *,
+    data: str,
     device: str = "cpu",
     advance: Advance = lambda: None,
-) -> dict[str, Any]:
+) -> Parts:
     """Measure the artifact being written against its source.
 
     Args:
         checkpoint: The source.
-        folder: Where the artifact's files lie, without a manifest yet.
-        manifest: What it will say.
+        artifact: Its files, and what its manifest will say of them.
         studies: What to measure on.
+        data: What to call them.
         device: Where torch computes.
         advance: Called `num_steps` times as the work goes on.
 
     Returns:
-        What the manifest records under `fidelity`: {"vision": {...}, "decoder": {...}, "int8_cache": {...}}, the last
-        against the decoder with a cache of what it computes in, and "onnx" if there is one.
+        The parts of the artifact with what was measured of each.
     """
     source_features = _source_features(checkpoint, studies, device)
     advance()
-    artifact = unfinished_artifact(folder, manifest)
     features = _artifact_features(artifact, studies)
     advance()
     source_logits = _source_logits(checkpoint, studies, source_features, device, advance)
     logits, with_int8 = _artifact_logits(artifact, studies, features, device, advance, cache_dtypes=(None, "int8"))
-    fidelity = {
-        "vision": _compare_features(source_features, features),
-        "decoder": _compare_logits(studies, source_logits, logits),
-        "int8_cache": _compare_logits(studies, logits, with_int8),
-    }
-    if manifest.onnx is not None:
-        fidelity["onnx"] = _compare_onnx(artifact, studies, features, logits)
-    return fidelity
+    parts = artifact.manifest.parts
+    fidelity = DecoderFidelity(
+        data=data,
+        divergence=_compare_logits(studies, source_logits, logits),
+        int8_cache=_compare_logits(studies, logits, with_int8),
+    )
+    decoder_onnx = parts.decoder_onnx and _compare_onnx(artifact, parts.decoder_onnx, studies, features, logits, data)
+    return dataclasses.replace(
+        parts,
+        vision=dataclasses.replace(parts.vision, fidelity=_compare_features(source_features, features, data)),
+        decoder=dataclasses.replace(parts.decoder, fidelity=fidelity),
+        decoder_onnx=decoder_onnx,
+    )
 
 
 def measure_onnx(
-    folder: Path,
-    manifest: Manifest,
+    artifact: Artifact,
+    part: OnnxPart,
     studies: Sequence[Study],
     *,
+    data: str,
     device: str = "cpu",
     advance: Advance = lambda: None,
-) -> dict[str, Any]:
+) -> OnnxPart:
     """Measure the decoder.onnx of an artifact being written against its decoder/.
 
     Args:
-        folder: Where the artifact's files lie, without a manifest yet.
-        manifest: What it will say.
+        artifact: Its files, and what its manifest will say of them.
+        part: Its decoder.onnx.
         studies: What to measure on.
+        data: What to call them.
         device: Where torch computes.
         advance: Called `num_onnx_steps` times as the work goes on.
 
     Returns:
-        What the manifest records under `fidelity["onnx"]`: {"decoder": {...}, "int8_cache": {...}}, the latter against
-        the float cache.
+        The part with what was measured.
     """
-    artifact = unfinished_artifact(folder, manifest)
     features = _artifact_features(artifact, studies)
     advance()
     (logits,) = _artifact_logits(artifact, studies, features, device, advance)
-    return _compare_onnx(artifact, studies, features, logits)
+    return _compare_onnx(artifact, part, studies, features, logits, data)
 
 
 def num_steps(checkpoint: Checkpoint) -> int:
@@ -163,37 +165,30 @@ def num_onnx_steps(config: DecoderConfig) -> int:
     return 1 + config.num_hidden_layers
 
 
-def require_parity(fidelity: dict[str, Any], manifest: Manifest) -> None:
+def require_parity(parts: Parts) -> None:
     """Compare what was measured with the tolerances.
 
     Raises:
         ArtifactError: A number is worse than its tolerance.
     """
-    vision = fidelity["vision"]
-    part = f"vision {manifest.vision.format}"
-    _require(part, "cosine", vision["min_cosine"], "min_cosine")
-    _require(part, "relative error", vision["relative_error"], "max_relative_error")
-    _require_decoder(f"decoder {manifest.decoder.format}", fidelity["decoder"])
-    _require_decoder("int8 cache", fidelity["int8_cache"])
-    if manifest.onnx is not None:
-        require_onnx_parity(fidelity["onnx"])
+    if parts.vision.fidelity is not None:
+        part = f"vision {parts.vision.format}"
+        _require(part, "cosine", parts.vision.fidelity.min_cosine, "min_cosine")
+        _require(part, "relative error", parts.vision.fidelity.relative_error, "max_relative_error")
+    _require_decoder(parts.decoder.fidelity, f"decoder {parts.decoder.format}", "int8 cache")
+    if parts.decoder_onnx is not None:
+        _require_decoder(parts.decoder_onnx.fidelity, "decoder.onnx", "decoder.int8_cache.onnx")
 
 
-def require_onnx_parity(measured: dict[str, Any]) -> None:
-    """Compare what `measure_onnx` has measured with the tolerances.
-
-    Raises:
-        ArtifactError: A number is worse than its tolerance.
-    """
-    for graph, part in (("decoder.onnx", "decoder"), ("decoder.int8_cache.onnx", "int8_cache")):
-        if part in measured:
-            _require_decoder(graph, measured[part])
-
-
-def _require_decoder(part: str, decoder: dict[str, Any]) -> None:
-    _require(part, "mean KL", decoder["mean_kl"], "max_mean_kl")
-    if decoder["tokens"] >= MIN_TOKENS_FOR_SAME_TOP:
-        _require(part, "same top token", decoder["same_top"], "min_same_top")
+def _require_decoder(fidelity: DecoderFidelity | None, part: str, int8_cache: str) -> None:
+    if fidelity is None:
+        return
+    for name, measured in ((part, fidelity.divergence), (int8_cache, fidelity.int8_cache)):
+        if measured is None:
+            continue
+        _require(name, "mean KL", measured.mean_kl, "max_mean_kl")
+        if measured.tokens >= MIN_TOKENS_FOR_SAME_TOP:
+            _require(name, "same top token", measured.same_top, "min_same_top")
 
 
 def _require(part: str, measure_name: str, got: float, limit_name: str) -> None:
@@ -283,8 +278,13 @@ def _artifact_logits(
 
 
 def _compare_onnx(
-    artifact: Artifact, studies: Sequence[Study], features: Sequence[Tensor], logits: Sequence[Tensor]
-) -> dict[str, Any]:
+    artifact: Artifact,
+    part: OnnxPart,
+    studies: Sequence[Study],
+    features: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    data: str,
+) -> OnnxPart:
     """Compare decoder.onnx with the logits of decoder/, and its int8 cache with the float one."""
 
     def scored(cache_dtype: CacheDtype | None) -> list[Tensor]:
@@ -293,10 +293,12 @@ def _compare_onnx(
         return [torch.from_numpy(decoder.score(s.input_ids, s.target_ids, image.numpy())) for s, image in pairs]
 
     with_float = scored(None)
-    measured = {"decoder": _compare_logits(studies, logits, with_float)}
-    if artifact.manifest.onnx is not None and artifact.manifest.onnx.cache_calibration is not None:
-        measured["int8_cache"] = _compare_logits(studies, with_float, scored("int8"))
-    return measured
+    fidelity = DecoderFidelity(
+        data=data,
+        divergence=_compare_logits(studies, logits, with_float),
+        int8_cache=_compare_logits(studies, with_float, scored("int8")) if part.int8_cache else None,
+    )
+    return dataclasses.replace(part, fidelity=fidelity)
 
 
 def _source_features(checkpoint: Checkpoint, studies: Sequence[Study], device: str) -> list[Tensor]:
@@ -311,41 +313,33 @@ def _artifact_features(artifact: Artifact, studies: Sequence[Study]) -> list[Ten
     return [torch.from_numpy(encoder(study.pixel_values[None])[0]) for study in studies]
 
 
-def unfinished_artifact(folder: Path, manifest: Manifest) -> Artifact:
-    """Describe the files as they lie there, so that the runtime can open them before the manifest is written."""
-    written = [file for file in folder.rglob("*") if file.is_file()]
-    files = {
-        file.relative_to(folder).as_posix(): FileRecord(bytes=file.stat().st_size, sha256="0" * 64) for file in written
-    }
-    return Artifact(path=folder, manifest=dataclasses.replace(manifest, files=files), id="0" * 16)
-
-
-def _compare_features(source: Sequence[Tensor], ours: Sequence[Tensor]) -> dict[str, Any]:
+def _compare_features(source: Sequence[Tensor], ours: Sequence[Tensor], data: str) -> VisionFidelity:
     p, q = torch.stack(list(source)).double(), torch.stack(list(ours)).double()
     cosine = torch.nn.functional.cosine_similarity(p, q, dim=-1)
     max_abs = float((p - q).abs().max())
     rms = float(p.square().mean().sqrt())
-    return {
-        "films": len(source),
-        "max_abs": max_abs,
-        "relative_error": max_abs / rms,  # of the features' root mean square
-        "mean_cosine": float(cosine.mean()),
-        "min_cosine": float(cosine.min()),
-    }
+    return VisionFidelity(
+        data=data,
+        films=len(source),
+        max_abs=max_abs,
+        relative_error=max_abs / rms,
+        mean_cosine=float(cosine.mean()),
+        min_cosine=float(cosine.min()),
+    )
 
 
-def _compare_logits(studies: Sequence[Study], source: Sequence[Tensor], ours: Sequence[Tensor]) -> dict[str, Any]:
+def _compare_logits(studies: Sequence[Study], source: Sequence[Tensor], ours: Sequence[Tensor]) -> Divergence:
     pairs = zip(studies, source, ours, strict=True)
     compared = [compare_logits(p.numpy(), q.numpy(), study.target_ids) for study, p, q in pairs]
     summary = summarise(compared, resamples=1)  # values only: the manifest keeps no intervals
     divergent = summary.first_divergent_token
-    return {
-        "studies": summary.num_studies,
-        "tokens": summary.num_tokens,
-        "mean_kl": summary.mean_kl.value,  # nats per token
-        "max_kl": max(float(study.kl.max()) for study in compared),
-        "same_top": summary.same_top.value,
-        "perplexity_ratio": summary.perplexity_ratio.value,
-        "first_divergent_token": divergent.value if divergent.count else None,  # median where there is one
-        "studies_without_divergence": summary.without_divergence.value,
-    }
+    return Divergence(
+        studies=summary.num_studies,
+        tokens=summary.num_tokens,
+        mean_kl=summary.mean_kl.value,
+        max_kl=max(float(study.kl.max()) for study in compared),
+        same_top=summary.same_top.value,
+        perplexity_ratio=summary.perplexity_ratio.value,
+        first_divergent_token=divergent.value if divergent.count else None,
+        studies_without_divergence=summary.without_divergence.value,
+    )

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+VISION_NAME: Final = "vision.onnx"
+SEARCH_NAME: Final = "token_weights.json"
 PARTS: Final = "decoder/model-*.safetensors"
 
 
@@ -52,12 +54,12 @@ class WorkFolder:
     @property
     def vision(self) -> Path:
         """Where vision.onnx is written."""
-        return self.path / "vision.onnx"
+        return self.path / VISION_NAME
 
     @property
     def worth_keeping(self) -> bool:
         """Whether there is something to go on from, of whatever checkpoint: a finished part, or a search."""
-        return any(self.path.glob(PARTS)) or (self.path / "token_weights.json").is_file()
+        return any(self.path.glob(PARTS)) or (self.path / SEARCH_NAME).is_file()
 
     def require_same(self, arguments: dict[str, Any]) -> None:
         """Refuse to go on with parts that were made with other arguments; note the arguments where there are none.
@@ -118,7 +120,7 @@ class WorkFolder:
     def discard_parts(self) -> None:
         """Delete what has been finished: it was of no use."""
         shutil.rmtree(self.decoder.folder)
-        (self.path / "token_weights.json").unlink(missing_ok=True)
+        (self.path / SEARCH_NAME).unlink(missing_ok=True)
 
     def link_into(self, folder: Path) -> None:
         """Put the finished parts of the artifact into another folder: as hard links, or copies where there are none."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lite._version import __version__
-from lite.artifact.manifest import CacheDtype
 from lite.artifact.open import load_artifact
+from lite.artifact.parts import CacheDtype, Parts
 from lite.console import EXIT_FAILED, positive, run_command, say
 from lite.errors import LiteError
 
@@ -264,44 +264,43 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
     manifest, config = artifact.manifest, artifact.decoder_config()
-    vision = manifest.vision
+    vision = manifest.parts.vision
     yield "model", manifest.model
     yield "artifact", f"{artifact.id} (format {manifest.format_version}, by {manifest.created_by})"
     yield "vision", f"{vision.format}, {vision.image_size} px, {vision.num_image_tokens} image tokens"
     yield (
         "decoder",
-        f"{manifest.decoder.describe()}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
+        f"{manifest.parts.decoder.describe()}, {config.num_hidden_layers} layers, hidden_size {config.hidden_size}, "
         f"vocab_size {config.vocab_size}, context {config.max_position_embeddings}",
     )
-    if manifest.onnx is not None:
-        part = manifest.onnx
+    if manifest.parts.decoder_onnx is not None:
+        part = manifest.parts.decoder_onnx
         caches = " or ".join(part.cache_dtypes)
         yield "decoder.onnx", f"{part.dtype} activations, {part.lm_head_bits}-bit head, cache in {caches}"
     yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
     for name, record in manifest.files.items():
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"
-    for name, value in manifest.fidelity.items():
-        if name == "calibration_errors":  # seven for each layer: the manifest has them all
-            worst = max(value, key=value.__getitem__)
-            name, value = "layers", f"{sum(value.values()) / len(value):.2%} on average, {value[worst]:.2%} in {worst}"
-        elif name == "onnx":
-            more = f"; int8 cache {_divergence(value['int8_cache'])} more" if "int8_cache" in value else ""
-            value = f"{_divergence(value['decoder'])} from decoder/{more}"
-        elif name == "decoder":
-            value = f"{_divergence(value)} from the checkpoint"
-        elif name == "int8_cache":
-            value = f"{_divergence(value)} more"
-        elif not isinstance(value, str):
-            value = json.dumps(value)
-        yield f"fidelity {name}", value
+    yield from _fidelity(manifest.parts)
     yield "notice", manifest.notice
 
 
-def _divergence(measured: dict[str, Any]) -> str:
-    return (
-        f"KL {measured['mean_kl']:.2g} nats/token, same top token {measured['same_top']:.2%}, along the reports of "
-        f"{measured['studies']} studies"
-    )
+def _fidelity(parts: Parts) -> Iterator[tuple[str, str]]:
+    """Say what was measured at export, of the parts that have been."""
+    if (vision := parts.vision.fidelity) is not None:
+        yield "fidelity vision", f"smallest cosine {vision.min_cosine:.6f} on {vision.films} films ({vision.data})"
+    for name, part, source in (
+        ("decoder", parts.decoder, "the checkpoint"),
+        ("decoder.onnx", parts.decoder_onnx, "decoder/"),
+    ):
+        if part is None or (fidelity := part.fidelity) is None:
+            continue
+        along = f"along the reports of {fidelity.divergence.studies} studies ({fidelity.data})"
+        yield f"fidelity {name}", f"{fidelity.divergence} from {source}, {along}"
+        if fidelity.int8_cache is not None:
+            yield "  its int8 cache", f"{fidelity.int8_cache} more"
+    if (calibration := parts.decoder.calibration) is not None and (errors := calibration.errors):
+        worst = max(errors, key=errors.__getitem__)  # seven for each layer: the manifest has them all
+        yield "layers", f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}"
 
 
 def _print_heading(image: str, arguments: argparse.Namespace) -> None:

@@ -262,6 +262,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - see to_js
             if choice in (int, float, str, bool, type(None)) and type(value) is not choice:
                 continue
             return _read(choice, value, where)
+    if origin is tuple and arguments[1:] == (...,) and isinstance(value, list | tuple):
+        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
         return tuple(_read(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(arguments, value, strict=True)))
     if origin is list and isinstance(value, list):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from lite.artifact.manifest import TOKENIZER_NAME
 from lite.artifact.open import load_artifact
 from lite.engines.choose import choose_engine, gpu_problem
 from lite.engines.onnx_session import CPU, CUDA
@@ -16,8 +15,8 @@ from lite.memory.sizes import parse_bytes
 from lite.prompt import PromptEncoder, Tokenizer
 
 if TYPE_CHECKING:
-    from lite.artifact.manifest import CacheDtype
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import CacheDtype
     from lite.session.generate import Engine
     from lite.vision import VisionEncoder
 from lite.model import FindingsModel
@@ -74,12 +73,12 @@ def load(
     if verify:
         artifact.verify(engine=chosen)
     manifest, config = artifact.manifest, artifact.decoder_config()
-    tokenizer = Tokenizer(artifact.file(TOKENIZER_NAME), manifest.decoding)
+    tokenizer = Tokenizer(artifact.file(manifest.parts.tokenizer.file), manifest.decoding)
     _check_parts_fit(artifact, tokenizer.vocab_size)
     prompt = PromptEncoder(
         tokenizer,
         manifest.prompt,
-        num_image_tokens=manifest.vision.num_image_tokens,
+        num_image_tokens=manifest.parts.vision.num_image_tokens,
         max_seq_len=config.max_position_embeddings,
     )
     loaded = (
@@ -176,10 +175,10 @@ def _load_onnx(
 def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:
     """Refuse an artifact whose parts do not belong together, now rather than at some token."""
     manifest, config = artifact.manifest, artifact.decoder_config()
-    vision = manifest.vision
+    vision = manifest.parts.vision
     stored_as = config.quantization.format if config.quantization else "fp16"
     for got, fits, expected in (
-        (f"a decoder of {manifest.decoder.format} by the manifest", manifest.decoder.format == stored_as,
+        (f"a decoder of {manifest.parts.decoder.format} by the manifest", manifest.parts.decoder.format == stored_as,
          f"{stored_as}, as its config.json says"),
         (f"image features of width {vision.hidden_size}", vision.hidden_size == config.hidden_size,
          f"the decoder's hidden_size {config.hidden_size}"),

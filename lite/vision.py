@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lite.artifact.manifest import VISION_NAME
 from lite.engines.cuda_lock import CAPTURING
 from lite.engines.onnx_session import CPU, CUDA, errors_explained, open_session, provider_of_device
 from lite.errors import ArtifactError
@@ -55,9 +54,9 @@ class VisionEncoder:
             ArtifactError: the file is not the graph the manifest describes.
             BackendUnavailable: onnxruntime is not installed.
         """
-        file = artifact.file(VISION_NAME)
+        file = artifact.file(artifact.manifest.parts.vision.file)
         self._session = open_session(file, provider=provider or provider_of_device(device))
-        self._part = artifact.manifest.vision
+        self._part = artifact.manifest.parts.vision
         self._check_signature(str(file))
 
     @property

@@ -11,7 +11,7 @@ import torch
 from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, gptq_llama, tiny_llama_config
 
 from kernels.quant_matmul import QuantWeight
-from lite.artifact.manifest import CacheDtype
+from lite.artifact.parts import CacheDtype
 from lite.engines.torch_engine.decoder import load_decoder
 from lite.engines.torch_engine.linear import linears_of
 

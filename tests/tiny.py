@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,22 @@ from safetensors.torch import save_file
 
 from export.gptq import Grid, round_to_nearest
 from kernels.gptq import to_tensors
-from lite.artifact.manifest import DecoderPart, FileRecord, Manifest, TowerShape, VisionPart
+from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact, sha256_of
+from lite.artifact.parts import (
+    DecoderConfigPart,
+    DecoderFidelity,
+    DecoderPart,
+    Divergence,
+    Int8CacheGraph,
+    OnnxFloat,
+    OnnxPart,
+    Parts,
+    TokenizerPart,
+    TowerShape,
+    VisionPart,
+    unhashed,
+)
 from lite.artifact.write import staged_artifact
 from lite.config import IMAGE_TOKEN_ID, DecodingDefaults, Preprocessing
 
@@ -33,6 +48,8 @@ PROMPTS = [
 ]
 # Of a tower that is not there: the tiny vision.onnx is a convolution.
 TINY_TOWER = TowerShape(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
+
+TINY_FILES = ("tokenizer.model", "vision.onnx", "decoder/config.json", "decoder/model.safetensors")
 
 
 def tiny_llama_config(vocab_size: int, **changes: Any) -> dict[str, Any]:
@@ -130,24 +147,69 @@ def tiny_vision_onnx(*, seed: int = 0) -> bytes:
     return bytes(onnx.ModelProto.SerializeToString(model))
 
 
-def tiny_manifest(**changes: Any) -> Manifest:
+def tiny_parts(*, vision: VisionPart | None = None, decoder: DecoderPart | None = None, **parts: Any) -> Parts:
+    """The parts of a tiny artifact, its files named and not hashed."""
+    tokenizer, graph, config, weights = TINY_FILES
+    tower = VisionPart(
+        format="fp32",
+        image_size=IMAGE_SIZE,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        hidden_size=HIDDEN_SIZE,
+        tower=TINY_TOWER,
+    )
+    return Parts(
+        tokenizer=TokenizerPart(files=unhashed(tokenizer)),
+        vision=replace(vision or tower, files=unhashed(graph)),
+        decoder_config=DecoderConfigPart(files=unhashed(config)),
+        decoder=replace(decoder or DecoderPart(format="fp16"), files=unhashed(weights), weights=(weights,)),
+        **parts,
+    )
+
+
+def tiny_manifest(*, parts: Parts | None = None, **changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "model": "tiny",
         "created_by": "tests",
         "sources": {},
-        "vision": VisionPart(
-            format="fp32",
-            image_size=IMAGE_SIZE,
-            num_image_tokens=NUM_IMAGE_TOKENS,
-            hidden_size=HIDDEN_SIZE,
-            tower=TINY_TOWER,
-        ),
-        "decoder": DecoderPart(format="fp16"),
         "preprocessing": Preprocessing(image_size=IMAGE_SIZE),
         "decoding": DecodingDefaults(max_new_tokens=24),
         "notice": "For tests. Not for clinical use.",
+        "parts": parts or tiny_parts(),
     }
     return Manifest(**(values | changes))
+
+
+def tiny_onnx_part(dtype: OnnxFloat = "float32", *, int8_cache: bool = False) -> OnnxPart:
+    """What `decoder.onnx` is, its files named and not hashed."""
+    names = ("decoder.onnx", "decoder.onnx.data", "embed_tokens.npy")
+    part = OnnxPart(
+        files=unhashed(*names),
+        graph=names[0],
+        data=names[1],
+        embeddings=names[2],
+        dtype=dtype,
+        accuracy_level=4,
+        lm_head_bits=8,
+    )
+    if not int8_cache:
+        return part
+    graph = Int8CacheGraph(graph="decoder.int8_cache.onnx", data="none", sha256="0" * 64, studies=1, tokens=1)
+    return replace(part, files=part.files | unhashed(graph.graph), int8_cache=graph)
+
+
+def cache_fidelity(kl: float) -> DecoderFidelity:
+    """What an export has measured, of a decoder whose int8 cache loses this much."""
+    measured = Divergence(
+        studies=4,
+        tokens=200,
+        mean_kl=kl,
+        max_kl=kl,
+        same_top=1.0,
+        perplexity_ratio=1.0,
+        first_divergent_token=None,
+        studies_without_divergence=1.0,
+    )
+    return DecoderFidelity(data="built-in", divergence=measured, int8_cache=measured)
 
 
 def write_tiny_artifact(
@@ -174,7 +236,8 @@ def write_tiny_gptq_artifact(out: Path, tokenizer_model: bytes, **llama_changes:
         save_file(tensors, staged.path / "decoder" / "model.safetensors")
         (staged.path / "tokenizer.model").write_bytes(tokenizer_model)
         (staged.path / "vision.onnx").write_bytes(tiny_vision_onnx())
-        return staged.finish(tiny_manifest(decoder=DecoderPart(format="gptq-int4", group_size=32, method="rtn")))
+        decoder = DecoderPart(format="gptq-int4", group_size=32, method="rtn")
+        return staged.finish(tiny_manifest(parts=tiny_parts(decoder=decoder)))
 
 
 def decoder_folder(out: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], *, shards: int = 1) -> Artifact:
@@ -183,7 +246,7 @@ def decoder_folder(out: Path, config: dict[str, Any], weights: dict[str, torch.T
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     names = sorted(weights)
-    files = ["decoder/config.json"]
+    files = []
     if shards == 1:
         save_file(weights, folder / "model.safetensors")
         files.append("decoder/model.safetensors")
@@ -192,19 +255,19 @@ def decoder_folder(out: Path, config: dict[str, Any], weights: dict[str, torch.T
         for shard in sorted(set(weight_map.values())):
             save_file({name: weights[name] for name in names if weight_map[name] == shard}, folder / shard)
             files.append(f"decoder/{shard}")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        files.append("decoder/model.safetensors.index.json")
-    manifest = tiny_manifest(files={name: FileRecord(bytes=0, sha256="0" * 64) for name in files})
-    return Artifact(path=out, manifest=manifest, id="0" * 16)
+    parts = tiny_parts()
+    decoder = replace(parts.decoder, files=unhashed(*files), weights=tuple(files))
+    return Artifact(path=out, manifest=tiny_manifest(parts=replace(parts, decoder=decoder)), id="0" * 16)
 
 
-def relist(folder: Path, name: str, **manifest_changes: Any) -> None:
+def relist(folder: Path, name: str, **part_changes: Any) -> None:
     """Make the manifest agree with a changed file: only the content is wrong then."""
     file = folder / "manifest.json"
     value = json.loads(file.read_text())
-    value["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    for part, changes in manifest_changes.items():
-        value[part] |= changes
+    (owner,) = (part for part in value["parts"].values() if part and name in part["files"])
+    owner["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    for part, changes in part_changes.items():
+        value["parts"][part] |= changes
     file.write_text(json.dumps(value))
 
 

@@ -41,7 +41,6 @@ from benchmarks.gates.baselines import (
 from benchmarks.phantom.write import write_studies
 from benchmarks.quality.compare import Films, diverge, draft, draft_in_turns, figures
 from benchmarks.quality.engines import compare_engines, load_engines
-from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES, VISION_NAME
 from lite.artifact.open import load_artifact
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
@@ -156,7 +155,7 @@ def measure_artifact(path: Path, films: Films, record: ReferenceRecord) -> dict[
     # In one batch: its cache is then the only one.
     drafts = draft(model, films.studies, name=path.name, batch_size=len(films.studies))
     values: tuple[Value, ...] = (
-        _bytes_of(model, lambda name: name == VISION_NAME or name.startswith("decoder/")),
+        _bytes_of(model, "vision", "decoder_config", "decoder"),
         divergence.mean_kl.value,
         divergence.same_top.value,
         figures(drafts, films.truth).micro_f1.value,
@@ -178,9 +177,8 @@ def measure_engines(path: Path, films: Films, record: ReferenceRecord) -> dict[s
         losses[pair] for pair in (("onnx", "torch"), ("onnx-int8-cache", "onnx"), ("torch-int8-cache", "torch"))
     )
     torch_f1, onnx_f1 = (figures(drafts[name], films.truth).micro_f1.value for name in ("torch", "onnx"))
-    files = {*ONNX_GRAPH_NAMES.values(), ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME}
     values: tuple[Value, ...] = (
-        _bytes_of(models["onnx"], files.__contains__),
+        _bytes_of(models["onnx"], "decoder_onnx"),
         divergence.mean_kl.value,
         divergence.same_top.value,
         onnx_f1,
@@ -199,8 +197,9 @@ def _along_record(model: lite.FindingsModel, films: Films, record: ReferenceReco
     return diverge(model, films.studies, record, name=model.artifact.path.name)
 
 
-def _bytes_of(model: lite.FindingsModel, counts: Callable[[str], bool]) -> int:
-    return sum(record.bytes for name, record in model.artifact.manifest.files.items() if counts(name))
+def _bytes_of(model: lite.FindingsModel, *names: str) -> int:
+    parts = model.artifact.manifest.parts.by_name()
+    return sum(parts[name].nbytes for name in names)
 
 
 def planned_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:

@@ -237,7 +237,7 @@ def figures(drafts: Drafts, truth: Sequence[Readings]) -> Figures:
     # A text of one token decodes nothing.
     steps = [step for timing in timings for step in timing.decode_steps_s]
     return Figures(
-        setting=f"{artifact.manifest.decoder.describe()}, {first.engine}, {first.cache_dtype} cache",
+        setting=f"{artifact.manifest.parts.decoder.describe()}, {first.engine}, {first.cache_dtype} cache",
         artifact_id=artifact.id,
         decoder_bytes=sum(file.stat().st_size for file in (artifact.path / "decoder").rglob("*") if file.is_file()),
         micro_f1=scores.micro,

@@ -25,8 +25,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lite.artifact.manifest import OnnxPart
 from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.parts import OnnxPart
 from lite.bench.machine import machine, streaming_read_bandwidth, versions
 from lite.bench.table import markdown_table, to_json
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
@@ -99,7 +99,7 @@ def profile_decoder(artifact: Artifact, *, cache_dtype: Any, num_prompt_tokens: 
     chunks = -(-num_prompt_tokens // decoder.chunk_size)
     runs = [run for run in split_runs(events) if run.seconds > 0]
     prompts, tokens = runs[: 2 * chunks], runs[2 * chunks :]
-    part = artifact.manifest.onnx
+    part = artifact.manifest.parts.decoder_onnx
     if part is None or len(tokens) != num_new_tokens:
         msg = f"got a profile of {len(runs)} runs · expected {2 * chunks + num_new_tokens} · report this"
         raise LiteError(msg)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from lite.artifact.manifest import TowerShape, VisionPart
+from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench.roofline import CARDS, V100_ENTRY, Counts, Figure, ReferenceCard, count_study, modelled
 from lite.config import DecoderConfig
 

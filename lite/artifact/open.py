@@ -1,14 +1,15 @@
 """The artifact: a folder with everything the runtime needs, and a manifest that says what is in it.
 
     artifact/
-      manifest.json       what each part is, the prompt, the preprocessing, every file with its bytes and sha256
+      manifest.json       the parts, each with its files, their bytes and sha256; the prompt and the preprocessing
       vision.onnx         pixel_values [B,3,S,S] -> image_features [B,P,C]
       decoder/            a Hugging Face Llama folder: config.json, model.safetensors
       decoder.onnx        perhaps: the decoder once more, for ONNX Runtime alone; with it decoder.onnx.data,
                           embed_tokens.npy, and decoder.int8_cache.onnx, the graph with another cache
       tokenizer.model     SentencePiece
 
-The manifest is the only thing that decides: the runtime opens no file it does not list. An artifact is written to a
+These are the names that the exporter gives. The manifest alone decides: each part names the files it owns, and the
+runtime opens no other. An artifact is written to a
 temporary sibling folder and renamed when it is complete, so it exists whole or not at all. Its id is the hash of the
 manifest, which holds the hash of everything else: two artifacts with one id hold the same bytes.
 """
@@ -20,27 +21,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lite.config import (
-    DecoderConfig,
-)
+from lite.artifact.manifest import MANIFEST_NAME, Manifest
+from lite.artifact.parts import FileRecord
+from lite.config import DecoderConfig
 from lite.errors import ArtifactError
-
-if TYPE_CHECKING:
-    pass
-from lite.artifact.manifest import (
-    DECODER_CONFIG_NAME,
-    MANIFEST_NAME,
-    ONNX_DATA_NAME,
-    ONNX_EMBEDDINGS_NAME,
-    ONNX_GRAPH_NAMES,
-    TOKENIZER_NAME,
-    VISION_NAME,
-    FileRecord,
-    Manifest,
-    OnnxPart,
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +42,10 @@ class Artifact:
         """The size of all listed files."""
         return sum(record.bytes for record in self.manifest.files.values())
 
+    def with_parts(self, **parts: Any) -> Artifact:
+        """Return the artifact with other parts in its manifest: one that is being written has no final one yet."""
+        return dataclasses.replace(self, manifest=self.manifest.with_parts(**parts))
+
     def file(self, name: str) -> Path:
         """Return the path of a listed file; a file the manifest does not list is never opened."""
         if name not in self.manifest.files:
@@ -68,7 +58,7 @@ class Artifact:
 
     def decoder_config(self) -> DecoderConfig:
         """Read the decoder's shape."""
-        file = self.file(DECODER_CONFIG_NAME)
+        file = self.file(self.manifest.parts.decoder_config.file)
         return DecoderConfig.from_hf(read_json_object(file), where=str(file))
 
     def verify(self, *, engine: Literal["torch", "onnx"] | None = None) -> None:
@@ -77,11 +67,9 @@ class Artifact:
         Raises:
             ArtifactError: a file is not what the manifest says; it names the first.
         """
-        onnx_names = _onnx_names(self.manifest.onnx)
-        for name, record in self.manifest.files.items():
-            weights = name.startswith("decoder/") and name.endswith(".safetensors")
-            if (engine == "onnx" and weights) or (engine == "torch" and name in onnx_names):
-                continue
+        parts = self.manifest.parts
+        read = parts.by_name().values() if engine is None else parts.read_by(engine)
+        for name, record in ((name, record) for part in read for name, record in part.files.items()):
             got = sha256_of(self.path / name)
             if got != record.sha256:
                 msg = (
@@ -117,19 +105,9 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise ArtifactError(msg) from error
     manifest = Manifest.parse(text, where=str(manifest_path))
     artifact = Artifact(path=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest()[:16])
-    for name in (VISION_NAME, DECODER_CONFIG_NAME, TOKENIZER_NAME, *_onnx_names(manifest.onnx)):
-        artifact.file(name)
     for name, record in manifest.files.items():
         _check_size(folder / name, record)
     return artifact
-
-
-def _onnx_names(part: OnnxPart | None) -> list[str]:
-    """Return the files that an artifact with `decoder.onnx` must have."""
-    if part is None:
-        return []
-    graphs = [ONNX_GRAPH_NAMES["float"], *([ONNX_GRAPH_NAMES["int8"]] if part.cache_calibration else [])]
-    return [*graphs, ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME]
 
 
 def _why_no_manifest(folder: Path, error: OSError) -> str:

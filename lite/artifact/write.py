@@ -11,12 +11,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lite.artifact.manifest import MANIFEST_NAME, Manifest
+from lite.artifact.open import Artifact, load_artifact, sha256_of
+from lite.artifact.parts import FileRecord
 from lite.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-from lite.artifact.manifest import MANIFEST_NAME, FileRecord, Manifest
-from lite.artifact.open import Artifact, load_artifact, sha256_of
+
+    from lite.artifact.parts import Part, Parts
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -32,17 +35,21 @@ class StagedArtifact:
         """Hash what was written, write the manifest, and move the folder to its place.
 
         Args:
-            manifest: everything but `files`, which is filled in from what lies in the folder.
+            manifest: its parts name their files; sizes and hashes are filled in here.
 
         Returns:
             The artifact at `out`.
+
+        Raises:
+            ArtifactError: a file lies there that no part owns, or a part owns one that is not there.
         """
-        written = sorted(file for file in self.path.rglob("*") if file.is_file())
-        files = {
-            file.relative_to(self.path).as_posix(): FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
-            for file in written
-        }
-        text = dataclasses.replace(manifest, files=files).to_json()
+        owned = manifest.files
+        written = {f.relative_to(self.path).as_posix() for f in self.path.rglob("*") if f.is_file()}
+        if wrong := sorted(owned.keys() ^ written):
+            got = f"no file {wrong[0]}" if wrong[0] in owned else f"the file {wrong[0]}, which no part owns"
+            msg = f"{self.path}: got {got} · expected the files that the parts name, and no other · report this"
+            raise ArtifactError(msg)
+        text = manifest.with_parts(**self._hashed(manifest.parts)).to_json()
         # A manifest that could not be read back must fail here, on the exporter's machine.
         Manifest.parse(text, where=str(self.path / MANIFEST_NAME))
         (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")
@@ -52,6 +59,16 @@ class StagedArtifact:
         self._move()
         _fsync(self.out.parent)
         return load_artifact(self.out)
+
+    def _hashed(self, parts: Parts) -> dict[str, Part]:
+        def measured(name: str) -> FileRecord:
+            file = self.path / name
+            return FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
+
+        return {
+            name: dataclasses.replace(part, files={file: measured(file) for file in sorted(part.files)})
+            for name, part in parts.by_name().items()
+        }
 
     def _move(self) -> None:
         """Rename the folder to `out`; when that fails or is interrupted, what was at `out` is there again."""
@@ -133,11 +150,17 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 def _foreign_files(folder: Path) -> list[Path]:
     """Return the files that its manifest, of whatever version, does not list."""
     try:
-        listed = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        listed = {}
-    ours = {folder / name for name in (MANIFEST_NAME, *listed)}
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        manifest = None
+    ours = {folder / name for name in (MANIFEST_NAME, *_listed(manifest))}
     return sorted(entry for entry in folder.rglob("*") if not entry.is_dir() and entry not in ours)
+
+
+def _listed(manifest: object) -> Iterator[str]:
+    """Yield the names under every key "files"."""
+    for key, value in manifest.items() if isinstance(manifest, dict) else ():
+        yield from value if key == "files" and isinstance(value, dict) else _listed(value)
 
 
 def _fsync(path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final, get_args
 
 import lite
 from lite._version import __version__
-from lite.artifact.manifest import CacheDtype
 from lite.artifact.open import load_artifact
+from lite.artifact.parts import CacheDtype
 from lite.bench.measure import Options
 from lite.bench.quality import Clinical
 from lite.bench.results import Bench, FailedRow

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
-from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.artifact.open import load_artifact
 from lite.bench.machine import EnergyMeter, energy_meter, streaming_read_bandwidth
 from lite.bench.results import Draft, Latency, MemoryUse, Missing, NotRun, Quantiles, Row, Throughput, Traffic
@@ -34,8 +33,8 @@ from lite.studies.readers import sha256_of_studies
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
-    from lite.artifact.manifest import CacheDtype
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import CacheDtype
     from lite.model import FindingsModel
     from lite.studies.results import Findings
 
@@ -144,8 +143,8 @@ def measure(
         path=str(path),
         artifact_id=artifact.id,
         model=manifest.model,
-        decoder_format=manifest.decoder.describe(),
-        vision_format=manifest.vision.format,
+        decoder_format=manifest.parts.decoder.describe(),
+        vision_format=manifest.parts.vision.format,
         engine=first.engine,
         device=first.device,
         dtype=first.dtype,
@@ -207,15 +206,8 @@ def _meter(engine: EngineName, device: str) -> EnergyMeter | Missing:
 
 
 def disk_bytes(artifact: Artifact, engine: EngineName) -> int:
-    """Add up the files that an engine reads, which are those that `Artifact.verify` hashes for it.
-
-    The tower, the tokenizer and the decoder's configuration are for both; its weights are there once for each.
-    """
-    of_onnx = {ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, *ONNX_GRAPH_NAMES.values()}
-    files = artifact.manifest.files.items()
-    if engine == "torch":
-        return sum(record.bytes for name, record in files if name not in of_onnx)
-    return sum(record.bytes for name, record in files if not name.endswith(".safetensors"))
+    """Add up the files that an engine reads, which are those that `Artifact.verify` hashes for it."""
+    return sum(part.nbytes for part in artifact.manifest.parts.read_by(engine))
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
@@ -429,7 +421,7 @@ def _memory_use(before: int, loaded: Peaks, first: Findings) -> MemoryUse:
 
 def _traffic(artifact: Artifact, runs: Sequence[Findings]) -> Traffic | Missing:
     """Count what a token reads, and measure what the memory it is in can deliver."""
-    config, part, first = artifact.decoder_config(), artifact.manifest.onnx, runs[0]
+    config, part, first = artifact.decoder_config(), artifact.manifest.parts.decoder_onnx, runs[0]
     try:
         # Of a GPU torch asks it, for the onnx engine too: by now no figure is left that torch would change.
         bandwidth = streaming_read_bandwidth(first.device)

@@ -18,7 +18,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lite.artifact.manifest import VISION_NAME
 from lite.artifact.open import read_json_object
 from lite.bench.results import Missing
 from lite.config import from_json
@@ -29,8 +28,8 @@ from lite.memory.sizes import shown_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lite.artifact.manifest import VisionPart
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import VisionPart
     from lite.config import DecoderConfig
 
 SHARE_OF_BANDWIDTH: Final = 0.6
@@ -364,8 +363,8 @@ def modelled_rows(artifact: Artifact, *, num_prompt_tokens: int, num_new_tokens:
     manifest = artifact.manifest
     counts = count_study(
         artifact.decoder_config(),
-        manifest.vision,
-        vision_bytes=manifest.files[VISION_NAME].bytes,
+        manifest.parts.vision,
+        vision_bytes=manifest.parts.vision.nbytes,
         num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=num_new_tokens,
     )

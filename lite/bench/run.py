@@ -168,7 +168,7 @@ def _runs(job: Job) -> Iterator[tuple[str, Path, Options]]:
     onnx = dataclasses.replace(options, engine="onnx", device="auto", dtype=None)
     for name, path in job.artifacts:
         try:
-            has_onnx = load_artifact(path).manifest.onnx is not None
+            has_onnx = load_artifact(path).manifest.parts.decoder_onnx is not None
         except LiteError:  # told of where it is measured
             has_onnx = False
         if not has_onnx:
@@ -183,7 +183,7 @@ def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
     """Return how to get the figures that are missing, each once."""
     notes: dict[str, None] = {}
     if job.options.engine == "both":
-        without = [name for name, path in job.artifacts if load_artifact(path).manifest.onnx is None]
+        without = [name for name, path in job.artifacts if load_artifact(path).manifest.parts.decoder_onnx is None]
         notes |= dict.fromkeys(f"{name}: by torch alone, as it has no decoder.onnx." for name in without)
         if not has_torch() and len(without) < len(job.artifacts):
             notes["By onnx alone, as torch is not installed."] = None

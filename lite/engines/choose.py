@@ -60,7 +60,7 @@ def choose_engine(
     if provider is not None and device == "cpu" and not str(provider).lower().startswith("cpu"):
         msg = f"got device 'cpu' and provider {provider!r} · expected one of them · leave one out"
         raise LiteError(msg)
-    exists = artifact.manifest.onnx is not None
+    exists = artifact.manifest.parts.decoder_onnx is not None
     if engine == "torch" or (engine == "auto" and provider is None and (for_torch or not exists)):
         _require_torch(artifact)
         return "torch"
@@ -82,9 +82,9 @@ def has_torch() -> bool:
 def _require_torch(artifact: Artifact) -> None:
     if has_torch():
         return
-    listed = artifact.manifest.decoder.format
+    listed = artifact.manifest.parts.decoder.format
     todo = "or leave out what asks for torch: a device, a dtype, or the engine"
-    if artifact.manifest.onnx is None:
+    if artifact.manifest.parts.decoder_onnx is None:
         gptq = listed.startswith("gptq")
         todo = (
             f"or {'add decoder.onnx with `python -m export onnx`' if gptq else 'export it as gptq with --engine onnx'}"

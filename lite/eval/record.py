@@ -34,8 +34,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lite._version import __version__
-from lite.artifact.manifest import TOKENIZER_NAME, FileRecord
 from lite.artifact.open import Artifact
+from lite.artifact.parts import FileRecord
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate, from_json, to_json
 from lite.errors import ArtifactError, BackendUnavailable, LiteError
 from lite.eval.divergence import StudyDivergence, TopK, compare_logits, compare_top_k, gap_limit, top_k
@@ -223,7 +223,7 @@ def take_record(
         notice=model.notice,
         artifact_id=model.artifact.id,
         model=manifest.model,
-        decoder_format=manifest.decoder.format,
+        decoder_format=manifest.parts.decoder.format,
         device=first.device,
         dtype=first.dtype,
         provider=first.provider,
@@ -278,10 +278,9 @@ def _ids_type(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
 
 def settings_of(artifact: Artifact) -> Settings:
     """Return what a candidate must share with an artifact to be compared with it."""
-    artifact.file(TOKENIZER_NAME)  # says so when it is not listed
     manifest = artifact.manifest
     return Settings(
-        tokenizer_sha256=manifest.files[TOKENIZER_NAME].sha256,
+        tokenizer_sha256=manifest.parts.tokenizer.files[manifest.parts.tokenizer.file].sha256,
         vocab_size=artifact.decoder_config().vocab_size,
         prompt=manifest.prompt,
         preprocessing=manifest.preprocessing,

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from lite.artifact.manifest import OnnxPart, VisionPart
+    from lite.artifact.parts import OnnxPart, VisionPart
     from lite.config import DecoderConfig, Quantization
 
 

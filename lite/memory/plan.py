@@ -14,12 +14,11 @@ import functools
 import math
 from typing import TYPE_CHECKING, Final
 
-from lite.artifact.manifest import VISION_NAME
 from lite.errors import MemoryBudgetError
 
 if TYPE_CHECKING:
-    from lite.artifact.manifest import CacheDtype
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import CacheDtype
     from lite.engines.choose import EngineName
 from lite.memory.counts import (
     ITEMSIZE,
@@ -138,11 +137,11 @@ def plan_memory(
     """
     manifest, config = artifact.manifest, artifact.decoder_config()
     on_cpu = device.startswith("cpu")
-    prompt = num_prompt_tokens or manifest.vision.num_image_tokens + PROMPT_TEXT_TOKENS
+    prompt = num_prompt_tokens or manifest.parts.vision.num_image_tokens + PROMPT_TEXT_TOKENS
     max_seq_len = min(prompt + (max_new_tokens or manifest.decoding.max_new_tokens), config.max_position_embeddings)
-    vision_bytes, vision_work = vision_memory_bytes(manifest.vision, manifest.files[VISION_NAME].bytes)
-    features = 4 * manifest.vision.num_image_tokens * config.hidden_size  # of one study, as the tower gives them
-    if engine == "onnx" and (part := manifest.onnx) is not None:
+    vision_bytes, vision_work = vision_memory_bytes(manifest.parts.vision, manifest.parts.vision.nbytes)
+    features = 4 * manifest.parts.vision.num_image_tokens * config.hidden_size  # of one study, as the tower gives them
+    if engine == "onnx" and (part := manifest.parts.decoder_onnx) is not None:
         itemsize = ITEMSIZE[part.dtype]
         return MemoryPlan(
             batch_size=batch_size,
@@ -168,7 +167,7 @@ def plan_memory(
     if int8_cache:
         per_token = cache_bytes_per_token(config, itemsize=1) + cache_scale_bytes_per_token(config)
     prefill_work = functools.partial(
-        prefill_work_bytes, config, num_tokens=prompt, num_image_tokens=manifest.vision.num_image_tokens,
+        prefill_work_bytes, config, num_tokens=prompt, num_image_tokens=manifest.parts.vision.num_image_tokens,
         chunk_size=chunk_size, itemsize=itemsize, int8_cache=int8_cache,
     )  # fmt: skip
     if on_cpu:
@@ -295,11 +294,11 @@ class Planner:
 
 def int8_cache_loss(artifact: Artifact, engine: EngineName) -> float | None:
     """Return what an int8 cache loses, in nats a token, as it was measured at export; None if it was not."""
-    fidelity = artifact.manifest.fidelity
-    of_engine = fidelity.get("onnx") if engine == "onnx" else fidelity
-    measured = of_engine.get("int8_cache") if isinstance(of_engine, dict) else None
-    lost = measured.get("mean_kl") if isinstance(measured, dict) else None
-    return lost if isinstance(lost, float) else None
+    parts = artifact.manifest.parts
+    part = parts.decoder_onnx if engine == "onnx" else parts.decoder
+    if part is None or part.fidelity is None or part.fidelity.int8_cache is None:
+        return None
+    return part.fidelity.int8_cache.mean_kl
 
 
 def check_memory(plan: MemoryPlan, limit: int, *, what: str, hint: str = "") -> None:

@@ -52,7 +52,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("limits")
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 def test_a_profile_is_all_of_the_time(tiny_onnx_artifact: Artifact, cache_dtype: str) -> None:
-    config, part = tiny_onnx_artifact.decoder_config(), tiny_onnx_artifact.manifest.onnx
+    config, part = tiny_onnx_artifact.decoder_config(), tiny_onnx_artifact.manifest.parts.decoder_onnx
     assert part is not None
     found = profile_decoder(tiny_onnx_artifact, cache_dtype=cache_dtype, num_prompt_tokens=40, num_new_tokens=5)
     assert found.cache_dtype == cache_dtype

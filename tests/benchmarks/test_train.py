@@ -90,7 +90,9 @@ def test_what_is_published_can_be_exported(work: Path, tmp_path: Path) -> None:
     artifact = export_artifact(
         tmp_path / "checkpoint" / "llava-rad-phantom", tmp_path / "checkpoint" / "base", tmp_path / "artifact"
     )
-    assert artifact.manifest.fidelity["decoder"]["mean_kl"] < 1e-3
+    fidelity = artifact.manifest.parts.decoder.fidelity
+    assert fidelity is not None
+    assert fidelity.divergence.mean_kl < 1e-3
 
 
 def test_attributes_say_what_is_on_the_film() -> None:

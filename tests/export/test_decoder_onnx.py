@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,14 +14,13 @@ import pytest
 import torch
 from repository import ROOT
 from safetensors.torch import save_file
-from tiny import gptq_llama, random_llama, tiny_llama_config, tiny_manifest
+from tiny import gptq_llama, random_llama, tiny_llama_config, tiny_manifest, tiny_onnx_part, tiny_parts
 
 from export.decoder_onnx import write_decoder_onnx
 from export.int8_cache_graph import write_int8_cache_graph
-from export.verify import unfinished_artifact
 from kernels.gptq import GptqWeight
-from lite.artifact.manifest import CacheCalibration, DecoderPart, OnnxPart
 from lite.artifact.open import Artifact
+from lite.artifact.parts import DecoderPart
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.torch_engine.decoder import load_decoder
@@ -74,24 +72,20 @@ def write(out: Path, *, dtype: Any = "float32", llama: dict[str, Any] | None = N
     (out / "decoder" / "config.json").write_text(json.dumps(config))
     save_file(tensors, out / "decoder" / "model.safetensors")
     bits = quantization.get("bits", 4)
-    manifest = tiny_manifest(
-        decoder=DecoderPart(format="gptq-int4" if bits == 4 else "gptq-int8"),
-        onnx=OnnxPart(dtype=dtype, accuracy_level=4, lm_head_bits=8),
-    )
-    files = [out / "decoder" / "model.safetensors"]
-    write_decoder_onnx(out, files, unfinished_artifact(out, manifest).decoder_config(), dtype=dtype)
-    return unfinished_artifact(out, manifest)
+    decoder = DecoderPart(format="gptq-int4" if bits == 4 else "gptq-int8")
+    parts = tiny_parts(decoder=decoder, decoder_onnx=tiny_onnx_part(dtype))
+    artifact = Artifact(path=out, manifest=tiny_manifest(parts=parts), id="0" * 16)
+    write_decoder_onnx(out, [out / "decoder" / "model.safetensors"], artifact.decoder_config(), dtype=dtype)
+    return artifact
 
 
 def with_int8_cache(artifact: Artifact, k_scale: float = 0.05, v_scale: float = 0.1) -> Artifact:
     """Add the graph with an int8 cache, every channel with the same scale."""
-    config, part = artifact.decoder_config(), artifact.manifest.onnx
+    config, part = artifact.decoder_config(), artifact.manifest.parts.decoder_onnx
     assert part is not None
     shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     write_int8_cache_graph(artifact.path, np.full(shape, k_scale, np.float32), np.full(shape, v_scale, np.float32))
-    calibration = CacheCalibration(data="none", sha256="0" * 64, studies=1, tokens=1)
-    part = dataclasses.replace(part, cache_calibration=calibration)
-    return unfinished_artifact(artifact.path, dataclasses.replace(artifact.manifest, onnx=part))
+    return artifact.with_parts(decoder_onnx=tiny_onnx_part(part.dtype, int8_cache=True))
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +326,7 @@ def test_a_decoder_that_is_not_gptq(tmp_path: Path) -> None:
     config = tiny_llama_config(VOCAB_SIZE, **WIDE)
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder" / "config.json").write_text(json.dumps(config))
-    shape = unfinished_artifact(tmp_path, tiny_manifest()).decoder_config()
+    shape = Artifact(path=tmp_path, manifest=tiny_manifest(), id="0" * 16).decoder_config()
     with pytest.raises(ArtifactError, match="got a decoder in fp16 · expected gptq-int4 or gptq-int8"):
         write_decoder_onnx(tmp_path, [], shape, dtype="float32")
     assert not list(tmp_path.glob("*.onnx*"))

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from repository import ROOT
 from safetensors.torch import load_file, save_file
+from tiny import cache_fidelity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import export.checkpoint
@@ -31,8 +32,8 @@ from export.__main__ import main
 from export.checkpoint import open_checkpoint
 from export.decoder import DecoderFolder
 from export.studies import StudyReader
-from lite.artifact.manifest import CacheDtype
 from lite.artifact.open import load_artifact
+from lite.artifact.parts import CacheDtype, Divergence
 from lite.engines.torch_engine.decoder import load_decoder
 from lite.errors import ArtifactError, BackendUnavailable, CheckpointError
 from lite.vision import VisionEncoder
@@ -149,7 +150,7 @@ def test_fp16_tower_is_close_and_takes_float32(
     assert features.dtype == np.float32
     error = np.abs(features - expected_features).max()
     assert 1e-6 < error < 0.02
-    assert artifact_fp16.manifest.vision.format == "fp16"
+    assert artifact_fp16.manifest.parts.vision.format == "fp16"
 
 
 def test_batch_is_free_and_rows_do_not_mix(artifact: Artifact) -> None:
@@ -208,14 +209,21 @@ def test_manifest_records_sources_parity_and_terms(artifact: Artifact, folders: 
     assert len(manifest.sources) == 11
     assert "reads those and nothing else" in manifest.notice  # of the phantom's NOTICE
     assert "not for clinical use" in manifest.notice
-    vision, decoder, merge = (manifest.fidelity[part] for part in ("vision", "decoder", "merge"))
-    assert vision["min_cosine"] > 0.999999
-    assert 0 < vision["max_abs"] < 1e-4
-    assert decoder["tokens"] > 100
-    assert 0 <= decoder["mean_kl"] < 1e-5
-    assert decoder["same_top"] > 0.99
-    assert merge["lora_scale"] == 2.0
-    assert 0 < merge["relative_rms_rounding"] < 5e-4
+    vision, decoder, merge = (
+        manifest.parts.vision.fidelity,
+        manifest.parts.decoder.fidelity,
+        manifest.parts.decoder.merge,
+    )
+    assert vision is not None
+    assert vision.min_cosine > 0.999999
+    assert 0 < vision.max_abs < 1e-4
+    assert decoder is not None
+    assert decoder.divergence.tokens > 100
+    assert 0 <= decoder.divergence.mean_kl < 1e-5
+    assert decoder.divergence.same_top > 0.99
+    assert merge is not None
+    assert merge.lora_scale == 2.0
+    assert 0 < merge.relative_rms_rounding < 5e-4
     artifact.verify()
 
 
@@ -283,11 +291,11 @@ def test_a_wrong_tower_fails_and_leaves_nothing(
 
 
 def test_parity_that_is_not_a_number_fails(artifact: Artifact) -> None:
-    fidelity = json.loads(json.dumps(artifact.manifest.fidelity))
-    verify.require_parity(fidelity, artifact.manifest)
-    fidelity["decoder"]["mean_kl"] = float("nan")
+    parts = artifact.manifest.parts
+    verify.require_parity(parts)
+    decoder = dataclasses.replace(parts.decoder, fidelity=cache_fidelity(float("nan")))
     with pytest.raises(ArtifactError, match="got mean KL nan"):
-        verify.require_parity(fidelity, artifact.manifest)
+        verify.require_parity(dataclasses.replace(parts, decoder=decoder))
 
 
 class _OneTokenPerWord(export.studies.Tokenizer):
@@ -303,10 +311,10 @@ def test_the_same_top_token_is_required_of_a_default_export(
     right = verify._compare_logits
     tokens: list[int] = []
 
-    def worse(*logits: Any) -> dict[str, Any]:
+    def worse(*logits: Any) -> Divergence:
         compared = right(*logits)
-        tokens.append(compared["tokens"])
-        return {**compared, "same_top": 0.95}
+        tokens.append(compared.tokens)
+        return dataclasses.replace(compared, same_top=0.95)
 
     monkeypatch.setattr(verify, "_compare_logits", worse)
     monkeypatch.setattr(export.studies, "Tokenizer", _OneTokenPerWord)
@@ -425,8 +433,9 @@ def test_verification_reads_the_evaluation_format(folders: tuple[Path, Path], tm
     studies.write_text(json.dumps([entry, entry, {"image": "never.png"}]))
     settings = ExportSettings(verify_data=studies, image_folder=films, verify_studies=2)
     artifact = export_artifact(*folders, tmp_path / "artifact", settings)
-    assert artifact.manifest.fidelity["verify_data"] == "studies.json"
-    assert artifact.manifest.fidelity["decoder"]["studies"] == 2
+    fidelity = artifact.manifest.parts.decoder.fidelity
+    assert fidelity is not None
+    assert (fidelity.data, fidelity.divergence.studies) == ("studies.json", 2)
     with pytest.raises(CheckpointError, match="not a study"):
         export_artifact(*folders, tmp_path / "other", dataclasses.replace(settings, verify_studies=3))
     for content, named in {"[]": "got no studies", "[" * 100_000: "got something unreadable"}.items():

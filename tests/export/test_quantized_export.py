@@ -163,12 +163,12 @@ def test_the_configuration_is_the_one_others_read(
     if head:
         assert config["dynamic"]["lm_head"]["bits"] == head
     assert json.loads(artifact.file("decoder/quantize_config.json").read_text()) == config
-    part = artifact.manifest.decoder
+    part = artifact.manifest.parts.decoder
     assert (part.format, part.group_size, part.method) == (f"gptq-int{bits}", group_size, "gptq")
     assert part.calibration is not None
     assert (part.calibration.studies, part.calibration.data) == (12, "studies.json")
     assert (part.calibration.image_weight, part.calibration.prompt_weight) == (0.3, 0.1)
-    errors = artifact.manifest.fidelity["calibration_errors"]
+    errors = part.calibration.errors
     assert len(errors) == 7 * random_checkpoint.LAYERS
     assert all(0 < error < 0.5 for error in errors.values())
 
@@ -323,14 +323,15 @@ def test_a_search_is_not_done_twice(
     monkeypatch.setattr(export.pipeline, "search_token_weights", None)
     artifact = export_artifact(*folders, tmp_path / "artifact", settings)
     assert artifact.id == whole.id
-    search = artifact.manifest.fidelity["token_weights"]
-    assert search["held_out_studies"] == 3
-    assert artifact.manifest.decoder.calibration is not None
-    assert artifact.manifest.decoder.calibration.studies == 9
-    best = min(search["mean_kl"], key=search["mean_kl"].get)
-    assert TokenWeights.parse(best) == TokenWeights(**search["chosen"])
-    assert artifact.manifest.decoder.calibration.image_weight == search["chosen"]["image"]
-    assert len(set(search["mean_kl"].values())) == len(search["mean_kl"]) >= 4
+    calibration = artifact.manifest.parts.decoder.calibration
+    assert calibration is not None
+    assert calibration.studies == 9
+    search = calibration.search
+    assert search is not None
+    assert search.held_out_studies == 3
+    best = TokenWeights.parse(min(search.mean_kl, key=search.mean_kl.__getitem__))
+    assert (best.image, best.prompt) == (calibration.image_weight, calibration.prompt_weight)
+    assert len(set(search.mean_kl.values())) == len(search.mean_kl) >= 4
 
 
 def test_other_arguments_are_refused_by_name_and_nothing_is_lost(
@@ -355,7 +356,9 @@ def test_other_arguments_are_refused_by_name_and_nothing_is_lost(
     assert sorted(path.name for path in (tmp_path / ".artifact.export").rglob("*")) == kept
     # How it is measured is another matter.
     artifact = export_artifact(*folders, out, dataclasses.replace(settings, verify_studies=3))
-    assert (artifact.manifest.decoder.group_size, artifact.manifest.fidelity["decoder"]["studies"]) == (32, 3)
+    part = artifact.manifest.parts.decoder
+    assert part.fidelity is not None
+    assert (part.group_size, part.fidelity.divergence.studies) == (32, 3)
 
 
 def test_ctrl_c_keeps_the_finished_layers_and_says_so(folders: tuple[Path, Path], listed: Path, tmp_path: Path) -> None:
@@ -445,7 +448,9 @@ def test_a_search_survives_an_interrupt_before_the_first_part(
     with stopped_at(monkeypatch, DecoderFolder, "write", 0):
         export_artifact(*folders, out, settings)
     monkeypatch.setattr(export.pipeline, "search_token_weights", None)
-    assert "token_weights" in export_artifact(*folders, out, settings).manifest.fidelity
+    calibration = export_artifact(*folders, out, settings).manifest.parts.decoder.calibration
+    assert calibration is not None
+    assert calibration.search is not None
 
 
 def test_hidden_states_lost_to_a_power_cut_are_noticed(
@@ -490,7 +495,7 @@ def test_two_exports_to_one_place_do_not_meet(folders: tuple[Path, Path], tmp_pa
     work.mkdir()
     with FileLock(work / "lock"), pytest.raises(ArtifactError, match="another export is working in"):
         export_artifact(*folders, tmp_path / "artifact")
-    assert export_artifact(*folders, tmp_path / "artifact").manifest.decoder.format == "fp16"
+    assert export_artifact(*folders, tmp_path / "artifact").manifest.parts.decoder.format == "fp16"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
@@ -615,7 +620,8 @@ def test_groups_of_another_size_than_the_configuration_says_are_refused(
     config["quantization_config"]["group_size"] = 64
     (copied / "decoder" / "config.json").write_text(json.dumps(config))
     manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["files"]["decoder/config.json"]["bytes"] = (copied / "decoder" / "config.json").stat().st_size
+    record = manifest["parts"]["decoder_config"]["files"]["decoder/config.json"]
+    record["bytes"] = (copied / "decoder" / "config.json").stat().st_size
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="got groups of 32 inputs · expected 64 by config.json"):
         lite.load(copied, device="cpu", verify=False)
@@ -631,26 +637,31 @@ def test_decoder_onnx_is_written_along(
     assert main([*arguments, "--calibration-data", str(listed), "--engine", "onnx"]) == 0
     printed = capsys.readouterr().out
     artifact = load_artifact(out)
-    measured = artifact.manifest.fidelity["onnx"]
-    assert measured["verify_data"] == artifact.manifest.fidelity["verify_data"] == "built-in"
-    assert re.search(r"engine +KL \S+ from decoder/, same top token", printed)
-    studies, tokens = measured["decoder"]["studies"], measured["decoder"]["tokens"]
-    assert f"the reports of {studies} studies (built-in), {tokens} tokens" in printed
-    part = artifact.manifest.onnx
+    part, decoder = artifact.manifest.parts.decoder_onnx, artifact.manifest.parts.decoder
     assert part is not None
-    assert part.cache_calibration is not None
-    assert part.cache_calibration.data == "studies.json"
+    assert part.fidelity is not None
+    assert decoder.fidelity is not None
+    assert part.fidelity.data == decoder.fidelity.data == "built-in"
+    assert re.search(r"engine +KL \S+ nats/token, same top token \S+, from decoder/", printed)
+    studies, tokens = part.fidelity.divergence.studies, part.fidelity.divergence.tokens
+    assert f"the reports of {studies} studies (built-in), {tokens} tokens" in printed
+    assert part.int8_cache is not None
+    assert part.int8_cache.data == "studies.json"
     assert lite_main(["info", str(out)]) == 0
-    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fidelity onnx"))
-    assert re.search(r"KL \S+ nats/token, same top token .* from decoder/; int8 cache KL .* more$", told)
+    told = capsys.readouterr().out.splitlines()
+    first = next(number for number, line in enumerate(told) if line.startswith("fidelity decoder.onnx"))
+    assert re.search(r"KL \S+ nats/token, same top token .* from decoder/, along the reports of \d+", told[first])
+    assert re.search(r"its int8 cache +KL .* more$", told[first + 1])
 
 
 def test_an_8_bit_tower_goes_the_whole_way(folders: tuple[Path, Path], listed: Path, tmp_path: Path) -> None:
     settings = dataclasses.replace(settings_for(listed), vision_format="int8")
     artifact = export_artifact(*folders, tmp_path / "artifact", settings)
-    assert artifact.manifest.vision.format == "int8"
-    assert 1e-4 < artifact.manifest.fidelity["vision"]["relative_error"] < 0.5
-    assert 0.99 < artifact.manifest.fidelity["vision"]["min_cosine"] < 0.999999
+    assert artifact.manifest.parts.vision.format == "int8"
+    fidelity = artifact.manifest.parts.vision.fidelity
+    assert fidelity is not None
+    assert 1e-4 < fidelity.relative_error < 0.5
+    assert 0.99 < fidelity.min_cosine < 0.999999
     findings = lite.load(artifact.path, device="cpu").findings(listed.parent / "0.png", max_new_tokens=4)
     assert 1 <= len(findings.token_ids) <= 4
 
@@ -733,7 +744,7 @@ def test_the_command_line_takes_every_setting(listed: Path, tmp_path: Path, monk
 def test_a_manifest_that_does_not_fit_its_decoder_is_refused(gptq_artifact: Artifact, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(gptq_artifact.path, tmp_path / "copy"))
     manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["decoder"]["format"] = "gptq-int8"
+    manifest["parts"]["decoder"]["format"] = "gptq-int8"
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="got a decoder of gptq-int8 by the manifest · expected gptq-int4"):
         lite.load(copied, device="cpu")
@@ -783,4 +794,4 @@ def test_calibration_sees_what_the_runtime_will_see(
     film = preprocess(load_image(listed.parent / entry["image"]).image, artifact.manifest.preprocessing)
     expected = model.decoder.embed(ids, torch.from_numpy(model.vision(film[None])[0]))
     torch.testing.assert_close(seen[5], expected, rtol=0, atol=1e-6)
-    assert load_artifact(artifact.path).manifest.vision.format == "fp16"
+    assert load_artifact(artifact.path).manifest.parts.vision.format == "fp16"

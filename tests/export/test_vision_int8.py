@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from repository import CHECKPOINT
-from tiny import TINY_TOWER
+from tiny import TINY_TOWER, tiny_parts
 
 import export.vision_onnx
 from benchmarks.phantom.film import draw_film
@@ -19,8 +19,9 @@ from benchmarks.phantom.findings import sample_study
 from export import forward
 from export.checkpoint import TowerConfig, open_checkpoint
 from export.vision_onnx import build_vision_onnx, quantise_linear, rotate_residual, write_vision_onnx
-from lite.artifact.manifest import DecoderPart, FileRecord, Manifest, VisionPart
+from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact
+from lite.artifact.parts import VisionPart
 from lite.config import DecodingDefaults, Preprocessing
 from lite.errors import CheckpointError
 from lite.image.preprocess import preprocess
@@ -86,16 +87,13 @@ def _artifact(folder: Path, tensors: dict[str, Tensor], tower: TowerConfig) -> A
         hidden_size=hidden_size,
         tower=TINY_TOWER,
     )
-    written = FileRecord(bytes=(folder / "vision.onnx").stat().st_size, sha256="0" * 64)
     manifest = Manifest(
         model="random",
         created_by="test",
         sources={},
-        vision=part,
-        decoder=DecoderPart(format="fp16"),
         preprocessing=Preprocessing(image_size=tower.image_size),
         decoding=DecodingDefaults(),
-        files={"vision.onnx": written},
+        parts=tiny_parts(vision=part),
     )
     return Artifact(path=folder, manifest=manifest, id="0" * 16)
 

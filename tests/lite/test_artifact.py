@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_manifest
+from tiny import cache_fidelity, tiny_manifest, tiny_onnx_part, tiny_parts
 
-from lite.artifact.manifest import FORMAT_VERSION, NOTICE, CalibrationRecord, DecoderPart, FileRecord, Manifest
+from lite.artifact.manifest import FORMAT_VERSION, NOTICE, Manifest
 from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.parts import CalibrationRecord, DecoderPart
 from lite.artifact.write import check_target, staged_artifact
 from lite.errors import ArtifactError
+
+NAMES = ("tokenizer.model", "vision.onnx", "decoder/config.json", "decoder/model.safetensors")
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
@@ -23,9 +28,8 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 
 
 def test_manifest_round_trip() -> None:
-    manifest = tiny_manifest(
-        fidelity={"decoder": {"mean_kl": 1e-7}}, files={"a/b.bin": FileRecord(bytes=3, sha256="0" * 64)}
-    )
+    onnx = dataclasses.replace(tiny_onnx_part(int8_cache=True), fidelity=cache_fidelity(1e-7))
+    manifest = tiny_manifest(parts=tiny_parts(decoder_onnx=onnx))
     assert Manifest.parse(manifest.to_json()) == manifest
 
 
@@ -39,8 +43,8 @@ def test_what_may_be_absent_is_read_as_absent_and_as_what_it_is() -> None:
         DecoderPart(format="gptq-int4", group_size=-1, method="rtn"),
         DecoderPart(format="gptq-int8", group_size=32, method="gptq", lm_head="int8", calibration=calibration),
     ):
-        manifest = tiny_manifest(decoder=part)
-        assert Manifest.parse(manifest.to_json()).decoder == part
+        manifest = tiny_manifest(parts=tiny_parts(decoder=part))
+        assert Manifest.parse(manifest.to_json()) == manifest
 
 
 def test_a_fresh_artifact_loads_and_verifies(tiny_artifact: Artifact) -> None:
@@ -48,9 +52,8 @@ def test_a_fresh_artifact_loads_and_verifies(tiny_artifact: Artifact) -> None:
     again.verify()
     assert again == tiny_artifact
     assert len(again.id) == 16
-    listed = {"vision.onnx", "tokenizer.model", "decoder/config.json", "decoder/model.safetensors"}
-    assert set(again.manifest.files) == listed
-    assert again.nbytes == sum((again.path / name).stat().st_size for name in listed)
+    assert set(again.manifest.files) == set(NAMES)
+    assert again.nbytes == sum((again.path / name).stat().st_size for name in NAMES)
 
 
 def test_the_id_follows_every_byte(own_artifact: Path, tiny_artifact: Artifact) -> None:
@@ -59,7 +62,7 @@ def test_the_id_follows_every_byte(own_artifact: Path, tiny_artifact: Artifact) 
     assert load_artifact(own_artifact).id != tiny_artifact.id
 
 
-@pytest.mark.parametrize("name", ["vision.onnx", "tokenizer.model", "decoder/config.json", "decoder/model.safetensors"])
+@pytest.mark.parametrize("name", NAMES)
 def test_missing_truncated_and_changed_files_are_named_with_their_hash(own_artifact: Path, name: str) -> None:
     file = own_artifact / name
     content = file.read_bytes()
@@ -81,19 +84,59 @@ def test_missing_truncated_and_changed_files_are_named_with_their_hash(own_artif
         load_artifact(own_artifact)
 
 
-@pytest.mark.parametrize("name", ["vision.onnx", "tokenizer.model", "decoder/config.json"])
-def test_a_file_that_is_not_listed_is_not_used(own_artifact: Path, name: str) -> None:
-    files = json.loads((own_artifact / "manifest.json").read_text())["files"]
-    del files[name]
-    edit_manifest(own_artifact, files=files)
-    with pytest.raises(ArtifactError, match=f"does not list {name}"):
+def edit_part(folder: Path, part: str, **changes: Any) -> None:
+    parts = json.loads((folder / "manifest.json").read_text())["parts"]
+    value = parts[part] | changes
+    parts[part] = {key: item for key, item in value.items() if item is not ...}
+    edit_manifest(folder, parts=parts)
+
+
+RECORD = {"bytes": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("decoder", {"files": {"decoder/other": RECORD}}, "part decoder that does not list decoder/model.safetensors"),
+        ("tokenizer", {"files": {}}, "got 0 files of the part tokenizer · expected one"),
+        ("vision", {"files": {"a": RECORD, "b": RECORD}}, "got 2 files of the part vision · expected one"),
+        ("tokenizer", {"files": {"vision.onnx": RECORD}}, "got vision.onnx in the parts tokenizer and vision"),
+        ("vision", {"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "bytes=-1"),
+        ("vision", {"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "64 hex"),
+        ("vision", {"files": {"a": {"bytes": 1}}}, r"parts\.vision\.files\.a: got no key 'sha256'"),
+        ("decoder", {"format": "int3"}, r"parts\.decoder\.format: got 'int3' · expected .*'fp16'"),
+        ("decoder", {"format": ...}, r"parts\.decoder: got no key 'format'"),
+        ("decoder", {"bits": 4}, r"parts\.decoder: got an unknown key 'bits'"),
+        ("decoder", {"fidelity": {"data": "built-in"}}, r"parts\.decoder\.fidelity: got no key 'divergence'"),
+        ("vision", {"image_size": 28.5}, r"parts\.vision\.image_size: got 28\.5 · expected int"),
+    ],
+)
+def test_a_part_that_is_wrong_is_refused_by_key(
+    own_artifact: Path, part: str, changes: dict[str, Any], message: str
+) -> None:
+    edit_part(own_artifact, part, **changes)
+    with pytest.raises(ArtifactError, match=message):
         load_artifact(own_artifact)
+
+
+def test_engines_read_their_parts_and_the_shared_ones(tiny_onnx_artifact: Artifact, tmp_path: Path) -> None:
+    copied = load_artifact(shutil.copytree(tiny_onnx_artifact.path, tmp_path / "copy"))
+    for part, others in (("decoder", "onnx"), ("decoder_onnx", "torch")):
+        for name in copied.manifest.parts.by_name()[part].files:
+            content = (copied.path / name).read_bytes()
+            (copied.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            copied.verify(engine=others)  # type: ignore[arg-type]
+            for engine in (None, "torch" if others == "onnx" else "onnx"):
+                with pytest.raises(ArtifactError, match=f"{name}: got sha256"):
+                    copied.verify(engine=engine)  # type: ignore[arg-type]
+            (copied.path / name).write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 5}, "got format_version 5 · this version reads 4 · upgrade"),
+        ({"format_version": 6}, "got format_version 6 · this version reads 5 · upgrade"),
+        ({"format_version": 4}, "got format_version 4 .* export the artifact again"),
         ({"format_version": 0}, "got format_version 0 .* export the artifact again"),
         ({"format_version": ...}, "no format_version"),
         ({"format_version": "1"}, r"format_version: got '1' · expected int"),
@@ -102,14 +145,12 @@ def test_a_file_that_is_not_listed_is_not_used(own_artifact: Path, name: str) ->
         ({"model": ...}, "no key 'model'"),
         ({"model": 3}, r"\.model: got 3 · expected str"),
         ({"notice": None}, r"\.notice: got None · expected str"),
-        ({"decoder": {"format": "int3"}}, r"\.decoder\.format: got 'int3' · expected .*'fp16'"),
-        ({"decoder": {"format": "fp16", "bits": 4}}, r"\.decoder: got an unknown key 'bits'"),
-        ({"vision": []}, r"\.vision: got \[\] · expected an object"),
+        ({"parts": []}, r"\.parts: got \[\] · expected an object"),
+        ({"parts": {"adapters": {}}}, r"\.parts: got an unknown key 'adapters'"),
+        ({"files": {"a": RECORD}}, "unknown key 'files'"),
         ({"preprocessing": {"image_size": 28, "mean": [0.5, 0.5]}}, r"\.preprocessing\.mean: got \[0\.5, 0\.5\]"),
         ({"preprocessing": {"image_size": 28.5}}, r"\.preprocessing\.image_size: got 28\.5"),
         ({"sources": {"a": 1}}, r"\.sources\.a: got 1 · expected str"),
-        ({"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "bytes=-1"),
-        ({"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "64 hex"),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused_by_key(own_artifact: Path, changes: dict[str, Any], message: str) -> None:
@@ -123,8 +164,7 @@ def test_a_manifest_that_is_wrong_is_refused_by_key(own_artifact: Path, changes:
     ["../secret", "/etc/passwd", "a/../../b", "..", "", ".", "a\\b", "C:evil", "a//b", "./a", "a/.", "manifest.json"],
 )
 def test_file_names_cannot_lead_out(own_artifact: Path, name: str) -> None:
-    files = json.loads((own_artifact / "manifest.json").read_text())["files"]
-    edit_manifest(own_artifact, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
+    edit_part(own_artifact, "vision", files={name: RECORD})
     with pytest.raises(ArtifactError, match="expected a path inside the artifact"):
         load_artifact(own_artifact)
 
@@ -159,7 +199,7 @@ def names(folder: Path) -> list[str]:
 
 def write_minimal(folder: Path) -> None:
     (folder / "decoder").mkdir()
-    for name in ("vision.onnx", "tokenizer.model", "decoder/config.json"):
+    for name in NAMES:
         (folder / name).write_text(name)
 
 
@@ -194,7 +234,12 @@ def test_an_unfinished_or_incomplete_one_leaves_nothing(tmp_path: Path) -> None:
     with staged_artifact(tmp_path / "artifact") as staged:
         write_minimal(staged.path)
         (staged.path / "tokenizer.model").unlink()
-        with pytest.raises(ArtifactError, match=r"does not list tokenizer\.model"):
+        with pytest.raises(ArtifactError, match=r"got no file tokenizer\.model"):
+            staged.finish(tiny_manifest())
+    with staged_artifact(tmp_path / "artifact") as staged:
+        write_minimal(staged.path)
+        (staged.path / "decoder" / "spare").write_text("left over")
+        with pytest.raises(ArtifactError, match="got the file decoder/spare, which no part owns"):
             staged.finish(tiny_manifest())
     assert names(tmp_path) == []
 
@@ -202,8 +247,9 @@ def test_an_unfinished_or_incomplete_one_leaves_nothing(tmp_path: Path) -> None:
 def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     with staged_artifact(tmp_path / "artifact") as staged:
         write_minimal(staged.path)
+        decoder = DecoderPart(format="fp16", fidelity=cache_fidelity(float("nan")))
         with pytest.raises(ValueError, match="not JSON compliant"):
-            staged.finish(tiny_manifest(fidelity={"kl": float("nan")}))
+            staged.finish(tiny_manifest(parts=tiny_parts(decoder=decoder)))
     assert names(tmp_path) == []
 
 
@@ -313,6 +359,9 @@ def test_an_artifact_of_another_version_can_be_overwritten(tmp_path: Path) -> No
     out = tmp_path / "artifact"
     finished(out)
     edit_manifest(out, format_version=FORMAT_VERSION + 1)
+    check_target(out, overwrite=True)
+    # Versions before 5 had one list of files.
+    edit_manifest(out, format_version=4, parts=..., files=dict.fromkeys(NAMES, RECORD))
     check_target(out, overwrite=True)
 
 

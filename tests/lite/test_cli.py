@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from repository import ROOT
 from safetensors.torch import load_file, save_file
-from tiny import write_tiny_artifact
+from tiny import relist, write_tiny_artifact
 
 from lite.__main__ import _report, main
-from lite.artifact.open import Artifact, sha256_of
+from lite.artifact.open import Artifact
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.errors import LiteError
 from lite.model import FindingsModel
@@ -320,9 +320,7 @@ def talkative(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) 
     # The logit of EOS is the mean of all others: never the largest.
     head[2] = (head.sum(0) - head[2]) / (len(head) - 1)
     save_file(weights | {"lm_head.weight": head.half()}, folder / name)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    relist(folder, name)
     return folder
 
 

@@ -19,8 +19,8 @@ from tiny import (
 )
 
 from kernels.reference import attention
-from lite.artifact.manifest import CacheDtype
 from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.parts import CacheDtype
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.torch_engine.cache import NOT_FINITE, KVCache
 from lite.engines.torch_engine.decoder import LlamaDecoder, check_device, load_decoder
@@ -450,7 +450,7 @@ def test_shards_are_one_file(tmp_path: Path, decoder: LlamaDecoder) -> None:
 def test_a_shard_the_manifest_does_not_list_is_not_opened(tmp_path: Path) -> None:
     config = tiny_llama_config(VOCAB_SIZE)
     artifact = decoder_folder(tmp_path, config, random_llama(config), shards=3)
-    del artifact.manifest.files["decoder/model-00002-of-00003.safetensors"]
+    del artifact.manifest.parts.decoder.files["decoder/model-00002-of-00003.safetensors"]
     with pytest.raises(ArtifactError, match="does not list decoder/model-00002"):
         load_decoder(artifact, device="cpu")
 

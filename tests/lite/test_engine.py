@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from repository import ROOT
-from tiny import write_tiny_gptq_artifact
+from tiny import cache_fidelity, write_tiny_gptq_artifact
 
 import lite
 from export import OnnxSettings, add_onnx
@@ -311,10 +311,10 @@ def plans(deep_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> tupl
 
 
 def with_cache_kl(artifact: Artifact, kl: float | None) -> Artifact:
-    onnx = artifact.manifest.fidelity["onnx"]
-    measured = {**onnx, "int8_cache": {**onnx["int8_cache"], "mean_kl": kl}}
-    manifest = dataclasses.replace(artifact.manifest, fidelity={**artifact.manifest.fidelity, "onnx": measured})
-    return dataclasses.replace(artifact, manifest=manifest)
+    part = artifact.manifest.parts.decoder_onnx
+    assert part is not None
+    fidelity = None if kl is None else cache_fidelity(kl)
+    return artifact.with_parts(decoder_onnx=dataclasses.replace(part, fidelity=fidelity))
 
 
 def test_a_limit_that_only_the_int8_cache_fits_takes_it(

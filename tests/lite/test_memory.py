@@ -16,14 +16,14 @@ import pytest
 import torch
 from fake_cuda import H100, RTX_3060, T4, TOKEN, Allocator, FakeGpu, all_true, draft, load_on, prompt_of
 from repository import ROOT
-from tiny import tiny_llama_config, tiny_manifest
+from tiny import cache_fidelity, tiny_llama_config, tiny_manifest, tiny_onnx_part, tiny_parts
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
 from kernels.backend import Card
 from kernels.packing import _CHUNK_VALUES
 from kernels.quant_matmul import SCRATCH_VALUES
-from lite.artifact.manifest import FileRecord, OnnxPart, TowerShape, VisionPart
 from lite.artifact.open import Artifact
+from lite.artifact.parts import FileRecord, TowerShape, VisionPart
 from lite.config import DecoderConfig, Quantization
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import Linear, linears_of
@@ -146,7 +146,7 @@ def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsMo
 
 
 WIDTHS = dataclasses.replace(VICUNA, num_hidden_layers=4, quantization=Quantization(format="gptq-int4", group_size=128))
-PART = OnnxPart(dtype="float32", accuracy_level=4, lm_head_bits=8)
+PART = tiny_onnx_part()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_prompt_is_planned_a_chunk_at_a_time() -> None:
 
 
 def test_a_plan_of_the_onnx_engine_counts_what_it_holds(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
-    config, part = tiny_onnx_artifact.decoder_config(), tiny_onnx_artifact.manifest.onnx
+    config, part = tiny_onnx_artifact.decoder_config(), tiny_onnx_artifact.manifest.parts.decoder_onnx
     assert part is not None
     constants = onnx.load(tiny_onnx_artifact.path / "decoder.onnx", load_external_data=False).graph.initializer
     sizes = {
@@ -317,11 +317,10 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> Any:
         vision = VisionPart(
             format="fp16", image_size=518, num_image_tokens=1369, hidden_size=config["hidden_size"], tower=tower
         )
-        files = {
-            "decoder/config.json": FileRecord(bytes=1, sha256="0" * 64),
-            "vision.onnx": FileRecord(bytes=213_000_000, sha256="0" * 64),
-        }
-        return Artifact(path=path, manifest=tiny_manifest(vision=vision, files=files), id="0" * 16)
+        parts = tiny_parts(vision=vision)
+        files = {"vision.onnx": FileRecord(bytes=213_000_000, sha256="0" * 64)}
+        parts = dataclasses.replace(parts, vision=dataclasses.replace(parts.vision, files=files))
+        return Artifact(path=path, manifest=tiny_manifest(parts=parts), id="0" * 16)
 
     return make
 
@@ -522,8 +521,9 @@ def test_the_allocator_is_torchs() -> None:
 
 def with_cache_kl(artifact: Artifact, kl: float | None) -> Artifact:
     """Say what an int8 cache loses, for torch."""
-    fidelity = {} if kl is None else {"int8_cache": {"mean_kl": kl}}
-    return dataclasses.replace(artifact, manifest=dataclasses.replace(artifact.manifest, fidelity=fidelity))
+    fidelity = None if kl is None else cache_fidelity(kl)
+    decoder = dataclasses.replace(artifact.manifest.parts.decoder, fidelity=fidelity)
+    return artifact.with_parts(decoder=decoder)
 
 
 def card_bytes(artifact: Artifact, chunk_size: int, cache_dtype: Any, **settings: Any) -> int:
@@ -566,9 +566,10 @@ def test_an_int8_cache_is_only_taken_unasked_if_it_loses_little(shaped: Any, kl:
 
 def test_the_planner_of_the_onnx_engine_knows_one_chunk(tiny_onnx_artifact: Artifact) -> None:
     """What it loses is measured with that engine: torch's cache is another."""
-    manifest = tiny_onnx_artifact.manifest
-    fidelity = {"int8_cache": {"mean_kl": 0.0}, "onnx": {"int8_cache": {"mean_kl": 2e-3}}}
-    artifact = dataclasses.replace(tiny_onnx_artifact, manifest=dataclasses.replace(manifest, fidelity=fidelity))
+    part = tiny_onnx_artifact.manifest.parts.decoder_onnx
+    assert part is not None
+    part = dataclasses.replace(part, fidelity=cache_fidelity(2e-3))
+    artifact = with_cache_kl(tiny_onnx_artifact, 0.0).with_parts(decoder_onnx=part)
     assert (int8_cache_loss(artifact, "torch"), int8_cache_loss(artifact, "onnx")) == (0.0, 2e-3)
     whole = plan_memory(artifact, device="cpu", engine="onnx").card_bytes
     chosen = Planner.choose(artifact, limit=whole, device="cpu", engine="onnx")

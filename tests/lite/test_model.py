@@ -524,7 +524,7 @@ def test_load_hashes_unless_told_not_to(own_artifact: Path) -> None:
     ("changes", "message"),
     [
         ({"vision": {"hidden_size": 32}}, "width 32"),
-        ({"preprocessing": {"image_size": 42}}, "42 pixels"),
+        ({"vision": {"image_size": 42}}, "28 pixels .* image_size 42"),
         ({"vision": {"num_image_tokens": 640}}, "640 image tok"),
     ],
 )

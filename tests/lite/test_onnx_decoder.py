@@ -29,6 +29,7 @@ from export import OnnxSettings, add_onnx
 from export.__main__ import main as export_main
 from lite.__main__ import main as lite_main
 from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.parts import OnnxPart
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.cores import available_cores
 from lite.engines.onnx_engine.decoder import NOT_FINITE, OnnxDecoder
@@ -322,15 +323,16 @@ def test_the_demo_says_the_same(demo_pair: tuple[FindingsModel, FindingsModel], 
 
 
 def test_what_the_manifest_says_was_measured(demo_onnx_artifact: Artifact) -> None:
-    measured = demo_onnx_artifact.manifest.fidelity["onnx"]
-    assert measured["verify_data"] == "studies.json"
-    assert 0 < measured["decoder"]["mean_kl"] <= 2e-3
-    assert 0 < measured["int8_cache"]["mean_kl"] <= 1e-3
-    part = demo_onnx_artifact.manifest.onnx
+    part = demo_onnx_artifact.manifest.parts.decoder_onnx
     assert part is not None
+    assert part.fidelity is not None
+    assert part.fidelity.data == "studies.json"
+    assert 0 < part.fidelity.divergence.mean_kl <= 2e-3
+    assert part.fidelity.int8_cache is not None
+    assert 0 < part.fidelity.int8_cache.mean_kl <= 1e-3
     assert (part.dtype, part.accuracy_level, part.cache_dtypes) == ("float32", 4, ("float32", "int8"))
-    assert part.cache_calibration is not None
-    assert (part.cache_calibration.data, part.cache_calibration.studies) == ("studies.json", 16)
+    assert part.int8_cache is not None
+    assert (part.int8_cache.data, part.int8_cache.studies) == ("studies.json", 16)
 
 
 def test_the_scales_cover_what_they_were_found_on(tiny_onnx_artifact: Artifact) -> None:
@@ -578,7 +580,7 @@ def test_it_is_added_in_place_and_again(
     assert "--engine onnx" in out
     assert err == ""
     first.verify()
-    assert first.manifest.onnx is not None
+    assert first.manifest.parts.decoder_onnx is not None
     kept = {name: record for name, record in first.manifest.files.items() if name in before.manifest.files}
     assert kept == before.manifest.files
     assert siblings(own_gptq_artifact) == beside
@@ -597,7 +599,7 @@ def test_out_leaves_the_old_one(own_gptq_artifact: Path, tmp_path: Path) -> None
     out = tmp_path / "other"
     assert export_main(["onnx", str(own_gptq_artifact), "--out", str(out), "--activations", "float16", *QUICK]) == 0
     assert {path: path.read_bytes() for path in own_gptq_artifact.rglob("*") if path.is_file()} == before
-    part = load_artifact(out).manifest.onnx
+    part = load_artifact(out).manifest.parts.decoder_onnx
     assert part is not None
     assert part.cache_dtypes == ("float16", "int8")
     # A place that is taken is not overwritten.
@@ -628,17 +630,19 @@ def test_what_cannot_be_done_leaves_everything(
     assert siblings(own_gptq_artifact) == beside
 
 
-@pytest.mark.parametrize("part", ["decoder", "int8_cache"])
+@pytest.mark.parametrize("measured", ["divergence", "int8_cache"])
 def test_a_graph_that_computes_something_else_is_not_kept(
-    own_gptq_artifact: Path, monkeypatch: pytest.MonkeyPatch, part: str
+    own_gptq_artifact: Path, monkeypatch: pytest.MonkeyPatch, measured: str
 ) -> None:
     from export import verify
 
-    measured = verify.measure_onnx
+    measure_onnx = verify.measure_onnx
 
-    def worse(*arguments: Any, **settings: Any) -> dict[str, Any]:
-        found = measured(*arguments, **settings)
-        return found | {part: found[part] | {"mean_kl": float("nan")}}
+    def worse(*arguments: Any, **settings: Any) -> OnnxPart:
+        part = measure_onnx(*arguments, **settings)
+        assert part.fidelity is not None
+        found = dataclasses.replace(getattr(part.fidelity, measured), mean_kl=float("nan"))
+        return dataclasses.replace(part, fidelity=dataclasses.replace(part.fidelity, **{measured: found}))
 
     monkeypatch.setattr(verify, "measure_onnx", worse)
     before, beside = load_artifact(own_gptq_artifact), siblings(own_gptq_artifact)
@@ -675,8 +679,8 @@ def test_an_onnx_runtime_without_an_int8_cache_writes_the_float_one(
     assert export_main(["onnx", str(own_gptq_artifact), *QUICK]) == 0
     assert "its int8 cache       none: it takes onnxruntime 1.27 or newer at export" in capsys.readouterr().out
     artifact = load_artifact(own_gptq_artifact)
-    assert artifact.manifest.onnx is not None
-    assert artifact.manifest.onnx.cache_dtypes == ("float32",)
+    assert artifact.manifest.parts.decoder_onnx is not None
+    assert artifact.manifest.parts.decoder_onnx.cache_dtypes == ("float32",)
     assert "decoder.int8_cache.onnx" not in artifact.manifest.files
     assert lite_main(["info", str(own_gptq_artifact)]) == 0
     assert lite.load(own_gptq_artifact, engine="onnx").findings(films[0]).cache_dtype == "float32"
@@ -694,7 +698,7 @@ def test_places_that_are_refused(
     assert export_main(["onnx", ".", *QUICK]) == 1
     assert "got the folder you are in" in capsys.readouterr().err
     assert export_main(["onnx", ".", "--out", "../beside", *QUICK]) == 0
-    assert load_artifact("../beside").manifest.onnx is not None
+    assert load_artifact("../beside").manifest.parts.decoder_onnx is not None
     assert load_artifact(own_gptq_artifact) == before
 
 

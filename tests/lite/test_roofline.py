@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.speed.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, counts
 from export.checkpoint import TowerConfig
 from export.forward import image_features
-from lite.artifact.manifest import TowerShape, VisionPart
 from lite.artifact.open import Artifact
+from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench import roofline
 from lite.bench.results import Missing, Row
 from lite.bench.roofline import (

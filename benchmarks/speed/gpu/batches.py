@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.speed.gpu.rig import Report, Rig
-    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.parts import CacheDtype
     from lite.engines.torch_engine.decoder import LlamaDecoder
 
 HEADER: Final = ("batching", "cache", "rows", "s", "tokens/s", "studies/min")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.speed.gpu.rig import Rig
-    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.parts import CacheDtype
     from lite.engines.torch_engine.decoder import LlamaDecoder
 
 LAYERS: Final = 2

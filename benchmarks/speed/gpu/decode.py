@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.speed.gpu.rig import Report, Rig
-    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.parts import CacheDtype
     from lite.bench.results import Quantiles
     from lite.engines.torch_engine.cuda_graph import Capture
     from lite.engines.torch_engine.decoder import LlamaDecoder
@@ -482,7 +482,7 @@ def _measure_onnx(rig: Rig, bandwidth: float) -> Row:
         from lite.engines.onnx_session import check_provider
 
         artifact = load_artifact(setting.artifact)
-        part, config = artifact.manifest.onnx, artifact.decoder_config()
+        part, config = artifact.manifest.parts.decoder_onnx, artifact.decoder_config()
         decoder = OnnxDecoder(artifact, provider=check_provider("cuda"))
         decoding = OnnxDecoding(
             decoder,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benchmarks.speed.gpu.rig import Report, Rig
-    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.parts import CacheDtype
 
 _MANY: Final = 1.5
 """Counted multiprocessors over those asked for: more is no restriction."""

@@ -14,15 +14,26 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benchmarks.speed.gpu import model
-from lite.artifact.manifest import VISION_NAME, DecoderPart, FileRecord, Manifest, TowerShape, VisionPart
+from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact
+from lite.artifact.parts import (
+    UNHASHED,
+    DecoderConfigPart,
+    DecoderPart,
+    FileRecord,
+    Parts,
+    TokenizerPart,
+    TowerShape,
+    VisionPart,
+    unhashed,
+)
 from lite.config import Preprocessing
 from lite.errors import MemoryBudgetError
 from lite.memory.plan import plan_memory
 
 if TYPE_CHECKING:
     from benchmarks.speed.gpu.rig import Report, Rig
-    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.parts import CacheDtype
     from lite.memory.plan import MemoryPlan
 
 HEADER: Final = ("rows", "cache", "planned GB", "held GB", "plan is off by")
@@ -89,19 +100,20 @@ def plan(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> MemoryPlan:
         model="random weights, for a measurement",
         created_by="benchmarks speed gpu",
         sources={},
-        vision=VisionPart(
-            format="fp32",
-            image_size=518,
-            num_image_tokens=1369,
-            hidden_size=shapes.hidden_size,
-            tower=TowerShape(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-        ),
-        decoder=DecoderPart(format="gptq-int4", group_size=128, method="rtn"),
         preprocessing=Preprocessing(image_size=518),
-        files={
-            "decoder/config.json": FileRecord(bytes=0, sha256="0" * 64),
-            VISION_NAME: FileRecord(bytes=_TOWER_BYTES, sha256="0" * 64),
-        },
+        parts=Parts(
+            tokenizer=TokenizerPart(files=unhashed("tokenizer.model")),
+            vision=VisionPart(
+                files={"vision.onnx": FileRecord(bytes=_TOWER_BYTES, sha256=UNHASHED)},
+                format="fp32",
+                image_size=518,
+                num_image_tokens=1369,
+                hidden_size=shapes.hidden_size,
+                tower=TowerShape(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+            ),
+            decoder_config=DecoderConfigPart(files=unhashed("decoder/config.json")),
+            decoder=DecoderPart(files={}, weights=(), format="gptq-int4", group_size=128, method="rtn"),
+        ),
     )
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         (Path(folder) / "decoder").mkdir()

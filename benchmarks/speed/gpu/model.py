@@ -29,7 +29,7 @@ from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lite.artifact.manifest import CacheDtype
+    from lite.artifact.parts import CacheDtype
     from lite.engines.torch_engine.cache import KVCache
     from lite.engines.torch_engine.cuda_graph import Capture
 

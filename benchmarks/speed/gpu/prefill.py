@@ -223,7 +223,7 @@ def _vision(rig: Rig) -> tuple[Quantiles, str]:
         raise ValueError("got no artifact · expected one")
     artifact = load_artifact(rig.setting.artifact)
     encoder = VisionEncoder(artifact, device=str(rig.device))
-    size = artifact.manifest.vision.image_size
+    size = artifact.manifest.parts.vision.image_size
     pixel_values = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
     seconds: Sequence[float] = []
     for _ in range(rig.setting.rounds + 1):

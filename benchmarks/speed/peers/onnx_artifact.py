@@ -21,7 +21,8 @@ from benchmarks.speed.peers.lite_decoder import GPTQ, round_to_groups
 from benchmarks.speed.peers.weights import GROUP_SIZE
 from benchmarks.speed.synthetic import make_tokenizer
 from kernels.gptq import to_tensors
-from lite.artifact.manifest import DecoderPart, Manifest, TowerShape, VisionPart
+from lite.artifact.manifest import Manifest
+from lite.artifact.parts import DecoderConfigPart, DecoderPart, Parts, TokenizerPart, TowerShape, VisionPart, unhashed
 from lite.artifact.write import staged_artifact
 from lite.config import Preprocessing
 from lite.errors import LiteError
@@ -50,8 +51,8 @@ def write_artifact(out: Path, model: Model, *, num_layers: int) -> None:
     with staged_artifact(plain, overwrite=True) as staged:
         (staged.path / "vision.onnx").write_bytes(_stub_tower(model.config["hidden_size"]))
         (staged.path / "tokenizer.model").write_bytes(make_tokenizer(model.config["vocab_size"]))
-        _write_decoder(staged.path / "decoder", model, num_layers)
-        staged.finish(_manifest(model.config["hidden_size"]))
+        weights = _write_decoder(staged.path / "decoder", model, num_layers)
+        staged.finish(_manifest(model.config["hidden_size"], weights))
     command = [sys.executable, "-m", "export", "onnx", str(plain), "--out", str(out), *_EXPORT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
@@ -59,8 +60,12 @@ def write_artifact(out: Path, model: Model, *, num_layers: int) -> None:
         raise LiteError(f"python -m export onnx: {said[-1]}")
 
 
-def _write_decoder(folder: Path, model: Model, num_layers: int) -> None:
-    """Write the folder of a Hugging Face Llama in GPTQ: a file for each layer, and for each tensor of no layer."""
+def _write_decoder(folder: Path, model: Model, num_layers: int) -> tuple[str, ...]:
+    """Write the folder of a Hugging Face Llama in GPTQ: a file for each layer, and for each tensor of no layer.
+
+    Returns:
+        The files with weights.
+    """
     folder.mkdir()
     config = {**model.config, "num_hidden_layers": num_layers, "quantization_config": GPTQ}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -77,6 +82,7 @@ def _write_decoder(folder: Path, model: Model, num_layers: int) -> None:
         weight_map |= dict.fromkeys(tensors, f"{file}.safetensors")
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    return tuple(f"decoder/{file}.safetensors" for file in files)
 
 
 def _stored(name: str, model: Model) -> dict[str, Tensor]:
@@ -87,21 +93,32 @@ def _stored(name: str, model: Model) -> dict[str, Tensor]:
     return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
 
 
-def _manifest(hidden_size: int) -> Manifest:
+def _manifest(hidden_size: int, weights: tuple[str, ...]) -> Manifest:
     return Manifest(
         model="random weights, for a measurement",
         created_by="benchmarks speed peers",
         sources={},
-        vision=VisionPart(
-            format="fp32",
-            image_size=_IMAGE_SIZE,
-            num_image_tokens=_PATCHES**2,
-            hidden_size=hidden_size,
-            # Of a tower that is not there.
-            tower=TowerShape(hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1),
-        ),
-        decoder=DecoderPart(format="gptq-int4", group_size=GROUP_SIZE, method="rtn"),
         preprocessing=Preprocessing(image_size=_IMAGE_SIZE),
+        parts=Parts(
+            tokenizer=TokenizerPart(files=unhashed("tokenizer.model")),
+            vision=VisionPart(
+                files=unhashed("vision.onnx"),
+                format="fp32",
+                image_size=_IMAGE_SIZE,
+                num_image_tokens=_PATCHES**2,
+                hidden_size=hidden_size,
+                # Of a tower that is not there.
+                tower=TowerShape(hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1),
+            ),
+            decoder_config=DecoderConfigPart(files=unhashed("decoder/config.json")),
+            decoder=DecoderPart(
+                files=unhashed(*weights, "decoder/model.safetensors.index.json"),
+                weights=weights,
+                format="gptq-int4",
+                group_size=GROUP_SIZE,
+                method="rtn",
+            ),
+        ),
     )
 
 

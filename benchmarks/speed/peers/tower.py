@@ -20,7 +20,7 @@ class Tower:
         """Load the tower, and run it once untimed."""
         artifact = load_artifact(path)
         self.encoder = VisionEncoder(artifact, device=device)
-        size = artifact.manifest.vision.image_size
+        size = artifact.manifest.parts.vision.image_size
         self.pixel_values = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
         self.encoder(self.pixel_values)
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lite.artifact.manifest import ONNX_DATA_NAME, ONNX_EMBEDDINGS_NAME, ONNX_GRAPH_NAMES
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_session import (
     CPU,
@@ -37,8 +36,8 @@ from lite.memory.counts import ONNX_CHUNK_SIZE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lite.artifact.manifest import CacheDtype, OnnxPart
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import CacheDtype, OnnxPart
     from lite.config import DecoderConfig
     from lite.engines.choose import EngineName
 
@@ -180,10 +179,10 @@ class OnnxDecoder:
             raise BackendUnavailable(msg)
         # What ONNX Runtime calls the place of a provider's memory.
         self._place = _DEVICES.get(self.provider, "cpu"), int(index or 0)
-        file = artifact.file(ONNX_GRAPH_NAMES["int8" if int8 else "float"])
+        file = artifact.file(self._part.int8_cache.graph if int8 and self._part.int8_cache else self._part.graph)
         self._two_ways = int8 and self.dtype == "float32"
         self._session = open_session(
-            file, provider=provider, data=ONNX_DATA_NAME, patterns=False, whole=True, profile=profile
+            file, provider=provider, data=self._part.data, patterns=False, whole=True, profile=profile
         )
         self._check_signature(str(file))
         self._embeddings = _embeddings(artifact, self.config)
@@ -427,7 +426,7 @@ def check_cache_dtype(artifact: Artifact, cache_dtype: str | None) -> None:
 
 
 def _part(artifact: Artifact) -> OnnxPart:
-    part = artifact.manifest.onnx
+    part = artifact.manifest.parts.decoder_onnx
     if part is None:
         msg = (
             f"{artifact.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it with "
@@ -438,7 +437,7 @@ def _part(artifact: Artifact) -> OnnxPart:
 
 def _embeddings(artifact: Artifact, config: DecoderConfig) -> Array:
     """Map the embeddings into memory: what is not looked up is never read."""
-    file = artifact.file(ONNX_EMBEDDINGS_NAME)
+    file = artifact.file(_part(artifact).embeddings)
     try:
         table: Array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

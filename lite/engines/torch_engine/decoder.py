@@ -26,7 +26,6 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Final
 
-from lite.artifact.open import read_json_object
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
 from lite.engines.choose import gpu_problem
 from lite.engines.cores import available_cores
@@ -60,15 +59,13 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lite.artifact.manifest import CacheDtype
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import CacheDtype
     from lite.engines.choose import EngineName
     from lite.engines.torch_engine.cache import LayerCache
     from lite.engines.torch_engine.cuda_graph import Capture
 
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WEIGHTS_NAME: Final = "decoder/model.safetensors"
-INDEX_NAME: Final = "decoder/model.safetensors.index.json"
 _OUT_OF_MEMORY: Final = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
@@ -738,14 +735,7 @@ def _tensors(
 
 
 def _weight_files(artifact: Artifact) -> list[Path]:
-    if INDEX_NAME not in artifact.manifest.files:
-        return [artifact.file(WEIGHTS_NAME)]
-    index = artifact.file(INDEX_NAME)
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        msg = f"{index}: got no weight_map of names · expected one · export the artifact again"
-        raise ArtifactError(msg)
-    return [artifact.file(f"decoder/{shard}") for shard in sorted(set(weight_map.values()))]
+    return [artifact.file(name) for name in artifact.manifest.parts.decoder.weights]
 
 
 def check_device(device: str) -> str:

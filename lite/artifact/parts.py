@@ -1,0 +1,255 @@
+"""The parts of an artifact: what each is, the files it owns, and what it was measured to lose.
+
+A part is a dataclass here and one line in `Parts`. It owns its files: every file of an artifact belongs to exactly one
+part, and who wants a part reads the files that the part names, whatever they are called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from lite.config import DecoderFormat, VisionFormat
+
+OnnxFloat = Literal["float32", "float16"]
+CacheDtype = Literal["float32", "float16", "int8"]
+
+UNHASHED = "0" * 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """The size and the hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+def unhashed(*names: str) -> dict[str, FileRecord]:
+    """Name the files of a part that is being written; `StagedArtifact.finish` fills in sizes and hashes."""
+    return {name: FileRecord(bytes=0, sha256=UNHASHED) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What every part has."""
+
+    files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)  # by path inside the artifact
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all its files."""
+        return sum(record.bytes for record in self.files.values())
+
+    def named(self) -> tuple[str, ...]:
+        """Return the files that the part's own fields name, each of which it must own."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OneFilePart(Part):
+    """A part of a single file."""
+
+    @property
+    def file(self) -> str:
+        """Its path inside the artifact."""
+        (name,) = self.files
+        return name
+
+
+# -- Measured at export ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VisionFidelity:
+    """How far the image features are from the checkpoint's."""
+
+    data: str  # the list's file name, or "built-in"
+    films: int
+    max_abs: float
+    relative_error: float  # the largest difference, relative to the features' root mean square
+    mean_cosine: float
+    min_cosine: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """How far the tokens' probabilities are from a yardstick's, along the findings of some studies."""
+
+    studies: int
+    tokens: int
+    mean_kl: float  # nats per token
+    max_kl: float
+    same_top: float
+    perplexity_ratio: float
+    first_divergent_token: float | None  # the median over the studies where there is one
+    studies_without_divergence: float
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        return f"KL {self.mean_kl:.2g} nats/token, same top token {self.same_top:.2%}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderFidelity:
+    """What a decoder loses."""
+
+    data: str  # the list's file name, or "built-in"
+    divergence: Divergence  # from what it was made of: the checkpoint, or `decoder/`
+    int8_cache: Divergence | None  # from itself with a float cache
+
+
+# -- The parts -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerPart(OneFilePart):
+    """The SentencePiece model."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TowerShape:
+    """The vision transformer inside `vision.onnx`: what its memory and its arithmetic follow from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int  # those that are run
+    num_attention_heads: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VisionPart(OneFilePart):
+    """The tower and the projector as one ONNX graph. Its input and output are float32 whatever it computes in."""
+
+    format: VisionFormat
+    image_size: int
+    num_image_tokens: int
+    hidden_size: int  # the decoder's: what the projector makes
+    tower: TowerShape
+    fidelity: VisionFidelity | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfigPart(OneFilePart):
+    """The decoder's shape, as `config.json` of a Hugging Face folder: every engine reads it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenWeightSearch:
+    """How the weights of image and prompt tokens were chosen."""
+
+    held_out_studies: int
+    mean_kl: dict[str, float]  # of each candidate "IMAGE,PROMPT", nats per token
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecord:
+    """What a decoder was calibrated on, and how."""
+
+    data: str  # the list's file name
+    sha256: str  # of the films and tokens that were used, those held out for a search included
+    studies: int
+    tokens: int
+    image_weight: float  # what an image token counts in the Hessian; a findings token counts 1
+    prompt_weight: float  # and a token of the prompt's text
+    search: TokenWeightSearch | None = None  # None: the weights were given
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of each linear: the root mean square of its outputs' change over the calibration, relative to its outputs."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRecord:
+    """What merging LoRA into the weights rounded, of the tensors that stay in 16 bits."""
+
+    lora_scale: float
+    max_abs_rounding: float
+    max_abs_rounding_tensor: str
+    relative_rms_rounding: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderPart(Part):
+    """The decoder's weights, in a Hugging Face Llama folder."""
+
+    format: DecoderFormat
+    weights: tuple[str, ...] = ()  # of its files those with tensors, safetensors
+    group_size: int | None = None  # of GPTQ: inputs that share a scale, -1 for all
+    method: Literal["gptq", "rtn"] | None = None  # how the integers of the GPTQ format were found
+    lm_head: Literal["fp16", "int8"] = "fp16"
+    merge: MergeRecord | None = None
+    calibration: CalibrationRecord | None = None
+    fidelity: DecoderFidelity | None = None
+
+    def named(self) -> tuple[str, ...]:
+        """Return the files with weights."""
+        return self.weights
+
+    def describe(self) -> str:
+        """Say what the weights are, and how they came to be."""
+        details: list[str] = []
+        if self.group_size is not None:
+            details.append("one group" if self.group_size == -1 else f"groups of {self.group_size}")
+        if self.lm_head != "fp16":
+            details.append(f"{self.lm_head} head")
+        if self.method == "rtn":
+            details.append("rounded to nearest")
+        if self.calibration is not None:
+            details.append(f"calibrated on {self.calibration.studies} studies of {self.calibration.data}")
+        return f"{self.format} ({', '.join(details)})" if details else self.format
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Int8CacheGraph:
+    """The graph with an int8 cache, and what the scales of that were found on."""
+
+    graph: str
+    data: str  # the list's file name, or "built-in"
+    sha256: str  # of the films and tokens that were used
+    studies: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxPart(Part):
+    """The decoder once more, for ONNX Runtime: the integers of `decoder/`, which has to be GPTQ."""
+
+    graph: str  # with a cache of the activations' dtype
+    data: str  # the weights of both graphs
+    embeddings: str  # float16 [vocab_size, hidden_size], a .npy file
+    dtype: OnnxFloat  # of the activations, and of a cache that is not int8
+    accuracy_level: int  # of MatMulNBits; 4: its inputs are rounded to int8
+    lm_head_bits: Literal[4, 8]
+    int8_cache: Int8CacheGraph | None = None
+    fidelity: DecoderFidelity | None = None
+
+    def named(self) -> tuple[str, ...]:
+        """Return the graphs and what they read."""
+        names = (self.graph, self.data, self.embeddings)
+        return names if self.int8_cache is None else (*names, self.int8_cache.graph)
+
+    @property
+    def cache_dtypes(self) -> tuple[CacheDtype, ...]:
+        """The caches that there are graphs for."""
+        return (self.dtype,) if self.int8_cache is None else (self.dtype, "int8")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """All parts of an artifact, a field each; None is a part that it does without."""
+
+    tokenizer: TokenizerPart
+    vision: VisionPart
+    decoder_config: DecoderConfigPart
+    decoder: DecoderPart
+    decoder_onnx: OnnxPart | None = None
+
+    def by_name(self) -> dict[str, Part]:
+        """Return the parts that are there."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def read_by(self, engine: Literal["torch", "onnx"]) -> tuple[Part, ...]:
+        """Return the parts that an engine reads."""
+        weights = self.decoder if engine == "torch" else self.decoder_onnx
+        shared = (self.tokenizer, self.vision, self.decoder_config)
+        return shared if weights is None else (*shared, weights)
