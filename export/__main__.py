@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        from export.work import work_path
+        from export.write.work import work_path
 
         if (options.out / "manifest.json").is_file() and not options.overwrite:
             print(f"\ninterrupted: the artifact at {options.out} is complete", file=sys.stderr)

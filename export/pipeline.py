@@ -2,9 +2,9 @@
 
     sources ─hash─▶ vision.onnx ─▶ decoder, a layer at a time ─▶ parity ─▶ artifact
 
-It works in a folder beside the destination (`export.work`). An export that is stopped (Ctrl-C, a full disk, a power
-cut) leaves its finished layers there, and the same command goes on behind them: to the same bytes, on the same machine
-with the same number of threads. Nothing is at the
+It works in a folder beside the destination (`export.write.work`). An export that is stopped (Ctrl-C, a full disk, a
+power cut) leaves its finished layers there, and the same command goes on behind them: to the same bytes, on the same
+machine with the same number of threads. Nothing is at the
 destination until everything is written and measured, and no artifact that fails parity is kept.
 """
 
@@ -21,15 +21,20 @@ import torch
 from tqdm import tqdm
 
 from export import verify
-from export.calibration import (
+from export.durable import disk_errors_explained, give_name, partial_name
+from export.quantize.calibration import (
     CalibrationStudies,
     HiddenStates,
     read_calibration,
     start_states,
     token_weights,
 )
-from export.checkpoint import Checkpoint, base_shapes, open_checkpoint
-from export.decoder import (
+from export.quantize.layerwise import STAGES, LayerQuantizer
+from export.quantize.token_weights import num_search_steps, search_token_weights
+from export.settings import DEFAULTS, ExportSettings, TokenWeights
+from export.source.checkpoint import Checkpoint, base_shapes, open_checkpoint
+from export.studies import Study, StudyReader
+from export.write.decoder import (
     CONFIG_NAME,
     DecoderFolder,
     PartReport,
@@ -42,14 +47,9 @@ from export.decoder import (
     require_divisible,
     write_configs,
 )
-from export.durable import disk_errors_explained, give_name, partial_name
-from export.layerwise import STAGES, LayerQuantizer
-from export.onnx_part import BUILT_IN, MAX_CACHE_STUDIES, CacheStudies, write_onnx_part
-from export.settings import DEFAULTS, ExportSettings, TokenWeights
-from export.studies import Study, StudyReader
-from export.token_weights import num_search_steps, search_token_weights
-from export.vision_onnx import build_vision_onnx, write_vision_onnx
-from export.work import SEARCH_NAME, VISION_NAME, WorkFolder, work_folder, work_path
+from export.write.onnx_part import BUILT_IN, MAX_CACHE_STUDIES, CacheStudies, write_onnx_part
+from export.write.vision_onnx import build_vision_onnx, write_vision_onnx
+from export.write.work import SEARCH_NAME, VISION_NAME, WorkFolder, work_folder, work_path
 from lite._version import __version__
 from lite.artifact.manifest import NOTICE, Manifest
 from lite.artifact.open import Artifact, load_artifact

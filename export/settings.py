@@ -53,7 +53,7 @@ class TokenWeights:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GptqSettings:
-    """How GPTQ finds the integers; each choice is explained in `export.gptq` and `export.folding`."""
+    """How GPTQ finds the integers; each choice is explained in `export.quantize.gptq` and `export.quantize.folding`."""
 
     group_size: GroupSize = 128
     """Inputs that share a scale; -1 for all of them."""

@@ -1,6 +1,6 @@
 """Parity: what the exported artifact computes against what the source computes, measured before it is kept.
 
-The source is computed plainly (see `export.forward`): LoRA beside the weights, everything float32. The artifact is
+The source is computed plainly (see `export.source.forward`): LoRA beside the weights, all in float32. The artifact is
 computed from the files just written, `vision.onnx` by ONNX Runtime and `decoder/` by the runtime's own decoder. Both
 decoders are computed one layer at a time, so that 7B parameters need the memory of one layer. Each study is a film,
 its prompt, and a findings text; the decoder is scored on the text, teacher-forced:
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from export import forward
-from export.calibration import embed
+from export.quantize.calibration import embed
+from export.source import forward
 from lite.artifact.parts import DecoderFidelity, Divergence, VisionFidelity
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.torch_engine.decoder import load_decoder
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.checkpoint import Checkpoint
+    from export.source.checkpoint import Checkpoint
     from export.studies import Study
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype, OnnxPart, Parts

@@ -93,7 +93,7 @@ class Nf4Weight:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Nf4Weight:
-        """Read a weight as `export.bnb.quantize_nf4` and transformers write it.
+        """Read a weight as `export.quantize.bnb.quantize_nf4` and transformers write it.
 
         Args:
             tensors: "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"
@@ -190,7 +190,7 @@ class Int8Weight:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Int8Weight:
-        """Read a weight as `export.bnb.quantize_int8` and transformers write it.
+        """Read a weight as `export.quantize.bnb.quantize_int8` and transformers write it.
 
         Args:
             tensors: "weight", "SCB" and perhaps "weight_format"; on one device. They are kept, not copied.

@@ -217,7 +217,7 @@ def test_packages_import_only_what_is_below_them(package: str) -> None:
         ("lite", "def load():\n    from export import checkpoint"),
         ("lite", "import importlib\nimportlib.import_module('benchmarks.phantom')"),
         ("export", "if True:\n    import benchmarks.phantom.film as film"),
-        ("benchmarks", "try:\n    from export.lora import merge\nexcept ImportError:\n    pass"),
+        ("benchmarks", "try:\n    from export.source.lora import merge\nexcept ImportError:\n    pass"),
         ("benchmarks", "import tests.conftest"),
     ],
 )

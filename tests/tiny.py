@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from export.gptq import Grid, round_to_nearest
+from export.quantize.gptq import Grid, round_to_nearest
 from kernels.gptq import to_tensors
 from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact, sha256_of

@@ -258,7 +258,7 @@ def onnx_prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize:
     work = round(_ONNX_HELD * chunk * widths * itemsize)
     if int8_cache and itemsize == ITEMSIZE["float32"]:
         # For the last chunk of a prompt: keys and values before it in float32, and once more while they are cast;
-        # those with what is new; and what is new, while it is rounded (see `export.int8_cache_graph`).
+        # those with what is new; and what is new, while it is rounded (see `export.write.int8_cache_graph`).
         past = (num_tokens - 1) // ONNX_CHUNK_SIZE * ONNX_CHUNK_SIZE
         work += (3 * past + 2 * num_tokens + 2 * chunk) * kv * itemsize
     return work + num_tokens * hidden * itemsize

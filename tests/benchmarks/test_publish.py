@@ -18,7 +18,7 @@ from benchmarks.phantom.publish import (
     split_lora,
     unfold_channel_scales,
 )
-from export import forward
+from export.source import forward
 from lite.config import DecoderConfig
 
 if TYPE_CHECKING:

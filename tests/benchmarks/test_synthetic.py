@@ -25,8 +25,8 @@ from benchmarks.phantom.report import write_findings
 from benchmarks.phantom.tokenizer import VOCAB_SIZE
 from benchmarks.speed import synthetic
 from benchmarks.speed.synthetic import Widths, main, make_tokenizer, write_checkpoint
-from export import forward
-from export.checkpoint import Checkpoint, adapter_shapes, base_shapes, open_checkpoint
+from export.source import forward
+from export.source.checkpoint import Checkpoint, adapter_shapes, base_shapes, open_checkpoint
 from lite.config import DecodingDefaults, PromptTemplate
 from lite.errors import LiteError
 from lite.prompt import PromptEncoder, Tokenizer

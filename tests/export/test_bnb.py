@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_llama, tiny_llama_config
 
 import kernels.reference
-from export.bnb import (
+from export.quantize.bnb import (
     BnbFormat,
     quantization_config,
     quantize_int8,
@@ -392,7 +392,7 @@ def test_on_a_cpu_nothing_needs_bitsandbytes(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from safetensors.torch import load_file
-import export.bnb
+import export.quantize.bnb
 from kernels.bnb import Int8Weight, Nf4Weight, int8_matmul, nf4_matmul
 print("bitsandbytes" in sys.modules)
 sys.modules["bitsandbytes"] = None

@@ -19,8 +19,8 @@ import torch
 from random_checkpoint import edit_json
 from safetensors.torch import save_file
 
-from export.checkpoint import base_shapes, open_checkpoint, trunk_shapes
-from export.tensors import load_pickle, open_tensors
+from export.source.checkpoint import base_shapes, open_checkpoint, trunk_shapes
+from export.source.tensors import load_pickle, open_tensors
 from lite.config import OPENAI_CLIP_MEAN
 from lite.errors import CheckpointError
 

@@ -16,8 +16,8 @@ from repository import ROOT
 from safetensors.torch import save_file
 from tiny import gptq_llama, random_llama, tiny_llama_config, tiny_manifest, tiny_onnx_part, tiny_parts
 
-from export.decoder_onnx import write_decoder_onnx
-from export.int8_cache_graph import write_int8_cache_graph
+from export.write.decoder_onnx import write_decoder_onnx
+from export.write.int8_cache_graph import write_int8_cache_graph
 from kernels.gptq import GptqWeight
 from lite.artifact.open import Artifact
 from lite.artifact.parts import DecoderPart
@@ -369,7 +369,7 @@ import sys
 from pathlib import Path
 from lite.config import DecoderConfig
 from lite.artifact.open import read_json_object
-import export.decoder_onnx as written
+import export.write.decoder_onnx as written
 folder = Path(sys.argv[1])
 config = DecoderConfig.from_hf(read_json_object(folder / "config.json"), where="config.json")
 files = sorted(folder.glob("*.safetensors"))

@@ -23,15 +23,15 @@ from safetensors.torch import load_file, save_file
 from tiny import cache_fidelity
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import export.checkpoint
 import export.pipeline
+import export.source.checkpoint
 import export.studies
-import export.vision_onnx
+import export.write.vision_onnx
 from export import ExportSettings, export_artifact, forward, verify
 from export.__main__ import main
-from export.checkpoint import open_checkpoint
-from export.decoder import DecoderFolder
+from export.source.checkpoint import open_checkpoint
 from export.studies import StudyReader
+from export.write.decoder import DecoderFolder
 from lite.artifact.open import load_artifact
 from lite.artifact.parts import CacheDtype, Divergence
 from lite.engines.torch_engine.decoder import load_decoder
@@ -39,7 +39,7 @@ from lite.errors import ArtifactError, BackendUnavailable, CheckpointError
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from export.checkpoint import Checkpoint
+    from export.source.checkpoint import Checkpoint
     from lite.artifact.open import Artifact
 
 
@@ -265,14 +265,14 @@ def _fails(folders: tuple[Path, Path], out: Path, match: str) -> None:
 def test_a_wrong_merge_fails_and_leaves_nothing(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    right = export.checkpoint.merge
+    right = export.source.checkpoint.merge
 
     def wrong(weight: torch.Tensor, pair: Any) -> torch.Tensor:
         if pair is None:
             return right(weight, pair)
         return weight.float() + factor * (right(weight, pair) - weight.float())
 
-    monkeypatch.setattr(export.checkpoint, "merge", wrong)
+    monkeypatch.setattr(export.source.checkpoint, "merge", wrong)
     _fails(folders, tmp_path / "artifact", "parity of decoder fp16: got mean KL")
 
 
@@ -280,10 +280,10 @@ def test_a_wrong_merge_fails_and_leaves_nothing(
 def test_a_wrong_tower_fails_and_leaves_nothing(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    graph = export.vision_onnx._Graph
+    graph = export.write.vision_onnx._Graph
     right = graph.source
     if fault == "eps":
-        monkeypatch.setattr(export.vision_onnx, "LAYER_NORM_EPS", 1e-2)
+        monkeypatch.setattr(export.write.vision_onnx, "LAYER_NORM_EPS", 1e-2)
     else:
         part = {"layer scale": "ls2.gamma", "position": "pos_embed"}[fault]
         monkeypatch.setattr(graph, "source", lambda self, name: right(self, name) * (1 - 0.05 * (part in name)))
@@ -391,10 +391,10 @@ def test_a_source_that_cannot_be_read_is_named_and_no_full_disk_is_blamed(
 def test_a_graph_that_onnx_refuses_is_an_error_of_ours(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    graph = export.vision_onnx._Graph
+    graph = export.write.vision_onnx._Graph
     right = graph.constant
     if fault == "operator":
-        monkeypatch.setattr(export.vision_onnx, "OPSET", 17)  # from before Gelu
+        monkeypatch.setattr(export.write.vision_onnx, "OPSET", 17)  # from before Gelu
 
     def turned(self: Any, name: str, values: np.ndarray[Any, Any]) -> str:
         return right(self, name, values.T if fault == "shape" and "fc1.weight" in name else values)

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from export import gptq as module
-from export.folding import fold
-from export.gptq import Grid, Hessian, Options, gptq, relative_error, round_to_nearest
+from export.quantize import gptq as module
+from export.quantize.folding import fold
+from export.quantize.gptq import Grid, Hessian, Options, gptq, relative_error, round_to_nearest
 from lite.errors import CheckpointError
 
 INPUTS, OUTPUTS = 128, 24

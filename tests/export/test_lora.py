@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from export.lora import AdapterConfig, LoraPair, merge
+from export.source.lora import AdapterConfig, LoraPair, merge
 from lite.errors import CheckpointError
 
 PLAIN: dict[str, Any] = {

@@ -25,18 +25,18 @@ from repository import ROOT
 from safetensors.torch import load_file
 from unpacked import unpacked
 
-import export.calibration
-import export.layerwise
 import export.pipeline
-import export.work
+import export.quantize.calibration
+import export.quantize.layerwise
+import export.write.work
 import lite
 from export import ExportSettings, GptqSettings, TokenWeights, export_artifact
 from export.__main__ import main
-from export.calibration import HiddenStates, token_weights
-from export.checkpoint import open_checkpoint
-from export.decoder import DecoderFolder
+from export.quantize.calibration import HiddenStates, token_weights
 from export.settings import DEFAULTS
+from export.source.checkpoint import open_checkpoint
 from export.studies import Study
+from export.write.decoder import DecoderFolder
 from lite.__main__ import main as lite_main
 from lite.artifact.open import load_artifact
 from lite.errors import ArtifactError, BackendUnavailable, CheckpointError, ImageError
@@ -279,7 +279,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int
     ("owner", "name", "call", "finished"),
     [
         (DecoderFolder, "write", 1, 1),  # the first layer is rounded, and not yet written
-        (export.layerwise.LayerQuantizer, "quantize", 1, 2),
+        (export.quantize.layerwise.LayerQuantizer, "quantize", 1, 2),
         (HiddenStates, "write", 40, 2),  # in the middle of the second layer
         (DecoderFolder, "write", 3, 3),
         (export.pipeline.verify, "measure", 0, 4),
@@ -430,7 +430,7 @@ def test_going_on_does_not_write_into_an_artifact_that_shares_its_files(
 ) -> None:
     """Killed after the artifact is in place and before the folder is gone, the two hold the same files."""
     out, settings = tmp_path / "artifact", settings_for(listed)
-    with stopped_at(monkeypatch, export.work.shutil, "rmtree", 0):
+    with stopped_at(monkeypatch, export.write.work.shutil, "rmtree", 0):
         export_artifact(*folders, out, settings)
     first = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     work = tmp_path / ".artifact.export" / "decoder" / "config.json"
@@ -484,7 +484,7 @@ def test_a_gpu_that_is_too_small_is_an_error_that_says_what_to_do(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    monkeypatch.setattr(export.layerwise, "gptq", full)
+    monkeypatch.setattr(export.quantize.layerwise, "gptq", full)
     with pytest.raises(BackendUnavailable, match=r"CUDA out of memory.*repeat the command.*--device cpu"):
         export_artifact(*folders, tmp_path / "artifact", settings_for(listed))
     assert (tmp_path / ".artifact.export").is_dir()
@@ -576,14 +576,14 @@ def test_a_group_size_that_does_not_fit_is_refused_before_the_work(
 def test_a_non_finite_layer_is_named(
     folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = export.layerwise.forward.attended
+    right = export.quantize.layerwise.forward.attended
 
     def poisoned(*args: Any) -> torch.Tensor:
         out = right(*args)
         out[0, 0] = float("nan")
         return out
 
-    monkeypatch.setattr(export.layerwise.forward, "attended", poisoned)
+    monkeypatch.setattr(export.quantize.layerwise.forward, "attended", poisoned)
     for fold_scales in (True, False):
         fails(
             folders,
@@ -779,13 +779,13 @@ def test_calibration_sees_what_the_runtime_will_see(
 ) -> None:
     """The decoder's inputs are spliced from the exported tower's features, as the runtime splices them."""
     seen: list[torch.Tensor] = []
-    right = export.calibration.embed
+    right = export.quantize.calibration.embed
 
     def watch(*args: Any) -> torch.Tensor:
         seen.append(right(*args))
         return seen[-1]
 
-    monkeypatch.setattr(export.calibration, "embed", watch)
+    monkeypatch.setattr(export.quantize.calibration, "embed", watch)
     settings = dataclasses.replace(settings_for(listed), vision_format="fp16")
     artifact = export_artifact(*folders, tmp_path / "artifact", settings)
     model = lite.load(artifact.path, device="cpu")

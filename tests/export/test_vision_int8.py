@@ -13,12 +13,12 @@ from PIL import Image
 from repository import CHECKPOINT
 from tiny import TINY_TOWER, tiny_parts
 
-import export.vision_onnx
+import export.write.vision_onnx
 from benchmarks.phantom.film import draw_film
 from benchmarks.phantom.findings import sample_study
-from export import forward
-from export.checkpoint import TowerConfig, open_checkpoint
-from export.vision_onnx import build_vision_onnx, quantise_linear, rotate_residual, write_vision_onnx
+from export.source import forward
+from export.source.checkpoint import TowerConfig, open_checkpoint
+from export.write.vision_onnx import build_vision_onnx, quantise_linear, rotate_residual, write_vision_onnx
 from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact
 from lite.artifact.parts import VisionPart
@@ -163,7 +163,7 @@ def test_rotation_is_worth_it(
     tensors, tower, films = demo
     expected = _source(tensors, tower, films)
     rotated = _relative_rms(expected, VisionEncoder(_artifact(tmp_path, tensors, tower))(films))
-    monkeypatch.setattr(export.vision_onnx, "rotate_residual", lambda tensors, _: tensors)
+    monkeypatch.setattr(export.write.vision_onnx, "rotate_residual", lambda tensors, _: tensors)
     plain = _relative_rms(expected, VisionEncoder(_artifact(tmp_path, tensors, tower))(films))
     # 1.19 on a CPU with VNNI; more where pairs of products are summed in 16 bits.
     assert plain > 1.1 * rotated
@@ -180,7 +180,7 @@ def test_rotation_changes_nothing_but_the_basis(tensors: dict[str, Tensor], film
 
 def test_rotation_is_orthogonal_and_keeps_the_mean() -> None:
     for dim in (64, 192, 768):
-        q = export.vision_onnx._rotation(dim)
+        q = export.write.vision_onnx._rotation(dim)
         np.testing.assert_allclose(q @ q.T, np.eye(dim), atol=1e-12)
         np.testing.assert_allclose(q.sum(0), 1, atol=1e-12)
         assert np.abs(q).max() < 6 * dim**-0.5
@@ -218,7 +218,7 @@ def _product(weight: Array, *, after_gelu: bool, until_cast: bool = False) -> An
     """One integer product as a graph of its own, run by ONNX Runtime: x [B,T,K] -> y [B,T,N], or what is cast to u."""
     import onnxruntime
 
-    graph = export.vision_onnx._Graph({}, "int8")
+    graph = export.write.vision_onnx._Graph({}, "int8")
     product = graph.integer_product("x", "linear", weight, after_gelu=after_gelu)
     outputs, inputs = weight.shape
     if until_cast:
@@ -229,8 +229,8 @@ def _product(weight: Array, *, after_gelu: bool, until_cast: bool = False) -> An
         for name, width in (("x", inputs), ("y", outputs))
     ]
     proto = helper.make_graph(graph.nodes, "g", ends[:1], ends[1:], list(graph.constants.values()))
-    opset = helper.make_opsetid("", export.vision_onnx.OPSET)
-    model = helper.make_model(proto, opset_imports=[opset], ir_version=export.vision_onnx.IR_VERSION)
+    opset = helper.make_opsetid("", export.write.vision_onnx.OPSET)
+    model = helper.make_model(proto, opset_imports=[opset], ir_version=export.write.vision_onnx.IR_VERSION)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x})[0]
 
@@ -259,7 +259,7 @@ def test_integer_product_is_exact_up_to_rounding(after_gelu: bool) -> None:
 
 def test_gelu_is_never_below_its_bound() -> None:
     smallest = float(torch.nn.functional.gelu(torch.linspace(-10, 10, 200001, dtype=torch.float64)).min())
-    assert -0.001 < export.vision_onnx.GELU_MIN - smallest < 0
+    assert -0.001 < export.write.vision_onnx.GELU_MIN - smallest < 0
 
 
 def test_tokens_of_zeros_stay_zero() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from export.gptq import Grid, round_to_nearest
+from export.quantize.gptq import Grid, round_to_nearest
 from kernels.bnb import Int8Weight, Nf4Weight, int8_dequantize, nf4_dequantize
 from kernels.gptq import GptqWeight, to_tensors
 from kernels.quant_matmul import QuantWeight
@@ -42,7 +42,7 @@ def gptq_values(tensors: Tensors, bits: int) -> torch.Tensor:
 
 def bnb(weight: torch.Tensor, decoder_format: str) -> Tensors:
     pytest.importorskip("bitsandbytes")
-    from export.bnb import quantize_int8, quantize_nf4
+    from export.quantize.bnb import quantize_int8, quantize_nf4
 
     return (quantize_nf4 if decoder_format == "bnb-nf4" else quantize_int8)(weight)
 

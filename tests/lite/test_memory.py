@@ -114,7 +114,7 @@ def test_every_format_is_counted_to_the_byte(stored: str, lm_head_bits: int | No
 
 def random_tensors(shape: tuple[int, int], linear: Linear) -> dict[str, torch.Tensor]:
     """A weight of a linear's format."""
-    from export.bnb import quantize_int8, quantize_nf4
+    from export.quantize.bnb import quantize_int8, quantize_nf4
     from kernels.gptq import to_tensors
 
     weight = torch.randn(shape)

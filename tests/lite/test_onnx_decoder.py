@@ -661,7 +661,7 @@ def test_a_full_disk_leaves_everything_and_is_told_in_words(
     def full(*arguments: Any, **settings: Any) -> None:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr("export.onnx_part.write_int8_cache_graph", full)
+    monkeypatch.setattr("export.write.onnx_part.write_int8_cache_graph", full)
     before, beside = load_artifact(own_gptq_artifact), siblings(own_gptq_artifact)
     assert export_main(["onnx", str(own_gptq_artifact), *QUICK]) == 1
     assert capsys.readouterr().err.startswith(f"error: {own_gptq_artifact}: {said}")

@@ -4,9 +4,9 @@
     image_features ──────────────────────────────┴─▶ decoder.onnx ────────┤
                                 past_key_values ─▶ (one buffer) ◀─ present┘
 
-`export.decoder_onnx` draws the graph, and `export.int8_cache_graph` the one with an int8 cache. Keys and values lie in
-buffers of this module's, of which the graph is told the addresses (IO binding): it writes what is new into them, and
-nothing is copied from one token to the next.
+`export.write.decoder_onnx` draws the graph, and `export.write.int8_cache_graph` the one with an int8 cache. Keys and
+values lie in buffers of this module's, of which the graph is told the addresses (IO binding): it writes what is new
+into them, and nothing is copied from one token to the next.
 
 A prompt goes through a chunk at a time, which bounds the memory of activations.
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 PREFILL_INPUT: Final = "is_prefill"
-"""Of a graph with an int8 cache that computes in float32: whether a prompt is read (see `export.int8_cache_graph`)."""
+"""Of a graph in float32 with an int8 cache: whether a prompt is read (see `export.write.int8_cache_graph`)."""
 NOT_FINITE: Final = -1
 """In the place of a token whose logits are not finite."""
 _OLDEST: Final = (1, 22), "8-bit MatMulNBits"

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.checkpoint import Checkpoint
     from export.settings import GptqSettings
+    from export.source.checkpoint import Checkpoint
     from lite.artifact.manifest import Manifest
 
 MAX_FINDINGS_TOKENS: Final = 256

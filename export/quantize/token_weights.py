@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn import functional
 
-from export import forward
-from export.calibration import HiddenStates, start_states, token_weights
-from export.layerwise import LayerQuantizer
+from export.quantize.calibration import HiddenStates, start_states, token_weights
+from export.quantize.layerwise import LayerQuantizer
 from export.settings import TokenWeights
+from export.source import forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.calibration import CalibrationStudies
-    from export.checkpoint import Checkpoint
+    from export.quantize.calibration import CalibrationStudies
     from export.settings import ExportSettings
+    from export.source.checkpoint import Checkpoint
     from export.studies import Study
 
 CANDIDATES: Final = tuple(

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from export.lora import LoraPair
+from export.source.lora import LoraPair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from export.checkpoint import SourceLayer, TowerConfig
+    from export.source.checkpoint import SourceLayer, TowerConfig
     from lite.config import DecoderConfig
 
     Linear = Callable[[str, Tensor], Tensor]

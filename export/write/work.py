@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
-from export.decoder import DecoderFolder, PartReport
 from export.durable import write_whole
+from export.write.decoder import DecoderFolder, PartReport
 from lite.errors import ArtifactError, CheckpointError
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from export import forward
-from export.decoder import grid_of, require_float16
-from export.folding import fold
-from export.gptq import Hessian, Options, Quantized, gptq, relative_error
+from export.quantize.folding import fold
+from export.quantize.gptq import Hessian, Options, Quantized, gptq, relative_error
+from export.source import forward
+from export.write.decoder import grid_of, require_float16
 from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.calibration import HiddenStates
-    from export.gptq import Grid
+    from export.quantize.calibration import HiddenStates
+    from export.quantize.gptq import Grid
     from export.settings import ExportSettings
     from lite.config import DecoderConfig
 

@@ -16,12 +16,19 @@ from typing import TYPE_CHECKING, Any, Final
 from tqdm import tqdm
 
 from export import verify
-from export.cache_scales import find_cache_scales
-from export.decoder_onnx import ACCURACY_LEVEL, DATA_NAME, EMBEDDINGS_NAME, GRAPH_NAME, require_gptq, write_decoder_onnx
 from export.durable import disk_errors_explained
-from export.int8_cache_graph import INT8_CACHE_GRAPH_NAME, write_int8_cache_graph
 from export.settings import DEFAULTS
 from export.studies import Study, StudyReader, sha256_of_studies
+from export.write.cache_scales import find_cache_scales
+from export.write.decoder_onnx import (
+    ACCURACY_LEVEL,
+    DATA_NAME,
+    EMBEDDINGS_NAME,
+    GRAPH_NAME,
+    require_gptq,
+    write_decoder_onnx,
+)
+from export.write.int8_cache_graph import INT8_CACHE_GRAPH_NAME, write_int8_cache_graph
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import Int8CacheGraph, OnnxFloat, OnnxPart, unhashed
 from lite.artifact.write import staged_artifact

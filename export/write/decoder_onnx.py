@@ -21,7 +21,7 @@ linear at a time: the memory it takes is that of the largest.
   that is a quarter, as of a 7B model's, a third of what is left to do.
 - The head is 8-bit: as `decoder/` has it, or rounded to nearest if it is 16-bit there.
 
-`export.int8_cache_graph` writes the second graph, whose cache is int8.
+`export.write.int8_cache_graph` writes the second graph, whose cache is int8.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ import torch
 from onnx import TensorProto, helper
 from safetensors import safe_open
 
-from export.decoder import HEAD, HEAD_BITS
-from export.gptq import Grid, round_to_nearest
+from export.quantize.gptq import Grid, round_to_nearest
+from export.write.decoder import HEAD, HEAD_BITS
 from kernels.gptq import TENSORS, GptqWeight
 from kernels.packing import to_blocks
 from kernels.reference import rotary_table

@@ -1,6 +1,6 @@
 """`decoder.int8_cache.onnx`: the graph of `decoder.onnx` once more, its keys and values in int8.
 
-A step of a channel stands for a scale of its own, which `export.cache_scales` has found on studies. While tokens are
+A step of a channel stands for a scale of its own, which `export.write.cache_scales` finds on studies. While tokens are
 decoded, GroupQueryAttention computes with the integers: a quarter of float32's bytes, and bytes are what a token costs.
 While a prompt is read, arithmetic is what costs, and there its kernel for integers takes 2.5 times as long as that for
 float32. So on a CPU each layer has two ways, and `is_prefill` says which is taken:
@@ -22,8 +22,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.cache_scales import STEPS
-from export.decoder_onnx import GRAPH_NAME
+from export.write.cache_scales import STEPS
+from export.write.decoder_onnx import GRAPH_NAME
 from lite.engines.onnx_engine.decoder import PREFILL_INPUT
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from safetensors.torch import save
 
-from export.bnb import quantization_config as bnb_quantization_config
-from export.bnb import quantize_int8, quantize_nf4
 from export.durable import write_whole
-from export.gptq import FIRST_DAMPING, Grid, Quantized, round_to_nearest
-from export.lora import LINEARS
+from export.quantize.bnb import quantization_config as bnb_quantization_config
+from export.quantize.bnb import quantize_int8, quantize_nf4
+from export.quantize.gptq import FIRST_DAMPING, Grid, Quantized, round_to_nearest
+from export.source.lora import LINEARS
 from kernels.gptq import to_tensors
 from kernels.packing import pack_factor
 from lite.errors import CheckpointError
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.checkpoint import Checkpoint
     from export.settings import ExportSettings
+    from export.source.checkpoint import Checkpoint
     from lite.config import DecoderConfig, DecodingDefaults
 
 CONFIG_NAME: Final = "decoder/config.json"

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from export.gptq import round_to_nearest
+from export.quantize.gptq import round_to_nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from export.gptq import Grid
+    from export.quantize.gptq import Grid
 
 ALPHAS: Final = tuple(step / 10 for step in range(11))
 SAMPLE_ROWS: Final = 512

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from export.lora import LINEARS, AdapterConfig, LoraPair, merge
-from export.tensors import TensorFiles, entries_of, load_pickle, open_tensors, plain_file_name, read_json
+from export.source.lora import LINEARS, AdapterConfig, LoraPair, merge
+from export.source.tensors import TensorFiles, entries_of, load_pickle, open_tensors, plain_file_name, read_json
 from lite.config import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, DecoderConfig, DecodingDefaults, Preprocessing
 from lite.errors import ArtifactError, CheckpointError
 

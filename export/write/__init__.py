@@ -1,0 +1,1 @@
+"""What an export writes: decoder/, vision.onnx, decoder.onnx, and the folder it works in."""
