@@ -45,7 +45,7 @@ def shared(name: str, make: Callable[[Path], Artifact], *settings: object) -> It
     """Yield the artifact that `make` exports once, and fail if a test has changed it."""
     artifact = exported(name, make, *settings)
     yield artifact
-    check_unchanged(artifact.path)
+    check_unchanged(artifact.path.parent)
 
 
 @pytest.fixture(scope="session")

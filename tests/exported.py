@@ -87,5 +87,10 @@ def export_demo_gptq(out: Path, decoder_format: Any, calibration: Path, **gptq: 
 
 
 def exported(name: str, make: Callable[[Path], Artifact], *settings: object) -> Artifact:
-    """Return the artifact that `make(out)` exports."""
-    return load_artifact(made_once(name, make, *settings))
+    """Return the artifact that `make(out)` exports, in a folder called as most are."""
+
+    def write(out: Path) -> None:
+        out.mkdir()
+        make(out / "artifact")
+
+    return load_artifact(made_once(name, write, *settings) / "artifact")
