@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 
 from benchmarks.phantom.publish import publish, random_weights
-from benchmarks.speed.synthetic import Widths
+from benchmarks.speed.weights import Shapes
 from lite.config import PromptTemplate
 
 if TYPE_CHECKING:
@@ -26,10 +26,11 @@ SCALE_SIGMA = 0.6
 SEED = 5
 LAYERS = 2
 # Widths of a small synthetic checkpoint.
-SMALL = Widths(
+SMALL = Shapes(
     hidden_size=256,
     intermediate_size=688,
     num_attention_heads=4,
+    num_key_value_heads=4,
     vocab_size=1200,
     max_position_embeddings=512,
     lora_rank=8,

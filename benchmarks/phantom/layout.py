@@ -9,7 +9,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,6 +117,8 @@ def tower_config_json(image_size: int) -> dict[str, Any]:
 
 def training_checkpoint(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
     """Dress the trunk as an open_clip training checkpoint: text tower, logit scale, optimizer, numpy scalars."""
+    import torch  # the peers' own environment, which needs the small files, has none
+
     dim = int(trunk["cls_token"].shape[-1])
     state = {f"module.visual.trunk.{name}": tensor for name, tensor in trunk.items()}
     text = "module.text.transformer"

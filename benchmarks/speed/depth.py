@@ -2,83 +2,40 @@
 
 The real model does not fit every machine, and its weights are not here. So checkpoints of its widths with random
 weights are written at several depths, exported by the exporter's command and measured by `python -m lite.bench`, each
-as a user would do it. Decoder layers are all alike: what they take grows by the same for each, and a straight line
-through the depths says what 32 take:
-
-    figure(layers) = rest + layers × each
-
-From three depths on, the deepest is also foretold from the others, and by how much that misses is printed: a line that
-does not hold is seen. Every figure at 32 layers is computed, not measured, and is printed with a "~".
+as a user would do it. From three depths on, the deepest is also foretold from the others, and by how much that misses
+is printed: a line that does not hold is seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from sys import executable
 from typing import Any, Final
 
-import numpy as np
-
 from benchmarks.exports import measured_run
+from benchmarks.speed.harness import NONE, Record, Report, run_main, shown
+from benchmarks.speed.line import REAL_LAYERS, fit
 from benchmarks.speed.synthetic import MAX_LAYERS, NAME, write_checkpoint
-from lite.bench.machine import machine, versions
-from lite.bench.table import markdown_table
-from lite.console import positive
-from lite.errors import LiteError
+from lite.console import positive, say
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 NUM_STUDIES: Final = 2
 DECODERS: Final = ("fp16", "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantity:
-    """A figure of a bench's row, in the unit it is printed in."""
-
-    name: str
-    read: Callable[[dict[str, Any]], float]
-
-
-QUANTITIES: Final = (
-    Quantity(name="artifact, GB", read=lambda row: row["disk_bytes"] / 1e9),
-    Quantity(name="decoder in memory, GB", read=lambda row: row["plan"]["decoder_bytes"] / 1e9),
-    Quantity(name="load, s", read=lambda row: row["load_s"]),
-    Quantity(name="vision, s", read=lambda row: row["latency"]["vision"]["p50"]),
-    Quantity(name="prefill, s", read=lambda row: row["latency"]["prefill"]["p50"]),
-    Quantity(name="decode, ms/token", read=lambda row: 1e3 * row["latency"]["decode_token"]["p50"]),
-    Quantity(name="peak memory, GB", read=lambda row: row["memory"]["decode_bytes"] / 1e9),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A figure as a straight line over the depth."""
-
-    rest: float
-    each: float
-    missed: float | None  # by how much the line through the other depths misses the deepest, as a fraction of it
-
-    def at(self, layers: int) -> float:
-        """Return the figure at a depth."""
-        return self.rest + layers * self.each
-
-
-def fit(layers: Sequence[int], values: Sequence[float]) -> Line:
-    """Put a straight line through figures at two depths or more, the deepest last."""
-    each, rest = np.polyfit(layers, values, 1)
-    missed = None
-    if len(layers) > 2:
-        other_each, other_rest = np.polyfit(layers[:-1], values[:-1], 1)
-        missed = float((other_rest + layers[-1] * other_each) / values[-1] - 1)
-    return Line(rest=float(rest), each=float(each), missed=missed)
+QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
+    "artifact, GB": lambda row: row["disk_bytes"] / 1e9,
+    "decoder in memory, GB": lambda row: row["plan"]["decoder_bytes"] / 1e9,
+    "load, s": lambda row: row["load_s"],
+    "vision, s": lambda row: row["latency"]["vision"]["p50"],
+    "prefill, s": lambda row: row["latency"]["prefill"]["p50"],
+    "decode, ms/token": lambda row: 1e3 * row["latency"]["decode_token"]["p50"],
+    "peak memory, GB": lambda row: row["memory"]["decode_bytes"] / 1e9,
+}
+"""Figures of a bench's row, in the units that they are printed in."""
 
 
 def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -88,15 +45,15 @@ def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dic
         LiteError: a step failed; its last words are the message.
     """
     checkpoint, artifact, figures = folder / "checkpoint", folder / "artifact", folder / "bench.json"
-    write_checkpoint(checkpoint, layers=layers, studies=NUM_STUDIES, even=True)
-    export = [sys.executable, "-m", "export", "--checkpoint", checkpoint / NAME, "--base", checkpoint / "base"]
+    write_checkpoint(checkpoint, layers=layers, studies=NUM_STUDIES)
+    export = [executable, "-m", "export", "--checkpoint", checkpoint / NAME, "--base", checkpoint / "base"]
     export += ["--out", artifact, "--decoder", options.decoder, "--vision", options.vision]
     export += ["--verify-studies", "1", "--quiet"]
     if options.engine == "onnx":
         export += ["--engine", "onnx"]
     if options.decoder.startswith("gptq"):
         export += ["--method", "rtn"]  # bytes and time are those of any other way of rounding
-    bench = [sys.executable, "-m", "lite.bench", artifact, "--data", checkpoint / "studies" / "studies.json"]
+    bench = [executable, "-m", "lite.bench", artifact, "--data", checkpoint / "studies" / "studies.json"]
     bench += ["--runs", options.runs, "--max-new-tokens", options.new_tokens, "--batch-sizes", "1"]
     bench += ["--engine", options.engine, "--device", options.device, "--json", figures]
     try:
@@ -109,27 +66,26 @@ def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dic
     return row
 
 
-def format_table(rows: dict[int, dict[str, Any]]) -> str:
-    """Return the measured figures by depth, and what the line through them says of `MAX_LAYERS` layers."""
-    depths = sorted(rows)
-    header = ["", *(f"{depth} layer{'s' * (depth > 1)}" for depth in depths)]
-    header += ["each layer", "the rest", f"{MAX_LAYERS} layers, computed", "the deepest foretold"]
-    cells = []
-    for quantity in QUANTITIES:
-        values = [quantity.read(rows[depth]) for depth in depths]
+def report_of(rows: dict[int, dict[str, Any]]) -> Report:
+    """Return the measured figures by depth, and what the line through them says of the real depth."""
+    report, depths = Report(title=f"{REAL_LAYERS} layers, computed from fewer"), sorted(rows)
+    report.notes.append("~ computed from the line through the depths, not measured.")
+    report.figures |= {"kind": "computed", "benches": {str(depth): row for depth, row in rows.items()}, "lines": {}}
+    for name, read in QUANTITIES.items():
+        values = [read(rows[depth]) for depth in depths]
         line = fit(depths, values)
-        missed = "–" if line.missed is None else f"{line.missed:+.1%}"
-        cells.append(
-            (
-                quantity.name,
-                *(f"{value:.4g}" for value in values),
-                f"{line.each:.3g}",
-                f"{line.rest:.3g}",
-                f"~{line.at(MAX_LAYERS):.4g}",
-                missed,
-            )
+        report.figures["lines"][name] = asdict(line) | {str(REAL_LAYERS): line.at(REAL_LAYERS)}
+        report.lines.append(
+            {
+                "": name,
+                **{f"{depth} layers": shown(value) for depth, value in zip(depths, values, strict=True)},
+                "each layer": shown(line.each),
+                "the rest": shown(line.rest),
+                f"{REAL_LAYERS} layers, computed": f"~{shown(line.at(REAL_LAYERS))}",
+                "the deepest foretold": NONE if line.missed is None else f"{line.missed:+.1%}",
+            }
         )
-    return markdown_table(header, cells)
+    return report
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,69 +94,33 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure random weights of the real widths at a few depths; compute what all layers take.",
         epilog="exit status: 0 done, 1 it failed, 2 wrong use, 130 interrupted.",
     )
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[1, 2, 4], metavar="N", choices=range(1, MAX_LAYERS + 1),
-        help="decoder layers, two depths or more (default: 1 2 4)",
-    )  # fmt: skip
-    parser.add_argument("--decoder", choices=DECODERS, default="gptq-int4", help="its format (default: %(default)s)")
-    parser.add_argument("--engine", choices=("torch", "onnx"), default="torch", help="onnx: of GPTQ (%(default)s)")
-    parser.add_argument("--vision", choices=("fp32", "fp16", "int8"), default="fp32", help="the tower's (fp32)")
-    parser.add_argument(
-        "--runs", type=positive, default=4, metavar="N", help="studies of each depth (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=positive, default=16, metavar="N", help="tokens of a text (default: %(default)s)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the lines as JSON")
+    add, depths = parser.add_argument, range(1, MAX_LAYERS + 1)
+    add("--layers", type=int, nargs="+", default=[1, 2, 4], metavar="N", choices=depths, help="2 or more (1 2 4)")
+    add("--decoder", choices=DECODERS, default="gptq-int4", help="its format (default: %(default)s)")
+    add("--engine", choices=("torch", "onnx"), default="torch", help="onnx: of GPTQ (default: %(default)s)")
+    add("--vision", choices=("fp32", "fp16", "int8"), default="fp32", help="the tower's (default: %(default)s)")
+    add("--runs", type=positive, default=4, metavar="N", help="studies of each depth (default: %(default)s)")
+    add("--new-tokens", type=positive, default=16, metavar="N", help="tokens of a text (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write the rows and the lines as JSON")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    depths = sorted(set(arguments.layers))
-    if len(depths) < 2:
-        parser.error("got one depth, expected two or more: one point gives no line")
-    rows: dict[int, dict[str, Any]] = {}
-    try:
-        with tempfile.TemporaryDirectory(prefix="full-depth-") as folder:
+
+    def run(arguments: argparse.Namespace, record: Record) -> int:
+        depths = sorted(set(arguments.layers))
+        if len(depths) < 2:
+            parser.error("got one depth, expected two or more: one point gives no line")
+        rows: dict[int, dict[str, Any]] = {}
+        with tempfile.TemporaryDirectory(prefix="depth-") as folder:
             for depth in depths:
-                sys.stderr.write(f"{depth} layer{'s' * (depth > 1)} ...\n")
+                say(f"{depth} layers …")
                 rows[depth] = measure_depth(Path(folder), depth, arguments)
-    except (LiteError, subprocess.SubprocessError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    given = sys.argv[1:] if argv is None else argv
-    sys.stdout.write(f"{format_table(rows)}\n\n")
-    sys.stdout.write("~ computed from the line through the depths, not measured.\n")
-    sys.stdout.write(f"- Machine: {machine()}.\n")
-    sys.stdout.write(f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}.\n")
-    sys.stdout.write(f"- Command: `{shlex.join(['python', '-m', 'benchmarks', 'full-depth', *given])}`.\n")
-    if arguments.json is not None:
-        lines = {
-            quantity.name: fit(depths, [quantity.read(rows[depth]) for depth in depths]) for quantity in QUANTITIES
-        }
-        document = {
-            "rows": {str(depth): row for depth, row in rows.items()},
-            "kind": "computed",
-            "lines": {
-                name: {
-                    "rest": line.rest,
-                    "each": line.each,
-                    "missed": line.missed,
-                    str(MAX_LAYERS): line.at(MAX_LAYERS),
-                }
-                for name, line in lines.items()
-            },
-        }
-        arguments.json.write_text(f"{json.dumps(document, indent=1)}\n", encoding="utf-8")
-    return 0
+        record.begin()
+        record.add("depth", report_of(rows))
+        return record.end()
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_main(parser, argv, run)

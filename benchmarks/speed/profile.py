@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,18 +23,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.speed.engine import Rows, random_prompt
+from benchmarks.speed.harness import Record, Report, run_main, shown
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import OnnxPart
-from lite.bench.machine import machine, streaming_read_bandwidth, versions
-from lite.bench.table import markdown_table, to_json
-from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.console import positive, run_command
+from lite.bench.machine import streaming_read_bandwidth
+from lite.config import DecoderConfig
+from lite.console import positive
 from lite.engines.choose import choose_engine
 from lite.engines.cores import available_cores
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.onnx_session import CPU, import_onnxruntime
 from lite.errors import LiteError
-from lite.files import write_whole
 from lite.memory.counts import cache_bytes_per_token, onnx_linear_bytes, onnx_linear_shapes
 
 PROMPT_TOKENS: Final = 1472  # an image of 1369 patches and a question, as in `peers`
@@ -119,13 +117,13 @@ def profile_decoder(artifact: Artifact, *, cache_dtype: Any, num_prompt_tokens: 
 
 
 def _draft(decoder: OnnxDecoder, num_prompt_tokens: int, num_new_tokens: int) -> None:
-    rng = np.random.default_rng(0)
-    image = rng.standard_normal((num_prompt_tokens - 1, decoder.config.hidden_size), dtype=np.float32)
-    cache = decoder.new_cache(1, num_prompt_tokens + num_new_tokens)
+    rows = Rows(decoder, 1, num_prompt_tokens + num_new_tokens)
+    prompt = random_prompt(decoder.config, num_prompt_tokens)
     for _ in range(2):
-        decoder.prefill([1, IMAGE_TOKEN_ID], image, cache)
-    for token_id in rng.integers(decoder.config.vocab_size, size=num_new_tokens).tolist():
-        decoder.decode_one_token(cache, [token_id])
+        rows.read(prompt)
+    for _ in range(num_new_tokens):
+        rows.decode()
+        rows.wait()
 
 
 def int8_rate() -> float:
@@ -247,41 +245,27 @@ class _Counts:
 # -- Command line ----------------------------------------------------------------------------------------------------
 
 
-def format_profile(profile: Profile) -> str:
-    """Return the two phases as markdown tables, and the limits."""
-    prefill = markdown_table(
-        ("prefill", "calls", "ms", "of all", "GOP/s", "of int8 products"),
-        [
-            (*_cells(part, profile.prefill), *_rate(part.operations, part.seconds, profile.int8_rate))
-            for part in profile.prefill.parts
-        ],
-    )
-    decode = markdown_table(
-        ("decode, a token", "calls", "ms", "of all", "GB/s", "of bandwidth"),
-        [
-            (*_cells(part, profile.decode), *_rate(part.bytes_read, part.seconds, profile.bandwidth))
-            for part in profile.decode.parts
-        ],
-    )
-    read = sum(part.bytes_read or 0 for part in profile.decode.parts)
-    computed = sum(part.operations or 0 for part in profile.prefill.parts)
-    summary = (
-        f"{profile.num_prompt_tokens} tokens, cache {profile.cache_dtype}: prefill {profile.prefill.seconds:.3g} s, "
-        f"{computed / profile.prefill.seconds / 1e9:.0f} GOP/s in all, of {profile.int8_rate / 1e9:.0f} that int8 "
-        f"products reach; a token {1e3 * profile.decode.seconds:.3g} ms, {read / profile.decode.seconds / 1e9:.1f} "
-        f"GB/s in all, of {profile.bandwidth / 1e9:.1f} that a streaming read reaches."
-    )
-    return f"{summary}\n\n{prefill}\n\n{decode}"
-
-
-def _cells(part: Part, phase: Phase) -> tuple[str, str, str, str]:
-    return part.name, str(part.calls or ""), f"{1e3 * part.seconds:.2f}", f"{part.seconds / phase.seconds:.1%}"
-
-
-def _rate(amount: int | None, seconds: float, limit: float) -> tuple[str, str]:
-    if amount is None or not seconds:
-        return "", ""
-    return f"{amount / seconds / 1e9:.1f}", f"{amount / seconds / limit:.0%}"
+def reports(profile: Profile) -> dict[str, Report]:
+    """Return the two phases beside the limits of each."""
+    found = {}
+    limits = {
+        "prefill": ("GOP/s", "of int8 products", profile.int8_rate, "operations"),
+        "decode": ("GB/s", "of bandwidth", profile.bandwidth, "bytes_read"),
+    }
+    for name, (unit, share, limit, counted) in limits.items():
+        phase: Phase = getattr(profile, name)
+        report = found[name] = Report(title=f"{name.capitalize()}: {shown(1e3 * phase.seconds)} ms")
+        for part in phase.parts:
+            line = {"part": part.name, "calls": str(part.calls or ""), "ms": f"{1e3 * part.seconds:.2f}"}
+            line |= {"of all": f"{part.seconds / phase.seconds:.1%}", unit: "", share: ""}
+            if (amount := getattr(part, counted)) is not None and part.seconds:
+                rate = amount / part.seconds
+                line |= {unit: f"{rate / 1e9:.1f}", share: f"{rate / limit:.0%}"}
+            report.lines.append(line)
+        whole = sum(getattr(part, counted) or 0 for part in phase.parts) / phase.seconds
+        report.notes.append(f"{whole / 1e9:.1f} {unit} in all, {share.removeprefix('of ')} alone: {limit / 1e9:.1f}.")
+        report.figures |= {"seconds": phase.seconds, "parts": phase.parts}
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -291,25 +275,16 @@ def _parser() -> argparse.ArgumentParser:
         "the limits of memory and of int8 products, as markdown. The image is noise.",
         epilog="exit status: 0 done, 1 nothing could be measured, 2 wrong use, 130 interrupted.",
     )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="one with decoder.onnx")
-    parser.add_argument(
-        "--cache-dtype", choices=["float32", "float16", "int8"], help="as for lite (default: as it computes)"
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=positive, metavar="T", help=f"default: {PROMPT_TOKENS}, or what the context holds"
-    )
-    parser.add_argument(
-        "--new-tokens",
-        type=positive,
-        default=NEW_TOKENS,
-        metavar="T",
-        help="after it, 2 or more (default: %(default)s)",
-    )
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the figures to a file")
+    add, prompt = parser.add_argument, f"default: {PROMPT_TOKENS}, or what the context holds"
+    add("artifact", type=Path, metavar="ARTIFACT", help="one with decoder.onnx")
+    add("--cache-dtype", choices=["float32", "float16", "int8"], help="as for lite (default: as it computes)")
+    add("--prompt-tokens", type=positive, metavar="T", help=prompt)
+    add("--new-tokens", type=positive, default=NEW_TOKENS, metavar="T", help="2 or more (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     return parser
 
 
-def _run(arguments: argparse.Namespace, command: str) -> int:
+def _run(arguments: argparse.Namespace, record: Record) -> int:
     artifact = load_artifact(arguments.artifact)
     choose_engine(artifact, "onnx")
     context = artifact.decoder_config().max_position_embeddings
@@ -320,25 +295,16 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     profile = profile_decoder(
         artifact, cache_dtype=arguments.cache_dtype, num_prompt_tokens=prompt, num_new_tokens=arguments.new_tokens
     )
-    about = {
-        "machine": machine(),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "command": command,
-    }
-    if arguments.json is not None:
-        text = json.dumps(to_json(profile) | about, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(arguments.json, f"{text}\n")
-    lines = "".join(f"- {name.capitalize()}: {value}.\n" for name, value in about.items())
-    sys.stdout.write(f"{format_profile(profile)}\n\n{lines}")
-    return 0
+    figures = {name: getattr(profile, name) for name in ("artifact_id", "cache_dtype", "num_prompt_tokens")}
+    record.begin(
+        f"A prompt of {prompt} tokens, cache {profile.cache_dtype}.",
+        **figures, bandwidth=profile.bandwidth, int8_rate=profile.int8_rate,
+    )  # fmt: skip
+    for name, report in reports(profile).items():
+        record.add(name, report)
+    return record.end()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    arguments = _parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "benchmarks", "speed", "profile", *(sys.argv[1:] if argv is None else argv)])
-    return run_command(lambda: _run(arguments, command))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_main(_parser(), argv, _run)

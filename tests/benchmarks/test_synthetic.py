@@ -24,7 +24,9 @@ from benchmarks.phantom.findings import sample_study
 from benchmarks.phantom.report import write_findings
 from benchmarks.phantom.tokenizer import VOCAB_SIZE
 from benchmarks.speed import synthetic
-from benchmarks.speed.synthetic import Widths, main, make_tokenizer, write_checkpoint
+from benchmarks.speed.synthetic import main, write_checkpoint
+from benchmarks.speed.tokenizer import make_tokenizer, pseudo_words
+from benchmarks.speed.weights import Model
 from export.source import forward
 from export.source.checkpoint import Checkpoint, adapter_shapes, base_shapes, open_checkpoint
 from lite.config import DecodingDefaults, PromptTemplate
@@ -33,7 +35,6 @@ from lite.prompt import PromptEncoder, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 
 LAYERS = 6
 SHARD_BYTES = 2_500_000
@@ -44,7 +45,7 @@ FIRST_WORD_ID = 259
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint of small widths, with studies. Read only."""
     out = tmp_path_factory.mktemp("synthetic") / "out"
-    total = write_checkpoint(out, layers=LAYERS, seed=3, studies=2, widths=SMALL, shard_bytes=SHARD_BYTES)
+    total = write_checkpoint(out, layers=LAYERS, seed=3, studies=2, shapes=SMALL, shard_bytes=SHARD_BYTES)
     assert total == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return out
 
@@ -86,24 +87,9 @@ def test_the_exporter_finds_the_published_layout(written: Path, opened: Checkpoi
     assert 0.3 < float(features.square().mean().sqrt()) < 5
 
 
-def test_the_default_widths_are_the_published_ones() -> None:
-    widths = Widths()
-    shapes = widths.base_shapes(32)
-    # 32 layers of 4 * 4096² + 3 * 4096 * 11008 weights, embeddings and head of 32000 * 4096, and 65 norms of 4096.
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 6_738_415_616
-    lora = widths.lora_shapes(32)
-    assert len(lora) == 448
-    # The published adapter_model.bin: 319,971,402 bytes, names and index included.
-    assert 2 * sum(int(np.prod(shape)) for shape in lora.values()) == 319_815_680
-    config = widths.llama_config(32)
-    heads = ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta")
-    assert [config[key] for key in heads] == [32, 32, 4096, 1e-5, 10000.0]
-    assert (widths.image_size, widths.tower_dim, widths.tower_depth) == (518, 768, 12)
-
-
 def test_names_and_shapes_are_those_the_exporter_expects(opened: Checkpoint) -> None:
-    assert SMALL.base_shapes(LAYERS) == base_shapes(opened.decoder)
-    assert SMALL.lora_shapes(LAYERS) == adapter_shapes(opened.decoder, opened.adapter_config)
+    assert SMALL.tensors(LAYERS) == base_shapes(opened.decoder)
+    assert SMALL.lora(LAYERS) == adapter_shapes(opened.decoder, opened.adapter_config)
 
 
 def test_shards_are_filled_in_order_and_stay_small(written: Path) -> None:
@@ -112,7 +98,7 @@ def test_shards_are_filled_in_order_and_stay_small(written: Path) -> None:
     count = len(shards)
     assert count > 3
     assert shards == [f"pytorch_model-{number:05d}-of-{count:05d}.bin" for number in range(1, count + 1)]
-    assert list(index["weight_map"]) == list(SMALL.base_shapes(LAYERS))
+    assert list(index["weight_map"]) == list(SMALL.tensors(LAYERS))
     assert list(index["weight_map"].values()) == sorted(index["weight_map"].values())
     sizes = {shard: sum(t.nbytes for t in load(written / "base" / shard).values()) for shard in shards}
     assert max(sizes.values()) <= SHARD_BYTES
@@ -127,7 +113,7 @@ def test_shards_are_filled_in_order_and_stay_small(written: Path) -> None:
 
 def test_a_tensor_larger_than_a_shard_has_one_to_itself() -> None:
     shapes: dict[str, tuple[int, ...]] = {"a": (2,), "big": (100,), "b": (2,), "c": (2,)}
-    assert synthetic._shards(shapes, 8) == [["a"], ["big"], ["b", "c"]]
+    assert synthetic.split_into_shards(shapes, 8) == [["a"], ["big"], ["b", "c"]]
 
 
 def test_hidden_states_and_logits_are_sane(opened: Checkpoint) -> None:
@@ -152,29 +138,6 @@ def test_hidden_states_and_logits_are_sane(opened: Checkpoint) -> None:
     assert int(top.min()) >= FIRST_WORD_ID
 
 
-def test_a_few_channels_of_the_hidden_state_are_heavy(written: Path) -> None:
-    tensors = base_tensors(written)
-    loudest = []
-    for name in (
-        "model.embed_tokens.weight",
-        "model.layers.0.self_attn.o_proj.weight",
-        "model.layers.5.mlp.down_proj.weight",
-    ):
-        weight = tensors[name].float() if "embed" not in name else tensors[name].float().T
-        norms = weight.norm(dim=1)
-        loudest.append(set(norms.topk(synthetic.HEAVY_CHANNELS).indices.tolist()))
-        ordered = norms.sort(descending=True).values
-        assert float(ordered[7] / ordered[8]) > 5
-    assert loudest[0] == loudest[1] == loudest[2]
-    # The inputs of a linear are of uneven size too, and its norm makes up for it.
-    q_proj, norm = (
-        tensors[f"model.layers.0.{name}.weight"].float() for name in ("self_attn.q_proj", "input_layernorm")
-    )
-    columns = q_proj.norm(dim=0).log()
-    assert float(columns.std()) > 0.3
-    assert float(torch.corrcoef(torch.stack([columns, norm.log()]))[0, 1]) < -0.9
-
-
 def test_the_adapter_is_a_noticeable_share_of_every_linear(opened: Checkpoint) -> None:
     layer = opened.read_layer(1)
     assert len(layer.lora) == 7
@@ -197,18 +160,9 @@ def test_no_matrix_repeats_or_has_low_rank(written: Path) -> None:
         assert float(singular[-1] / singular[0]) > 0.02
 
 
-def test_rows_drawn_in_chunks_are_all_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "_CHUNK_VALUES", 256 * 7)  # 7 rows at a time, and 1200 = 171 * 7 + 3
-    weights = synthetic._Weights(SMALL, layers=1, seed=0)
-    head = weights.base("lm_head.weight", (1200, 256)).float()
-    sizes = head.square().mean(1).sqrt() * 256**0.5
-    torch.testing.assert_close(sizes[FIRST_WORD_ID:], torch.full((941,), 3.0), rtol=0.25, atol=0)
-    torch.testing.assert_close(sizes[:FIRST_WORD_ID], torch.full((259,), 0.03), rtol=0.25, atol=0)
-
-
 def test_the_same_seed_writes_the_same_bytes_and_shallow_is_the_start_of_deep(tmp_path: Path, written: Path) -> None:
     for name, layers, seed in (("again", LAYERS, 3), ("shallow", 2, 3), ("other", 2, 4)):
-        write_checkpoint(tmp_path / name, layers=layers, seed=seed, widths=SMALL, shard_bytes=SHARD_BYTES)
+        write_checkpoint(tmp_path / name, layers=layers, seed=seed, shapes=SMALL, shard_bytes=SHARD_BYTES)
     for path in sorted((tmp_path / "again").rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (written / path.relative_to(tmp_path / "again")).read_bytes(), path.name
@@ -268,7 +222,7 @@ def test_pseudo_words_leave_english_alone(tokenizer_file: Path) -> None:
     assert small.get_piece_size() == VOCAB_SIZE
     text = "A chat between a curious user and an assistant. Large left pneumothorax, measuring 3.4 cm."
     assert large.encode(text) == small.encode(text)
-    words = list(synthetic._pseudo_words())
+    words = list(pseudo_words())
     assert len(words) == len(set(words)) == 85**3
     last = large.id_to_piece(31999)
     assert re.fullmatch("▁([bcdfghjklmnprstvz][aeiou]){3}", last)
@@ -279,13 +233,6 @@ def test_pseudo_words_leave_english_alone(tokenizer_file: Path) -> None:
 def test_a_vocabulary_without_room_for_what_was_learnt_is_refused() -> None:
     with pytest.raises(LiteError, match=r"got a vocabulary of 1000 · expected at least the 1024"):
         make_tokenizer(1000)
-
-
-@pytest.mark.parametrize(
-    ("value", "encoded"), [(0, b"\0"), (127, b"\x7f"), (128, b"\x80\x01"), (32000, b"\x80\xfa\x01")]
-)
-def test_varint(value: int, encoded: bytes) -> None:
-    assert synthetic._varint(value) == encoded
 
 
 # -- Whole or not at all ---------------------------------------------------------------------------------------------
@@ -301,14 +248,14 @@ def test_a_path_that_exists_is_refused_and_left_alone(tmp_path: Path, kind: str)
     else:
         out.symlink_to(tmp_path / "nowhere")
     with pytest.raises(LiteError, match=r"got a path that exists · expected a new one · name another"):
-        write_checkpoint(out, layers=1, widths=SMALL)
+        write_checkpoint(out, layers=1, shapes=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("changes", [{"layers": 0}, {"layers": 33}, {"seed": -1}, {"studies": -1}])
 def test_numbers_out_of_range_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
     with pytest.raises(LiteError, match=r"expected 1 to 32 layers and no negative numbers"):
-        write_checkpoint(tmp_path / "out", **{"layers": 1, "widths": SMALL, **changes})  # type: ignore[arg-type]
+        write_checkpoint(tmp_path / "out", **{"layers": 1, "shapes": SMALL, **changes})  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -321,15 +268,13 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_the_estimate_of_the_disk_is_that_of_the_tensors(written: Path, opened: Checkpoint) -> None:
-    tensors = 0
-    for files in (opened.base, opened.adapter, opened.projector, opened.trunk):
-        for entry in files.entries.values():
-            tensors += int(np.prod(entry.shape)) * (2 if entry.dtype == "float16" else 4)
-    estimate = synthetic._bytes_needed(SMALL, layers=LAYERS, studies=0) - synthetic._SLACK_BYTES
-    assert tensors <= estimate <= 1.001 * tensors
-    films = sum(path.stat().st_size for path in (written / "studies").rglob("*") if path.is_file())
-    assert films < 2 * synthetic._FILM_BYTES
+def test_the_estimate_of_the_disk_is_no_less_than_what_is_written(written: Path) -> None:
+    total = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    estimate = synthetic.bytes_needed(Model(shapes=SMALL, num_layers=LAYERS), studies=2)
+    assert total < estimate < total + synthetic._TOWER_BYTES
+    # A tower of the real widths, in float32, and its projector in float16.
+    tower = 4 * 768 * (12 * (12 * 768 + 16) + 37**2 + 14 * 14 * 3 + 8) + 2 * (4096 * 768 + 4096 * 4096 + 2 * 4096)
+    assert tower + 10e6 < synthetic._TOWER_BYTES
 
 
 def run(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -350,11 +295,12 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from pathlib import Path
-from benchmarks.speed.synthetic import Widths, write_checkpoint
+from benchmarks.speed.synthetic import write_checkpoint
+from benchmarks.speed.weights import Shapes
 from lite.errors import LiteError
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 try:
-    write_checkpoint(Path(sys.argv[1]), layers=6, widths={SMALL!r})
+    write_checkpoint(Path(sys.argv[1]), layers=6, shapes={SMALL!r})
 except LiteError as error:
     print(error)
 """
@@ -368,7 +314,7 @@ except LiteError as error:
 def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LiteError, match=r"got an error from the system .* · check the disk"):
-        write_checkpoint(tmp_path / "file" / "out", layers=1, widths=SMALL)
+        write_checkpoint(tmp_path / "file" / "out", layers=1, shapes=SMALL)
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
@@ -387,7 +333,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert f"interrupted: nothing was written to {out}" in errors
+    assert errors.splitlines()[-1].endswith("interrupted")
     assert not list(tmp_path.iterdir())
 
 
@@ -397,7 +343,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 def test_the_command_says_what_it_wrote_and_what_comes_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(synthetic, "Widths", lambda: SMALL)
+    monkeypatch.setattr(synthetic, "Shapes", lambda: SMALL)
     out = tmp_path / "a folder" / "out"
     assert main([str(out), "--layers", "2", "--studies", "1", "--seed", "7"]) == 0
     printed = capsys.readouterr().out

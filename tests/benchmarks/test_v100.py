@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.synthetic import Widths
 from benchmarks.speed.v100 import DECODER, VISION, counts, entry, entry_text, main
+from benchmarks.speed.weights import Shapes
 from lite.bench.roofline import V100_ENTRY, read_reference_card
 from lite.config import DecoderConfig
 
@@ -56,10 +56,10 @@ def test_the_modelled_figures_are_bytes_and_operations_over_the_card() -> None:
 
 
 def test_the_shapes_are_those_of_the_synthetic_checkpoint() -> None:
-    widths = Widths()
-    assert DecoderConfig.from_hf(widths.llama_config(32)) == DECODER
-    assert (VISION.image_size, VISION.tower.hidden_size) == (widths.image_size, widths.tower_dim)
-    assert VISION.tower.num_hidden_layers == widths.tower_depth - 1
+    shapes = Shapes()
+    assert DecoderConfig.from_hf(shapes.config(32)) == DECODER
+    assert (VISION.image_size, VISION.tower.hidden_size) == (shapes.image_size, shapes.tower_dim)
+    assert VISION.tower.num_hidden_layers == shapes.tower_depth - 1
     assert VISION.num_image_tokens == (VISION.image_size // 14) ** 2
     # 86.58 M parameters less a block of 7.1 M, and the projector.
     assert counts().vision_bytes == pytest.approx(2 * (86.58e6 - 7.09e6 + 19.92e6), rel=2e-3)

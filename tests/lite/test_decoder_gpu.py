@@ -185,16 +185,19 @@ def test_a_step_that_waits_for_the_gpu_is_not_captured_and_does_no_harm() -> Non
     """A capture that really fails, in a process of its own: what it may leave behind would reach other tests."""
     code = """
 import functools, torch
-from benchmarks.speed.gpu import model
+from benchmarks.speed.decoders import part_of, random_decoder
+from benchmarks.speed.engine import greedy, random_prompt
 from benchmarks.speed.gpu.rig import Rig, Setting
-from benchmarks.speed.kernels import Shapes
+from benchmarks.speed.weights import Shapes
 from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 
 device = torch.device("cuda", torch.cuda.current_device())
-small = Shapes(hidden_size=256, inner=512, heads=4, kv_heads=2, head_dim=64, vocab_size=400)
-decoder = model.random_decoder(Rig.of_gpu(Setting(shapes=small, layers=2), device).config(4), device)
-prompt = model.random_prompt(decoder.config, 40, device)
-expected, _ = model.greedy(decoder, prompt, 8)
+small = Shapes(
+    hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=400
+)
+decoder = random_decoder(Rig.of_gpu(Setting(shapes=small, layers=2), device).config(4), device)
+prompt = random_prompt(decoder.config, 40, device)
+expected, _ = greedy(decoder, prompt, 8)
 
 class Waits(torch.nn.Module):
     def __init__(self, head):
@@ -208,14 +211,14 @@ class Waits(torch.nn.Module):
 decoder.lm_head = Waits(decoder.lm_head)
 decoder.capture = functools.partial(capture_cuda_graph, device=device)
 stream = torch.cuda.current_stream()
-got, problem = model.greedy(decoder, prompt, 8)
+got, problem = greedy(decoder, prompt, 8)
 assert problem is not None
 assert torch.cuda.current_stream() == stream, "on the stream of the capture"
 assert got == expected, (got, expected)
 # And what is captured afterwards works.
 decoder.lm_head = decoder.lm_head.head
-fresh = model.part_of(decoder, capture=functools.partial(capture_cuda_graph, device=device))
-got, problem = model.greedy(fresh, prompt, 8)
+fresh = part_of(decoder, capture=functools.partial(capture_cuda_graph, device=device))
+got, problem = greedy(fresh, prompt, 8)
 print(got == expected, problem, decoder.fallbacks)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,18 +1,15 @@
 """The whole runtime on one GPU, in one run: `python -m benchmarks speed gpu`.
 
-All 32 layers at Vicuna-7B's widths, the weights drawn on the GPU, torch's allocator held to what a small card has:
+All 32 layers at Vicuna-7B's widths, the weights drawn on the GPU:
 
-    command ─▶ sections, the most important first, each with time of its own
+    sections, the most important first, each with time of its own
         decode       a token at 1,470 of context, ours beside other libraries' linears in the same decoder
         prefill      a prompt of 1,420 tokens beside cuBLAS alone at the same shapes
         memory       the plan of `lite.memory` beside what torch's allocator has held
-        few_sms      decode again on as many multiprocessors as a small card has
-        int8_cache   what it gains, what it loses
-        batches      continuous batching beside batches that wait for their longest text
+        few-sms      decode again on as many multiprocessors as a small card has
+        int8-cache   what it gains, what it loses
+        batches      a session beside batches that wait for their longest text
         kernels      `benchmarks.speed.kernels`
-
-    rig         the device: its clock, its memory limit, its bandwidth, the decoder that all sections share
-    model       decoders made of random weights; peers' linears in them; what they should compute, plainly
 
 What is wrong is not timed. A section that fails says why, and the others go on; after each the JSON file is written.
 On a CPU everything but the card's own features runs at small shapes: the tests do that.
@@ -20,14 +17,137 @@ On a CPU everything but the card's own features runs at small shapes: the tests 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from benchmarks.speed import kernels
+from benchmarks.speed.gpu import batches, decode, few_sms, int8_cache, memory, prefill
+from benchmarks.speed.gpu.rig import Rig, Setting
+from benchmarks.speed.harness import Record, Report, above_zero, kept_apart, run_main
+from lite.bench.table import to_json
+from lite.console import positive, say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+LIMIT_S: Final = 480
+QUICK: Final = Setting(layers=4, rounds=2, new_tokens=8, scored_tokens=16, requests=10, text_tokens=(4, 16))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Something to measure."""
+
+    title: str
+    measure: Callable[[Rig, Report], None]
+    share: float  # of the whole time, at most
+
+
+SECTIONS: Final = {
+    "decode": Section(title="Decoding", measure=decode.measure, share=0.45),
+    "prefill": Section(title="Prefill", measure=prefill.measure, share=0.15),
+    "memory": Section(title="Memory", measure=memory.measure, share=0.1),
+    "few-sms": Section(title="Few multiprocessors", measure=few_sms.measure, share=0.15),
+    "int8-cache": Section(title="An int8 cache", measure=int8_cache.measure, share=0.1),
+    "batches": Section(title="Batches", measure=batches.measure, share=0.2),
+    "kernels": Section(title="Kernels", measure=kernels.measure, share=1.0),
+}
+
+
+def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of all sections, or of one."""
+    defaults = Setting()
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Measure the runtime on one GPU at the full size of the real model, with random weights drawn "
+        "there, beside other libraries, as far as they are installed.",
+        epilog="exit status: 0 all of ours is right, 1 something of ours is not or there is no GPU, 2 wrong use, 130 "
+        "interrupted.",
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few layers, few rounds: only to see that it works")
+    add(
+        "--rows", type=positive, nargs="+", metavar="B", help="studies decoded together (default: 1 2 4 8; kernels 1 8)"
+    )
+    add("--limit-s", type=positive, default=LIMIT_S, metavar="S", help="no measurement begins later (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write everything there too, after each section")
+    parser.set_defaults(layers=None, few_sms=defaults.few_sms, memory_gb=12.0, artifact=None, skip=[], only=[only])
+    if only is None:
+        add("--layers", type=positive, metavar="N", help=f"decoder layers (default: {defaults.layers}, quick: 4)")
+        add("--memory-gb", type=above_zero, metavar="GB", help="limit of the memory section (default: %(default)g)")
+        add("--few-sms", type=positive, metavar="N", help="multiprocessors (default: %(default)s, an RTX 3060's)")
+        add("--artifact", type=Path, metavar="ARTIFACT", help="its tower and its onnx decoder are measured, too")
+        add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+        add("--skip", nargs="+", choices=SECTIONS, metavar="SECTION", help="not these")
+        parser.set_defaults(only=list(SECTIONS))
+    return parser
+
+
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Return what the arguments ask for."""
+    base = QUICK if arguments.quick else Setting()
+    rows = tuple(sorted(set(arguments.rows or ())))
+    return replace(
+        base,
+        layers=arguments.layers or base.layers,
+        rows=rows or base.rows,
+        kernel_rows=rows or base.kernel_rows,
+        few_sms=arguments.few_sms,
+        memory_bytes=round(arguments.memory_gb * 1e9),
+        artifact=arguments.artifact,
+    )
+
+
+def measure_sections(rig: Rig, names: Sequence[str], limit_s: float, record: Record) -> None:
+    """Measure section after section, whatever becomes of each.
+
+    Args:
+        rig: the device.
+        names: of SECTIONS, in order.
+        limit_s: of all of them; none has more than its share.
+        record: gets each report.
+    """
+    end = rig.now() + limit_s
+    for name in names:
+        section, report = SECTIONS[name], Report(title=SECTIONS[name].title)
+        began = rig.now()
+        rig.deadline = min(end, began + section.share * limit_s)
+        say(f"{section.title} …")
+        with kept_apart(report):
+            if began >= end:
+                report.why = "the time was up"
+            else:
+                section.measure(rig, report)
+        rig.tidy()
+        record.add(name, report)
+
+
+def run(arguments: argparse.Namespace, record: Record) -> int:
+    """Measure, print, write; return the exit status.
+
+    Raises:
+        BackendUnavailable: there is no GPU, or the kernels do not run on it.
+    """
+    device, selection = kernels.find_gpu()
+    setting = setting_of(arguments)
+    torch.manual_seed(0)
+    torch.cuda.set_device(device)
+    rig = Rig.of_gpu(setting, device)
+    bandwidth = rig.measured_bandwidth()
+    about = to_json(replace(setting, artifact=None)) | {"artifact": str(setting.artifact or "") or None}
+    record.begin(
+        f"Kernels on {selection.reason}. Streaming read: {bandwidth / 1e9:,.0f} GB/s.",
+        card=selection.reason, bandwidth_bytes_per_s=bandwidth, setting=about,
+    )  # fmt: skip
+    wanted = [name for name in SECTIONS if name in arguments.only and name not in arguments.skip]
+    measure_sections(rig, wanted, arguments.limit_s, record)
+    return record.end()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    from benchmarks.speed.gpu.command import main as run
-
-    return run(argv)
+    return run_main(parser_of("python -m benchmarks speed gpu"), argv, run)

@@ -15,18 +15,17 @@ from unittest import mock
 
 import torch
 
-from benchmarks.speed.gpu import model
-from benchmarks.speed.gpu.decode import HEADER, REFERENCE, Row, add, timed
-from benchmarks.speed.gpu.decoding import Decoding, LiteDecoding, time_in_turns
-from benchmarks.speed.gpu.rig import first_line
-from benchmarks.speed.kernels import Unavailable
+from benchmarks.speed.decoders import part_of
+from benchmarks.speed.gpu.lanes import cache_of, lane_of, row_of, time_lanes
+from benchmarks.speed.harness import Unavailable, reason
 from kernels import backend
 from kernels.backend import card_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from benchmarks.speed.gpu.rig import Report, Rig
+    from benchmarks.speed.gpu.rig import Rig
+    from benchmarks.speed.harness import Report
     from lite.artifact.parts import CacheDtype
 
 _MANY: Final = 1.5
@@ -39,9 +38,7 @@ def measure(rig: Rig, report: Report) -> None:
     Raises:
         Unavailable: this torch, driver or card cannot restrict a launch.
     """
-    report.header, report.left = HEADER, 2
-    report.figures |= {"rows": []}
-    if rig.device.type == "cuda" and (count := card_of(rig.device).multiprocessors) <= rig.setting.few_sms:
+    if rig.on_gpu and (count := card_of(rig.device).multiprocessors) <= rig.setting.few_sms:
         raise Unavailable(f"the card has {count} multiprocessors by itself")
     context = green_context(rig.setting.few_sms, rig.device)
     rig.kept.append(context)  # what was recorded on its stream may be asked for until the end
@@ -54,7 +51,7 @@ def measure(rig: Rig, report: Report) -> None:
             msg = f"asked for {rig.setting.few_sms}, it ran on {launched} multiprocessors launched, {captured} captured"
             raise Unavailable(f"the green context does not restrict it: {msg}")
         with planned_for(captured, rig.device):
-            _measure(rig, report, captured)
+            measure_on(rig, report, captured)
         torch.cuda.synchronize(rig.device)
 
 
@@ -74,7 +71,7 @@ def green_context(count: int, device: torch.device) -> Any:  # noqa: ANN401 - to
     try:
         return context.create(num_sms=count, device_id=device.index)
     except (RuntimeError, TypeError) as error:
-        raise Unavailable(f"no green context ({first_line(error)})") from error
+        raise Unavailable(f"no green context ({reason(error)})") from error
 
 
 def count_multiprocessors(rig: Rig) -> tuple[int, int]:
@@ -94,7 +91,7 @@ def count_multiprocessors(rig: Rig) -> tuple[int, int]:
         rig.capture(probe.note)()
         return launched, probe.count()
     except RuntimeError as error:
-        raise Unavailable(f"on the stream of a green context nothing runs ({first_line(error)})") from error
+        raise Unavailable(f"on the stream of a green context nothing runs ({reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -113,7 +110,8 @@ def planned_for(count: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _measure(rig: Rig, report: Report, count: int) -> None:
+def measure_on(rig: Rig, report: Report, count: int) -> None:
+    """Decode with either cache, on so many multiprocessors."""
     setting = rig.setting
     bandwidth = rig.measured_bandwidth()
     report.figures["bandwidth_bytes_per_s"] = bandwidth
@@ -122,15 +120,10 @@ def _measure(rig: Rig, report: Report, count: int) -> None:
         f"Context: {setting.context} tokens."
     )
     cache_dtypes: tuple[CacheDtype | None, ...] = (None, "int8")
+    parts = [part_of(rig.decoder(), cache_dtype=dtype, capture=rig.capture) for dtype in cache_dtypes]
     rows = min(setting.rows)
-    found: dict[str, Row] = {}
-    decodings: dict[str, Decoding] = {}
-    for cache_dtype in cache_dtypes:
-        part = model.part_of(rig.decoder(), cache_dtype=cache_dtype, capture=rig.capture)
-        row = Row(engine=REFERENCE, cache=cache_dtype or "float16", rows=rows)
-        key = f"{row.engine}, {row.cache} cache"
-        found[key] = row
-        decodings[key] = LiteDecoding(part, rows=rows, context=setting.context, new_tokens=setting.new_tokens)
-    seconds = time_in_turns(rig, decodings)
-    for key, row in found.items():
-        add(report, timed(rig, row, key, decodings, seconds, bandwidth, ours=True))
+    lanes = {cache_of(part, dtype): lane_of(rig, part, rows) for part, dtype in zip(parts, cache_dtypes, strict=True)}
+    found = {cache: row_of("lite int4", cache, rows) for cache in lanes}
+    time_lanes(rig, lanes, found, bandwidth, reference=next(iter(lanes)))
+    for row in found.values():
+        report.add(row)

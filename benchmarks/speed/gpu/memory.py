@@ -1,19 +1,22 @@
-"""The memory plan beside what torch's allocator has held: does `lite.memory` foretell it?
+"""The memory plan beside what torch's allocator has held, and whether it all runs within a limit.
 
 The plan is that of an artifact with the same decoder; what loading takes is left out, as nothing is loaded here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
-from benchmarks.speed.gpu import model
+from benchmarks.speed.decoders import part_of
+from benchmarks.speed.engine import Rows, random_prompt
+from benchmarks.speed.harness import NONE
 from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact
 from lite.artifact.parts import (
@@ -32,65 +35,60 @@ from lite.errors import MemoryBudgetError
 from lite.memory.plan import plan_memory
 
 if TYPE_CHECKING:
-    from benchmarks.speed.gpu.rig import Report, Rig
+    from collections.abc import Iterator
+
+    from benchmarks.speed.gpu.rig import Rig
+    from benchmarks.speed.harness import Report
     from lite.artifact.parts import CacheDtype
     from lite.memory.plan import MemoryPlan
 
-HEADER: Final = ("rows", "cache", "planned GB", "held GB", "plan is off by")
 _ROWS: Final = (1, 8)
 _NEW_TOKENS: Final = 100
 _DECODED: Final = 4
 _TOWER_BYTES: Final = 400_000_000  # of a file that is not there; on a GPU the tower is not in the plan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """Planned and held."""
-
-    rows: int
-    cache: str
-    planned_bytes: int
-    held_bytes: int
-
-    @property
-    def error(self) -> float:
-        """How much larger the plan is than what was held, as a share of it."""
-        return self.planned_bytes / self.held_bytes - 1
-
-    def cells(self) -> tuple[str, ...]:
-        """Return a line of the table."""
-        return (
-            str(self.rows),
-            self.cache,
-            f"{self.planned_bytes / 1e9:.3f}",
-            f"{self.held_bytes / 1e9:.3f}",
-            f"{self.error:+.1%}",
-        )
-
-
 def measure(rig: Rig, report: Report) -> None:
     """Draft with one row and with eight, with either cache, and read the allocator's peak."""
-    report.header, report.left = HEADER, 2
-    report.figures |= {"rows": []}
+    found = report.figures["planned_and_held"] = []
     report.notes.append(
         f"Prompts of {rig.setting.prompt_tokens} tokens and room for {_NEW_TOKENS} more, int4. Peaks of torch's "
-        "allocator: what CUDA and the kernels' code take is not in them."
+        "allocator: what CUDA and the kernels' code take is not in them. It was held to "
+        f"{rig.setting.memory_bytes / 1e9:g} GB."
     )
     cache_dtypes: tuple[CacheDtype | None, ...] = (None, "int8")
-    for rows in _ROWS:
-        for cache_dtype in cache_dtypes:
-            planned = plan(rig, rows, cache_dtype)
-            expected = planned.weight_bytes + planned.study_bytes
-            name = cache_dtype or "float16"
-            try:
-                held = held_bytes(rig, rows, cache_dtype)
-            except MemoryBudgetError as error:
-                report.cells.append((str(rows), name, f"{expected / 1e9:.3f}", "–", "–"))
-                report.notes.append(f"{rows} rows, {name} cache: {error}.")
-                continue
-            row = Row(rows=rows, cache=name, planned_bytes=expected, held_bytes=held)
-            report.cells.append(row.cells())
-            report.figures["rows"].append(asdict(row) | {"error": row.error, "plan": asdict(planned)})
+    rig.decoder()
+    with limited(rig):
+        for rows in _ROWS:
+            for cache_dtype in cache_dtypes:
+                planned = plan(rig, rows, cache_dtype)
+                expected = planned.weight_bytes + planned.study_bytes
+                name = cache_dtype or "float16"
+                line = {"rows": str(rows), "cache": name, "planned GB": f"{expected / 1e9:.3f}", "held GB": NONE}
+                report.lines.append(line)
+                try:
+                    held = held_bytes(rig, rows, cache_dtype)
+                except MemoryBudgetError as error:
+                    report.notes.append(f"{rows} rows, {name} cache: {error}.")
+                    continue
+                line |= {"held GB": f"{held / 1e9:.3f}", "plan is off by": f"{expected / held - 1:+.1%}"}
+                figures = {"rows": rows, "cache": name, "planned_bytes": expected, "held_bytes": held}
+                found.append(figures | {"error": expected / held - 1, "plan": asdict(planned)})
+
+
+@contextlib.contextmanager
+def limited(rig: Rig) -> Iterator[None]:
+    """Let torch's allocator have no more than the setting says, meanwhile."""
+    if not rig.on_gpu:
+        yield
+        return
+    rig.tidy()
+    _, total = torch.cuda.mem_get_info(rig.device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, rig.setting.memory_bytes / total), rig.device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, rig.device)
 
 
 def plan(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> MemoryPlan:
@@ -100,7 +98,6 @@ def plan(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> MemoryPlan:
         model="random weights, for a measurement",
         created_by="benchmarks speed gpu",
         sources={},
-        preprocessing=Preprocessing(image_size=518),
         parts=Parts(
             tokenizer=TokenizerPart(files=unhashed("tokenizer.model")),
             vision=VisionPart(
@@ -114,10 +111,11 @@ def plan(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> MemoryPlan:
             decoder_config=DecoderConfigPart(files=unhashed("decoder/config.json")),
             decoder=DecoderPart(files={}, weights=(), format="gptq-int4", group_size=128, method="rtn"),
         ),
+        preprocessing=Preprocessing(image_size=518),
     )
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
         (Path(folder) / "decoder").mkdir()
-        text = json.dumps(model.config_json(shapes, setting.layers, 4))
+        text = json.dumps(shapes.config(setting.layers, 4))
         (Path(folder) / "decoder" / "config.json").write_text(text, encoding="utf-8")
         return plan_memory(
             Artifact(path=Path(folder), manifest=manifest, id="0" * 16),
@@ -130,26 +128,25 @@ def plan(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> MemoryPlan:
         )
 
 
-def held_bytes(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> int:
+def held_bytes(rig: Rig, num_rows: int, cache_dtype: CacheDtype | None) -> int:
     """Prefill and decode; return the peak of torch's allocator, or on a CPU what the tensors take that stay.
 
     Raises:
         MemoryBudgetError: it does not fit.
     """
-    decoder = model.part_of(rig.decoder(), cache_dtype=cache_dtype, capture=rig.capture)
+    decoder = part_of(rig.decoder(), cache_dtype=cache_dtype, capture=rig.capture)
     decoder.chunk_size = max(rig.setting.chunk_sizes)
-    prompt = model.random_prompt(decoder.config, rig.setting.prompt_tokens, rig.device)
+    prompt = random_prompt(decoder.config, rig.setting.prompt_tokens, rig.device)
     rig.tidy()
-    on_gpu = rig.device.type == "cuda"
-    if on_gpu:
+    if rig.on_gpu:
         torch.cuda.synchronize(rig.device)
         torch.cuda.reset_peak_memory_stats(rig.device)
-    cache = decoder.new_cache(rows, prompt.num_tokens + _NEW_TOKENS)
-    for row in range(rows):
-        decoder.prefill(prompt.input_ids, prompt.features, cache, row)
+    rows = Rows(decoder, num_rows, prompt.num_tokens + _NEW_TOKENS)
+    for row in range(num_rows):
+        rows.read(prompt, row)
     for _ in range(_DECODED):
-        decoder.decode_one_token(cache)
-    cache.newest().tolist()
-    if on_gpu:
+        rows.decode()
+    rows.wait()
+    if rig.on_gpu:
         return torch.cuda.max_memory_allocated(rig.device)
-    return decoder.nbytes + cache.nbytes
+    return decoder.nbytes + int(rows.cache.nbytes)

@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from benchmarks.speed.peers.engine import Engine
 
+if TYPE_CHECKING:
     from torch import Tensor
 
-    from benchmarks.speed.peers.weights import Model
+    from benchmarks.speed.peers.worker import Order
 
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """`LlamaForCausalLM` and `StaticCache`."""
 
-    fewest_layers = 0
     fills = True
-    last_token_only = ()
-    load_s = None
 
     def __init__(self, model: Any, *, max_seq_len: int, computes_in: str) -> None:  # noqa: ANN401 - a peer's model
         self.model = model
@@ -32,7 +29,8 @@ class TransformersEngine:
         self.max_seq_len = max_seq_len
         self.computes_in = computes_in
         config, itemsize = model.config, model.model.embed_tokens.weight.element_size()
-        self.cache_bytes_per_token = 2 * config.num_hidden_layers * config.hidden_size * itemsize
+        vector = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        self.cache_bytes_per_token = 2 * config.num_hidden_layers * vector * itemsize
         # Magnitudes and tables of quantised linears are in the state dict as well.
         state = model.state_dict()
         self.weight_bytes = sum(tensor.nbytes for name, tensor in state.items() if "embed_tokens" not in name)
@@ -46,16 +44,9 @@ class TransformersEngine:
         self.cache = StaticCache(config=self.model.config, max_cache_len=self.max_seq_len)
         self.position = 0
 
-    def prefill(self, input_ids: list[int]) -> Tensor:
-        """Run a prompt."""
-        return self._run(input_ids)
-
-    def decode_one_token(self, token_id: int) -> Tensor:
-        """Run a token."""
-        return self._run([token_id])
-
     @torch.inference_mode()
-    def _run(self, input_ids: list[int]) -> Tensor:
+    def read(self, input_ids: list[int]) -> Tensor:
+        """Run some tokens."""
         device = self.model.device
         positions = torch.arange(self.position, self.position + len(input_ids), device=device)
         self.position += len(input_ids)
@@ -72,7 +63,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def fill(self, num_tokens: int) -> None:
         """Draw keys and values. The cache makes its tensors when the first token comes: so one comes."""
-        self._run([0])
+        self.read([0])
         self.position = num_tokens
         layers: Any = self.cache.layers
         for layer in layers:
@@ -81,15 +72,14 @@ class TransformersEngine:
             layer.cumulative_length.fill_(num_tokens)
 
 
-def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -> TransformersEngine:  # noqa: ARG001
+def build(order: Order) -> TransformersEngine:
     """Load a Llama as a user does, but for the weights, which come from memory."""
-    torch.set_num_threads(threads)
-    on_gpu = torch.device(device).type == "cuda"
+    torch.set_num_threads(order.threads)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    dtype = DTYPES.get(form, torch.float16 if on_gpu else torch.float32)
+    dtype = DTYPES.get(order.form, torch.float32 if order.device == "cpu" else torch.float16)
     quantization: dict[str, dict[str, Any]] = {
         "nf4": {
             "load_in_4bit": True,
@@ -100,19 +90,19 @@ def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -
         "int8": {"load_in_8bit": True},
     }
     make_config: Any = BitsAndBytesConfig
-    options = {"quantization_config": make_config(**quantization[form])} if form in quantization else {}
+    options = {"quantization_config": make_config(**quantization[order.form])} if order.form in quantization else {}
     loaded: Any = LlamaForCausalLM.from_pretrained(
         None,
-        config=LlamaConfig(**model.config),
-        state_dict={name: torch.from_numpy(values) for name, values in model.tensors()},
+        config=LlamaConfig(**order.model.config),
+        state_dict={name: torch.from_numpy(values) for name, values in order.model.tensors()},
         dtype=dtype,
-        device_map={"": device},
+        device_map={"": order.device},
         attn_implementation="sdpa",
         **options,
     )
     computes_in = str(dtype).removeprefix("torch.")
     return TransformersEngine(
         loaded.eval(),
-        max_seq_len=model.max_seq_len,
-        computes_in=f"int8, rest {computes_in}" if form == "int8" else computes_in,
+        max_seq_len=order.max_seq_len,
+        computes_in=f"int8, rest {computes_in}" if order.form == "int8" else computes_in,
     )

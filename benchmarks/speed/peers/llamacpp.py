@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.speed.peers.apart import run_apart
-from benchmarks.speed.peers.engine import Unavailable
+from benchmarks.speed.peers.engine import Engine, NotHere, run_apart
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from benchmarks.speed.peers.weights import Model
+    from benchmarks.speed.peers.worker import Order
+    from benchmarks.speed.weights import Model
 
 BATCH_SIZE: Final = 512  # tokens of a prompt at a time: its default
 _TENSORS: Final = {
@@ -42,39 +42,39 @@ _OTHERS: Final = {
 }
 
 
-class LlamaCppEngine:
+class LlamaCppEngine(Engine):
     """`llama_cpp.Llama`. It has no depth that can be changed: there is a file for each."""
 
     fewest_layers = 1
-    fills = False
     last_token_only = ("mlp.",)
+    llama: Any = None
+    num_layers = 0
 
-    def __init__(self, model: Model, form: str, *, device: str, threads: int, folder: Path) -> None:
+    def __init__(self, order: Order) -> None:
         self.llama_cpp: Any = importlib.import_module("llama_cpp")
-        self.model = model
-        self.kind, _, flash = form.partition(" ")
-        self.files = {
-            layers: folder / f"{self.kind}-{layers}.gguf" for layers in (model.num_layers, self.fewest_layers)
-        }
+        model, on_gpu = order.model, order.device != "cpu"
+        if on_gpu and not self.llama_cpp.llama_supports_gpu_offload():
+            raise NotHere("this build has no GPU support")
+        self.vocab_size = model.shapes.vocab_size
+        kind, _, flash = order.form.partition(" ")
         self.options = {
-            "n_ctx": model.max_seq_len,
+            "n_ctx": order.max_seq_len,
             "n_batch": BATCH_SIZE,
-            "n_threads": threads,
-            "n_threads_batch": threads,
+            "n_threads": order.threads,
+            "n_threads_batch": order.threads,
             "flash_attn": bool(flash),
-            "n_gpu_layers": 0 if device == "cpu" else -1,
+            "n_gpu_layers": -1 if on_gpu else 0,
             "verbose": False,
         }
-        if device != "cpu" and not self.llama_cpp.llama_supports_gpu_offload():
-            raise Unavailable("this build has no GPU support")
-        self.llama: Any = None
-        head = {"Q4_0": "4-bit", "Q8_0": "8-bit"}[self.kind]
-        self.computes_in = f"{head} blocks × int8, cache float16"
-        self.cache_bytes_per_token = 2 * model.num_layers * int(model.config["hidden_size"]) * 2
-        self.weight_bytes = _weight_bytes(model, self.kind)
+        self.computes_in = f"{kind[1]}-bit blocks × int8, cache float16"
+        self.cache_bytes_per_token = 2 * model.num_layers * model.shapes.hidden_size * 2
+        self.weight_bytes = _weight_bytes(model, kind)
+        self.files = {
+            layers: order.folder / f"{kind}-{layers}.gguf" for layers in (model.num_layers, self.fewest_layers)
+        }
         for layers, file in self.files.items():
             if not file.exists():
-                run_apart(write_gguf, file, model, self.kind, num_layers=layers)
+                run_apart(write_gguf, file, model, kind, num_layers=layers)
         self.load_s = self._load(model.num_layers)
 
     def start(self, num_layers: int) -> None:
@@ -87,39 +87,27 @@ class LlamaCppEngine:
         """Load a file; return how long it took."""
         if self.llama is not None:
             self.llama.close()
-        started = time.perf_counter()
+        started, self.num_layers = time.perf_counter(), num_layers
         self.llama = self.llama_cpp.Llama(model_path=str(self.files[num_layers]), **self.options)
         # The file is mapped: the first token pays for the reading.
         self.llama.eval([0])
-        self.num_layers = num_layers
         return time.perf_counter() - started
 
-    def prefill(self, input_ids: list[int]) -> NDArray[np.float32]:
-        """Run a prompt."""
-        return self._run(input_ids)
-
-    def decode_one_token(self, token_id: int) -> NDArray[np.float32]:
-        """Run a token."""
-        return self._run([token_id])
-
-    def _run(self, input_ids: list[int]) -> NDArray[np.float32]:
+    def read(self, input_ids: list[int]) -> NDArray[np.float32]:
+        """Run some tokens."""
         self.llama.eval(input_ids)
         pointer = self.llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
-        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(self.model.config["vocab_size"],))
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
         return logits
 
-    def fill(self, num_tokens: int) -> None:
-        """Refuse: its cache is out of reach."""
-        raise NotImplementedError
 
-
-def build(form: str, model: Model, *, device: str, threads: int, folder: Path) -> LlamaCppEngine:
+def build(order: Order) -> LlamaCppEngine:
     """Write the files, unless another process of this run has, and load that of the whole model.
 
     Raises:
-        Unavailable: the machine has a GPU that this build of llama.cpp cannot use.
+        NotHere: the machine has a GPU that this build of llama.cpp cannot use.
     """
-    return LlamaCppEngine(model, form, device=device, threads=threads, folder=folder)
+    return LlamaCppEngine(order)
 
 
 def write_gguf(file: Path, model: Model, kind: str, *, num_layers: int) -> None:
@@ -148,7 +136,7 @@ def write_gguf(file: Path, model: Model, kind: str, *, num_layers: int) -> None:
     writer.add_vocab_size(config["vocab_size"])
     # Ids go in and come out: no text, no words.
     writer.add_tokenizer_model("no_vocab")
-    for name in model.shapes:
+    for name in model.tensor_shapes:
         if (place := gguf_name(name, num_layers)) is not None:
             values, stored = model.tensor(name), stored_type(name, kind)
             if "q_proj" in name or "k_proj" in name:
@@ -182,7 +170,7 @@ def _weight_bytes(model: Model, kind: str) -> int:
     """Add up what decoding a token reads."""
     sizes: Any = importlib.import_module("gguf").GGML_QUANT_SIZES
     total = 0
-    for name, shape in model.shapes.items():
+    for name, shape in model.tensor_shapes.items():
         if "embed_tokens" not in name:
             values, nbytes = sizes[stored_type(name, kind)]
             total += math.prod(shape) // values * nbytes

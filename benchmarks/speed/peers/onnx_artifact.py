@@ -16,10 +16,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
-from benchmarks.speed.peers.engines import ROOT
-from benchmarks.speed.peers.lite_decoder import GPTQ, round_to_groups
-from benchmarks.speed.peers.weights import GROUP_SIZE
-from benchmarks.speed.synthetic import make_tokenizer
+from benchmarks.speed.linears import round_to_groups
+from benchmarks.speed.peers.specs import ROOT
+from benchmarks.speed.tokenizer import make_tokenizer
+from benchmarks.speed.weights import GROUP_SIZE
 from kernels.gptq import to_tensors
 from lite.artifact.manifest import Manifest
 from lite.artifact.parts import DecoderConfigPart, DecoderPart, Parts, TokenizerPart, TowerShape, VisionPart, unhashed
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from benchmarks.speed.peers.weights import Model
+    from benchmarks.speed.weights import Model
 
 _PATCH_SIZE: Final = 14
 _PATCHES: Final = 2  # to a side
@@ -49,10 +49,10 @@ def write_artifact(out: Path, model: Model, *, num_layers: int) -> None:
     """
     plain = out.with_name(f"{out.name}-without")
     with staged_artifact(plain, overwrite=True) as staged:
-        (staged.path / "vision.onnx").write_bytes(_stub_tower(model.config["hidden_size"]))
-        (staged.path / "tokenizer.model").write_bytes(make_tokenizer(model.config["vocab_size"]))
+        (staged.path / "vision.onnx").write_bytes(_stub_tower(model.shapes.hidden_size))
+        (staged.path / "tokenizer.model").write_bytes(make_tokenizer(model.shapes.vocab_size))
         weights = _write_decoder(staged.path / "decoder", model, num_layers)
-        staged.finish(_manifest(model.config["hidden_size"], weights))
+        staged.finish(_manifest(model.shapes.hidden_size, weights))
     command = [sys.executable, "-m", "export", "onnx", str(plain), "--out", str(out), *_EXPORT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
@@ -67,10 +67,9 @@ def _write_decoder(folder: Path, model: Model, num_layers: int) -> tuple[str, ..
         The files with weights.
     """
     folder.mkdir()
-    config = {**model.config, "num_hidden_layers": num_layers, "quantization_config": GPTQ}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(model.shapes.config(num_layers, 4)), encoding="utf-8")
     files: dict[str, list[str]] = {}
-    for name in model.shapes:
+    for name in model.tensor_shapes:
         _, _, layer = name.partition("model.layers.")
         number = layer.partition(".")[0]
         if not layer or int(number) < num_layers:
@@ -98,7 +97,6 @@ def _manifest(hidden_size: int, weights: tuple[str, ...]) -> Manifest:
         model="random weights, for a measurement",
         created_by="benchmarks speed peers",
         sources={},
-        preprocessing=Preprocessing(image_size=_IMAGE_SIZE),
         parts=Parts(
             tokenizer=TokenizerPart(files=unhashed("tokenizer.model")),
             vision=VisionPart(
@@ -119,6 +117,7 @@ def _manifest(hidden_size: int, weights: tuple[str, ...]) -> Manifest:
                 method="rtn",
             ),
         ),
+        preprocessing=Preprocessing(image_size=_IMAGE_SIZE),
     )
 
 

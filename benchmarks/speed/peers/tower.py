@@ -22,16 +22,20 @@ class Tower:
         self.encoder = VisionEncoder(artifact, device=device)
         size = artifact.manifest.parts.vision.image_size
         self.pixel_values = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
-        self.encoder(self.pixel_values)
+        self.look()
 
     def about(self) -> dict[str, Any]:
         """Say what computes."""
         return {"provider": self.encoder.provider}
 
+    def look(self) -> None:
+        """Look at the image."""
+        self.encoder(self.pixel_values)
+
     def round(self) -> dict[str, Any]:
         """Time an image."""
         started = time.perf_counter()
-        self.encoder(self.pixel_values)
+        self.look()
         return {"seconds": time.perf_counter() - started}
 
 

@@ -12,16 +12,17 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.speed.peers.engine import Unavailable
-from benchmarks.speed.peers.weights import Model
+from benchmarks.speed.peers.engine import NotHere
+from benchmarks.speed.weights import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from benchmarks.speed.peers.engine import Engine
 
@@ -29,84 +30,84 @@ CHECK_PROMPT: Final = 16
 CHECK_TOKENS: Final = 8
 """What logits are compared on: a prompt, then so many tokens, the same for every engine."""
 
-
 # Linux: what a process says of itself, and where a 5 resets its peak of resident memory.
 _STATUS: Final = Path("/proc/self/status")
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a worker is to run."""
+
+    module: str
+    form: str
+    packages: Sequence[str]
+    install: str
+    model: Model
+    max_seq_len: int  # tokens that a cache has to hold
+    device: str
+    threads: int
+    folder: Path  # for files, which all workers share
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Order:
+        """Read an order."""
+        return cls(**{**content, "model": Model.from_json(content["model"]), "folder": Path(content["folder"])})
+
+
 class Worker:
     """One engine, and what it can be asked for."""
 
-    def __init__(self, order: dict[str, Any]) -> None:
+    def __init__(self, order: Order) -> None:
         """Load the engine.
 
         Raises:
-            Unavailable: a package is missing, or the machine is not one for it.
+            NotHere: a package is missing, or the machine is not one for it.
         """
-        self.versions = {package: _version(package) for package in order["packages"]}
+        self.versions = {package: _version(package) for package in order.packages}
         if missing := [package for package, version in self.versions.items() if version is None]:
-            raise Unavailable(f"{' and '.join(missing)} not installed: {order['install']}")
-        self.model = Model(**order["model"])
-        self.on_gpu = order["device"] != "cpu"
-        module = importlib.import_module(f"benchmarks.speed.peers.{order['module']}")
-        self.engine: Engine = module.build(
-            order["form"], self.model, device=order["device"], threads=order["threads"], folder=Path(order["folder"])
-        )
+            raise NotHere(f"{' and '.join(missing)} not installed: {order.install}")
+        self.model = order.model
+        self.on_gpu = order.device != "cpu"
+        self.engine: Engine = importlib.import_module(f"benchmarks.speed.peers.{order.module}").build(order)
         self.counts_peak = _forget_peak(on_gpu=self.on_gpu)
 
     def about(self) -> dict[str, Any]:
         """Say what was loaded."""
-        engine = self.engine
-        return {
-            "versions": self.versions,
-            "computes_in": engine.computes_in,
-            "weight_bytes": engine.weight_bytes,
-            "cache_bytes_per_token": engine.cache_bytes_per_token,
-            "fewest_layers": engine.fewest_layers,
-            "fills": engine.fills,
-            "last_token_only": engine.last_token_only,
-            "load_s": engine.load_s,
-        }
+        names = ("computes_in", "weight_bytes", "cache_bytes_per_token", "fewest_layers", "fills", "last_token_only")
+        return {"versions": self.versions, **{name: getattr(self.engine, name) for name in (*names, "load_s")}}
 
     def check(self, file: str) -> dict[str, Any]:
         """Write the logits after a prompt and after each of some tokens, [1 + CHECK_TOKENS, vocab_size]."""
         ids = self.model.token_ids(CHECK_PROMPT + CHECK_TOKENS)
         self.engine.start(self.model.num_layers)
-        logits = [self.engine.prefill(ids[:CHECK_PROMPT]).tolist()]
-        logits += [self.engine.decode_one_token(token_id).tolist() for token_id in ids[CHECK_PROMPT:]]
+        logits = [self.engine.read(ids[:CHECK_PROMPT]).tolist()]
+        logits += [self.engine.read([token_id]).tolist() for token_id in ids[CHECK_PROMPT:]]
         np.save(file, np.array(logits, dtype=np.float32))
         return {}
-
-    def probe(self, num_tokens: int) -> dict[str, Any]:
-        """Time a short prefill and one token: how long will the rest take?"""
-        timed = self.round(self.model.num_layers, num_tokens, 1, prefill=True)
-        return {"prefill_s": timed["prefill_s"], "decode_s": timed["decode_s"][0]}
 
     def round(self, num_layers: int, num_prompt_tokens: int, num_new_tokens: int, *, prefill: bool) -> dict[str, Any]:
         """Time a prefill, or fill the cache instead; then time tokens, one by one."""
         engine = self.engine
         engine.start(num_layers)
-        prefill_s, newest = None, 0
+        prefill_s = None
         if prefill:
             ids = self.model.token_ids(num_prompt_tokens)
-            started = time.perf_counter()
-            # Reading the token waits for the engine, so the times are true.
-            newest = int(engine.prefill(ids).argmax())
-            prefill_s = time.perf_counter() - started
+            prefill_s = _seconds(lambda: engine.first_token(ids))
         else:
             engine.fill(num_prompt_tokens)
-        newest = int(engine.decode_one_token(newest).argmax())  # untimed: the first after something else
-        decode_s = []
-        for _ in range(num_new_tokens):
-            started = time.perf_counter()
-            newest = int(engine.decode_one_token(newest).argmax())
-            decode_s.append(time.perf_counter() - started)
-        return {"prefill_s": prefill_s, "decode_s": decode_s}
+        engine.next_token()  # untimed: the first after something else
+        return {"prefill_s": prefill_s, "decode_s": [_seconds(engine.next_token) for _ in range(num_new_tokens)]}
 
     def peak(self) -> dict[str, Any]:
         """Say how much memory it has held since it was loaded, if that can be told from what loading took."""
         return {"bytes": _peak_bytes(on_gpu=self.on_gpu) if self.counts_peak else None}
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
 def _version(package: str) -> str | None:
@@ -164,7 +165,7 @@ def serve(load: Callable[[], Any]) -> int:
     try:
         for found in _answers(load):
             answer(found)
-    except Unavailable as reason:
+    except NotHere as reason:
         answer({"unavailable": str(reason)})
         return 1
     except Exception as error:  # noqa: BLE001 - whatever a peer raises is the answer
@@ -174,4 +175,4 @@ def serve(load: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(lambda: Worker(json.loads(sys.argv[1]))))
+    sys.exit(serve(lambda: Worker(Order.from_json(json.loads(sys.argv[1])))))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speed import profile as onnx_profile
-from benchmarks.speed.profile import format_profile, main, profile_decoder, split_runs
+from benchmarks.speed import profile
+from benchmarks.speed.profile import main, profile_decoder, reports, split_runs
 from lite.artifact.open import Artifact, load_artifact
 from lite.memory.counts import onnx_linear_bytes, onnx_linear_shapes
 
@@ -45,8 +45,8 @@ def test_nodes_belong_to_the_run_they_begin_in() -> None:
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both take a while, and have tests and uses of their own."""
-    monkeypatch.setattr(onnx_profile, "streaming_read_bandwidth", lambda _: 30e9)
-    monkeypatch.setattr(onnx_profile, "_PRODUCT", (16, 64, 32))
+    monkeypatch.setattr(profile, "streaming_read_bandwidth", lambda _: 30e9)
+    monkeypatch.setattr(profile, "_PRODUCT", (16, 64, 32))
 
 
 @pytest.mark.usefixtures("limits")
@@ -98,12 +98,11 @@ def test_the_command_line(
     written = json.loads(file.read_text())
     # As long a prompt as the context holds.
     context = tiny_onnx_artifact.decoder_config().max_position_embeddings
-    assert f"{context - 4} tokens, cache int8: prefill " in printed
+    assert f"A prompt of {context - 4} tokens, cache int8." in printed
     assert "| gate_up " in printed
     assert written["artifact_id"] == load_artifact(path).id
     assert written["num_prompt_tokens"] == context - 4
-    assert {part["name"] for part in written["decode"]["parts"]} >= {"qkv", "lm_head"}
-    assert written["command"].startswith("python -m benchmarks speed profile ")
+    assert {part["name"] for part in written["sections"]["decode"]["parts"]} >= {"qkv", "lm_head"}
     for wrong, message in (
         ([str(tiny_artifact.path)], "got an artifact without decoder.onnx"),
         ([path, "--new-tokens", "1"], "expected 2 of each at least"),
@@ -115,19 +114,20 @@ def test_the_command_line(
 
 
 def test_shares_are_of_the_limits() -> None:
-    part = onnx_profile.Part(name="qkv", calls=2, seconds=0.5, operations=40_000_000_000)
-    read = onnx_profile.Part(name="qkv", calls=2, seconds=0.01, bytes_read=150_000_000)
-    found = onnx_profile.Profile(
-        artifact_id="0",
-        cache_dtype="int8",
-        num_prompt_tokens=40,
-        prefill=onnx_profile.Phase(seconds=1.0, parts=(part,)),
-        decode=onnx_profile.Phase(seconds=0.02, parts=(read,)),
-        bandwidth=30e9,
-        int8_rate=160e9,
+    part = profile.Part(name="qkv", calls=2, seconds=0.5, operations=40_000_000_000)
+    read = profile.Part(name="qkv", calls=2, seconds=0.01, bytes_read=150_000_000)
+    found = reports(
+        profile.Profile(
+            artifact_id="0",
+            cache_dtype="int8",
+            num_prompt_tokens=40,
+            prefill=profile.Phase(seconds=1.0, parts=(part,)),
+            decode=profile.Phase(seconds=0.02, parts=(read,)),
+            bandwidth=30e9,
+            int8_rate=160e9,
+        )
     )
-    printed = format_profile(found)
-    assert "prefill 1 s, 40 GOP/s in all, of 160 that int8 products reach" in printed
-    assert "a token 20 ms, 7.5 GB/s in all, of 30.0" in printed
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "qkv" in line]
-    assert rows == [["qkv", "2", "500.00", "50.0%", "80.0", "50%"], ["qkv", "2", "10.00", "50.0%", "15.0", "50%"]]
+    assert list(found["prefill"].lines[0].values()) == ["qkv", "2", "500.00", "50.0%", "80.0", "50%"]
+    assert list(found["decode"].lines[0].values()) == ["qkv", "2", "10.00", "50.0%", "15.0", "50%"]
+    assert found["decode"].notes == ["7.5 GB/s in all, bandwidth alone: 30.0."]
+    assert found["prefill"].title == "Prefill: 1,000 ms"

@@ -1,0 +1,228 @@
+"""Our engines as a measurement drives them. All calls of their verbs, and of the session's, are here."""
+
+from __future__ import annotations
+
+import collections
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.speed.weights import EMBEDDINGS
+from lite.config import IMAGE_TOKEN_ID, DecoderConfig
+from lite.errors import LiteError
+from lite.memory.process import Peaks
+from lite.session.feed import Feed
+from lite.session.generate import Generation, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lite.engines.onnx_engine.decoder import OnnxDecoder
+    from lite.engines.torch_engine.decoder import LlamaDecoder
+
+    Engine = LlamaDecoder | OnnxDecoder
+
+WARM_UP: Final = 3
+"""Tokens before any is timed: kernels are compiled at the first, and the second step is captured."""
+_QUESTION_TOKENS: Final = 50
+_NEVER: Final = -2
+"""No token: texts end by their length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Tokens, one of them in the place of an image."""
+
+    input_ids: list[int]
+    features: Any  # [P, hidden_size], an array of numpy's or a tensor of torch's
+
+    @property
+    def num_tokens(self) -> int:
+        """The places it takes."""
+        return len(self.input_ids) - 1 + len(self.features)
+
+
+def random_prompt(
+    config: DecoderConfig, num_tokens: int, device: torch.device | None = None, *, seed: int = 0
+) -> Prompt:
+    """Draw a prompt of `num_tokens` places: an image of noise, and as much text as in a real one."""
+    rng = np.random.default_rng(seed)
+    text = min(_QUESTION_TOKENS, num_tokens // 2)
+    ids = rng.integers(config.vocab_size, size=text).tolist()
+    features: Any = EMBEDDINGS * rng.standard_normal((num_tokens - text, config.hidden_size), dtype=np.float32)
+    if device is not None:
+        import torch
+
+        features = torch.from_numpy(features).to(device)
+    return Prompt(input_ids=[ids[0], IMAGE_TOKEN_ID, *ids[1:]], features=features)
+
+
+def prompt_of(engine: Engine, input_ids: Sequence[int]) -> Prompt:
+    """Return a prompt of tokens alone: the first takes the place of the image."""
+    embed: Any = engine.embed
+    return Prompt(input_ids=[IMAGE_TOKEN_ID, *input_ids[1:]], features=_without_gradients(embed, input_ids[:1]))
+
+
+def _without_gradients(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - torch's or numpy's
+    found = function(*arguments)
+    return found.detach() if hasattr(found, "detach") else found
+
+
+class Rows:
+    """Some rows of one engine, and the tokens that they decode."""
+
+    def __init__(self, engine: Engine, num_rows: int, max_seq_len: int) -> None:
+        """Make a cache.
+
+        Raises:
+            MemoryBudgetError: it does not fit.
+        """
+        self.engine: Any = engine
+        self.num_rows = num_rows
+        self.cache: Any = engine.new_cache(num_rows, max_seq_len)
+        self.bytes_per_token = self.cache.nbytes / (self.cache.max_seq_len * num_rows)
+        self._under_way: collections.deque[Any] = collections.deque()
+
+    def read(self, prompt: Prompt, row: int = 0) -> Any:  # noqa: ANN401 - logits, of either kind of array
+        """Read a prompt, and choose its first token; wait for nothing. Return the logits behind it, [vocab_size]."""
+        self.cache.release(row)
+        logits = self.engine.prefill(prompt.input_ids, prompt.features, self.cache, row)
+        self._under_way = collections.deque([self.cache.newest()])
+        return logits[0]
+
+    def decode(self) -> None:
+        """Decode a token of every row; wait for nothing."""
+        self.engine.decode_one_token(self.cache)
+        self._under_way.append(self.cache.newest())
+
+    def decode_given(self, token_id: int) -> Any:  # noqa: ANN401 - see above
+        """Decode a token other than the chosen one in every row; return the logits, [rows, vocab_size]."""
+        return self.engine.decode_one_token(self.cache, [token_id] * self.num_rows)
+
+    def wait(self, *, for_all: bool = True) -> list[int]:
+        """Wait for the tokens under way, or for those that a session would wait for; return the last, of each row."""
+        newest: list[int] = []
+        while len(self._under_way) > (0 if for_all else self.engine.run_ahead):
+            newest = self._under_way.popleft().tolist()
+        return newest
+
+    def rewind(self, num_tokens: int) -> None:
+        """Let every row go on behind its first tokens; what lies in the cache does not matter to the time."""
+        self.cache.num_cached_tokens = [num_tokens] * self.num_rows
+        if hasattr(self.cache, "position_ids"):
+            self.cache.position_ids.fill_(num_tokens)
+        else:
+            self.cache.input_ids = [1] * self.num_rows
+
+    def fill(self, num_tokens: int) -> None:
+        """Draw keys and values of torch's cache for every row, as if prompts of that length had been read."""
+        for tensor in (self.cache.k_cache, self.cache.v_cache):
+            if tensor.is_floating_point():
+                tensor.normal_()
+            else:
+                tensor.random_(-127, 128)
+        for scales in (self.cache.k_scales, self.cache.v_scales):
+            if scales is not None:
+                scales.fill_(1 / 64)  # of integers up to 127: values of order 1
+        self.rewind(num_tokens)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Compile and capture."""
+        for _ in range(WARM_UP):
+            self.decode()
+        self.wait()
+        self.rewind(num_tokens)
+
+    @property
+    def problem(self) -> str | None:
+        """Why a step was not captured; None if it was, or should not have been."""
+        if getattr(self.engine, "capture", None) is None:
+            return None
+        step = self.cache.steps.get(self.num_rows)
+        if step is None:
+            return "it has not run"
+        return None if step.is_captured else step.problem or "it ran only once"
+
+
+def greedy(engine: Engine, prompt: Prompt, count: int) -> tuple[list[int], str | None]:
+    """Decode; return the tokens, and why the steps were not captured although they should have been."""
+    rows = Rows(engine, 1, prompt.num_tokens + count)
+    rows.read(prompt)
+    token_ids = rows.wait()
+    while len(token_ids) < count:
+        rows.decode()
+        token_ids += rows.wait()
+    return token_ids, rows.problem
+
+
+def score(engine: LlamaDecoder, prompt: Prompt, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    """Return the logits from which each token of a text is predicted, [tokens, vocab_size]."""
+    found: NDArray[np.float32] = engine.score(prompt.input_ids, token_ids, prompt.features).numpy()
+    return found
+
+
+def far(engine: LlamaDecoder, input_ids: Sequence[int], expected: torch.Tensor, num_rows: int) -> float:
+    """Return how far a decoder's logits are from what they should be.
+
+    Args:
+        engine: ours, with whichever linears.
+        input_ids: a text; all but its last token are read as a prompt, that one is decoded.
+        expected: its logits behind the last two tokens, float32 [2, vocab_size].
+        num_rows: that compute it together.
+
+    Returns:
+        The root mean square of the difference, relative, of the worst; infinite where one is not finite.
+    """
+    rows = Rows(engine, num_rows, len(input_ids))
+    prompt = prompt_of(engine, input_ids[:-1])
+    behind = [_far(rows.read(prompt, row), expected[0]) for row in range(num_rows)]
+    for _ in range(2):  # the second one is a captured one, where steps are captured
+        rows.rewind(len(input_ids) - 1)
+        decoded = [_far(logits, expected[1]) for logits in rows.decode_given(input_ids[-1])]
+    return max(behind + decoded)
+
+
+def _far(got: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.to(got.device)
+    found = float((got.float() - expected).norm() / expected.norm())
+    return found if math.isfinite(found) else math.inf
+
+
+def draft_all(engine: LlamaDecoder, prompt: Prompt, lengths: Sequence[int], num_rows: int, longest: int) -> int:
+    """Draft texts of given lengths, as a session does; return how many rows were left: fewer where memory was short.
+
+    Raises:
+        LiteError: a request failed, or has not as many tokens as it should.
+    """
+    requests = [
+        Request(
+            input_ids=prompt.input_ids,
+            num_prompt_tokens=prompt.num_tokens,
+            image_features=lambda: prompt.features,
+            max_new_tokens=length,
+        )
+        for length in lengths
+    ]
+    generation = Generation(
+        engine,
+        Feed(iter(requests), lambda request: request),
+        batch_size=num_rows,
+        max_seq_len=prompt.num_tokens + longest,
+        context=engine.config.max_position_embeddings,
+        eos_token_id=_NEVER,
+        peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None),
+    )
+    for _ in generation:
+        pass
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+        if len(request.token_ids) != request.max_new_tokens:
+            msg = f"got {len(request.token_ids)} tokens · expected {request.max_new_tokens} · report this"
+            raise LiteError(msg)
+    return generation.batch_size

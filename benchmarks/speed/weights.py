@@ -1,0 +1,198 @@
+"""A Llama of random weights: what every engine computes, and what a synthetic checkpoint holds.
+
+A tensor depends on the seed and on its name only: it is the same in every process, and the first layers of a deep model
+are those of a shallow one. Linears keep the size of what goes through them, but for `GAINS`, so that hidden states and
+logits stay of order 1 to 10 at any depth.
+
+The peers' own environment has numpy and nothing else of what this project needs, so this module imports no more.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.phantom.layout import llama_config_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import DTypeLike
+
+    Vector = NDArray[np.float32]
+
+GROUP_SIZE: Final = 128
+"""Inputs that share a scale, in the 4 bits of our own engines and of those that take our rounding."""
+EMBEDDINGS: Final = 1.0
+"""Standard deviation: about what a layer adds to them, so that logits depend on every layer."""
+GAINS: Final = {"q_proj": 1.5, "k_proj": 1.5, "lm_head": 3.0}
+"""Standard deviation of a linear's output for inputs of 1, where it is not 1: attention that picks some ten of 1,400
+positions, and logits (in nats) neither flat nor one-hot."""
+_CHUNK_VALUES: Final = 1 << 20  # drawn at a time: they stay in the processor's cache, which is twice as quick
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """Every size of the model but its depth; the defaults are LLaVA-Rad's."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    vocab_size: int = 32000
+    max_position_embeddings: int = 4096
+    lora_rank: int = 64
+    image_size: int = 518
+    tower_dim: int = 768
+    tower_depth: int = 12
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def config(self, num_hidden_layers: int, bits: int | None = None) -> dict[str, Any]:
+        """Return `config.json` at some depth; with `bits` its linears are GPTQ's."""
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        fields = {name: getattr(self, name) for name in (*names, "max_position_embeddings")}
+        plain = llama_config_json({**fields, "num_hidden_layers": num_hidden_layers})
+        return plain if bits is None else plain | {"quantization_config": gptq_config(bits, self.group_size)}
+
+    @property
+    def group_size(self) -> int:
+        """Inputs of a group; -1, all of them, where small shapes are not made of whole groups."""
+        return GROUP_SIZE if self.hidden_size % GROUP_SIZE == self.intermediate_size % GROUP_SIZE == 0 else -1
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return the linears of one layer, [out, in], in the order of the files."""
+        hidden, inner, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
+        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+        return {
+            **{f"self_attn.{name}_proj": shape for name, shape in attention.items()},
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    def tensors(self, num_hidden_layers: int) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of every tensor, in the order of the files."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        for layer in range(num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            shapes |= {f"{prefix}.{name}.weight": shape for name, shape in self.linears().items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{prefix}.{norm}.weight"] = (self.hidden_size,)
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def lora(self, num_hidden_layers: int) -> dict[str, tuple[int, int]]:
+        """Return name and shape of every LoRA factor, in the order of the file."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for layer in range(num_hidden_layers):
+            for name, (rows, columns) in self.linears().items():
+                module = f"base_model.model.model.layers.{layer}.{name}"
+                shapes[f"{module}.lora_A.weight"] = (self.lora_rank, columns)
+                shapes[f"{module}.lora_B.weight"] = (rows, self.lora_rank)
+        return shapes
+
+
+def gptq_config(bits: int, group_size: int = GROUP_SIZE) -> dict[str, Any]:
+    """Return the `quantization_config` of symmetric GPTQ."""
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": True,
+        "desc_act": False,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A plain Llama of random weights."""
+
+    shapes: Shapes
+    num_layers: int
+    seed: int = 0
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Model:
+        """Return the model that `dataclasses.asdict` was given."""
+        return cls(**{**content, "shapes": Shapes(**content["shapes"])})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its `config.json`, in 16 bits."""
+        return self.shapes.config(self.num_layers)
+
+    @functools.cached_property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by its name."""
+        return self.shapes.tensors(self.num_layers)
+
+    def tensor(
+        self, name: str, *, rows: Vector | None = None, columns: Vector | None = None, dtype: DTypeLike = np.float32
+    ) -> NDArray[Any]:
+        """Draw a tensor.
+
+        Args:
+            name: as a checkpoint has it.
+            rows: what its outputs are multiplied by.
+            columns: what its inputs are multiplied by; a norm has these alone.
+            dtype: float32 or float16. It is never held in float32 as a whole, where it is not that.
+        """
+        shape = self.tensor_shapes[name]
+        if len(shape) == 1:
+            norm = 1 + np.float32(0.1) * self.rng(name).standard_normal(shape, dtype=np.float32)
+            return (norm if columns is None else norm * columns).astype(dtype)
+        std = EMBEDDINGS if "embed_tokens" in name else gain_of(name) * shape[1] ** -0.5
+        return self.matrix(name, shape, std=std, rows=rows, columns=columns, dtype=dtype)
+
+    def matrix(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        std: float,
+        rows: Vector | None = None,
+        columns: Vector | None = None,
+        dtype: DTypeLike = np.float32,
+    ) -> NDArray[Any]:
+        """Draw any matrix by its name, a few rows at a time."""
+        height, width = shape
+        matrix = np.empty(shape, dtype=dtype)
+        factor = np.float32(std) * (np.ones(width, np.float32) if columns is None else columns)
+        rng, step = self.rng(name), max(1, _CHUNK_VALUES // width)
+        for start in range(0, height, step):
+            part = rng.standard_normal((min(step, height - start), width), dtype=np.float32)
+            part *= factor
+            if rows is not None:
+                part *= rows[start : start + step, None]
+            matrix[start : start + step] = part
+        return matrix
+
+    def tensors(self) -> Iterator[tuple[str, Vector]]:
+        """Draw all tensors, one at a time."""
+        for name in self.tensor_shapes:
+            yield name, self.tensor(name)
+
+    def token_ids(self, count: int) -> list[int]:
+        """Draw a prompt of `count` tokens; a shorter one is the beginning of a longer one."""
+        drawn: list[int] = np.random.default_rng(self.seed).integers(self.shapes.vocab_size, size=count).tolist()
+        return drawn
+
+    def rng(self, name: str) -> np.random.Generator:
+        """Return the generator of a tensor."""
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+
+def gain_of(name: str) -> float:
+    """Return what a linear multiplies by, from any name of it."""
+    return next((gain for linear, gain in GAINS.items() if linear in name), 1.0)

@@ -1,0 +1,414 @@
+"""`python -m benchmarks speed gpu` on a CPU, at small shapes: each section, and what is wrong is not timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recording import record
+from repository import ROOT
+from torch import nn
+
+from benchmarks.speed import gpu
+from benchmarks.speed.decoders import dequantized, part_of, random_decoder, swapped, transformers_engine, weight_bytes
+from benchmarks.speed.engine import draft_all, far, greedy, random_prompt
+from benchmarks.speed.gpu import QUICK, SECTIONS, Section, batches, decode, few_sms, int8_cache, main, memory, prefill
+from benchmarks.speed.gpu.lanes import tokens_seen
+from benchmarks.speed.gpu.rig import Rig, Setting
+from benchmarks.speed.harness import LATE, Clock, Record, Report, Unavailable
+from benchmarks.speed.linears import PEERS, gemlite
+from benchmarks.speed.weights import Shapes
+from kernels.gptq import GptqWeight
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.engines.torch_engine.linear import linears_of
+from lite.errors import MemoryBudgetError
+from lite.memory.counts import decoder_bytes, layer_bytes
+
+CPU = torch.device("cpu")
+SHAPES = Shapes(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=80)
+SMALL = Setting(
+    shapes=SHAPES, layers=2, context=20, prompt_tokens=18, rows=(1, 2), rounds=2, new_tokens=3, checked_tokens=4,
+    scored_tokens=5, chunk_sizes=(64, 8), requests=5, batch_size=2, text_tokens=(2, 6),
+)  # fmt: skip
+BANDWIDTH = 1e9
+
+
+class FakeClock(Clock):
+    """Every stretch between two marks takes a millisecond."""
+
+    def seconds(self) -> list[float]:
+        marks, self._marks = self._marks, []
+        return [1e-3] * (len(marks) - 1)
+
+
+def rig(setting: Setting = SMALL, *, clock: Callable[[], Clock] = FakeClock, capture: Any = None) -> Rig:
+    torch.manual_seed(0)
+    return Rig(setting=setting, device=CPU, clock=clock, capture=capture, bandwidth=lambda _: BANDWIDTH)
+
+
+def decoder(bits: int | None = 4, shapes: Shapes = SHAPES) -> LlamaDecoder:
+    torch.manual_seed(0)
+    return random_decoder(rig(dataclasses.replace(SMALL, shapes=shapes)).config(bits), CPU)
+
+
+def measured(measure: Callable[[Rig, Report], None], here: Rig) -> Report:
+    report = Report(title="A section")
+    measure(here, report)
+    return report
+
+
+# -- Decoders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_random_decoder_takes_what_a_loaded_one_does(bits: int | None) -> None:
+    made = decoder(bits)
+    assert made.nbytes == decoder_bytes(made.config, itemsize=4)
+    for name, linear in linears_of(made).items():
+        (weight,) = linear.weights
+        assert weight.shape == (sum(linear.parts.values()), linear.in_features)
+        assert isinstance(weight, GptqWeight) == (bits is not None and name != "lm_head")
+        assert dequantized(linear).mean().abs() < 0.1 * dequantized(linear).std(), name
+    config = made.config
+    head, norms = 4 * config.vocab_size * config.hidden_size, 4 * 5 * config.hidden_size
+    assert weight_bytes(made) == config.num_hidden_layers * layer_bytes(config, itemsize=4) + head + norms
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_plain_logits_are_what_the_decoder_computes(bits: int | None, rows: int) -> None:
+    made = decoder(bits)
+    expected = decode.expected_logits(made)
+    for capture in (None, record):
+        assert far(part_of(made, capture=capture), *expected, rows) < 1e-5
+    assert 1e-5 < far(part_of(made, cache_dtype="int8"), *expected, rows) < 0.03
+    assert far(decoder(bits, dataclasses.replace(SHAPES, num_key_value_heads=4)), *expected, rows) > 0.3
+
+
+def test_the_text_depends_on_the_prompt_and_on_its_own_tokens() -> None:
+    """Else captured and launched steps would agree for no reason, and a KL would say nothing."""
+    made = decoder()
+    texts = [greedy(made, random_prompt(made.config, 30, CPU, seed=seed), 12)[0] for seed in range(3)]
+    assert len({tuple(text) for text in texts}) == 3
+    assert all(len(set(text)) > 3 for text in texts)
+    assert [random_prompt(made.config, count, CPU).num_tokens for count in (2, 18, 1420)] == [2, 18, 1420]
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "gemlite int4"])
+def test_a_peer_computes_our_model(name: str) -> None:
+    if "nf4" in name:
+        pytest.importorskip("bitsandbytes")
+    ours = decoder(4, dataclasses.replace(SHAPES, hidden_size=256, intermediate_size=256, num_key_value_heads=4))
+    theirs = swapped(ours, PEERS[name][0], torch.float32)
+    is_dense = name == decode.DENSE
+    assert far(theirs, *decode.expected_logits(ours), 1) < (1e-5 if is_dense else decode.ALLOWED["4 bits"])
+    dense = 4 * 2 * (3 * 256 * 256 + 256 * 256 + 3 * 256 * 256)
+    assert weight_bytes(theirs) > dense if is_dense else weight_bytes(theirs) < dense / 4
+
+
+def test_transformers_computes_our_model() -> None:
+    pytest.importorskip("transformers")
+    ours = decoder()
+    input_ids, expected = decode.expected_logits(ours)
+    engine = transformers_engine(swapped(ours, PEERS[decode.DENSE][0], torch.float32), max_seq_len=80)
+    engine.start(2)
+    got = torch.stack([engine.read(input_ids[:-1]), engine.read(input_ids[-1:])])
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_what_is_not_installed_says_so() -> None:
+    with pytest.raises(Unavailable, match="not installed"):
+        gemlite(torch.zeros(1, 1))
+
+
+# -- Decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoded() -> Report:
+    return measured(decode.measure, rig(capture=record))
+
+
+def row_of(report: Report, engine: str, rows: int, cache: str = "float32") -> dict[str, Any]:
+    wanted = {"engine": engine, "cache": cache, "rows": str(rows)}
+    (found,) = (row.document() for row in report.rows if row.names == wanted)
+    return found
+
+
+def test_bytes_and_shares_of_decoding(decoded: Report) -> None:
+    assert decoded.wrong == []
+    row, config = row_of(decoded, "lite int4", 2), rig().config(4)
+    read = 2 * layer_bytes(config, itemsize=4) + 4 * 64 * (80 + 5)
+    assert row["weight_bytes"] == read
+    # Keys and values of 2 layers, 2 heads of 16, float32 on a CPU; 20 of context, one not timed, two of three.
+    assert tokens_seen(20, 3) == 23
+    assert row["cache_bytes"] == 2 * 23 * (2 * 2 * 2 * 16 * 4)
+    assert row["share"] == pytest.approx((read + row["cache_bytes"]) / 1e-3 / BANDWIDTH)
+    assert (row["time"]["count"], row["ratio"], row["graph"]) == (2 * 3, 1, True)
+    assert row_of(decoded, "lite int4", 1, "int8")["cache_bytes"] == 23 * (2 * 2 * 2 * (16 + 2))
+    assert row_of(decoded, "lite int4, launched", 1)["graph"] is False
+    assert row_of(decoded, "lite int8", 2)["turns"] == [
+        "lite int4, float32, 2", "lite int8, float32, 2", "lite int8, int8, 2",
+    ]  # fmt: skip
+    engines = {row.names["engine"] for row in decoded.rows}
+    assert {"lite int8", "tinygemm int4", decode.DENSE, "gemlite int4", "transformers fp16"} <= engines
+    assert "gemlite int4, –, 1: not installed" in decoded.markdown()
+
+
+def test_logits_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "ALLOWED", dict.fromkeys(decode.ALLOWED, -1.0))
+    report = measured(decode.measure, rig())
+    assert any("lite int4, float32, 1: its logits differ" in line for line in report.wrong)
+    assert not any("tinygemm" in line for line in report.wrong), "a peer's mistake is not ours"
+    assert all(row.time is None for row in report.rows)
+
+
+def test_captured_steps_that_decode_something_else_are_wrong() -> None:
+    def damaged(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        first = step()  # and never anything else
+        return lambda: first
+
+    def fails(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        raise RuntimeError("operation not permitted\nand more")
+
+    report = measured(decode.measure, rig(dataclasses.replace(SMALL, rows=(1,)), capture=damaged))
+    assert any("captured steps decode other tokens" in line for line in report.wrong)
+    here = rig(capture=fails)
+    assert decode.check_graphs(here, here.decoder(), None) == "not captured in a CUDA graph: operation not permitted"
+
+
+def test_caches_that_do_not_fit_together_take_turns_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight rows the float cache fits alone, the int8 caches together; our int4 beside none of them."""
+    held = 0
+    lane = decode._lane
+
+    def give_back(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    def limited(here: Rig, source: LlamaDecoder, variant: decode.Variant, rows: int) -> Any:
+        nonlocal held
+        size = rows * (1 if variant.cache_dtype else 4)
+        if held + size > 34:
+            raise MemoryBudgetError("no memory")
+        found = lane(here, source, variant, rows)
+        held += size
+        weakref.finalize(found.rows, give_back, size)
+        return found
+
+    monkeypatch.setattr(decode, "_lane", limited)
+    monkeypatch.setattr(decode, "MODELS", decode.MODELS[:2])
+    report = measured(decode.measure, rig(dataclasses.replace(SMALL, rows=(1, 8, 16))))
+    assert report.wrong == []
+    assert row_of(report, "lite int8", 8)["turns"] == ["lite int8, float32, 8"]
+    assert row_of(report, "lite int8", 8, "int8")["time"]
+    assert row_of(report, "lite int8", 16)["why"] == "no memory"
+    assert row_of(report, "lite int8", 16, "int8")["time"]
+
+
+def test_nothing_begins_when_the_time_is_up() -> None:
+    here = rig()
+    here.deadline = 0.0
+    report = measured(decode.measure, here)
+    assert {row.why for row in report.rows[:-1]} == {LATE}
+    assert report.wrong == []
+
+
+def test_a_linear_of_a_peer_that_raises_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(nn.Module):
+        def forward(self, _: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(PEERS, "tinygemm int4", (lambda _: Fails(), torch.float16))
+    monkeypatch.setattr(decode, "MODELS", [model for model in decode.MODELS if model.name == "tinygemm int4"])
+    report = measured(decode.measure, rig())
+    assert report.wrong == []
+    assert report.rows[0].why == "failed (RuntimeError: no kernel image is available)"
+
+
+# -- The other sections ----------------------------------------------------------------------------------------------
+
+
+def test_prefill(tiny_artifact: Any) -> None:
+    report = measured(prefill.measure, rig(dataclasses.replace(SMALL, artifact=tiny_artifact.path)))
+    sums = ("float32", "float16") if prefill.accumulation_switch() else ("float32",)
+    whats = ["lite int4, chunks of 64", "lite int4, chunks of 8", "cuBLAS alone"]
+    assert [tuple(row.names.values()) for row in report.rows] == [(what, kind) for kind in sums for what in whats]
+    assert [row.figures.get("ratio") for row in report.rows[:3]] == [1, 1, None]
+    assert report.rows[0].cells["tokens/s"] == "18,000"
+    figures = report.figures
+    assert figures["ttft_s"] == figures["vision_s"].p50 + figures["prefill_and_first_token_s"].p50
+    assert any("the tower on CPUExecutionProvider" in note for note in report.notes)
+    if prefill.accumulation_switch():
+        assert figures["fp16_accumulation"]["passes"]
+        assert not torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+def test_float16_sums_have_a_gate_and_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "MAX_KL", -1.0)
+    here, report = rig(), Report(title="Prefill")
+    made = part_of(here.decoder())
+    with prefill.accumulating(made, in_float16=True):
+        assert all(linear.fp16_accumulation for linear in linears_of(made).values())
+    prefill.judge_fp16_sums(here, report, made, random_prompt(made.config, 18, CPU))
+    assert not any(linear.fp16_accumulation for linear in linears_of(made).values())
+    assert not report.figures["fp16_accumulation"]["passes"]
+    assert "float16 sums FAIL their gate" in report.notes[-1]
+    assert report.wrong == []
+
+
+def test_memory() -> None:
+    report = measured(memory.measure, rig())
+    found = report.figures["planned_and_held"]
+    assert [(row["rows"], row["cache"]) for row in found] == [(1, "float16"), (1, "int8"), (8, "float16"), (8, "int8")]
+    for row in found:
+        assert row["error"] == row["planned_bytes"] / row["held_bytes"] - 1
+        assert row["plan"]["batch_size"] == row["rows"]
+    assert report.lines[0]["plan is off by"].endswith("%")
+
+
+def test_the_plan_is_that_of_the_real_model() -> None:
+    """On a GPU, which need not be there to be planned for; bytes that are known of Vicuna-7B in 4 bits."""
+    here = Rig(setting=Setting(), device=torch.device("cuda", 0))
+    planned = memory.plan(here, 8, None)
+    assert planned.cache_bytes == 8 * 1536 * 2 * 32 * 4096 * 2
+    assert planned.decoder_bytes == decoder_bytes(here.config(4), itemsize=2)
+    assert planned.weight_bytes + planned.study_bytes < Setting().memory_bytes
+
+
+def test_int8_cache() -> None:
+    report = measured(int8_cache.measure, rig())
+    # 2 (keys, values) x 2 layers x 2 heads, of 16 float32; or of 16 bytes and a scale.
+    assert [row.cells["bytes/token of context"] for row in report.rows] == ["512", "144"]
+    assert report.figures["gain"] == pytest.approx(0)
+    assert 0 < report.figures["mean_kl"] < 0.01
+
+
+@pytest.mark.parametrize("capture", [None, record])
+def test_batches(capture: Any) -> None:
+    report = measured(batches.measure, rig(capture=capture))
+    ways = [("continuous", "float16"), ("static", "float16"), ("continuous", "int8"), ("static", "int8")]
+    assert [tuple(row.names.values()) for row in report.rows] == ways
+    assert [row.figures["rows"] for row in report.rows] == [2] * 4
+    assert {(row.figures["tokens"], row.figures["studies"]) for row in report.rows} == {
+        (report.rows[0].figures["tokens"], 5)
+    }
+    assert 2 * 5 <= report.rows[0].figures["tokens"] <= 6 * 5
+    made = part_of(rig().decoder())
+    assert draft_all(made, random_prompt(made.config, 18, CPU), [6, 1, 6], 2, 6) == 2
+
+
+def test_few_multiprocessors() -> None:
+    """As on a GPU, but for the restriction, for which there is none here."""
+    report, here = Report(title="Few multiprocessors"), rig(capture=record)
+    few_sms.measure_on(here, report, 28)
+    assert [row.label for row in report.rows] == ["lite int4, float32, 1", "lite int4, int8, 1"]
+    assert [row.figures["ratio"] for row in report.rows] == [1, 1]
+    assert "28 multiprocessors ran it (asked for 28), and read 1 GB/s" in report.notes[0]
+    with pytest.raises(Unavailable, match=r"no green context|has no green contexts|have no streams"):
+        few_sms.measure(here, report)
+
+
+def test_the_kernels_plan_for_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.backend import card_of
+
+    device, here = torch.device("cuda", 0), card_of(CPU)
+    monkeypatch.setattr("kernels.backend._card", lambda _: here)
+    with few_sms.planned_for(28, device):
+        assert card_of(device).multiprocessors == 28
+    assert card_of(device).multiprocessors == here.multiprocessors
+
+
+def test_the_count_of_multiprocessors_compiles() -> None:
+    """As far as machine code, for cards that are not there; a driver that knows only what they are stands in."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from compile_kernels import NoGpu
+from triton.runtime import driver
+cards = NoGpu()
+driver.set_active(cards)
+from benchmarks.speed.gpu import smid
+for cards.capability in (70, 86, 90):
+    kernel = smid._note_kernel.run(torch.empty(64, dtype=torch.int32), grid=(64,), warmup=True, num_warps=1)
+    print("%smid" in kernel.asm["ptx"], len(kernel.asm["cubin"]) > 0)
+"""
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["True True"] * 3
+
+
+# -- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_section_has_its_share_of_the_time_and_none_begins_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, deadlines, here = 0.0, [], rig()
+
+    def measure(here: Rig, report: Report) -> None:
+        nonlocal now
+        deadlines.append(here.deadline)
+        now += 60
+
+    here.now = lambda: now
+    monkeypatch.setattr(gpu, "SECTIONS", {name: Section(title=name, measure=measure, share=0.5) for name in "abc"})
+    found = Record(command="", file=None)
+    gpu.measure_sections(here, "abc", 100, found)
+    assert deadlines == [50, 100]
+    assert found.reports["c"].why == "the time was up"
+
+
+def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
+    """All but the kernels, which need a GPU: as the command runs them, one after the other on one rig."""
+    setting = dataclasses.replace(SMALL, rows=(1,), rounds=1)
+    found = Record(command="", file=tmp_path / "figures.json")
+    gpu.measure_sections(rig(setting, clock=Clock), [name for name in SECTIONS if name != "kernels"], 600, found)
+    assert {name: report.wrong for name, report in found.reports.items() if report.wrong} == {}
+    assert [name for name, report in found.reports.items() if report.why] == ["few-sms"]
+    assert len(json.loads((tmp_path / "figures.json").read_text())["sections"]) == 6
+
+
+def test_the_setting() -> None:
+    parse = gpu.parser_of("gpu").parse_args
+    whole = gpu.setting_of(parse([]))
+    assert whole == Setting()
+    assert (whole.layers, whole.context, whole.prompt_tokens, whole.memory_bytes) == (32, 1470, 1420, 12_000_000_000)
+    quick = gpu.setting_of(parse(["--quick", "--rows", "2", "1", "2", "--memory-gb", "6"]))
+    assert (quick.layers, quick.rows, quick.memory_bytes) == (QUICK.layers, (1, 2), 6_000_000_000)
+    assert gpu.setting_of(parse(["--quick", "--layers", "2"])).layers == 2
+    assert parse(["--skip", "kernels"]).only == list(SECTIONS)
+    # Everything that is decoded has a place in the context.
+    assert whole.context + whole.new_tokens < 4096
+
+
+@pytest.mark.parametrize("arguments", [["--rows", "0"], ["odd"], ["--memory-gb", "inf"], ["--only", "odd"]])
+def test_wrong_use(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """The command as it is, but for two layers; in a process of its own."""
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks", "speed", "gpu", "--quick", "--layers", "2", "--rows", "1", "2"]
+    command += ["--skip", "kernels", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    sections = json.loads(file.read_text(encoding="utf-8"))["sections"]
+    assert [name for name, section in sections.items() if section["wrong"]] == []
+    ours = [row for row in sections["decode"]["rows"] if row["engine"].startswith("lite int")]
+    assert all(row["time"] is not None for row in ours)
+    assert all(row["graph"] for row in ours if "launched" not in row["engine"])
+    assert all(abs(row["difference"]) < 0.03 for row in ours)
+    assert len(sections["memory"]["planned_and_held"]) == len(sections["batches"]["rows"]) == 4

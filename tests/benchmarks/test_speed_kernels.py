@@ -1,0 +1,89 @@
+"""`python -m benchmarks speed kernels`: what it measures is right first, and without a GPU it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.speed import kernels
+from benchmarks.speed.contenders import Call, Contender, contenders
+from benchmarks.speed.harness import Row, Unavailable
+from benchmarks.speed.kernels import Timed, main, measure_one
+from benchmarks.speed.weights import Shapes
+from lite.bench.measure import quantiles
+
+SMALL = Shapes(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)
+OPS = {"quant_matmul", "decode_attention", "rotary_and_cache", "add_rms_norm", "silu_mul", "sample"}
+
+
+def no_clock(calls: Sequence[Callable[[], Tensor]], rounds: int) -> Timed:
+    """Run each call, as all copies have to work, and say it took a millisecond."""
+    for call in calls:
+        call()
+    return Timed(call=quantiles([1e-3] * rounds), graph=False)
+
+
+def test_every_op_is_right_beside_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the references compute, and what is checked and counted is the same."""
+    monkeypatch.setattr(kernels, "_MAX_COPIES", 2)
+    rows = [
+        measure_one(contender, bandwidth=1e9, time=no_clock)
+        for contender in contenders(SMALL, [1, 3], torch.device("cpu"), 70)
+    ]
+    assert {row.names["op"] for row in rows} == OPS
+    assert [row.why for row in rows if row.why is not None] == []
+    for op in OPS:
+        assert {row.names["engine"].startswith("lite") for row in rows if row.names["op"] == op} == {True, False}, op
+    assert len({row.label for row in rows}) == len(rows)
+    # o: 64 x 64 in 4 bits is 2,048 bytes and padded to 8 KiB in tiles, 64 scales; x and y of one row.
+    small = next(row for row in rows if row.label == "quant_matmul, o 64→64, 1 rows, lite int4, float16")
+    assert small.bytes_per_s == pytest.approx((8192 + 64 * 2 + 2 * 64 * 2) / 1e-3)
+    assert small.line()["ms"] == "1¹", "no graph held it"
+
+
+def contender(wrong: float, *, engine: str = "lite int4", fails: Exception | None = None) -> Contender:
+    def prepare() -> Call:
+        if fails is not None:
+            raise fails
+        return Call(run=lambda: torch.zeros(1), nbytes=1000)
+
+    named = {"op": "quant_matmul", "shape": "small", "engine": engine, "dtype": "float16"}
+    return Contender(**named, prepare=prepare, wrong=lambda _: wrong)
+
+
+def measured(one: Contender, time: Any = no_clock) -> Row:
+    return measure_one(one, bandwidth=1e9, time=time)
+
+
+def test_what_is_wrong_is_not_timed() -> None:
+    row = measured(contender(1.5), lambda *_: pytest.fail("timed"))
+    assert (row.is_wrong, row.time, row.why) == (True, None, "off by 1.5 times what is allowed")
+
+
+def test_a_peer_that_is_not_there_or_fails_is_named_and_one_of_ours_raises() -> None:
+    assert measured(contender(0, engine="gemlite", fails=Unavailable("not installed"))).why == "not installed"
+    assert measured(contender(0, engine="gemlite", fails=KeyError("odd"))).why == "failed (KeyError: 'odd')"
+    with pytest.raises(KeyError):
+        measured(contender(0, fails=KeyError("odd")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--json", str(tmp_path / "figures.json")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "error: got no GPU" in captured.err
+    assert "expected an NVIDIA GPU · run this on a machine with one" in captured.err
+    assert not (tmp_path / "figures.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--rows", "0"], ["--rows"], ["odd"], ["--only", "decode"]])
+def test_wrong_use(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(arguments)
