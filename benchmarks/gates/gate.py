@@ -48,10 +48,11 @@ from lite.console import run_command, say
 from lite.engines.choose import choose_engine
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary
-from lite.eval.record import ReferenceRecord, check_record, read_record
+from lite.eval.record import ReferenceRecord, check_record
+from lite.eval.record_file import read_record
 from lite.files import write_whole
 from lite.memory.plan import plan_memory
-from lite.studies.readers import read_studies, sha256_of_studies
+from lite.studies.readers import read_studies
 
 GATES: Final = Path(__file__).with_name("gates.toml")
 STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
@@ -193,7 +194,7 @@ def measure_engines(path: Path, films: Films, record: ReferenceRecord) -> dict[s
 
 
 def _along_record(model: lite.FindingsModel, films: Films, record: ReferenceRecord) -> DivergenceSummary:
-    check_record(record, model.artifact, sha256_of_studies(films.studies))
+    check_record(record, model.artifact, films.studies)
     return diverge(model, films.studies, record, name=model.artifact.path.name)
 
 

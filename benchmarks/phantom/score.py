@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lite.errors import LiteError
+from lite.eval.figures import Estimate
 from lite.eval.labels import LABELS, Label, Reading
-from lite.eval.metrics import RESAMPLES, Estimate, FindingsScores, Readings, score_findings
+from lite.eval.metrics import FindingsScores, Readings, score_findings
 
 _KEYS = ("id", "query", "reference", "prediction")
 
@@ -111,20 +112,12 @@ def _readings(labels: dict[str, dict[str, Any]]) -> dict[Label, Reading]:
     return {label: Reading(**labels[label]) for label in LABELS}
 
 
-def score(
-    predictions: Path,
-    *,
-    truth: Path | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> FindingsScores:
+def score(predictions: Path, *, truth: Path | None = None) -> FindingsScores:
     """Score a predictions file.
 
     Args:
         predictions: JSONL, as `read_predictions` takes it.
         truth: the JSON list of the films; the labels drawn there take the place of those read from the references.
-        resamples: how many bootstrap resamples for the intervals.
-        seed: the seed of the resamples.
 
     Raises:
         LiteError: a file is not what it should be, or a predicted study is not in `truth`.
@@ -145,8 +138,6 @@ def score(
         [row.reference for row in rows],
         [row.prediction for row in rows],
         truth=readings,
-        resamples=resamples,
-        seed=seed,
     )
 
 
@@ -244,7 +235,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take the labels from the films' list, not from the references' text",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap resamples (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -253,7 +243,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LiteError: a file is not what it should be.
     """
-    scores = score(args.predictions, truth=args.truth, seed=args.seed)
+    scores = score(args.predictions, truth=args.truth)
     text = json.dumps(to_json(scores), ensure_ascii=False) if args.json else format_table(scores)
     sys.stdout.write(f"{text}\n")
     return 0

@@ -34,8 +34,9 @@ from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
+from lite.eval.figures import Estimate
 from lite.eval.labels import read_labels
-from lite.eval.metrics import Estimate, Readings, label_f1, rouge_l, same_text
+from lite.eval.metrics import Readings, label_f1, rouge_l, same_text
 from lite.eval.record import check_belongs, settings_of
 from lite.studies.readers import read_studies
 from lite.studies.study import Study

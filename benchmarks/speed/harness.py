@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lite.bench.machine import machine, versions
-from lite.bench.measure import quantiles
-from lite.bench.results import Quantiles
 from lite.bench.table import markdown_table, to_json
 from lite.console import run_command
 from lite.errors import LiteError
+from lite.eval.figures import Quantiles, quantiles
 from lite.files import write_whole
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from torch import Tensor
 from benchmarks.speed.contenders import Contender, contenders
 from benchmarks.speed.harness import Clock, Report, Row, Unavailable, reason, run_main
 from kernels.backend import Selection, select_backend
-from lite.bench.measure import quantiles
-from lite.bench.results import Quantiles
 from lite.errors import BackendUnavailable
+from lite.eval.figures import Quantiles, quantiles
 
 if TYPE_CHECKING:
     from benchmarks.speed.gpu.rig import Rig

@@ -213,7 +213,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
         record = _DEMO_RECORD
         say(f"reference: {record}")
     if arguments.chexbert is not None:
-        from lite.eval.clinical import check_chexbert_files
+        from lite.eval.chexbert import check_chexbert_files
 
         check_chexbert_files(arguments.chexbert)
     return Job(
@@ -290,7 +290,8 @@ def _report_failures(bench: Bench) -> int:
 
 def _record(arguments: argparse.Namespace) -> int:
     from lite.bench.machine import machine, versions
-    from lite.eval.record import bound_error, check_new, record_paths, take_record, write_record
+    from lite.bench.recording import bound_error, take_record
+    from lite.eval.record_file import check_new, record_paths, write_record
 
     check_new(arguments.out)
     studies, data = _studies(arguments)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
-from lite.bench.results import Missing, NotRun, Quantiles, RecordQuality, ReportQuality, Row, Throughput
-from lite.eval.metrics import Estimate
+from lite.bench.results import NotRun, RecordQuality, ReportQuality, Row, Throughput
+from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.memory.sizes import shown_bytes
 
 _NONE: Final = "–"

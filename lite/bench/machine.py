@@ -22,9 +22,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from lite.bench.results import Missing
 from lite.engines.cores import available_cores
 from lite.errors import BackendUnavailable, MemoryBudgetError
+from lite.eval.figures import Missing
 
 _ROOT: Final = Path(__file__).resolve().parent.parent.parent
 _PACKAGES: Final = ("torch", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "numpy", "llava-rad-lite")

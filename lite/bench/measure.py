@@ -20,16 +20,17 @@ import numpy as np
 
 from lite.artifact.open import load_artifact
 from lite.bench.machine import EnergyMeter, energy_meter, streaming_read_bandwidth
-from lite.bench.results import Draft, Latency, MemoryUse, Missing, NotRun, Quantiles, Row, Throughput, Traffic
+from lite.bench.results import Draft, Latency, MemoryUse, NotRun, Row, Throughput, Traffic
 from lite.bench.roofline import decode_weight_bytes
 from lite.engines.choose import EngineName, choose_engine
 from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
 from lite.eval.divergence import StudyDivergence
-from lite.eval.record import check_record, read_record
+from lite.eval.figures import Missing, quantiles
+from lite.eval.record import check_record
+from lite.eval.record_file import read_record
 from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, onnx_read_bytes
 from lite.memory.plan import CHUNK_SIZES, MemoryPlan, check_memory, plan_memory
 from lite.memory.process import Peaks, rss_bytes
-from lite.studies.readers import sha256_of_studies
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def measure(
     artifact = load_artifact(path)
     reference = read_record(record) if record is not None else None
     if reference is not None:
-        check_record(reference, artifact, sha256_of_studies(studies))
+        check_record(reference, artifact, studies)
     import lite
 
     engine, settings = _settings(artifact, options)
@@ -208,12 +209,6 @@ def _meter(engine: EngineName, device: str) -> EnergyMeter | Missing:
 def disk_bytes(artifact: Artifact, engine: EngineName) -> int:
     """Add up the files that an engine reads, which are those that `Artifact.verify` hashes for it."""
     return sum(part.nbytes for part in artifact.manifest.parts.read_by(engine))
-
-
-def quantiles(values: Sequence[float]) -> Quantiles:
-    """Summarise how long something took: at least one value."""
-    p20, p50, p80, p90, p99 = np.percentile(values, (20, 50, 80, 90, 99)).tolist()
-    return Quantiles(p20=p20, p50=p50, p80=p80, p90=p90, p99=p99, count=len(values))
 
 
 def _timed(function: Callable[[], T]) -> tuple[float, T]:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from lite.bench.results import Quantiles
-from lite.eval.metrics import Estimate
+from lite.eval.figures import Estimate, Quantiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

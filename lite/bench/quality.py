@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lite.bench.results import Draft, Missing, RecordQuality, ReportQuality
+from lite.bench.results import Draft, RecordQuality, ReportQuality
 from lite.errors import BackendUnavailable
-from lite.eval.clinical import chexbert_f1, radgraph_f1
+from lite.eval.chexbert import chexbert_f1
 from lite.eval.divergence import StudyDivergence, summarise
+from lite.eval.figures import Estimate, Missing
 from lite.eval.labels import read_labels
-from lite.eval.metrics import Estimate, bleu_1, bleu_4, label_f1, rouge_l, same_text
+from lite.eval.metrics import bleu_1, bleu_4, label_f1, rouge_l, same_text
+from lite.eval.radgraph import radgraph_f1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,21 +30,10 @@ from lite.bench.columns import (
     text_columns,
 )
 from lite.bench.plots import LossKind, Point, draw_pareto
-from lite.bench.results import (
-    Bench,
-    Draft,
-    FailedRow,
-    MemoryUse,
-    Missing,
-    Quantiles,
-    RecordQuality,
-    Row,
-    StudyShown,
-    Throughput,
-)
+from lite.bench.results import Bench, Draft, FailedRow, MemoryUse, RecordQuality, Row, StudyShown, Throughput
 from lite.bench.words import Passage, compare_words
 from lite.errors import BackendUnavailable, LiteError
-from lite.eval.metrics import Estimate
+from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.files import write_whole
 from lite.image.files import load_image
 from lite.memory.plan import MemoryPlan

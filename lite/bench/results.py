@@ -17,28 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lite.eval.divergence import DivergenceSummary
-from lite.eval.metrics import Estimate
+from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.memory.plan import MemoryPlan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Missing:
-    """Stands where a figure would be."""
-
-    why: str  # a few words for a table's cell: "not installed", "no reference"
-    todo: str = ""  # how to get it, a sentence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantiles:
-    """How long something took, in seconds, over `count` times."""
-
-    p20: float
-    p50: float
-    p80: float
-    p90: float
-    p99: float
-    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lite.artifact.open import read_json_object
-from lite.bench.results import Missing
 from lite.config import from_json
 from lite.errors import LiteError
+from lite.eval.figures import Missing
 from lite.memory.counts import cache_bytes_per_token, decoder_bytes, head_bytes, layer_bytes, layer_linear_shapes
 from lite.memory.sizes import shown_bytes
 

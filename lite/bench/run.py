@@ -26,22 +26,13 @@ from lite.artifact.open import load_artifact
 from lite.bench.machine import machine, versions
 from lite.bench.measure import Measured, Options, Progress, measure, out_of_memory
 from lite.bench.quality import NO_REFERENCE, NO_REPORTS, Clinical, against_record, against_reports
-from lite.bench.results import (
-    Bench,
-    Draft,
-    FailedRow,
-    Missing,
-    Provenance,
-    RecordQuality,
-    ReportQuality,
-    Row,
-    StudyShown,
-)
+from lite.bench.results import Bench, Draft, FailedRow, Provenance, RecordQuality, ReportQuality, Row, StudyShown
 from lite.bench.roofline import is_modelled
 from lite.engines.choose import has_torch
 from lite.errors import LiteError
-from lite.eval.metrics import RESAMPLES
-from lite.eval.record import ReferenceRecord, check_studies, read_record
+from lite.eval.figures import RESAMPLES, Missing
+from lite.eval.record import ReferenceRecord, check_studies
+from lite.eval.record_file import read_record
 from lite.studies.readers import sha256_of_studies
 from lite.studies.study import Study
 
@@ -77,7 +68,7 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
     data_sha256 = sha256_of_studies(job.studies)
     record = read_record(job.record) if job.record is not None else None
     if record is not None:
-        _check_studies(record, job.studies, data_sha256)
+        check_studies(record, job.studies)
     if job.clinical.radgraph or job.clinical.chexbert is not None:
         # Weights that cannot be used are found now, and not when every artifact has been measured.
         against_reports([_REHEARSAL.text], [_REHEARSAL], job.clinical)
@@ -122,23 +113,6 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
         ),
         notes=_notes(job, rows),
     )
-
-
-def _check_studies(record: ReferenceRecord, studies: Sequence[Study], data_sha256: str) -> None:
-    """Refuse a record of other studies, before anything is measured; say so when it is films that are missing.
-
-    Raises:
-        LiteError: see above.
-    """
-    missing = [study.path for study in studies if not study.path.is_file()]
-    if data_sha256 != record.info.data_sha256 and missing:
-        msg = (
-            f"got {len(missing)} of {len(studies)} studies without their film, the first {missing[0]} · expected all "
-            f"that the record was made with ({record.describe()}) · name the films' folder with --image-folder, or "
-            "bench without --reference"
-        )
-        raise LiteError(msg)
-    check_studies(record, data_sha256)
 
 
 def _judged(measured: Measured, record: ReferenceRecord | None, reports: Sequence[str], clinical: Clinical) -> Row:

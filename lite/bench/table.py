@@ -12,8 +12,9 @@ from typing import Any
 from lite.artifact.open import load_artifact
 from lite.bench.columns import Cell, Group, artifact_columns, cost_columns, number, result_columns, text_columns
 from lite.bench.report import ModelledTable
-from lite.bench.results import Bench, Missing, Row, Throughput
+from lite.bench.results import Bench, Row, Throughput
 from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, is_modelled, modelled_rows, roofline_table, v100_entry
+from lite.eval.figures import Missing
 from lite.files import write_whole
 from lite.memory.sizes import shown_bytes
 

@@ -22,7 +22,7 @@ exact where the tail has no mass. `gap_limit` says how much may be missing: it k
 reference's that it sums to the tail mass with no token above the k-th. That limit is a guarantee, not an estimate, and
 often far from the gap; the gap itself takes both models' logits.
 
-Intervals are those of `lite.eval.metrics`: studies drawn again, all tokens of a study together, as the tokens of one
+Intervals are those of `lite.eval.figures`: studies drawn again, all tokens of a study together, as the tokens of one
 text are anything but independent.
 """
 
@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lite.errors import LiteError
-from lite.eval.metrics import RESAMPLES, Estimate, Floats, bootstrap_interval
+from lite.eval.figures import Estimate, Floats, bootstrap_interval
 
 Bools: TypeAlias = NDArray[np.bool_]
 
@@ -271,15 +271,13 @@ def _log_softmax(logits: ArrayLike, whose: str) -> Floats:
     return shifted
 
 
-def summarise(studies: Sequence[StudyDivergence], *, resamples: int = RESAMPLES, seed: int = 0) -> DivergenceSummary:
+def summarise(studies: Sequence[StudyDivergence]) -> DivergenceSummary:
     """Put studies together, each figure with its bootstrap interval over studies.
 
     Quantiles are the smallest value that is reached: of an even number of values the median is the lower middle one.
 
     Args:
-        studies: at least one.
-        resamples: how many times the studies are drawn again.
-        seed: of the resamples; the same studies are drawn for every figure, and for every candidate.
+        studies: at least one. The same ones are drawn for every figure, and for every candidate.
 
     Raises:
         LiteError: no studies.
@@ -310,19 +308,18 @@ def summarise(studies: Sequence[StudyDivergence], *, resamples: int = RESAMPLES,
     diverging = np.array([index for index, token in enumerate(first) if token is not None], dtype=np.int64)
     positions = np.array([token for token in first if token is not None], dtype=np.float64)
 
-    def estimate(table: Floats, statistic: Callable[[Floats], Floats], count: int) -> Estimate:
-        return bootstrap_interval(table, statistic, count=count, resamples=resamples, seed=seed)
-
     return DivergenceSummary(
         num_studies=num_studies,
         num_tokens=num_tokens,
-        mean_kl=estimate(sums, lambda s: s[:, 1] / s[:, 0], num_tokens),
-        median_kl=estimate(draws, _quantile_of_drawn(kl, owner, 0.5), num_tokens),
-        p99_kl=estimate(draws, _quantile_of_drawn(kl, owner, 0.99), num_tokens),
-        same_top=estimate(sums, lambda s: s[:, 2] / s[:, 0], num_tokens),
-        perplexity_ratio=estimate(sums, lambda s: np.exp(s[:, 3] / s[:, 0]), num_tokens),
-        without_divergence=estimate(sums, lambda s: s[:, 5] / s[:, 4], num_studies),
-        first_divergent_token=estimate(draws, _quantile_of_drawn(positions, diverging, 0.5), len(positions)),
+        mean_kl=bootstrap_interval(sums, lambda s: s[:, 1] / s[:, 0], count=num_tokens),
+        median_kl=bootstrap_interval(draws, _quantile_of_drawn(kl, owner, 0.5), count=num_tokens),
+        p99_kl=bootstrap_interval(draws, _quantile_of_drawn(kl, owner, 0.99), count=num_tokens),
+        same_top=bootstrap_interval(sums, lambda s: s[:, 2] / s[:, 0], count=num_tokens),
+        perplexity_ratio=bootstrap_interval(sums, lambda s: np.exp(s[:, 3] / s[:, 0]), count=num_tokens),
+        without_divergence=bootstrap_interval(sums, lambda s: s[:, 5] / s[:, 4], count=num_studies),
+        first_divergent_token=bootstrap_interval(
+            draws, _quantile_of_drawn(positions, diverging, 0.5), count=len(positions)
+        ),
     )
 
 

@@ -99,12 +99,11 @@ def test_a_grammar_text_against_itself_is_perfect(tmp_path: Path) -> None:
         {"id": str(index), "query": "", "reference": report.text, "prediction": report.text}
         for index, report in enumerate(texts)
     ]
-    scores = scoring.score(write_rows(tmp_path / "p.jsonl", *rows), resamples=2)
+    scores = scoring.score(write_rows(tmp_path / "p.jsonl", *rows))
     drawn = score_findings(
         [row["reference"] for row in rows],
         [row["prediction"] for row in rows],
         truth=[report.readings for report in texts],
-        resamples=2,
     )
     for result in (scores, drawn):
         assert result.label_f1.macro.value == result.side_accuracy.value == result.size_accuracy.value == 1.0

@@ -23,8 +23,8 @@ from benchmarks.speed.harness import (
 )
 from benchmarks.speed.line import fit
 from benchmarks.speed.weights import Model, Shapes
-from lite.bench.measure import quantiles
 from lite.errors import LiteError
+from lite.eval.figures import quantiles
 
 
 def test_a_time_stands_beside_its_yardstick() -> None:

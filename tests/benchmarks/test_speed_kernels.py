@@ -15,7 +15,7 @@ from benchmarks.speed.contenders import Call, Contender, contenders
 from benchmarks.speed.harness import Row, Unavailable
 from benchmarks.speed.kernels import Timed, main, measure_one
 from benchmarks.speed.weights import Shapes
-from lite.bench.measure import quantiles
+from lite.eval.figures import quantiles
 
 SMALL = Shapes(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)
 OPS = {"quant_matmul", "decode_attention", "rotary_and_cache", "add_rms_norm", "silu_mul", "sample"}

@@ -42,9 +42,9 @@ from benchmarks.speed.peers.report import (
 from benchmarks.speed.peers.specs import PEERS_PYTHON, REFERENCE, SPECS, THEIRS
 from benchmarks.speed.weights import Model, Shapes
 from lite.artifact.open import Artifact, load_artifact
-from lite.bench.measure import quantiles
 from lite.engines.torch_engine.decoder import load_decoder
 from lite.errors import LiteError
+from lite.eval.figures import quantiles
 
 # A vocabulary as large as the tokenizer that an artifact gets.
 SHAPES = Shapes(

@@ -22,20 +22,12 @@ from tiny import relist
 from lite.artifact import open as artifact_module
 from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
-from lite.bench.measure import (
-    Options,
-    _batches,
-    _Planner,
-    _settings,
-    _traffic,
-    disk_bytes,
-    out_of_memory,
-    quantiles,
-)
+from lite.bench.measure import Options, _batches, _Planner, _settings, _traffic, disk_bytes, out_of_memory
 from lite.bench.quality import Clinical
-from lite.bench.results import Missing, NotRun, Throughput
+from lite.bench.results import NotRun, Throughput
 from lite.bench.run import Job, _notes, _runs
 from lite.config import DecoderConfig
+from lite.eval.figures import Missing, quantiles
 from lite.model import FindingsModel
 from lite.studies.study import Study
 

@@ -27,10 +27,8 @@ from lite.bench.results import (
     FailedRow,
     Latency,
     MemoryUse,
-    Missing,
     NotRun,
     Provenance,
-    Quantiles,
     RecordQuality,
     ReportQuality,
     Row,
@@ -41,7 +39,7 @@ from lite.bench.results import (
 from lite.bench.words import compare_words
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.divergence import DivergenceSummary
-from lite.eval.metrics import Estimate
+from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.memory.plan import MemoryPlan
 from lite.memory.sizes import shown_bytes
 from lite.studies.readers import read_studies

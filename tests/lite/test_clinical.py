@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from lite.bench.results import Missing
 from lite.errors import BackendUnavailable, CheckpointError, LiteError
-from lite.eval import clinical
-from lite.eval.clinical import COMPETITION, CONDITIONS, chexbert_f1, radgraph_f1, read_classes
+from lite.eval import chexbert, radgraph
+from lite.eval.chexbert import COMPETITION, CONDITIONS, chexbert_f1, read_classes
+from lite.eval.figures import Estimate, Missing
 from lite.eval.labels import LABELS
-from lite.eval.metrics import Estimate
+from lite.eval.radgraph import radgraph_f1
 
 HIDDEN, INTERMEDIATE, LAYERS, POSITIONS = 128, 96, 2, 24
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -140,7 +140,7 @@ def test_the_labeller_computes_what_bert_and_its_heads_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
     # Batches of two: short and long texts are padded together, and come back in their own order.
-    monkeypatch.setattr(clinical, "_BATCH_SIZE", 2)
+    monkeypatch.setattr(chexbert, "_BATCH_SIZE", 2)
     state = published_layout()
     classes = read_classes(TEXTS, weights=write_weights(tmp_path, state, prefix=prefix), device="cpu")
     expected = [classes_by_hand(state, text) for text in TEXTS]
@@ -194,7 +194,7 @@ def labelled(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, A
     """Score classes as if the labeller had read them."""
 
     def score(truth: Any, said: Any) -> dict[str, Estimate]:
-        monkeypatch.setattr(clinical, "read_classes", lambda *_, **__: np.concatenate([truth, said]))
+        monkeypatch.setattr(chexbert, "read_classes", lambda *_, **__: np.concatenate([truth, said]))
         scores = chexbert_f1(["r"] * len(truth), ["p"] * len(said), weights=weights, device="cpu")
         assert isinstance(scores, dict)
         return scores
@@ -424,7 +424,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return {"radgraph": "0.1.18", "transformers": "4.57.6"}[name]
 
     monkeypatch.setitem(sys.modules, "radgraph", SimpleNamespace(F1RadGraph=F1RadGraph))
-    monkeypatch.setattr(clinical, "version", version)
+    monkeypatch.setattr(radgraph, "version", version)
     return seen
 
 
@@ -469,7 +469,7 @@ def test_any_other_failure_of_radgraph_is_an_error(stand_in: SimpleNamespace, er
 def test_radgraph_beside_a_transformers_that_it_cannot_use_is_missing(
     stand_in: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clinical, "version", lambda _: "5.23.0")
+    monkeypatch.setattr(radgraph, "version", lambda _: "5.23.0")
     missing = radgraph_f1(["a"], ["b"], device="cpu")
     assert isinstance(missing, Missing)
     assert missing.why == "needs transformers 4"

@@ -18,8 +18,8 @@ from repository import ROOT
 
 from lite.bench import machine as module
 from lite.bench.machine import EnergyMeter, energy_meter, machine, streaming_read_bandwidth, versions
-from lite.bench.results import Missing
 from lite.errors import BackendUnavailable, MemoryBudgetError
+from lite.eval.figures import Missing
 
 UUID = "5d1a2c3e-0000-4444-8888-123456789abc"
 

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from repository import ROOT
 
 from lite.errors import BackendUnavailable
+from lite.eval.figures import Floats, bootstrap_interval
 from lite.eval.labels import LABELS, Label, Reading, Side, Size, Status
-from lite.eval.metrics import (
-    Floats,
-    Readings,
-    attribute_accuracy,
-    bleu_1,
-    bleu_4,
-    bootstrap_interval,
-    label_f1,
-    rouge_l,
-    same_text,
-    score_findings,
-)
+from lite.eval.metrics import Readings, attribute_accuracy, bleu_1, bleu_4, label_f1, rouge_l, same_text, score_findings
 
 
 def read(
@@ -42,8 +34,8 @@ REFERENCES = [read("Edema", "Cardiomegaly"), read("Edema"), read("Fracture"), re
 PREDICTIONS = [read("Edema"), read("Edema", "Fracture"), read("Fracture"), read("Edema")]
 
 
-def scores_of(label: Label, **options: object) -> tuple[float, float, float, int, int]:
-    rows = label_f1(REFERENCES, PREDICTIONS, **options).per_label  # type: ignore[arg-type]
+def scores_of(label: Label) -> tuple[float, float, float, int, int]:
+    rows = label_f1(REFERENCES, PREDICTIONS).per_label
     row = next(row for row in rows if row.label == label)
     return row.precision, row.recall, row.f1.value, row.support, row.predicted
 
@@ -58,11 +50,6 @@ def test_label_f1_of_a_worked_example() -> None:
     assert result.micro.value == pytest.approx(2 * 3 / (2 * 3 + 2 + 1))
     assert result.macro.value == pytest.approx((0.8 + 0.0 + 2 / 3) / 3)
     assert result.micro.count == len(REFERENCES)
-
-
-def test_uncertain_counts_as_positive_when_asked() -> None:
-    assert scores_of("Edema", uncertain="positive") == (1.0, 1.0, 1.0, 3, 3)
-    assert label_f1(REFERENCES, PREDICTIONS, uncertain="positive").uncertain == "positive"
 
 
 def test_a_label_that_neither_side_has_is_undefined_and_outside_the_macro_average() -> None:
@@ -81,12 +68,6 @@ def test_nothing_to_measure_is_nan_and_never_a_warning() -> None:
     assert math.isnan(result.micro.value)
     assert math.isnan(result.macro.low)
     assert math.isnan(attribute_accuracy([read()], [read()], "side").value)
-
-
-def test_labels_can_be_narrowed() -> None:
-    result = label_f1(REFERENCES, PREDICTIONS, labels=("Fracture",))
-    assert [row.label for row in result.per_label] == ["Fracture"]
-    assert result.micro.value == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +127,13 @@ def test_bleu_from_sums_is_sacrebleus_own_corpus_figure(bleu: Any, order: int, c
     theirs = sacrebleu.BLEU(lowercase=True, max_ngram_order=order)
     expected = theirs.corpus_score(predictions, [references]).score / 100
     assert 0 < expected < 1
-    assert bleu(references, predictions, resamples=2).value == pytest.approx(expected)
+    assert bleu(references, predictions).value == pytest.approx(expected)
 
 
 def test_bleu_1_of_a_worked_example() -> None:
     # Of "a small effusion ." two words and the full stop are in the reference; it is 4 long, the reference 5: the
     # brevity penalty is exp(1 - 5/4).
-    estimate = bleu_1(["Small left pleural effusion."], ["A small effusion."], resamples=2)
+    estimate = bleu_1(["Small left pleural effusion."], ["A small effusion."])
     assert estimate.value == pytest.approx(3 / 4 * math.exp(1 - 5 / 4))
 
 
@@ -220,7 +201,7 @@ def test_identical_texts_score_one_on_everything() -> None:
         "There is a small left pleural effusion. Heart size is normal.",
         "Consolidation in the right lower zone. No pleural effusion or pneumothorax.",
     ]
-    scores = score_findings(texts, texts, resamples=20)
+    scores = score_findings(texts, texts)
     estimates = (scores.label_f1.micro, scores.label_f1.macro, scores.side_accuracy, scores.size_accuracy)
     for estimate in (*estimates, scores.zone_accuracy, scores.rouge_l, scores.bleu_1, scores.bleu_4):
         assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1.0, 1.0, 1.0))
@@ -230,6 +211,19 @@ def test_identical_texts_score_one_on_everything() -> None:
 
 def test_the_truth_can_be_given_instead_of_read() -> None:
     texts = ["The lungs are clear."]
-    scores = score_findings(texts, texts, truth=[read("Edema")], resamples=2)
+    scores = score_findings(texts, texts, truth=[read("Edema")])
     edema = next(row for row in scores.label_f1.per_label if row.label == "Edema")
     assert (edema.support, edema.recall) == (1, 0.0)
+
+
+def test_judging_loads_neither_what_is_heavy_nor_what_is_above_it() -> None:
+    code = """
+import importlib, pkgutil, sys, lite.eval
+for module in pkgutil.walk_packages(lite.eval.__path__, "lite.eval."):
+    importlib.import_module(module.name)
+above = {"lite.bench", "lite.engines", "lite.model", "lite.session"}
+heavy = {"radgraph", "rouge_score", "sacrebleu", "safetensors", "torch", "transformers"}
+print(*(above | heavy) & {*sys.modules}, "lite.eval.chexbert" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

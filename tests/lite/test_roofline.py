@@ -21,7 +21,7 @@ from export.source.forward import image_features
 from lite.artifact.open import Artifact
 from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench import roofline
-from lite.bench.results import Missing, Row
+from lite.bench.results import Row
 from lite.bench.roofline import (
     CARDS,
     MODELLED_COLUMNS,
@@ -44,6 +44,7 @@ from lite.config import DecoderConfig, Quantization
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
 from lite.errors import ArtifactError, LiteError
+from lite.eval.figures import Missing
 from lite.memory.counts import cache_bytes_per_token
 from lite.model import FindingsModel
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.speed.decoders import part_of
 from benchmarks.speed.engine import draft_all, random_prompt
 from benchmarks.speed.harness import Row
-from lite.bench.measure import quantiles
+from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
     from benchmarks.speed.gpu.rig import Rig

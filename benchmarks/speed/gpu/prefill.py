@@ -17,17 +17,17 @@ from torch.nn import functional
 from benchmarks.speed.decoders import dequantized, part_of
 from benchmarks.speed.engine import Prompt, Rows, greedy, random_prompt, score
 from benchmarks.speed.harness import Clock, Row, reason, spread, timed, times_in_turns
-from lite.bench.measure import quantiles
 from lite.engines.torch_engine.linear import linears_of
 from lite.eval.divergence import compare_logits
+from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from benchmarks.speed.gpu.rig import Rig
     from benchmarks.speed.harness import Report
-    from lite.bench.results import Quantiles
     from lite.engines.torch_engine.decoder import LlamaDecoder
+    from lite.eval.figures import Quantiles
 
 MAX_KL: Final = 1e-3
 _ALONE: Final = "cuBLAS alone"

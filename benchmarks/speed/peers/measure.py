@@ -20,10 +20,9 @@ from benchmarks.speed.peers.process import Process, measured_bandwidth
 from benchmarks.speed.peers.specs import REFERENCE, Spec
 from benchmarks.speed.peers.worker import CHECK_PROMPT, CHECK_TOKENS
 from benchmarks.speed.weights import Model
-from lite.bench.measure import quantiles
-from lite.bench.results import Quantiles
 from lite.console import say
 from lite.errors import BackendUnavailable, LiteError
+from lite.eval.figures import Quantiles, quantiles
 
 PROBE_TOKENS: Final = 64
 MIN_NEW_TOKENS: Final = 4

@@ -12,7 +12,7 @@ from benchmarks.speed.harness import NONE, Report, Row, shown, spread
 from benchmarks.speed.line import REAL_LAYERS, fit
 from benchmarks.speed.peers.measure import Measured, NotMeasured, Setting
 from benchmarks.speed.peers.specs import OURS, REFERENCE, THEIRS
-from lite.bench.results import Quantiles
+from lite.eval.figures import Quantiles
 
 FINDINGS_TOKENS: Final = 100
 """Decoded for a draft, end to end."""

@@ -1,28 +1,16 @@
-"""Clinical figures for real reports, by models that others trained: F1-RadGraph and CheXbert F1.
+"""CheXbert F1: the labels that CheXbert reads from two texts, compared as LLaVA-Rad's evaluation compares them.
 
-Both follow LLaVA-Rad's evaluation (`llava/eval/rrg_eval`), so that figures can be laid beside published ones:
+Over all 14 conditions and over the five of CheXpert's competition; blank and negated count as negative, uncertain as
+negative or as positive. Published values of that evaluation (`llava/eval/rrg_eval`) are medians over resamples; here
+the value is that of the studies themselves. The labeller opens local files only.
 
-* **F1-RadGraph** is the "partial" reward of the `radgraph` package, with its model "radgraph" (RadGraph 1.0): the F1 of
-  two sets of entities, each an entity's words, its label and whether it has a relation, averaged over the studies. A
-  study with an empty text, or with a text in which the model finds no entity, has 0, even if the two are alike.
-* **CheXbert F1** compares the labels that CheXbert reads from both texts, over all 14 conditions and over the five of
-  CheXpert's competition; blank and negated count as negative, uncertain as negative or as positive.
-
-Published values of that evaluation are medians over resamples; here the value is that of the studies themselves.
-
-No text leaves the machine. The labeller opens local files only. The `radgraph` package does all work here too, but it
-fetches its own weights from Hugging Face when it does not find them: `radgraph_f1` is for those who asked for it.
+Source: Smit et al. 2020, https://arxiv.org/abs/2004.09167
 """
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import sys
-import warnings
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -30,10 +18,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lite.bench.results import Missing
-from lite.errors import CheckpointError, LiteError
+from lite.errors import CheckpointError
+from lite.eval.figures import Estimate, Floats, Missing, bootstrap_interval, check_paired, f1
 from lite.eval.labels import Label
-from lite.eval.metrics import Estimate, Floats, bootstrap_interval, check_paired
 
 if TYPE_CHECKING:
     import torch
@@ -91,70 +78,6 @@ _NOT_LOADED: Final = (
 )
 
 
-def radgraph_f1(references: Sequence[str], predictions: Sequence[str], *, device: str) -> Estimate | Missing:
-    """Average the F1-RadGraph ("partial") of each study.
-
-    The model is loaded, used and let go; the package reads one text at a time.
-
-    Args:
-        references: the reference texts.
-        predictions: the predicted texts, in the same order.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-
-    Returns:
-        The figure; or why it is missing: the package is not installed or does not work with the transformers that is,
-        or its weights are not on this machine and could not be fetched.
-
-    Raises:
-        LiteError: the package failed for another reason: damaged weights, no such device, not enough memory.
-    """
-    check_paired(references, predictions)
-    in_own_environment = (
-        'install it with: pip install "llava-rad-lite[clinical]", in an environment without the extra "bench"'
-    )
-    try:
-        # Its import changes which warnings are shown, for the whole process.
-        with warnings.catch_warnings():
-            radgraph = import_module("radgraph")
-        transformers_version = version("transformers")
-    except ImportError as error:
-        return Missing(why="not installed", todo=f"F1-RadGraph needs radgraph ({error}): {in_own_environment}.")
-    if int(transformers_version.partition(".")[0]) > 4:
-        todo = f"radgraph does not run with transformers {transformers_version}: {in_own_environment}."
-        return Missing(why="needs transformers 4", todo=todo)
-    cuda = _cuda_index(device)
-    # The package takes a text of blanks only for one with words, and fails.
-    refs, hyps = ([text.strip() for text in texts] for texts in (references, predictions))
-    try:
-        # It prints what it does, which is no part of our output.
-        with contextlib.redirect_stdout(sys.stderr):
-            scorer = radgraph.F1RadGraph(reward_level="partial", model_type="radgraph", cuda=cuda)
-            _, rewards, _, _ = scorer(refs=refs, hyps=hyps)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        # For files neither here nor to be had, the package raises this very type, and transformers a bare OSError.
-        if type(error) is Exception or (type(error) is OSError and error.errno is None):
-            todo = f"radgraph's weights are not here and could not be fetched: try again with a network ({reason})."
-            return Missing(why="no weights", todo=todo)
-        msg = (
-            f"got an error from radgraph {version('radgraph')} ({reason}) · expected its F1 · if its weights are "
-            "damaged, delete its folder in the user's cache (~/.cache/radgraph) and have them fetched again"
-        )
-        raise LiteError(msg) from error
-    per_study = np.array([[reward, 1.0] for reward in rewards])
-    return bootstrap_interval(per_study, lambda sums: sums[:, 0] / sums[:, 1])
-
-
-def _cuda_index(device: str) -> int:
-    """Return a device as radgraph takes it: the GPU's number, -1 for the CPU."""
-    import torch
-
-    from lite.engines.torch_engine.decoder import check_device
-
-    chosen = torch.device(check_device(device))
-    return (chosen.index or 0) if chosen.type == "cuda" else -1
-
-
 def check_chexbert_files(weights: Path) -> None:
     """Require CheXbert's weights and the vocabulary beside them, without opening them.
 
@@ -195,8 +118,6 @@ def chexbert_f1(
     Raises:
         CheckpointError: weights or vocabulary are not there, damaged, unsafe to read, or of another model.
         BackendUnavailable: there is no such device.
-
-    Source: Smit et al. 2020, https://arxiv.org/abs/2004.09167
     """
     check_paired(references, predictions)
     if weights is None:
@@ -218,33 +139,24 @@ def chexbert_f1(
         positive = (_POSITIVE, _UNCERTAIN) if uncertain == "positive" else (_POSITIVE,)
         there, said = (np.isin(side[:, columns], positive) for side in (truth, drafted))
         counts = np.stack([there & said, ~there & said, there & ~said], axis=-1).astype(np.float64)
-        return bootstrap_interval(counts.reshape(len(references), -1), _MICRO_OR_MACRO[average])
+        return bootstrap_interval(counts.reshape(len(references), -1), _AVERAGES[average])
 
     return {
         f"{average}-{len(conditions)} uncertain {uncertain}": estimate(average, conditions, uncertain)
-        for uncertain, conditions, average in product(
-            ("negative", "positive"), (CONDITIONS, COMPETITION), _MICRO_OR_MACRO
-        )
+        for uncertain, conditions, average in product(("negative", "positive"), (CONDITIONS, COMPETITION), _AVERAGES)
     }
 
 
 def _micro_f1(sums: Floats) -> Floats:
-    return _f1(sums.reshape(len(sums), -1, 3).sum(axis=1))
+    return np.nan_to_num(f1(sums.reshape(len(sums), -1, 3).sum(axis=1)))
 
 
 def _macro_f1(sums: Floats) -> Floats:
-    macro: Floats = _f1(sums.reshape(len(sums), -1, 3)).mean(axis=1)
+    macro: Floats = np.nan_to_num(f1(sums.reshape(len(sums), -1, 3))).mean(axis=1)
     return macro
 
 
-def _f1(counts: Floats) -> Floats:
-    """Turn true positives, false positives and false negatives [..., 3] into F1 [...], 0 where there are none."""
-    tp, fp, fn = np.moveaxis(counts, -1, 0)
-    f1: Floats = np.divide(2 * tp, 2 * tp + fp + fn, out=np.zeros_like(tp), where=tp + fp + fn > 0)
-    return f1
-
-
-_MICRO_OR_MACRO: Final = {"micro": _micro_f1, "macro": _macro_f1}
+_AVERAGES: Final = {"micro": _micro_f1, "macro": _macro_f1}
 
 
 def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray[np.int64]:
