@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from lite.artifact.parts import TowerShape, VisionPart
-from lite.bench.roofline import CARDS, V100_ENTRY, Counts, Figure, ReferenceCard, count_study, modelled
+from lite.bench.cards import CARDS, V100_ENTRY, Figure, ReferenceCard
+from lite.bench.roofline import Counts, count_study, modelled
 from lite.config import DecoderConfig
 
 DECODER: Final = DecoderConfig(

@@ -165,8 +165,9 @@ def _size(text: str) -> int:
 
 
 def _bench(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+    from lite.bench.roofline import modelled_tables
     from lite.bench.run import run_bench
-    from lite.bench.table import format_tables, modelled_tables, write_json
+    from lite.bench.table import format_tables, write_json
 
     job = _job(arguments, shlex.join(["python", "-m", "lite.bench", *given]))
     _check_outputs(arguments)
@@ -187,31 +188,12 @@ def _bench(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 def _job(arguments: argparse.Namespace, command: str) -> Job:
     from lite.bench.run import Job
 
-    paths: list[Path] = arguments.artifacts
-    record: Path | None = arguments.reference
-    if not paths:
-        paths = [path for path in _DEMO_ARTIFACTS if path.is_dir()]
-        if not paths:
-            msg = (
-                f"got no artifact, and no demo in {_DEMO_ARTIFACTS[0].parent} · expected one of them · name one "
-                "written by python -m export, or run make demo in a checkout"
-            )
-            raise LiteError(msg)
-        say(f"no artifact named: taking the demo's, {' and '.join(map(str, paths))}")
-    for path in paths:
-        load_artifact(path)  # what is no artifact is found before anything is measured
+    paths = _artifacts(arguments)
     studies, data = _studies(arguments)
     is_demo = arguments.data is None and _is_demo(paths)
-    if record is not None and arguments.max_new_tokens is not None:
-        msg = (
-            f"got --max-new-tokens {arguments.max_new_tokens} and a --reference · expected one of them: texts that are "
-            "cut cannot be those of the reference · leave one out"
-        )
-        raise LiteError(msg)
-    whole = arguments.limit is None and arguments.max_new_tokens is None
-    if is_demo and record is None and whole and _DEMO_RECORD.is_file():
-        record = _DEMO_RECORD
-        say(f"reference: {record}")
+    record = _reference(arguments, is_demo=is_demo)
+    if record is not None and arguments.limit is None:
+        studies = _recorded_studies(record, studies)
     if arguments.chexbert is not None:
         from lite.eval.chexbert import check_chexbert_files
 
@@ -238,7 +220,50 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
     )
 
 
-def _studies(arguments: argparse.Namespace) -> tuple[list[Study], str]:
+def _artifacts(arguments: argparse.Namespace) -> list[Path]:
+    """Return the folders to measure; what is no artifact is found before anything is measured."""
+    paths: list[Path] = arguments.artifacts
+    if not paths:
+        paths = [path for path in _DEMO_ARTIFACTS if path.is_dir()]
+        if not paths:
+            msg = (
+                f"got no artifact, and no demo in {_DEMO_ARTIFACTS[0].parent} · expected one of them · name one "
+                "written by python -m export, or run make demo in a checkout"
+            )
+            raise LiteError(msg)
+        say(f"no artifact named: taking the demo's, {' and '.join(map(str, paths))}")
+    for path in paths:
+        load_artifact(path)
+    return paths
+
+
+def _reference(arguments: argparse.Namespace, *, is_demo: bool) -> Path | None:
+    record: Path | None = arguments.reference
+    if record is not None and arguments.max_new_tokens is not None:
+        msg = (
+            f"got --max-new-tokens {arguments.max_new_tokens} and a --reference · expected one of them: texts that are "
+            "cut cannot be those of the reference · leave one out"
+        )
+        raise LiteError(msg)
+    whole = arguments.limit is None and arguments.max_new_tokens is None
+    if is_demo and record is None and whole and _DEMO_RECORD.is_file():
+        record = _DEMO_RECORD
+        say(f"reference: {record}")
+    return record
+
+
+def _recorded_studies(record: Path, studies: Sequence[Study]) -> Sequence[Study]:
+    """Take as many studies as the record was made of, where the list begins with those."""
+    from lite.eval.record import studies_of
+    from lite.eval.record_file import read_record
+
+    recorded = studies_of(read_record(record), studies)
+    if len(recorded) < len(studies):
+        say(f"the record is of the first {len(recorded)} of {len(studies)} studies: taking those")
+    return recorded
+
+
+def _studies(arguments: argparse.Namespace) -> tuple[Sequence[Study], str]:
     path: Path | None = arguments.data
     if path is None:
         if not _DEMO_STUDIES.is_file():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
 
-from lite.bench.results import NotRun, RecordQuality, ReportQuality, Row, Throughput
+from lite.bench.results import NotRun, ReportQuality, Row, Throughput
 from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.memory.sizes import shown_bytes
 
 _NONE: Final = "–"
+Show: TypeAlias = Callable[[Any], str]
 
 
 # -- Figures as text -------------------------------------------------------------------------------------------------
@@ -29,16 +29,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.4g}" if math.isfinite(fraction) else _NONE
+def _finite(template: str, scale: float = 1.0) -> Show:
+    return lambda value: template.format(scale * value) if math.isfinite(value) else _NONE
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else _NONE
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) else _NONE
+_percent, _ratio, _count = _finite("{:.4g}", 100), _finite("{:.4f}"), _finite("{:,.0f}")
 
 
 def milliseconds(seconds: float) -> str:
@@ -78,129 +73,49 @@ class Group(NamedTuple):
     columns: Sequence[Column]
 
 
-def _missing(figure: Missing) -> Cell:
-    return Cell(figure.why, footnote=figure.todo, missing=True)
-
-
-def _estimate(figure: Estimate | Missing, show: Callable[[float], str]) -> Cell:
+def figure_cell(figure: object, show: Show = number) -> Cell:
+    """Write a figure: an estimate with its interval, times with their quantiles, or why it is missing."""
     if isinstance(figure, Missing):
-        return _missing(figure)
-    return Cell(show(figure.value), f"[{show(figure.low)}, {show(figure.high)}]" if figure.count else "")
+        return Cell(figure.why, footnote=figure.todo, missing=True)
+    if isinstance(figure, Estimate):
+        return Cell(show(figure.value), f"[{show(figure.low)}, {show(figure.high)}]" if figure.count else "")
+    if isinstance(figure, Quantiles):
+        return Cell(show(figure.p50), f"p90\xa0{show(figure.p90)} p99\xa0{show(figure.p99)}")
+    return Cell(show(figure))
 
 
-def _times(figure: Quantiles | Missing, show: Callable[[float], str]) -> Cell:
-    if isinstance(figure, Missing):
-        return _missing(figure)
-    return Cell(show(figure.p50), f"p90\xa0{show(figure.p90)} p99\xa0{show(figure.p99)}")
+def _figure(row: Row, path: str) -> Any:  # noqa: ANN401 - figures are of many kinds
+    """Follow names from a row to a figure; what is missing on the way is missing."""
+    found: Any = row
+    for name in path.split("."):
+        if isinstance(found, Missing):
+            return found
+        found = found.get(name, Missing(why="not measured")) if isinstance(found, dict) else getattr(found, name)
+    return found
 
 
-def _batch(row: Row, batch_size: int) -> Cell:
-    batch = _find_batch(row, batch_size)
-    if isinstance(batch, Throughput):
-        rate = batch.studies_per_min
-        return Cell(number(rate.p50), f"{number(rate.p20)} to {number(rate.p80)}")
-    return _not_run(batch)
+def _column(title: str, unit: str, path: str, show: Show = number) -> Column:
+    return Column(title, unit, lambda row: figure_cell(_figure(row, path), show))
 
 
-def _find_batch(row: Row, batch_size: int) -> Throughput | NotRun | None:
-    return next((batch for batch in row.batches if batch.batch_size == batch_size), None)
+def _batch_columns(sizes: Iterable[int], cell: Callable[[Throughput], Cell]) -> list[Column]:
+    """Return a column for each batch size that any artifact was asked for."""
+
+    def column(size: int) -> Column:
+        def of_row(row: Row) -> Cell:
+            batch = next((batch for batch in row.batches if batch.batch_size == size), None)
+            if isinstance(batch, Throughput):
+                return cell(batch)
+            return Cell("not run", footnote=batch.why if isinstance(batch, NotRun) else "", missing=True)
+
+        return Column(f"{size} at a time", "", of_row)
+
+    return [column(size) for size in sizes]
 
 
-def _not_run(batch: NotRun | None) -> Cell:
-    return Cell("not run", footnote="" if batch is None else batch.why, missing=True)
-
-
-def _record_column(
-    title: str,
-    unit: str,
-    figure: Callable[[RecordQuality], Estimate | Missing],
-    show: Callable[[float], str] = number,
-) -> Column:
-    def cell(row: Row) -> Cell:
-        quality = row.record_quality
-        return _missing(quality) if isinstance(quality, Missing) else _estimate(figure(quality), show)
-
-    return Column(title, unit, cell)
-
-
-def _report_column(title: str, unit: str, figure: Callable[[ReportQuality], Estimate | Missing]) -> Column:
-    def cell(row: Row) -> Cell:
-        quality = row.report_quality
-        return _missing(quality) if isinstance(quality, Missing) else _estimate(figure(quality), number)
-
-    return Column(title, unit, cell)
-
-
-_REPORT_FIGURES: Final[Sequence[tuple[str, str, Callable[[ReportQuality], Estimate | Missing]]]] = (
-    ("label F1", "micro", lambda quality: quality.label_f1_micro),
-    ("label F1", "macro", lambda quality: quality.label_f1_macro),
-    ("ROUGE-L", "", lambda quality: quality.rouge_l),
-    ("BLEU-1", "", lambda quality: quality.bleu_1),
-    ("BLEU-4", "", lambda quality: quality.bleu_4),
-    ("RadGraph F1", "", lambda quality: quality.radgraph_f1),
-)
-
-
-def reference_figures(quality: ReportQuality | Missing) -> list[tuple[str, Cell]]:
-    """Return how good the reference's own texts are, the yardstick of the candidates'."""
-    if isinstance(quality, Missing):
-        return []
-    chexbert = quality.chexbert if isinstance(quality.chexbert, dict) else {}
-    return [
-        *((f"{title} {unit}", _estimate(figure(quality), number)) for title, unit, figure in _REPORT_FIGURES),
-        *((f"CheXbert F1 {name}", _estimate(figure, number)) for name, figure in chexbert.items()),
-    ]
-
-
-def result_columns(rows: Sequence[Row]) -> list[Group]:
-    """Return what decides between artifacts, with a column for each batch size that any of them was asked for."""
-    batch_sizes = sorted({batch.batch_size for row in rows for batch in row.batches})
-    groups = [
-        Group("Size", [Column("on disk", "in memory", _size)]),
-        Group(
-            "Peak memory",
-            [
-                Column("measured", "", lambda row: Cell(shown_bytes(row.memory.peak_bytes), row.memory.kind)),
-                Column("planned", "its error", _planned),
-            ],
-        ),
-        Group(
-            "One study at a time",
-            [
-                Column("load", "s", lambda row: Cell(number(row.load_s))),
-                Column("TTFT", "ms", lambda row: _times(row.latency.ttft, milliseconds)),
-                Column("decode", "ms/token", lambda row: _times(row.latency.decode_token, milliseconds)),
-                Column("tokens/s", "", lambda row: Cell(number(row.decode_tokens_per_s))),
-                Column("GB/s", "decoding, of the bandwidth", _bandwidth),
-                Column("whole study", "s", lambda row: _times(row.latency.total, number)),
-                Column("energy", "J", lambda row: _times(row.energy_j, number)),
-            ],
-        ),
-        Group(
-            "Studies/min, p20 to p80",
-            [Column(f"{size} at a time", "", partial(_batch, batch_size=size)) for size in batch_sizes],
-        ),
-        Group("Against reports", [_report_column(*_REPORT_FIGURES[0])]),
-        Group(
-            "Against the reference record",
-            [
-                # A record has the most probable tokens and the mass of the rest: KL is a lower bound.
-                _record_column("mean KL", "nats/token, at least", lambda quality: quality.divergence.mean_kl),
-                _record_column("same top token", "%", lambda quality: quality.divergence.same_top, _percent),
-                _record_column("same text", "% of studies", lambda quality: quality.same_text, _percent),
-                _record_column("label F1", "micro", lambda quality: quality.label_f1_micro),
-                _record_column("perplexity ratio", "", lambda quality: quality.divergence.perplexity_ratio, _ratio),
-                _record_column(
-                    "first divergent token", "median", lambda quality: quality.divergence.first_divergent_token, _count
-                ),
-            ],
-        ),
-    ]
-    return [group for group in groups if group.columns]
-
-
-def _size(row: Row) -> Cell:
-    return Cell(shown_bytes(row.disk_bytes), shown_bytes(row.weight_bytes))
+def _rate(batch: Throughput) -> Cell:
+    rate = batch.studies_per_min
+    return Cell(number(rate.p50), f"{number(rate.p20)} to {number(rate.p80)}")
 
 
 def _planned(row: Row) -> Cell:
@@ -209,141 +124,159 @@ def _planned(row: Row) -> Cell:
     return Cell(shown_bytes(row.plan.peak_bytes), f"{100 * row.plan_error:+.1f}\xa0%".replace("-", "−"))
 
 
-def _reads(row: Row) -> Cell:
-    traffic = row.traffic
-    return _missing(traffic) if isinstance(traffic, Missing) else Cell(shown_bytes(traffic.bytes_per_token))
-
-
 def _bandwidth(row: Row) -> Cell:
     traffic = row.traffic
     if isinstance(traffic, Missing):
-        return _missing(traffic)
-    return Cell(
-        number(traffic.achieved / 1e9), f"{100 * traffic.share:.0f}\xa0% of\xa0{number(traffic.bandwidth / 1e9)}"
-    )
+        return figure_cell(traffic)
+    share = f"{100 * traffic.share:.0f}\xa0% of\xa0{number(traffic.bandwidth / 1e9)}"
+    return Cell(number(traffic.achieved / 1e9), share)
 
 
-def cost_columns(rows: Sequence[Row]) -> list[Group]:
-    """Return the other figures of time and memory."""
-    batch_sizes = sorted({batch.batch_size for row in rows for batch in row.batches})
+_TEXT_FIGURES: Final = (
+    ("label F1", "micro", "label_f1_micro"),
+    ("label F1", "macro", "label_f1_macro"),
+    ("ROUGE-L", "", "rouge_l"),
+    ("BLEU-1", "", "bleu_1"),
+    ("BLEU-4", "", "bleu_4"),
+)
+_RADGRAPH: Final = ("RadGraph F1", "", "radgraph_f1")
+
+
+def reference_figures(quality: ReportQuality | Missing) -> list[tuple[str, Cell]]:
+    """Return how good the reference's own texts are, the yardstick of the candidates'."""
+    if isinstance(quality, Missing):
+        return []
+    chexbert = quality.chexbert if isinstance(quality.chexbert, dict) else {}
+    figures = [(f"{title} {unit}", getattr(quality, name)) for title, unit, name in (*_TEXT_FIGURES, _RADGRAPH)]
+    figures += [(f"CheXbert F1 {name}", figure) for name, figure in chexbert.items()]
+    return [(title, figure_cell(figure)) for title, figure in figures]
+
+
+def tables(rows: Sequence[Row]) -> dict[str, list[Group]]:
+    """Return the four tables: what decides between artifacts, other costs, other qualities, and what was run."""
+    sizes = sorted({batch.batch_size for row in rows for batch in row.batches})
+    found = {
+        "results": _result_groups(sizes),
+        "costs": _cost_groups(sizes),
+        "texts": _text_groups(rows),
+        "artifacts": _artifact_groups(),
+    }
+    return {name: [group for group in groups if group.columns] for name, groups in found.items()}
+
+
+def _result_groups(sizes: Sequence[int]) -> list[Group]:
+    divergence = "record_quality.divergence"
+    size = Column("on disk", "in memory", lambda row: Cell(shown_bytes(row.disk_bytes), shown_bytes(row.weight_bytes)))
+    peak = Column("measured", "", lambda row: Cell(shown_bytes(row.memory.peak_bytes), row.memory.kind))
+    one_by_one = [
+        _column("load", "s", "load_s"),
+        _column("TTFT", "ms", "latency.ttft", milliseconds),
+        _column("decode", "ms/token", "latency.decode_token", milliseconds),
+        _column("tokens/s", "", "decode_tokens_per_s"),
+        Column("GB/s", "decoding, of the bandwidth", _bandwidth),
+        _column("whole study", "s", "latency.total"),
+        _column("energy", "J", "energy_j"),
+    ]
+    # A record has the most probable tokens and the mass of the rest: KL is a lower bound.
+    against_record = [
+        _column("mean KL", "nats/token, at least", f"{divergence}.mean_kl"),
+        _column("same top token", "%", f"{divergence}.same_top", _percent),
+        _column("same text", "% of studies", "record_quality.same_text", _percent),
+        _column("label F1", "micro", "record_quality.label_f1_micro"),
+    ]
+    return [
+        Group("Size", [size]),
+        Group("Peak memory", [peak, Column("planned", "its error", _planned)]),
+        Group("One study at a time", one_by_one),
+        Group("Studies/min, p20 to p80", _batch_columns(sizes, _rate)),
+        Group("Against reports", [_column("label F1", "micro", "report_quality.label_f1_micro")]),
+        Group("Against the reference record", against_record),
+    ]
+
+
+def _cost_groups(sizes: Sequence[int]) -> list[Group]:
     stages = ("before", "load", "image", "vision", "prefill", "decode")
-    groups = [
+
+    def peak(batch: Throughput) -> Cell:
+        return Cell(shown_bytes(batch.peak_bytes), shown_bytes(batch.plan.peak_bytes))
+
+    return [
         Group(
             "Stages of one study",
-            [
-                Column("image", "ms", lambda row: _times(row.latency.image, milliseconds)),
-                Column("vision", "ms", lambda row: _times(row.latency.vision, milliseconds)),
-                Column("prefill", "ms", lambda row: _times(row.latency.prefill, milliseconds)),
-            ],
-        ),
-        Group("Peak memory until the end of", [Column(stage, "", partial(_peak, stage=stage)) for stage in stages]),
-        Group(
-            "Tokens/s, all stages counted",
-            [Column(f"{size} at a time", "", partial(_batch_tokens, batch_size=size)) for size in batch_sizes],
+            [_column(stage, "ms", f"latency.{stage}", milliseconds) for stage in ("image", "vision", "prefill")],
         ),
         Group(
-            "Peak memory of batches, planned",
-            [Column(f"{size} at a time", "", partial(_batch_peak, batch_size=size)) for size in batch_sizes],
+            "Peak memory until the end of",
+            [_column(stage, "", f"memory.{stage}_bytes", shown_bytes) for stage in stages],
         ),
+        Group("Tokens/s, all stages counted", _batch_columns(sizes, lambda batch: Cell(number(batch.tokens_per_s)))),
+        Group("Peak memory of batches, planned", _batch_columns(sizes, peak)),
     ]
-    return [group for group in groups if group.columns]
 
 
-def _peak(row: Row, stage: str) -> Cell:
-    return Cell(shown_bytes(getattr(row.memory, f"{stage}_bytes")))
-
-
-def _batch_tokens(row: Row, batch_size: int) -> Cell:
-    batch = _find_batch(row, batch_size)
-    return Cell(number(batch.tokens_per_s)) if isinstance(batch, Throughput) else _not_run(batch)
-
-
-def _batch_peak(row: Row, batch_size: int) -> Cell:
-    batch = _find_batch(row, batch_size)
-    if not isinstance(batch, Throughput):
-        return _not_run(batch)
-    return Cell(shown_bytes(batch.peak_bytes), shown_bytes(batch.plan.peak_bytes))
-
-
-def text_columns(rows: Sequence[Row]) -> list[Group]:
-    """Return the other figures of quality."""
+def _text_groups(rows: Sequence[Row]) -> list[Group]:
+    divergence = "record_quality.divergence"
     reports = [row.report_quality for row in rows if isinstance(row.report_quality, ReportQuality)]
     names = dict.fromkeys(name for report in reports if isinstance(report.chexbert, dict) for name in report.chexbert)
+    chexbert = [_column("CheXbert F1", name, f"report_quality.chexbert.{name}") for name in names]
     return [
         Group(
             "Divergence from the reference record",
             [
-                Column("KL missed", "mean, at most", _kl_gap),
-                _record_column("median KL", "nats/token, at least", lambda quality: quality.divergence.median_kl),
-                _record_column("p99 KL", "nats/token, at least", lambda quality: quality.divergence.p99_kl),
-                _record_column(
-                    "no divergence", "% of studies", lambda quality: quality.divergence.without_divergence, _percent
-                ),
+                _column("KL missed", "mean, at most", "record_quality.kl_gap_limit"),
+                _column("median KL", "nats/token, at least", f"{divergence}.median_kl"),
+                _column("p99 KL", "nats/token, at least", f"{divergence}.p99_kl"),
+                _column("no divergence", "% of studies", f"{divergence}.without_divergence", _percent),
+                _column("perplexity ratio", "", f"{divergence}.perplexity_ratio", _ratio),
+                _column("first divergent token", "median", f"{divergence}.first_divergent_token", _count),
             ],
         ),
         Group(
             "Texts against the reference's",
-            [
-                _record_column("label F1", "macro", lambda quality: quality.label_f1_macro),
-                _record_column("ROUGE-L", "", lambda quality: quality.rouge_l),
-                _record_column("BLEU-1", "", lambda quality: quality.bleu_1),
-                _record_column("BLEU-4", "", lambda quality: quality.bleu_4),
-            ],
+            [_column(title, unit, f"record_quality.{name}") for title, unit, name in _TEXT_FIGURES[1:]],
         ),
         Group(
             "Texts against the data's reports",
             [
-                *(_report_column(*figure) for figure in _REPORT_FIGURES[1:]),
-                *(_report_column("CheXbert F1", name, partial(_chexbert, name=name)) for name in names or [""]),
+                *(_column(title, unit, f"report_quality.{name}") for title, unit, name in _TEXT_FIGURES[1:]),
+                _column(*_RADGRAPH[:2], f"report_quality.{_RADGRAPH[2]}"),
+                *(chexbert or [_column("CheXbert F1", "", "report_quality.chexbert")]),
             ],
         ),
     ]
 
 
-def _kl_gap(row: Row) -> Cell:
-    quality = row.record_quality
-    return _missing(quality) if isinstance(quality, Missing) else Cell(number(quality.kl_gap_limit))
-
-
-def _chexbert(quality: ReportQuality, name: str) -> Estimate | Missing:
-    if isinstance(quality.chexbert, Missing):
-        return quality.chexbert
-    return quality.chexbert.get(name, Missing(why="not measured"))
-
-
-def artifact_columns() -> list[Group]:
-    """Return what each artifact is, and how it was run."""
+def _artifact_groups() -> list[Group]:
+    backend = Column("backend", "", lambda row: Cell(row.backend, footnote="; ".join(row.fallbacks)))
     return [
         Group(
             "Artifact",
             [
-                Column("model", "", lambda row: Cell(row.model)),
-                Column("path", "", lambda row: Cell(row.path)),
-                Column("id", "", lambda row: Cell(row.artifact_id)),
-                Column("decoder", "", lambda row: Cell(row.decoder_format)),
-                Column("vision", "", lambda row: Cell(row.vision_format)),
+                _column(title, "", name, str)
+                for title, name in (
+                    ("model", "model"), ("path", "path"), ("id", "artifact_id"), ("decoder", "decoder_format"),
+                    ("vision", "vision_format"),
+                )
             ],
         ),
         Group(
             "Run by",
             [
-                Column("engine", "", lambda row: Cell(row.engine)),
-                Column("device", "", lambda row: Cell(row.device)),
-                Column("dtype", "", lambda row: Cell(row.dtype)),
-                Column("cache", "", lambda row: Cell(row.cache_dtype)),
-                Column("provider", "of ONNX Runtime", lambda row: Cell(row.provider)),
-                Column("backend", "", lambda row: Cell(row.backend, footnote="; ".join(row.fallbacks))),
+                *(_column(title, "", title, str) for title in ("engine", "device", "dtype")),
+                _column("cache", "", "cache_dtype", str),
+                _column("provider", "of ONNX Runtime", "provider", str),
+                backend,
             ],
         ),
         Group(
             "Runs",
             [
                 Column("timed", "after warm-up", lambda row: Cell(f"{row.num_runs}", f"{row.num_warmup}")),
-                Column("tokens", "per study", lambda row: Cell(number(row.tokens_per_study))),
-                Column("reads", "for a token", _reads),
-                Column("hashing", "s, before loading", lambda row: Cell(number(row.verify_s))),
-                Column("first study", "s", lambda row: Cell(number(row.first_total_s))),
-                Column("skipped", "studies", lambda row: Cell(f"{row.num_skipped}")),
+                _column("tokens", "per study", "tokens_per_study"),
+                _column("reads", "for a token", "traffic.bytes_per_token", shown_bytes),
+                _column("hashing", "s, before loading", "verify_s"),
+                _column("first study", "s", "first_total_s"),
+                _column("skipped", "studies", "num_skipped", str),
             ],
         ),
-    ]
+    ]  # fmt: skip

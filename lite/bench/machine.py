@@ -1,7 +1,7 @@
 """What figures were taken on: the machine, the packages, how fast its memory reads, the energy its GPU has used.
 
-None of this needs torch or NVML to be there: what cannot be asked is left out, or `Missing` with the reason. torch is
-asked only where it runs already, as importing it would change the very memory that is being measured.
+None of this needs torch, NVML or a driver to be there: what cannot be asked is left out, or `Missing` with the reason.
+torch is asked only where it runs already, as importing it would change the very memory that is being measured.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def machine() -> str:
         f"{cores} core{'' if cores == 1 else 's'} of {processor}",
         f"{_physical_memory() / 1e9:.0f} GB",
         platform.system(),
-        _gpu(),
+        *_gpus(),
     ]
     return ", ".join(parts)
 
@@ -59,10 +59,8 @@ def versions() -> dict[str, str]:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-    nvml = _nvml()
-    if not isinstance(nvml, Missing):
-        with contextlib.suppress(nvml.NVMLError):
-            found["NVIDIA driver"] = nvml.nvmlSystemGetDriverVersion()
+    if drivers := _nvidia_smi("driver_version"):
+        found["NVIDIA driver"] = drivers[0]
     # An installed copy may lie inside somebody else's checkout, whose commit says nothing here.
     if (_ROOT / ".git").exists():
         # Without the locks that git would take to note what it saw.
@@ -74,19 +72,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _gpu() -> str:
+def _gpus() -> list[str]:
+    """Name the GPUs; nothing where nobody can be asked."""
     torch = sys.modules.get("torch")
     if torch is not None:
-        name: str = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        return name
-    nvml = _nvml()
-    if isinstance(nvml, Missing):
-        return "GPU unknown"
+        return [torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"]
+    return _nvidia_smi("name")
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """Ask NVIDIA's driver something of each GPU; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        return ", ".join(nvml.nvmlDeviceGetName(handle) for handle in handles) or "no GPU"
-    except nvml.NVMLError:
-        return "GPU unknown"
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def _text(file: Path) -> str:

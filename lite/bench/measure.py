@@ -19,18 +19,17 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 import numpy as np
 
 from lite.artifact.open import load_artifact
-from lite.bench.machine import EnergyMeter, energy_meter, streaming_read_bandwidth
-from lite.bench.results import Draft, Latency, MemoryUse, NotRun, Row, Throughput, Traffic
-from lite.bench.roofline import decode_weight_bytes
+from lite.bench.costs import counted, disk_bytes, latency_of, memory_use, out_of_memory, peaks_of, traffic_of
+from lite.bench.machine import EnergyMeter, energy_meter
+from lite.bench.results import Draft, NotRun, Row, Throughput
 from lite.engines.choose import EngineName, choose_engine
-from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
+from lite.errors import LiteError, MemoryBudgetError
 from lite.eval.divergence import StudyDivergence
 from lite.eval.figures import Missing, quantiles
 from lite.eval.record import check_record
 from lite.eval.record_file import read_record
-from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, onnx_read_bytes
 from lite.memory.plan import CHUNK_SIZES, MemoryPlan, check_memory, plan_memory
-from lite.memory.process import Peaks, rss_bytes
+from lite.memory.process import rss_bytes
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def measure(
     load_s, model = _timed(
         lambda: lite.load(path, engine=engine, memory_limit=options.memory_limit, verify=False, **settings)
     )
-    loaded = _peaks(model)
+    loaded = peaks_of(model)
     meter = _meter(engine, str(model.decoder.device))
     warm = _warm_up(model, studies, options)
     runs, drafts = _run_singly(model, studies, options, meter, on_progress)
@@ -128,7 +127,7 @@ def measure(
     usable = [study for study, draft in zip(studies, drafts, strict=True) if draft.error is None]
     batches = tuple(_batches(model, usable, options, planned, on_progress))
     on_progress("bandwidth", 0, 1)
-    traffic = _traffic(artifact, [run.findings for run in runs])
+    traffic = traffic_of(artifact, [run.findings for run in runs])
     divergences: list[StudyDivergence] = []
     gaps: list[float] = []
     if reference is not None:
@@ -158,14 +157,14 @@ def measure(
         verify_s=verify_s,
         load_s=load_s,
         first_total_s=first.timings.total_s,
-        latency=_latency([run.findings for run in runs]),
+        latency=latency_of([run.findings for run in runs]),
         num_runs=len(runs),
         num_warmup=len(warm),
         num_prompt_tokens=int(np.median([run.findings.num_prompt_tokens for run in runs])),
         tokens_per_study=float(np.mean([run.findings.num_new_tokens for run in runs])),
         batches=batches,
         plan=plan,
-        memory=_memory_use(before, loaded, first),
+        memory=memory_use(before, loaded, first),
         traffic=traffic,
         energy_j=meter if isinstance(meter, Missing) else quantiles([run.energy_j or 0.0 for run in runs]),
         record_quality=_NOT_JUDGED,
@@ -204,11 +203,6 @@ def _meter(engine: EngineName, device: str) -> EnergyMeter | Missing:
     if engine == "onnx" and device != "cpu":
         return Missing(why="not read", todo="Energy is read of the GPU that torch names, not of ONNX Runtime's.")
     return energy_meter(device)
-
-
-def disk_bytes(artifact: Artifact, engine: EngineName) -> int:
-    """Add up the files that an engine reads, which are those that `Artifact.verify` hashes for it."""
-    return sum(part.nbytes for part in artifact.manifest.parts.read_by(engine))
 
 
 def _timed(function: Callable[[], T]) -> tuple[float, T]:
@@ -270,20 +264,6 @@ def _run(model: FindingsModel, study: Study, options: Options, meter: EnergyMete
     return _Run(findings=findings, energy_j=used)
 
 
-def _latency(runs: Sequence[Findings]) -> Latency:
-    timings = [findings.timings for findings in runs]
-    steps = [step for timing in timings for step in timing.decode_steps_s]
-    return Latency(
-        image=quantiles([timing.image_s for timing in timings]),
-        vision=quantiles([timing.vision_s for timing in timings]),
-        prefill=quantiles([timing.prefill_s for timing in timings]),
-        # A text of one token has no further one: then nothing was decoded, in no time.
-        decode_token=quantiles(steps or [0.0]),
-        ttft=quantiles([timing.ttft_s for timing in timings]),
-        total=quantiles([timing.total_s for timing in timings]),
-    )
-
-
 # -- Batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -335,16 +315,6 @@ def _batches(
             yield NotRun(batch_size=batch_size, why=out_of_memory(error), plan=plan)
 
 
-def out_of_memory(error: MemoryError | RuntimeError) -> str:
-    """Return what an error says of the memory that there was not; raise it again if it is about something else.
-
-    torch's own error for a full GPU is a RuntimeError, and that for a full CPU nothing but one.
-    """
-    if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
-        raise error
-    return str(error).partition("\n")[0] or "out of memory"
-
-
 def _throughput(
     model: FindingsModel, studies: Sequence[Study], batch_size: int, options: Options, plan: MemoryPlan
 ) -> Throughput:
@@ -367,7 +337,7 @@ def _throughput(
         studies_per_min=quantiles(rates),
         tokens_per_s=float(np.median(token_rates)),
         plan=plan,
-        peak_bytes=_most(_peaks(model)),
+        peak_bytes=counted(peaks_of(model)),
     )
 
 
@@ -385,53 +355,3 @@ def _drafted(model: FindingsModel, studies: Sequence[Study], batch_size: int, op
             raise result.error
         done.append(result)
     return done
-
-
-# -- Memory and traffic ----------------------------------------------------------------------------------------------
-
-
-def _peaks(model: FindingsModel) -> Peaks:
-    from lite.memory.process import peak_rss_bytes
-
-    return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=model.decoder.peak_vram_bytes())
-
-
-def _most(peaks: Peaks) -> int:
-    """Return what counts: the memory of torch's allocator on a GPU, and else what is resident."""
-    return (peaks.rss_bytes if peaks.vram_bytes is None else peaks.vram_bytes) or 0
-
-
-def _memory_use(before: int, loaded: Peaks, first: Findings) -> MemoryUse:
-    memory, resident = first.memory, loaded.vram_bytes is None
-    return MemoryUse(
-        kind="RSS" if resident else "VRAM",
-        before_bytes=before if resident else 0,
-        load_bytes=_most(loaded),
-        image_bytes=_most(memory.image),
-        vision_bytes=_most(memory.vision),
-        prefill_bytes=_most(memory.prefill),
-        decode_bytes=_most(memory.decode),
-    )
-
-
-def _traffic(artifact: Artifact, runs: Sequence[Findings]) -> Traffic | Missing:
-    """Count what a token reads, and measure what the memory it is in can deliver."""
-    config, part, first = artifact.decoder_config(), artifact.manifest.parts.decoder_onnx, runs[0]
-    try:
-        # Of a GPU torch asks it, for the onnx engine too: by now no figure is left that torch would change.
-        bandwidth = streaming_read_bandwidth(first.device)
-    except BackendUnavailable as error:
-        return Missing(why="not measured", todo=str(error))
-    if first.engine == "onnx" and part is not None:
-        weights = onnx_read_bytes(config, part)
-    else:
-        weights = decode_weight_bytes(config, itemsize=ITEMSIZE[first.dtype])
-    context = np.median([findings.num_prompt_tokens + findings.num_new_tokens / 2 for findings in runs])
-    cache = int(context * cache_bytes_per_token(config, itemsize=ITEMSIZE[first.cache_dtype]))
-    token_s = _latency(runs).decode_token.p50
-    return Traffic(
-        weight_bytes=weights,
-        cache_bytes=cache,
-        bandwidth=bandwidth,
-        achieved=(weights + cache) / token_s if token_s else 0.0,
-    )

@@ -1,16 +1,15 @@
 """Latency against quality, drawn by matplotlib as an SVG whose text stays text and whose colours are the page's.
 
-Every artifact is a bubble: its place says how long a study takes and what is lost, its area how much memory that needs,
-the thin lines through it how far the times (p20 to p80) and the loss (95 %) vary. The stepped line is the Pareto front:
-no artifact is faster than one on it without losing more.
+Every artifact is a numbered bubble: its place says how long a study takes and what is lost, its area how much memory
+that needs, the thin lines through it how far the times (p20 to p80) and the loss (95 %) vary. The stepped line is the
+Pareto front: no artifact is faster than one on it without losing more.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
@@ -21,16 +20,13 @@ if TYPE_CHECKING:
 
 LossKind = Literal["kl", "label-f1"]
 Height: TypeAlias = Callable[[float], float]  # a loss to its place on the vertical axis
-Box: TypeAlias = tuple[float, float, float, float]  # left, bottom, right, top in points
 
 _WIDTH_PT: Final = 396
 _HEIGHT_PT: Final = 324
 _FONT_PT: Final = 10.5
-_CHARACTER_PT: Final = 0.6 * _FONT_PT  # rather more than one takes in most fonts: the page's is not known here
-_LONGEST_LABEL: Final = 34
+_NUMBER_PT: Final = 0.75 * _FONT_PT  # half of the room that a number takes
 _LARGEST_PT2: Final = 900
-# Left and down first: the front leaves its points to the right and upwards.
-_DIRECTIONS: Final = ((-1, 0), (-1, -1), (1, -1), (0, -1), (1, 0), (-1, 1), (1, 1), (0, 1))
+_TURNS: Final = (3, 5, 4, 6, 7, 0, 2, 1)  # left and down first: the front leaves its points to the right and upwards
 _LOG_FROM: Final = 8  # the largest over the smallest time
 
 # matplotlib knows no CSS variables: these colours are drawn with, and replaced.
@@ -43,7 +39,6 @@ _SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸
 class Point:
     """One artifact."""
 
-    label: str
     total: Quantiles  # a study end to end, in seconds
     loss: Estimate  # the less the better, at least 0
     peak_bytes: int
@@ -81,10 +76,10 @@ def draw_pareto(points: Sequence[Point], kind: LossKind) -> str:
         height = (_set_kl_axis if kind == "kl" else _set_f1_axis)(axes, [point.loss for point in points])
         _draw_front(axes, points, height)
         radii = _draw_bubbles(axes, points, height)
-        labels = _draw_labels(axes, points, height, radii)
+        _draw_numbers(axes, points, height, radii)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inlined(svg.getvalue(), labels)
+    return _inlined(svg.getvalue())
 
 
 def _style(axes: Axes) -> None:
@@ -158,66 +153,39 @@ def _draw_bubbles(axes: Axes, points: Sequence[Point], height: Height) -> list[f
     return [math.sqrt(area / math.pi) for area in areas]
 
 
-def _draw_labels(axes: Axes, points: Sequence[Point], height: Height, radii: Sequence[float]) -> dict[str, str]:
-    """Place each label where it covers no bubble and no other label, as near to its own bubble as that allows.
-
-    Returns:
-        What was drawn for each label, and the label: matplotlib warns of letters that its own font has not.
-    """
+def _draw_numbers(axes: Axes, points: Sequence[Point], height: Height, radii: Sequence[float]) -> None:
+    """Write the bubbles' numbers, from 1, each where it covers no bubble and no other number."""
     left, bottom, right, top = axes.bbox.extents
     places = [(point.total.p50, height(point.loss.value)) for point in points]
     centres = [axes.transData.transform(place) for place in places]
-    labels: dict[str, str] = {}
-    taken: list[Box] = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)]
+    taken: list[tuple[float, float, float]] = [(x, y, r) for (x, y), r in zip(centres, radii, strict=True)]
     for index, ((x, y), radius) in enumerate(zip(centres, radii, strict=True)):
-        label = _shortened(points[index].label)
-        boxes = list(_boxes_around(x, y, radius, len(label)))
-        within = [b for b in boxes if left <= b[0] and bottom <= b[1] and b[2] <= right and b[3] <= top] or boxes
-        box = next((b for b in within if not any(_overlap(b, other) for other in taken)), within[0])
-        taken.append(box)
-        near = boxes.index(box) < len(_DIRECTIONS)
-        drawn = str(index).ljust(len(label), "x")
-        labels[drawn] = label
-        text = axes.annotate(
-            drawn,
-            places[index],
-            xytext=((box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            color=_INK,
-            arrowprops=None if near else {"arrowstyle": "-", "color": _MUTED, "linewidth": 0.6, "shrinkB": radius},
+        around = (
+            (x + reach * math.cos(turn * math.pi / 4), y + reach * math.sin(turn * math.pi / 4))
+            for reach in range(round(radius + _NUMBER_PT), round(radius) + 130, 6)
+            for turn in _TURNS
         )
-        text.set_gid(f"pareto-label-{index}")
-    return labels
+        at = next(
+            (
+                (a, b)
+                for a, b in around
+                if left + _NUMBER_PT < a < right - _NUMBER_PT
+                and bottom + _NUMBER_PT < b < top - _NUMBER_PT
+                and all(math.hypot(a - c, b - d) > r + _NUMBER_PT for c, d, r in taken)
+            ),
+            (x, y),
+        )
+        taken.append((*at, _NUMBER_PT))
+        text = axes.annotate(
+            f"{index + 1}", places[index], xytext=(at[0] - x, at[1] - y), textcoords="offset points",
+            ha="center", va="center", color=_INK, weight="bold",
+        )  # fmt: skip
+        text.set_gid(f"pareto-number-{index}")
 
 
-def _boxes_around(x: float, y: float, radius: float, num_characters: int) -> Iterator[Box]:
-    """Yield where a label can stand beside a bubble, the best places first."""
-    width, height = _CHARACTER_PT * num_characters, 1.2 * _FONT_PT
-    for distance in range(4, 130, 9):
-        for across, up in _DIRECTIONS:
-            reach = (radius + distance) / math.hypot(across, up)
-            left = x + across * (reach + width / 2) - width / 2
-            bottom = y + up * (reach + height / 2) - height / 2
-            yield left, bottom, left + width, bottom + height
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _shortened(label: str) -> str:
-    """Keep the end of a long label: paths differ there."""
-    label = " ".join(label.split())
-    return label if len(label) <= _LONGEST_LABEL else f"…{label[1 - _LONGEST_LABEL :]}"
-
-
-def _inlined(svg: str, labels: dict[str, str]) -> str:
-    """Put the drawing, with its labels, into an element that takes its size and its colours from the page."""
+def _inlined(svg: str) -> str:
+    """Put the drawing into an element that takes its size and its colours from the page."""
     _, _, drawing = svg[svg.index("<svg") :].partition(">")
-    for drawn, label in labels.items():
-        drawing = drawing.replace(f">{drawn}<", f">{html.escape(label)}<")
     for colour, variable in _VARIABLES.items():
         drawing = drawing.replace(colour, variable)
     title = "Latency against quality; the figures are in the table"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lite.bench.results import Draft, RecordQuality, ReportQuality
 from lite.errors import BackendUnavailable
 from lite.eval.chexbert import chexbert_f1
 from lite.eval.divergence import StudyDivergence, summarise
-from lite.eval.figures import Estimate, Missing
+from lite.eval.figures import Missing
 from lite.eval.labels import read_labels
 from lite.eval.metrics import bleu_1, bleu_4, label_f1, rouge_l, same_text
 from lite.eval.radgraph import radgraph_f1
@@ -47,16 +48,11 @@ def against_record(
     """
     pairs = [(text, draft.text) for text, draft in zip(references, drafts, strict=True) if draft.error is None]
     theirs, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    labels = label_f1([read_labels(text) for text in theirs], [read_labels(text) for text in ours])
     return RecordQuality(
         divergence=summarise(divergences),
         kl_gap_limit=kl_gap_limit,
         same_text=same_text(theirs, ours),
-        rouge_l=_if_installed(rouge_l, theirs, ours),
-        bleu_1=_if_installed(bleu_1, theirs, ours),
-        bleu_4=_if_installed(bleu_4, theirs, ours),
-        label_f1_micro=labels.micro,
-        label_f1_macro=labels.macro,
+        **_text_figures(theirs, ours),
     )
 
 
@@ -70,16 +66,23 @@ def against_reports(reports: Sequence[str], drafts: Sequence[Draft], clinical: C
     if not pairs:
         return NO_REPORTS
     theirs, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    labels = label_f1([read_labels(text) for text in theirs], [read_labels(text) for text in ours])
     return ReportQuality(
-        label_f1_micro=labels.micro,
-        label_f1_macro=labels.macro,
-        rouge_l=_if_installed(rouge_l, theirs, ours),
-        bleu_1=_if_installed(bleu_1, theirs, ours),
-        bleu_4=_if_installed(bleu_4, theirs, ours),
         radgraph_f1=radgraph_f1(theirs, ours, device=clinical.device) if clinical.radgraph else _no_radgraph(),
         chexbert=chexbert_f1(theirs, ours, weights=clinical.chexbert, device=clinical.device),
+        **_text_figures(theirs, ours),
     )
+
+
+def _text_figures(theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a `TextQuality`."""
+    labels = label_f1([read_labels(text) for text in theirs], [read_labels(text) for text in ours])
+    figures: dict[str, Any] = {"label_f1_micro": labels.micro, "label_f1_macro": labels.macro}
+    for metric in (rouge_l, bleu_1, bleu_4):
+        try:
+            figures[metric.__name__] = metric(theirs, ours)
+        except BackendUnavailable as error:
+            figures[metric.__name__] = Missing(why="not installed", todo=str(error))
+    return figures
 
 
 def _no_radgraph() -> Missing:
@@ -89,12 +92,3 @@ def _no_radgraph() -> Missing:
         )
         return Missing(why="not installed", todo=todo)
     return Missing(why="not asked for", todo="--radgraph computes F1-RadGraph.")
-
-
-def _if_installed(
-    metric: Callable[[Sequence[str], Sequence[str]], Estimate], references: Sequence[str], predictions: Sequence[str]
-) -> Estimate | Missing:
-    try:
-        return metric(references, predictions)
-    except BackendUnavailable as error:
-        return Missing(why="not installed", todo=str(error))

@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from lite.artifact.manifest import NOTICE
-from lite.bench.columns import (
-    Cell,
-    Column,
-    Group,
-    artifact_columns,
-    cost_columns,
-    duration,
-    milliseconds,
-    number,
-    reference_figures,
-    result_columns,
-    text_columns,
-)
+from lite.bench.columns import Cell, Group, duration, milliseconds, number, reference_figures, tables
 from lite.bench.plots import LossKind, Point, draw_pareto
-from lite.bench.results import Bench, Draft, FailedRow, MemoryUse, RecordQuality, Row, StudyShown, Throughput
+from lite.bench.results import (
+    Bench,
+    Draft,
+    FailedRow,
+    MemoryUse,
+    ModelledTable,
+    RecordQuality,
+    Row,
+    StudyShown,
+    Throughput,
+)
 from lite.bench.words import Passage, compare_words
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.figures import Estimate, Missing, Quantiles
@@ -42,17 +41,6 @@ from lite.memory.sizes import shown_bytes
 _TEMPLATE: Final = "report.html.j2"
 _FILM_PX: Final = 256
 _ROUNDING_KL: Final = 1e-12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelledTable:
-    """Figures that nobody measured, as text: each says by its "~" that it is modelled."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]  # each as long as the header
-    note: str  # by what they are modelled
-    figures: Any  # the same for programs: what JSON can hold
 
 
 def check_packages() -> None:
@@ -94,17 +82,12 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
     rows = [row for row in bench.rows if isinstance(row, Row)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("lite.bench").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
-    tables = [
-        _table("results", "Everything at a glance", result_columns(rows), bench),
-        _table("costs", "More about time and memory", cost_columns(rows), bench),
-        _table("texts", "More about the texts", text_columns(rows), bench),
-        _table("artifacts", "What was measured", artifact_columns(), bench),
-    ]
+    shown = [_table(name, groups, bench) for name, groups in tables(rows).items()]
     return template.render(
         bench=bench,
         notices=list(dict.fromkeys([NOTICE, *(row.notice for row in rows)])),
-        tables=tables if rows else tables[:1],
-        footnotes=list(dict.fromkeys(footnote for table in tables for footnote in table.footnotes)),
+        tables=shown if rows else shown[:1],
+        footnotes=list(dict.fromkeys(footnote for table in shown for footnote in table.footnotes)),
         reference_figures=reference_figures(bench.reference_report_quality),
         plot=_plot(rows),
         stages=_stage_bars(rows),
@@ -117,31 +100,30 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
 # -- Tables ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Table:
+_CAPTIONS: Final = {
+    "results": "Everything at a glance",
+    "costs": "More about time and memory",
+    "texts": "More about the texts",
+    "artifacts": "What was measured",
+}
+
+
+class _Table(NamedTuple):
     id: str
     caption: str
     groups: Sequence[Group]
+    starts: set[int]  # the places of the groups' first columns
     lines: Sequence[tuple[Row | FailedRow, Sequence[Cell]]]  # a failed row has no cells
-
-    @property
-    def columns(self) -> list[Column]:
-        return [column for group in self.groups for column in group.columns]
-
-    @property
-    def starts(self) -> set[int]:
-        """The places of the groups' first columns."""
-        return {sum(len(group.columns) for group in self.groups[:index]) for index in range(len(self.groups))}
-
-    @property
-    def footnotes(self) -> Iterator[str]:
-        return (cell.footnote for _, cells in self.lines for cell in cells if cell.footnote)
+    num_columns: int
+    footnotes: Sequence[str]
 
 
-def _table(table_id: str, caption: str, groups: Sequence[Group], bench: Bench) -> _Table:
+def _table(table_id: str, groups: Sequence[Group], bench: Bench) -> _Table:
     columns = [column for group in groups for column in group.columns]
     lines = [(row, [column.cell(row) for column in columns] if isinstance(row, Row) else []) for row in bench.rows]
-    return _Table(id=table_id, caption=caption, groups=groups, lines=lines)
+    starts = {0, *itertools.accumulate(len(group.columns) for group in groups)}
+    footnotes = [cell.footnote for _, cells in lines for cell in cells if cell.footnote]
+    return _Table(table_id, _CAPTIONS[table_id], groups, starts, lines, len(columns), footnotes)
 
 
 # -- Latency against quality -----------------------------------------------------------------------------------------
@@ -150,25 +132,21 @@ def _table(table_id: str, caption: str, groups: Sequence[Group], bench: Bench) -
 class _Plot(NamedTuple):
     svg: str  # empty where no artifact has both figures
     kind: LossKind
-    peaks: str
+    names: Sequence[str]  # of the numbered bubbles, each with its peak memory
     left_out: Sequence[tuple[str, str]]  # name and why
 
 
 def _plot(rows: Sequence[Row]) -> _Plot:
     kind: LossKind = "kl" if any(isinstance(row.record_quality, RecordQuality) for row in rows) else "label-f1"
-    points, left_out = [], []
+    points, names, left_out = [], [], []
     for row in rows:
         loss = _loss(row, kind)
         if isinstance(loss, Missing):
             left_out.append((row.name, loss.why))
             continue
-        peak = row.memory.peak_bytes
-        label = f"{row.name} · {shown_bytes(peak)}"
-        points.append(Point(label=label, total=row.latency.total, loss=loss, peak_bytes=peak))
-    if not points:
-        return _Plot("", kind, "", left_out)
-    peaks = [point.peak_bytes for point in points]
-    return _Plot(draw_pareto(points, kind), kind, f"{shown_bytes(min(peaks))} to {shown_bytes(max(peaks))}", left_out)
+        points.append(Point(total=row.latency.total, loss=loss, peak_bytes=row.memory.peak_bytes))
+        names.append(f"{row.name} · {shown_bytes(row.memory.peak_bytes)}")
+    return _Plot(draw_pareto(points, kind) if points else "", kind, names, left_out)
 
 
 def _loss(row: Row, kind: LossKind) -> Estimate | Missing:

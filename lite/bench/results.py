@@ -15,6 +15,7 @@ why: no reader of these records ever finds an unexplained gap.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lite.eval.divergence import DivergenceSummary
 from lite.eval.figures import Estimate, Missing, Quantiles
@@ -93,28 +94,29 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordQuality:
-    """A candidate beside the reference record, on the same studies."""
-
-    divergence: DivergenceSummary  # teacher-forced along the reference's texts, from top-k and tail: KL is a bound
-    kl_gap_limit: float  # nats per token: the mean KL over the whole vocabulary is higher by no more than this
-    same_text: Estimate  # drafted freely: share of the studies whose text is the reference's, character for character
-    rouge_l: Estimate | Missing  # of the candidate's text against the reference's
-    bleu_1: Estimate | Missing
-    bleu_4: Estimate | Missing
-    label_f1_micro: Estimate
-    label_f1_macro: Estimate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportQuality:
-    """Drafted texts beside the reports that come with the data."""
+class TextQuality:
+    """Texts beside others."""
 
     label_f1_micro: Estimate
     label_f1_macro: Estimate
     rouge_l: Estimate | Missing
     bleu_1: Estimate | Missing
     bleu_4: Estimate | Missing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordQuality(TextQuality):
+    """A candidate beside the reference record, on the same studies: its texts beside the reference's."""
+
+    divergence: DivergenceSummary  # teacher-forced along the reference's texts, from top-k and tail: KL is a bound
+    kl_gap_limit: float  # nats per token: the mean KL over the whole vocabulary is higher by no more than this
+    same_text: Estimate  # drafted freely: share of the studies whose text is the reference's, character for character
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportQuality(TextQuality):
+    """Drafted texts beside the reports that come with the data."""
+
     radgraph_f1: Estimate | Missing
     chexbert: dict[str, Estimate] | Missing  # by "micro-14 uncertain negative" and so on
 
@@ -169,6 +171,12 @@ class Row:
     def num_skipped(self) -> int:
         """How many studies could not be read or computed."""
         return sum(draft.error is not None for draft in self.drafts)
+
+    @property
+    def run_by(self) -> str:
+        """The engine and its settings, in words."""
+        cache = f", {self.cache_dtype} cache" if self.cache_dtype != self.dtype else ""
+        return f"{self.engine} on {self.device}, {self.dtype}{cache}"
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -231,3 +239,14 @@ class Bench:
     reference_report_quality: ReportQuality | Missing  # of the reference record's own texts
     studies: tuple[StudyShown, ...]
     notes: tuple[str, ...]  # what a reader has to know: figures that are missing, and how to get them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelledTable:
+    """Figures that nobody measured, as text: each says by its "~" that it is modelled."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]  # each as long as the header
+    note: str  # by what they are modelled
+    figures: Any  # the same for programs: what JSON can hold

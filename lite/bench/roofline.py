@@ -8,26 +8,20 @@ and values included; an engine that expands weights in memory before it multipli
 pairs that a token may see are counted. Nothing is said of the image's reading, of starting kernels (which is all that
 a model as small as the demo's does on a GPU), nor of a tower in another arithmetic than float16.
 
-What comes out are `Figure`s of the kind "modelled". They are no numbers and print with a "~", so that none of them can
-be taken for a measurement.
+What comes out are `Figure`s of the kind "modelled".
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from lite.artifact.open import read_json_object
-from lite.config import from_json
-from lite.errors import LiteError
-from lite.eval.figures import Missing
+from lite.artifact.open import load_artifact
+from lite.bench.cards import CARDS, Card, Figure, ReferenceCard, v100_entry, with_prefix
+from lite.bench.results import Bench, ModelledTable, Row
 from lite.memory.counts import cache_bytes_per_token, decoder_bytes, head_bytes, layer_bytes, layer_linear_shapes
-from lite.memory.sizes import shown_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lite.artifact.open import Artifact
     from lite.artifact.parts import VisionPart
     from lite.config import DecoderConfig
@@ -44,62 +38,6 @@ GPU_ITEMSIZE: Final = 2
 """Bytes of a weight that is not quantised and of a cached value, on a GPU: float16."""
 SMALLEST_MODELLED: Final = 1 << 28
 """Bytes of a decoder from which on bytes and FLOP tell its time on a GPU."""
-V100_ENTRY: Final = Path(__file__).resolve().parents[2] / "benchmarks" / "references" / "v100_fp16.json"
-
-
-# -- Figures that nobody measured here -------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A figure with its origin. Printed, it shows what it is: `~12.3 ms` is modelled, `57.3 % (published)` is not."""
-
-    value: float
-    unit: Literal["s", "tokens/s", "bytes", "fraction"]
-    kind: Literal["measured", "published", "modelled"]
-    source: str | None = None  # of what was measured or published: where it stands
-    formula: str | None = None  # of what is modelled
-
-    def __post_init__(self) -> None:
-        """Refuse a figure that does not say where it comes from."""
-        origin = "formula" if self.kind == "modelled" else "source"
-        if not getattr(self, origin):
-            msg = f"got a {self.kind} figure, {self.value:g} {self.unit}, without a {origin} · expected one · add it"
-            raise LiteError(msg)
-
-    def __str__(self) -> str:
-        shown = {"s": _seconds, "tokens/s": _rate, "bytes": shown_bytes, "fraction": _percent}[self.unit](self.value)
-        return {"measured": shown, "published": f"{shown} (published)", "modelled": f"~{shown}"}[self.kind]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return value, unit, kind, and the source or the formula; four digits of what is modelled."""
-        value = float(f"{self.value:.4g}") if self.kind == "modelled" else self.value
-        fields = dataclasses.asdict(self) | {"value": value}
-        return {key: value for key, value in fields.items() if value is not None}
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{_three_digits(value * 1e3)} ms"
-
-
-def _rate(value: float) -> str:
-    return f"{_three_digits(value)} tok/s"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1%}".replace("%", " %")
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _with_prefix(value: float, unit: str) -> str:
-    """Return a quantity as text, such as "3.63 GB"; three digits."""
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= size:
-            return f"{_three_digits(value / size)} {prefix}{unit}"
-    return f"{value:,.0f} {unit}"
 
 
 # -- Counting --------------------------------------------------------------------------------------------------------
@@ -207,57 +145,6 @@ def vision_flop(part: VisionPart) -> int:
     return 2 * (tower.num_hidden_layers * (linears + attention) + embedding + projector)
 
 
-# -- Cards -----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
-    """What its vendor says of a GPU."""
-
-    name: str
-    memory_bytes: int
-    bandwidth: float  # bytes per second
-    peak_flops: float  # float16 in, float32 sums, dense, tensor cores: what torch asks for unless told otherwise
-    source: str
-
-
-_AMPERE_AND_ADA: Final = "512 float16 operations with float32 sums a multiprocessor and clock"
-
-CARDS: Final = (
-    Card(
-        name="RTX 3060 12GB",
-        memory_bytes=12 << 30,
-        bandwidth=360e9,
-        peak_flops=25.5e12,
-        source="NVIDIA: 28 multiprocessors, 1.78 GHz, 192 bit of GDDR6 at 15 Gbit/s; GA102 whitepaper: "
-        f"{_AMPERE_AND_ADA}. Twice that with float16 sums.",
-    ),
-    Card(
-        name="RTX 4060 Ti 16GB",
-        memory_bytes=16 << 30,
-        bandwidth=288e9,
-        peak_flops=44.1e12,
-        source="NVIDIA: 34 multiprocessors, 2.54 GHz, 128 bit of GDDR6 at 18 Gbit/s; Ada whitepaper: "
-        f"{_AMPERE_AND_ADA}. Twice that with float16 sums.",
-    ),
-    Card(
-        name="T4",
-        memory_bytes=15 << 30,
-        bandwidth=320e9,
-        peak_flops=65e12,
-        source="NVIDIA's T4 datasheet: 65 TFLOP/s mixed precision, 320 GB/s, 16 GB of which error correction takes a "
-        "sixteenth. 70 W: it throttles.",
-    ),
-    Card(
-        name="V100 16GB",
-        memory_bytes=16 << 30,
-        bandwidth=900e9,
-        peak_flops=112e12,
-        source="NVIDIA's V100 datasheet, PCIe: 112 TFLOP/s tensor, 900 GB/s. SXM2: 125 TFLOP/s.",
-    ),
-)
-
-
 # -- Models of a card ------------------------------------------------------------------------------------------------
 
 
@@ -304,10 +191,10 @@ def modelled(
         reading = nbytes / (share_of_bandwidth * card.bandwidth)
         computing = flop / (share_of_peak * card.peak_flops)
         if reading > computing:
-            read = " + ".join(f"{_with_prefix(count, 'B')} of {name}" for name, count in parts.items())
-            formula = f"({read}) / ({share_of_bandwidth:g} × {_with_prefix(card.bandwidth, 'B/s')})"
+            read = " + ".join(f"{with_prefix(count, 'B')} of {name}" for name, count in parts.items())
+            formula = f"({read}) / ({share_of_bandwidth:g} × {with_prefix(card.bandwidth, 'B/s')})"
         else:
-            formula = f"{_with_prefix(flop, 'FLOP')} / ({share_of_peak:g} × {_with_prefix(card.peak_flops, 'FLOP/s')})"
+            formula = f"{with_prefix(flop, 'FLOP')} / ({share_of_peak:g} × {with_prefix(card.peak_flops, 'FLOP/s')})"
         return Figure(value=max(reading, computing), unit="s", kind="modelled", formula=formula)
 
     vision = stage({"weights": counts.vision_bytes}, counts.vision_flop)
@@ -343,7 +230,7 @@ def _memory(counts: Counts) -> Figure:
         "cache": counts.full_cache_bytes,
         "activations and CUDA": RESERVED_BYTES,
     }
-    formula = " + ".join(f"{name} {_with_prefix(nbytes, 'B')}" for name, nbytes in parts.items())
+    formula = " + ".join(f"{name} {with_prefix(nbytes, 'B')}" for name, nbytes in parts.items())
     return Figure(value=sum(parts.values()), unit="bytes", kind="modelled", formula=formula)
 
 
@@ -386,43 +273,48 @@ def modelled_cells(model: Modelled) -> tuple[str, ...]:
     return (model.card.name, *map(str, times), str(model.memory_bytes), "yes")
 
 
-def roofline_table(models: Sequence[Modelled]) -> list[tuple[str, ...]]:
-    """Return heading and rows as text, for whoever draws the table; `MODELLED_NOTE` belongs below it."""
-    return [MODELLED_COLUMNS, *(modelled_cells(model) for model in models)]
+# -- Tables ----------------------------------------------------------------------------------------------------------
 
 
-# -- The entry of a card that is not here ----------------------------------------------------------------------------
+def modelled_tables(bench: Bench) -> tuple[ModelledTable, ...]:
+    """Return what other cards may do with each artifact, and for 7B what is known of the V100.
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceCard:
-    """What is known of a model on a card, from wherever: `benchmarks/references/v100_fp16.json`."""
-
-    name: str
-    card: str
-    decoder_format: str
-    num_prompt_tokens: int  # of the study that the modelled figures are about
-    num_new_tokens: int
-    notes: list[str]
-    figures: dict[str, Figure]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `read_reference_card` reads."""
-        figures = {name: figure.to_json() for name, figure in self.figures.items()}
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {"figures": figures}
-
-
-def read_reference_card(path: Path) -> ReferenceCard:
-    """Read the entry of a card.
-
-    Raises:
-        ArtifactError: the file is not one.
+    Not for a decoder as small as the demo's: what a card needs to start its kernels is all that such a one takes. Nor
+    for the onnx engine: what is modelled is torch's kernels, and its bytes are theirs.
     """
-    return from_json(ReferenceCard, read_json_object(path), where=str(path))
+    tables: list[ModelledTable] = []
+    seven_billion = False
+    for row in bench.rows:
+        if isinstance(row, Row) and row.engine == "torch" and is_modelled(row.plan.decoder_bytes):
+            artifact = load_artifact(row.path)
+            tokens = max(1, round(row.tokens_per_study))
+            models = modelled_rows(artifact, num_prompt_tokens=row.num_prompt_tokens, num_new_tokens=tokens)
+            caption = f"{row.name} on other cards, modelled: {row.num_prompt_tokens} + {tokens} tokens"
+            tables.append(
+                ModelledTable(
+                    caption=caption,
+                    header=MODELLED_COLUMNS,
+                    rows=tuple(map(modelled_cells, models)),
+                    note=MODELLED_NOTE,
+                    figures=[model.to_json() for model in models],
+                )
+            )
+            config = artifact.decoder_config()
+            seven_billion |= (config.hidden_size, config.num_hidden_layers) == (4096, 32)
+    if seven_billion and isinstance(entry := v100_entry(), ReferenceCard):
+        tables.append(_reference_card(entry))
+    return tuple(tables)
 
 
-def v100_entry() -> ReferenceCard | Missing:
-    """Return what is known of the 7B model in fp16 on a V100."""
-    if not V100_ENTRY.is_file():
-        return Missing(why="not installed", todo="The V100's entry lies in the repository, benchmarks/references/.")
-    return read_reference_card(V100_ENTRY)
+def _reference_card(entry: ReferenceCard) -> ModelledTable:
+    lines = [
+        (name, str(figure), figure.kind, figure.source or figure.formula or "")
+        for name, figure in entry.figures.items()
+    ]
+    return ModelledTable(
+        caption=f"{entry.name} on {entry.card}: nothing here was measured by us",
+        header=("figure", "value", "kind", "source or formula"),
+        rows=tuple(lines),
+        note=" ".join(entry.notes),
+        figures=entry.to_json(),
+    )

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Final
 
 from lite.artifact.open import load_artifact
+from lite.bench.costs import out_of_memory
 from lite.bench.machine import machine, versions
-from lite.bench.measure import Measured, Options, Progress, measure, out_of_memory
+from lite.bench.measure import Measured, Options, Progress, measure
 from lite.bench.quality import NO_REFERENCE, NO_REPORTS, Clinical, against_record, against_reports
 from lite.bench.results import Bench, Draft, FailedRow, Provenance, RecordQuality, ReportQuality, Row, StudyShown
 from lite.bench.roofline import is_modelled
@@ -65,7 +66,6 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
             a `FailedRow`.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    data_sha256 = sha256_of_studies(job.studies)
     record = read_record(job.record) if job.record is not None else None
     if record is not None:
         check_studies(record, job.studies)
@@ -73,38 +73,19 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
         # Weights that cannot be used are found now, and not when every artifact has been measured.
         against_reports([_REHEARSAL.text], [_REHEARSAL], job.clinical)
     reports = [study.reference if job.reports_apply else "" for study in job.studies]
-    rows: list[Row | FailedRow] = []
-    for name, path, options in _runs(job):
-        try:
-            measured = _in_own_process(dataclasses.replace(job, options=options), name, path, on_progress)
-            on_progress(f"{name}: judging the texts", 0, 1)
-            rows.append(_judged(measured, record, reports, job.clinical))
-        except LiteError as error:
-            rows.append(FailedRow(name=name, path=str(path), error=str(error)))
-    with contextlib.suppress(ImportError):
-        import torch  # noqa: F401 - `machine` asks it for the GPU, if it is there
+    rows = tuple(_rows(job, record, reports, on_progress))
     reference_quality: ReportQuality | Missing = NO_REFERENCE
     if record is not None:
-        reference_quality = against_reports(reports, _drafts_of(record), job.clinical)
+        drafts = [Draft(id=study.id, text=study.text) for study in record.info.studies]
+        reference_quality = against_reports(reports, drafts, job.clinical)
     return Bench(
-        provenance=Provenance(
-            command=job.command,
-            started=started,
-            machine=machine(),
-            versions=versions(),
-            data=job.data,
-            data_sha256=data_sha256,
-            num_studies=len(job.studies),
-            reference=None if record is None else f"{record.describe()}; {record.describe_tail()}",
-            seed=0,
-            resamples=RESAMPLES,
-        ),
-        rows=tuple(rows),
+        provenance=_provenance(job, record, started),
+        rows=rows,
         reference_report_quality=reference_quality,
         studies=tuple(
             StudyShown(
                 id=study.id,
-                image=str(study.image),
+                image=str(study.path),
                 reason=study.reason,
                 report=report or None,
                 reference_text=None if record is None else record.texts[index],
@@ -112,6 +93,35 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
             for index, (study, report) in enumerate(zip(job.studies, reports, strict=True))
         ),
         notes=_notes(job, rows),
+    )
+
+
+def _rows(
+    job: Job, record: ReferenceRecord | None, reports: Sequence[str], on_progress: Progress
+) -> Iterator[Row | FailedRow]:
+    for name, path, options in _runs(job):
+        try:
+            measured = _in_own_process(dataclasses.replace(job, options=options), name, path, on_progress)
+            on_progress(f"{name}: judging the texts", 0, 1)
+            yield _judged(measured, record, reports, job.clinical)
+        except LiteError as error:
+            yield FailedRow(name=name, path=str(path), error=str(error))
+
+
+def _provenance(job: Job, record: ReferenceRecord | None, started: str) -> Provenance:
+    with contextlib.suppress(ImportError):
+        import torch  # noqa: F401 - `machine` asks it for the GPU, if it is there
+    return Provenance(
+        command=job.command,
+        started=started,
+        machine=machine(),
+        versions=versions(),
+        data=job.data,
+        data_sha256=sha256_of_studies(job.studies),
+        num_studies=len(job.studies),
+        reference=None if record is None else f"{record.describe()}; {record.describe_tail()}",
+        seed=0,
+        resamples=RESAMPLES,
     )
 
 
@@ -123,10 +133,6 @@ def _judged(measured: Measured, record: ReferenceRecord | None, reports: Sequenc
     return dataclasses.replace(
         row, record_quality=quality, report_quality=against_reports(reports, row.drafts, clinical)
     )
-
-
-def _drafts_of(record: ReferenceRecord) -> list[Draft]:
-    return [Draft(id=study.id, text=study.text) for study in record.info.studies]
 
 
 def _runs(job: Job) -> Iterator[tuple[str, Path, Options]]:

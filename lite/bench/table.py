@@ -7,13 +7,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from lite.artifact.open import load_artifact
-from lite.bench.columns import Cell, Group, artifact_columns, cost_columns, number, result_columns, text_columns
-from lite.bench.report import ModelledTable
-from lite.bench.results import Bench, Row, Throughput
-from lite.bench.roofline import MODELLED_NOTE, ReferenceCard, is_modelled, modelled_rows, roofline_table, v100_entry
+from lite.bench.columns import Cell, Group, number, tables
+from lite.bench.results import Bench, ModelledTable, Row, Throughput
 from lite.eval.figures import Missing
 from lite.files import write_whole
 from lite.memory.sizes import shown_bytes
@@ -26,7 +23,7 @@ def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
     parts = [*(f"{notice}\n" for notice in notices)]
     if rows:
         parts.append(f"{_summary(rows)}\n")
-        for groups in (result_columns(rows), cost_columns(rows), text_columns(rows), artifact_columns()):
+        for groups in tables(rows).values():
             parts += [f"{_details(group, rows)}\n" for group in groups]
     for table in modelled:
         parts.append(f"## {table.caption}\n\n{markdown_table(table.header, table.rows)}\n\n{table.note}\n")
@@ -34,65 +31,14 @@ def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
     return "\n".join(parts)
 
 
-def modelled_tables(bench: Bench) -> tuple[ModelledTable, ...]:
-    """Return what other cards may do with each artifact, and for 7B what is known of the V100.
-
-    Not for a decoder as small as the demo's: what a card needs to start its kernels is all that such a one takes. Nor
-    for the onnx engine: what is modelled is torch's kernels, and its bytes are theirs.
-    """
-    tables: list[ModelledTable] = []
-    seven_billion = False
-    for row in bench.rows:
-        if isinstance(row, Row) and row.engine == "torch" and is_modelled(row.plan.decoder_bytes):
-            artifact = load_artifact(row.path)
-            tokens = max(1, round(row.tokens_per_study))
-            models = modelled_rows(artifact, num_prompt_tokens=row.num_prompt_tokens, num_new_tokens=tokens)
-            header, *lines = roofline_table(models)
-            caption = f"{row.name} on other cards, modelled: {row.num_prompt_tokens} + {tokens} tokens"
-            tables.append(
-                ModelledTable(
-                    caption=caption,
-                    header=header,
-                    rows=tuple(lines),
-                    note=MODELLED_NOTE,
-                    figures=[model.to_json() for model in models],
-                )
-            )
-            config = artifact.decoder_config()
-            seven_billion |= (config.hidden_size, config.num_hidden_layers) == (4096, 32)
-    if seven_billion and isinstance(entry := v100_entry(), ReferenceCard):
-        tables.append(_reference_card(entry))
-    return tuple(tables)
-
-
-def _reference_card(entry: ReferenceCard) -> ModelledTable:
-    lines = [
-        (name, str(figure), figure.kind, figure.source or figure.formula or "")
-        for name, figure in entry.figures.items()
-    ]
-    return ModelledTable(
-        caption=f"{entry.name} on {entry.card}: nothing here was measured by us",
-        header=("figure", "value", "kind", "source or formula"),
-        rows=tuple(lines),
-        note=" ".join(entry.notes),
-        figures=entry.to_json(),
-    )
+_SUMMARY: Final = (
+    "artifact", "decoder", "by", "on disk", "peak", "TTFT, s", "tokens/s", "study, s", "studies/min", "KL", "same top",
+    "label F1",
+)  # fmt: skip
 
 
 def _summary(rows: Sequence[Row]) -> str:
     """Return what most ask for, a line for each artifact."""
-    header = (
-        "artifact",
-        "on disk",
-        "peak",
-        "TTFT, s",
-        "tokens/s",
-        "study, s",
-        "studies/min",
-        "KL",
-        "same top",
-        "label F1",
-    )
     lines = []
     for row in rows:
         rates = [batch.studies_per_min.p50 for batch in row.batches if isinstance(batch, Throughput)]
@@ -100,6 +46,8 @@ def _summary(rows: Sequence[Row]) -> str:
         lines.append(
             (
                 row.name,
+                row.decoder_format,
+                row.run_by,
                 shown_bytes(row.disk_bytes),
                 f"{shown_bytes(row.memory.peak_bytes)} {row.memory.kind}",
                 number(row.latency.ttft.p50),
@@ -111,7 +59,7 @@ def _summary(rows: Sequence[Row]) -> str:
                 report.why if isinstance(report, Missing) else number(report.label_f1_micro.value),
             )
         )
-    return markdown_table(header, lines)
+    return markdown_table(_SUMMARY, lines, left=3)
 
 
 def _details(group: Group, rows: Sequence[Row]) -> str:

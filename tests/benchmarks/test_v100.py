@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.speed.v100 import DECODER, VISION, counts, entry, entry_text, main
 from benchmarks.speed.weights import Shapes
-from lite.bench.roofline import V100_ENTRY, read_reference_card
+from lite.bench.cards import V100_ENTRY, read_reference_card
 from lite.config import DecoderConfig
 
 

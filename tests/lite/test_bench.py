@@ -22,9 +22,10 @@ from tiny import relist
 from lite.artifact import open as artifact_module
 from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
-from lite.bench.measure import Options, _batches, _Planner, _settings, _traffic, disk_bytes, out_of_memory
-from lite.bench.quality import Clinical
-from lite.bench.results import NotRun, Throughput
+from lite.bench.costs import disk_bytes, out_of_memory, traffic_of
+from lite.bench.measure import Options, _batches, _Planner, _settings
+from lite.bench.quality import NO_REPORTS, Clinical, against_reports
+from lite.bench.results import Draft, NotRun, Throughput
 from lite.bench.run import Job, _notes, _runs
 from lite.config import DecoderConfig
 from lite.eval.figures import Missing, quantiles
@@ -211,6 +212,7 @@ finder.find_spec = classmethod(find_spec)
 """
 
 
+@pytest.mark.full
 def test_the_onnx_engine_is_measured_where_there_is_no_torch(
     tiny_onnx_artifact: Artifact, films: list[Path], tmp_path: Path
 ) -> None:
@@ -231,7 +233,7 @@ def test_the_onnx_engine_is_measured_where_there_is_no_torch(
 
 
 def test_a_gpu_that_cannot_be_asked_leaves_a_gap_with_its_reason(tiny_onnx_artifact: Artifact) -> None:
-    missing = _traffic(tiny_onnx_artifact, [SimpleNamespace(device="dml", engine="onnx")])
+    missing = traffic_of(tiny_onnx_artifact, [SimpleNamespace(device="dml", engine="onnx")])
     assert isinstance(missing, Missing)
     assert "got the device 'dml'" in missing.todo
 
@@ -272,26 +274,19 @@ def test_another_model_is_told_from_the_reference(
 ) -> None:
     """One layer's weights off by a third: the same size, the same speed, another distribution."""
     other = damaged(tiny_artifact.path, tmp_path / "other", factor=1.3)
-    listed, record = benched[2] / "list.json", benched[2] / "fp16"
-    status, out, _ = bench(
-        capsys,
-        tiny_artifact.path,
-        other,
-        "--data",
-        listed,
-        "--reference",
-        record,
-        *FAST[:-2],
-        "--json",
-        tmp_path / "j.json",
-    )
+    settings = ("--data", benched[2] / "list.json", "--reference", benched[2] / "fp16", *FAST[:-2])
+    status, out, _ = bench(capsys, other, *settings, "--json", tmp_path / "j.json")
     assert status == 0
-    same, off = json.loads((tmp_path / "j.json").read_text())["rows"]
+    (off,) = json.loads((tmp_path / "j.json").read_text())["rows"]
+    same = benched[1]["rows"][0]
     assert same["disk_bytes"] == off["disk_bytes"]
     mean_kl = [row["record_quality"]["divergence"]["mean_kl"]["value"] for row in (same, off)]
     assert mean_kl[0] < 1e-9 < 1e-4 < mean_kl[1]
     assert "Not for clinical use" in out
     assert all(word in out for word in ("other", "mean KL", "TTFT", "tokens/s", "planned", "Machine:", "Reference:"))
+    # Each line of the comparison names what was measured, and how.
+    (line,) = [line for line in out.splitlines() if line.startswith("| other ")]
+    assert [cell.strip() for cell in line.split("|")][2:4] == ["fp16", "torch on cpu, float32"]
 
 
 def damaged(source: Path, out: Path, *, factor: float) -> Path:
@@ -306,33 +301,24 @@ def damaged(source: Path, out: Path, *, factor: float) -> Path:
     return out
 
 
-def test_a_missing_film_is_skipped_and_counted(
-    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    listed = write_list(tmp_path, films[:2], missing=True)
-    status, out, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--json", tmp_path / "j.json")
-    assert status == 1
-    assert "skipped by artifact: " in err
-    assert "not-there.png: got no such file" in err
-    drafts = json.loads((tmp_path / "j.json").read_text())["rows"][0]["drafts"]
-    assert [draft["error"] is None for draft in drafts] == [True, True, False]
-    assert "no reference" in out
-
-
-def test_an_artifact_that_fails_does_not_stop_the_next(
+def test_what_fails_is_told_of_and_does_not_stop_the_rest(
     tiny_artifact: Artifact, own_artifact: Path, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A damaged artifact is a row of its own, a film that is missing is skipped and counted."""
     (own_artifact / "tokenizer.model").write_bytes(b"x" * (own_artifact / "tokenizer.model").stat().st_size)
-    listed = write_list(tmp_path, films[:2])
-    status, _, err = bench(
-        capsys, own_artifact, tiny_artifact.path, "--data", listed, *FAST, "--json", tmp_path / "j.json"
-    )
+    listed = write_list(tmp_path, films[:2], missing=True)
+    outputs = ("--json", tmp_path / "j.json")
+    status, out, err = bench(capsys, own_artifact, tiny_artifact.path, "--data", listed, *FAST, *outputs)
     assert status == 1
     assert "error: own: " in err
     assert "the file is damaged" in err
+    assert "skipped by artifact: " in err
+    assert "not-there.png: got no such file" in err
+    assert "no reference" in out
     failed, measured = json.loads((tmp_path / "j.json").read_text())["rows"]
     assert "sha256" in failed["error"]
     assert measured["latency"]["total"]["p50"] > 0
+    assert [draft["error"] is None for draft in measured["drafts"]] == [True, True, False]
 
 
 def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
@@ -421,18 +407,37 @@ def test_no_artifact_and_no_demo(
     assert "run make demo" in err
 
 
+def job_of(*arguments: object) -> Job:
+    return cli._job(cli._parser().parse_args([str(argument) for argument in arguments]), "")
+
+
 def test_without_data_the_demos_films_tell_times_and_nothing_of_quality(
     monkeypatch: pytest.MonkeyPatch, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(cli, "_DEMO_STUDIES", write_list(tmp_path, films[:1]))
-    status, _, err = bench(capsys, tiny_artifact.path, *FAST, "--json", tmp_path / "j.json")
-    assert status == 0
-    assert "taking the demo's films" in err
-    (row,) = json.loads((tmp_path / "j.json").read_text())["rows"]
-    assert row["report_quality"]["why"] == "no reports"
+    job = job_of(tiny_artifact.path)
+    assert "taking the demo's films" in capsys.readouterr().err
+    assert (len(job.studies), job.reports_apply) == (1, False)
+    assert against_reports([""], [Draft(id="s0", text="Clear.")], Clinical()) is NO_REPORTS
 
 
+def test_a_record_of_the_first_studies_is_compared_on_those(
+    benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    listed = write_list(tmp_path, films[:4])
+    settings = ("--data", listed, "--reference", benched[2] / "fp16")
+    job = job_of(tiny_artifact.path, *settings)
+    assert [study.id for study in job.studies] == ["s0", "s1", "s2"]
+    assert "the record is of the first 3 of 4 studies: taking those" in capsys.readouterr().err
+    status, _, err = bench(capsys, tiny_artifact.path, *settings, "--limit", 2)
+    assert status == 1
+    assert "got 2 studies · expected the first 3, " in err
+    assert err.rstrip().endswith("give --limit 3")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_child_ends_with_the_bench(
     how: signal.Signals, tiny_artifact: Artifact, films: list[Path], tmp_path: Path

@@ -20,26 +20,21 @@ from export.source.checkpoint import TowerConfig
 from export.source.forward import image_features
 from lite.artifact.open import Artifact
 from lite.artifact.parts import TowerShape, VisionPart
-from lite.bench import roofline
+from lite.bench import cards
+from lite.bench.cards import CARDS, Card, Figure, read_reference_card, v100_entry
 from lite.bench.results import Row
 from lite.bench.roofline import (
-    CARDS,
     MODELLED_COLUMNS,
-    Card,
-    Figure,
     decode_flop,
     decode_weight_bytes,
     modelled,
     modelled_cells,
     modelled_rows,
+    modelled_tables,
     num_linear_weights,
     prefill_flop,
-    read_reference_card,
-    roofline_table,
-    v100_entry,
     vision_flop,
 )
-from lite.bench.table import modelled_tables
 from lite.config import DecoderConfig, Quantization
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
@@ -250,9 +245,7 @@ def test_a_modelled_figure_never_looks_measured() -> None:
 
 
 def test_the_table_marks_every_figure_and_shows_no_times_where_it_does_not_fit() -> None:
-    heading, *rows = roofline_table([modelled(each, counts()) for each in CARDS])
-    assert heading == MODELLED_COLUMNS
-    assert heading[0] == "modelled on"
+    heading, rows = MODELLED_COLUMNS, [modelled_cells(modelled(each, counts())) for each in CARDS]
     assert [row[0] for row in rows] == [each.name for each in CARDS]
     for row in rows:
         assert len(row) == len(heading)
@@ -289,14 +282,14 @@ def test_the_v100_is_read_where_there_is_a_repository(tmp_path: Path, monkeypatc
     assert not isinstance(entry, Missing)
     assert entry.card == "V100 16GB"
     assert re.fullmatch(r"~38\.\d tok/s", str(entry.figures["decode_tokens_per_s"]))
-    monkeypatch.setattr(roofline, "V100_ENTRY", tmp_path / "v100_fp16.json")
+    monkeypatch.setattr(cards, "V100_ENTRY", tmp_path / "v100_fp16.json")
     missing = v100_entry()
     assert isinstance(missing, Missing)
     assert "repository" in missing.todo
 
 
 def test_an_entry_that_was_edited_wrongly_is_refused(tmp_path: Path) -> None:
-    values = json.loads(roofline.V100_ENTRY.read_text())
+    values = json.loads(cards.V100_ENTRY.read_text())
     values["figures"]["prefill_s"]["kind"] = "guessed"
     (tmp_path / "entry.json").write_text(json.dumps(values))
     with pytest.raises(ArtifactError, match="prefill_s"):
