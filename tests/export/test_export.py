@@ -27,8 +27,9 @@ import export.pipeline
 import export.source.checkpoint
 import export.studies
 import export.write.vision_onnx
-from export import ExportSettings, export_artifact, forward, verify
+from export import ExportSettings, export_artifact, verify
 from export.__main__ import main
+from export.source import forward
 from export.source.checkpoint import open_checkpoint
 from export.studies import StudyReader
 from export.write.decoder import DecoderFolder
