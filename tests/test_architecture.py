@@ -65,14 +65,19 @@ NOT_YET = {"imports within lite", "files", "functions", "packages", "tests", "re
 RUNTIME = {"PIL", "kernels", "numpy", "onnxruntime", "sentencepiece"}
 HEAVY = {"bitsandbytes", "cv2", "jinja2", "matplotlib", "onnx", "onnxscript", "playwright", "pydicom", "radgraph"}
 HEAVY |= {"rouge_score", "sacrebleu", "torch", "transformers", "triton"}
-EVALUATION = ("lite.eval.clinical", "lite.eval.divergence", "lite.eval.record")
-BENCH = ("lite.bench.__main__", "lite.bench.machine", "lite.bench.report", "lite.bench.roofline")
+
+
+def modules(*folders: str) -> list[str]:
+    files = sorted(file for folder in folders for file in (ROOT / folder).glob("[a-z]*.py"))
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+
+
 # Imported one after another: modules, and the packages that are not loaded then.
 IMPORTS = (
     (("lite", "lite.__main__"), RUNTIME | HEAVY | {"benchmarks", "export"}),
-    ((*EVALUATION, *BENCH), HEAVY | {"benchmarks", "export", "onnxruntime"}),
+    (modules("lite/eval", "lite/bench"), HEAVY | {"benchmarks", "export", "onnxruntime"}),
     (("export", "export.__main__"), HEAVY | {"benchmarks", "onnxruntime"}),
-    (tuple(f"kernels.{file.stem}" for file in sorted((ROOT / "kernels").glob("[a-z]*.py"))), HEAVY - {"torch"}),
+    (modules("kernels"), HEAVY - {"torch"}),
 )
 
 
