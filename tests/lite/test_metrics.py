@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from repository import ROOT
 
 from lite.errors import BackendUnavailable
 from lite.eval.figures import Floats, bootstrap_interval
@@ -214,16 +212,3 @@ def test_the_truth_can_be_given_instead_of_read() -> None:
     scores = score_findings(texts, texts, truth=[read("Edema")])
     edema = next(row for row in scores.label_f1.per_label if row.label == "Edema")
     assert (edema.support, edema.recall) == (1, 0.0)
-
-
-def test_judging_loads_neither_what_is_heavy_nor_what_is_above_it() -> None:
-    code = """
-import importlib, pkgutil, sys, lite.eval
-for module in pkgutil.walk_packages(lite.eval.__path__, "lite.eval."):
-    importlib.import_module(module.name)
-above = {"lite.bench", "lite.engines", "lite.model", "lite.session"}
-heavy = {"radgraph", "rouge_score", "sacrebleu", "safetensors", "torch", "transformers"}
-print(*(above | heavy) & {*sys.modules}, "lite.eval.chexbert" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
