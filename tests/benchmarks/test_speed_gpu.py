@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.speed import gpu
 from benchmarks.speed.decoders import dequantized, part_of, random_decoder, swapped, transformers_engine, weight_bytes
 from benchmarks.speed.engine import draft_all, far, greedy, random_prompt
-from benchmarks.speed.gpu import QUICK, SECTIONS, Section, batches, decode, few_sms, int8_cache, main, memory, prefill
+from benchmarks.speed.gpu import QUICK, SECTIONS, Section, batches, decode, few_sms, main, memory, prefill
 from benchmarks.speed.gpu.lanes import tokens_seen
 from benchmarks.speed.gpu.rig import Rig, Setting
 from benchmarks.speed.harness import LATE, Clock, Record, Report, Unavailable
@@ -154,6 +154,7 @@ def test_bytes_and_shares_of_decoding(decoded: Report) -> None:
     assert row["share"] == pytest.approx((read + row["cache_bytes"]) / 1e-3 / BANDWIDTH)
     assert (row["time"]["count"], row["ratio"], row["graph"]) == (2 * 3, 1, True)
     assert row_of(decoded, "lite int4", 1, "int8")["cache_bytes"] == 23 * (2 * 2 * 2 * (16 + 2))
+    assert 0 < row_of(decoded, "lite int4", 1, "int8")["mean_kl"] < 0.01
     assert row_of(decoded, "lite int4, launched", 1)["graph"] is False
     assert row_of(decoded, "lite int8", 2)["turns"] == [
         "lite int4, float32, 2", "lite int8, float32, 2", "lite int8, int8, 2",
@@ -218,7 +219,7 @@ def test_nothing_begins_when_the_time_is_up() -> None:
     here = rig()
     here.deadline = 0.0
     report = measured(decode.measure, here)
-    assert {row.why for row in report.rows[:-1]} == {LATE}
+    assert {row.why for row in report.rows} == {LATE}
     assert report.wrong == []
 
 
@@ -237,18 +238,16 @@ def test_a_linear_of_a_peer_that_raises_is_not_ours(monkeypatch: pytest.MonkeyPa
 # -- The other sections ----------------------------------------------------------------------------------------------
 
 
-def test_prefill(tiny_artifact: Any) -> None:
-    report = measured(prefill.measure, rig(dataclasses.replace(SMALL, artifact=tiny_artifact.path)))
+def test_prefill() -> None:
+    report = measured(prefill.measure, rig())
     sums = ("float32", "float16") if prefill.accumulation_switch() else ("float32",)
     whats = ["lite int4, chunks of 64", "lite int4, chunks of 8", "cuBLAS alone"]
     assert [tuple(row.names.values()) for row in report.rows] == [(what, kind) for kind in sums for what in whats]
     assert [row.figures.get("ratio") for row in report.rows[:3]] == [1, 1, None]
     assert report.rows[0].cells["tokens/s"] == "18,000"
-    figures = report.figures
-    assert figures["ttft_s"] == figures["vision_s"].p50 + figures["prefill_and_first_token_s"].p50
-    assert any("the tower on CPUExecutionProvider" in note for note in report.notes)
+    assert report.figures["prefill_and_first_token_s"].count == 2
     if prefill.accumulation_switch():
-        assert figures["fp16_accumulation"]["passes"]
+        assert report.figures["fp16_accumulation"]["passes"]
         assert not torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
@@ -282,14 +281,6 @@ def test_the_plan_is_that_of_the_real_model() -> None:
     assert planned.cache_bytes == 8 * 1536 * 2 * 32 * 4096 * 2
     assert planned.decoder_bytes == decoder_bytes(here.config(4), itemsize=2)
     assert planned.weight_bytes + planned.study_bytes < Setting().memory_bytes
-
-
-def test_int8_cache() -> None:
-    report = measured(int8_cache.measure, rig())
-    # 2 (keys, values) x 2 layers x 2 heads, of 16 float32; or of 16 bytes and a scale.
-    assert [row.cells["bytes/token of context"] for row in report.rows] == ["512", "144"]
-    assert report.figures["gain"] == pytest.approx(0)
-    assert 0 < report.figures["mean_kl"] < 0.01
 
 
 @pytest.mark.parametrize("capture", [None, record])
@@ -374,7 +365,7 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     gpu.measure_sections(rig(setting, clock=Clock), [name for name in SECTIONS if name != "kernels"], 600, found)
     assert {name: report.wrong for name, report in found.reports.items() if report.wrong} == {}
     assert [name for name, report in found.reports.items() if report.why] == ["few-sms"]
-    assert len(json.loads((tmp_path / "figures.json").read_text())["sections"]) == 6
+    assert len(json.loads((tmp_path / "figures.json").read_text())["sections"]) == 5
 
 
 def test_the_setting() -> None:

@@ -35,7 +35,6 @@ from benchmarks.speed.peers.report import (
     costs,
     modelled_decode,
     modelled_prefill,
-    prefill_flop,
     ratios,
     reports,
 )
@@ -110,7 +109,6 @@ def cells_of(table: str, name: str) -> dict[str, str]:
 ONNX = ["lite onnx int4", "lite onnx int4 int8-cache"]
 MEASURED = ["lite dense", *ONNX]
 LLAMA_CPP = ["llama.cpp Q4_0", "llama.cpp Q8_0 flash"]
-ABSENT = ["transformers float16", "gemlite int4"]
 LINEARS, HEAD, NORMS = 2 * (4 * 128 * 128 + 3 * 128 * 256), 128 * 1024, 5 * 128
 
 
@@ -122,7 +120,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_artifact: Artifact) -> Ra
         # The engines' files stay.
         patch.setattr(measure.tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext(files))
         out = files / "peers.json"
-        return Ran(out, "--device", "cpu", *vision, "--engines", *MEASURED, *LLAMA_CPP, *ABSENT)
+        return Ran(out, "--device", "cpu", *vision, "--engines", *MEASURED, *LLAMA_CPP)
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +150,8 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 @pytest.mark.full
 def test_engines_are_measured_or_have_a_reason(ran: Ran) -> None:
     assert ran.status == 0
-    assert list(ran.rows) == [spec.name for spec in SPECS if spec.name in {*MEASURED, *LLAMA_CPP, *ABSENT}]
+    assert list(ran.rows) == [spec.name for spec in SPECS if spec.name in {*MEASURED, *LLAMA_CPP}]
     assert [ran.rows[name]["why"] for name in MEASURED] == [None] * len(MEASURED)
-    assert [ran.rows[name]["why"] for name in ABSENT] == ["needs a CUDA GPU"] * len(ABSENT)
     for name in LLAMA_CPP:
         assert PEERS_PYTHON.exists() or ran.rows[name]["why"].endswith("not installed: make peers")
     vision = ran.sections["measured"]["vision_s"]
@@ -449,12 +446,11 @@ def found(
     prefill: dict[int, float] | None = None,
     name: str = "engine",
     peak: int | None = None,
-    skips: tuple[str, ...] = (),
     turns: tuple[str, ...] = ("engine",),
 ) -> Measured:
     about = {
         "versions": {}, "computes_in": "float32", "weight_bytes": 3_000_000_000, "cache_bytes_per_token": 1_000_000,
-        "last_token_only": skips, "load_s": None,
+        "last_token_only": (), "load_s": None,
     }  # fmt: skip
     times = {
         depth: Times(decode=quantiles([seconds] * 10), prefill=None if prefill is None else quantiles([prefill[depth]]))
@@ -494,19 +490,6 @@ def test_the_model_shows_how_much_noise_it_amplifies() -> None:
     assert model.at_s == pytest.approx(0.05 + 30 * 0.01)
     assert model.low_s == pytest.approx(0.044)
     assert model.high_s == pytest.approx(0.056 + 30 * 0.022)
-
-
-def test_what_an_engine_leaves_out_is_no_operation_of_its_prefill() -> None:
-    whole = found(decode={2: 0.07, 1: 0.03}, prefill={2: 1.0, 1: 0.4})
-    less, least = (
-        dataclasses.replace(whole, about=whole.about | {"last_token_only": parts})
-        for parts in (("mlp.",), ("self_attn.o_proj.", "mlp."))
-    )
-    assert prefill_flop(whole, tiny_setting()) == 2 * LINEARS * 24
-    assert prefill_flop(less, tiny_setting()) == 2 * (LINEARS - 3 * 128 * 256) * 24
-    assert prefill_flop(least, tiny_setting()) == 2 * (LINEARS - 3 * 128 * 256 - 128 * 128) * 24
-    flatters = ["flatters" in reports([one], None, tiny_setting())["measured"].markdown() for one in (less, whole)]
-    assert flatters == [True, False]
 
 
 def test_modelled_figures_look_different_from_measured_ones() -> None:
@@ -575,9 +558,9 @@ def test_engines_share_rounds_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPa
     setting, specs = tiny_setting(), [spec for spec in SPECS if spec.module == "lite_decoder"]
     monkeypatch.setattr(measure, "free_memory", lambda _: 1e12)
     assert groups(specs, setting) == [specs]
-    for_three = 4.1 * needed_bytes(REFERENCE, setting.model) / measure._MEMORY_SHARE
-    monkeypatch.setattr(measure, "free_memory", lambda _: for_three)
-    assert [len(group) for group in groups(specs, setting)] == [3, 1]
+    for_two = 3.1 * needed_bytes(REFERENCE, setting.model) / measure._MEMORY_SHARE
+    monkeypatch.setattr(measure, "free_memory", lambda _: for_two)
+    assert [len(group) for group in groups(specs, setting)] == [2, 1]
     monkeypatch.setattr(measure, "free_memory", lambda _: 0.0)
     assert groups(specs, setting) == [[spec] for spec in specs]
 

@@ -3,11 +3,11 @@
 All 32 layers at Vicuna-7B's widths, the weights drawn on the GPU:
 
     sections, the most important first, each with time of its own
-        decode       a token at 1,470 of context, ours beside other libraries' linears in the same decoder
+        decode       a token at 1,470 of context, ours beside other libraries' linears in the same decoder; and what
+                     an int8 cache gains and loses
         prefill      a prompt of 1,420 tokens beside cuBLAS alone at the same shapes
         memory       the plan of `lite.memory` beside what torch's allocator has held
         few-sms      decode again on as many multiprocessors as a small card has
-        int8-cache   what it gains, what it loses
         batches      a session beside batches that wait for their longest text
         kernels      `benchmarks.speed.kernels`
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benchmarks.speed import kernels
-from benchmarks.speed.gpu import batches, decode, few_sms, int8_cache, memory, prefill
+from benchmarks.speed.gpu import batches, decode, few_sms, memory, prefill
 from benchmarks.speed.gpu.rig import Rig, Setting
 from benchmarks.speed.harness import Record, Report, above_zero, kept_apart, run_main
 from lite.bench.table import to_json
@@ -52,7 +52,6 @@ SECTIONS: Final = {
     "prefill": Section(title="Prefill", measure=prefill.measure, share=0.15),
     "memory": Section(title="Memory", measure=memory.measure, share=0.1),
     "few-sms": Section(title="Few multiprocessors", measure=few_sms.measure, share=0.15),
-    "int8-cache": Section(title="An int8 cache", measure=int8_cache.measure, share=0.1),
     "batches": Section(title="Batches", measure=batches.measure, share=0.2),
     "kernels": Section(title="Kernels", measure=kernels.measure, share=1.0),
 }
@@ -75,12 +74,11 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
     )
     add("--limit-s", type=positive, default=LIMIT_S, metavar="S", help="no measurement begins later (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything there too, after each section")
-    parser.set_defaults(layers=None, few_sms=defaults.few_sms, memory_gb=12.0, artifact=None, skip=[], only=[only])
+    parser.set_defaults(layers=None, few_sms=defaults.few_sms, memory_gb=12.0, skip=[], only=[only])
     if only is None:
         add("--layers", type=positive, metavar="N", help=f"decoder layers (default: {defaults.layers}, quick: 4)")
         add("--memory-gb", type=above_zero, metavar="GB", help="limit of the memory section (default: %(default)g)")
         add("--few-sms", type=positive, metavar="N", help="multiprocessors (default: %(default)s, an RTX 3060's)")
-        add("--artifact", type=Path, metavar="ARTIFACT", help="its tower and its onnx decoder are measured, too")
         add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
         add("--skip", nargs="+", choices=SECTIONS, metavar="SECTION", help="not these")
         parser.set_defaults(only=list(SECTIONS))
@@ -98,7 +96,6 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         kernel_rows=rows or base.kernel_rows,
         few_sms=arguments.few_sms,
         memory_bytes=round(arguments.memory_gb * 1e9),
-        artifact=arguments.artifact,
     )
 
 
@@ -138,10 +135,9 @@ def run(arguments: argparse.Namespace, record: Record) -> int:
     torch.cuda.set_device(device)
     rig = Rig.of_gpu(setting, device)
     bandwidth = rig.measured_bandwidth()
-    about = to_json(replace(setting, artifact=None)) | {"artifact": str(setting.artifact or "") or None}
     record.begin(
         f"Kernels on {selection.reason}. Streaming read: {bandwidth / 1e9:,.0f} GB/s.",
-        card=selection.reason, bandwidth_bytes_per_s=bandwidth, setting=about,
+        card=selection.reason, bandwidth_bytes_per_s=bandwidth, setting=to_json(setting),
     )  # fmt: skip
     wanted = [name for name in SECTIONS if name in arguments.only and name not in arguments.skip]
     measure_sections(rig, wanted, arguments.limit_s, record)

@@ -14,16 +14,16 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from benchmarks.speed.decoders import part_of, plain_logits, random_decoder, swapped, transformers_engine
-from benchmarks.speed.engine import WARM_UP, Rows, far, greedy, random_prompt
+from benchmarks.speed.engine import far, greedy, random_prompt, score
 from benchmarks.speed.gpu.lanes import Lane, TransformersRows, cache_of, lane_of, row_of, time_lanes
-from benchmarks.speed.harness import LATE, NONE, Clock, Row, Unavailable, reason
+from benchmarks.speed.harness import LATE, NONE, Row, Unavailable, reason
 from benchmarks.speed.linears import PEERS
-from lite.artifact.open import load_artifact
 from lite.errors import MemoryBudgetError
-from lite.memory.counts import onnx_read_bytes
+from lite.eval.divergence import compare_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -100,7 +100,8 @@ def measure(rig: Rig, report: Report) -> None:
     report.notes.append(
         f"Bandwidth of a streaming read just before: {bandwidth / 1e9:,.0f} GB/s. Context: {rig.setting.context} "
         f"tokens. Random weights, {rig.setting.layers} layers. Our int4 takes turns with each of the others that fit "
-        "beside it. launched: without CUDA graphs."
+        "beside it. launched: without CUDA graphs. Mean KL: what an int8 cache loses along a text; attention is "
+        "flatter than a trained model's, so that is no measure of the real loss."
     )
     for one in MODELS:
         first = row_of(one.name, NONE, min(rig.setting.rows))
@@ -118,7 +119,6 @@ def measure(rig: Rig, report: Report) -> None:
             first.why, first.is_wrong = reason(error), True
             report.add(first, ours=one.ours)
         rig.tidy()
-    report.add(_measure_onnx(rig, bandwidth), ours=False)
 
 
 def _measure_model(rig: Rig, one: Model, bandwidth: float) -> Iterator[Row]:
@@ -133,6 +133,7 @@ def _measure_model(rig: Rig, one: Model, bandwidth: float) -> Iterator[Row]:
         decoder = one.make(rig)
     dtypes = dict.fromkeys(variant.cache_dtype for variant in one.variants)
     checks = {cache_dtype: _check(rig, one, decoder, cache_dtype) for cache_dtype in dtypes}
+    lost = _int8_loss(rig, decoder) if one is REFERENCE else {}
     for num_rows in sorted(rig.setting.rows):
         rows: dict[str, Row] = {}
         lanes: dict[str, Callable[[], Lane]] = {}
@@ -143,6 +144,9 @@ def _measure_model(rig: Rig, one: Model, bandwidth: float) -> Iterator[Row]:
             difference, problem = checks[variant.cache_dtype]
             row = row_of(name, cache_of(decoder, variant.cache_dtype), num_rows)
             row.figures["difference"] = difference
+            if variant.cache_dtype == "int8" and lost:
+                row.figures |= lost
+                row.cells["mean KL, nats"] = f"{lost['mean_kl']:.2g}"
             if problem is not None:
                 row.why, row.is_wrong = problem, True
                 yield row
@@ -220,6 +224,15 @@ def _check(
     return found, check_graphs(rig, decoder, cache_dtype) if one.ours and rig.capture is not None else None
 
 
+def _int8_loss(rig: Rig, decoder: LlamaDecoder) -> dict[str, float]:
+    """Say what an int8 cache loses along a text, greedy with the float cache."""
+    prompt = random_prompt(decoder.config, rig.setting.prompt_tokens, rig.device)
+    exact, rounded = part_of(decoder), part_of(decoder, cache_dtype="int8")
+    token_ids, _ = greedy(exact, prompt, rig.setting.scored_tokens)
+    divergence = compare_logits(score(exact, prompt, token_ids), score(rounded, prompt, token_ids), token_ids)
+    return {"mean_kl": float(np.mean(divergence.kl)), "same_top": float(np.mean(divergence.same_top))}
+
+
 def expected_logits(decoder: LlamaDecoder) -> tuple[list[int], torch.Tensor]:
     """Return a text, and what the first layers of one of our decoders should say behind its last two tokens."""
     part = part_of(decoder, layers=min(CHECKED_LAYERS, decoder.config.num_hidden_layers))
@@ -247,7 +260,7 @@ def check_graphs(rig: Rig, decoder: LlamaDecoder, cache_dtype: CacheDtype | None
     return f"captured steps decode other tokens than launched ones, from token {first} on"
 
 
-# -- Other engines ---------------------------------------------------------------------------------------------------
+# -- transformers ----------------------------------------------------------------------------------------------------
 
 
 def _measure_transformers(rig: Rig, decoder: LlamaDecoder, bandwidth: float) -> Row:
@@ -269,32 +282,5 @@ def _measure_transformers(rig: Rig, decoder: LlamaDecoder, bandwidth: float) -> 
         reference = _lane(rig, rig.decoder(), Variant(), 1)
         time_lanes(rig, {"lite": reference, "theirs": lane}, {"theirs": row}, bandwidth, "lite")
     except Exception as error:  # noqa: BLE001 - whatever a peer raises is why it is not measured
-        row.why = reason(error)
-    return row
-
-
-def _measure_onnx(rig: Rig, bandwidth: float) -> Row:
-    """Measure our other engine on an artifact, if there is one and an ONNX Runtime for GPUs."""
-    setting, row = rig.setting, row_of("lite onnx", "float16", 1)
-    if setting.artifact is None or rig.is_late():
-        row.why = LATE if setting.artifact else "no --artifact with a decoder.onnx of float16 activations was given"
-        return row
-    try:
-        from lite.engines.onnx_engine.decoder import OnnxDecoder
-        from lite.engines.onnx_session import check_provider
-
-        artifact = load_artifact(setting.artifact)
-        part, config = artifact.manifest.parts.decoder_onnx, artifact.decoder_config()
-        decoder = OnnxDecoder(artifact, provider=check_provider("cuda"))
-        row.names |= {"engine": f"lite onnx, {config.num_hidden_layers} layers", "cache": decoder.cache_dtype}
-        rows = Rows(decoder, 1, setting.context + max(setting.new_tokens + 1, WARM_UP))
-        rows.rewind(setting.context)
-        rows.warm_up(setting.context)
-        read = 0 if part is None else onnx_read_bytes(config, part)
-        # It has a stream of its own, which torch's events know nothing of; its steps have ended when they return.
-        lane = Lane(rows=rows, weight_bytes=read, clock=Clock)
-        reference = _lane(rig, rig.decoder(), Variant(), 1)
-        time_lanes(rig, {"lite": reference, "onnx": lane}, {"onnx": row}, bandwidth, "lite")
-    except Exception as error:  # noqa: BLE001 - it is not what is measured here
         row.why = reason(error)
     return row

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from benchmarks.speed.decoders import dequantized, part_of
 from benchmarks.speed.engine import Prompt, Rows, greedy, random_prompt, score
-from benchmarks.speed.harness import Clock, Row, reason, spread, timed, times_in_turns
+from benchmarks.speed.harness import Clock, Row, spread, timed, times_in_turns
 from lite.engines.torch_engine.linear import linears_of
 from lite.eval.divergence import compare_logits
 from lite.eval.figures import quantiles
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from benchmarks.speed.gpu.rig import Rig
     from benchmarks.speed.harness import Report
     from lite.engines.torch_engine.decoder import LlamaDecoder
-    from lite.eval.figures import Quantiles
 
 MAX_KL: Final = 1e-3
 _ALONE: Final = "cuBLAS alone"
@@ -156,32 +155,7 @@ def _first_token(rig: Rig, report: Report, decoder: LlamaDecoder, prompt: Prompt
         rows.read(prompt)
         rows.wait()
 
-    first = _host_times(run, rig.setting.rounds)
-    report.figures["prefill_and_first_token_s"] = first
-    tower, provider = None, "no --artifact was given"
-    if rig.setting.artifact is not None:
-        try:
-            tower, provider = _vision(rig)
-        except Exception as error:  # noqa: BLE001 - the tower is not what is measured here
-            provider = reason(error)
-    if tower is None:
-        report.notes.append(f"TTFT without the vision tower ({provider}): {spread(first)} ms from prompt to token.")
-        return
-    report.figures |= {"vision_s": tower, "vision_provider": provider, "ttft_s": tower.p50 + first.p50}
-    report.notes.append(
-        f"TTFT: {(tower.p50 + first.p50) * 1e3:.1f} ms, {spread(tower)} of them the tower on {provider}, "
-        f"{spread(first)} the prompt and its first token."
-    )
-
-
-def _host_times(run: Callable[[], object], rounds: int) -> Quantiles:
     run()
-    return quantiles([seconds for _ in range(rounds) for seconds in timed(run, Clock())])
-
-
-def _vision(rig: Rig) -> tuple[Quantiles | None, str]:
-    """Time the tower of the artifact on an image of noise."""
-    from benchmarks.speed.peers.tower import Tower
-
-    tower = Tower(str(rig.setting.artifact), str(rig.device))
-    return _host_times(tower.look, rig.setting.rounds), tower.encoder.provider
+    first = quantiles([seconds for _ in range(rig.setting.rounds) for seconds in timed(run, Clock())])
+    report.figures["prefill_and_first_token_s"] = first
+    report.notes.append(f"TTFT without the vision tower: {spread(first)} ms from prompt to token.")

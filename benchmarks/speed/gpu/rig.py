@@ -20,7 +20,6 @@ from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from lite.engines.torch_engine.cuda_graph import Capture
     from lite.engines.torch_engine.decoder import LlamaDecoder
@@ -46,7 +45,6 @@ class Setting:
     text_tokens: tuple[int, int] = (40, 160)  # of the shortest and the longest text of a batch
     few_sms: int = 28
     memory_bytes: int = 12_000_000_000
-    artifact: Path | None = None
 
 
 @dataclass(kw_only=True)

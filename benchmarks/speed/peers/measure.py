@@ -183,8 +183,6 @@ def start_engine(spec: Spec, setting: Setting, folder: Path) -> Process:
         BackendUnavailable: it cannot run here.
         LiteError: it failed.
     """
-    if spec.gpu_only and setting.device == "cpu":
-        raise BackendUnavailable("needs a CUDA GPU")
     apart = spec.in_own_environment and setting.peers_python.exists()
     python = str(setting.peers_python) if apart else sys.executable
     order = {name: getattr(spec, name) for name in ("module", "form", "packages", "install")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Final
 
 from benchmarks.speed.harness import NONE, Report, Row, shown, spread
@@ -16,15 +15,6 @@ from lite.eval.figures import Quantiles
 
 FINDINGS_TOKENS: Final = 100
 """Decoded for a draft, end to end."""
-
-
-def prefill_flop(measured: Measured, setting: Setting) -> int:
-    """Count the operations of a prefill in the layers' linears."""
-    shapes = setting.model.tensor_shapes
-    last = setting.model.num_layers - 1
-    left_out = tuple(f"model.layers.{last}.{part}" for part in measured.about["last_token_only"])
-    weights = sum(prod(shape) for name, shape in shapes.items() if "_proj" in name and not name.startswith(left_out))
-    return 2 * weights * setting.num_prompt_tokens
 
 
 # -- What follows from the times -------------------------------------------------------------------------------------
@@ -188,7 +178,6 @@ def _measured_row(one: Measured, vision: Quantiles | None, setting: Setting) -> 
         tokens = setting.num_prompt_tokens
         rates = [shown(tokens / seconds) for seconds in (prefill.p50, prefill.p80, prefill.p20)]
         cells["prefill tokens/s"] = f"{rates[0]} ({rates[1]}–{rates[2]})"
-        cells["TFLOP/s"] = f"{prefill_flop(one, setting) / prefill.p50 / 1e12:.3g}"
     else:
         cells["prefill tokens/s"] = "–¹"
     cells["load s"] = NONE if about["load_s"] is None else shown(about["load_s"])
@@ -243,7 +232,7 @@ def _notes(done: Sequence[Measured], vision: Quantiles | None, setting: Setting)
         "weights are random, the same for all, rounded to nearest by each format: this shows that the engines compute "
         "the same, not how good a format is.",
         f"{together} Loading, the check and a probe came before that.",
-        f"TFLOP/s counts the layers' linears, as far as they are computed. Peak memory is that {memory} once loaded.",
+        f"Peak memory is that {memory} once loaded.",
         "load s: from a file that the system holds in memory already to the first token, with the library imported; "
         "the other engines get their weights from no file.",
     ]
