@@ -68,7 +68,7 @@ from lite.artifact.parts import (
     unhashed,
 )
 from lite.artifact.write import check_target, staged_artifact
-from lite.engines.torch_engine.decoder import check_device
+from lite.engines.torch_engine.device import check_device
 from lite.errors import ArtifactError, BackendUnavailable
 from lite.vision import VisionEncoder
 

@@ -23,8 +23,10 @@ import torch
 from export.quantize.calibration import embed
 from export.source import forward
 from lite.artifact.parts import DecoderFidelity, Divergence, VisionFidelity
+from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_engine.decoder import OnnxDecoder
-from lite.engines.torch_engine.decoder import load_decoder
+from lite.engines.segments import score
+from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError
 from lite.eval.divergence import compare_logits, summarise
 from lite.vision import VisionEncoder
@@ -253,11 +255,16 @@ def _artifact_logits(
     """
     prompts: list[list[Tensor]] = []
     texts: list[list[Tensor]] = []
+    prefixes: list[int] = []
     num_hidden_layers = artifact.decoder_config().num_hidden_layers
     for index in range(num_hidden_layers):
         decoder = load_decoder(artifact, device=device, layers=range(index, index + 1))
         if not prompts:
             embedded = [decoder.embed(study.input_ids, image) for study, image in zip(studies, features, strict=True)]
+            prefixes = [
+                study.input_ids.index(IMAGE_TOKEN_ID) + len(image) if IMAGE_TOKEN_ID in study.input_ids else 0
+                for study, image in zip(studies, features, strict=True)
+            ]
             behind = [decoder.embed(study.target_ids[:-1]) for study in studies]
             prompts, texts = [list(embedded) for _ in cache_dtypes], [list(behind) for _ in cache_dtypes]
         last: list[list[Tensor]] = [[] for _ in cache_dtypes]
@@ -265,16 +272,22 @@ def _artifact_logits(
             decoder.quantizes_cache = cache_dtype == "int8"
             for study, (prompt, text) in enumerate(zip(prompts[kind], texts[kind], strict=True)):
                 cache = decoder.new_cache(1, len(prompt) + len(text))
-                x, normed = decoder(prompt[None], cache)
-                prompts[kind][study], scored = x[0], normed[0, -1:]
-                if len(text):
-                    x, normed = decoder(text[None], cache, start=len(prompt), reads_cache=True)
-                    texts[kind][study], scored = x[0], torch.cat((scored, normed[0]))
-                last[kind].append(scored)
+                # In the parts that the runtime reads: see `lite.engines.segments.divide`.
+                film = prompt[: prefixes[study]]
+                parts = [(film, False), (prompt[len(film) :], False), (text, True)]
+                starts = [0, len(film), len(prompt)]
+                found = [
+                    decoder(part[None], cache, start=start, reads_cache=is_text)
+                    for (part, is_text), start in zip(parts, starts, strict=True)
+                    if len(part)
+                ]
+                after, normed = (torch.cat([pair[i][0] for pair in found]) for i in (0, 1))
+                prompts[kind][study], texts[kind][study] = after[: len(prompt)], after[len(prompt) :]
+                last[kind].append(normed[len(prompt) - 1 :])
         advance()
         if index + 1 < num_hidden_layers:
             del decoder, last
-    return [[decoder.logits(scored).cpu() for scored in kind] for kind in last]
+    return [[decoder.head_logits(scored).cpu() for scored in kind] for kind in last]
 
 
 def _compare_onnx(
@@ -290,7 +303,10 @@ def _compare_onnx(
     def scored(cache_dtype: CacheDtype | None) -> list[Tensor]:
         decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype)
         pairs = zip(studies, features, strict=True)
-        return [torch.from_numpy(decoder.score(s.input_ids, s.target_ids, image.numpy())) for s, image in pairs]
+        return [
+            torch.from_numpy(score(decoder, s.input_ids, s.target_ids, image.numpy(), num_image_tokens=len(image)))
+            for s, image in pairs
+        ]
 
     with_float = scored(None)
     fidelity = DecoderFidelity(

@@ -17,49 +17,61 @@ from lite._version import __version__
 from lite.errors import (
     ArtifactError,
     BackendUnavailable,
+    Cancelled,
     CheckpointError,
     ContextLengthError,
+    DeadlineExceeded,
     ImageError,
     LiteError,
     MemoryBudgetError,
     PromptError,
+    QueueFull,
 )
 
 if TYPE_CHECKING:
+    from lite.engines.protocol import Sampling
     from lite.loading import load
-    from lite.model import FindingsModel, FindingsStream
+    from lite.model import FindingsModel
+    from lite.session.draft import Draft, as_completed
     from lite.studies.results import Findings, Memory, StudyError, Timings
     from lite.studies.study import Study
 
 __all__ = [
     "ArtifactError",
     "BackendUnavailable",
+    "Cancelled",
     "CheckpointError",
     "ContextLengthError",
+    "DeadlineExceeded",
+    "Draft",
     "Findings",
     "FindingsModel",
-    "FindingsStream",
     "ImageError",
     "LiteError",
     "Memory",
     "MemoryBudgetError",
     "PromptError",
+    "QueueFull",
+    "Sampling",
     "Study",
     "StudyError",
     "Timings",
     "__version__",
+    "as_completed",
     "load",
 ]
 
 
 _HOMES = {
+    "Draft": "lite.session.draft",
     "Findings": "lite.studies.results",
     "FindingsModel": "lite.model",
-    "FindingsStream": "lite.model",
     "Memory": "lite.studies.results",
+    "Sampling": "lite.engines.protocol",
     "Study": "lite.studies.study",
     "StudyError": "lite.studies.results",
     "Timings": "lite.studies.results",
+    "as_completed": "lite.session.draft",
     "load": "lite.loading",
 }
 """What is imported when it is first asked for, and where it is."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lite.artifact.open import Artifact
-    from lite.model import FindingsModel, FindingsStream
+    from lite.model import FindingsModel
+    from lite.session.draft import Draft
     from lite.studies.results import Findings
 
 
@@ -138,6 +139,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         cache_dtype=arguments.cache_dtype,
         memory_limit=arguments.memory_limit,
         fp16_accumulation=arguments.fp16_accumulation,
+        rows=arguments.batch_size,
         verify=not arguments.no_verify,
     )
     # One reason for all films: if it cannot be used, say so once and not for each film.
@@ -172,7 +174,7 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
     return status
 
 
-def _print_pieces(stream: FindingsStream) -> None:
+def _print_pieces(stream: Draft) -> None:
     try:
         for piece in stream:
             sys.stdout.write(piece)

@@ -7,6 +7,9 @@
     ├── PromptError            a reason or a query that cannot be put into the prompt
     │   └── ContextLengthError     … because it is longer than the decoder's context
     ├── MemoryBudgetError      a request that does not fit the memory it was given
+    ├── QueueFull              a request more than a session keeps waiting
+    ├── DeadlineExceeded       a request that has not ended in its time
+    ├── Cancelled              a request that nobody wants any more
     └── BackendUnavailable     a package, a device or a provider that is not there
 
 Every message says what was got, what was expected, and what to do about it.
@@ -45,3 +48,15 @@ class MemoryBudgetError(LiteError):
 
 class BackendUnavailable(LiteError):  # noqa: N818 - the name says what happened; "Error" would add nothing
     """A package, a device or a provider that is not there."""
+
+
+class QueueFull(LiteError):  # noqa: N818
+    """A request more than a session keeps waiting."""
+
+
+class DeadlineExceeded(LiteError):  # noqa: N818
+    """A request that has not ended in its time."""
+
+
+class Cancelled(LiteError):  # noqa: N818
+    """A request that nobody wants any more."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lite.artifact.open import load_artifact
 from lite.engines.choose import choose_engine, gpu_problem
 from lite.engines.onnx_session import CPU, CUDA
 from lite.errors import ArtifactError, LiteError
-from lite.memory.plan import Planner
+from lite.memory.plan import REASON_TOKENS, Planner
 from lite.memory.process import rss_bytes
 from lite.memory.sizes import parse_bytes
 from lite.prompt import PromptEncoder, Tokenizer
@@ -17,7 +17,7 @@ from lite.prompt import PromptEncoder, Tokenizer
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
-    from lite.session.generate import Engine
+    from lite.engines.protocol import Engine
     from lite.vision import VisionEncoder
 from lite.model import FindingsModel
 
@@ -32,6 +32,7 @@ def load(
     cache_dtype: CacheDtype | None = None,
     memory_limit: int | str | None = None,
     fp16_accumulation: bool = False,
+    rows: int = 8,
     verify: bool = True,
 ) -> FindingsModel:
     """Load an artifact.
@@ -54,6 +55,7 @@ def load(
             counts, and None takes what is free; on a CPU what the process has resident, with all that it holds
             already, and None sets no limit. See `lite.memory`.
         fp16_accumulation: let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact.
+        rows: studies that can be under way at a time, if they fit.
         verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B
             model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026), longer where the
             disk is slower.
@@ -98,9 +100,17 @@ def load(
         prompt=prompt,
         vision=vision,
         decoder=decoder,
-        planner=planner,
+        num_rows=rows if planner is None else planner.rows_that_fit(rows, manifest.decoding.max_new_tokens),
+        max_seq_len=_row_len(prompt, manifest.decoding.max_new_tokens),
+        fits=lambda num_rows, max_seq_len: planner is None or planner.fits_rows(num_rows, max_seq_len),
         fallbacks=tuple(fallbacks),
     )
+
+
+def _row_len(prompt: PromptEncoder, max_new_tokens: int) -> int:
+    """Return the places of a row that most studies fit into: the prompt, a reason, the text."""
+    num_prompt_tokens: int = prompt.num_tokens(prompt.encode(None)) + REASON_TOKENS
+    return min(num_prompt_tokens + max_new_tokens, prompt.max_seq_len)
 
 
 def _load_torch(
@@ -111,10 +121,11 @@ def _load_torch(
     limit: int | None,
     *,
     fp16_accumulation: bool,
-) -> tuple[VisionEncoder, Engine, Planner | None]:
+) -> tuple[VisionEncoder, Engine[Any, Any], Planner | None]:
     # torch first: onnxruntime then finds the CUDA libraries that torch has brought.
     from lite.engines.onnx_session import provider_of_device
-    from lite.engines.torch_engine.decoder import check_cache_dtype, check_device, check_dtype, free_bytes, load_decoder
+    from lite.engines.torch_engine.device import check_cache_dtype, check_device, check_dtype, free_bytes
+    from lite.engines.torch_engine.load import load_decoder
     from lite.vision import VisionEncoder
 
     check_dtype(dtype)
@@ -147,7 +158,7 @@ def _load_torch(
 
 def _load_onnx(
     artifact: Artifact, provider: str | None, cache_dtype: CacheDtype | None, limit: int | None
-) -> tuple[VisionEncoder, Engine, Planner | None]:
+) -> tuple[VisionEncoder, Engine[Any, Any], Planner | None]:
     from lite.engines.onnx_engine.decoder import OnnxDecoder, check_cache_dtype
     from lite.engines.onnx_session import check_provider
     from lite.vision import VisionEncoder

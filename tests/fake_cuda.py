@@ -35,7 +35,8 @@ import kernels.gpu
 from kernels.backend import Card, Selection
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.engines.torch_engine.decoder import LlamaDecoder, load_decoder
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.engines.torch_engine.load import load_decoder
 from lite.memory.counts import layer_linear_shapes
 from lite.memory.plan import STUDIES_AHEAD, MemoryPlan, plan_memory
 from lite.memory.process import Peaks

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from driving import decode_token, newest_of, read_prompt
 from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, gptq_llama, tiny_llama_config
 
 from kernels.quant_matmul import QuantWeight
 from lite.artifact.parts import CacheDtype
-from lite.engines.torch_engine.decoder import load_decoder
 from lite.engines.torch_engine.linear import linears_of
+from lite.engines.torch_engine.load import load_decoder
 
 STEPS = 2
 SETTINGS: dict[str, tuple[str, CacheDtype | None]] = {
@@ -31,19 +32,19 @@ def decode(folder: Path, dtype: str, cache_dtype: CacheDtype | None) -> dict[str
 
     def note(rows: torch.Tensor) -> None:
         logits.append(rows.float().tolist())
-        newest = cache.newest().tolist()
+        newest = newest_of(cache)
         tokens.append(
             [token_id if count else None for token_id, count in zip(newest, cache.num_cached_tokens, strict=True)]
         )
 
     for row, (input_ids, image) in enumerate(zip(PROMPTS, features(3), strict=True)):
-        note(decoder.prefill(input_ids, image, cache, row))
+        note(read_prompt(decoder, input_ids, image, cache, row))
     for _ in range(STEPS):
-        note(decoder.decode_one_token(cache))
+        note(decode_token(decoder, cache))
     cache.release(0)
-    note(decoder.decode_one_token(cache)[1:])  # of a free row the logits mean nothing
-    note(decoder.prefill(PROMPTS[1], features(3)[1], cache, 0))
-    note(decoder.decode_one_token(cache))
+    note(decode_token(decoder, cache)[1:])  # of a free row the logits mean nothing
+    note(read_prompt(decoder, PROMPTS[1], features(3)[1], cache, 0))
+    note(decode_token(decoder, cache))
     return {
         "backend": decoder.selection.backend,
         "shown": decoder.backend,

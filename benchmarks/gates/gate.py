@@ -205,10 +205,8 @@ def _bytes_of(model: lite.FindingsModel, *names: str) -> int:
 
 def planned_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:
     """Return what the memory plan says of decoder and cache, for the batch that was drafted."""
-    limit = model.artifact.manifest.decoding.max_new_tokens
-    num_prompt_tokens = findings[0].num_prompt_tokens
-    if len(findings) > 1:  # the rows of a batch are as long as most studies need, whatever these are
-        num_prompt_tokens = max(*(found.num_prompt_tokens for found in findings), model.row_len(limit) - limit)
+    # A row is as long as most studies need, whatever these are.
+    num_prompt_tokens = model.session.loop.max_seq_len - model.artifact.manifest.decoding.max_new_tokens
     plan = plan_memory(model.artifact, device="cpu", batch_size=len(findings), num_prompt_tokens=num_prompt_tokens)
     return plan.decoder_bytes + plan.cache_bytes
 

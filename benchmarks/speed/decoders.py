@@ -21,7 +21,8 @@ from benchmarks.speed.weights import EMBEDDINGS, Shapes, gain_of
 from kernels.quant_matmul import QuantWeight
 from kernels.reference import attention, rms_norm, rotary, rotary_table, silu_mul
 from lite.config import DecoderConfig
-from lite.engines.torch_engine.decoder import DTYPES, LlamaDecoder
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.engines.torch_engine.device import DTYPES
 from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
 
 if TYPE_CHECKING:

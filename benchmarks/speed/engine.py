@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from benchmarks.speed.weights import EMBEDDINGS
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
+from lite.engines import segments
+from lite.engines.segments import divide, expand_image
 from lite.errors import LiteError
 from lite.memory.process import Peaks
-from lite.session.feed import Feed
-from lite.session.generate import Generation, Request
+from lite.session.loop import Loop
+from lite.session.request import Request
+from lite.session.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,33 +94,36 @@ class Rows:
     def read(self, prompt: Prompt, row: int = 0) -> Any:  # noqa: ANN401 - logits, of either kind of array
         """Read a prompt, and choose its first token; wait for nothing. Return the logits behind it, [vocab_size]."""
         self.cache.release(row)
-        logits = self.engine.prefill(prompt.input_ids, prompt.features, self.cache, row)
-        self._under_way = collections.deque([self.cache.newest()])
-        return logits[0]
+        ids = expand_image(prompt.input_ids, len(prompt.features))
+        for segment in divide(ids, row=row, chunk_size=self.engine.chunk_size, image_features=prompt.features):
+            chosen = self.engine.extend(segment, self.cache)
+        self._under_way = collections.deque([chosen])
+        return self.cache.last_logits[0, -1]
 
     def decode(self) -> None:
         """Decode a token of every row; wait for nothing."""
-        self.engine.decode_one_token(self.cache)
-        self._under_way.append(self.cache.newest())
+        self._under_way.append(self.engine.decode(self.cache))
 
     def decode_given(self, token_id: int) -> Any:  # noqa: ANN401 - see above
         """Decode a token other than the chosen one in every row; return the logits, [rows, vocab_size]."""
-        return self.engine.decode_one_token(self.cache, [token_id] * self.num_rows)
+        for row in range(self.num_rows):
+            self.cache.truncate(row, self.cache.num_cached_tokens[row], newest=token_id)
+        self.engine.decode(self.cache)
+        return self.cache.last_logits[:, -1]
 
     def wait(self, *, for_all: bool = True) -> list[int]:
         """Wait for the tokens under way, or for those that a session would wait for; return the last, of each row."""
         newest: list[int] = []
         while len(self._under_way) > (0 if for_all else self.engine.run_ahead):
-            newest = self._under_way.popleft().tolist()
+            chosen = self._under_way.popleft().wait()
+            newest = [chosen[row].token_ids[-1] for row in sorted(chosen)]
         return newest
 
     def rewind(self, num_tokens: int) -> None:
         """Let every row go on behind its first tokens; what lies in the cache does not matter to the time."""
-        self.cache.num_cached_tokens = [num_tokens] * self.num_rows
-        if hasattr(self.cache, "position_ids"):
-            self.cache.position_ids.fill_(num_tokens)
-        else:
-            self.cache.input_ids = [1] * self.num_rows
+        for row in range(self.num_rows):
+            self.cache.is_active[row] = True
+            self.cache.truncate(row, num_tokens, newest=1)
 
     def fill(self, num_tokens: int) -> None:
         """Draw keys and values of torch's cache for every row, as if prompts of that length had been read."""
@@ -143,7 +149,7 @@ class Rows:
         """Why a step was not captured; None if it was, or should not have been."""
         if getattr(self.engine, "capture", None) is None:
             return None
-        step = self.cache.steps.get(self.num_rows)
+        step = self.cache.steps.get((self.num_rows, 0, 0))
         if step is None:
             return "it has not run"
         return None if step.is_captured else step.problem or "it ran only once"
@@ -162,8 +168,8 @@ def greedy(engine: Engine, prompt: Prompt, count: int) -> tuple[list[int], str |
 
 def score(engine: LlamaDecoder, prompt: Prompt, token_ids: Sequence[int]) -> NDArray[np.float32]:
     """Return the logits from which each token of a text is predicted, [tokens, vocab_size]."""
-    found: NDArray[np.float32] = engine.score(prompt.input_ids, token_ids, prompt.features).numpy()
-    return found
+    num_image_tokens = len(prompt.features)
+    return segments.score(engine, prompt.input_ids, token_ids, prompt.features, num_image_tokens=num_image_tokens)
 
 
 def far(engine: LlamaDecoder, input_ids: Sequence[int], expected: torch.Tensor, num_rows: int) -> float:
@@ -199,30 +205,36 @@ def draft_all(engine: LlamaDecoder, prompt: Prompt, lengths: Sequence[int], num_
     Raises:
         LiteError: a request failed, or has not as many tokens as it should.
     """
-    requests = [
-        Request(
-            input_ids=prompt.input_ids,
-            num_prompt_tokens=prompt.num_tokens,
-            image_features=lambda: prompt.features,
-            max_new_tokens=length,
-        )
-        for length in lengths
-    ]
-    generation = Generation(
+    input_ids = expand_image(prompt.input_ids, len(prompt.features))
+    loop = Loop(
         engine,
-        Feed(iter(requests), lambda request: request),
-        batch_size=num_rows,
+        num_rows=num_rows,
         max_seq_len=prompt.num_tokens + longest,
         context=engine.config.max_position_embeddings,
         eos_token_id=_NEVER,
+        fits=lambda *_: True,
         peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None),
     )
-    for _ in generation:
-        pass
-    for request in requests:
-        if request.error is not None:
-            raise request.error
-        if len(request.token_ids) != request.max_new_tokens:
-            msg = f"got {len(request.token_ids)} tokens · expected {request.max_new_tokens} · report this"
+    session = Session(loop, peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None), max_queue=len(lengths))
+    studies = [
+        session.submit(
+            Request(
+                id=str(number),
+                input_ids=input_ids,
+                num_prefix_tokens=segments.num_prefix_tokens(input_ids),
+                film=None,
+                see=lambda: prompt.features,
+                max_new_tokens=length,
+            )
+        )
+        for number, length in enumerate(lengths)
+    ]
+    for study in studies:
+        study.wait()
+        if study.error is not None:
+            raise study.error
+        if len(study.token_ids) != study.request.max_new_tokens:
+            msg = f"got {len(study.token_ids)} tokens · expected {study.request.max_new_tokens} · report this"
             raise LiteError(msg)
-    return generation.batch_size
+    session.close()
+    return session.num_rows

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from lite.engines.segments import score
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -43,7 +45,7 @@ def find_cache_scales(
     for study in studies:
         length = study.num_tokens((image := features(study)).shape[0])
         cache = decoder.new_cache(1, length)
-        decoder.score(study.input_ids, study.target_ids, image, cache=cache)
+        score(decoder, study.input_ids, study.target_ids, image, num_image_tokens=len(image), cache=cache)
         for name, buffer in cache.buffers.items():
             layer, _, kind = name.partition(".")
             found = np.abs(buffer.numpy()[0, :, :length].astype(np.float32)).max(axis=1)

@@ -34,7 +34,7 @@ from lite.artifact.parts import Int8CacheGraph, OnnxFloat, OnnxPart, unhashed
 from lite.artifact.write import staged_artifact
 from lite.engines.onnx_engine.decoder import OLDEST_INT8_CACHE, OnnxDecoder
 from lite.engines.onnx_session import has_onnxruntime
-from lite.engines.torch_engine.decoder import check_device
+from lite.engines.torch_engine.device import check_device
 from lite.errors import ArtifactError
 from lite.vision import VisionEncoder
 

@@ -122,7 +122,7 @@ def measure(
     meter = _meter(engine, str(model.decoder.device))
     warm = _warm_up(model, studies, options)
     runs, drafts = _run_singly(model, studies, options, meter, on_progress)
-    chosen = {} if model.planner is None else {"chunk_size": model.planner.chunk_size}
+    chosen = {"chunk_size": model.decoder.chunk_size} if engine == "torch" else {}
     planned = _Planner(artifact, engine, options, [run.findings for run in runs], libraries_bytes=before, **chosen)
     usable = [study for study, draft in zip(studies, drafts, strict=True) if draft.error is None]
     batches = tuple(_batches(model, usable, options, planned, on_progress))
@@ -193,7 +193,7 @@ def _settings(artifact: Artifact, options: Options) -> tuple[EngineName, dict[st
 
         import_onnxruntime()
         return engine, {"provider": options.provider, "cache_dtype": options.cache_dtype}
-    from lite.engines.torch_engine.decoder import check_device
+    from lite.engines.torch_engine.device import check_device
 
     device = check_device(options.device)
     return engine, {"device": device, "dtype": options.dtype, "cache_dtype": options.cache_dtype}

@@ -153,6 +153,13 @@ class Engine(Protocol[C, F]):
     def peak_vram_bytes(self) -> int | None:
         """Return the most memory that it has held on a GPU; None without one, or where that cannot be told."""
 
+    def image_buffer(self, num_image_tokens: int) -> F | None:
+        """Return memory for the features of an image, float32 [1, P, hidden_size]; None where it takes the host's.
+
+        Raises:
+            MemoryBudgetError: there is none.
+        """
+
     def new_cache(self, num_rows: int, max_seq_len: int) -> C:
         """Return an empty cache.
 

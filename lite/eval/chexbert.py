@@ -176,7 +176,7 @@ def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray
     """
     import torch
 
-    from lite.engines.torch_engine.decoder import check_device
+    from lite.engines.torch_engine.device import check_device
 
     chosen = torch.device(check_device(device))
     state = _read_state(weights)

@@ -286,6 +286,12 @@ class Planner:
         """Say whether so many studies at a time stay within the limit."""
         return self.plan(batch_size, max_new_tokens=max_new_tokens).card_bytes <= self.limit
 
+    def fits_rows(self, num_rows: int, max_seq_len: int) -> bool:
+        """Say whether so many rows of so many places stay within the limit."""
+        plan = self.plan(num_rows)
+        more = num_rows * max(0, max_seq_len - plan.max_seq_len) * (plan.cache_bytes // (num_rows * plan.max_seq_len))
+        return plan.card_bytes + more <= self.limit
+
     def rows_that_fit(self, batch_size: int, max_new_tokens: int) -> int:
         """Return how many studies at a time fit: at least one, at most so many."""
         fitting = (n for n in range(batch_size, 1, -1) if self.fits(n, max_new_tokens=max_new_tokens))

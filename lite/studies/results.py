@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from lite.errors import LiteError
 from lite.memory.process import Peaks
 
-if TYPE_CHECKING:
-    from lite.session.generate import FinishReason
+FinishReason = Literal["eos", "length"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +19,11 @@ class Timings:
     """
 
     image_s: float  # reading and preprocessing the film
-    vision_s: float  # tower and projector
+    queued_s: float = 0.0  # waiting for a row, beside others' studies
+    vision_s: float  # tower and projector; 0 where a row still held the film
     prefill_s: float  # the prompt through the decoder, to the first token
     decode_steps_s: tuple[float, ...]  # each further token
-    batch_size: int  # rows of the batch
+    batch_size: int  # the most studies that were decoded together with it, itself included
 
     @property
     def decode_s(self) -> float:
@@ -72,7 +72,10 @@ class Findings:
     text: str
     finish_reason: FinishReason  # "length": cut at max_new_tokens or at the end of the context
     token_ids: tuple[int, ...]  # generated, without EOS
+    token_logprobs: tuple[float, ...] | None = None  # of each, on request
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # token ids beside each, the likeliest first
     num_prompt_tokens: int  # places in the context, the image's included
+    num_reused_tokens: int = 0  # of these, what a row still held: the film, for another question
     timings: Timings
     memory: Memory
     rendering: str  # how the film's values became grey levels: see lite.image

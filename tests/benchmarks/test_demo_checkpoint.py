@@ -23,7 +23,7 @@ from tiny import decoder_folder
 from benchmarks.phantom.publish import unfold_channel_scales
 from benchmarks.phantom.write import write_studies
 from lite.artifact.open import Artifact
-from lite.engines.torch_engine.decoder import load_decoder
+from lite.engines.torch_engine.load import load_decoder
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
 from lite.loading import load

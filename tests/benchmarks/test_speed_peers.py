@@ -41,7 +41,7 @@ from benchmarks.speed.peers.report import (
 from benchmarks.speed.peers.specs import PEERS_PYTHON, REFERENCE, SPECS, THEIRS
 from benchmarks.speed.weights import Model, Shapes
 from lite.artifact.open import Artifact, load_artifact
-from lite.engines.torch_engine.decoder import load_decoder
+from lite.engines.torch_engine.load import load_decoder
 from lite.errors import LiteError
 from lite.eval.figures import quantiles
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from driving import read_prompt, score_text
 from repository import ROOT
 from safetensors.torch import save_file
 from tiny import gptq_llama, random_llama, tiny_llama_config, tiny_manifest, tiny_onnx_part, tiny_parts
@@ -23,7 +24,7 @@ from lite.artifact.open import Artifact
 from lite.artifact.parts import DecoderPart
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_engine.decoder import OnnxDecoder
-from lite.engines.torch_engine.decoder import load_decoder
+from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError
 from lite.eval.divergence import compare_logits
 
@@ -141,7 +142,7 @@ def torch_logits(artifact: Artifact) -> np.ndarray:
             assert np.abs(head - stored).max() <= 0.02 * np.abs(stored).max()
         decoder.lm_head = torch.nn.Linear(128, VOCAB_SIZE, bias=False)
         decoder.lm_head.weight.copy_(torch.from_numpy(head))
-    return decoder.score(PROMPT, TARGETS, IMAGE).numpy()
+    return score_text(decoder, PROMPT, TARGETS, IMAGE).numpy()
 
 
 def mean_kl(reference: np.ndarray, candidate: np.ndarray) -> float:
@@ -152,13 +153,13 @@ def mean_kl(reference: np.ndarray, candidate: np.ndarray) -> float:
 def test_the_graph_computes_what_the_decoder_does(form: str, tmp_path: Path) -> None:
     artifact = write(tmp_path, **FORMS[form])
     expected = torch_logits(artifact)
-    rounded = OnnxDecoder(artifact).score(PROMPT, TARGETS, IMAGE)
+    rounded = score_text(OnnxDecoder(artifact), PROMPT, TARGETS, IMAGE)
     assert rounded.dtype == np.float32
     assert rounded.shape == (len(TARGETS), VOCAB_SIZE)
     assert mean_kl(expected, rounded) < 0.02
     # Only that the inputs of the products are rounded to int8 differs.
     exact(artifact)
-    computed = OnnxDecoder(artifact).score(PROMPT, TARGETS, IMAGE)
+    computed = score_text(OnnxDecoder(artifact), PROMPT, TARGETS, IMAGE)
     assert np.abs(computed - expected).max() < 1e-4 * np.abs(expected).max()
     assert np.abs(rounded - expected).max() > 1e-3 * np.abs(expected).max(), "accuracy_level does nothing here"
 
@@ -170,7 +171,7 @@ def test_in_float16(form: str, tmp_path: Path) -> None:
     decoder = OnnxDecoder(artifact)
     assert (decoder.dtype, decoder.cache_dtype) == ("float16", "float16")
     assert decoder.new_cache(1, 10).nbytes == 2 * 2 * 2 * 10 * 32 * 2
-    assert mean_kl(expected, decoder.score(PROMPT, TARGETS, IMAGE)) < 0.02
+    assert mean_kl(expected, score_text(decoder, PROMPT, TARGETS, IMAGE)) < 0.02
 
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.int8_cache.onnx"])
@@ -263,8 +264,8 @@ def test_the_int8_cache_is_the_only_difference_between_the_graphs(tmp_path: Path
     assert ("is_prefill" in kinds) == (dtype == "float32")
 
 
-def read_prompt(
-    artifact: Artifact, *, as_decoded: bool = False, chunk_size: int = 512
+def prefilled(
+    artifact: Artifact, *, as_decoded: bool = False, chunk_size: int = 512, at_once: bool = False
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Read PROMPT with an int8 cache; return the logits, and the cache's keys and values, layer by layer."""
     decoder = OnnxDecoder(artifact, cache_dtype="int8")
@@ -274,17 +275,18 @@ def read_prompt(
         decoder._run = lambda *given, **named: run(*given, **(named | {"is_prefill": False}))  # type: ignore[method-assign]
     length = len(PROMPT) - 1 + len(IMAGE)
     cache = decoder.new_cache(1, length)
-    logits = decoder.prefill(PROMPT, IMAGE, cache)
+    logits = read_prompt(decoder, PROMPT, IMAGE, cache, at_once=at_once)
     return logits, [
         cache.buffers[f"{layer}.{kind}"].numpy().astype(int) for layer in range(2) for kind in ("key", "value")
     ]
 
 
 def test_a_prompt_sees_itself_unrounded_and_leaves_what_is_decoded_from(written: Artifact) -> None:
-    plain = OnnxDecoder(written).prefill(PROMPT, IMAGE, OnnxDecoder(written).new_cache(1, 40))
-    logits, cache = read_prompt(written)
+    engine = OnnxDecoder(written)
+    plain = read_prompt(engine, PROMPT, IMAGE, engine.new_cache(1, 40))
+    logits, cache = prefilled(written, at_once=True)
     np.testing.assert_allclose(logits, plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
-    rounded, of_the_kernel = read_prompt(written, as_decoded=True)
+    rounded, of_the_kernel = prefilled(written, as_decoded=True, at_once=True)
     assert np.abs(rounded - plain).max() > 1e-3 * np.abs(plain).max(), "rounding the cache does nothing here"
     # The first layer's keys and values come from the same numbers: ours are rounded as ONNX Runtime's kernel does it,
     # but for ties and the last bit of a rotation.
@@ -296,9 +298,9 @@ def test_a_prompt_sees_itself_unrounded_and_leaves_what_is_decoded_from(written:
 
 
 def test_chunks_of_a_prompt_see_those_before_rounded(written: Artifact) -> None:
-    whole, cache = read_prompt(written)
+    whole, cache = prefilled(written)
     for chunk_size in (1, 4, 7):
-        chunked, other = read_prompt(written, chunk_size=chunk_size)
+        chunked, other = prefilled(written, chunk_size=chunk_size)
         assert 0 < np.abs(chunked - whole).max() < 0.1 * np.abs(whole).max()
         for ours, its in zip(other[:2], cache[:2], strict=True):
             assert np.abs(ours - its).max() <= 1
@@ -307,7 +309,7 @@ def test_chunks_of_a_prompt_see_those_before_rounded(written: Artifact) -> None:
 def test_values_beyond_the_scales_are_clipped(tmp_path: Path) -> None:
     artifact = with_int8_cache(write(tmp_path, group_size=32), k_scale=1e-3, v_scale=1e-3)
     for as_decoded in (False, True):
-        _, cache = read_prompt(artifact, as_decoded=as_decoded)
+        _, cache = prefilled(artifact, as_decoded=as_decoded)
         assert [values.min() for values in cache] == [-128] * 4
         assert [values.max() for values in cache] == [127] * 4
 

@@ -17,6 +17,7 @@ import onnx
 import pytest
 import random_checkpoint
 import torch
+from driving import score_text
 from PIL import Image
 from repository import ROOT
 from safetensors.torch import load_file, save_file
@@ -35,7 +36,7 @@ from export.studies import StudyReader
 from export.write.decoder import DecoderFolder
 from lite.artifact.open import load_artifact
 from lite.artifact.parts import CacheDtype, Divergence
-from lite.engines.torch_engine.decoder import load_decoder
+from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError, BackendUnavailable, CheckpointError
 from lite.vision import VisionEncoder
 
@@ -248,7 +249,7 @@ def test_parity_layer_by_layer_is_that_of_the_whole_decoder(source: Checkpoint, 
     for cache_dtype, layered in zip(caches, found, strict=True):
         decoder = load_decoder(artifact, device="cpu", cache_dtype=cache_dtype)
         for study, image, logits in zip(studies, features, layered, strict=True):
-            whole = decoder.score(study.input_ids, study.target_ids, image)
+            whole = score_text(decoder, study.input_ids, study.target_ids, image)
             assert whole.shape == logits.shape == (16, decoder.config.vocab_size)
             torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
     for exact, rounded in zip(*found, strict=True):

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import random_checkpoint
 import torch
+from driving import score_text
 from filelock import FileLock
 from PIL import Image
 from repository import ROOT
@@ -143,7 +144,7 @@ def test_a_folder_of_version_1_is_what_the_runtime_computes_with(artifacts: dict
         ids = list(range(3, 60))
         with torch.inference_mode():
             expected = peer(torch.tensor([ids])).logits[0]
-        got = decoder.score(ids[:1], ids[1:], None)
+        got = score_text(decoder, ids[:1], ids[1:], None)
         torch.testing.assert_close(got, expected[:-1], rtol=0, atol=2e-3)
 
 
@@ -224,7 +225,11 @@ def test_transformers_opens_a_bitsandbytes_folder(artifacts: dict[str, Artifact]
     ids = list(range(3, 60))
     with torch.inference_mode():
         expected = peer(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-    got = lite.load(artifacts[name].path, device="cpu").decoder.score(ids[:1], ids[1:], None).double().log_softmax(-1)
+    got = (
+        score_text(lite.load(artifacts[name].path, device="cpu").decoder, ids[:1], ids[1:], None)
+        .double()
+        .log_softmax(-1)
+    )
     # int8: the library rounds activations too, ours does not.
     assert float((expected.exp() * (expected - got)).sum(-1).mean()) < {"bnb-nf4": 1e-4, "bnb-int8": 2e-2}[name]
 

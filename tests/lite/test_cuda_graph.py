@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from driving import NOT_FINITE, decode_token, newest_of, read_prompt, score_text
 from recording import record
 from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, random_llama, tiny_llama_config
 
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID
-from lite.engines.torch_engine.cache import NOT_FINITE
 from lite.engines.torch_engine.cuda_graph import GraphedStep
-from lite.engines.torch_engine.decoder import LlamaDecoder, load_decoder
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.engines.torch_engine.load import load_decoder
 
 CACHES = pytest.mark.parametrize("cache_dtype", [None, "int8"])
 
@@ -141,11 +142,11 @@ STUDIES = [*zip(PROMPTS, features(3), strict=True), (ANOTHER, features(1, seed=8
 
 def alone(decoder: LlamaDecoder, study: int, count: int) -> list[int]:
     cache = decoder.new_cache(1, 40)
-    decoder.prefill(*STUDIES[study], cache)
-    chosen = [cache.newest().tolist()[0]]
+    read_prompt(decoder, *STUDIES[study], cache)
+    chosen = [newest_of(cache)[0]]
     while len(chosen) < count:
-        decoder.decode_one_token(cache)
-        chosen += cache.newest().tolist()
+        decode_token(decoder, cache)
+        chosen += newest_of(cache)
     return chosen
 
 
@@ -160,16 +161,16 @@ def test_replayed_tokens_are_those_of_a_decoder_that_captures_nothing(artifact: 
 
     def begin(study: int, row: int) -> None:
         for model, cache in zip((decoder, plain), caches, strict=True):
-            model.prefill(*STUDIES[study], cache, row)
+            read_prompt(model, *STUDIES[study], cache, row)
         rows[row] = study
-        said[study] = [caches[0].newest().tolist()[row]]
+        said[study] = [newest_of(caches[0])[row]]
 
     def decode(count: int) -> None:
         for _ in range(count):
             logits, expected = (
-                model.decode_one_token(cache) for model, cache in zip((decoder, plain), caches, strict=True)
+                decode_token(model, cache) for model, cache in zip((decoder, plain), caches, strict=True)
             )
-            newest = [cache.newest().tolist() for cache in caches]
+            newest = [newest_of(cache) for cache in caches]
             for row, study in rows.items():
                 torch.testing.assert_close(logits[row], expected[row], atol=1e-4, rtol=1e-4)
                 assert newest[0][row] == newest[1][row]
@@ -192,14 +193,14 @@ def test_replayed_tokens_are_those_of_a_decoder_that_captures_nothing(artifact: 
     end(1)
     end(2)
     decode(3)  # of one
-    assert caches[0].num_cached_tokens == [11 + 15, 0, 0, 0]
+    assert caches[0].num_cached_tokens == [11 + 15, 19, 13, 0], "they keep what they hold"
     assert caches[0].position_ids.tolist() == [11 + 15, -1, -1, -1]
     # Each by itself says the same, and that is not the same of all.
     assert said == {study: alone(plain, study, len(tokens)) for study, tokens in said.items()}
     assert [len(tokens) for tokens in said.values()] == [16, 13, 6, 5]
     assert len({tuple(tokens[:5]) for tokens in said.values()}) == 4
     # All but the first run of each: 9 of four rows, 3 of two and 3 of one.
-    assert sorted(caches[0].steps) == [1, 2, 4]
+    assert sorted(caches[0].steps) == [(1, 0, 0), (2, 0, 0), (4, 0, 0)]
     assert watched.replays == [8, 2, 2]
     assert all(step.is_captured for step in caches[0].steps.values())
     assert caches[1].steps == {}
@@ -210,10 +211,10 @@ def test_a_replay_takes_the_tokens_it_is_given(artifact: Artifact, cache_dtype: 
     decoder, watched = captured(artifact, cache_dtype=cache_dtype)
     token_ids = [33, 44, 55, 66, 77]
     cache = decoder.new_cache(1, 40)
-    steps = [decoder.prefill(*STUDIES[0], cache).clone()]
-    steps += [decoder.decode_one_token(cache, [token_id]).clone() for token_id in token_ids[:-1]]
-    expected = load_decoder(artifact, device="cpu", cache_dtype=cache_dtype).score(
-        STUDIES[0][0], token_ids, STUDIES[0][1]
+    steps = [read_prompt(decoder, *STUDIES[0], cache).clone()]
+    steps += [decode_token(decoder, cache, [token_id]).clone() for token_id in token_ids[:-1]]
+    expected = score_text(
+        load_decoder(artifact, device="cpu", cache_dtype=cache_dtype), STUDIES[0][0], token_ids, STUDIES[0][1]
     )
     torch.testing.assert_close(torch.cat(steps), expected, atol=1e-4, rtol=1e-4)
     assert watched.replays == [3]
@@ -224,10 +225,10 @@ def test_rows_are_decoded_by_powers_of_two_or_all(artifact: Artifact) -> None:
     cache = decoder.new_cache(6, 40)
     found = []
     for row in range(6):
-        decoder.prefill(*STUDIES[1], cache, row)
-        found.append(len(decoder.decode_one_token(cache)))
+        read_prompt(decoder, *STUDIES[1], cache, row)
+        found.append(len(decode_token(decoder, cache)))
     assert found == [1, 2, 4, 4, 6, 6]
-    assert sorted(cache.steps) == [1, 2, 4, 6]
+    assert sorted(cache.steps) == [(1, 0, 0), (2, 0, 0), (4, 0, 0), (6, 0, 0)]
 
 
 def test_a_capture_that_fails_is_seen_and_the_text_is_the_same(artifact: Artifact) -> None:
@@ -247,9 +248,9 @@ def test_a_capture_that_fails_is_seen_and_the_text_is_the_same(artifact: Artifac
 def test_a_step_does_not_keep_the_decoder(artifact: Artifact, num_steps: int) -> None:
     decoder, _ = captured(artifact)
     cache = decoder.new_cache(1, 40)
-    decoder.prefill(*STUDIES[0], cache)
+    read_prompt(decoder, *STUDIES[0], cache)
     for _ in range(num_steps):
-        decoder.decode_one_token(cache)
+        decode_token(decoder, cache)
     decoder._idle = cache  # as on a GPU, where it waits for the next request
     gc.disable()
     try:
@@ -265,9 +266,9 @@ def test_a_step_does_not_keep_its_cache(artifact: Artifact, num_steps: int) -> N
     """The two would keep each other until the garbage is collected, and with them most of a GPU's memory."""
     decoder, watched = captured(artifact)
     cache = decoder.new_cache(1, 40)
-    decoder.prefill(*STUDIES[0], cache)
+    read_prompt(decoder, *STUDIES[0], cache)
     for _ in range(num_steps):
-        decoder.decode_one_token(cache)
+        decode_token(decoder, cache)
     assert watched.replays == [2][: num_steps - 1]
     gc.disable()
     try:
@@ -286,22 +287,22 @@ def test_numbers_that_are_not_finite_are_seen_on_replay_and_stay_in_their_row(
     decoder.model.embed_tokens.weight[55] = float("nan")
     cache = decoder.new_cache(2, 40)
     for row in range(2):
-        decoder.prefill(*STUDIES[row], cache, row)
+        read_prompt(decoder, *STUDIES[row], cache, row)
     expected = alone(decoder, 0, 12)
     assert 55 not in expected
-    said = [cache.newest().tolist()]
+    said = [newest_of(cache)]
     for step in range(6):
         # From the fourth step on the second row is NaNs, and nobody's concern but its own.
-        decoder.decode_one_token(cache, [said[-1][0], 55 if step == 3 else max(said[-1][1], 0)])
-        said.append(cache.newest().tolist())
+        decode_token(decoder, cache, [said[-1][0], 55 if step == 3 else max(said[-1][1], 0)])
+        said.append(newest_of(cache))
     assert [first for first, _ in said] == expected[:7]
     assert [second == NOT_FINITE for _, second in said] == [False] * 4 + [True] * 3
     cache.release(1, damaged=True)
-    decoder.prefill(*STUDIES[3], cache, 1)
-    said = [cache.newest().tolist()]
+    read_prompt(decoder, *STUDIES[3], cache, 1)
+    said = [newest_of(cache)]
     for _ in range(5):
-        decoder.decode_one_token(cache)
-        said.append(cache.newest().tolist())
+        decode_token(decoder, cache)
+        said.append(newest_of(cache))
     assert [first for first, _ in said] == expected[6:]
     assert [second for _, second in said] == alone(decoder, 3, 6)
     assert watched.replays[0] == 10

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from driving import NOT_FINITE, decode_token, newest_of, read_prompt, score_text
 from tiny import (
     PROMPTS,
     VOCAB_SIZE,
@@ -22,9 +23,11 @@ from kernels.reference import attention
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import CacheDtype
 from lite.config import IMAGE_TOKEN_ID
-from lite.engines.torch_engine.cache import NOT_FINITE, KVCache
-from lite.engines.torch_engine.decoder import LlamaDecoder, check_device, load_decoder
+from lite.engines.torch_engine.cache import KVCache
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.engines.torch_engine.device import check_device
 from lite.engines.torch_engine.linear import linears_of
+from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError, MemoryBudgetError
 
 FORMS = {
@@ -67,7 +70,7 @@ def test_same_logits_and_greedy_tokens_as_transformers(tmp_path: Path, form: str
     inputs_embeds = ours.embed([*PROMPTS[0], *targets[:-1]], torch.from_numpy(image)).unsqueeze(0)
     with torch.inference_mode():
         expected = theirs(inputs_embeds=inputs_embeds).logits[0, -len(targets) :]
-    got = ours.score(PROMPTS[0], targets, image)
+    got = score_text(ours, PROMPTS[0], targets, image)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
     prompt_embeds = ours.embed(PROMPTS[0], torch.from_numpy(image)).unsqueeze(0)
@@ -87,7 +90,7 @@ def prefill(
 ) -> torch.Tensor:
     """Fill the first rows; return the logits behind each prompt."""
     rows = zip(prompts, image_features, strict=True)
-    return torch.cat([decoder.prefill(ids, image, cache, row) for row, (ids, image) in enumerate(rows)])
+    return torch.cat([read_prompt(decoder, ids, image, cache, row) for row, (ids, image) in enumerate(rows)])
 
 
 def greedy(
@@ -95,10 +98,10 @@ def greedy(
 ) -> list[list[int]]:
     cache = decoder.new_cache(len(prompts), 64)
     prefill(decoder, prompts, image_features, cache)
-    chosen = [cache.newest().tolist()]
+    chosen = [newest_of(cache)]
     while len(chosen) < steps:
-        logits = decoder.decode_one_token(cache)
-        chosen.append(cache.newest().tolist())
+        logits = decode_token(decoder, cache)
+        chosen.append(newest_of(cache))
         assert chosen[-1] == logits.argmax(-1).tolist()
     return [list(row) for row in zip(*chosen, strict=True)]
 
@@ -112,9 +115,11 @@ def test_cached_decoding_is_uncached_scoring(
     image = features(1)[0]
     cache = decoder.new_cache(1, 40)
     token_ids = [33, 44, 55, 66, 77]
-    steps = [decoder.prefill(PROMPTS[0], image, cache)]
-    steps += [decoder.decode_one_token(cache, [token_id]) for token_id in token_ids[:-1]]
-    torch.testing.assert_close(torch.cat(steps), decoder.score(PROMPTS[0], token_ids, image), atol=1e-4, rtol=1e-4)
+    steps = [read_prompt(decoder, PROMPTS[0], image, cache)]
+    steps += [decode_token(decoder, cache, [token_id]) for token_id in token_ids[:-1]]
+    torch.testing.assert_close(
+        torch.cat(steps), score_text(decoder, PROMPTS[0], token_ids, image), atol=1e-4, rtol=1e-4
+    )
     assert cache.num_cached_tokens == [11 + 4]
     assert cache.position_ids.tolist() == [11 + 4]
 
@@ -133,9 +138,9 @@ def test_scoring_in_chunks_is_scoring_at_once(
     answer = [33, 44, 55, 66, 77, 88, 99, 111]
     prompt = PROMPTS[0] if cache_dtype is None else [IMAGE_TOKEN_ID]
     image = features(1)[0] if cache_dtype is None else features(1)[0][:1]
-    expected = chosen.score(prompt, answer, image)
+    expected = score_text(chosen, prompt, answer, image)
     monkeypatch.setattr(chosen, "chunk_size", chunk)
-    torch.testing.assert_close(chosen.score(prompt, answer, image), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(score_text(chosen, prompt, answer, image), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7, 100])
@@ -175,8 +180,8 @@ def test_stale_slots_do_not_matter(decoder: LlamaDecoder) -> None:
     for cache in (clean, dirty):
         prefill(decoder, PROMPTS, image, cache)
         cache.release(1)
-    expected = decoder.decode_one_token(clean, [3, 4, 5, 6])
-    got = decoder.decode_one_token(dirty, [3, 4, 5, 6])
+    expected = decode_token(decoder, clean, [3, 4, 5, 6])
+    got = decode_token(decoder, dirty, [3, 4, 5, 6])
     torch.testing.assert_close(got[[0, 2]], expected[[0, 2]])
 
 
@@ -185,13 +190,13 @@ def test_a_free_row_does_not_grow_and_does_not_disturb_the_others(decoder: Llama
     # The first row fills its slots to the last: it must not ask for another one.
     cache, alone = decoder.new_cache(2, 11), decoder.new_cache(1, 40)
     prefill(decoder, PROMPTS[:2], image, cache)
-    decoder.prefill(PROMPTS[1], image[1], alone)
+    read_prompt(decoder, PROMPTS[1], image[1], alone)
     cache.release(0)
     before = cache.k_cache[:, 0].clone()
     for token_id in (21, 22, 23):
-        got = decoder.decode_one_token(cache, [0, token_id])
-        torch.testing.assert_close(got[1:], decoder.decode_one_token(alone, [token_id]), atol=1e-4, rtol=1e-4)
-    assert cache.num_cached_tokens == [0, 7 + 3]
+        got = decode_token(decoder, cache, [0, token_id])
+        torch.testing.assert_close(got[1:], decode_token(decoder, alone, [token_id]), atol=1e-4, rtol=1e-4)
+    assert cache.num_cached_tokens == [11, 7 + 3], "it keeps what it holds"
     assert cache.position_ids.tolist() == [-1, 7 + 3]
     assert torch.equal(cache.k_cache[:, 0], before)
 
@@ -209,19 +214,19 @@ def test_a_study_in_a_row_that_was_used_is_that_study_alone(
 
     def decode(steps: int, *rows: int) -> None:
         for _ in range(steps):
-            decoder.decode_one_token(cache)
+            decode_token(decoder, cache)
             for row in rows:
-                said[row].append(cache.newest().tolist()[row])
+                said[row].append(newest_of(cache)[row])
 
     # The longest first, so that what it leaves behind lies behind the prompt of the next.
-    decoder.prefill(PROMPTS[2], image[2], cache, 0)
+    read_prompt(decoder, PROMPTS[2], image[2], cache, 0)
     decode(2, 0)
-    decoder.prefill(PROMPTS[0], image[0], cache, 1)
+    read_prompt(decoder, PROMPTS[0], image[0], cache, 1)
     decode(3, 0, 1)
     assert said == {0: third[1:6], 1: first[1:4]}
     cache.release(0)
     decode(2, 1)
-    decoder.prefill(PROMPTS[1], image[1], cache, 0)
+    read_prompt(decoder, PROMPTS[1], image[1], cache, 0)
     said[0].clear()
     decode(3, 0, 1)
     assert said == {0: second[1:4], 1: first[1:9]}
@@ -230,11 +235,11 @@ def test_a_study_in_a_row_that_was_used_is_that_study_alone(
 def test_fewer_rows_are_decoded_where_the_last_are_free(decoder: LlamaDecoder) -> None:
     cache = decoder.new_cache(4, 40)
     prefill(decoder, PROMPTS, features(3), cache)
-    assert len(decoder.decode_one_token(cache)) == 3
+    assert len(decode_token(decoder, cache)) == 3
     cache.release(2)
     cache.release(0)
-    assert len(decoder.decode_one_token(cache)) == 2
-    assert cache.num_cached_tokens == [0, 9, 0, 0]
+    assert len(decode_token(decoder, cache)) == 2
+    assert cache.num_cached_tokens == [12, 9, 20, 0]
 
 
 def test_the_layer_attends_as_the_reference_says(decoder: LlamaDecoder) -> None:
@@ -252,7 +257,7 @@ def test_cache_counts_its_bytes(decoder: LlamaDecoder) -> None:
     cache = decoder.new_cache(3, 40)
     layers, kv_heads, head_dim, float32 = 2, 2, 16, 4
     assert cache.nbytes == 2 * layers * 3 * kv_heads * 40 * head_dim * float32
-    assert (cache.batch_size, cache.max_seq_len) == (3, 40)
+    assert (cache.num_rows, cache.max_seq_len) == (3, 40)
 
 
 def test_an_int8_cache_counts_a_byte_a_number_and_two_a_vector(int8_cached: LlamaDecoder) -> None:
@@ -269,10 +274,9 @@ def test_an_int8_cache_is_close_to_a_float_one_and_not_the_same(
     decoder: LlamaDecoder, int8_cached: LlamaDecoder
 ) -> None:
     answer = [33, 44, 55, 66, 77]
-    exact, rounded = (model.score(PROMPTS[0], answer, features(1)[0]) for model in (decoder, int8_cached))
-    # Behind the prompt nothing is rounded: its tokens see each other as they were computed.
-    torch.testing.assert_close(rounded[0], exact[0], atol=1e-5, rtol=1e-5)
-    for row in (1, 4):
+    exact, rounded = (score_text(model, PROMPTS[0], answer, features(1)[0]) for model in (decoder, int8_cached))
+    # The question sees the film as the cache keeps it, and the text all before it.
+    for row in (0, 1, 4):
         assert 0 < float((rounded[row] - exact[row]).abs().max()) < 0.2 * float(exact[row].std())
 
 
@@ -281,9 +285,9 @@ def test_chunks_of_a_prompt_see_those_before_rounded(
     int8_cached: LlamaDecoder, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, chunked = int8_cached.new_cache(1, 12), int8_cached.new_cache(1, 12)
-    expected = int8_cached.prefill(PROMPTS[0], features(1)[0], whole)
+    expected = read_prompt(int8_cached, PROMPTS[0], features(1)[0], whole, at_once=True)
     monkeypatch.setattr(int8_cached, "chunk_size", chunk)
-    got = int8_cached.prefill(PROMPTS[0], features(1)[0], chunked)
+    got = read_prompt(int8_cached, PROMPTS[0], features(1)[0], chunked)
     assert 0 < float((got - expected).abs().max()) < 0.2 * float(expected.std())
     # What the first layer stores depends on nothing before.
     for ours, its in ((chunked.k_cache, whole.k_cache), (chunked.v_cache, whole.v_cache)):
@@ -294,20 +298,18 @@ def test_chunks_of_a_prompt_see_those_before_rounded(
 def test_tokens_that_were_handed_over_do_not_change(decoder: LlamaDecoder) -> None:
     """They are looked at when the next step has been computed already."""
     cache = decoder.new_cache(1, 40)
-    decoder.prefill(PROMPTS[0], features(1)[0], cache)
-    handed = [cache.newest()]
+    read_prompt(decoder, PROMPTS[0], features(1)[0], cache)
     for _ in range(5):
-        decoder.decode_one_token(cache)
-        handed.append(cache.newest())
-    assert [tokens.tolist() for tokens in handed] == [
-        [i] for i in greedy(decoder, PROMPTS[:1], features(1), steps=6)[0]
+        decoder.decode(cache)
+    assert [chosen.wait()[0].token_ids[0] for chosen in cache.chosen] == [
+        *greedy(decoder, PROMPTS[:1], features(1), steps=6)[0]
     ]
 
 
 def test_what_an_int8_cache_reads_is_what_was_written(decoder: LlamaDecoder, int8_cached: LlamaDecoder) -> None:
     exact, rounded = decoder.new_cache(1, 12), int8_cached.new_cache(1, 12)
     for model, cache in ((decoder, exact), (int8_cached, rounded)):
-        model.prefill(PROMPTS[0], features(1)[0], cache)
+        read_prompt(model, PROMPTS[0], features(1)[0], cache)
     first = slice(0, 1)
     for stored, read in zip(exact.layer(0, first)[:2], rounded.layer(0, first).read(11, torch.float32), strict=True):
         steps = stored[:, :, :11].abs().amax(-1, keepdim=True) / 127
@@ -318,13 +320,14 @@ def test_what_an_int8_cache_reads_is_what_was_written(decoder: LlamaDecoder, int
 def test_a_cache_that_is_too_short_is_refused(decoder: LlamaDecoder) -> None:
     cache = decoder.new_cache(3, 18)
     with pytest.raises(ContextLengthError, match=r"position 19 .* 18"):
-        decoder.prefill(PROMPTS[2], features(1)[0], cache, 2)
-    assert cache.num_cached_tokens == [0, 0, 0]
+        read_prompt(decoder, PROMPTS[2], features(1)[0], cache, 2)
+    assert cache.num_cached_tokens == [0, 0, 11]
+    assert not any(cache.is_active)
     short = decoder.new_cache(1, 12)
-    decoder.prefill(PROMPTS[0], features(1)[0], short)
-    decoder.decode_one_token(short)
+    read_prompt(decoder, PROMPTS[0], features(1)[0], short)
+    decode_token(decoder, short)
     with pytest.raises(ContextLengthError, match=r"position 13 .* 12"):
-        decoder.decode_one_token(short)
+        decode_token(decoder, short)
 
 
 def test_overflow_is_seen_and_no_garbage(tmp_path: Path) -> None:
@@ -333,11 +336,11 @@ def test_overflow_is_seen_and_no_garbage(tmp_path: Path) -> None:
     down = overflowing.model.layers[1].mlp.down_proj
     down.weights = (torch.full_like(down.weights[0], float("inf")),)
     cache = overflowing.new_cache(1, 40)
-    overflowing.prefill(PROMPTS[0], features(1)[0], cache)
-    assert cache.newest().tolist() == [NOT_FINITE]
+    read_prompt(overflowing, PROMPTS[0], features(1)[0], cache)
+    assert newest_of(cache) == [NOT_FINITE]
     assert overflowing.overflow.startswith("got logits that are not finite in torch.float32 · expected numbers")
     with pytest.raises(LiteError, match="not finite in torch.float32"):
-        overflowing.score(PROMPTS[0], [33, 44], features(1)[0])
+        score_text(overflowing, PROMPTS[0], [33, 44], features(1)[0])
 
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
@@ -346,17 +349,17 @@ def test_overflow_after_the_first_token_is_of_its_row_only(tmp_path: Path, cache
     cache, alone = overflowing.new_cache(2, 40), overflowing.new_cache(1, 40)
     image = features(3)
     prefill(overflowing, PROMPTS[:2], image[:2], cache)
-    assert NOT_FINITE not in cache.newest().tolist()
-    overflowing.prefill(PROMPTS[0], image[0], alone)
+    assert NOT_FINITE not in newest_of(cache)
+    read_prompt(overflowing, PROMPTS[0], image[0], alone)
     overflowing.model.embed_tokens.weight[55] = float("nan")
     for token_ids in ([33, 44], [44, 55], [66, 3]):
         got, expected = (
-            overflowing.decode_one_token(cache, token_ids),
-            overflowing.decode_one_token(alone, token_ids[:1]),
+            decode_token(overflowing, cache, token_ids),
+            decode_token(overflowing, alone, token_ids[:1]),
         )
         torch.testing.assert_close(got[:1], expected, atol=1e-4, rtol=1e-4)
-    newest = cache.newest().tolist()
-    assert newest == [*alone.newest().tolist(), NOT_FINITE]
+    newest = newest_of(cache)
+    assert newest == [*newest_of(alone), NOT_FINITE]
     assert newest[0] != NOT_FINITE
     # A study that begins where the NaNs are, its prompt shorter, says what it says elsewhere.
     kept = (cache.k_cache, cache.v_cache, cache.k_scales, cache.v_scales)
@@ -364,20 +367,19 @@ def test_overflow_after_the_first_token_is_of_its_row_only(tmp_path: Path, cache
     cache.release(1, damaged=True)
     assert all(not bool(tensor[:, 1].any()) for tensor in kept if tensor is not None)
     assert all(bool(tensor[:, 0].any()) for tensor in kept if tensor is not None)
-    overflowing.prefill(PROMPTS[1], image[1], cache, 1)
+    read_prompt(overflowing, PROMPTS[1], image[1], cache, 1)
     elsewhere = overflowing.new_cache(1, 40)
-    overflowing.prefill(PROMPTS[1], image[1], elsewhere)
+    read_prompt(overflowing, PROMPTS[1], image[1], elsewhere)
     for token_id in (7, 8):
-        got = overflowing.decode_one_token(cache, [5, token_id])[1:]
-        torch.testing.assert_close(got, overflowing.decode_one_token(elsewhere, [token_id]), atol=1e-4, rtol=1e-4)
+        got = decode_token(overflowing, cache, [5, token_id])[1:]
+        torch.testing.assert_close(got, decode_token(overflowing, elsewhere, [token_id]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_cache_made_in_inference_mode_can_be_used_outside(decoder: LlamaDecoder) -> None:
-    """On a GPU that of `score` serves the next request."""
     with torch.inference_mode():
         cache = decoder.new_cache(1, 40)
-    assert not any(tensor.is_inference() for tensor in (cache.k_cache, cache.position_ids, cache.sampled))
-    decoder.prefill(PROMPTS[0], features(1)[0], cache)
+    assert not any(tensor.is_inference() for tensor in (cache.k_cache, cache.position_ids, cache.told))
+    read_prompt(decoder, PROMPTS[0], features(1)[0], cache)
     cache.release(0)
 
 
@@ -405,12 +407,12 @@ def test_cuda_says_in_many_ways_that_it_is_full(
 def test_a_full_gpu_is_an_error_of_ours(decoder: LlamaDecoder, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what to do, and the batch is halved (see `lite.session.generate`)."""
     cache, image = decoder.new_cache(1, 40), features(1)[0]
-    decoder.prefill(PROMPTS[0], image, cache)
+    read_prompt(decoder, PROMPTS[0], image, cache)
     runs = {
         "the cache": lambda: decoder.new_cache(1, 40),
-        "a prompt": lambda: decoder.prefill(PROMPTS[0], image, cache),
-        "a token": lambda: decoder.decode_one_token(cache),
-        "a text": lambda: decoder.score(PROMPTS[0], [33], image),
+        "a prompt": lambda: read_prompt(decoder, PROMPTS[0], image, cache),
+        "a token": lambda: decode_token(decoder, cache),
+        "a text": lambda: score_text(decoder, PROMPTS[0], [33], image),
         "the features of a film": lambda: decoder.image_buffer(5),
     }
 
@@ -430,7 +432,7 @@ def test_dtype_is_float32_on_the_cpu_unless_asked_otherwise(tmp_path: Path) -> N
     half = load_decoder(artifact, device="cpu", dtype="float16")
     assert half.dtype == half.new_cache(1, 4).k_cache.dtype == torch.float16
     single = load_decoder(artifact, device="cpu")
-    got, expected = (d.score(PROMPTS[0], [5, 6], features(1)[0]) for d in (half, single))
+    got, expected = (score_text(d, PROMPTS[0], [5, 6], features(1)[0]) for d in (half, single))
     torch.testing.assert_close(got, expected, atol=0.1, rtol=0.1)
 
 

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from driving import decode_token, newest_of, read_prompt, score_text
 from repository import ROOT
 from tiny import write_tiny_gptq_artifact
 
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.torch_engine.cache import KVCache
-from lite.engines.torch_engine.decoder import LlamaDecoder, load_decoder
+from lite.engines.torch_engine.decoder import LlamaDecoder
+from lite.engines.torch_engine.load import load_decoder
 from lite.errors import MemoryBudgetError
 from lite.loading import load
 from lite.memory.process import Peaks
@@ -72,11 +74,11 @@ def greedy(decoder: LlamaDecoder, studies: Sequence[int], steps: int = STEPS) ->
     """Decode some studies together, each with as many tokens."""
     cache = decoder.new_cache(len(studies), 128)
     for row, study in enumerate(studies):
-        decoder.prefill(PROMPTS[study], features(study), cache, row)
-    chosen = [cache.newest().tolist()]
+        read_prompt(decoder, PROMPTS[study], features(study), cache, row)
+    chosen = [newest_of(cache)]
     while len(chosen) < steps:
-        decoder.decode_one_token(cache)
-        chosen.append(cache.newest().tolist())
+        decode_token(decoder, cache)
+        chosen.append(newest_of(cache))
     return [list(row) for row in zip(*chosen, strict=True)], cache
 
 
@@ -109,9 +111,9 @@ def test_captured_steps_in_float16_are_launched_ones(artifact: Artifact, cache_d
     caches = [decoder.new_cache(len(studies), 128) for decoder in (captured, plain)]
     for row, study in enumerate(studies):
         for decoder, cache in zip((captured, plain), caches, strict=True):
-            decoder.prefill(PROMPTS[study], features(study), cache, row)
+            read_prompt(decoder, PROMPTS[study], features(study), cache, row)
     for _ in range(STEPS):
-        got, expected = (d.decode_one_token(cache) for d, cache in zip((captured, plain), caches, strict=True))
+        got, expected = (decode_token(d, cache) for d, cache in zip((captured, plain), caches, strict=True))
         # The kernels add up in the same order every time; cuBLAS, which has the head, all but promises it.
         torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
         assert caches[0].newest().tolist() == caches[1].newest().tolist()
@@ -121,8 +123,10 @@ def test_captured_steps_in_float16_are_launched_ones(artifact: Artifact, cache_d
 @CACHES
 def test_logits_in_float16_are_near_a_cpus(artifact: Artifact, cache_dtype: Any) -> None:
     targets = [33, 44, 55, 66, 77, 88]
-    expected = load_decoder(artifact, device="cpu", cache_dtype=cache_dtype).score(PROMPTS[2], targets, features(2))
-    got = load_decoder(artifact, device="cuda", cache_dtype=cache_dtype).score(PROMPTS[2], targets, features(2))
+    expected = score_text(
+        load_decoder(artifact, device="cpu", cache_dtype=cache_dtype), PROMPTS[2], targets, features(2)
+    )
+    got = score_text(load_decoder(artifact, device="cuda", cache_dtype=cache_dtype), PROMPTS[2], targets, features(2))
     far = (got - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert float(far) < 0.02
 

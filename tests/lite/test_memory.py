@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from driving import decode_token, read_prompt, score_text
 from fake_cuda import H100, RTX_3060, T4, TOKEN, Allocator, FakeGpu, all_true, draft, load_on, prompt_of
 from repository import ROOT
 from tiny import cache_fidelity, tiny_llama_config, tiny_manifest, tiny_onnx_part, tiny_parts
@@ -137,7 +138,7 @@ def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsMo
     findings = tiny_model.findings(films[0])
     plan = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=findings.num_prompt_tokens)
     assert plan.cache_bytes == findings.memory.cache_bytes
-    batch = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=findings.num_prompt_tokens, batch_size=3)
+    batch = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=findings.num_prompt_tokens, num_rows=3)
     assert batch.cache_bytes == 3 * plan.cache_bytes
     assert (batch.decoder_bytes, batch.vision_bytes) == (plan.decoder_bytes, plan.vision_bytes)
     assert batch.study_bytes - plan.study_bytes == 2 * plan.cache_bytes, "films and prompts go through one at a time"
@@ -159,7 +160,7 @@ PART = tiny_onnx_part()
 def test_four_layers_of_7b_take_what_was_measured(num_tokens: int, cache_dtype: str, expected: int) -> None:
     """Peaks in MiB of a process with the decoder alone (ONNX Runtime 1.32, AVX-512, November 2026), 52 before it."""
     plan = MemoryPlan(
-        batch_size=1,
+        num_rows=1,
         max_seq_len=num_tokens + 8,
         libraries_bytes=(52 << 20) + ONNX_FIRST_USE_BYTES,
         decoder_bytes=onnx_decoder_bytes(WIDTHS, PART),
@@ -209,7 +210,7 @@ def test_a_plan_of_the_onnx_engine_counts_what_it_holds(tiny_onnx_artifact: Arti
         assert plan.cache_bytes == findings.memory.cache_bytes
     assert sized(cache_dtype="float32").cache_bytes == sized().cache_bytes == 4 * sized(cache_dtype="int8").cache_bytes
     # Of a batch the caches, and what is told of each row: films and prompts go through one at a time.
-    one, four = sized(), sized(batch_size=4)
+    one, four = sized(), sized(num_rows=4)
     assert four.study_bytes - one.study_bytes == 3 * (one.cache_bytes + 2 * 4 * config.vocab_size)
 
 
@@ -263,7 +264,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_artifact: Artifac
 
 def test_a_refusal_says_what_would_fit() -> None:
     plan = MemoryPlan(
-        batch_size=8,
+        num_rows=8,
         max_seq_len=10,
         libraries_bytes=10 << 20,
         decoder_bytes=60 << 20,
@@ -346,7 +347,7 @@ class Loaded:
         self.gpu.start_over(self.decoder)
         with self.gpu.active():
             max_seq_len = NUM_PROMPT_TOKENS + MAX_NEW_TOKENS
-            draft(self.decoder, batch_size=batch_size, num_prompt_tokens=NUM_PROMPT_TOKENS, max_seq_len=max_seq_len)
+            draft(self.decoder, num_rows=batch_size, num_prompt_tokens=NUM_PROMPT_TOKENS, max_seq_len=max_seq_len)
         return self.gpu.allocator.pop_peak(), self.gpu.allocator.reserved_peak
 
 
@@ -360,7 +361,7 @@ def on_card(shaped: Any) -> Any:
         with gpu.active():
             decoder = load_on(gpu, artifact)
             loaded = Loaded(gpu, artifact, decoder, gpu.allocator.pop_peak(), gpu.allocator.allocated)
-            draft(decoder, batch_size=1, num_prompt_tokens=32, num_image_tokens=16, max_seq_len=64)
+            draft(decoder, num_rows=1, num_prompt_tokens=32, num_image_tokens=16, max_seq_len=64)
         return loaded
 
     return load_once
@@ -383,7 +384,7 @@ def test_a_gpu_plan_is_what_the_decoder_takes(
     on_card: Any, card: Card, shape: str, stored: str, batch_size: int, cache_dtype: Any, chunk_size: int
 ) -> None:
     loaded = on_card(card, shape, stored)
-    plan = loaded.plan(batch_size=batch_size, cache_dtype=cache_dtype, chunk_size=chunk_size)
+    plan = loaded.plan(num_rows=batch_size, cache_dtype=cache_dtype, chunk_size=chunk_size)
     peak, reserved = loaded.drafting(batch_size, cache_dtype, chunk_size)
     assert plan.peak_bytes == pytest.approx(peak, rel=0.01 if shape == "7B" else 0.02)
     # What passes is a thirtieth of all: seen by itself, so that no part of it can be forgotten.
@@ -400,7 +401,7 @@ def test_seven_billion_weights_in_4_bits_fit_small_cards(
 ) -> None:
     """Of the allocator; the tower and CUDA itself are beside it."""
     loaded = on_card(card, "7B", "gptq-int4")
-    assert loaded.plan(batch_size=batch_size, cache_dtype=cache_dtype).peak_bytes <= most
+    assert loaded.plan(num_rows=batch_size, cache_dtype=cache_dtype).peak_bytes <= most
     if (card, batch_size) != (H100, 8):  # takes longer, and is the same but for 48 MiB of cuBLAS
         assert loaded.drafting(batch_size, cache_dtype, 2048)[0] <= most
 
@@ -438,13 +439,13 @@ def test_a_gpu_is_never_waited_for(grouped: tuple[FakeGpu, LlamaDecoder], cache_
         cache = decoder.new_cache(2, 200)
         gpu.copies.clear()
         for row in range(2):
-            decoder.prefill(prompt_of(100, 50), decoder.image_buffer(50)[0], cache, row)
+            read_prompt(decoder, prompt_of(100, 50), decoder.image_buffer(50)[0], cache, row)
         assert {(copy.source, copy.waits) for copy in gpu.copies} == {("cpu", False)}, (
             "the words go there, unwaited for"
         )
         gpu.copies.clear()
         for _ in range(3):
-            decoder.decode_one_token(cache)
+            decode_token(decoder, cache)
         assert cache.steps[2].is_captured
         assert gpu.copies == [], "decoding takes nothing from the host"
         newest = cache.newest()
@@ -470,7 +471,7 @@ def test_scoring_stays_on_one_device(grouped: tuple[FakeGpu, LlamaDecoder]) -> N
     gpu, decoder = grouped
     decoder.quantizes_cache, decoder.chunk_size = True, 256
     with gpu.active(), all_true():  # the logits are finite
-        logits = decoder.score(prompt_of(400, 300), [TOKEN] * 300, torch.empty(300, decoder.config.hidden_size))
+        logits = score_text(decoder, prompt_of(400, 300), [TOKEN] * 300, torch.empty(300, decoder.config.hidden_size))
     assert (logits.device.type, tuple(logits.shape)) == ("cpu", (300, decoder.config.vocab_size))
 
 
@@ -592,7 +593,7 @@ def test_as_many_rows_as_fit(shaped: Any) -> None:
 
 def test_the_features_of_the_next_studies_wait_on_the_card(shaped: Any) -> None:
     planned = functools.partial(plan_memory, shaped("7B", "gptq-int4"), device="cuda")
-    with_tower, without = (planned(batch_size=2, tower_on_gpu=on_gpu).prefill_work_bytes for on_gpu in (True, False))
+    with_tower, without = (planned(num_rows=2, tower_on_gpu=on_gpu).prefill_work_bytes for on_gpu in (True, False))
     assert with_tower - without == STUDIES_AHEAD * 1369 * 4096 * 4
     assert planned(tower_on_gpu=True).prefill_work_bytes == planned().prefill_work_bytes == without
 

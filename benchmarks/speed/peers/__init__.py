@@ -99,7 +99,7 @@ def _shapes(parser: argparse.ArgumentParser, given: Sequence[int] | None) -> Sha
 def _setting(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Setting:
     from benchmarks.speed.peers.measure import Setting
     from benchmarks.speed.weights import Model
-    from lite.engines.torch_engine.decoder import check_device
+    from lite.engines.torch_engine.device import check_device
 
     setting = Setting(
         model=Model(shapes=_shapes(parser, arguments.widths), num_layers=arguments.layers),

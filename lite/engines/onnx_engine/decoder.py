@@ -13,20 +13,18 @@ A prompt goes through a chunk at a time, which bounds the memory of activations.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
+from lite.engines.onnx_engine.cache import DTYPES, OnnxCache, OnnxChosen
 from lite.engines.onnx_session import (
     CPU,
     CUDA,
     DML,
     errors_explained,
-    import_onnxruntime,
     open_session,
     require_onnxruntime,
 )
@@ -34,101 +32,21 @@ from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, L
 from lite.memory.counts import ONNX_CHUNK_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype, OnnxPart
     from lite.config import DecoderConfig
-    from lite.engines.choose import EngineName
+    from lite.engines.protocol import EngineName, Segment
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
 PREFILL_INPUT: Final = "is_prefill"
 """Of a graph in float32 with an int8 cache: whether a prompt is read (see `export.write.int8_cache_graph`)."""
-NOT_FINITE: Final = -1
-"""In the place of a token whose logits are not finite."""
 _OLDEST: Final = (1, 22), "8-bit MatMulNBits"
 OLDEST_INT8_CACHE: Final = (1, 27)
 _OLDEST_INT8_CACHE: Final = OLDEST_INT8_CACHE, "an int8 cache in GroupQueryAttention"
-_NUMPY: Final[dict[str, np.dtype[Any]]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "int8": np.dtype(np.int8),
-}
 _DEVICES: Final = {CPU: "cpu", CUDA: "cuda"}
-
-
-class OnnxCache:
-    """Keys and values of every token so far, for a batch of studies: for each layer two buffers.
-
-    key, value   [B, num_key_value_heads, max_seq_len, head_dim]
-    """
-
-    def __init__(
-        self, config: DecoderConfig, *, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: tuple[str, int]
-    ) -> None:
-        """Allocate room for `batch_size` rows of `max_seq_len` tokens."""
-        ort_value = import_onnxruntime().OrtValue
-        self.shape = (batch_size, config.num_key_value_heads, max_seq_len, config.head_dim)
-        self.dtype = _NUMPY[dtype]
-        self.device = device
-        self.num_cached_tokens = [0] * batch_size
-        self.input_ids = [0] * batch_size
-        """The newest token of each row; NOT_FINITE where its logits were not."""
-        self.buffers = {
-            f"{layer}.{kind}": ort_value.ortvalue_from_shape_and_type(self.shape, self.dtype, *device)
-            for layer in range(config.num_hidden_layers)
-            for kind in ("key", "value")
-        }
-        self.bindings: dict[int, Any] = {}  # of the first n rows; `OnnxDecoder` makes them when they are decoded
-
-    @property
-    def batch_size(self) -> int:
-        """The number of rows."""
-        return self.shape[0]
-
-    @property
-    def max_seq_len(self) -> int:
-        """The number of slots of a row."""
-        return self.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """2 (keys, values) x layers x rows x kv_heads x max_seq_len x head_dim x bytes of an element."""
-        return len(self.buffers) * math.prod(self.shape) * self.dtype.itemsize
-
-    def bind(self, binding: Any, first: int, count: int) -> None:  # noqa: ANN401 - of ONNX Runtime
-        """Tell a binding where the buffers of some rows are."""
-        shape = (count, *self.shape[1:])
-        offset = first * math.prod(self.shape[1:]) * self.dtype.itemsize
-        for name, buffer in self.buffers.items():
-            place = (*self.device, self.dtype, shape, buffer.data_ptr() + offset)
-            binding.bind_input(f"past_key_values.{name}", *place)
-            binding.bind_output(f"present.{name}", *place)
-
-    def newest(self) -> NewestTokens:
-        """Return the newest token of each row."""
-        return NewestTokens(list(self.input_ids))
-
-    def release(self, row: int, *, damaged: bool = False) -> None:  # noqa: ARG002 - no slot is read that is not its study's
-        """Free a row."""
-        self.num_cached_tokens[row] = 0
-
-    def sample(self, first: int, logits: Array) -> None:
-        """Take the most probable token of some rows: logits [rows, vocab_size]."""
-        finite = np.isfinite(logits).all(-1)
-        self.input_ids[first : first + len(logits)] = np.where(finite, logits.argmax(-1), NOT_FINITE).tolist()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class NewestTokens:
-    """Token ids, which are here already."""
-
-    token_ids: list[int]
-
-    def tolist(self) -> list[int]:
-        """Return them; NOT_FINITE where the logits were not finite."""
-        return self.token_ids
 
 
 class OnnxDecoder:
@@ -207,148 +125,96 @@ class OnnxDecoder:
     def image_buffer(self, num_image_tokens: int) -> None:
         """Say that features are taken from the host."""
 
-    def give_back(self, cache: OnnxCache) -> None:
-        """Forget a cache."""
-
-    def new_cache(self, batch_size: int, max_seq_len: int) -> OnnxCache:
-        """Allocate a cache for `batch_size` studies of up to `max_seq_len` tokens each."""
+    def new_cache(self, num_rows: int, max_seq_len: int) -> OnnxCache:
+        """Allocate a cache for `num_rows` studies of up to `max_seq_len` tokens each."""
         return OnnxCache(
-            self.config, batch_size=batch_size, max_seq_len=max_seq_len, dtype=self.cache_dtype, device=self._place
+            self.config, num_rows=num_rows, max_seq_len=max_seq_len, dtype=self.cache_dtype, device=self._place
         )
 
     def embed(self, input_ids: Sequence[int], image_features: Array | None = None) -> Array:
-        """Look the tokens up and put the image in place of IMAGE_TOKEN_ID.
+        """Look the tokens up, and put the image in place of the IMAGE_TOKEN_IDs, which lie side by side.
 
         Args:
-            input_ids: with IMAGE_TOKEN_ID once, or not at all when there is no image.
+            input_ids: with IMAGE_TOKEN_ID where there are image features.
             image_features: [P, hidden_size], or None.
 
         Returns:
             inputs_embeds [T, hidden_size] in the dtype of the activations, where T counts P tokens for the image.
         """
-        dtype = _NUMPY[self.dtype]
+        dtype, ids = DTYPES[self.dtype], list(input_ids)
         if image_features is None:
-            looked_up: Array = self._embeddings[list(input_ids)].astype(dtype)
+            looked_up: Array = self._embeddings[ids].astype(dtype)
             return looked_up
-        at = list(input_ids).index(IMAGE_TOKEN_ID)
-        before, after = (self._embeddings[list(part)].astype(dtype) for part in (input_ids[:at], input_ids[at + 1 :]))
+        at = ids.index(IMAGE_TOKEN_ID)
+        behind = at + ids.count(IMAGE_TOKEN_ID)
+        before, after = (self._embeddings[part].astype(dtype) for part in (ids[:at], ids[behind:]))
         return np.concatenate((before, np.asarray(image_features).astype(dtype), after))
 
-    def prefill(self, input_ids: Sequence[int], image_features: Array, cache: OnnxCache, row: int = 0) -> Array:
-        """Fill a free row of the cache with a prompt, and choose its first token.
-
-        Args:
-            input_ids: of the prompt, with IMAGE_TOKEN_ID once.
-            image_features: [P, hidden_size].
-            cache: from `new_cache`.
-            row: of the cache.
-
-        Returns:
-            logits float32 [1, vocab_size] behind the prompt.
+    def extend(self, segment: Segment[Array], cache: OnnxCache) -> OnnxChosen | None:
+        """Read some tokens of one row, and choose behind the last `num_logits`.
 
         Raises:
-            ContextLengthError: the prompt is longer than the cache.
+            ContextLengthError: the row is shorter.
             LiteError: ONNX Runtime fails.
         """
-        logits = self._run_row(self.embed(input_ids, image_features), cache, row)
-        cache.sample(row, logits)
-        return logits
+        logits = self.logits(segment, cache)
+        if not segment.num_logits:
+            return None
+        row, end = segment.row, segment.end
+        cache.sampling[row], cache.is_active[row], cache.last_logits = segment.sampling, True, logits[None]
+        positions = range(end - segment.num_logits + 1, end + 1)
+        return OnnxChosen(cache.choose([row] * segment.num_logits, logits, positions))
 
-    def decode_one_token(self, cache: OnnxCache, input_ids: Sequence[int] | None = None) -> Array:
-        """Run the newest token of each row, and choose the next.
-
-        Args:
-            cache: after `prefill` of at least one row. Rows that are free stay so.
-            input_ids: for each row, instead of the token that was chosen.
-
-        Returns:
-            logits float32 [rows, vocab_size], of the rows up to the last that is not free; those of free rows mean
-            nothing.
+    def logits(self, segment: Segment[Array], cache: OnnxCache) -> Array:
+        """Read some tokens of one row, and return the logits of the last `num_logits`, float32 [num_logits, vocab].
 
         Raises:
-            ContextLengthError: the cache is full.
+            ContextLengthError: the row is shorter.
             LiteError: ONNX Runtime fails.
         """
-        counts = cache.num_cached_tokens
-        rows = max(row for row, count in enumerate(counts) if count) + 1
-        # A free row writes its first slot, which its next study will write again.
-        totals = [count + 1 for count in counts[:rows]]
-        if rows not in cache.bindings:
-            cache.bindings[rows] = self._session.io_binding()
-            cache.bind(cache.bindings[rows], 0, rows)
-        inputs_embeds = self.embed(cache.input_ids[:rows] if input_ids is None else input_ids[:rows])[:, None]
-        logits = self._run(cache.bindings[rows], cache, inputs_embeds, totals, logits_at=[0], is_prefill=False)[:, 0]
-        cache.num_cached_tokens = [count + 1 if count else 0 for count in counts]
-        cache.sample(0, logits)
-        return logits
+        row, length = segment.row, len(segment.input_ids)
+        features = segment.image_features
+        if features is not None:
+            num_places = sum(token_id == IMAGE_TOKEN_ID for token_id in segment.input_ids)
+            features = features[segment.image_start : segment.image_start + num_places]
+        inputs_embeds = self.embed(segment.input_ids, features)[None]
+        cache.is_active[row] = False
+        # The graph computes logits of one token at least.
+        logits_at = range(length - max(1, segment.num_logits), length)
+        binding = self._session.io_binding()
+        cache.bind(binding, row, 1)
+        found = self._run(
+            binding, cache, inputs_embeds, [segment.end], logits_at=logits_at, is_prefill=segment.is_prompt
+        )
+        cache.num_cached_tokens[row] = segment.end
+        return found[0, len(logits_at) - segment.num_logits :]
 
-    def score(
-        self,
-        input_ids: Sequence[int],
-        target_ids: Sequence[int],
-        image_features: Array | None,
-        *,
-        cache: OnnxCache | None = None,
-    ) -> Array:
-        """Return the logits from which each target token is predicted, all given the ones before it (teacher forcing).
-
-        Args:
-            input_ids: one prompt, with IMAGE_TOKEN_ID once if there is an image.
-            target_ids: the tokens that follow it, at least one.
-            image_features: [P, hidden_size], or None.
-            cache: empty, with one row that is long enough; for who wants to see what is written into it.
-
-        Returns:
-            logits float32 [len(target_ids), vocab_size]; row i belongs to target_ids[i].
+    def decode(self, cache: OnnxCache) -> OnnxChosen:
+        """Read the newest token of each active row, and choose the next.
 
         Raises:
-            LiteError: the logits are not finite.
+            ContextLengthError: a row is full.
+            LiteError: ONNX Runtime fails.
         """
-        inputs_embeds = self.embed([*input_ids, *target_ids[:-1]], image_features)
-        cache = cache or self.new_cache(1, len(inputs_embeds))
-        logits = self._run_row(inputs_embeds, cache, 0, num_decoded=len(target_ids) - 1)
-        if not np.isfinite(logits).all():
-            raise LiteError(self.overflow)
-        return logits
+        rows = cache.active
+        first, count = rows.start, len(rows)
+        # A row between them that is not active writes the slot behind what it holds, which it will write again.
+        totals = [min(cache.num_cached_tokens[row] + 1, cache.max_seq_len + cache.is_active[row]) for row in rows]
+        if (first, count) not in cache.bindings:
+            cache.bindings[first, count] = self._session.io_binding()
+            cache.bind(cache.bindings[first, count], first, count)
+        inputs_embeds = self.embed(cache.input_ids[first : rows.stop])[:, None]
+        logits = self._run(cache.bindings[first, count], cache, inputs_embeds, totals, logits_at=[0], is_prefill=False)
+        cache.last_logits, logits = logits, logits[:, 0]
+        active = [row for row in rows if cache.is_active[row]]
+        for row in active:
+            cache.num_cached_tokens[row] += 1
+        positions = [cache.num_cached_tokens[row] for row in active]
+        return OnnxChosen(cache.choose(active, logits[[row - first for row in active]], positions))
 
     def end_profile(self) -> Path:
         """End the profile that was asked for, and return its file: what each operator of each run has taken."""
         return Path(self._session.end_profiling())
-
-    def _run_row(self, inputs_embeds: Array, cache: OnnxCache, row: int, *, num_decoded: int = 0) -> Array:
-        """Run a row's tokens through an empty cache.
-
-        Args:
-            inputs_embeds: [T, hidden_size], a prompt, and what was decoded after it.
-            cache: the batch's.
-            row: which one.
-            num_decoded: tokens behind the prompt, which see the cache as if each had been decoded by itself.
-
-        Returns:
-            logits float32 [1 + num_decoded, vocab_size], of the prompt's last token and all behind it.
-        """
-        length = len(inputs_embeds)
-        num_prompt_tokens = length - num_decoded
-        binding = self._session.io_binding()
-        cache.bind(binding, row, 1)
-        scored: list[Array] = []
-        for begin, end in self._chunks(num_prompt_tokens, length):
-            # Of a chunk that no logits are wanted of those of its last token are computed all the same, and dropped.
-            first = max(begin, num_prompt_tokens - 1)
-            logits_at = range(min(first, end - 1) - begin, end - begin)
-            is_prefill = begin < num_prompt_tokens
-            chunk = inputs_embeds[None, begin:end]
-            logits = self._run(binding, cache, chunk, [end], logits_at=logits_at, is_prefill=is_prefill)
-            if first < end:
-                scored.append(logits[0])
-        cache.num_cached_tokens[row] = length
-        return np.concatenate(scored)
-
-    def _chunks(self, num_prompt_tokens: int, length: int) -> Iterator[tuple[int, int]]:
-        """Divide a row: no chunk holds tokens of the prompt and tokens behind it."""
-        for start, stop in ((0, num_prompt_tokens), (num_prompt_tokens, length)):
-            for begin in range(start, stop, self.chunk_size):
-                yield begin, min(begin + self.chunk_size, stop)
 
     def _run(
         self,

@@ -1,11 +1,12 @@
 """The static key/value cache of the decoder, and what it has to know of each row to decode the next token.
 
-One allocation for a batch:
+One allocation for all rows:
 
     k_cache, v_cache     [num_hidden_layers, B, num_key_value_heads, max_seq_len, head_dim]
     k_scales, v_scales   [num_hidden_layers, B, num_key_value_heads, max_seq_len], of an int8 cache
-    position_ids         [B]   the slot that the newest token goes to; -1: the row is free
+    position_ids         [B]   the slot that the newest token goes to; -1: the row is not active
     input_ids            [B]   the newest token
+    temperature …        [B]   how tokens are chosen: see `kernels.sample`
 
 Slot p of row b holds the token at position p of study b. A query at position p sees slots 0 … p, so what an earlier
 study has left behind is never seen. All of it stays where it was allocated, on the device that computes: decoding a
@@ -17,19 +18,26 @@ An int8 cache keeps each vector (one token's key or value of one head) with a sc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
+from kernels.sample import sample
+from lite.engines.protocol import GREEDY, MAX_TOP, ChosenTokens, Sampling
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from lite.config import DecoderConfig
+    from lite.engines.protocol import Segment
     from lite.engines.torch_engine.cuda_graph import GraphedStep
+    from lite.engines.torch_engine.decoder import ImageFeatures
 
-SCALES_DTYPE = torch.float16
-NOT_FINITE = -1
-"""In the place of a token whose logits are not finite."""
+SCALES_DTYPE: Final = torch.float16
+MAX_DRAFTS: Final = 16
+"""Drafted tokens of a row that are verified in one step, at most."""
 
 
 class LayerCache(NamedTuple):
@@ -50,52 +58,72 @@ class LayerCache(NamedTuple):
         return k.to(dtype), v.to(dtype)
 
 
-class NewestTokens:
-    """Token ids on their way to the host; nothing waits for them before `tolist`."""
+class TorchChosen:
+    """Chosen tokens on their way to the host; nothing waits for them before `wait`."""
 
-    def __init__(self, token_ids: Tensor) -> None:
-        """Begin to copy token_ids [B]."""
+    def __init__(self, told: Tensor, rows: Mapping[int, int], num_tokens: int) -> None:
+        """Begin to copy.
+
+        Args:
+            told: float64 [N, 3 + 2 * num_top], from `_tell`.
+            rows: where in it the tokens of each row begin.
+            num_tokens: of each row.
+        """
+        self._rows = dict(rows)
+        self._num_tokens = num_tokens
         self._event: torch.cuda.Event | None = None
-        self._host = token_ids.clone() if token_ids.device.type == "cpu" else self._begin(token_ids)
+        self._host = told.clone() if told.device.type == "cpu" else self._begin(told)
 
-    def _begin(self, token_ids: Tensor) -> Tensor:
-        host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        host.copy_(token_ids, non_blocking=True)
-        self._event = torch.cuda.current_stream(token_ids.device).record_event()
+    def _begin(self, told: Tensor) -> Tensor:
+        host = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
+        host.copy_(told, non_blocking=True)
+        self._event = torch.cuda.current_stream(told.device).record_event()
         return host
 
-    def tolist(self) -> list[int]:
-        """Wait for them, and return them."""
+    def wait(self) -> dict[int, ChosenTokens]:
+        """Wait for them, and return them by row."""
         if self._event is not None:
             self._event.synchronize()
-        token_ids: list[int] = self._host.tolist()
-        return token_ids
+        told: list[list[float]] = self._host.tolist()
+        return {row: _chosen_tokens(told[begin : begin + self._num_tokens]) for row, begin in self._rows.items()}
+
+
+def _chosen_tokens(told: Sequence[Sequence[float]]) -> ChosenTokens:
+    top = tuple(
+        tuple((int(token), logprob) for token, logprob in zip(line[3::2], line[4::2], strict=True)) for line in told
+    )
+    return ChosenTokens(
+        token_ids=tuple(int(line[0]) for line in told),
+        logprobs=tuple(line[1] for line in told),
+        top=top if top and top[0] else (),
+        is_finite=all(line[2] for line in told),
+    )
 
 
 class KVCache:
-    """Keys and values of every token so far, for a batch of studies."""
+    """Keys and values of every token so far, for several studies."""
 
     def __init__(
         self,
         config: DecoderConfig,
         *,
-        batch_size: int,
+        num_rows: int,
         max_seq_len: int,
         device: torch.device,
         dtype: torch.dtype,
         quantized: bool = False,
     ) -> None:
-        """Allocate room for `batch_size` rows of `max_seq_len` tokens.
+        """Allocate room for `num_rows` rows of `max_seq_len` tokens.
 
         Args:
             config: the decoder's shape.
-            batch_size: rows.
+            num_rows: rows.
             max_seq_len: slots of a row.
             device: where.
             dtype: what the decoder computes in.
             quantized: keep keys and values as int8, half of float16.
         """
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_seq_len, config.head_dim)
+        shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, max_seq_len, config.head_dim)
         # Zeros, not empty: a masked slot is weighted by zero, and zero times a stray NaN is a NaN.
         stored = torch.int8 if quantized else dtype
         self.k_cache = torch.zeros(shape, device=device, dtype=stored)
@@ -105,16 +133,25 @@ class KVCache:
         if quantized:
             self.k_scales = torch.zeros(shape[:-1], device=device, dtype=SCALES_DTYPE)
             self.v_scales = torch.zeros(shape[:-1], device=device, dtype=SCALES_DTYPE)
-        self.input_ids = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.position_ids = torch.full((batch_size,), -1, dtype=torch.long, device=device)
-        self.sampled = torch.full((batch_size,), NOT_FINITE, dtype=torch.long, device=device)
-        """[B], the newest tokens as the host is told them: NOT_FINITE where the logits were not."""
-        self.num_cached_tokens = [0] * batch_size
-        self.steps: dict[int, GraphedStep] = {}
-        """What decodes a token of the first n rows, by n."""
+        self.input_ids = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.position_ids = torch.full((num_rows,), -1, dtype=torch.long, device=device)
+        self.drafts = torch.zeros(num_rows, MAX_DRAFTS, dtype=torch.long, device=device)
+        self.temperature = torch.zeros(num_rows, dtype=torch.float32, device=device)
+        self.top_p = torch.ones(num_rows, dtype=torch.float32, device=device)
+        self.seeds = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.told = torch.zeros(num_rows * (1 + MAX_DRAFTS), 3 + 2 * MAX_TOP, dtype=torch.float64, device=device)
+        self.num_cached_tokens = [0] * num_rows
+        self.is_active = [False] * num_rows
+        self.sampling = [GREEDY] * num_rows
+        self.last_logits: Tensor | None = None
+        """What the newest tokens were chosen from, [rows, T, vocab_size]: for whoever checks an engine."""
+        self.steps: dict[tuple[int, int, int], GraphedStep] = {}
+        """What decodes the first n rows with K drafted tokens each, by n, K, and how many top tokens are told."""
+
+    # -- What it is --------------------------------------------------------------------------------------------------
 
     @property
-    def batch_size(self) -> int:
+    def num_rows(self) -> int:
         """The number of rows."""
         return self.k_cache.shape[1]
 
@@ -129,52 +166,137 @@ class KVCache:
         scales = 0 if self.k_scales is None else self.k_scales.nbytes
         return 2 * (self.k_cache.nbytes + scales)
 
+    @property
+    def num_spanned(self) -> int:
+        """The number of rows up to the last that is active."""
+        return max((row for row, active in enumerate(self.is_active) if active), default=0) + 1
+
+    @property
+    def longest_active(self) -> int:
+        """The most tokens that an active row holds."""
+        return max(
+            (count for count, active in zip(self.num_cached_tokens, self.is_active, strict=True) if active), default=0
+        )
+
+    @property
+    def tells_top(self) -> bool:
+        """Whether an active row wants to know the most probable tokens."""
+        return any(active and how.num_top for active, how in zip(self.is_active, self.sampling, strict=True))
+
     def layer(self, layer: int, rows: slice) -> LayerCache:
         """Return a layer's keys and values, of some rows."""
-        scales = (None, None)
-        if self.k_scales is not None and self.v_scales is not None:
-            return LayerCache(
-                self.k_cache[layer, rows],
-                self.v_cache[layer, rows],
-                self.k_scales[layer, rows],
-                self.v_scales[layer, rows],
-            )
-        return LayerCache(self.k_cache[layer, rows], self.v_cache[layer, rows], *scales)
+        if self.k_scales is None or self.v_scales is None:
+            return LayerCache(self.k_cache[layer, rows], self.v_cache[layer, rows], None, None)
+        return LayerCache(
+            self.k_cache[layer, rows], self.v_cache[layer, rows], self.k_scales[layer, rows], self.v_scales[layer, rows]
+        )
 
-    def start(self, row: int, num_tokens: int, logits: Tensor) -> None:
-        """Let a row begin: its prompt lies in the cache, its first token is the most probable one.
+    def _tensors(self) -> list[Tensor]:
+        return [t for t in (self.k_cache, self.v_cache, self.k_scales, self.v_scales) if t is not None]
 
-        Args:
-            row: a free one.
-            num_tokens: of the prompt.
-            logits: [1, vocab_size], behind the prompt.
-        """
-        self.position_ids[row].fill_(num_tokens)
-        self.num_cached_tokens[row] = num_tokens
-        self.sample(logits, slice(row, row + 1))
+    # -- Rows --------------------------------------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, rows: slice) -> None:
-        """Take the most probable token of each row, on the device: logits [rows, vocab_size]."""
-        newest = logits.argmax(-1)
-        # One infinity or NaN, and the sum is one; and what is one minus itself is not 0. Three launches, not seven.
-        total = logits.sum(-1, dtype=torch.float32)
-        self.input_ids[rows].copy_(newest)
-        self.sampled[rows].copy_(torch.where(total - total == 0, newest, NOT_FINITE))
+    def truncate(self, row: int, length: int, *, newest: int | None = None) -> None:
+        """Cut a row back to its first `length` tokens; an active row goes on with `newest`."""
+        self.num_cached_tokens[row] = length
+        if self.is_active[row]:
+            self.position_ids[row].fill_(length)
+        if newest is not None:
+            self.input_ids[row].fill_(newest)
 
-    def newest(self) -> NewestTokens:
-        """Hand the newest tokens over, those of free rows too; NOT_FINITE where there is none."""
-        return NewestTokens(self.sampled)
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Give a row that is not active the first `length` tokens of another."""
+        for tensor in self._tensors():
+            tensor[:, target, :, :length].copy_(tensor[:, source, :, :length])
+        self.num_cached_tokens[target] = length
 
     def release(self, row: int, *, damaged: bool = False) -> None:
-        """Let go of a row, for another study or for none.
+        """Let `decode` leave a row out. It keeps what it holds.
 
         Args:
             row: which.
             damaged: what it holds may not be finite, and is cleared: it might be weighted by zero later on.
         """
-        self.position_ids[row].fill_(-1)
-        self.num_cached_tokens[row] = 0
+        self.deactivate(row)
         if damaged:
-            for tensor in (self.k_cache, self.v_cache, self.k_scales, self.v_scales):
-                if tensor is not None:
-                    tensor[:, row].zero_()
+            self.num_cached_tokens[row] = 0
+            for tensor in self._tensors():
+                tensor[:, row].zero_()
+
+    def deactivate(self, row: int) -> None:
+        """Let `decode` leave a row out."""
+        if self.is_active[row]:
+            self.is_active[row] = False
+            self.position_ids[row].fill_(-1)
+
+    # -- Choosing ----------------------------------------------------------------------------------------------------
+
+    def begin(self, segment: Segment[ImageFeatures], logits: Tensor) -> TorchChosen:
+        """Choose behind the last tokens of a segment, and let its row be active: logits [num_logits, vocab_size]."""
+        row, count = segment.row, len(logits)
+        self.last_logits = logits[None]
+        self._set_sampling(row, segment.sampling)
+        num_top = MAX_TOP if segment.sampling.num_top else 0
+        positions = torch.arange(segment.end - count + 1, segment.end + 1, device=logits.device)
+        token_ids, told = self._sample(logits, slice(row, row + 1), positions, num_top)
+        self.input_ids[row].copy_(token_ids[-1])
+        self.position_ids[row].fill_(segment.end)
+        self.is_active[row] = True
+        return TorchChosen(told, {row: 0}, count)
+
+    def draft(self, drafts: Mapping[int, Sequence[int]]) -> None:
+        """Take drafted tokens, the same number for each row."""
+        count = len(next(iter(drafts.values())))
+        given = torch.zeros(self.num_rows, count, dtype=torch.long)
+        for row, token_ids in drafts.items():
+            given[row] = torch.tensor(token_ids, dtype=torch.long)
+        self.drafts[:, :count].copy_(given, non_blocking=True)
+
+    def newest(self, rows: slice, num_drafts: int) -> tuple[Tensor, Tensor]:
+        """Return the newest token of each row and drafted ones behind it, and their slots: both [rows, 1 + K]."""
+        token_ids = torch.cat((self.input_ids[rows, None], self.drafts[rows, :num_drafts]), dim=1)
+        first = self.position_ids[rows, None]
+        slots = first + torch.arange(1 + num_drafts, device=first.device)
+        return token_ids, torch.where(first < 0, first, slots).contiguous()
+
+    def choose(self, logits: Tensor, rows: slice, num_top: int) -> None:
+        """Choose behind each token, on the device: logits [rows, T, vocab_size]. Each row is then T tokens further."""
+        num_rows, T, _ = logits.shape
+        positions = self.position_ids[rows, None] + torch.arange(1, T + 1, device=logits.device)
+        token_ids, told = self._sample(logits.flatten(0, 1), rows, positions.flatten(), num_top)
+        self.input_ids[rows].copy_(token_ids.view(num_rows, T)[:, -1])
+        self.told[: len(told), : told.shape[1]].copy_(told)
+        self.position_ids[rows] += T * (self.position_ids[rows] >= 0).long()
+
+    def advance(self, num_tokens: int) -> TorchChosen:
+        """Note on the host that each active row is so many tokens further, and hand over what was chosen."""
+        rows = {row: row * num_tokens for row, active in enumerate(self.is_active) if active}
+        width = 3 + 2 * MAX_TOP * self.tells_top
+        for row in rows:
+            self.num_cached_tokens[row] += num_tokens
+        return TorchChosen(self.told[: self.num_spanned * num_tokens, :width], rows, num_tokens)
+
+    def _set_sampling(self, row: int, sampling: Sampling) -> None:
+        before, self.sampling[row] = self.sampling[row], sampling
+        for name, tensor in (("temperature", self.temperature), ("top_p", self.top_p), ("seed", self.seeds)):
+            if getattr(before, name) != getattr(sampling, name):
+                tensor[row].fill_(getattr(sampling, name))
+
+    def _sample(self, logits: Tensor, rows: slice, positions: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+        """Choose behind some tokens of each row: logits [rows * T, vocab_size], positions [rows * T].
+
+        Returns:
+            token_ids [rows * T], and all that the host is told: float64 [rows * T, 3 + 2 num_top], which holds ids
+            exactly.
+        """
+        how = self.temperature[rows], self.top_p[rows], self.seeds[rows]
+        repeat = len(logits) // len(how[0])
+        temperature, top_p, seeds = how if repeat == 1 else (tensor.repeat_interleave(repeat) for tensor in how)
+        chosen = sample(
+            logits, temperature=temperature, top_p=top_p, seeds=seeds, positions=positions, num_top=num_top
+        )  # fmt: skip
+        told = torch.stack((chosen.token_ids.double(), chosen.logprobs.double(), chosen.is_finite.double()), dim=-1)
+        if num_top:
+            top = torch.stack((chosen.top_ids.double(), chosen.top_logprobs.double()), dim=-1)
+            told = torch.cat((told, top.flatten(1)), dim=-1)
+        return chosen.token_ids, told

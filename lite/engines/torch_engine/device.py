@@ -1,0 +1,102 @@
+"""Devices and dtypes of torch: what is asked for is there, or the error says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+from typing import TYPE_CHECKING, Final
+
+from lite.engines.choose import gpu_problem
+from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
+
+try:
+    import safetensors as _  # noqa: F401 - what is missing is said together, before anything is loaded
+    import torch
+except ImportError as error:
+    msg = f'got no torch and safetensors ({error}) · expected both here · pip install "llava-rad-lite[torch]"'
+    raise BackendUnavailable(msg) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lite.artifact.open import Artifact
+
+DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_OUT_OF_MEMORY: Final = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def memory_explained(what: str) -> Iterator[None]:
+    """Say in this project's words that a GPU's memory is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch's own error, and those of CUDA, cuBLAS and Triton, which are of several kinds.
+        if not isinstance(error, torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0]
+        msg = f"got no memory for {what} ({reason}) · expected some free on the GPU · take a smaller batch, "
+        msg += "cache_dtype='int8', fewer bits, or end what else runs there"
+        raise MemoryBudgetError(msg) from error
+
+
+def check_device(device: str) -> str:
+    """Return the device to use.
+
+    Args:
+        device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        BackendUnavailable: torch does not see that device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
+        msg = f"got device {device!r} · expected auto, cpu, cuda or cuda:N · choose one of them"
+        raise BackendUnavailable(msg)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if parsed.type == "cuda" and (parsed.index or 0) >= count:
+        problem = gpu_problem()
+        msg = (
+            f"got device {device!r} · expected one of the {count} GPUs that torch {torch.__version__} sees"
+            f"{f' ({problem})' if problem else ''} · use the CPU, or install a torch built for CUDA and the driver it "
+            "needs"
+        )
+        raise BackendUnavailable(msg)
+    return device
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse what the decoder does not compute in.
+
+    Raises:
+        LiteError: it is none of DTYPES.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        msg = f"got dtype {dtype!r} · expected {', '.join(DTYPES)} or None · choose one of them"
+        raise LiteError(msg)
+
+
+def check_cache_dtype(artifact: Artifact, cache_dtype: str | None, *, device: str, dtype: str | None) -> None:
+    """Refuse a cache that is neither int8 nor what the decoder computes in.
+
+    Raises:
+        LiteError: it is something else.
+    """
+    computed = dtype or ("float32" if device == "cpu" else artifact.decoder_config().dtype)
+    if cache_dtype not in (None, "int8", computed):
+        msg = f"got cache_dtype {cache_dtype!r} · expected int8, or {computed}, which the decoder computes in · choose "
+        raise LiteError(f"{msg}one of them")
+
+
+def free_bytes(device: str) -> int:
+    """Return the bytes that are free on a GPU."""
+    gc.collect()  # a model that was let go of, and what torch has kept of its memory
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return free

@@ -1,0 +1,159 @@
+"""A draft: the text of one study as it is made, for whoever asked for it."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import queue
+import weakref
+from typing import TYPE_CHECKING, TypeVar
+
+from lite.errors import DeadlineExceeded, LiteError
+from lite.studies.results import StudyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from lite.prompt import TextStream
+    from lite.session.request import Outcome
+    from lite.studies.results import Findings
+
+T = TypeVar("T")
+
+
+class Draft:
+    """A study that was submitted: an iterator over pieces of its text, which joined are the text of its findings.
+
+    The pieces come once, and any number of threads may wait for the result. A draft that nobody holds any more is
+    cancelled.
+    """
+
+    def __init__(
+        self, outcome: Outcome, text: TextStream, *, cancel: Callable[[], None], finish: Callable[[], Findings]
+    ) -> None:
+        """Take what a session has given.
+
+        Args:
+            outcome: of the study.
+            text: turns its tokens into text.
+            cancel: tells the session that nobody wants it any more.
+            finish: puts its findings together once it has ended without an error.
+        """
+        self._outcome = outcome
+        self._text = text
+        self._finish = finish
+        self._num_tokens = 0  # that were turned into text
+        self._findings: Findings | None = None
+        self._cancel = weakref.finalize(self, cancel)
+        self._cancel.atexit = False  # then the session is closed anyway
+
+    @property
+    def id(self) -> str:
+        """The id of the request."""
+        return self._outcome.id
+
+    @property
+    def findings(self) -> Findings | None:
+        """The findings; None while it goes on, or where an error ended it."""
+        outcome = self._outcome
+        if self._findings is None and outcome.has_ended and outcome.error is None:
+            self._findings = self._finish()
+        return self._findings
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it; None while it goes on, or where it has ended well."""
+        return self._outcome.error
+
+    def done(self) -> bool:
+        """Say whether it has ended."""
+        return self._outcome.has_ended
+
+    def __iter__(self) -> Iterator[str]:
+        """Return itself: the pieces come once."""
+        return self
+
+    def __next__(self) -> str:
+        """Wait for the next piece.
+
+        Raises:
+            LiteError: the study has ended with that.
+        """
+        while (token_id := self._outcome.wait_for_token(self._num_tokens)) is not None:
+            self._num_tokens += 1
+            if piece := self._text.push(token_id):
+                return piece
+        if rest := self._text.finish():
+            return rest
+        raise StopIteration
+
+    def result(self, timeout_s: float | None = None) -> Findings:
+        """Wait for the findings.
+
+        Args:
+            timeout_s: how long at most; the study goes on afterwards. None waits until it ends.
+
+        Raises:
+            DeadlineExceeded: it has not ended by then.
+            LiteError: the study has ended with that.
+        """
+        if not self._outcome.wait(timeout_s):
+            msg = f"{self.id}: got no findings within {timeout_s} s · expected some · wait longer, or cancel it"
+            raise DeadlineExceeded(msg)
+        if self._outcome.error is not None:
+            raise self._outcome.error
+        if self._findings is None:
+            self._findings = self._finish()
+        return self._findings
+
+    def cancel(self) -> None:
+        """Have it end at the next step. What it has said already stays."""
+        self._cancel()
+
+    def on_end(self, listener: Callable[[], None]) -> None:
+        """Call a function when it ends, in the session's thread, or at once if it has ended."""
+        self._outcome.on_end(listener)
+
+
+def as_completed(drafts: Iterable[Draft]) -> Iterator[Draft]:
+    """Yield drafts as they end, with findings or an error."""
+    held = dict(enumerate(drafts))
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index, draft in held.items():
+        draft.on_end(functools.partial(ended.put, index))
+    while held:
+        yield held.pop(ended.get())
+
+
+def in_order(items: Iterable[T], submit: Callable[[T], Draft], *, window: int) -> Iterator[Findings | StudyError]:
+    """Submit items, so many at a time, and yield what comes of them in their order.
+
+    What has ended is yielded before the next item is asked for.
+
+    Args:
+        items: read lazily.
+        submit: asks for one; what it raises stands in the place of the item's findings.
+        window: how many are under way or waiting at a time.
+    """
+    under_way: collections.deque[Draft | LiteError] = collections.deque()
+    number = itertools.count()
+
+    def result() -> Findings | StudyError:
+        index, draft = next(number), under_way.popleft()
+        if isinstance(draft, LiteError):
+            return StudyError(index=index, error=draft)
+        try:
+            return draft.result()
+        except LiteError as error:
+            return StudyError(index=index, error=error)
+
+    for item in items:
+        try:
+            under_way.append(submit(item))
+        except LiteError as error:
+            under_way.append(error)
+        while under_way and (len(under_way) >= window or isinstance(under_way[0], LiteError) or under_way[0].done()):
+            yield result()
+    while under_way:
+        yield result()

@@ -1,0 +1,391 @@
+"""The loop of a session: one cache, and in each turn at most one chunk of a prompt and one token of every row.
+
+    waiting ──admit──▶ a row reads its prompt, a chunk a turn ──▶ decodes, a token a turn ──▶ ends: the next has it
+
+A long prompt so delays the texts under way by a chunk at a time and no more. A row that ends is given away at once, and
+still holds its film: the next question about that film begins behind it. Nothing here computes on tensors; an `Engine`
+does. Nothing here knows of threads; `Session` does.
+
+An engine may run ahead: the next token is under way when the host looks at the last one, so that the device never waits
+for the host. A study that has ended is then found out one step late, and that step was for nothing; one that ends by
+its length is known before.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+import traceback
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+
+from lite.engines.protocol import Cache
+from lite.engines.segments import divide
+from lite.errors import LiteError, MemoryBudgetError
+from lite.session.rows import Row, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from lite.engines.protocol import Chosen, ChosenTokens, Engine, Segment
+    from lite.memory.process import Peaks
+    from lite.session.request import Progress
+
+F = TypeVar("F")
+C = TypeVar("C", bound=Cache)
+
+
+class Loop(Generic[C, F]):
+    """Studies under way, and the cache that they share. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        engine: Engine[C, F],
+        *,
+        num_rows: int,
+        max_seq_len: int,
+        context: int,
+        eos_token_id: int,
+        fits: Callable[[int, int], bool],
+        peaks: Callable[[], Peaks],
+    ) -> None:
+        """Prepare; the cache is allocated when the first study needs it.
+
+        Args:
+            engine: the decoder.
+            num_rows: studies that can be under way at a time.
+            max_seq_len: places of a row, until a study needs more.
+            context: the most that a row can have.
+            eos_token_id: ends a study.
+            fits: says whether so many rows of so many places fit the memory.
+            peaks: tells the memory peaks so far.
+        """
+        self.num_rows = num_rows
+        self.max_seq_len = max_seq_len
+        self._engine = engine
+        self._context = context
+        self._eos_token_id = eos_token_id
+        self._fits = fits
+        self._peaks = peaks
+        self._cache: C | None = None
+        self._rows: Rows[F] = Rows(0)
+        self._lost: list[Progress[F]] = []  # had a row, and have to begin again before all others
+        # What the engine has chosen and nobody has looked at: tokens, and whose they are.
+        self._unread: collections.deque[tuple[Chosen, list[tuple[int, Progress[F]]]]] = collections.deque()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a turn has something to do."""
+        return bool(self._rows.taken() or self._unread or self._lost)
+
+    @property
+    def num_under_way(self) -> int:
+        """How many studies have a row."""
+        return len(self._rows.taken())
+
+    def row_bytes(self) -> int:
+        """Return the bytes of one row's cache."""
+        return 0 if self._cache is None else self._cache.nbytes // self._cache.num_rows
+
+    def holds(self, film: Hashable) -> bool:
+        """Say whether a film need not be looked at: a row holds it, or is reading it."""
+        if film is None:
+            return False
+        reading = (row.progress for row in self._rows if row.unread)
+        return self._rows.holding(film) is not None or any(p and p.request.film == film for p in reading)
+
+    # -- Admission ---------------------------------------------------------------------------------------------------
+
+    def admit(self, progress: Progress[F]) -> bool:
+        """Give a study a row; say whether it has one, or has ended. If not, it stays the caller's."""
+        return not self._lost and self._admit(progress)
+
+    def _admit(self, progress: Progress[F]) -> bool:
+        request = progress.request
+        needed = min(self._context, request.num_places)
+        if self._cache is None or needed > self._cache.max_seq_len:
+            if self._rows.taken() or self._unread:
+                return False  # until all rows are free, and there can be a longer cache
+            try:
+                self._make_cache(needed)
+            except MemoryBudgetError as error:
+                progress.end(_forgetting_frames(error))
+                return True
+        row, held = self._rows.free(request.film), self._rows.holding(request.film)
+        if row is None or (held is None and progress.features is None):
+            return False
+        start = 0
+        if held is not None:
+            start = held.num_prefix_tokens
+            if held is not row:
+                self._the_cache.copy_prefix(held.index, row.index, start)
+        row.film, row.num_prefix_tokens = (request.film, start) if held is not None else (None, 0)
+        progress.num_reused_tokens = start
+        progress.since = time.perf_counter()
+        progress.queued_s = max(0.0, progress.since - progress.submitted - progress.vision_s)
+        self._rows.take(row, progress)
+        row.unread.extend(
+            divide(
+                request.input_ids,
+                request.target_ids[:-1] or progress.token_ids,
+                row=row.index,
+                start=start,
+                chunk_size=self._engine.chunk_size,
+                image_features=progress.features,
+                scores=bool(request.target_ids),
+                sampling=request.sampling,
+            )
+        )
+        progress.features = None  # the segments have them, and let go of them one by one
+        return True
+
+    @property
+    def _the_cache(self) -> C:
+        if self._cache is None:
+            msg = "got no cache · expected one while a row is taken · report this"
+            raise LiteError(msg)
+        return self._cache
+
+    def _make_cache(self, needed: int) -> None:
+        """Get a cache of rows that are long enough, of fewer rows if need be."""
+        length, rows = max(self.max_seq_len, needed), self.num_rows
+        while rows > 1 and not self._fits(rows, length):
+            rows -= 1
+        if not self._fits(rows, length):
+            msg = f"got a study of {needed} places · expected one that fits the memory limit, as {self.max_seq_len} do"
+            raise MemoryBudgetError(f"{msg} · shorten its reason, or let it write fewer tokens")
+        self._cache, self._rows = None, Rows(0)  # before there is another one
+        while self._cache is None:
+            try:
+                self._cache = self._engine.new_cache(rows, length)
+            except MemoryBudgetError:
+                if rows == 1:
+                    raise
+                rows //= 2
+                self.num_rows = rows
+        self._rows, self.max_seq_len = Rows(rows), length
+
+    # -- One turn ----------------------------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Read a chunk of one prompt, decode a token of every row whose prompt has been read, look at those before."""
+        self._drop_unwanted()
+        self._readmit()
+        try:
+            self._read_prompt()
+            self._decode()
+        except MemoryBudgetError as error:
+            self.make_room(error)
+
+    def drop_all(self, error: Exception) -> None:
+        """End everything that is under way, and let go of the cache."""
+        for progress in [*(row.progress for row in self._rows.taken()), *self._lost]:
+            if progress is not None:
+                progress.end(error)
+        self._cache, self._rows = None, Rows(0)
+        self._lost.clear()
+        self._unread.clear()
+
+    def _drop_unwanted(self) -> None:
+        for row in self._rows.taken():
+            if row.progress is not None and (why := row.progress.unwanted()) is not None:
+                row.progress.end(why)
+                self._free(row)
+        for progress in list(self._lost):
+            if (why := progress.unwanted()) is not None:
+                progress.end(why)
+                self._lost.remove(progress)
+
+    def _readmit(self) -> None:
+        """Give those a row that have lost theirs."""
+        while self._lost:
+            progress = self._lost[0]
+            try:
+                if progress.features is None and self._rows.holding(progress.request.film) is None:
+                    progress.features = progress.request.see()
+            except MemoryBudgetError as error:
+                if self._rows.taken():
+                    return
+                progress.end(_forgetting_frames(error))
+            if not progress.has_ended and not self._admit(progress):
+                return
+            self._lost.remove(progress)
+
+    def _read_prompt(self) -> None:
+        row = self._rows.reading()
+        if row is None or row.progress is None:
+            return
+        progress, segment = row.progress, row.unread[0]
+        request = progress.request
+        try:
+            if request.target_ids:
+                self._score(progress, segment)
+                chosen = None
+            else:
+                chosen = self._engine.extend(segment, self._the_cache)
+        except MemoryBudgetError:
+            raise
+        except LiteError as error:
+            progress.end(_forgetting_frames(error))
+            self._free(row, damaged=True)
+            return
+        row.unread.popleft()
+        if segment.end == request.num_prefix_tokens:
+            row.film, row.num_prefix_tokens = request.film, segment.end
+        if row.unread:
+            return
+        if request.target_ids:
+            self._end_score(row, progress)
+        elif chosen is not None:
+            self._note(chosen, [row])
+            self._read(at_most=self._engine.run_ahead)
+
+    def _score(self, progress: Progress[F], segment: Segment[F]) -> None:
+        logits = self._engine.logits(segment, self._the_cache)
+        if segment.num_logits:
+            progress.logits.append(logits)
+
+    def _end_score(self, row: Row[F], progress: Progress[F]) -> None:
+        finite = all(np.isfinite(logits).all() for logits in progress.logits)
+        progress.end("length" if finite else LiteError(self._engine.overflow))
+        self._free(row, damaged=not finite)
+
+    def _decode(self) -> None:
+        """Decode a token of every row whose prompt has been read; look at those before it."""
+        self._read(at_most=self._engine.run_ahead if self._rows.decoding() else 0)
+        rows = self._rows.decoding()
+        if not rows:
+            return
+        try:
+            chosen = self._engine.decode(self._the_cache)
+        except MemoryBudgetError:
+            raise
+        except LiteError as error:
+            self._fail(error)
+            return
+        self._note(chosen, rows)
+        self._read(at_most=self._engine.run_ahead)
+
+    def _limit(self, progress: Progress[F]) -> int:
+        """Return how many tokens a study may have."""
+        # The newest token lies in no place yet: a context of 8 holds a prompt of 5 and 3 tokens, and predicts a fourth.
+        return min(progress.request.max_new_tokens, self._context - len(progress.request.input_ids) + 1)
+
+    def _note(self, chosen: Chosen, rows: Iterable[Row[F]]) -> None:
+        """Note that the engine has chosen a token for some rows; those that have enough are free."""
+        whose: list[tuple[int, Progress[F]]] = []
+        together = len(self._rows.decoding())
+        for row in rows:
+            progress = row.progress
+            if progress is None:
+                continue
+            whose.append((row.index, progress))
+            progress.num_together = max(progress.num_together, together)
+            progress.cache_bytes = progress.num_together * self.row_bytes()
+            if not row.num_chosen:
+                row.num_chosen = len(progress.token_ids)  # those that it had before it lost its row
+            row.num_chosen += 1
+            if row.num_chosen == self._limit(progress):
+                self._free(row)
+        self._unread.append((chosen, whose))
+
+    def _read(self, *, at_most: int) -> None:
+        """Look at what was chosen, the oldest first, until so much is left."""
+        while len(self._unread) > at_most:
+            chosen, whose = self._unread.popleft()
+            tokens = chosen.wait()
+            now = time.perf_counter()
+            for index, progress in whose:
+                if not progress.has_ended:
+                    self._take(progress, index, tokens[index], now)
+                elif not tokens[index].is_finite:  # it ran ahead, and may have left that behind
+                    self._clear(index)
+
+    def _take(self, progress: Progress[F], index: int, tokens: ChosenTokens, now: float) -> None:
+        """Give a study its newest token, or end it."""
+        end: LiteError | str | None = None
+        if not tokens.is_finite:
+            end = LiteError(self._engine.overflow)
+        elif tokens.token_ids[0] == self._eos_token_id:
+            end = "eos"
+        if end is None:
+            progress.add(tokens, now)
+        else:
+            progress.tick(now)
+        if progress.prefill_peaks is None:
+            progress.prefill_peaks = self._peaks()
+        if end is None and len(progress.token_ids) < self._limit(progress):
+            return
+        progress.decode_peaks = self._peaks()
+        row = next((row for row in self._rows if row.index == index and row.progress is progress), None)
+        if row is not None:
+            self._free(row, damaged=isinstance(end, LiteError))
+        progress.end(end if isinstance(end, LiteError) else "eos" if end else "length")
+        if row is None and isinstance(end, LiteError):
+            self._clear(index)
+
+    def _free(self, row: Row[F], *, damaged: bool = False) -> None:
+        """Take a row from its study; what it holds of the film stays, unless it may not be finite."""
+        self._rows.give_up(row)
+        cache = self._the_cache
+        cache.release(row.index, damaged=damaged)
+        if damaged or row.film is None:
+            row.film, row.num_prefix_tokens = None, 0
+        cache.truncate(row.index, row.num_prefix_tokens)
+
+    # -- When something fails ----------------------------------------------------------------------------------------
+
+    def _clear(self, index: int) -> None:
+        """Clear a row whose study is found out to have damaged it when it is free already, or another study's.
+
+        Whatever was chosen there since then may be wrong, and nobody has looked at it yet: it is chosen again.
+        """
+        row = next(row for row in self._rows if row.index == index)
+        later = [theirs for _, whose in self._unread for other, theirs in whose if other == index]
+        later += [row.progress] if row.progress is not None else []
+        self._free(row, damaged=True)
+        for _, whose in self._unread:
+            whose[:] = [(other, theirs) for other, theirs in whose if other != index]
+        self._lost[:0] = [progress for progress in dict.fromkeys(later) if not progress.has_ended]
+
+    def make_room(self, error: MemoryBudgetError) -> bool:
+        """Begin again with half the rows. With one alone there is nothing to halve: its study ends with the error.
+
+        What has been written stays: it is read again behind the prompt, as the same tokens would be chosen once more.
+
+        Returns:
+            Whether there is more room now.
+        """
+        self._read(at_most=0)
+        interrupted = sorted((row for row in self._rows.taken()), key=lambda row: row.last_use)
+        studies = [row.progress for row in interrupted if row.progress is not None]
+        for row in interrupted:
+            self._rows.give_up(row)
+        rows = len(self._rows)
+        self._cache, self._rows = None, Rows(0)
+        _forgetting_frames(error)
+        if rows <= 1:
+            # None at all, where the last token was found to be the last one: then nothing was lost.
+            for progress in studies:
+                progress.end(error)
+            return rows == 1
+        self.num_rows = rows // 2
+        self._lost[:0] = studies
+        return True
+
+    def _fail(self, error: LiteError) -> None:
+        """End what is being decoded with an error that is not one study's own."""
+        self._read(at_most=0)
+        for row in self._rows.decoding():
+            if row.progress is not None:
+                row.progress.end(_forgetting_frames(error))
+                self._free(row, damaged=True)
+
+
+def _forgetting_frames(error: LiteError) -> LiteError:
+    """Return an error that does not keep what was named where it happened: a cache is most of a GPU's memory."""
+    for known in (error, error.__cause__):
+        if known is not None:
+            traceback.clear_frames(known.__traceback__)
+    return error

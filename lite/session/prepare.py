@@ -1,0 +1,219 @@
+"""A study made ready for the session, and its findings put together afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lite.engines.protocol import GREEDY, MAX_TOP, Sampling
+from lite.engines.segments import expand_image, num_prefix_tokens
+from lite.errors import LiteError, PromptError
+from lite.image.files import load_image
+from lite.image.preprocess import preprocess
+from lite.memory.process import Peaks, peak_rss_bytes
+from lite.session.request import Lot, Request
+from lite.studies.results import Findings, Memory, Timings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from lite.artifact.open import Artifact
+    from lite.engines.protocol import Engine
+    from lite.image.rendering import Rendering
+    from lite.prompt import PromptEncoder, Tokenizer
+    from lite.session.request import Outcome
+    from lite.studies.study import Study
+    from lite.vision import VisionEncoder
+
+_FILMS_AT_A_TIME: Final = 2
+"""Films that are read at a time, whatever the number of threads: a large one takes some hundred MB meanwhile."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """How a study is to be drafted."""
+
+    max_new_tokens: int | None = None  # None takes the artifact's
+    rendering: Rendering = "mimic-cxr-jpg"  # how DICOM and 16-bit values become grey levels
+    sampling: Sampling = GREEDY  # how tokens are chosen
+    top_logprobs: int | None = None  # tell each token's log-probability, and the most probable ones beside it
+    timeout_s: float | None = None  # end it with DeadlineExceeded when so much time has passed
+    request_id: str | None = None  # what it is called; None numbers it
+
+    def check(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            LiteError: one is.
+        """
+        check_count("max_new_tokens", self.max_new_tokens, "leave it out for the default")
+        how = self.sampling
+        for name, value, fits, expected in (
+            (
+                "temperature",
+                how.temperature,
+                0 <= how.temperature < float("inf"),
+                "0 (the most probable token) or more",
+            ),
+            ("top_p", how.top_p, 0 < how.top_p <= 1, "more than 0, at most 1"),
+            ("seed", how.seed, type(how.seed) is int and -(2**63) <= how.seed < 2**63, "a whole number of 64 bits"),
+            ("top_logprobs", self.top_logprobs, self.top_logprobs in (None, *range(MAX_TOP + 1)), f"0 to {MAX_TOP}"),
+            ("timeout_s", self.timeout_s, self.timeout_s is None or self.timeout_s > 0, "more than 0, or None"),
+        ):
+            if not fits:
+                raise LiteError(f"got {name}={value!r} · expected {expected} · leave it out for the default")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """A study whose film has been read, and what its findings will say of that."""
+
+    request: Request[Any]
+    rendering: str
+    image_s: float
+    image_peaks: Peaks
+    tells_logprobs: bool
+
+
+class Preparer:
+    """What stands between a study and the session: prompt, film and tower, and the words of the result."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        tokenizer: Tokenizer,
+        prompt: PromptEncoder,
+        vision: VisionEncoder,
+        decoder: Engine[Any, Any],
+        fallbacks: tuple[str, ...],
+    ) -> None:
+        """Take the parts of a model."""
+        self._artifact = artifact
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._vision = vision
+        self._decoder = decoder
+        self._fallbacks = fallbacks
+        self._ids = itertools.count(1)
+        self._films = threading.BoundedSemaphore(_FILMS_AT_A_TIME)
+
+    def peaks(self) -> Peaks:
+        """Return the memory peaks of the process so far."""
+        return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=self._decoder.peak_vram_bytes())
+
+    def request(
+        self, study: Study, asked: Asked, *, target_ids: Sequence[int] = (), lot: Lot | None = None
+    ) -> Prepared:
+        """Check everything about a study, the cheap things first, and read its film.
+
+        Raises:
+            PromptError: the reason or the query cannot be used; ContextLengthError if it is too long.
+            ImageError: the film cannot be read, or is not a frontal one.
+        """
+        asked.check()
+        deadline = None if asked.timeout_s is None else time.monotonic() + asked.timeout_s
+        input_ids = expand_image(self._prompt.encode(study.reason, query=study.query), self._prompt.num_image_tokens)
+        if target_ids:
+            self._check_answer(target_ids, len(input_ids))
+        started = time.perf_counter()
+        with self._films:
+            loaded = load_image(study.image, rendering=asked.rendering)
+            pixel_values = preprocess(loaded.image, self._artifact.manifest.preprocessing)
+        sampling = asked.sampling
+        if asked.top_logprobs is not None:
+            sampling = dataclasses.replace(sampling, num_top=asked.top_logprobs)
+        return Prepared(
+            request=Request(
+                id=asked.request_id or study.id or str(next(self._ids)),
+                input_ids=input_ids,
+                num_prefix_tokens=num_prefix_tokens(input_ids),
+                film=hashlib.sha256(pixel_values.tobytes()).digest(),
+                see=functools.partial(self._see, pixel_values),
+                max_new_tokens=asked.max_new_tokens or self._artifact.manifest.decoding.max_new_tokens,
+                sampling=sampling,
+                target_ids=tuple(target_ids),
+                deadline=deadline,
+                lot=lot,
+            ),
+            rendering=loaded.rendering,
+            image_s=time.perf_counter() - started,
+            image_peaks=self.peaks(),
+            tells_logprobs=asked.top_logprobs is not None,
+        )
+
+    def _check_answer(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        vocab_size = self._decoder.config.vocab_size
+        if not all(0 <= token_id < vocab_size for token_id in token_ids):
+            msg = f"got token_ids {list(token_ids)[:8]} · expected ids from 0 to {vocab_size - 1}, at least one · check"
+            raise PromptError(f"{msg} that they come from the same tokenizer")
+        self._prompt.check_length(num_prompt_tokens + len(token_ids) - 1, what="prompt and answer", shorten="answer")
+
+    def _see(self, pixel_values: NDArray[np.float32]) -> Any:  # noqa: ANN401 - the engine's own
+        """Run the tower on a film: image_features [P, hidden_size], where the decoder computes if possible."""
+        out = None
+        if self._vision.writes_to(self._decoder.device):
+            out = self._decoder.image_buffer(self._prompt.num_image_tokens)
+        features = self._vision(pixel_values[None], out)[0]
+        # An int8 cache of ONNX Runtime's would make numbers of them. torch keeps what is none, up to the logits.
+        if isinstance(features, np.ndarray) and not np.isfinite(features).all():
+            msg = "got image features that are not finite · expected numbers · the tower overflowed: export it in fp32"
+            raise LiteError(msg)
+        return features
+
+    def findings(self, prepared: Prepared, outcome: Outcome) -> Findings:
+        """Put the findings of a study that has ended together."""
+        decoder, peaks = self._decoder, outcome.decode_peaks or self.peaks()
+        return Findings(
+            text=self._tokenizer.decode(outcome.token_ids),
+            finish_reason=outcome.finish_reason or "length",
+            token_ids=tuple(outcome.token_ids),
+            token_logprobs=tuple(outcome.logprobs) if prepared.tells_logprobs else None,
+            top_logprobs=tuple(outcome.top) if outcome.top else None,
+            num_prompt_tokens=len(prepared.request.input_ids),
+            num_reused_tokens=outcome.num_reused_tokens,
+            timings=Timings(
+                image_s=prepared.image_s,
+                queued_s=outcome.queued_s,
+                vision_s=outcome.vision_s,
+                prefill_s=outcome.prefill_s,
+                decode_steps_s=tuple(outcome.decode_steps_s),
+                batch_size=outcome.num_together,
+            ),
+            memory=Memory(
+                image=prepared.image_peaks,
+                vision=outcome.vision_peaks or prepared.image_peaks,
+                prefill=outcome.prefill_peaks or peaks,
+                decode=peaks,
+                cache_bytes=outcome.cache_bytes,
+            ),
+            rendering=prepared.rendering,
+            artifact_id=self._artifact.id,
+            engine=decoder.engine,
+            device=str(decoder.device),
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            cache_dtype=decoder.cache_dtype,
+            provider=self._vision.provider,
+            backend=decoder.backend,
+            fallbacks=self._fallbacks + decoder.fallbacks,
+            notice=self._artifact.manifest.notice,
+        )
+
+
+def check_count(name: str, value: object, hint: str) -> None:
+    """Refuse what counts nothing; None is no count, and fits.
+
+    Raises:
+        LiteError: it is no whole number from 1.
+    """
+    if value is not None and (type(value) is not int or value < 1):
+        raise LiteError(f"got {name}={value!r} · expected a whole number from 1 · {hint}")

@@ -1,0 +1,174 @@
+"""What is asked of a session, and what has come of it so far.
+
+Request    what is asked: a prompt, its film, how tokens are chosen, when to stop. It does not change.
+Progress   what has come of it: tokens, times, an error. The session writes it, any thread may wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from lite.engines.protocol import GREEDY, Sampling
+from lite.errors import Cancelled, DeadlineExceeded, LiteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lite.engines.protocol import ChosenTokens
+    from lite.memory.process import Peaks
+    from lite.studies.results import FinishReason
+
+F = TypeVar("F")
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Lot:
+    """Requests of which only so many may have a row at a time, whatever the session has."""
+
+    limit: int
+    num_rows: int = 0  # that they have now
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request(Generic[F]):
+    """One study, ready for an engine."""
+
+    id: str
+    input_ids: tuple[int, ...]  # the prompt's, IMAGE_TOKEN_ID in each place of the image
+    num_prefix_tokens: int  # of these, what comes before the question: the film and the words before it
+    film: Hashable  # whatever decides the prefix; None: it is read anew each time
+    see: Callable[[], F]  # makes the image's features; called when they are needed, perhaps more than once
+    max_new_tokens: int  # at least 1; EOS does not count
+    sampling: Sampling = GREEDY
+    target_ids: tuple[int, ...] = ()  # score these instead of choosing tokens
+    deadline: float | None = None  # on time.monotonic's clock
+    lot: Lot | None = None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether its lot may have another row."""
+        return self.lot is None or self.lot.num_rows < self.lot.limit
+
+    @property
+    def num_places(self) -> int:
+        """The places of a row that it may need."""
+        # The newest token lies in no place yet, and the last target is never read.
+        return len(self.input_ids) + (len(self.target_ids) - 1 if self.target_ids else self.max_new_tokens)
+
+
+class Outcome:
+    """What has come of a request, for whoever waits for it. Only the session's threads write it."""
+
+    def __init__(self, request_id: str) -> None:
+        """Begin with nothing."""
+        self.id = request_id
+        self.token_ids: list[int] = []  # without EOS
+        self.logprobs: list[float] = []  # of each token
+        self.top: list[tuple[tuple[int, float], ...]] = []  # the most probable tokens beside each, if asked for
+        self.logits: list[NDArray[np.float32]] = []  # of a request that scores
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None  # a LiteError, or a fault of the program
+        self.num_reused_tokens = 0  # of the prompt, that a row held already
+        self.submitted = self.since = time.perf_counter()
+        self.queued_s = 0.0  # from its submission to when it had a row, but for the tower
+        self.vision_s = 0.0
+        self.prefill_s = 0.0  # from when it had a row to when its first token was known
+        self.decode_steps_s: list[float] = []  # between one token and the next
+        self.num_together = 0  # the most studies that were decoded together with it, itself included
+        self.cache_bytes = 0  # of so many rows
+        self.vision_peaks: Peaks | None = None
+        self.prefill_peaks: Peaks | None = None
+        self.decode_peaks: Peaks | None = None
+        self._has_ended = False
+        self._changed = threading.Condition()
+        self._on_end: list[Callable[[], None]] = []
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self._has_ended
+
+    def wait_for_token(self, index: int) -> int | None:
+        """Wait for a token; None if the study has ended before it. An error that ended it is raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.token_ids) > index or self._has_ended)
+            if len(self.token_ids) > index:
+                return self.token_ids[index]
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end; say whether it has come."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._has_ended, timeout_s)
+
+    def on_end(self, listener: Callable[[], None]) -> None:
+        """Call a function at the end, from whichever thread: at once if it has ended."""
+        with self._changed:
+            if not self._has_ended:
+                self._on_end.append(listener)
+                return
+        listener()
+
+
+class Progress(Outcome, Generic[F]):
+    """A request on its way, for the session's threads."""
+
+    def __init__(self, request: Request[F]) -> None:
+        """Begin with nothing."""
+        super().__init__(request.id)
+        self.request = request
+        self.features: F | None = None  # between the tower and the prompt
+        self.cancelled = False
+
+    def add(self, chosen: ChosenTokens, now: float) -> None:
+        """Take the next token."""
+        with self._changed:
+            self.token_ids.append(chosen.token_ids[0])
+            self.logprobs.append(chosen.logprobs[0])
+            if self.request.sampling.num_top:
+                self.top.append(chosen.top[0][: self.request.sampling.num_top])
+            self.tick(now)
+            self._changed.notify_all()
+
+    def tick(self, now: float) -> None:
+        """Note how long the newest token has taken."""
+        if self.prefill_peaks is None:
+            self.prefill_s = now - self.since
+        else:
+            self.decode_steps_s.append(now - self.since)
+        self.since = now
+
+    def end(self, reason: FinishReason | Exception) -> None:
+        """Say that nothing more comes. It keeps no film."""
+        with self._changed:
+            if self._has_ended:
+                return
+            if isinstance(reason, Exception):
+                self.error = reason
+            else:
+                self.finish_reason = reason
+            self.features = None
+            self._has_ended = True
+            self._changed.notify_all()
+            listeners, self._on_end = self._on_end, []
+        for listener in listeners:
+            listener()
+
+    def unwanted(self) -> LiteError | None:
+        """Say why nobody wants it any more; None while somebody does."""
+        name = self.request.id
+        if self.cancelled:
+            return Cancelled(f"{name}: got a cancellation · expected an end of its own · submit it again if need be")
+        deadline = self.request.deadline
+        if deadline is not None and time.monotonic() > deadline:
+            msg = f"{name}: got no end before its deadline · expected one · give it more time, or the session less work"
+            return DeadlineExceeded(msg)
+        return None
