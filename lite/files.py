@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file; one that is there is replaced when the new one is complete.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file; one that is there is replaced when the new one is complete.
 
     Raises:
         LiteError: it cannot be written.
@@ -20,7 +20,8 @@ def write_whole(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Texts come from files: half a surrogate pair is no reason to write nothing.
-        partial.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        whole = content if isinstance(content, bytes) else content.encode("utf-8", errors="xmlcharrefreplace")
+        partial.write_bytes(whole)
         partial.replace(path)
     except OSError as error:
         msg = f"{path}: got {error.strerror} · expected a file that can be written · name another one"

@@ -26,7 +26,7 @@ from lite.engines.choose import EngineName, choose_engine
 from lite.errors import LiteError, MemoryBudgetError
 from lite.eval.divergence import StudyDivergence
 from lite.eval.figures import Missing, quantiles
-from lite.eval.record import check_record
+from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
 from lite.memory.plan import CHUNK_SIZES, MemoryPlan, check_memory, plan_memory
 from lite.memory.process import rss_bytes
@@ -106,9 +106,7 @@ def measure(
             does not belong to the record, or none of the films can be read.
     """
     artifact = load_artifact(path)
-    reference = read_record(record) if record is not None else None
-    if reference is not None:
-        check_record(reference, artifact, studies)
+    reference = _reference(record, artifact, studies)
     import lite
 
     engine, settings = _settings(artifact, options)
@@ -128,51 +126,74 @@ def measure(
     batches = tuple(_batches(model, usable, options, planned, on_progress))
     on_progress("bandwidth", 0, 1)
     traffic = traffic_of(artifact, [run.findings for run in runs])
-    divergences: list[StudyDivergence] = []
-    gaps: list[float] = []
-    if reference is not None:
-        for index, study in enumerate(studies):
-            on_progress("scoring", index, len(studies))
-            logits = model.score(study.image, reference.token_ids(index), study.reason)
-            divergences.append(reference.compare(index, logits))
-            gaps.extend(reference.gap_limit(index, logits))
-    first = warm[0]
-    manifest, plan = artifact.manifest, planned(1)
+    plan = planned(1)
     row = Row(
-        name=name,
-        path=str(path),
-        artifact_id=artifact.id,
-        model=manifest.model,
-        decoder_format=manifest.parts.decoder.describe(),
-        vision_format=manifest.parts.vision.format,
-        engine=first.engine,
-        device=first.device,
-        dtype=first.dtype,
-        cache_dtype=first.cache_dtype,
-        provider=first.provider.removesuffix("ExecutionProvider"),
-        backend=first.backend,
-        fallbacks=first.fallbacks,
-        disk_bytes=disk_bytes(artifact, engine),
+        **_what_ran(name, artifact, engine, warm[0]),
         weight_bytes=plan.decoder_bytes + plan.vision_bytes,
         verify_s=verify_s,
         load_s=load_s,
-        first_total_s=first.timings.total_s,
-        latency=latency_of([run.findings for run in runs]),
-        num_runs=len(runs),
+        first_total_s=warm[0].timings.total_s,
+        **_of_runs([run.findings for run in runs]),
         num_warmup=len(warm),
-        num_prompt_tokens=int(np.median([run.findings.num_prompt_tokens for run in runs])),
-        tokens_per_study=float(np.mean([run.findings.num_new_tokens for run in runs])),
         batches=batches,
         plan=plan,
-        memory=memory_use(before, loaded, first),
+        memory=memory_use(before, loaded, warm[0]),
         traffic=traffic,
         energy_j=meter if isinstance(meter, Missing) else quantiles([run.energy_j or 0.0 for run in runs]),
         record_quality=_NOT_JUDGED,
         report_quality=_NOT_JUDGED,
         drafts=drafts,
-        notice=model.notice,
     )
-    return Measured(row=row, divergences=tuple(divergences), kl_gap_limit=float(np.mean(gaps or [0.0])))
+    divergences, kl_gap_limit = _scored(model, reference, studies, on_progress)
+    return Measured(row=row, divergences=divergences, kl_gap_limit=kl_gap_limit)
+
+
+def _reference(record: Path | None, artifact: Artifact, studies: Sequence[Study]) -> ReferenceRecord | None:
+    if record is None:
+        return None
+    reference = read_record(record)
+    check_record(reference, artifact, studies)
+    return reference
+
+
+def _scored(
+    model: FindingsModel, reference: ReferenceRecord | None, studies: Sequence[Study], on_progress: Progress
+) -> tuple[tuple[StudyDivergence, ...], float]:
+    """Score a model along the reference's texts; return also by how much the KL is too low at most, in the mean."""
+    divergences: list[StudyDivergence] = []
+    gaps: list[float] = []
+    if reference is None:
+        return (), 0.0
+    for index, study in enumerate(studies):
+        on_progress("scoring", index, len(studies))
+        logits = model.score(study.image, reference.token_ids(index), study.reason)
+        divergences.append(reference.compare(index, logits))
+        gaps.extend(reference.gap_limit(index, logits))
+    return tuple(divergences), float(np.mean(gaps))
+
+
+def _what_ran(name: str, artifact: Artifact, engine: EngineName, first: Findings) -> dict[str, Any]:
+    """Return what a row says of the artifact and its settings."""
+    parts = artifact.manifest.parts
+    names = ("artifact_id", "engine", "device", "dtype", "cache_dtype", "backend", "fallbacks", "notice")
+    return {field: getattr(first, field) for field in names} | {
+        "name": name,
+        "path": str(artifact.path),
+        "model": artifact.manifest.model,
+        "decoder_format": parts.decoder.describe(),
+        "vision_format": parts.vision.format,
+        "provider": first.provider.removesuffix("ExecutionProvider"),
+        "disk_bytes": disk_bytes(artifact, engine),
+    }
+
+
+def _of_runs(runs: Sequence[Findings]) -> dict[str, Any]:
+    return {
+        "latency": latency_of(runs),
+        "num_runs": len(runs),
+        "num_prompt_tokens": int(np.median([findings.num_prompt_tokens for findings in runs])),
+        "tokens_per_study": float(np.mean([findings.num_new_tokens for findings in runs])),
+    }
 
 
 _NOT_JUDGED: Final = Missing(why="not judged yet")

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ from lite.config import from_json, to_json
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.divergence import TopK
 from lite.eval.record import TOP_K, RecordInfo, ReferenceRecord, ids_type
+from lite.files import write_whole
 
 RECORD_VERSION: Final = 1
 _AGAIN: Final = "make it again with python -m lite.bench record"
@@ -82,28 +82,10 @@ def write_record(record: ReferenceRecord, name: Path) -> Path:
         record=record.info,
     )
     text = json.dumps(to_json(file), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(tensors_path, tensors)
     # The JSON last: it tells the hash of the tensors, so neither is taken for a record without the other.
-    contents = {tensors_path: tensors, json_path: text.encode()}
-    suffix = f".{secrets.token_hex(4)}.partial"
-    partials = {path: path.with_name(f".{path.name}{suffix}") for path in contents}
-    try:
-        for path, content in contents.items():
-            _write_through(partials[path], content)
-        for path, partial in partials.items():
-            partial.replace(path)
-    except OSError as error:
-        raise _unwritable(json_path, error) from error
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
+    write_whole(json_path, text)
     return json_path
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _unwritable(path: Path, error: OSError) -> LiteError:

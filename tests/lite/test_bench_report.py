@@ -212,6 +212,7 @@ TEXTS = (
 CHANGES: dict[str, dict[int, tuple[str, str]]] = {
     "fp16": {},
     "int8": {},
+    "other": {},
     "int4": {2: ("Right lower zone", "Left mid zone")},
     "nf4": {1: ("small left", "moderate right"), 2: (" No pleural effusion.", ""), 4: ("3.4 cm", "3.5 cm")},
 }
@@ -226,51 +227,24 @@ def drafts_of(name: str) -> tuple[Draft, ...]:
 
 
 def the_bench(films: list[Path]) -> Bench:
+    qualities = {
+        "fp16": record_quality(0, same_top=1, ratio=1, same_text=1),
+        "int8": record_quality(4.1e-5, same_top=0.9978, ratio=1.0003, same_text=1),
+        "int4": record_quality(0.0061, same_top=0.971, ratio=1.0112, same_text=0.8),
+        "nf4": record_quality(0.0187, same_top=0.957, ratio=1.0241, same_text=0.2),
+        "other": NO_RECORD,
+    }
+    figures = (
+        ("fp16", "fp16", 13.48, 3.06, 0.573),
+        ("int8", "gptq-int8 (groups of 128)", 7.15, 1.94, 0.573),
+        ("int4", "gptq-int4 (groups of 128)", 3.89, 1.21, 0.569),
+        ("nf4", "bnb-nf4", 3.87, 1.38, 0.561),
+        ("other", "gptq-int4 (groups of 32)", 4.2, 1.3, 0.55),
+    )
     rows = (
-        row(
-            "fp16",
-            "fp16",
-            weight_gb=13.48,
-            total_s=3.06,
-            quality=record_quality(0, same_top=1, ratio=1, same_text=1),
-            f1=0.573,
-            drafts=drafts_of("fp16"),
-        ),
-        row(
-            "int8",
-            "gptq-int8 (groups of 128)",
-            weight_gb=7.15,
-            total_s=1.94,
-            quality=record_quality(4.1e-5, same_top=0.9978, ratio=1.0003, same_text=1),
-            f1=0.573,
-            drafts=drafts_of("int8"),
-        ),
-        row(
-            "int4",
-            "gptq-int4 (groups of 128)",
-            weight_gb=3.89,
-            total_s=1.21,
-            quality=record_quality(0.0061, same_top=0.971, ratio=1.0112, same_text=0.8),
-            f1=0.569,
-            drafts=drafts_of("int4"),
-        ),
-        row(
-            "nf4",
-            "bnb-nf4",
-            weight_gb=3.87,
-            total_s=1.38,
-            quality=record_quality(0.0187, same_top=0.957, ratio=1.0241, same_text=0.2),
-            f1=0.561,
-            drafts=drafts_of("nf4"),
-        ),
-        row(
-            "other",
-            "gptq-int4 (groups of 32)",
-            weight_gb=4.2,
-            total_s=1.3,
-            quality=NO_RECORD,
-            f1=0.55,
-            drafts=drafts_of("fp16"),
+        *(
+            row(name, stored, weight_gb=gb, total_s=total_s, quality=qualities[name], f1=f1, drafts=drafts_of(name))
+            for name, stored, gb, total_s, f1 in figures
         ),
         FailedRow(
             name="broken", path="build/broken", error="build/broken: got no manifest.json · expected an artifact"
