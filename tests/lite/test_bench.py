@@ -6,16 +6,15 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
+from bench_command import FAST, bench, job_of, write_list
 from repository import ROOT
 from tiny import relist
 
@@ -24,33 +23,13 @@ from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
 from lite.bench.costs import disk_bytes, out_of_memory, traffic_of
 from lite.bench.measure import Options, _batches, _Planner, _settings
-from lite.bench.quality import NO_REPORTS, Clinical, against_reports
-from lite.bench.results import Draft, NotRun, Throughput
+from lite.bench.quality import Clinical
+from lite.bench.results import NotRun, Throughput
 from lite.bench.run import Job, _notes, _runs
 from lite.config import DecoderConfig
 from lite.eval.figures import Missing, quantiles
 from lite.model import FindingsModel
 from lite.studies.study import Study
-
-FAST = ("--device", "cpu", "--runs", "4", "--batch-sizes", "2", "--max-new-tokens", "8")
-
-
-def write_list(folder: Path, films: list[Path], *, missing: bool = False) -> Path:
-    turns = [{"value": "<image>\nDescribe."}, {"value": "Small left pleural effusion. No pneumothorax."}]
-    names = [str(film) for film in films] + (["not-there.png"] if missing else [])
-    entries = [
-        {"id": f"s{number}", "image": name, "reason": "Cough." if number % 2 else None, "conversations": turns}
-        for number, name in enumerate(names)
-    ]
-    path = folder / "list.json"
-    path.write_text(json.dumps(entries))
-    return path
-
-
-def bench(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = cli.main([str(argument) for argument in arguments])
-    shown = capsys.readouterr()
-    return status, shown.out, shown.err
 
 
 @pytest.fixture(scope="module")
@@ -331,48 +310,6 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
     assert "the process before" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("no-such-folder",), "got a path that does not exist"),
-        (("{artifact}", "--data", "{tmp}/none.json"), "got a file that cannot be read"),
-        (("{artifact}", "--data", "{tmp}/empty.json"), "got no list, or an empty one"),
-        (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{tmp}/none"), "none.json: got"),
-        (("{artifact}", "--data", "{tmp}/list.json", "--html", "{tmp}/no/such.html"), "expected a file in a folder"),
-        (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/none.pth"), "none.pth: got no such file"),
-        (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/bad.pth"), "bad.pth: got"),
-        (
-            ("{artifact}", "--data", "{tmp}/list.json", "--reference", "x", "--max-new-tokens", "9"),
-            "expected one of them",
-        ),
-        (("{artifact}", "--data", "{tmp}/gone.json", "--device", "cpu"), "got 1 of 1 films that are not there"),
-        (("{artifact}", "--data", "{tmp}/list.json", "--engine", "onnx"), "got an artifact without decoder.onnx"),
-        (
-            ("{artifact}", "--data", "{tmp}/list.json", "--engine", "torch", "--provider", "cpu"),
-            "got provider 'cpu' for the torch engine",
-        ),
-        (
-            ("record", "{artifact}", "--data", "{tmp}/list.json", "--out", "{tmp}/r", "--engine", "onnx"),
-            "got an artifact without decoder.onnx",
-        ),
-        (("record", "{artifact}", "--data", "{tmp}/gone.json", "--out", "{tmp}/r"), "got 1 of 1 films"),
-    ],
-)
-def test_what_cannot_be_used_is_said_before_anything_is_measured(
-    arguments: tuple[str, ...], message: str, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    write_list(tmp_path, films[:1])
-    (tmp_path / "empty.json").write_text("[]")
-    (tmp_path / "bad.pth").write_bytes(b"no weights")
-    (tmp_path / "vocab.txt").write_text("[PAD]")
-    (tmp_path / "gone.json").write_text(json.dumps([{"id": "1", "image": "gone.png"}]))
-    places = {"artifact": str(tiny_artifact.path), "tmp": str(tmp_path)}
-    status, _, err = bench(capsys, *(argument.format(**places) for argument in arguments))
-    assert status == 1
-    assert message in err
-
-
 def test_a_record_of_other_studies_is_refused(
     benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -388,40 +325,6 @@ def test_a_record_of_other_studies_is_refused(
         assert message in err
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--batch-sizes", "1,0"), ("--memory-limit", "lots"), ("--runs", "-1"), ("--no-such-flag",)]
-)
-def test_wrong_use(arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(tmp_path), *arguments])
-    assert ended.value.code == 2
-    assert "error: " in capsys.readouterr().err
-
-
-def test_no_artifact_and_no_demo(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli, "_DEMO_ARTIFACTS", (tmp_path / "artifact",))
-    status, _, err = bench(capsys)
-    assert status == 1
-    assert "run make demo" in err
-
-
-def job_of(*arguments: object) -> Job:
-    return cli._job(cli._parser().parse_args([str(argument) for argument in arguments]), "")
-
-
-def test_without_data_the_demos_films_tell_times_and_nothing_of_quality(
-    monkeypatch: pytest.MonkeyPatch, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "_DEMO_STUDIES", write_list(tmp_path, films[:1]))
-    job = job_of(tiny_artifact.path)
-    assert "taking the demo's films" in capsys.readouterr().err
-    assert (len(job.studies), job.reports_apply) == (1, False)
-    assert against_reports([""], [Draft(id="s0", text="Clear.")], Clinical()) is NO_REPORTS
-
-
 def test_a_record_of_the_first_studies_is_compared_on_those(
     benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -435,75 +338,6 @@ def test_a_record_of_the_first_studies_is_compared_on_those(
     assert status == 1
     assert "got 2 studies · expected the first 3, " in err
     assert err.rstrip().endswith("give --limit 3")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_the_child_ends_with_the_bench(
-    how: signal.Signals, tiny_artifact: Artifact, films: list[Path], tmp_path: Path
-) -> None:
-    """Ctrl-C reaches every process of the terminal; a kill only the one."""
-    listed = write_list(tmp_path, films[:1])
-    command = [sys.executable, "-m", "lite.bench", str(tiny_artifact.path), "--data", str(listed), "--runs", "100000"]
-    process = subprocess.Popen(
-        [*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        # torch is what the child loads last: by then it measures, however busy the machine is.
-        while not any(map(has_torch, children_of(process.pid))) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        children = children_of(process.pid)
-        assert any(map(has_torch, children))
-        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert err.strip().endswith("interrupted")
-    assert "Traceback" not in out + err
-    deadline = time.monotonic() + 120  # multiprocessing's own helper ends when its pipe has
-    while any(is_running(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(is_running(child) for child in children)
-
-
-def has_torch(pid: int) -> bool:
-    try:
-        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return False
-
-
-def is_running(pid: int) -> bool:
-    """Say whether a process is there and not only waits to be noticed as dead."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def children_of(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def test_a_child_that_is_killed_is_a_row(
-    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("lite.bench.run._work", killed)
-    status, _, err = bench(capsys, tiny_artifact.path, "--data", write_list(tmp_path, films[:1]), *FAST)
-    assert status == 1
-    assert "got a process that was ended by signal 9 (out of memory, as a rule)" in err
-
-
-def killed(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
