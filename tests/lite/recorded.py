@@ -1,0 +1,39 @@
+"""What the tests of reference records share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite.bench.recording import take_record
+from lite.eval.record import (
+    ReferenceRecord,
+)
+from lite.studies.study import Study
+
+
+def take(model: Any, studies: list[Study], **changes: Any) -> ReferenceRecord:
+    return take_record(model, studies, name="list.json", machine="a test", versions={"numpy": "2"}, **changes)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def assert_equal(read: ReferenceRecord, record: ReferenceRecord) -> None:
+    assert read.info == record.info
+    for got, expected in (
+        (read.offsets, record.offsets),
+        (read.all_token_ids, record.all_token_ids),
+        (read.top.ids, record.top.ids),
+        (read.top.log_probs, record.top.log_probs),
+        (read.top.log_tail, record.top.log_tail),
+    ):
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
