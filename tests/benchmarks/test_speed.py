@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from repository import run_python
 
 from benchmarks.speed import COMMANDS, main
 from benchmarks.speed.harness import (
@@ -154,3 +155,22 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit, match="^0$"):
         main([command, "--help"])
     assert f"python -m benchmarks speed {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        # A machine with a GPU that is lent for an hour: torch, Triton, numpy, safetensors, and no network.
+        (
+            "benchmarks.speed.gpu",
+            "sentencepiece PIL onnx onnxruntime transformers jinja2 matplotlib cv2",
+        ),
+        # The peers' own environment: numpy.
+        ("benchmarks.speed.peers.worker, benchmarks.speed.peers.llamacpp", "torch safetensors sentencepiece PIL tqdm"),
+        # What is measured in this process is ours without torch.
+        ("benchmarks.speed.peers.worker, benchmarks.speed.peers.lite_onnx", "torch safetensors"),
+    ],
+)
+def test_what_runs_elsewhere_needs_no_more_than_is_there(modules: str, absent: str) -> None:
+    code = f"import sys, {modules}; print(*[name for name in {absent.split()} if name in sys.modules])"
+    assert run_python("-c", code) == ""
