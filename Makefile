@@ -63,7 +63,7 @@ interop: $(STAMP) $(INTEROP_STAMP)  ## let transformers and gptqmodel read expor
 	        --decoder $${name%-g*} --group-size $${name##*-g} --method rtn \
 	        --out build/interop/$$name --overwrite --quiet > /dev/null || exit 1; \
 	done
-	@$(INTEROP_VENV)/bin/python -I benchmarks/quality/interop.py $(INTEROP:%=build/interop/%)
+	@$(BIN)/python -m benchmarks quality interop $(INTEROP:%=build/interop/%)
 
 PEERS_VENV := build/peers-venv
 PEERS_STAMP := $(PEERS_VENV)/.installed

@@ -12,7 +12,10 @@ COMMANDS: Final = {
     "demo": ("benchmarks.demo", "export the phantom model in 4 bits, draft findings for a few films, show the truth"),
     "gate": ("benchmarks.gates.gate", "compare today's exports with the baselines: quality, bytes, memory, imports"),
     "phantom": ("benchmarks.phantom.__main__", "synthetic films with known findings, and the small model for them"),
-    "quality": ("benchmarks.quality", "what artifacts, engines and formats lose: artifacts, engines, formats"),
+    "quality": (
+        "benchmarks.quality.command",
+        "what is lost: artifacts, engines, formats, and interop with other programs",
+    ),
     "slim": ("benchmarks.gates.slim", "install the base and the cpu extra alone, without torch, and draft with them"),
     "speed": ("benchmarks.speed", "time and memory: kernels, gpu, peers, profile, depth"),
     "synthetic": ("benchmarks.speed.synthetic", "write a checkpoint of the real shapes with random weights"),

@@ -48,6 +48,7 @@ from lite.console import run_command, say
 from lite.engines.choose import choose_engine
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary
+from lite.eval.labels import read_labels
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
 from lite.files import write_whole
@@ -276,7 +277,8 @@ def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value 
         WrongUseError: an artifact is not where it was said to be.
         LiteError: the reference cannot be read.
     """
-    films, record = Films.reported(read_studies(STUDIES)), read_record(RECORD)
+    studies, record = read_studies(STUDIES), read_record(RECORD)
+    films = Films(studies, [read_labels(study.reference) for study in studies])
     paths = find_artifacts(subjects, artifacts)
     special: dict[str, Callable[[], dict[str, Value]]] = {
         ENGINES: lambda: measure_engines(paths["gptq-int4"], films, record),

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 MAX_LOG_SCALE_SIGMAS = 3.0
 """Log scales are clamped to this many sigmas: two factors meet in one weight, and fp16 ends at 65504 and 6e-8."""
 
+_NAME = "llava-rad-phantom"
 _NOTICE = (
     "This is the phantom model, grown on the synthetic films of llava-rad-lite: it reads those and nothing else. On a "
     "real film its text is nonsense."
@@ -162,10 +163,8 @@ def publish(
     lora_rank: int = 8,
     scale_sigma: float = 0.0,
     seed: int = 0,
-    name: str = "llava-rad-phantom",
-    tie_unused_block: bool = True,
 ) -> int:
-    """Write `out/{name}/` and `out/base/` in the published layout.
+    """Write `out/llava-rad-phantom/` and `out/base/` in the published layout.
 
     Args:
         out: Folder that receives the two; made when missing, files of the same name are replaced.
@@ -178,9 +177,6 @@ def publish(
         lora_rank: Singular directions per linear that go into the adapter; lora_alpha is twice that.
         scale_sigma: Sigma of the log channel scales; 0 leaves the weights as trained.
         seed: Seed of the channel scales.
-        name: Name of the checkpoint folder.
-        tie_unused_block: Store the last block as a second name for its neighbour's storage. Nothing ever runs or
-            trains it, and it would be a tenth of the committed bytes.
 
     Returns:
         Bytes written, all files together.
@@ -189,53 +185,90 @@ def publish(
         ValueError: A weight leaves the float16 range; choose a smaller scale_sigma.
     """
     config = llama_config_json(llama_config)
-    folded = fold_channel_scales(llama, config, sigma=scale_sigma, seed=seed)
-    checkpoint, base = out / name, out / "base"
+    base_state, adapter = _split(fold_channel_scales(llama, config, sigma=scale_sigma, seed=seed), lora_rank)
+    if wrong := [name for name, tensor in {**base_state, **adapter}.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"{wrong[0]} leaves the float16 range with {scale_sigma=}; choose a smaller sigma")
+    checkpoint, base = out / _NAME, out / "base"
     checkpoint.mkdir(parents=True, exist_ok=True)
     base.mkdir(parents=True, exist_ok=True)
-
-    base_state: dict[str, Tensor] = {}
-    adapter: dict[str, Tensor] = {}
-    for tensor_name, tensor in folded.items():
-        if tensor_name.removesuffix(".weight").endswith(LORA_TARGETS):
-            rest, lora_a, lora_b = split_lora(tensor, rank=lora_rank, scale=2.0)
-            module = f"base_model.model.{tensor_name.removesuffix('.weight')}"
-            adapter[f"{module}.lora_A.weight"] = lora_a
-            adapter[f"{module}.lora_B.weight"] = lora_b
-            base_state[tensor_name] = rest
-        else:
-            base_state[tensor_name] = tensor.to(torch.float16)
-    for tensor_name, tensor in {**base_state, **adapter}.items():
-        if not bool(torch.isfinite(tensor).all()):
-            message = f"{tensor_name} leaves the float16 range with {scale_sigma=}; choose a smaller sigma"
-            raise ValueError(message)
-
-    trunk = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in trunk.items()}
-    if tie_unused_block:
-        trunk = _tie_last_block(trunk)
     torch.save(_owned(adapter), checkpoint / "adapter_model.bin")
-    torch.save(
-        _owned({f"base_model.model.model.mm_projector.{key}": t.to(torch.float16) for key, t in projector.items()}),
-        checkpoint / "non_lora_trainables.bin",
-    )
-    torch.save(training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{image_size}_checkpoint.pt")
-    mm_hidden_size = int(trunk["cls_token"].shape[-1])
-    write_json(checkpoint / f"biomedclipcxr_{image_size}.json", tower_config_json(image_size))
-    llava_config = llava_config_json(
-        config, image_size=image_size, mm_hidden_size=mm_hidden_size, rank=lora_rank, base_name=f"{name}/base"
-    )
-    write_json(checkpoint / "config.json", llava_config)
-    write_json(checkpoint / "adapter_config.json", adapter_config_json(lora_rank, f"{name}/base"))
-
+    half = {f"base_model.model.model.mm_projector.{key}": t.to(torch.float16) for key, t in projector.items()}
+    torch.save(_owned(half), checkpoint / "non_lora_trainables.bin")
+    _write_tower(checkpoint, trunk, image_size)
+    shapes = {"image_size": image_size, "mm_hidden_size": int(trunk["cls_token"].shape[-1]), "rank": lora_rank}
+    write_json(checkpoint / "config.json", llava_config_json(config, **shapes, base_name=f"{_NAME}/base"))
+    write_json(checkpoint / "adapter_config.json", adapter_config_json(lora_rank, f"{_NAME}/base"))
     (checkpoint / "NOTICE").write_text(f"{_NOTICE}\n", encoding="utf-8")
+    _write_base(base, base_state, config, tokenizer_model)
+    return sum(path.stat().st_size for folder in (checkpoint, base) for path in folder.iterdir())
 
-    _write_shards(base, base_state)
-    write_json(base / "config.json", {**config, "_name_or_path": f"{name}/base"})
+
+def _split(llama: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a state dict into the base's and the adapter's, both float16."""
+    base: dict[str, Tensor] = {}
+    adapter: dict[str, Tensor] = {}
+    for name, tensor in llama.items():
+        module = name.removesuffix(".weight")
+        base[name] = tensor.to(torch.float16)
+        if module.endswith(LORA_TARGETS):
+            base[name], lora_a, lora_b = split_lora(tensor, rank=rank, scale=2.0)
+            adapter[f"base_model.model.{module}.lora_A.weight"] = lora_a
+            adapter[f"base_model.model.{module}.lora_B.weight"] = lora_b
+    return base, adapter
+
+
+def _write_tower(checkpoint: Path, trunk: Mapping[str, Tensor], image_size: int) -> None:
+    """Write the tower, its last block as a second name for its neighbour's storage.
+
+    Nothing ever runs or trains that block, and it would be a tenth of the committed bytes.
+    """
+    tower = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in trunk.items()}
+    last = max(int(name.split(".")[1]) for name in tower if name.startswith("blocks."))
+    for name in tower:
+        if name.startswith(f"blocks.{last}."):
+            tower[name] = tower[name.replace(f"blocks.{last}.", f"blocks.{last - 1}.", 1)]
+    torch.save(training_checkpoint(tower), checkpoint / f"biomedclipcxr_{image_size}_checkpoint.pt")
+    write_json(checkpoint / f"biomedclipcxr_{image_size}.json", tower_config_json(image_size))
+
+
+def _write_base(base: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_model: bytes) -> None:
+    """Write the base model; its weights as two pickle shards, roughly three quarters and one quarter."""
+    total = sum(tensor.nbytes for tensor in state.values())
+    shards: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    written = 0
+    for name, tensor in state.items():
+        shards[0 if written < 0.74 * total else 1][name] = tensor
+        written += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save(_owned(shard), base / file_name)
+        weight_map |= dict.fromkeys(shard, file_name)
+    write_json(base / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(base / "config.json", {**config, "_name_or_path": f"{_NAME}/base"})
     write_json(base / "generation_config.json", GENERATION_CONFIG)
     (base / "tokenizer.model").write_bytes(tokenizer_model)
     write_json(base / "tokenizer_config.json", tokenizer_config_json(int(config["max_position_embeddings"])))
     write_json(base / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
-    return sum(path.stat().st_size for folder in (checkpoint, base) for path in folder.iterdir())
+
+
+def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors out of larger storages, which torch.save would otherwise write whole."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+class _Random:
+    """Draws well-scaled weights, one after the other."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, std: float | None = None) -> Tensor:
+        fan_in = shape[-1] if len(shape) == 2 else int(np.prod(shape[1:]))
+        return torch.randn(shape, generator=self.generator) * (std if std is not None else fan_in**-0.5)
+
+    def norm(self, width: int) -> Tensor:
+        return 1.0 + self.normal(width, std=0.1)
 
 
 def random_weights(
@@ -252,48 +285,47 @@ def random_weights(
     Returns:
         (trunk, projector, llama), named as `publish` takes them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw, hidden_size = _Random(seed), int(llama_config["hidden_size"])
+    trunk = _random_trunk(draw, (image_size // patch_size) ** 2, dim, depth, patch_size)
+    projector = {
+        "0.weight": draw.normal(hidden_size, dim),
+        "0.bias": draw.normal(hidden_size, std=0.02),
+        "2.weight": draw.normal(hidden_size, hidden_size),
+        "2.bias": draw.normal(hidden_size, std=0.02),
+    }
+    return trunk, projector, _random_llama(draw, llama_config)
 
-    def normal(*shape: int, std: float | None = None) -> Tensor:
-        fan_in = shape[-1] if len(shape) == 2 else int(np.prod(shape[1:]))
-        return torch.randn(shape, generator=generator) * (std if std is not None else fan_in**-0.5)
 
-    num_patches = (image_size // patch_size) ** 2
+def _random_trunk(draw: _Random, num_patches: int, dim: int, depth: int, patch_size: int) -> dict[str, Tensor]:
     trunk = {
-        "cls_token": normal(1, 1, dim, std=0.02),
-        "pos_embed": normal(1, 1 + num_patches, dim, std=0.2),
-        "patch_embed.proj.weight": normal(dim, 3, patch_size, patch_size),
-        "patch_embed.proj.bias": normal(dim, std=0.02),
+        "cls_token": draw.normal(1, 1, dim, std=0.02),
+        "pos_embed": draw.normal(1, 1 + num_patches, dim, std=0.2),
+        "patch_embed.proj.weight": draw.normal(dim, 3, patch_size, patch_size),
+        "patch_embed.proj.bias": draw.normal(dim, std=0.02),
         "norm.weight": torch.ones(dim),
         "norm.bias": torch.zeros(dim),
     }
     linears = {
-        "attn.qkv": (3 * dim, dim),
-        "attn.proj": (dim, dim),
-        "mlp.fc1": (4 * dim, dim),
-        "mlp.fc2": (dim, 4 * dim),
-    }
+        "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim),
+    }  # fmt: skip
     for block in range(depth):
         prefix = f"blocks.{block}"
         for norm in ("norm1", "norm2"):
-            trunk[f"{prefix}.{norm}.weight"] = 1.0 + normal(dim, std=0.1)
-            trunk[f"{prefix}.{norm}.bias"] = normal(dim, std=0.1)
+            trunk[f"{prefix}.{norm}.weight"] = draw.norm(dim)
+            trunk[f"{prefix}.{norm}.bias"] = draw.normal(dim, std=0.1)
         for linear, (rows, columns) in linears.items():
-            trunk[f"{prefix}.{linear}.weight"] = normal(rows, columns)
-            trunk[f"{prefix}.{linear}.bias"] = normal(rows, std=0.02)
+            trunk[f"{prefix}.{linear}.weight"] = draw.normal(rows, columns)
+            trunk[f"{prefix}.{linear}.bias"] = draw.normal(rows, std=0.02)
         for gamma in ("ls1.gamma", "ls2.gamma"):
-            trunk[f"{prefix}.{gamma}"] = 0.5 + normal(dim, std=0.1)
+            trunk[f"{prefix}.{gamma}"] = 0.5 + draw.normal(dim, std=0.1)
+    return trunk
 
+
+def _random_llama(draw: _Random, llama_config: Mapping[str, Any]) -> dict[str, Tensor]:
     hidden_size, intermediate_size = int(llama_config["hidden_size"]), int(llama_config["intermediate_size"])
     kv_size = hidden_size // int(llama_config["num_attention_heads"]) * int(llama_config["num_key_value_heads"])
     vocab_size = int(llama_config["vocab_size"])
-    projector = {
-        "0.weight": normal(hidden_size, dim),
-        "0.bias": normal(hidden_size, std=0.02),
-        "2.weight": normal(hidden_size, hidden_size),
-        "2.bias": normal(hidden_size, std=0.02),
-    }
-    llama = {"model.embed_tokens.weight": normal(vocab_size, hidden_size, std=1.0)}
+    llama = {"model.embed_tokens.weight": draw.normal(vocab_size, hidden_size, std=1.0)}
     shapes = {
         "self_attn.q_proj": (hidden_size, hidden_size),
         "self_attn.k_proj": (kv_size, hidden_size),
@@ -306,39 +338,9 @@ def random_weights(
     for layer in range(int(llama_config["num_hidden_layers"])):
         prefix = f"model.layers.{layer}"
         for linear, (rows, columns) in shapes.items():
-            llama[f"{prefix}.{linear}.weight"] = normal(rows, columns)
+            llama[f"{prefix}.{linear}.weight"] = draw.normal(rows, columns)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            llama[f"{prefix}.{norm}.weight"] = 1.0 + normal(hidden_size, std=0.1)
-    llama["model.norm.weight"] = 1.0 + normal(hidden_size, std=0.1)
-    llama["lm_head.weight"] = normal(vocab_size, hidden_size, std=2.0 * hidden_size**-0.5)
-    return trunk, projector, llama
-
-
-def _tie_last_block(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    last = max(int(name.split(".")[1]) for name in trunk if name.startswith("blocks."))
-    tied = dict(trunk)
-    for name in trunk:
-        if name.startswith(f"blocks.{last}."):
-            tied[name] = trunk[name.replace(f"blocks.{last}.", f"blocks.{last - 1}.", 1)]
-    return tied
-
-
-def _write_shards(base: Path, state: Mapping[str, Tensor]) -> None:
-    """Write two pickle shards, roughly three quarters and one quarter, and their index."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    shards: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    written = 0
-    for name, tensor in state.items():
-        shards[0 if written < 0.74 * total else 1][name] = tensor
-        written += tensor.numel() * tensor.element_size()
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"pytorch_model-{number:05d}-of-00002.bin"
-        torch.save(_owned(shard), base / file_name)
-        weight_map |= dict.fromkeys(shard, file_name)
-    write_json(base / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors out of larger storages, which torch.save would otherwise write whole."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+            llama[f"{prefix}.{norm}.weight"] = draw.norm(hidden_size)
+    llama["model.norm.weight"] = draw.norm(hidden_size)
+    llama["lm_head.weight"] = draw.normal(vocab_size, hidden_size, std=2.0 * hidden_size**-0.5)
+    return llama

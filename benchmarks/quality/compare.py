@@ -2,7 +2,7 @@
 
     reference ─ drafts ─▶ texts ─▶ logits on them, kept on disk ─┐
                             └────▶ candidate's logits on them ───┴▶ KL, same top token, perplexity ratio
-    candidate ─ drafts ─▶ texts ─▶ equal to the reference's? label F1 against what was drawn, times, bytes
+    candidate ─ drafts ─▶ texts ─▶ equal to the reference's? label F1 against the truth, times, bytes
 
 Token by token along the reference's text (its end, EOS, included) the candidate is asked what it would have written:
 see `lite.eval.divergence`. What it is asked along may also be a recorded reference: see `lite.eval.record`.
@@ -14,21 +14,22 @@ the phantom model, 2.6 GB for 200 studies of 100 tokens of a 7B one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 import lite
-from benchmarks.phantom.score import read_truth
 from lite.artifact.open import Artifact, load_artifact
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
@@ -38,7 +39,6 @@ from lite.eval.figures import Estimate
 from lite.eval.labels import read_labels
 from lite.eval.metrics import Readings, label_f1, rouge_l, same_text
 from lite.eval.record import check_belongs, settings_of
-from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ BATCH_SIZE: Final = 16
 
 
 class Yardstick(Protocol):
-    """What a candidate is asked along: a `Reference`, or a reference record."""
+    """What a candidate is asked along: the `Drafts` of a reference, or a reference record."""
 
     def token_ids(self, index: int) -> tuple[int, ...]:
         """Return the tokens of a study's text."""
@@ -59,36 +59,21 @@ class Yardstick(Protocol):
         """Compare a candidate's logits on `token_ids(index)` with the reference's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Films:
+class Films(NamedTuple):
     """Studies, and the labels of each."""
 
-    studies: tuple[Study, ...]
-    truth: tuple[Readings, ...]
-
-    @classmethod
-    def drawn(cls, listed: Path, *, image_folder: Path | None = None, limit: int | None = None) -> Films:
-        """Read a list that `python -m benchmarks phantom write` made, with the labels that were drawn.
-
-        Raises:
-            LiteError: it is no such list.
-        """
-        studies, truth = read_studies(listed, image_folder=image_folder)[:limit], read_truth(listed)
-        return cls(studies=tuple(studies), truth=tuple(truth[study.id] for study in studies))
-
-    @classmethod
-    def reported(cls, studies: Sequence[Study]) -> Films:
-        """Take the labels from the reports that come with the films."""
-        return cls(studies=tuple(studies), truth=tuple(read_labels(study.reference) for study in studies))
+    studies: Sequence[Study]
+    truth: Sequence[Readings]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafts:
-    """What a model writes about each study when it writes freely."""
+    """What a model writes about each study when it writes freely; with its logits on that, a yardstick."""
 
     name: str
     artifact: Artifact
     findings: tuple[lite.Findings, ...]
+    logits: Path | None = None  # a folder: see `keep_logits`
 
     @property
     def texts(self) -> list[str]:
@@ -100,26 +85,11 @@ class Drafts:
         findings, end = self.findings[index], self.artifact.manifest.decoding.eos_token_id
         return findings.token_ids if findings.finish_reason == "length" else (*findings.token_ids, end)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """A model that has drafted, and its logits on its own texts: a yardstick. Made by `keep_logits`."""
-
-    drafts: Drafts
-    folder: Path
-
-    def token_ids(self, index: int) -> tuple[int, ...]:
-        """Return the tokens of a study's text, with EOS unless it was cut."""
-        return self.drafts.token_ids(index)
-
-    def logits(self, index: int) -> NDArray[np.float32]:
-        """Return the logits of a study's text, [T, V]."""
-        logits: NDArray[np.float32] = np.load(_logits_file(self.folder, index))
-        return logits
-
     def compare(self, index: int, logits: ArrayLike) -> StudyDivergence:
-        """Compare a candidate's logits on the study's text with the reference's."""
-        return compare_logits(self.logits(index), logits, self.token_ids(index))
+        """Compare a candidate's logits on a text with the model's own, which have been kept."""
+        if self.logits is None:
+            raise LiteError(f"{self.name}: got drafts without logits · expected both · keep them first")
+        return compare_logits(np.load(self.logits / f"{index}.npy"), logits, self.token_ids(index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +127,58 @@ class Row:
     error: str | None = None
 
 
-# -- The loop --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An artifact to compare. It is made when its turn comes, and dropped after it."""
+
+    name: str
+    make: Callable[[], tuple[Path, Cost | None]]
+    drop: Callable[[], object] = lambda: None
+
+
+def compare_artifacts(
+    candidates: Iterable[Candidate], films: Films, *, batch_size: int = BATCH_SIZE, device: str = "auto"
+) -> Iterator[Row]:
+    """Compare artifacts with the first of them, one in memory at a time. One that fails does not stop the rest.
+
+    Raises:
+        LiteError: the first cannot be made or measured.
+    """
+    reference: Drafts | None = None
+    with tempfile.TemporaryDirectory(prefix="reference-logits-") as folder:
+        for candidate in candidates:
+            name = candidate.name
+            try:
+                path, cost = candidate.make()
+                if reference is not None:
+                    check_comparable(path, reference.artifact)
+                model = lite.load(path, device=device)
+                drafts = draft(model, films.studies, name=name, batch_size=batch_size)
+                lost = None
+                if reference is None:
+                    reference = keep_logits(model, films.studies, drafts, Path(folder))
+                else:
+                    lost = loss(drafts, reference, diverge(model, films.studies, reference, name=name))
+                del model  # makes room for the next
+                yield Row(name=name, figures=figures(drafts, films.truth), loss=lost, cost=cost)
+            except LiteError as error:
+                if reference is None:
+                    raise
+                yield Row(name=name, error=str(error))
+            finally:
+                candidate.drop()
+
+
+def check_comparable(path: Path, reference: Artifact) -> None:
+    """Refuse an artifact that reads other tokens, other words or other pixels than the reference.
+
+    Raises:
+        ArtifactError: a setting differs; it is named.
+    """
+    check_belongs(load_artifact(path), settings_of(reference), reference=str(reference.path))
+
+
+# -- Its steps -------------------------------------------------------------------------------------------------------
 
 
 def draft(model: lite.FindingsModel, studies: Sequence[Study], *, name: str, batch_size: int = BATCH_SIZE) -> Drafts:
@@ -190,44 +211,35 @@ def draft_in_turns(models: Mapping[str, lite.FindingsModel], studies: Sequence[S
     }
 
 
-def scored(
-    model: lite.FindingsModel, studies: Sequence[Study], yardstick: Yardstick | Drafts, *, name: str
-) -> Iterator[NDArray[np.float32]]:
-    """Yield the model's logits on each study's text of the yardstick."""
-    for index, study in enumerate(tqdm(studies, desc=f"{name}: scoring", unit=" films", disable=None)):
-        yield model.score(study.image, yardstick.token_ids(index), study.reason)
-
-
-def keep_logits(model: lite.FindingsModel, studies: Sequence[Study], drafts: Drafts, folder: Path) -> Reference:
-    """Make a reference of a model that has drafted: score its own texts, and keep the logits in a folder.
+def keep_logits(model: lite.FindingsModel, studies: Sequence[Study], drafts: Drafts, folder: Path) -> Drafts:
+    """Score a model's own texts, and keep the logits in a folder.
 
     Raises:
         LiteError: the disk has no room.
     """
     num_tokens = sum(len(drafts.token_ids(index)) for index in range(len(studies)))
     needed = num_tokens * model.artifact.decoder_config().vocab_size * 4
-    free = shutil.disk_usage(folder).free
-    if needed > 0.95 * free:
-        msg = (
-            f"{folder}: got {free / 1e9:.1f} GB of free disk · expected {needed / 1e9:.1f} GB for the reference's "
-            "logits · take fewer studies with --limit, or name a larger disk in TMPDIR"
-        )
-        raise LiteError(msg)
-    for index, logits in enumerate(scored(model, studies, drafts, name=drafts.name)):
-        np.save(_logits_file(folder, index), logits)
-    return Reference(drafts=drafts, folder=folder)
-
-
-def _logits_file(folder: Path, index: int) -> Path:
-    return folder / f"{index:06d}.npy"
+    if needed > 0.95 * (free := shutil.disk_usage(folder).free):
+        msg = f"{folder}: got {free / 1e9:.1f} GB of free disk · expected {needed / 1e9:.1f} GB for the reference's "
+        raise LiteError(f"{msg}logits · take fewer studies with --limit, or name a larger disk in TMPDIR")
+    for index, logits in enumerate(_scored(model, studies, drafts, drafts.name)):
+        np.save(folder / f"{index}.npy", logits)
+    return dataclasses.replace(drafts, logits=folder)
 
 
 def diverge(
     model: lite.FindingsModel, studies: Sequence[Study], yardstick: Yardstick, *, name: str
 ) -> DivergenceSummary:
     """Ask a candidate along the texts of a yardstick."""
-    logits = scored(model, studies, yardstick, name=name)
+    logits = _scored(model, studies, yardstick, name)
     return summarise([yardstick.compare(index, found) for index, found in enumerate(logits)])
+
+
+def _scored(
+    model: lite.FindingsModel, studies: Sequence[Study], yardstick: Yardstick, name: str
+) -> Iterator[NDArray[np.float32]]:
+    for index, study in enumerate(tqdm(studies, desc=f"{name}: scoring", unit=" films", disable=None)):
+        yield model.score(study.image, yardstick.token_ids(index), study.reason)
 
 
 def figures(drafts: Drafts, truth: Sequence[Readings]) -> Figures:
@@ -255,47 +267,6 @@ def loss(drafts: Drafts, reference: Drafts, divergence: DivergenceSummary) -> Lo
     return Loss(reference=reference.name, divergence=divergence, same_text=same_text(*texts), rouge_l=rouge_l(*texts))
 
 
-# -- One model in memory at a time ------------------------------------------------------------------------------------
-
-
-def take_reference(
-    path: Path, films: Films, folder: Path, *, name: str, batch_size: int = BATCH_SIZE, device: str = "auto"
-) -> tuple[Reference, Row]:
-    """Load the reference, let it draft, and keep its logits in `folder`.
-
-    Raises:
-        LiteError: the artifact cannot be used, a film cannot be read, or the disk has no room.
-    """
-    model = lite.load(path, device=device)
-    drafts = draft(model, films.studies, name=name, batch_size=batch_size)
-    reference = keep_logits(model, films.studies, drafts, folder)
-    return reference, Row(name=name, figures=figures(drafts, films.truth))
-
-
-def compare_artifact(
-    path: Path, films: Films, reference: Reference, *, name: str, batch_size: int = BATCH_SIZE, device: str = "auto"
-) -> Row:
-    """Load a candidate, and compare it with the reference.
-
-    Raises:
-        LiteError: the artifact cannot be loaded or does not belong to the reference, or a study cannot be computed.
-    """
-    check_comparable(path, reference.drafts.artifact)
-    model = lite.load(path, device=device)
-    divergence = diverge(model, films.studies, reference, name=name)
-    drafts = draft(model, films.studies, name=name, batch_size=batch_size)
-    return Row(name=name, figures=figures(drafts, films.truth), loss=loss(drafts, reference.drafts, divergence))
-
-
-def check_comparable(path: Path, reference: Artifact) -> None:
-    """Refuse an artifact that reads other tokens, other words or other pixels than the reference.
-
-    Raises:
-        ArtifactError: a setting differs; it is named.
-    """
-    check_belongs(load_artifact(path), settings_of(reference), reference=str(reference.path))
-
-
 # -- Printing --------------------------------------------------------------------------------------------------------
 
 COLUMNS_NOTE: Final = """\
@@ -313,8 +284,8 @@ def shown(value: float, digits: str = ".3f") -> str:
 def _cells(row: Row) -> dict[str, str]:
     """Return what there is to say of a row, by the titles of the columns."""
     cells: dict[str, str] = {}
-    if row.figures is not None:
-        cells |= {"setting": row.figures.setting, "decoder MB": f"{row.figures.decoder_bytes / 1e6:,.2f}"}
+    if (own := row.figures) is not None:
+        cells |= {"setting": own.setting, "decoder MB": f"{own.decoder_bytes / 1e6:,.2f}"}
     if row.loss is not None:
         divergence, same, kl = row.loss.divergence, row.loss.same_text, row.loss.divergence.mean_kl
         cells |= {
@@ -326,14 +297,14 @@ def _cells(row: Row) -> dict[str, str]:
             "equal texts": f"{round(same.value * same.count)} of {same.count}",
             "ROUGE-L": shown(row.loss.rouge_l.value, ".4f"),
         }
-    if row.figures is not None:
-        cells |= {"F1 micro": shown(row.figures.micro_f1.value), "F1 macro": shown(row.figures.macro_f1.value)}
-        if not math.isnan(row.figures.total_s):
+    if own is not None:
+        cells |= {"F1 micro": shown(own.micro_f1.value), "F1 macro": shown(own.macro_f1.value)}
+        if not math.isnan(own.total_s):
             cells |= {
-                "tokens/s": shown(row.figures.decode_tokens_per_s, ".0f"),
-                "prefill ms": shown(row.figures.prefill_s * 1e3, ".1f"),
-                "study s": shown(row.figures.total_s),
+                "tokens/s": shown(own.decode_tokens_per_s, ".0f"),
+                "prefill ms": shown(own.prefill_s * 1e3, ".1f"),
             }
+            cells |= {"study s": shown(own.total_s)}
     if row.cost is not None:
         cells |= {"export s": f"{row.cost.seconds:.1f}", "peak RSS MB": f"{row.cost.peak_rss_bytes / 1e6:,.0f}"}
     return cells
@@ -349,25 +320,15 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def report(tables: Mapping[str, Sequence[Row]], *, films: str, command: str, as_json: bool) -> int:
-    """Print tables and what they depend on, or all of it as one JSON object; return the exit status.
-
-    Args:
-        tables: rows by what they are together.
-        films: which ones, in words.
-        command: what was typed.
-        as_json: no text.
-
-    Returns:
-        1 when a row failed, else 0.
-    """
+    """Print tables and what they depend on, or all of it as one JSON object; return 1 when a row failed, else 0."""
     about = {"films": films, "machine": machine(), "versions": versions(), "command": command}
     if as_json:
         found = {name: [to_json(row) for row in rows] for name, rows in tables.items()} | about
         sys.stdout.write(f"{json.dumps(found, ensure_ascii=False, allow_nan=False)}\n")
     else:
-        every = {row.name: row.figures for rows in tables.values() for row in rows}
+        own = {row.name: row.figures.artifact_id for rows in tables.values() for row in rows if row.figures is not None}
         about["versions"] = ", ".join(f"{name} {version}" for name, version in versions().items())
-        about["artifacts"] = ", ".join(f"{name} {own.artifact_id}" for name, own in every.items() if own is not None)
+        about["artifacts"] = ", ".join(f"{name} {artifact_id}" for name, artifact_id in own.items())
         lines = "\n".join(f"- {name.capitalize()}: {value}." for name, value in about.items())
         sys.stdout.write("\n\n".join([*map(format_table, tables.values()), COLUMNS_NOTE, lines]) + "\n")
     return int(any(row.error is not None for rows in tables.values() for row in rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 
 from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
-from benchmarks.quality.artifacts import main
-from benchmarks.quality.compare import Films, Loss, Reference, Row, compare_artifact, take_reference
+from benchmarks.quality.command import main, read_films
+from benchmarks.quality.compare import Candidate, Drafts, Films, Loss, Row, compare_artifacts, draft, keep_logits
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
@@ -58,18 +59,31 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact) -
 
 @pytest.fixture(scope="module")
 def films(listed: Path) -> Films:
-    return Films.drawn(listed)
+    return read_films(listed)
 
 
 @pytest.fixture(scope="module")
-def taken(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact, films: Films) -> tuple[Reference, Row]:
-    folder = tmp_path_factory.mktemp("logits")
-    return take_reference(demo_artifact.path, films, folder, name="fp16", batch_size=4, device="cpu")
+def rows(demo_artifact: Artifact, damaged: Path, films: Films) -> list[Row]:
+    """The demo model, itself again, and the damaged one."""
+    dropped: list[str] = []
+    paths = {"fp16": demo_artifact.path, "again": demo_artifact.path, "damaged": damaged}
+
+    def candidate(name: str) -> Candidate:
+        def make() -> tuple[Path, None]:
+            assert len(dropped) == list(paths).index(name)  # one after the other
+            return paths[name], None
+
+        return Candidate(name=name, make=make, drop=lambda: dropped.append(name))
+
+    rows = list(compare_artifacts(map(candidate, paths), films, batch_size=4, device="cpu"))
+    assert dropped == [row.name for row in rows] == list(paths)
+    return rows
 
 
 @pytest.fixture(scope="module")
-def row(taken: tuple[Reference, Row], damaged: Path, films: Films) -> Row:
-    return compare_artifact(damaged, films, taken[0], name="damaged", device="cpu")
+def reference(demo_model: FindingsModel, films: Films, tmp_path_factory: pytest.TempPathFactory) -> Drafts:
+    drafts = draft(demo_model, films.studies, name="fp16")
+    return keep_logits(demo_model, films.studies, drafts, tmp_path_factory.mktemp("logits"))
 
 
 def loss_of(row: Row) -> Loss:
@@ -77,10 +91,8 @@ def loss_of(row: Row) -> Loss:
     return row.loss
 
 
-def test_an_artifact_loses_nothing_against_itself(
-    taken: tuple[Reference, Row], demo_artifact: Artifact, films: Films
-) -> None:
-    again = compare_artifact(demo_artifact.path, films, taken[0], name="again", device="cpu")
+def test_an_artifact_loses_nothing_against_itself(rows: list[Row], demo_artifact: Artifact) -> None:
+    first, again, _ = rows
     loss, divergence = loss_of(again), loss_of(again).divergence
     assert (divergence.mean_kl.value, divergence.p99_kl.high, divergence.same_top.low) == (0, 0, 1)
     assert (divergence.perplexity_ratio.low, divergence.perplexity_ratio.high) == (1, 1)
@@ -90,16 +102,17 @@ def test_an_artifact_loses_nothing_against_itself(
     assert again.figures.artifact_id == demo_artifact.id
     # Studies that share a batch have no time of their own.
     assert math.isnan(again.figures.total_s)
-    assert repr(again.figures) == repr(taken[1].figures)
+    assert first.loss is None
+    assert repr(again.figures) == repr(first.figures)
 
 
 def test_divergence_is_measured_along_the_references_text(
-    taken: tuple[Reference, Row], row: Row, demo_model: FindingsModel, damaged: Path, listed: Path
+    reference: Drafts, rows: list[Row], demo_model: FindingsModel, damaged: Path, listed: Path
 ) -> None:
     candidate = load(damaged, device="cpu")
     kl, same_top, nll = [], [], []
     for index, study in enumerate(read_studies(listed)):
-        token_ids = taken[0].token_ids(index)
+        token_ids = reference.token_ids(index)
         assert token_ids[:-1] == demo_model.findings(study.image, study.reason).token_ids
         assert token_ids[-1] == demo_model.artifact.manifest.decoding.eos_token_id
         p, q = (
@@ -110,7 +123,7 @@ def test_divergence_is_measured_along_the_references_text(
         same_top.append(p.argmax(-1) == q.argmax(-1))
         targets = torch.tensor(token_ids)
         nll.append(F.cross_entropy(q, targets, reduction="none") - F.cross_entropy(p, targets, reduction="none"))
-    divergence = loss_of(row).divergence
+    divergence = loss_of(rows[2]).divergence
     assert divergence.num_tokens == sum(map(len, kl))
     assert divergence.mean_kl.value == pytest.approx(float(torch.cat(kl).mean()), rel=1e-6)
     assert divergence.mean_kl.value > 1e-3
@@ -123,7 +136,7 @@ def test_divergence_is_measured_along_the_references_text(
 
 
 def test_texts_are_compared_and_scored_against_what_was_drawn(
-    taken: tuple[Reference, Row], row: Row, demo_model: FindingsModel, damaged: Path, listed: Path
+    rows: list[Row], demo_model: FindingsModel, damaged: Path, listed: Path
 ) -> None:
     films = [(study.image, study.reason) for study in read_studies(listed)]
     theirs, ours = (
@@ -131,12 +144,12 @@ def test_texts_are_compared_and_scored_against_what_was_drawn(
         for model in (demo_model, load(damaged, device="cpu"))
     )
     truth = list(read_truth(listed).values())
-    for figures, texts in ((taken[1].figures, theirs), (row.figures, ours)):
+    for figures, texts in ((rows[0].figures, theirs), (rows[2].figures, ours)):
         expected = label_f1(truth, [read_labels(text) for text in texts])
         assert figures is not None
         assert (figures.micro_f1, figures.macro_f1) == (expected.micro, expected.macro)
     same = [a == b for a, b in zip(ours, theirs, strict=True)]
-    loss = loss_of(row)
+    loss = loss_of(rows[2])
     assert 0 < sum(same) < NUM_FILMS
     assert loss.same_text.value == pytest.approx(sum(same) / NUM_FILMS)
     assert loss.rouge_l.value < 1
@@ -144,29 +157,33 @@ def test_texts_are_compared_and_scored_against_what_was_drawn(
     assert loss.divergence.without_divergence.value == loss.same_text.value
 
 
-def test_a_row_says_what_was_loaded(row: Row, damaged: Path) -> None:
+def test_a_row_says_what_was_loaded(rows: list[Row], damaged: Path) -> None:
+    row = rows[2]
     files = [file for file in (damaged / "decoder").rglob("*") if file.is_file()]
     assert row.figures is not None
     assert row.figures.decoder_bytes == sum(file.stat().st_size for file in files)
     assert row.figures.setting == "fp16, torch, float32 cache"
 
 
-def test_the_references_logits_are_kept_study_by_study(taken: tuple[Reference, Row], demo_artifact: Artifact) -> None:
-    reference = taken[0]
-    vocab_size = demo_artifact.decoder_config().vocab_size
-    for index in range(NUM_FILMS):
-        assert reference.logits(index).shape == (len(reference.token_ids(index)), vocab_size)
-        assert reference.logits(index).dtype == np.float32
-    assert len(list(reference.folder.iterdir())) == NUM_FILMS
+def test_the_logits_are_kept_study_by_study(reference: Drafts, demo_artifact: Artifact) -> None:
+    assert reference.logits is not None
+    kept = sorted(reference.logits.iterdir())
+    assert [file.name for file in kept] == [f"{index}.npy" for index in range(NUM_FILMS)]
+    for index, file in enumerate(kept):
+        logits = np.load(file)
+        assert logits.shape == (len(reference.token_ids(index)), demo_artifact.decoder_config().vocab_size)
+        assert logits.dtype == np.float32
+    with pytest.raises(LiteError, match="got drafts without logits"):
+        dataclasses.replace(reference, logits=None).compare(0, np.zeros((1, 1)))
 
 
 def test_a_text_that_was_cut_gets_no_end(tmp_path: Path, tokenizer_model: bytes, listed: Path) -> None:
     tiny = write_tiny_artifact(tmp_path / "tiny", tokenizer_model, decoding=DecodingDefaults(max_new_tokens=3))
-    two = Films.drawn(listed, limit=2)
-    assert len(two.studies) == len(two.truth) == 2
-    reference, _ = take_reference(tiny.path, two, tmp_path, name="tiny", device="cpu")
-    assert [len(reference.token_ids(index)) for index in (0, 1)] == [3, 3]
-    assert all(2 not in reference.token_ids(index) for index in (0, 1))
+    studies = read_films(listed, limit=2).studies
+    assert len(studies) == 2
+    drafts = draft(load(tiny.path, device="cpu"), studies, name="tiny")
+    assert [len(drafts.token_ids(index)) for index in (0, 1)] == [3, 3]
+    assert all(2 not in drafts.token_ids(index) for index in (0, 1))
 
 
 def test_artifacts_of_different_checkpoints_are_refused(
@@ -193,7 +210,7 @@ def test_a_candidate_is_refused_before_anything_is_computed(
     tmp_path: Path, tiny_artifact: Artifact, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     no_list = str(tmp_path / "none.json")
-    command = [no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
+    command = ["artifacts", no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
     assert main(command) == 1
     assert "error: " in (err := capsys.readouterr().err)
     assert "got tokenizer sha256" in err
@@ -202,7 +219,7 @@ def test_a_candidate_is_refused_before_anything_is_computed(
 def test_the_command_prints_a_table(
     listed: Path, demo_artifact: Artifact, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [str(listed), "--reference", str(demo_artifact.path), str(damaged)]
+    command = ["artifacts", str(listed), "--reference", str(demo_artifact.path), str(damaged)]
     assert main([*command, "--limit", "2", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     header, rule, *rows = printed.partition("\n\n")[0].splitlines()
@@ -227,7 +244,7 @@ def test_a_candidate_that_cannot_compute_does_not_stop_the_others(
     broken = scaled_copy(demo_artifact, tmp_path / "broken", math.inf)
     # Twice in the list: folders of one name are told apart by their paths.
     itself = str(demo_artifact.path)
-    command = [str(listed), "--reference", itself, str(broken), str(damaged), itself]
+    command = ["artifacts", str(listed), "--reference", itself, str(broken), str(damaged), itself]
     assert main([*command, "--limit", "2", "--device", "cpu", "--json"]) == 1
 
     def refuse(constant: str) -> None:
@@ -246,19 +263,20 @@ def test_a_candidate_that_cannot_compute_does_not_stop_the_others(
 
 
 def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_list(
-    listed: Path, tmp_path: Path, demo_artifact: Artifact
+    listed: Path, tmp_path: Path, demo_model: FindingsModel
 ) -> None:
     own = Path(shutil.copytree(listed.parent, tmp_path / "studies"))
-    film = read_studies(own / listed.name)[1].image
+    film = read_studies(own / listed.name)[1].path
     film.write_bytes(b"noise")
     with pytest.raises(ImageError, match=film.name):
-        take_reference(demo_artifact.path, Films.drawn(own / listed.name, limit=2), tmp_path, name="fp16", device="cpu")
+        draft(demo_model, read_films(own / listed.name, limit=2).studies, name="fp16")
 
 
 def test_a_full_disk_is_found_before_it_is_full(
-    listed: Path, demo_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Drafts, films: Films, demo_model: FindingsModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(listed.parent)._replace(free=10_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(LiteError, match=r"got 0.0 GB of free disk .* --limit.*TMPDIR"):
-        take_reference(demo_artifact.path, Films.drawn(listed, limit=1), tmp_path, name="fp16", device="cpu")
+        keep_logits(demo_model, films.studies, reference, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks import demo
-from benchmarks.quality import engines, formats
+from benchmarks.quality import command
+from benchmarks.quality.command import main
 from benchmarks.quality.compare import Films, draft_in_turns, figures
-from benchmarks.quality.engines import BESIDE, ENGINES, compare_engines, main
+from benchmarks.quality.engines import BESIDE, ENGINES, compare_engines
 from lite.artifact.open import Artifact
 from lite.eval.labels import read_labels
 from lite.studies.study import Study
@@ -25,10 +26,10 @@ VOCAB = 12
 def test_both_engines_draft_films_of_their_own_and_the_table_says_how_far_they_agree(
     demo_onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(demo_onnx_artifact.path), "--films", "2", "--seed", "7", "--json"]
+    arguments = ["engines", str(demo_onnx_artifact.path), "--films", "2", "--seed", "7", "--json"]
     assert main(arguments) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["command"] == f"python -m benchmarks quality engines {' '.join(arguments)}"
+    assert found["command"] == f"python -m benchmarks quality {' '.join(arguments)}"
     assert found["films"] == "2 of seed 7"
     torch, *rows = found["engines"]
     assert (torch["name"], torch["loss"]) == ("torch", None)
@@ -51,9 +52,8 @@ class Model:
 
     def __init__(self, name: str, log: list[tuple[str, str]], texts: dict[str, str], step_s: float) -> None:
         self.name, self.log, self.texts, self.step_s = name, log, texts, step_s
-        manifest = SimpleNamespace(
-            decoding=SimpleNamespace(eos_token_id=EOS), decoder=SimpleNamespace(describe=lambda: "gptq-int4")
-        )
+        parts = SimpleNamespace(decoder=SimpleNamespace(describe=lambda: "gptq-int4"))
+        manifest = SimpleNamespace(decoding=SimpleNamespace(eos_token_id=EOS), parts=parts)
         self.artifact = SimpleNamespace(
             id="1234", path=Path(), manifest=manifest, decoder_config=lambda: SimpleNamespace(vocab_size=VOCAB)
         )
@@ -133,13 +133,13 @@ def test_figures_are_of_the_films_and_the_references_texts(models: dict[str, Any
 def test_an_artifact_without_decoder_onnx_is_an_error(
     demo_int4_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(demo_int4_artifact.path), "--films", "1"]) == 1
+    assert main(["engines", str(demo_int4_artifact.path), "--films", "1"]) == 1
     assert "got an artifact without decoder.onnx" in capsys.readouterr().err
-    for wrong in ([], [str(demo_int4_artifact.path), "--films", "0"]):
+    for wrong in ([], ["engines"], ["engines", str(demo_int4_artifact.path), "--films", "0"]):
         with pytest.raises(SystemExit, match="^2$"):
             main(wrong)
 
 
 def test_no_other_set_has_these_films() -> None:
-    others = {demo.SEED, demo.CALIBRATION_SEED, formats.SEED, formats.CALIBRATION_SEED, 20_261_301}
-    assert engines.SEED not in others
+    others = {demo.SEED, demo.CALIBRATION_SEED, command.FORMATS_SEED, command.CALIBRATION_SEED, 20_261_301}
+    assert command.ENGINES_SEED not in others

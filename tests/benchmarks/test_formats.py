@@ -11,9 +11,10 @@ import pytest
 import random_checkpoint
 
 from benchmarks.exports import PHANTOM, Recipe, Source, measured_run
-from benchmarks.quality import formats
+from benchmarks.quality import command
+from benchmarks.quality.command import CALIBRATION_SEED, main
 from benchmarks.quality.compare import Row, format_table
-from benchmarks.quality.formats import CALIBRATION_SEED, RECIPES, REFERENCE, TRICKS, ablation_recipes, main
+from benchmarks.quality.recipes import FORMATS, REFERENCE, TRICKS, ablation
 from export.__main__ import _parser
 from lite.artifact.open import load_artifact
 from lite.errors import LiteError
@@ -51,9 +52,9 @@ def test_every_row_is_one_command_of_the_exporter(tmp_path: Path) -> None:
         calibration=tmp_path / "calibration.json",
         device="cpu",
     )
-    recipes = (REFERENCE, *RECIPES, *ablation_recipes())
+    recipes = (REFERENCE, *FORMATS, *ablation())
     assert len({recipe.name for recipe in recipes}) == len(recipes)
-    assert len({recipe.options for recipe in RECIPES}) == len(RECIPES)
+    assert len({recipe.options for recipe in FORMATS}) == len(FORMATS)
     for recipe in recipes:
         command = source.command(recipe, tmp_path / "out")
         assert command[:3] == [PYTHON, "-m", "export"]
@@ -75,7 +76,7 @@ def test_the_ablation_adds_and_removes_one_trick_at_a_time() -> None:
         assert on | off == {trick.name for trick in TRICKS}
         return on
 
-    rows = {recipe.name: used(recipe) for recipe in ablation_recipes()}
+    rows = {recipe.name: used(recipe) for recipe in ablation()}
     names = [trick.name for trick in TRICKS]
     assert rows["plain"] == set()
     assert rows["full"] == set(names)
@@ -103,7 +104,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
         Recipe(name="nonsense", options=("--decoder", "int3")),
         Recipe(name="again", options=("--decoder", "fp16", "--verify-studies", "1")),
     )
-    monkeypatch.setattr(formats, "RECIPES", recipes)
+    monkeypatch.setattr(command, "FORMATS", recipes)
     folder = tmp_path_factory.mktemp("table")
     checkpoint, base = random_checkpoint.write(folder / "random")
     out = folder / "out"
@@ -111,7 +112,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     printed: list[str] = []
     monkeypatch.setattr(sys.stdout, "write", printed.append)
     try:
-        status = main(["--films", "2", "--calibration-films", "2", *places, "--device", "cpu", "--json"])
+        status = main(["formats", "--films", "2", "--calibration-films", "2", *places, "--device", "cpu", "--json"])
     finally:
         monkeypatch.undo()
     return status, "".join(printed), out
@@ -149,7 +150,9 @@ def test_it_says_what_it_was_measured_on(table: tuple[int, str, Path]) -> None:
     held_out, calibration = (read_studies(out / name / "studies.json") for name in ("held-out", "calibration"))
     assert (len(held_out), len(calibration)) == (2, 2)
     assert not {study.id for study in held_out} & {study.id for study in calibration}
-    assert f"2 films of seed {formats.SEED}; calibrated on 2 films of seed {CALIBRATION_SEED}" in values["films"]
+    assert (
+        f"2 films of seed {command.FORMATS_SEED}; calibrated on 2 films of seed {CALIBRATION_SEED}" in values["films"]
+    )
     assert values["command"].startswith("python -m benchmarks quality formats --films 2 ")
     assert {"Python", "torch", "onnxruntime"} <= set(values["versions"])
     assert " of " in values["machine"]
@@ -157,9 +160,9 @@ def test_it_says_what_it_was_measured_on(table: tuple[int, str, Path]) -> None:
 
 def test_wrong_use_and_nothing_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--only", "int3"])
+        main(["formats", "--only", "int3"])
     assert ended.value.code == 2
-    few = ["--films", "1", "--calibration-films", "1", "--only", "fp16"]
+    few = ["formats", "--films", "1", "--calibration-films", "1", "--only", "fp16"]
     assert main([*few, "--seed", str(CALIBRATION_SEED)]) == 1
     assert "the films to calibrate on · expected other films" in capsys.readouterr().err
     # Without an fp16 artifact there is nothing to compare with.

@@ -1,0 +1,193 @@
+"""`python -m benchmarks quality`: artifacts beside one of them, formats beside fp16, engines beside each other."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from benchmarks.commands import command_line
+from benchmarks.exports import PHANTOM, ROOT, Cost, Recipe, Source
+from benchmarks.phantom.score import read_truth
+from benchmarks.phantom.write import write_studies
+from benchmarks.quality.compare import (
+    BATCH_SIZE,
+    Candidate,
+    Films,
+    Row,
+    check_comparable,
+    compare_artifacts,
+    draft_in_turns,
+    figures,
+    report,
+)
+from benchmarks.quality.engines import compare_engines, load_engines
+from benchmarks.quality.recipes import FORMATS, REFERENCE, ablation
+from lite.artifact.open import load_artifact
+from lite.console import positive, run_command, say, short_names
+from lite.errors import LiteError
+from lite.studies.readers import read_studies
+
+# Films of these seeds are used for nothing else: not for training, nor for the figures of the phantom's README.
+FORMATS_SEED: Final = 20_261_201
+CALIBRATION_SEED: Final = 20_261_202
+ENGINES_SEED: Final = 20_261_401
+INTEROP_PYTHON: Final = ROOT / "build" / "interop-venv" / "bin" / "python"
+
+
+def read_films(listed: Path, *, image_folder: Path | None = None, limit: int | None = None) -> Films:
+    """Read a list that `python -m benchmarks phantom write` made, with the labels that were drawn.
+
+    Raises:
+        LiteError: it is no such list.
+    """
+    studies, truth = read_studies(listed, image_folder=image_folder)[:limit], read_truth(listed)
+    return Films(studies, [truth[study.id] for study in studies])
+
+
+def _artifacts(arguments: argparse.Namespace, command: str) -> int:
+    reference, *candidates = paths = [arguments.reference, *arguments.candidates]
+    artifact = load_artifact(reference)
+    for path in candidates:  # before anything is computed
+        check_comparable(path, artifact)
+    films = read_films(arguments.list, image_folder=arguments.image_folder, limit=arguments.limit)
+    named = [
+        Candidate(name=name, make=partial(_as_it_is, path))
+        for path, name in zip(paths, short_names(paths), strict=True)
+    ]
+    rows = list(compare_artifacts(named, films, batch_size=arguments.batch_size, device=arguments.device))
+    about = f"{len(films.studies)} of {arguments.list}"
+    return report({"artifacts": rows}, films=about, command=command, as_json=arguments.json)
+
+
+def _as_it_is(path: Path) -> tuple[Path, None]:
+    return path, None
+
+
+def _formats(arguments: argparse.Namespace, command: str) -> int:
+    if arguments.seed == CALIBRATION_SEED:
+        msg = f"got --seed {arguments.seed}, the films to calibrate on · expected other films to measure on"
+        raise LiteError(f"{msg} · choose another seed")
+    with ExitStack() as stack:
+        folder = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="formats-")))
+        folder, count = folder.resolve(), arguments.calibration_films
+        source = Source(
+            checkpoint=arguments.checkpoint.resolve(),
+            base=arguments.base.resolve(),
+            verify=write_studies(folder / "held-out", count=arguments.films, seed=arguments.seed, dicom=False),
+            calibration=write_studies(folder / "calibration", count=count, seed=CALIBRATION_SEED, dicom=False),
+            device=arguments.device,
+        )
+        only = arguments.only
+        formats = [recipe for recipe in FORMATS if only is None or recipe.name in only]
+        tricks = [recipe for recipe in ablation() if (arguments.ablation if only is None else recipe.name in only)]
+        candidates = [
+            _exported(recipe, source, folder / "artifacts" / recipe.name, keep=arguments.out is not None)
+            for recipe in (REFERENCE, *formats, *tricks)
+        ]
+        rows = []
+        for row in compare_artifacts(candidates, read_films(source.verify), device=arguments.device):
+            say(f"{row.name}: {row.error or 'measured'}")  # the tables come at the end
+            rows.append(row)
+    split = 1 + len(formats)
+    tables = {"formats": rows[:split]} if formats or not tricks else {}
+    tables |= {"ablation": [rows[0], *rows[split:]]} if tricks else {}
+    films = f"{arguments.films} films of seed {arguments.seed}; calibrated on {count} films of seed {CALIBRATION_SEED}"
+    return report(tables, films=films, command=command, as_json=arguments.json)
+
+
+def _exported(recipe: Recipe, source: Source, out: Path, *, keep: bool) -> Candidate:
+    def make() -> tuple[Path, Cost]:
+        return out, source.export(recipe, out)
+
+    drop = partial(shutil.rmtree, out, ignore_errors=True)
+    return Candidate(name=recipe.name, make=make, drop=(lambda: None) if keep else drop)
+
+
+def _engines(arguments: argparse.Namespace, command: str) -> int:
+    models = load_engines(arguments.artifact)
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        listed = write_studies(Path(folder) / "films", count=arguments.films, seed=arguments.seed, dicom=False)
+        films = read_films(listed)
+        drafts = draft_in_turns(models, films.studies)
+        losses = compare_engines(models, drafts, films)
+    own = {name: figures(found, films.truth) for name, found in drafts.items()}
+    rows = [Row(name="torch", figures=own["torch"])]
+    rows += [Row(name=name, figures=own[name], loss=lost) for (name, _), lost in losses.items()]
+    about = f"{arguments.films} of seed {arguments.seed}"
+    return report({"engines": rows}, films=about, command=command, as_json=arguments.json)
+
+
+def _interop(arguments: argparse.Namespace, _: str) -> int:
+    from benchmarks.quality.interop import run
+
+    return run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks quality",
+        description="Compare what is computed along a reference's texts, and what is written freely.",
+        epilog="exit status: 0 done, 1 something could not be measured, 2 wrong use, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    artifacts = commands.add_parser("artifacts", help="what artifacts lose against a reference, on a list of studies")
+    artifacts.set_defaults(run=_artifacts)
+    artifacts.add_argument(
+        "list", type=Path, metavar="LIST.json", help="the list that python -m benchmarks phantom write made"
+    )
+    artifacts.add_argument("candidates", type=Path, nargs="+", metavar="CANDIDATE", help="artifacts to compare with it")
+    artifacts.add_argument(
+        "--reference", type=Path, required=True, metavar="ARTIFACT", help="the artifact to lose nothing against: fp16"
+    )
+    artifacts.add_argument("--image-folder", type=Path, metavar="DIR", help="of the films (default: beside the list)")
+    artifacts.add_argument("--limit", type=positive, metavar="N", help="only the first N films")
+    artifacts.add_argument(
+        "--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help="films at a time (default: %(default)s)"
+    )
+    engines = commands.add_parser("engines", help="torch, ONNX Runtime and their int8 caches, on one artifact")
+    engines.set_defaults(run=_engines)
+    engines.add_argument("artifact", type=Path, metavar="ARTIFACT", help="one of the phantom model with decoder.onnx")
+    formats = commands.add_parser("formats", help="export in every decoder format: what that costs and takes")
+    formats.set_defaults(run=_formats)
+    _add_exports(formats)
+    interop = commands.add_parser("interop", help="whether other programs read decoder folders as this project does")
+    interop.set_defaults(run=_interop)
+    interop.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="artifacts, or decoder folders")
+    interop.add_argument("--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment")
+    for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
+        command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")
+        command.add_argument("--seed", type=int, default=seed, metavar="S", help="which ones (default: %(default)s)")
+    for command in (artifacts, formats):
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def _add_exports(formats: argparse.ArgumentParser) -> None:
+    for name, what in (("checkpoint", "llava-rad-phantom"), ("base", "base")):
+        formats.add_argument(
+            f"--{name}", type=Path, default=PHANTOM / what, metavar="DIR", help="(default: the demo's)"
+        )
+    formats.add_argument(
+        "--calibration-films", type=positive, default=160, metavar="N",  # the exporter's default, and some to hold out
+        help=f"films to calibrate on, always those of seed {CALIBRATION_SEED} (default: %(default)s)",
+    )  # fmt: skip
+    formats.add_argument("--out", type=Path, metavar="DIR", help="a new folder that keeps films and artifacts")
+    names = [recipe.name for recipe in (REFERENCE, *FORMATS, *ablation())]
+    formats.add_argument(
+        "--only", nargs="+", choices=names, metavar="NAME", help=f"only these rows, beside fp16: {', '.join(names)}"
+    )
+    formats.add_argument("--ablation", action="store_true", help="a second table: what each trick of 4-bit GPTQ buys")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: arguments.run(arguments, command_line("quality", argv)))
