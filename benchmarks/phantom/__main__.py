@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.phantom import predict, score
-from lite.errors import LiteError
+from lite.console import run_command
 
 _EPILOG = """\
 examples:
@@ -102,15 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = _parser().parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-    except LiteError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        return 130
-    return status
+    return run_command(lambda: int(arguments.run(arguments)))
 
 
 if __name__ == "__main__":
