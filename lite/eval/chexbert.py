@@ -180,12 +180,8 @@ def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray
 
     chosen = torch.device(check_device(device))
     state = _read_state(weights)
-    bert = _build_bert(state, weights, chosen)
+    bert, heads = _build(state, weights, chosen)
     tokenizer = _read_tokenizer(weights.with_name(VOCABULARY_NAME), bert)
-    heads = [
-        tuple(state[f"linear_heads.{index}.{name}"].to(chosen, torch.float32) for name in ("weight", "bias"))
-        for index in range(len(CONDITIONS))
-    ]
     encodings = tokenizer.encode_batch([" ".join(text.split()) for text in texts])
     # Padding is added to batches of like lengths; the order is restored at the end.
     order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
@@ -197,7 +193,7 @@ def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         with torch.inference_mode():
             hidden = bert(input_ids=input_ids.to(chosen), attention_mask=mask.to(chosen)).last_hidden_state[:, 0]
-            scores = [torch.nn.functional.linear(hidden, weight, bias) for weight, bias in heads]
+            scores = [head(hidden) for head in heads]
         classes[batch] = torch.stack([score.argmax(dim=1) for score in scores], dim=1).cpu().numpy()
     return classes
 
@@ -220,8 +216,9 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def _build_bert(state: dict[str, Tensor], weights: Path, device: torch.device) -> BertModel:
-    """Build BERT from the shapes, and require the state to be all of it, the fourteen heads, and nothing else."""
+def _build(state: dict[str, Tensor], weights: Path, device: torch.device) -> tuple[BertModel, torch.nn.ModuleList]:
+    """Build BERT and the heads by the shapes, and require the state to be all of them and nothing else."""
+    import torch
     from transformers import BertConfig, BertModel
 
     try:
@@ -237,38 +234,29 @@ def _build_bert(state: dict[str, Tensor], weights: Path, device: torch.device) -
         )
         with device:
             bert = BertModel(config)
+            classes = [2 if condition == "No Finding" else 4 for condition in CONDITIONS]
+            heads = torch.nn.ModuleList(torch.nn.Linear(hidden_size, count) for count in classes)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         msg = (
             f"{weights}: got tensors that make no BERT ({type(error).__name__}: {error}) · expected CheXbert's, bert.* "
             "and linear_heads.* · check that it is the published chexbert.pth"
         )
         raise CheckpointError(msg) from error
-    expected = {f"bert.{name}": tuple(tensor.shape) for name, tensor in bert.state_dict().items()}
-    for index, condition in enumerate(CONDITIONS):
-        num_classes = 2 if condition == "No Finding" else 4
-        expected[f"linear_heads.{index}.weight"] = (num_classes, hidden_size)
-        expected[f"linear_heads.{index}.bias"] = (num_classes,)
-    wrong = [f"no {name}" for name in expected if name not in state]
-    wrong += [f"{name}, which is no part of it" for name in state if name not in expected]
-    wrong += [
-        f"{name} {list(tensor.shape)} of {tensor.dtype}, not {list(expected[name])} of finite numbers"
-        for name, tensor in state.items()
-        if name in expected and not _is_of_shape(tensor, expected[name])
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    labeller = torch.nn.ModuleDict({"bert": bert, "linear_heads": heads})
+    try:
+        labeller.load_state_dict(state)
+        wrong = [name for name, tensor in state.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+        reason = f"{wrong[0]}, which does not hold finite numbers" if wrong else ""
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:300]
+    if reason:
         msg = (
-            f"{weights}: got {wrong[0]}{more} · expected the {len(expected)} tensors of a labeller of this size · "
+            f"{weights}: got {reason} · expected the {len(labeller.state_dict())} tensors of a labeller of this size · "
             "check that it is the published chexbert.pth, and whole"
         )
         raise CheckpointError(msg)
-    bert.load_state_dict({name: state[f"bert.{name}"] for name in bert.state_dict()})
-    bert.train(mode=False)
-    return bert
-
-
-def _is_of_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    return tuple(tensor.shape) == shape and tensor.is_floating_point() and bool(tensor.isfinite().all())
+    labeller.train(mode=False)
+    return bert, heads
 
 
 def _read_tokenizer(path: Path, bert: BertModel) -> BertWordPieceTokenizer:
