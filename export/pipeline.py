@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from export import verify
-from export.durable import disk_errors_explained, give_name, partial_name
 from export.quantize.calibration import (
     CalibrationStudies,
     HiddenStates,
@@ -70,6 +69,7 @@ from lite.artifact.parts import (
 from lite.artifact.write import check_target, staged_artifact
 from lite.engines.torch_engine.device import check_device
 from lite.errors import ArtifactError, BackendUnavailable
+from lite.files import disk_errors_explained, give_name, whole_file
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -271,8 +271,8 @@ def _write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> N
             source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
         )
         bar.update()
-        write_vision_onnx(model, partial_name(file))
-        give_name(partial_name(file), file)
+        with whole_file(file) as partial:
+            write_vision_onnx(model, partial)
         bar.update()
 
 
@@ -456,7 +456,7 @@ def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm
 def _system_errors_explained(out: Path, settings: ExportSettings) -> Iterator[None]:
     """Turn what the system refuses into an error of ours: memory, a full disk, any file that cannot be used."""
     try:
-        with disk_errors_explained(out):
+        with disk_errors_explained(out, ArtifactError):
             yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(".")[0]

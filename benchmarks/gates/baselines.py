@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from lite.errors import LiteError
+from lite.files import write_whole
 
 Value: TypeAlias = float | tuple[str, ...]  # a number, or names
 Verdict: TypeAlias = Literal["pass", "better", "REGRESSION", "no baseline"]
@@ -170,7 +171,7 @@ def update_baselines(path: Path, values: Mapping[str, Value | None]) -> list[str
         if found and value is not None and found[1] != (new := toml(value)):
             lines[number] = f"baseline = {new}{found[2] or ''}"
             changes.append(f"{name}: {found[1]} → {new}")
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(path, "".join(f"{line}\n" for line in lines))
     return changes
 
 

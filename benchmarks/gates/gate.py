@@ -51,7 +51,7 @@ from lite.eval.divergence import DivergenceSummary
 from lite.eval.labels import read_labels
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
-from lite.files import write_whole
+from lite.files import check_writable, write_whole
 from lite.memory.plan import plan_memory
 from lite.studies.readers import read_studies
 
@@ -344,6 +344,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     gates = read_gates(arguments.gates, METRICS)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise WrongUseError(f"{arguments.json}: got no such folder · expected one to write to · make it first")
+    check_writable(arguments.json)
     if not RECORD.is_file():
         msg = f"{RECORD}: got no such file · expected the fp16 reference record · check out the whole repository"
         raise NoBaselineError(msg)

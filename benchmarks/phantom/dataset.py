@@ -20,6 +20,7 @@ from benchmarks.phantom.film import draw_film
 from benchmarks.phantom.findings import DRAWN_LABELS, sample_study
 from lite.engines.cores import available_cores
 from lite.errors import LiteError
+from lite.files import whole_file
 from lite.image.rendering import mimic_cxr_jpg
 
 IMAGE_SIZE: Final = 112
@@ -53,9 +54,8 @@ def _draw_shard(path: Path, seeds: NDArray[np.int64]) -> None:
         pixels[row] = np.asarray(grey.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
         fine = film.regions.shape[-1] // GRID
         regions[row] = film.regions.reshape(-1, GRID, fine, GRID, fine).any(axis=(2, 4))
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, seeds=seeds, pixels=pixels, regions=regions)
-    partial.replace(path)
+    with whole_file(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, seeds=seeds, pixels=pixels, regions=regions)
 
 
 def draw_films(folder: Path, *, count: int, seed: int) -> Films:

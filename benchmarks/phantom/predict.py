@@ -16,6 +16,7 @@ from tqdm import tqdm
 import lite
 from benchmarks.phantom.score import Prediction
 from lite.errors import LiteError
+from lite.files import check_writable, whole_file
 from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
@@ -57,24 +58,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         LiteError: the list or the artifact cannot be used.
     """
+    check_writable(args.out)
     studies = read_studies(args.list, image_folder=args.image_folder)[: args.limit]
     model = lite.load(args.artifact, device=args.device)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: a file of this name never holds half of the list.
-    partial = args.out.with_name(f"{args.out.name}.partial")
     num_skipped = 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            results = predict(model, studies, batch_size=args.batch_size)
-            for result in tqdm(results, total=len(studies), unit=" films", disable=None):
-                if isinstance(result, LiteError):
-                    num_skipped += 1
-                    tqdm.write(f"skipped: {result}", file=sys.stderr)
-                else:
-                    file.write(f"{result.to_json()}\n")
-        partial.replace(args.out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(args.out) as partial, partial.open("w", encoding="utf-8") as file:
+        results = predict(model, studies, batch_size=args.batch_size)
+        for result in tqdm(results, total=len(studies), unit=" films", disable=None):
+            if isinstance(result, LiteError):
+                num_skipped += 1
+                tqdm.write(f"skipped: {result}", file=sys.stderr)
+            else:
+                file.write(f"{result.to_json()}\n")
     sys.stdout.write(f"{len(studies) - num_skipped} predictions in {args.out}, {num_skipped} films skipped\n")
     sys.stdout.write(f"Next: python -m benchmarks.phantom score {args.out}\n")
     return 1 if num_skipped else 0

@@ -35,6 +35,7 @@ from benchmarks.phantom.report import write_findings, write_reason
 from benchmarks.phantom.tokenizer import train_tokenizer
 from lite.config import IMAGE_TOKEN_ID, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, DecodingDefaults, PromptTemplate
 from lite.errors import LiteError
+from lite.files import whole_file, write_whole
 from lite.prompt import PromptEncoder, Tokenizer
 
 _SAVE_EVERY_S = 60.0
@@ -220,9 +221,8 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
-        partial = self.work / "state.partial"
-        torch.save(state, partial)
-        partial.replace(self.work / "state.pt")
+        with whole_file(self.work / "state.pt") as partial:
+            torch.save(state, partial)
 
     def _resume(self) -> None:
         path = self.work / "state.pt"
@@ -304,5 +304,5 @@ def publish_trained(out: Path, trainer: Trainer) -> int:
         scale_sigma=plan.scale_sigma,
         seed=plan.seed,
     )
-    (out / "training.json").write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n", encoding="utf-8")
+    write_whole(out / "training.json", json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
     return size

@@ -16,8 +16,6 @@ neighbouring numbers such as S + i would do at once.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -34,6 +32,7 @@ from benchmarks.phantom.findings import Study, sample_study
 from benchmarks.phantom.report import write_findings, write_reason
 from lite.config import IMAGE_TOKEN, PromptTemplate
 from lite.errors import BackendUnavailable, LiteError
+from lite.files import staged_folder
 from lite.image.rendering import mimic_cxr_jpg
 
 if TYPE_CHECKING:
@@ -96,21 +95,14 @@ def write_studies(out: Path, *, count: int, seed: int, dicom: bool) -> Path:
         msg = f"{out}: got a {'folder with files in it' if out.is_dir() else 'file'} · expected a new or empty folder"
         msg += " · name another one, or remove it first"
         raise LiteError(msg)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}-partial-{os.getpid()}")
-    try:
-        (partial / FILM_FOLDER).mkdir(parents=True)
+    with staged_folder(out, replace=True) as staged:
+        (staged.path / FILM_FOLDER).mkdir()
         progress = tqdm(range(count), desc="writing studies", unit="study", disable=None)
-        entries = [_write_study(partial, seed, index, dicom=dicom) for index in progress]
+        entries = [_write_study(staged.path, seed, index, dicom=dicom) for index in progress]
         # One study a line: as short as JSON gets, and still to be read with head and grep.
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-        (partial / LIST_NAME).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (staged.path / LIST_NAME).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        staged.finish()
     return out / LIST_NAME
 
 

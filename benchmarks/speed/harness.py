@@ -23,7 +23,7 @@ from lite.bench.table import markdown_table, to_json
 from lite.console import run_command
 from lite.errors import LiteError
 from lite.eval.figures import Quantiles, quantiles
-from lite.files import write_whole
+from lite.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     import argparse
@@ -250,6 +250,7 @@ class Record:
     reports: dict[str, Report] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_writable(self.file)
         self.about = {"machine": machine(), "versions": versions(), "command": self.command}
 
     def begin(self, *notes: str, **about: Any) -> None:

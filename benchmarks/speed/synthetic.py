@@ -29,10 +29,6 @@ the same seed.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
-import os
-import secrets
 import shlex
 import shutil
 import sys
@@ -59,9 +55,10 @@ from benchmarks.speed.tokenizer import make_tokenizer
 from benchmarks.speed.weights import Model, Shapes, gain_of
 from lite.console import run_command
 from lite.errors import LiteError
+from lite.files import staged_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -118,29 +115,21 @@ def write_checkpoint(
         )
         raise LiteError(msg)
     out = out.absolute()
-    if os.path.lexists(out):
-        msg = f"{out}: got a path that exists · expected a new one · name another folder, or remove it first"
-        raise LiteError(msg)
-    with _system_errors_explained(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(out, bytes_needed(model, studies=studies))
-        partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-        try:
-            (partial / NAME).mkdir(parents=True)
-            (partial / "base").mkdir()
-            _write_small_files(partial, model)
-            _write_tower(partial / NAME, model)
-            _write_decoder(partial, model, shard_bytes=shard_bytes)
-            if studies:
-                # Drawing films takes OpenCV, which a checkpoint alone does not need.
-                from benchmarks.phantom.write import write_studies
+    with staged_folder(out) as staged:
+        partial = staged.path
+        _require_space(partial, bytes_needed(model, studies=studies))
+        (partial / NAME).mkdir()
+        (partial / "base").mkdir()
+        _write_small_files(partial, model)
+        _write_tower(partial / NAME, model)
+        _write_decoder(partial, model, shard_bytes=shard_bytes)
+        if studies:
+            # Drawing films takes OpenCV, which a checkpoint alone does not need.
+            from benchmarks.phantom.write import write_studies
 
-                write_studies(partial / "studies", count=studies, seed=seed, dicom=False)
-            written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            write_studies(partial / "studies", count=studies, seed=seed, dicom=False)
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        staged.finish()
     return written
 
 
@@ -268,19 +257,6 @@ def _require_space(out: Path, needed: int) -> None:
             "checkpoint · free some space, name a folder on another disk, or take fewer layers"
         )
         raise LiteError(msg)
-
-
-@contextlib.contextmanager
-def _system_errors_explained(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = "free some space" if error.errno == errno.ENOSPC else "check the disk and its permissions"
-        msg = (
-            f"{error.filename or out}: got an error from the system ({error.strerror or error}) · expected a place "
-            f"that can be written · {what}, or name another folder"
-        )
-        raise LiteError(msg) from error
 
 
 # -- Command line ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench.cards import CARDS, V100_ENTRY, Figure, ReferenceCard
 from lite.bench.roofline import Counts, count_study, modelled
 from lite.config import DecoderConfig
+from lite.files import write_whole
 
 DECODER: Final = DecoderConfig(
     hidden_size=4096,
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(entry_text())
         return 0
     try:
-        out.write_text(entry_text(), encoding="utf-8")
+        write_whole(out, entry_text())
     except OSError as error:
         sys.stderr.write(f"error: {out}: got {error.strerror} · expected a file to write · choose another place\n")
         return 1

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from export.durable import give_name, partial_name
 from export.settings import TokenWeights
 from export.studies import Study, StudyReader, sha256_of_studies
 from lite.config import IMAGE_TOKEN_ID
 from lite.errors import CheckpointError
+from lite.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -124,11 +124,9 @@ class HiddenStates:
 
     def fill(self, sequences: Iterable[Tensor]) -> None:
         """Write all sequences, in order; the file has its name only when it is complete."""
-        partial = partial_name(self.file)
-        with partial.open("wb") as stream:
+        with whole_file(self.file) as partial, partial.open("wb") as stream:
             for sequence in sequences:
                 stream.write(sequence.float().cpu().contiguous().numpy().data)
-        give_name(partial, self.file)
 
     def read(self, index: int) -> Tensor:
         """Return a sequence, float32 [T, hidden_size]."""

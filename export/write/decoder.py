@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from safetensors.torch import save
 
-from export.durable import write_whole
 from export.quantize.bnb import quantization_config as bnb_quantization_config
 from export.quantize.bnb import quantize_int8, quantize_nf4
 from export.quantize.gptq import FIRST_DAMPING, Grid, Quantized, round_to_nearest
@@ -28,6 +27,7 @@ from export.source.lora import LINEARS
 from kernels.gptq import to_tensors
 from kernels.packing import pack_factor
 from lite.errors import CheckpointError
+from lite.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -335,8 +335,8 @@ def write_configs(
     generation: dict[str, Any] = {"do_sample": False, "max_new_tokens": decoding.max_new_tokens, **token_ids}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)
-    write_whole(folder / "NOTICE", f"{notice}\n".encode())
+    write_whole(folder / "NOTICE", f"{notice}\n")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
+    write_whole(path, f"{json.dumps(content, indent=2)}\n")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 from tqdm import tqdm
 
 from export import verify
-from export.durable import disk_errors_explained
 from export.settings import DEFAULTS
 from export.studies import Study, StudyReader, sha256_of_studies
 from export.write.cache_scales import find_cache_scales
@@ -180,7 +179,6 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
         msg = f"{target}: got a place inside the artifact · expected one beside it · choose another place"
         raise ArtifactError(msg)
     with (
-        disk_errors_explained(target),
         staged_artifact(target, overwrite=out is None) as staged,
         tqdm(total=steps, desc="writing decoder.onnx", disable=not settings.show_progress, dynamic_ncols=True) as bar,
     ):

@@ -10,7 +10,7 @@
       hidden-0007            the calibration's hidden states before layer 7
 
 The files become the artifact at the very end, by hard links, so that nothing is lost while it is measured. Every file
-has its name only when it is complete and on the disk (`export.durable`).
+has its name only when it is complete and on the disk (`lite.files`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
-from export.durable import write_whole
 from export.write.decoder import DecoderFolder, PartReport
 from lite.errors import ArtifactError, CheckpointError
+from lite.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,7 +115,7 @@ class WorkFolder:
 
     def write(self, name: str, value: object) -> None:
         """Keep something as JSON."""
-        write_whole(self.path / name, f"{json.dumps(value, indent=1)}\n".encode())
+        write_whole(self.path / name, f"{json.dumps(value, indent=1)}\n")
 
     def discard_parts(self) -> None:
         """Delete what has been finished: it was of no use."""

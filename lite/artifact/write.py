@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +13,7 @@ from lite.artifact.manifest import MANIFEST_NAME, Manifest
 from lite.artifact.open import Artifact, load_artifact, sha256_of
 from lite.artifact.parts import FileRecord
 from lite.errors import ArtifactError
+from lite.files import StagedFolder, staged_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,14 +21,16 @@ if TYPE_CHECKING:
     from lite.artifact.parts import Part, Parts
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class StagedArtifact:
-    """An artifact being written. Nothing is at `out` until `finish` returns."""
+    """An artifact being written. Nothing is at its place until `finish` returns."""
 
-    out: Path
-    path: Path  # write the files here
-    overwrite: bool
-    finished: bool = False
+    folder: StagedFolder
+
+    @property
+    def path(self) -> Path:
+        """Where to write the files."""
+        return self.folder.path
 
     def finish(self, manifest: Manifest) -> Artifact:
         """Hash what was written, write the manifest, and move the folder to its place.
@@ -38,7 +39,7 @@ class StagedArtifact:
             manifest: its parts name their files; sizes and hashes are filled in here.
 
         Returns:
-            The artifact at `out`.
+            The artifact at its place.
 
         Raises:
             ArtifactError: a file lies there that no part owns, or a part owns one that is not there.
@@ -54,11 +55,8 @@ class StagedArtifact:
         Manifest.parse(text, where=str(self.path / MANIFEST_NAME))
         (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")
         load_artifact(self.path)
-        for entry in [*self.path.rglob("*"), self.path]:
-            _fsync(entry)
-        self._move()
-        _fsync(self.out.parent)
-        return load_artifact(self.out)
+        self.folder.finish()
+        return load_artifact(self.folder.out)
 
     def _hashed(self, parts: Parts) -> dict[str, Part]:
         def measured(name: str) -> FileRecord:
@@ -69,21 +67,6 @@ class StagedArtifact:
             name: dataclasses.replace(part, files={file: measured(file) for file in sorted(part.files)})
             for name, part in parts.by_name().items()
         }
-
-    def _move(self) -> None:
-        """Rename the folder to `out`; when that fails or is interrupted, what was at `out` is there again."""
-        replaced = self.path.with_name(f"{self.path.name}.replaced")
-        try:
-            if self.overwrite and self.out.exists():
-                self.out.rename(replaced)
-            self.path.rename(self.out)
-            self.finished = True
-        finally:
-            # The folders tell how far it went, wherever an interrupt came.
-            if not self.path.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-            elif replaced.exists():
-                replaced.rename(self.out)
 
 
 @contextlib.contextmanager
@@ -101,19 +84,8 @@ def staged_artifact(out: str | os.PathLike[str], *, overwrite: bool = False) -> 
     # Of a link the folder that it leads to is replaced, and not the link by a folder.
     target = Path(out).resolve()
     check_target(target, overwrite=overwrite)
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        msg = f"{target.parent}: got {error.strerror} · expected a folder that can be written · choose another place"
-        raise ArtifactError(msg) from error
-    staged = StagedArtifact(out=target, path=folder, overwrite=overwrite)
-    try:
-        yield staged
-    finally:
-        if not staged.finished:
-            shutil.rmtree(folder, ignore_errors=True)
+    with staged_folder(target, replace=overwrite, error_type=ArtifactError) as folder:
+        yield StagedArtifact(folder)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -161,13 +133,3 @@ def _listed(manifest: object) -> Iterator[str]:
     """Yield the names under every key "files"."""
     for key, value in manifest.items() if isinstance(manifest, dict) else ():
         yield from value if key == "files" and isinstance(value, dict) else _listed(value)
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ from lite.bench.quality import Clinical
 from lite.bench.results import Bench, FailedRow
 from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
 from lite.errors import LiteError
+from lite.files import check_writable
 from lite.memory.sizes import parse_bytes
 from lite.studies.readers import check_films, read_studies
 from lite.studies.study import Study
@@ -289,10 +290,7 @@ def _is_demo(paths: Sequence[Path]) -> bool:
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Find out before an hour of measuring that a file cannot be written, or not be made."""
-    for path in (arguments.json, arguments.html):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            msg = f"{path}: got a place where no file can be · expected a file in a folder that is there · name another"
-            raise LiteError(msg)
+    check_writable(arguments.json, arguments.html)
     if arguments.html is not None:
         from lite.bench.report import check_packages
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +16,7 @@ from lite.config import from_json, to_json
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.divergence import TopK
 from lite.eval.record import TOP_K, RecordInfo, ReferenceRecord, ids_type
-from lite.files import write_whole
+from lite.files import check_writable, write_whole
 
 RECORD_VERSION: Final = 1
 _AGAIN: Final = "make it again with python -m lite.bench record"
@@ -52,12 +50,7 @@ def check_new(name: Path) -> None:
     if json_path.exists():
         msg = f"{json_path}: got a path that exists · expected a new one · remove the record there or choose a new name"
         raise LiteError(msg)
-    try:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(json_path, error) from error
-    if not os.access(json_path.parent, os.W_OK):
-        raise _unwritable(json_path, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+    check_writable(json_path)
 
 
 def write_record(record: ReferenceRecord, name: Path) -> Path:
@@ -86,10 +79,6 @@ def write_record(record: ReferenceRecord, name: Path) -> Path:
     # The JSON last: it tells the hash of the tensors, so neither is taken for a record without the other.
     write_whole(json_path, text)
     return json_path
-
-
-def _unwritable(path: Path, error: OSError) -> LiteError:
-    return LiteError(f"{path}: got {error.strerror} · expected a folder that can be written · choose another place")
 
 
 def read_record(name: Path) -> ReferenceRecord:

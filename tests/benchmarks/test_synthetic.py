@@ -247,7 +247,7 @@ def test_a_path_that_exists_is_refused_and_left_alone(tmp_path: Path, kind: str)
         out.mkdir()
     else:
         out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(LiteError, match=r"got a path that exists · expected a new one · name another"):
+    with pytest.raises(LiteError, match=r"got a path that exists · expected a new one · choose another"):
         write_checkpoint(out, layers=1, shapes=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

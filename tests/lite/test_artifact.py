@@ -319,12 +319,12 @@ def test_an_artifact_in_its_place_is_finished(tmp_path: Path, monkeypatch: pytes
         if path == tmp_path:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("lite.artifact.write._fsync", fail)
+    monkeypatch.setattr("lite.files._fsync", fail)
     with staged_artifact(out) as staged:
         write_minimal(staged.path)
         with pytest.raises(OSError, match="Input/output"):
             staged.finish(tiny_manifest())
-        assert staged.finished
+        assert staged.folder.finished
     load_artifact(out).verify()
     assert names(tmp_path) == ["artifact"]
 

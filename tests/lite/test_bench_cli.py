@@ -21,7 +21,10 @@ from lite.bench.results import Draft
         (("{artifact}", "--data", "{tmp}/none.json"), "got a file that cannot be read"),
         (("{artifact}", "--data", "{tmp}/empty.json"), "got no list, or an empty one"),
         (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{tmp}/none"), "none.json: got"),
-        (("{artifact}", "--data", "{tmp}/list.json", "--html", "{tmp}/no/such.html"), "expected a file in a folder"),
+        (
+            ("{artifact}", "--data", "{tmp}/list.json", "--html", "{tmp}/list.json/r.html"),
+            "expected a place that can be",
+        ),
         (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/none.pth"), "none.pth: got no such file"),
         (("{artifact}", "--data", "{tmp}/list.json", "--chexbert", "{tmp}/bad.pth"), "bad.pth: got"),
         (

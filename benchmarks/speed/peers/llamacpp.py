@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from benchmarks.speed.peers.engine import Engine, NotHere, run_apart
+from lite.files import whole_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,32 +123,31 @@ def write_gguf(file: Path, model: Model, kind: str, *, num_layers: int) -> None:
     gguf: Any = importlib.import_module("gguf")
     config = model.config
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-    partial = file.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden_size)
-    writer.add_block_count(num_layers)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(hidden_size // heads)
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    # Ids go in and come out: no text, no words.
-    writer.add_tokenizer_model("no_vocab")
-    for name in model.tensor_shapes:
-        if (place := gguf_name(name, num_layers)) is not None:
-            values, stored = model.tensor(name), stored_type(name, kind)
-            if "q_proj" in name or "k_proj" in name:
-                # llama.cpp's rotary embedding pairs neighbours, Hugging Face's a component with one half a head away.
-                values = values.reshape(heads, 2, -1, hidden_size).swapaxes(1, 2).reshape(values.shape)
-            writer.add_tensor(place, gguf.quants.quantize(values, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.rename(file)
+    with whole_file(file) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(hidden_size)
+        writer.add_block_count(num_layers)
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(heads)
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_dimension_count(hidden_size // heads)
+        writer.add_rope_freq_base(config["rope_theta"])
+        writer.add_vocab_size(config["vocab_size"])
+        # Ids go in and come out: no text, no words.
+        writer.add_tokenizer_model("no_vocab")
+        for name in model.tensor_shapes:
+            if (place := gguf_name(name, num_layers)) is not None:
+                values, stored = model.tensor(name), stored_type(name, kind)
+                if "q_proj" in name or "k_proj" in name:
+                    # llama.cpp's rotary embedding pairs neighbours, Hugging Face's components half a head apart.
+                    values = values.reshape(heads, 2, -1, hidden_size).swapaxes(1, 2).reshape(values.shape)
+                writer.add_tensor(place, gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def gguf_name(name: str, num_layers: int) -> str | None:
