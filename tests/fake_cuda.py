@@ -13,13 +13,12 @@ so does an op on tensors of two devices. Copies between host and device are note
 from __future__ import annotations
 
 import bisect
-import collections
 import contextlib
 import dataclasses
 import functools
 import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
@@ -35,12 +34,15 @@ import kernels.gpu
 from kernels.backend import Card, Selection
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
+from lite.engines.protocol import ChosenTokens
+from lite.engines.segments import expand_image, num_prefix_tokens
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
 from lite.memory.counts import layer_linear_shapes
 from lite.memory.plan import STUDIES_AHEAD, MemoryPlan, plan_memory
 from lite.memory.process import Peaks
-from lite.session.generate import Generation, Request
+from lite.session.loop import Loop
+from lite.session.request import Progress, Request
 
 if TYPE_CHECKING:
     from lite.engines.torch_engine.cuda_graph import Step
@@ -53,9 +55,11 @@ LAUNCHERS: Final = {
     "decode_attention": ("decode_attention",),
     "quant_matmul": ("decode", "dequantize"),
     "rotary_and_cache": ("rotary_and_cache",),
+    "sample": ("sample",),
     "silu_mul": ("silu_mul",),
 }
 TOKEN: Final = 7
+CHOSEN = ChosenTokens((TOKEN,), (0.0,))
 """The token that is always chosen."""
 
 
@@ -232,7 +236,7 @@ class FakeGpu(TorchDispatchMode):
                 "torch.cuda.current_stream": mock.MagicMock(),
                 "torch.Tensor.record_stream": mock.MagicMock(),  # what is allocated is counted all the same
                 "torch.nn.functional.scaled_dot_product_attention": functools.partial(attend, self.card),
-                "lite.engines.torch_engine.cache.NewestTokens.tolist": lambda newest: [TOKEN] * len(newest._host),
+                "lite.engines.torch_engine.cache.TorchChosen.wait": lambda chosen: dict.fromkeys(chosen._rows, CHOSEN),
             }.items():
                 stack.enter_context(mock.patch(name, value))
             stack.enter_context(self._tensors)
@@ -409,64 +413,45 @@ def prompt_of(num_prompt_tokens: int, num_image_tokens: int) -> list[int]:
 def draft(
     decoder: LlamaDecoder,
     *,
-    batch_size: int,
+    num_rows: int,
     num_prompt_tokens: int,
     max_seq_len: int,
     num_image_tokens: int = 1369,
     max_new_tokens: int = 3,
     tower_on_gpu: bool = True,
 ) -> None:
-    """Draft as `FindingsModel` does: a full batch, and meanwhile the features of the studies that come next.
+    """Draft as a session does, in this thread: all rows, and the features of the studies that come next.
 
     A text is short; the rows have room for a longer one.
     """
-    input_ids = prompt_of(num_prompt_tokens, num_image_tokens)
-    ahead = STUDIES_AHEAD if batch_size > 1 else 0
-    waiting: collections.deque[Request] = collections.deque()
-    left = batch_size + ahead
+    input_ids = expand_image(prompt_of(num_prompt_tokens, num_image_tokens), num_image_tokens)
+    ahead = STUDIES_AHEAD if num_rows > 1 else 0
 
     def see() -> Any:
         if tower_on_gpu:
             return decoder.image_buffer(num_image_tokens)[0]
         return torch.empty(num_image_tokens, decoder.config.hidden_size)
 
-    def prepare() -> None:
-        nonlocal left
-        if not left:
-            return
-        left -= 1
-        seen = [see()] if ahead else []
-        waiting.append(
-            Request(
-                input_ids=input_ids,
-                num_prompt_tokens=num_prompt_tokens,
-                image_features=lambda: seen.pop() if seen else see(),
-                max_new_tokens=max_new_tokens,
-            )
-        )
-
-    def feed(*, wait: bool) -> Request | None:
-        while len(waiting) < max(1, ahead):
-            if not left:
-                break
-            prepare()
-        request = waiting.popleft() if waiting else None
-        if ahead:
-            prepare()
-        return request
-
-    generation = Generation(
+    loop = Loop(
         decoder,
-        feed,
-        batch_size=batch_size,
+        num_rows=num_rows,
         max_seq_len=max_seq_len,
         context=decoder.config.max_position_embeddings,
         eos_token_id=2,
+        fits=lambda *_: True,
         peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None),
     )
-    texts: dict[int, Sequence[int]] = {}
-    for request, token_id in generation:
-        assert request.error is None
-        if token_id is None:
-            texts[id(request)] = request.token_ids
-    assert list(texts.values()) == [[TOKEN] * max_new_tokens] * (batch_size + ahead)
+    asked = Request(
+        id="", input_ids=input_ids, num_prefix_tokens=num_prefix_tokens(input_ids), film=None, see=see,
+        max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    studies = [Progress(asked) for _ in range(num_rows + ahead)]
+    waiting = list(studies)
+    while waiting or loop.is_busy:
+        for study in waiting[: max(1, ahead)]:
+            study.features = see() if study.features is None else study.features
+        if waiting and loop.admit(waiting[0]):
+            waiting.pop(0)
+        loop.turn()
+    assert [study.error for study in studies] == [None] * len(studies)
+    assert [study.token_ids for study in studies] == [[TOKEN] * max_new_tokens] * len(studies)
