@@ -311,7 +311,7 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
         ),
         "hundreds of films": "-m benchmarks.phantom write build/films --count 300 --seed 7",
         "findings for all films of a list": (
-            f"-m benchmarks.phantom predict {_shown(artifact)} {_shown(listed)} --out {predictions}"
+            f"-m lite predict {_shown(artifact)} {_shown(listed)} --out {predictions}"
         ),
         "how good they are": f"-m benchmarks.phantom score {predictions}",
         "what each format loses, on 240 films (half an hour)": "-m benchmarks quality formats",

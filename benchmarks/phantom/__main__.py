@@ -1,4 +1,4 @@
-"""`python -m benchmarks.phantom`: write films, look at them, train the model, draft findings, score."""
+"""`python -m benchmarks.phantom`: write films, look at them, train the model, score drafts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.phantom import predict, score
+from benchmarks.phantom import score
 from lite.console import run_command
 
 _EPILOG = """\
 examples:
   python -m benchmarks.phantom write build/films --count 200 --seed 1
-  python -m benchmarks.phantom predict build/demo/artifact build/films/studies.json --out build/predictions.jsonl
+  python -m lite predict build/demo/artifact build/films/studies.json --out build/predictions.jsonl
   python -m benchmarks.phantom score build/predictions.jsonl
 
 exit status: 0 done, 1 something was skipped or failed, 2 wrong use, 130 interrupted.
@@ -91,10 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--write-steps", type=int, metavar="N", help="steps of stage 2, the whole model")
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
-    for module, name, text in (
-        (predict, "predict", "draft findings for a JSON list with an artifact"),
-        (score, "score", "score drafted findings against the truth"),
-    ):
+    for module, name, text in ((score, "score", "score drafted findings against the truth"),):
         module.add_arguments(add(name, module.run, text))
     return parser
 

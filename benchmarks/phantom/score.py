@@ -1,8 +1,9 @@
 """Score predicted findings against their references: `python -m benchmarks.phantom score PREDICTIONS.jsonl`.
 
-A prediction is one line of JSON, in the form of the reference evaluation: {"id", "query", "reference", "prediction"}.
-Labels are read from both texts by `lite.eval.labels`, which is exact on the grammar's own texts; with the JSON list
-of the films (`--truth`) the reference's labels are what was drawn, and the labeller only reads the predictions.
+A prediction is a line of JSON, as `python -m lite predict` and `generate --json` write it; the reference evaluation's
+own lines, {"id", "query", "reference", "prediction"}, will do. Labels are read from both texts by `lite.eval.labels`,
+which is exact on the grammar's own texts; with the JSON list of the films (`--truth`) the reference's labels are what
+was drawn, and the labeller only reads the predictions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,75 +21,8 @@ from lite.errors import LiteError
 from lite.eval.figures import Estimate
 from lite.eval.labels import LABELS, Label, Reading
 from lite.eval.metrics import FindingsScores, Readings, score_findings
-
-_KEYS = ("id", "query", "reference", "prediction")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """One line of a predictions file."""
-
-    id: str
-    query: str
-    reference: str
-    prediction: str
-
-    def to_json(self) -> str:
-        """Return the line, without its end."""
-        return json.dumps({key: getattr(self, key) for key in _KEYS}, ensure_ascii=False)
-
-
-def _parse_line(line: str, where: str) -> Prediction:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        msg = f"{where}: got a line that is not JSON ({error.msg}) · expected one JSON object per line · write it again"
-        raise LiteError(msg) from error
-    if not isinstance(value, dict):
-        msg = f"{where}: got {type(value).__name__} · expected an object with {', '.join(_KEYS)} · write it again"
-        raise LiteError(msg)
-    missing = [key for key in _KEYS if key not in value]
-    if missing:
-        msg = f"{where}: got no {', '.join(missing)} · expected {', '.join(_KEYS)} · write it again"
-        raise LiteError(msg)
-    wrong = [key for key in _KEYS[1:] if not isinstance(value[key], str)]
-    if wrong or not isinstance(value["id"], (str, int)):
-        msg = f"{where}: got {', '.join(wrong) or 'id'} that is not text · expected strings · write it again"
-        raise LiteError(msg)
-    return Prediction(**{key: str(value[key]) for key in _KEYS})
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """Read a predictions file; keys beyond the four are allowed and ignored.
-
-    Raises:
-        LiteError: no such file, no line in it, or a line that is malformed or repeats an id (its number is named).
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        msg = (
-            f"{path}: got a file that cannot be read ({error}) · expected a JSONL file of predictions · check the path"
-        )
-        raise LiteError(msg) from error
-    predictions: list[Prediction] = []
-    first_line: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        prediction = _parse_line(line, f"{path}:{number}")
-        if prediction.id in first_line:
-            msg = (
-                f"{path}:{number}: got id {prediction.id!r} again, as on line {first_line[prediction.id]} · expected "
-                "each study once · remove one of them"
-            )
-            raise LiteError(msg)
-        first_line[prediction.id] = number
-        predictions.append(prediction)
-    if not predictions:
-        msg = f"{path}: got an empty file · expected a line per study · see: python -m benchmarks.phantom predict -h"
-        raise LiteError(msg)
-    return predictions
+from lite.studies.readers import read_studies
+from lite.studies.results import Result, read_results
 
 
 def read_truth(path: Path) -> dict[str, Readings]:
@@ -116,29 +50,51 @@ def score(predictions: Path, *, truth: Path | None = None) -> FindingsScores:
     """Score a predictions file.
 
     Args:
-        predictions: JSONL, as `read_predictions` takes it.
-        truth: the JSON list of the films; the labels drawn there take the place of those read from the references.
+        predictions: JSONL, as `read_results` takes it. Studies that failed count for nothing.
+        truth: the JSON list of the films. The labels drawn there take the place of those read from the references,
+            and its findings that of references that the file does not have.
 
     Raises:
-        LiteError: a file is not what it should be, or a predicted study is not in `truth`.
+        LiteError: a file is not what it should be, a predicted study is not in `truth`, or there is nothing to compare
+            a text with.
     """
-    rows = read_predictions(predictions)
+    rows = [row for row in read_results(predictions) if row.prediction is not None]
     readings = None
     if truth is not None:
         drawn = read_truth(truth)
-        unknown = [row.id for row in rows if row.id not in drawn]
-        if unknown:
-            msg = (
-                f"{predictions}: got {len(unknown)} ids that are not in {truth}, the first {unknown[0]!r} · expected "
-                "predictions for the films of that list · name the list that they were made from"
-            )
-            raise LiteError(msg)
-        readings = [drawn[row.id] for row in rows]
+        rows = _with_references(rows, truth, predictions)
+        readings = [drawn[row.study.id] for row in rows]
+    bare = [row.study.id for row in rows if not row.study.reference]
+    if bare or not rows:
+        msg = (
+            f"{predictions}: got {len(bare)} of {len(rows)} predictions without a reference · expected the findings to "
+            "compare each with · name the list of the films with --truth"
+        )
+        raise LiteError(msg)
     return score_findings(
-        [row.reference for row in rows],
-        [row.prediction for row in rows],
+        [row.study.reference for row in rows],
+        [row.prediction or "" for row in rows],
         truth=readings,
     )
+
+
+def _with_references(rows: Sequence[Result], truth: Path, predictions: Path) -> list[Result]:
+    """Find each row's study in a list, by its id or its film; return the rows with the list's ids and findings."""
+    listed = {study.id: study for study in read_studies(truth)}
+    films = {study.path.resolve(): study for study in listed.values()}
+    found = [listed.get(row.study.id) or films.get(row.study.path.resolve()) for row in rows]
+    unknown = [row.study.id for row, study in zip(rows, found, strict=True) if study is None]
+    if unknown:
+        msg = (
+            f"{predictions}: got {len(unknown)} ids that are not in {truth}, the first {unknown[0]!r} · expected "
+            "predictions for the films of that list · name the list that they were made from"
+        )
+        raise LiteError(msg)
+    return [
+        replace(row, study=replace(study, reference=row.study.reference or study.reference))
+        for row, study in zip(rows, found, strict=True)
+        if study is not None
+    ]
 
 
 def _number(value: float) -> float | None:
@@ -226,13 +182,13 @@ def format_table(scores: FindingsScores) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `score`."""
     parser.add_argument(
-        "predictions", type=Path, metavar="PREDICTIONS.jsonl", help="lines of id, query, reference, prediction"
+        "predictions", type=Path, metavar="PREDICTIONS.jsonl", help="what python -m lite predict has written"
     )
     parser.add_argument(
         "--truth",
         type=Path,
         metavar="LIST.json",
-        help="take the labels from the films' list, not from the references' text",
+        help="take the labels from the films' list, not from the references' text, and references that are missing",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
 

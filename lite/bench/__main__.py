@@ -12,19 +12,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Final
 
 import lite
 from lite._version import __version__
 from lite.artifact.open import load_artifact
-from lite.artifact.parts import CacheDtype
 from lite.bench.measure import Options
 from lite.bench.quality import Clinical
 from lite.bench.results import Bench, FailedRow
+from lite.cli.options import ENGINES, add_engine, add_image_folder, add_memory
 from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
 from lite.errors import LiteError
 from lite.files import check_writable
-from lite.memory.sizes import parse_bytes
 from lite.studies.readers import check_films, read_studies
 from lite.studies.study import Study
 
@@ -80,19 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
     )
-    parser.add_argument(
-        "--memory-limit", type=_size, metavar="SIZE", help="refuse what the memory plan says takes more, such as 12GiB"
-    )
-    _add_engine(parser, "auto", "torch", "onnx", "both")
-    _add_device(parser)
-    parser.add_argument(
-        "--provider", metavar="NAME", help="what ONNX Runtime computes with, for the onnx engine: cpu, cuda or a name "
-        "of its own (default: cpu)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cache-dtype", choices=get_args(CacheDtype), help="what keys and values are kept in: int8, or what the "
-        "decoder computes in (the default)",
-    )  # fmt: skip
+    add_engine(parser, engines=(*ENGINES, "both"))
+    add_memory(parser)
     parser.add_argument(
         "--radgraph", action="store_true", help="also F1-RadGraph, for real reports, with the extra "
         "clinical; its package fetches its weights when they are not there yet, and sends nothing",
@@ -119,8 +107,7 @@ def _record_parser() -> argparse.ArgumentParser:
         "--check", type=Path, metavar="CANDIDATE", help="then measure on this artifact by how much a KL from the "
         "record is too low, and print it",
     )  # fmt: skip
-    _add_engine(parser, "auto", "torch", "onnx")
-    _add_device(parser)
+    add_engine(parser)
     return parser
 
 
@@ -129,37 +116,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="LIST.json", help="studies in LLaVA-Rad's evaluation format (default: the demo's "
         "films; their reports say nothing of another model)",
     )  # fmt: skip
-    parser.add_argument(
-        "--image-folder", type=Path, metavar="DIR", help="where the films are (default: beside the list)"
-    )
+    add_image_folder(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
-
-
-def _add_engine(parser: argparse.ArgumentParser, *choices: str) -> None:
-    also = "; both: a row for each, where there is one" if "both" in choices else ""
-    parser.add_argument(
-        "--engine", choices=choices, default="auto", help="torch computes decoder/, onnx decoder.onnx without torch "
-        f"(default: auto, onnx where the artifact has it and there is no GPU for torch){also}",
-    )  # fmt: skip
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, for torch (default: auto)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="what torch computes the decoder in (default: the "
-        "stored one on a GPU, float32 on the CPU)",
-    )  # fmt: skip
 
 
 def _batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(positive(part.strip()) for part in text.split(","))
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except LiteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # -- Commands --------------------------------------------------------------------------------------------------------

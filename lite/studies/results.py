@@ -1,14 +1,31 @@
-"""What comes of a study: its findings, and how they were made."""
+"""What comes of a study: its findings, how they were made, and the one JSON object that says so.
+
+    {"id": "s1", "image": "film.png", "reason": "Cough.", "query": null, "reference": null,
+     "prediction": "The lungs are clear.", "finish_reason": "eos", …, "notice": …}
+
+A study that could not be used has "error" in place of all from "prediction" on. The reference evaluation's own lines,
+{"id", "query", "reference", "prediction"}, are such objects, too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import json
+import os
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lite.errors import LiteError
+from lite.config import from_json, to_json
+from lite.errors import ArtifactError, LiteError
 from lite.memory.process import Peaks
+from lite.studies.study import Study
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FinishReason = Literal["eos", "length"]
+SHORT_NOTICE: Final = "Research draft, not for clinical use."
+"""What each JSON object says; `Findings.notice` has all of it."""
+_DERIVED: Final = ("decode_s", "ttft_s", "total_s")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +111,33 @@ class Findings:
         """The number of generated tokens, without EOS."""
         return len(self.token_ids)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `json.dumps` takes: all fields, and the sums of the timings; times to a microsecond."""
+        value: dict[str, Any] = to_json(self)
+        times = {name: getattr(self.timings, name) for name in _DERIVED} | value["timings"]
+        times["decode_steps_s"] = [round(step, 6) for step in times["decode_steps_s"]]
+        value["timings"] = {name: round(time, 6) if isinstance(time, float) else time for name, time in times.items()}
+        for name in ("token_logprobs", "top_logprobs"):
+            if value[name] is None:
+                del value[name]
+        return value | {"notice": SHORT_NOTICE}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], *, where: str = "findings") -> Findings:
+        """Read what `to_dict` has returned.
+
+        Raises:
+            LiteError: it is something else; the key is named.
+        """
+        times = value.get("timings")
+        if isinstance(times, dict):
+            value = value | {"timings": {name: time for name, time in times.items() if name not in _DERIVED}}
+        try:
+            return from_json(cls, value, where=where)
+        except ArtifactError as error:  # which speaks of files that an export has written
+            got_and_expected, _, _ = str(error).rpartition(" · ")
+            raise LiteError(f"{got_and_expected} · draft the study again") from error
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StudyError:
@@ -101,3 +145,122 @@ class StudyError:
 
     index: int  # of the study, from 0
     error: LiteError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A study and what came of it: a line of a file of results."""
+
+    study: Study
+    prediction: str | None  # the drafted text; None: there is an error
+    findings: Findings | None = None  # how it was drafted, where that is known
+    error: str | None = None
+    request: dict[str, Any] | None = None  # what was asked for beside the study, if the file is to be gone on with
+
+    @classmethod
+    def of(cls, study: Study, result: Findings | LiteError, *, request: dict[str, Any] | None = None) -> Result:
+        """Put a study and its result together."""
+        if isinstance(result, LiteError):
+            return cls(study=study, prediction=None, error=str(result), request=request)
+        return cls(study=study, prediction=result.text, findings=result, request=request)
+
+    def to_json(self) -> str:
+        """Return the object as a line, without its end. Letters stay letters."""
+        study = self.study
+        value: dict[str, Any] = {
+            "id": study.id,
+            "image": str(study.path) if isinstance(study.image, str | os.PathLike) else None,
+            "reason": study.reason,
+            "query": study.query or study.question or None,
+            "reference": study.reference or None,
+        }
+        if self.error is not None:
+            value |= {"error": self.error, "notice": SHORT_NOTICE}
+        else:
+            value |= {"prediction": self.prediction}
+            if self.findings is not None:
+                value |= {name: item for name, item in self.findings.to_dict().items() if name != "text"}
+        if self.request is not None:
+            value |= {"request": self.request}
+        # Half a surrogate pair, from a file's name, is no reason to write nothing.
+        return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+
+    @classmethod
+    def from_json(cls, line: str, *, where: str) -> Result:
+        """Read a line; what is not known of the study may be missing or null, and other keys are passed over.
+
+        Raises:
+            LiteError: it is no such object; what is wrong is named.
+        """
+        value = _object(line, where)
+        name = value.get("id") if value.get("id") is not None else value.get("image")
+        texts = {key: value.get(key) for key in ("image", "reason", "query", "reference", "prediction", "error")}
+        wrong = [key for key, text in texts.items() if not isinstance(text, str | None)]
+        if wrong or not isinstance(name, str | int):
+            msg = f"{where}: got {', '.join(wrong) or 'an id'} that is not text · expected text · write the line again"
+            raise LiteError(msg)
+        if texts["prediction"] is None and texts["error"] is None:
+            msg = f"{where}: got no prediction · expected id, prediction and reference · write the line again"
+            raise LiteError(msg)
+        study = Study(
+            texts["image"] or "",
+            texts["reason"],
+            id=str(name),
+            question=texts["query"] or "",
+            reference=texts["reference"] or "",
+        )
+        findings = None
+        if texts["error"] is None and "token_ids" in value:
+            fields = {field.name for field in dataclasses.fields(Findings)}
+            drafted = {key: item for key, item in value.items() if key in fields} | {"text": texts["prediction"]}
+            findings = Findings.from_dict(drafted, where=where)
+        return cls(
+            study=study,
+            prediction=texts["prediction"] if texts["error"] is None else None,
+            findings=findings,
+            error=texts["error"],
+            request=value.get("request"),
+        )
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where}: got a line that is not JSON ({error}) · expected one JSON object per line · write it again"
+        raise LiteError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{where}: got {type(value).__name__} · expected an object with id and prediction · write it again"
+        raise LiteError(msg)
+    return value
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read a file of results, one object per line.
+
+    Raises:
+        LiteError: no such file, no line in it, or a line that is malformed or repeats an id (its number is named).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: got a file that cannot be read ({error}) · expected a result on each line · check the path"
+        raise LiteError(msg) from error
+    results: dict[str, Result] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        result = Result.from_json(line, where=f"{path}:{number}")
+        name = result.study.id
+        if name in results:
+            msg = (
+                f"{path}:{number}: got id {name!r} again, as on line {lines[name]} · expected "
+                "each study once · remove one of them"
+            )
+            raise LiteError(msg)
+        results[name], lines[name] = result, number
+    if not results:
+        msg = f"{path}: got an empty file · expected a line per study · see: python -m lite predict --help"
+        raise LiteError(msg)
+    return list(results.values())

@@ -110,48 +110,35 @@ def test_a_grammar_text_against_itself_is_perfect(tmp_path: Path) -> None:
         assert result.side_accuracy.count > 10
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ((), "got an empty file"),
-        (("", "  "), "got an empty file"),
-        ((ROWS[0], "", "{not json"), r"p\.jsonl:3: got a line that is not JSON"),
-        ((ROWS[0], "[1, 2]"), r"p\.jsonl:2: got list"),
-        (({"id": "1", "query": "q"},), r"p\.jsonl:1: got no reference, prediction"),
-        (({**ROWS[0], "prediction": None},), r"p\.jsonl:1: got prediction that is not text"),
-        ((ROWS[0], ROWS[1], ROWS[0]), r"p\.jsonl:3: got id '1' again, as on line 1"),
-    ],
-)
-def test_a_bad_file_is_named_with_its_line(
-    tmp_path: Path, lines: tuple[dict[str, object] | str, ...], message: str
-) -> None:
-    with pytest.raises(LiteError, match=message):
-        scoring.read_predictions(write_rows(tmp_path / "p.jsonl", *lines))
+def test_a_bad_file_is_refused(tmp_path: Path) -> None:
+    for lines, message in (((), "got an empty file"), ((ROWS[0], "[1, 2]"), r"p\.jsonl:2: got list")):
+        with pytest.raises(LiteError, match=message):
+            scoring.score(write_rows(tmp_path / "p.jsonl", *lines))
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LiteError, match="cannot be read"):
-        scoring.read_predictions(tmp_path / "none.jsonl")
+def test_a_prediction_without_a_reference_is_refused_and_one_that_failed_counts_for_nothing(tmp_path: Path) -> None:
+    failed = {"id": "3", "image": "3.png", "error": "got noise"}
+    assert scoring.score(write_rows(tmp_path / "p.jsonl", *ROWS, failed)).count == 2
+    bare = {"id": "4", "prediction": "Clear.", "reference": None}
+    for rows, counts in (((*ROWS, bare), "got 1 of 3 predictions"), ((failed,), "got 0 of 0 predictions")):
+        with pytest.raises(LiteError, match=f"{counts} without a reference .* with --truth"):
+            scoring.score(write_rows(tmp_path / "p.jsonl", *rows))
 
 
-def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
-    row = {**ROWS[0], "prediction": "The lungs\u2028are clear."}
-    (prediction,) = scoring.read_predictions(write_rows(tmp_path / "p.jsonl", row))
-    assert prediction.prediction == row["prediction"]
-    assert json.loads(prediction.to_json()) == row
-
-
-def test_the_truth_is_what_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Let the references be silent: only the list of the films knows what is there."""
+@pytest.mark.parametrize("named", ["id", "image"])
+def test_the_truth_is_what_was_drawn(tmp_path: Path, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Let the references be silent or missing: only the list of the films knows what is there."""
     listed = write_studies(tmp_path / "films", count=4, seed=1, dicom=False)
     entries = json.loads(listed.read_text(encoding="utf-8"))
-    rows = [
-        {"id": entry["id"], "query": "", "reference": "", "prediction": entry["conversations"][1]["value"]}
-        for entry in entries
+    called = {"id": [entry["id"] for entry in entries], "image": [str(listed.parent / e["image"]) for e in entries]}
+    rows: list[dict[str, object]] = [
+        {named: name, "prediction": entry["conversations"][1]["value"], **({"reference": "Nothing."} if silent else {})}
+        for silent, (name, entry) in enumerate(zip(called[named], entries, strict=True))
     ]
     predictions = str(write_rows(tmp_path / "p.jsonl", *rows))
-    assert json.loads(run(capsys, predictions, "--json"))["macro_f1"] != 1.0
-    assert json.loads(run(capsys, predictions, "--json", "--truth", str(listed)))["macro_f1"] == 1.0
+    scores = json.loads(run(capsys, predictions, "--json", "--truth", str(listed)))
+    assert scores["macro_f1"] == 1.0
+    assert 0 < scores["rouge_l"] < 1  # one reference of the list's, three silent ones
 
 
 def test_a_truth_of_other_films_is_refused(tmp_path: Path, predictions: Path) -> None:

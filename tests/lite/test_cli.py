@@ -17,11 +17,13 @@ from repository import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import relist, write_tiny_artifact
 
-from lite.__main__ import _report, main
+from lite.__main__ import main
 from lite.artifact.open import Artifact
+from lite.cli.notes import report
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.errors import LiteError
 from lite.model import FindingsModel
+from lite.studies.results import SHORT_NOTICE
 from lite.vision import VisionEncoder
 
 NOTICE = "For tests. Not for clinical use."
@@ -75,14 +77,15 @@ def test_json(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["image"] for line in lines] == [str(image) for image in films[:3]]
     for line, image in zip(lines, films, strict=False):
-        assert line["text"] == tiny_model.findings(image, max_new_tokens=5).text
+        assert (line["id"], line["reason"], line["query"], line["reference"]) == (str(image), None, None, None)
+        assert line["prediction"] == tiny_model.findings(image, max_new_tokens=5).text
         assert line["finish_reason"] == "length"
-        assert line["num_new_tokens"] == 5
-        stages = {"image_s", "vision_s", "prefill_s", "decode_s", "ttft_s", "total_s", "batch_size"}
+        assert len(line["token_ids"]) == 5
+        stages = {"image_s", "vision_s", "prefill_s", "decode_s", "decode_steps_s", "ttft_s", "total_s", "batch_size"}
         assert set(line["timings"]) == stages
-        assert line["memory"]["peak_rss_bytes"] > 10_000_000
-        assert line["artifact"] == tiny_model.artifact.id
-        assert line["notice"] == NOTICE
+        assert line["memory"]["decode"]["rss_bytes"] > 10_000_000
+        assert line["artifact_id"] == tiny_model.artifact.id
+        assert line["notice"] == SHORT_NOTICE
 
 
 MODES = pytest.mark.parametrize("mode", [[], ["--json"], ["--batch-size", "2"], ["--json", "--batch-size", "4"]])
@@ -103,7 +106,9 @@ def test_a_bad_file_is_reported_skipped_and_remembered(
         assert line.count(" · ") == 2
     if "--json" in mode:
         lines = [json.loads(line) for line in out.splitlines()]
-        assert [sorted(line) for line in lines[1:4]] == [["error", "image", "notice"]] * 3
+        assert [sorted(line) for line in lines[1:4]] == [
+            ["error", "id", "image", "notice", "query", "reason", "reference"]
+        ] * 3
         assert [line["image"] for line in lines] == [str(p) for p in (films[0], *reported_paths(tmp_path), films[1])]
     else:
         assert out.count("== ") == 2
@@ -167,10 +172,10 @@ def one_of_three_failed(out: str, mode: list[str], failed: str) -> bool:
 
 def test_a_short_name_is_not_mistaken_for_a_word_of_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lite.__main__.say", said.append)
-    assert _report("a", LiteError("got a cat · expected a film · take one")) == 1
-    assert _report("./a", LiteError("a: got a cat · expected a film · take one")) == 1
-    assert _report("a", LiteError("a: got a cat · expected a film · take one")) == 1
+    monkeypatch.setattr("lite.cli.notes.say", said.append)
+    report("a", LiteError("got a cat · expected a film · take one"))
+    report("./a", LiteError("a: got a cat · expected a film · take one"))
+    report("a", LiteError("a: got a cat · expected a film · take one"))
     assert said == ["error: a: got a cat · expected a film · take one"] * 3
 
 
@@ -190,6 +195,8 @@ def reported_paths(tmp_path: Path) -> list[Path]:
         ["generate", "artifact", "film.png", "--max-new-tokens", "many"],
         ["generate", "artifact", "film.png", "--rendering", "pretty"],
         ["generate", "artifact", "film.png", "--reason", "a", "--query", "b"],
+        ["generate", "artifact", "film.png", "--memory-limit", "much"],
+        ["predict", "artifact", "studies.json"],
         ["info"],
     ],
 )
@@ -199,11 +206,19 @@ def test_wrong_use_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]
 
 
 def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["generate", "--help"], ["info", "--help"]):
+    for arguments in (["--help"], ["generate", "--help"], ["predict", "--help"], ["info", "--help"]):
         assert run(*arguments) == 0
     out = capsys.readouterr().out
     assert "not for clinical use" in out
     assert "example: python -m lite generate" in out
+    assert "example: python -m lite predict" in out
+
+
+@pytest.mark.parametrize(("door", "program"), [("bench", "python -m lite.bench"), ("export", "python -m export")])
+def test_doors_lead_to_command_lines_of_their_own(door: str, program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(door, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: {program}")
+    assert run(door, "--surprise") == 2
 
 
 def test_a_bad_artifact_is_one_line(films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +237,32 @@ def test_a_bad_reason_is_said_once(generate: list[str], films: list[Path], capsy
         assert out == ""
         assert err.startswith("error: got ")
         assert err.count("\n") == 1
+
+
+def test_letters_stay_letters_in_json(
+    generate: list[str], films: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*generate, films[0], "--json", "--reason", "Müdigkeit", "--max-new-tokens", "1") == 0
+    out = capsys.readouterr().out
+    assert '"reason": "Müdigkeit"' in out
+    assert json.loads(out)["reason"] == "Müdigkeit"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--batch-size", "2"]])
+def test_a_full_disk_is_one_line(generate: list[str], films: list[Path], flags: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "lite", *generate, films[0], films[1], *flags, "--max-new-tokens", "2"],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False,
+        )  # fmt: skip
+    assert process.returncode == 1
+    *notes, error = process.stderr.splitlines()
+    assert (
+        error == "error: output: got No space left on device · expected to read or write it · check the disk and "
+        "its permissions"
+    )
+    assert all(line.startswith("note: ") for line in notes)
 
 
 def test_a_cut_text_says_so(generate: list[str], films: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +290,6 @@ def test_what_is_slower_than_it_has_to_be_is_said_once(
     ("flags", "message"),
     [
         (["--memory-limit", "1MiB"], "got a memory limit of 1.0 MiB · expected at least "),
-        (["--memory-limit", "much"], "got the size 'much' · expected a number of bytes"),
         (["--fp16-accumulation"], "got fp16_accumulation on cpu · expected it for a GPU only"),
         (["--cache-dtype", "float16"], "got cache_dtype 'float16' · expected int8, or float32"),
     ],

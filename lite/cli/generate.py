@@ -1,0 +1,135 @@
+"""`python -m lite generate ARTIFACT IMAGE...`: draft the findings of one or more films."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Final
+
+from lite.cli.notes import Notes, report
+from lite.cli.options import add_artifact, add_drafting, add_loading, load_model
+from lite.console import EXIT_FAILED, print_line, say
+from lite.errors import LiteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lite.model import FindingsModel
+    from lite.session.draft import Draft
+    from lite.studies.results import Findings
+    from lite.studies.study import Study
+
+HELP: Final = "draft the findings of one or more films"
+DESCRIPTION: Final = (
+    "Draft the findings of one or more films. The text is printed as it is made; with --batch-size above 1 when it is "
+    "done."
+)
+EPILOG: Final = 'example: python -m lite generate artifact film.dcm --reason "Cough and fever for three days."'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_artifact(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="frontal films: PNG, JPEG, DICOM …")
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument("--reason", metavar="TEXT", help="the reason for the exam, used for every film")
+    question.add_argument("--query", metavar="TEXT", help="ask this instead of the question the model was trained with")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per film, one per line")
+    add_drafting(parser, batch_size=1)
+    add_loading(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    with load_model(arguments) as model:
+        # One reason for all films: if it cannot be used, say so once and not for each film.
+        model.prompt.encode(arguments.reason, query=arguments.query)
+        if arguments.json:
+            return _print_json(model, arguments)
+        say(f"note: {model.notice}")
+        if arguments.batch_size == 1:
+            return _print_streams(model, arguments)
+        return _print_texts(model, arguments)
+
+
+def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
+    """Print the text of each film as it is made."""
+    status, notes = 0, Notes()
+    for image in arguments.images:
+        try:
+            stream = model.stream(
+                image,
+                arguments.reason,
+                query=arguments.query,
+                max_new_tokens=arguments.max_new_tokens,
+                rendering=arguments.rendering,
+            )
+            _print_heading(image, arguments)
+            _print_pieces(stream)
+        except LiteError as error:
+            report(image, error)
+            status = EXIT_FAILED
+            continue
+        if (findings := stream.findings) is not None:
+            notes.cut(findings)
+            notes.fallbacks(findings)
+    return status
+
+
+def _print_pieces(stream: Draft) -> None:
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # also when it fails or is interrupted: what follows begins on a line of its own
+        print_line("")
+
+
+def _print_texts(model: FindingsModel, arguments: argparse.Namespace) -> int:
+    """Print each film's text when it is done."""
+    status, notes = 0, Notes()
+    for study, result in _results(model, arguments):
+        if isinstance(result, LiteError):
+            report(study.id, result)
+            status = EXIT_FAILED
+            continue
+        _print_heading(study.id, arguments)
+        print_line(result.text)
+        notes.cut(result)
+        notes.fallbacks(result)
+    return status
+
+
+def _print_json(model: FindingsModel, arguments: argparse.Namespace) -> int:
+    """Print one JSON object per film."""
+    from lite.studies.results import Result
+
+    status = 0
+    for study, result in _results(model, arguments):
+        if isinstance(result, LiteError):
+            report(study.id, result)
+            status = EXIT_FAILED
+        print_line(Result.of(study, result).to_json())
+    return status
+
+
+def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tuple[Study, Findings | LiteError]]:
+    """Yield each film, called by its path, with its findings or what is wrong with it, in order."""
+    from lite.studies.results import StudyError
+    from lite.studies.study import Study
+
+    studies = [Study(image, arguments.reason, arguments.query, id=image) for image in arguments.images]
+    results = model.findings_batch(
+        studies,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        rendering=arguments.rendering,
+    )
+    for study, result in zip(studies, results, strict=True):
+        yield study, result.error if isinstance(result, StudyError) else result
+
+
+def _print_heading(image: str, arguments: argparse.Namespace) -> None:
+    """Name the film when there are several."""
+    if len(arguments.images) > 1:
+        print_line(f"== {image}")

@@ -1,0 +1,39 @@
+"""What commands that draft say on stderr beside their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lite.console import say
+
+if TYPE_CHECKING:
+    from lite.errors import LiteError
+    from lite.studies.results import Findings
+
+
+class Notes:
+    """Say what a user should know of results, each thing once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def fallbacks(self, findings: Findings) -> None:
+        """Say what is slower than it has to be."""
+        for fallback in findings.fallbacks:
+            if fallback not in self._said:
+                self._said.add(fallback)
+                say(f"note: {fallback}")
+
+    def cut(self, findings: Findings) -> None:
+        """Say that a text is not whole."""
+        if findings.finish_reason == "length":
+            count = findings.num_new_tokens
+            say(f"note: the text was cut after {count} tokens (--max-new-tokens, or the context is full)")
+
+
+def report(image: str, error: LiteError, *, what: str = "error") -> None:
+    """Say on one line what is wrong with a film."""
+    text = str(error)
+    named = text.startswith((f"{image}:", f"{Path(image)}:"))
+    say(f"{what}: {text if named else f'{image}: {text}'}")

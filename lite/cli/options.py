@@ -1,0 +1,124 @@
+"""Options that several commands have, each described once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from lite.artifact.parts import CacheDtype
+from lite.console import positive
+from lite.errors import LiteError
+from lite.memory.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lite.model import FindingsModel
+
+ENGINES: Final = ("auto", "torch", "onnx")
+_LOADING: Final = ("engine", "device", "dtype", "provider", "cache_dtype", "memory_limit", "fp16_accumulation")
+
+
+def add_artifact(parser: argparse.ArgumentParser) -> None:
+    """Add the artifact that a command is about."""
+    parser.add_argument("artifact", metavar="ARTIFACT", help="the folder written by `python -m export`")
+
+
+def add_image_folder(parser: argparse.ArgumentParser) -> None:
+    """Add where the films of a list are."""
+    parser.add_argument(
+        "--image-folder", type=Path, metavar="DIR", help="where the films are (default: beside the list)"
+    )
+
+
+def add_engine(parser: argparse.ArgumentParser, engines: Sequence[str] = ENGINES) -> None:
+    """Add what computes, where, and in which numbers."""
+    parser.add_argument(
+        "--engine",
+        choices=engines,
+        default="auto",
+        help="what computes the decoder: torch, or ONNX Runtime alone (default auto: onnx where the artifact has "
+        "decoder.onnx and there is no GPU, or no torch)"
+        + ("; both: a row for each, where there is one" if "both" in engines else ""),
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="have torch compute the decoder in this (default: the stored one on a GPU, float32 on the CPU)",
+    )
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add what ONNX Runtime computes with, and how much memory there is."""
+    parser.add_argument(
+        "--provider",
+        metavar="NAME",
+        help="what ONNX Runtime computes with: cpu, cuda or its own name for it (default: the CPU)",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=get_args(CacheDtype),
+        help="what keys and values are kept in: int8, or what the decoder computes in (default: the latter, unless "
+        "only int8 fits the memory)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        type=_size,
+        help="take no more than that, such as 12GiB, or refuse before anything is loaded (default: what a GPU has "
+        "free; no limit on a CPU)",
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add all that `lite.load` can be told."""
+    add_engine(parser)
+    add_memory(parser)
+    parser.add_argument(
+        "--fp16-accumulation",
+        action="store_true",
+        help="let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact",
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the artifact's files with their hashes first"
+    )
+
+
+def load_model(arguments: argparse.Namespace) -> FindingsModel:
+    """Load the artifact as the options of `add_loading` and `add_drafting` say."""
+    from lite.loading import load
+
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in _LOADING}
+    return load(arguments.artifact, **settings, rows=arguments.batch_size, verify=not arguments.no_verify)
+
+
+def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Add how films are read and texts are made."""
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive,
+        default=batch_size,
+        help="films that go through the decoder together: faster, and more memory (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=positive, help="stop after N tokens (default: the artifact's)"
+    )
+    parser.add_argument(
+        "--rendering",
+        choices=["mimic-cxr-jpg", "voi-lut"],
+        default="mimic-cxr-jpg",
+        help="how DICOM values become grey levels: the way of the training films, or the file's own window "
+        "(default %(default)s)",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except LiteError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
