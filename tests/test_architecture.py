@@ -48,6 +48,7 @@ MAX_REQUEST_LINES, MAX_REQUEST_FILES = 1_800, 9
 # What one request goes through, from the command line to the kernel.
 REQUEST_PATH = (
     "lite/__main__.py",
+    "lite/cli/generate.py",
     "lite/model.py",
     "lite/session/generate.py",
     "lite/engines/torch_engine/decoder.py",
@@ -150,6 +151,8 @@ def lite_units(source: str, unit: str) -> Iterator[tuple[int, str]]:
 
 def unit_of(file: Path) -> str:
     parts = file.relative_to(ROOT / "lite").with_suffix("").parts
+    if parts[-1] == "__main__":  # a command line, wherever it stands, is above all that it commands
+        return "__main__"
     return "lite" if parts == ("__init__",) else parts[0]
 
 
