@@ -32,8 +32,8 @@ from lite.errors import ArtifactError, LiteError
 from lite.studies.readers import read_studies
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-VENV: Final = ROOT / "build" / "slim-venv"
-ARTIFACT: Final = ROOT / "build" / "demo" / "artifact"
+VENV: Final = Path("build", "slim-venv").absolute()
+ARTIFACT: Final = Path("build", "demo", "artifact").absolute()
 STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
 EXIT_WRONG_USE: Final = 2
 
@@ -138,8 +138,8 @@ def measure_slim(artifact: Path, films: Sequence[Path], venv: Path = VENV) -> Sl
         sizes=sizes,
         probe=probe,
         engines=tuple(draft["engine"] for draft in drafts),
-        texts=tuple(draft["text"] for draft in drafts),
-        expected=tuple(draft["text"] for draft in expected),
+        texts=tuple(draft["prediction"] for draft in drafts),
+        expected=tuple(draft["prediction"] for draft in expected),
     )
 
 

@@ -139,7 +139,7 @@ def test_dicom_films_give_the_text_of_their_png_twins(demo_artifact: Artifact, t
     assert [dcmread(film).PhotometricInterpretation for film in films[::2]] == ["MONOCHROME2", "MONOCHROME1"]
     command = [sys.executable, "-m", "lite", "generate", str(demo_artifact.path), *map(str, films), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    texts = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+    texts = [json.loads(line)["prediction"] for line in done.stdout.splitlines()]
     assert texts[0] == texts[1]
     assert texts[2] == texts[3]
     assert texts[0] != texts[2]

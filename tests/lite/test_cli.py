@@ -81,8 +81,8 @@ def test_json(
         assert line["prediction"] == tiny_model.findings(image, max_new_tokens=5).text
         assert line["finish_reason"] == "length"
         assert len(line["token_ids"]) == 5
-        stages = {"image_s", "vision_s", "prefill_s", "decode_s", "decode_steps_s", "ttft_s", "total_s", "batch_size"}
-        assert set(line["timings"]) == stages
+        stages = {"image_s", "vision_s", "prefill_s", "decode_s", "decode_steps_s", "ttft_s", "total_s"}
+        assert set(line["timings"]) == stages | {"queued_s", "batch_size"}
         assert line["memory"]["decode"]["rss_bytes"] > 10_000_000
         assert line["artifact_id"] == tiny_model.artifact.id
         assert line["notice"] == SHORT_NOTICE
