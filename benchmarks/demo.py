@@ -31,7 +31,7 @@ from lite.image.files import load_image
 from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
-OUT = ROOT / "build" / "demo"
+OUT = Path("build", "demo")  # of where one is
 ARTIFACT = OUT / "artifact"
 NUM_FILMS = 6
 # Neither training nor the figures in benchmarks/phantom/README.md use films of these seeds.
@@ -263,7 +263,7 @@ def _export(recipe: Recipe, source: Source, artifact: Path) -> None:
     command = [*source.command(recipe, artifact), "--verify-studies", str(NUM_FILMS), "--overwrite"]
     _say(f"      {_python()} " + " ".join(_shown(Path(text)) for text in command[1:]))
     artifact.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, encoding="utf-8")
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         msg = f"got exit code {done.returncode} from the export · expected an artifact in {artifact} · see above"
         raise lite.LiteError(msg)
@@ -303,7 +303,7 @@ def _python() -> str:
 
 def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
     python = _python()
-    predictions = _shown(OUT / "predictions.jsonl")
+    predictions = _shown(artifact.with_name("predictions.jsonl"))
     commands = {
         "one of these films again, as DICOM": f"-m lite generate {_shown(artifact)} {_shown(film)}",
         "a film of your own (nonsense: the phantom model knows synthetic films only)": (
@@ -320,24 +320,25 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
     _say("Next:")
     for what, command in commands.items():
         _say(f"  # {what}\n  {python} {command}")
-    _say("  # all tests\n  make test")
+    if (ROOT / "Makefile").is_file():
+        _say("  # all tests\n  make test")
 
 
-def _run() -> int:
+def _run(out: Path) -> int:
     started = time.perf_counter()
     width = min(shutil.get_terminal_size((110, 40)).columns, 160)
-    fp16, picture = OUT / "artifact-fp16", OUT / "findings.png"
+    artifact, fp16, picture = out / ARTIFACT.name, out / "artifact-fp16", out / "findings.png"
     _require_checkpoint()
     with _step(1, f"Drawing {NUM_FILMS} synthetic films that the model has never seen, and others to calibrate on"):
-        listed = _write_films(OUT / "films", count=NUM_FILMS, seed=SEED, dicom=True)
-        others = _write_films(OUT / "calibration", count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False)
+        listed = _write_films(out / "films", count=NUM_FILMS, seed=SEED, dicom=True)
+        others = _write_films(out / "calibration", count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False)
         source = Source(verify=listed, calibration=others)
     with _step(2, "Exporting the phantom checkpoint in 4 bits, measured on these films"):
-        _export(GPTQ_INT4, source, ARTIFACT)
+        _export(GPTQ_INT4, source, artifact)
     with _step(3, "Exporting it in fp16, to compare"):
         _export(FP16, source, fp16)
     with _step(4, "Drafting the films' findings with both"):
-        drafted, notice = _draft(ARTIFACT, fp16, read_studies(listed))
+        drafted, notice = _draft(artifact, fp16, read_studies(listed))
         _say(f"      {_who_drafted(drafted)}")
     for number, film in enumerate(drafted, start=1):
         _print_film(number, film, width)
@@ -345,19 +346,23 @@ def _run() -> int:
     _say(f"{textwrap.fill(notice, width)}\n")
     with _step(5, f"Saving films and texts as {_shown(picture)}"):
         draw_picture(drafted, notice).save(picture)
-    _say_what_next(ARTIFACT, drafted[0].study.path.with_suffix(".dcm"), listed)
+    _say_what_next(artifact, drafted[0].study.path.with_suffix(".dcm"), listed)
     _say(f"\nThe demo took {time.perf_counter() - started:.0f} s.")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks demo",
         description="Export the phantom model in 4 bits and in fp16, draft findings for a few films with both, show "
-        f"the truth beside, and save a picture. Everything goes to {_shown(OUT)}.",
-    ).parse_args(argv)
-    return run_command(_run)
+        "the truth beside, and save a picture.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="DIR", help="where everything goes (default: %(default)s)"
+    )
+    out: Path = parser.parse_args(argv).out
+    return run_command(lambda: _run(out))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Final
 from lite.errors import LiteError
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-PHANTOM: Final = ROOT / "benchmarks" / "phantom" / "checkpoint"
+PHANTOM: Final = Path(__file__).with_name("phantom") / "checkpoint"
 
 # Run by a small Python between this process and the child: what a child is said to have had resident at its peak is
 # never less than its parent's own peak, and this process holds films and models.
@@ -76,13 +76,13 @@ class Source:
 
 
 def measured_run(command: Sequence[str]) -> Cost:
-    """Run a command in the repository's root and measure it.
+    """Run a command and measure it.
 
     Raises:
         LiteError: it failed; the message is the last line it wrote to stderr.
     """
     launcher = [sys.executable, "-c", _LAUNCHER, *command]
-    done = subprocess.run(launcher, cwd=ROOT, check=False, capture_output=True, encoding="utf-8", errors="replace")
+    done = subprocess.run(launcher, check=False, capture_output=True, encoding="utf-8", errors="replace")
     said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1].strip()
     if done.returncode:
         raise LiteError(f"{command[0]}: got no start ({said}) · expected a command · check the name")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _ROOT: Final = Path(lite.__file__).resolve().parent.parent
-_DEMO_ARTIFACTS: Final = (_ROOT / "build" / "demo" / "artifact-fp16", _ROOT / "build" / "demo" / "artifact")
+_DEMO_ARTIFACTS: Final = (Path("build/demo/artifact-fp16"), Path("build/demo/artifact"))  # of where one is
 _DEMO_STUDIES: Final = _ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
 _DEMO_RECORD: Final = _ROOT / "benchmarks" / "references" / "phantom_fp16.json"
 
