@@ -91,8 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--write-steps", type=int, metavar="N", help="steps of stage 2, the whole model")
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
-    for module, name, text in ((score, "score", "score drafted findings against the truth"),):
-        module.add_arguments(add(name, module.run, text))
+    score.add_arguments(add("score", score.run, "score drafted findings against the truth"))
     return parser
 
 
