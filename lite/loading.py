@@ -1,79 +1,71 @@
-"""Loading an artifact: its parts are checked, an engine is chosen, and memory is planned before anything is read."""
+"""Loading an artifact: options, what there is, a plan of it, and then exactly that."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from lite.artifact.open import load_artifact
-from lite.engines.choose import choose_engine, gpu_problem
-from lite.engines.onnx_session import CPU, CUDA
-from lite.errors import ArtifactError, LiteError
-from lite.memory.plan import REASON_TOKENS, Planner
-from lite.memory.process import rss_bytes
-from lite.memory.sizes import parse_bytes
+from lite.engines.machine import look
+from lite.engines.onnx_session import CPU
+from lite.engines.options import LoadArguments, LoadOptions
+from lite.engines.plan import RunPlan
+from lite.engines.resolve import resolve
+from lite.errors import ArtifactError
+from lite.memory.process import release_free_memory
+from lite.model import FindingsModel
 from lite.prompt import PromptEncoder, Tokenizer
 
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
+    from lite.engines.machine import Machine
     from lite.engines.protocol import Engine
     from lite.vision import VisionEncoder
-from lite.model import FindingsModel
 
 
-def load(
-    path: str | os.PathLike[str],
-    *,
-    engine: str = "auto",
-    device: str = "auto",
-    dtype: str | None = None,
-    provider: str | None = None,
-    cache_dtype: CacheDtype | None = None,
-    memory_limit: int | str | None = None,
-    fp16_accumulation: bool = False,
-    rows: int = 8,
-    verify: bool = True,
-) -> FindingsModel:
+def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> FindingsModel:
     """Load an artifact.
 
     Args:
         path: the artifact's folder.
-        engine: "torch" computes `decoder/`; "onnx" computes `decoder.onnx`, without torch. "auto" takes onnx where the
-            artifact has it and there is no GPU for torch, or no torch (see `lite.engines.choose`).
-        device: "auto" (an NVIDIA GPU if torch sees one, or the CPU), "cpu", "cuda" or "cuda:N".
-        dtype: what torch computes the decoder in: "float32", "float16" or "bfloat16". None takes the stored dtype on a
-            GPU and float32 on the CPU: twice the memory of float16, and far less time where 16-bit products are slow
-            (see `lite.engines.torch_engine.decoder.load_decoder`).
-        provider: what ONNX Runtime computes with, tower and decoder: a name of its own such as "CUDAExecutionProvider",
-            or cpu, cuda; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA
-            where `device` is a GPU and this ONNX Runtime has it.
-        cache_dtype: what keys and values are kept in: "int8", or what the decoder computes in. None takes the latter,
-            or int8 where only that fits the memory and loses no more than `MAX_CACHE_KL`, as measured at export.
-        memory_limit: bytes, or text such as "12GiB": refuse, before anything is loaded, an artifact with which one
-            study at a time would take more, and run as many at a time as fit. On a GPU all that the model has there
-            counts, and None takes what is free; on a CPU what the process has resident, with all that it holds
-            already, and None sets no limit. See `lite.memory`.
-        fp16_accumulation: let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact.
-        rows: studies that can be under way at a time, if they fit.
-        verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B
-            model at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026), longer where the
-            disk is slower.
+        **options: those of `lite.engines.options.LoadOptions`, which says what each is: engine, device, dtype,
+            provider, cache_dtype, memory_limit, fp16_accumulation, rows and verify.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
         BackendUnavailable: a package, the device or the provider is not there.
         MemoryBudgetError: one study would take more than `memory_limit`.
-        LiteError: there is no such engine, dtype or cache.
+        LiteError: there is no such engine, dtype or cache, or two options exclude each other.
     """
-    limit = None if memory_limit is None else parse_bytes(memory_limit)
+    chosen = LoadOptions(**options)
     artifact = load_artifact(path)
-    chosen = choose_engine(artifact, engine, device=device, dtype=dtype, provider=provider)
-    if fp16_accumulation and chosen != "torch":
-        msg = "got fp16_accumulation for the onnx engine · expected it for torch on a GPU only · leave it out"
-        raise LiteError(msg)
-    if verify:
-        artifact.verify(engine=chosen)
+    tokenizer, prompt = prompt_of(artifact)
+    plan = plan_run(artifact, prompt, chosen, look(chosen, artifact))
+    if chosen.verify:
+        artifact.verify(engine=plan.engine)
+    vision, decoder = _build(artifact, plan)
+    release_free_memory()
+    fallbacks = plan.fallbacks
+    if vision.provider == CPU != plan.vision_provider:
+        fallbacks += (f"the tower on the CPU: {plan.vision_provider} does not start",)
+    return FindingsModel(
+        artifact,
+        tokenizer=tokenizer,
+        prompt=prompt,
+        vision=vision,
+        decoder=decoder,
+        plan=plan,
+        fallbacks=fallbacks,
+    )
+
+
+def prompt_of(artifact: Artifact) -> tuple[Tokenizer, PromptEncoder]:
+    """Load what makes a prompt.
+
+    Raises:
+        ArtifactError: it cannot be used, or the parts of the artifact do not fit together.
+    """
     manifest, config = artifact.manifest, artifact.decoder_config()
     tokenizer = Tokenizer(artifact.file(manifest.parts.tokenizer.file), manifest.decoding)
     _check_parts_fit(artifact, tokenizer.vocab_size)
@@ -83,104 +75,35 @@ def load(
         num_image_tokens=manifest.parts.vision.num_image_tokens,
         max_seq_len=config.max_position_embeddings,
     )
-    loaded = (
-        _load_onnx(artifact, provider, cache_dtype, limit)
-        if chosen == "onnx"
-        else _load_torch(artifact, device, dtype, cache_dtype, limit, fp16_accumulation=fp16_accumulation)
-    )
-    vision, decoder, planner = loaded
-    fallbacks: list[str] = []
-    if device == "auto" and provider is None and (problem := gpu_problem()) is not None:
-        fallbacks.append(f"the CPU in place of the GPU that is there: {problem}")
-    if str(decoder.device).startswith("cuda") and vision.provider == CPU:
-        fallbacks.append("the tower on the CPU: this ONNX Runtime has no CUDA provider, or it does not start")
-    return FindingsModel(
-        artifact,
-        tokenizer=tokenizer,
-        prompt=prompt,
-        vision=vision,
-        decoder=decoder,
-        num_rows=rows if planner is None else planner.rows_that_fit(rows, manifest.decoding.max_new_tokens),
-        max_seq_len=_row_len(prompt, manifest.decoding.max_new_tokens),
-        fits=lambda num_rows, max_seq_len: planner is None or planner.fits_rows(num_rows, max_seq_len),
-        fallbacks=tuple(fallbacks),
-    )
+    return tokenizer, prompt
 
 
-def _row_len(prompt: PromptEncoder, max_new_tokens: int) -> int:
-    """Return the places of a row that most studies fit into: the prompt, a reason, the text."""
-    num_prompt_tokens: int = prompt.num_tokens(prompt.encode(None)) + REASON_TOKENS
-    return min(num_prompt_tokens + max_new_tokens, prompt.max_seq_len)
+def plan_run(artifact: Artifact, prompt: PromptEncoder, options: LoadOptions, machine: Machine) -> RunPlan:
+    """Resolve for the artifact's own prompt."""
+    return resolve(options, artifact, machine, num_prompt_tokens=prompt.num_tokens(prompt.encode(None)))
 
 
-def _load_torch(
-    artifact: Artifact,
-    device: str,
-    dtype: str | None,
-    cache_dtype: CacheDtype | None,
-    limit: int | None,
-    *,
-    fp16_accumulation: bool,
-) -> tuple[VisionEncoder, Engine[Any, Any], Planner | None]:
-    # torch first: onnxruntime then finds the CUDA libraries that torch has brought.
-    from lite.engines.onnx_session import provider_of_device
-    from lite.engines.torch_engine.device import check_cache_dtype, check_device, check_dtype, free_bytes
-    from lite.engines.torch_engine.load import load_decoder
+def _build(artifact: Artifact, plan: RunPlan) -> tuple[VisionEncoder, Engine[Any, Any]]:
+    """Load tower and decoder, as planned."""
     from lite.vision import VisionEncoder
 
-    check_dtype(dtype)
-    target = check_device(device)
-    check_cache_dtype(artifact, cache_dtype, device=target, dtype=dtype)
-    on_gpu = target.startswith("cuda")
-    if fp16_accumulation and not on_gpu:
-        raise LiteError(f"got fp16_accumulation on {target} · expected it for a GPU only · leave it out")
-    planner = None
-    if on_gpu or limit is not None:
-        planner = Planner.choose(
-            artifact,
-            device=target,
-            dtype=dtype,
-            cache_dtype=cache_dtype,
-            limit=free_bytes(target) if limit is None else limit,
-            tower_on_gpu=on_gpu and provider_of_device(target).startswith(CUDA),
-            libraries_bytes=rss_bytes() or 0,
-        )
+    cache_dtype: CacheDtype | None = "int8" if plan.cache_dtype == "int8" else None
+    if plan.engine == "onnx":
+        from lite.engines.onnx_engine.decoder import OnnxDecoder
+
+        vision = VisionEncoder(artifact, provider=plan.vision_provider)
+        return vision, OnnxDecoder(artifact, provider=plan.provider or CPU, cache_dtype=cache_dtype)
+    from lite.engines.torch_engine.load import load_decoder
+
     decoder = load_decoder(
         artifact,
-        device=target,
-        dtype=dtype,
-        cache_dtype=cache_dtype if planner is None else planner.cache_dtype,
-        chunk_size=None if planner is None else planner.chunk_size,
-        fp16_accumulation=fp16_accumulation,
+        device=plan.device,
+        dtype=plan.dtype,
+        cache_dtype=cache_dtype,
+        chunk_size=plan.chunk_size,
+        fp16_accumulation=plan.fp16_accumulation,
     )
-    return VisionEncoder(artifact, device=target), decoder, planner
-
-
-def _load_onnx(
-    artifact: Artifact, provider: str | None, cache_dtype: CacheDtype | None, limit: int | None
-) -> tuple[VisionEncoder, Engine[Any, Any], Planner | None]:
-    from lite.engines.onnx_engine.decoder import OnnxDecoder, check_cache_dtype
-    from lite.engines.onnx_session import check_provider
-    from lite.vision import VisionEncoder
-
-    check_cache_dtype(artifact, cache_dtype)
-    chosen = check_provider("cpu" if provider is None else provider)
-    if limit is not None and chosen != CPU:
-        msg = f"got a memory limit with provider {provider!r} · expected the CPU, of whose memory alone there is a plan"
-        raise LiteError(f"{msg} · leave the limit out")
-    planner = None
-    if limit is not None:
-        planner = Planner.choose(
-            artifact,
-            device="cpu",
-            engine="onnx",
-            cache_dtype=cache_dtype,
-            limit=limit,
-            libraries_bytes=rss_bytes() or 0,
-        )
-        cache_dtype = planner.cache_dtype
-    vision = VisionEncoder(artifact, provider=chosen)
-    return vision, OnnxDecoder(artifact, provider=chosen, cache_dtype=cache_dtype), planner
+    return VisionEncoder(artifact, provider=plan.vision_provider), decoder
 
 
 def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:

@@ -27,10 +27,11 @@ from lite.session.session import MAX_QUEUE, Session
 from lite.studies.study import Study, as_study
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Unpack
 
     from lite.artifact.open import Artifact
+    from lite.engines.plan import RunPlan
     from lite.engines.protocol import Engine, Sampling
     from lite.image.files import ImageSource
     from lite.image.rendering import Rendering
@@ -64,9 +65,7 @@ class FindingsModel:
         prompt: PromptEncoder,
         vision: VisionEncoder,
         decoder: Engine[Any, Any],
-        num_rows: int,
-        max_seq_len: int,
-        fits: Callable[[int, int], bool],
+        plan: RunPlan,
         fallbacks: tuple[str, ...] = (),
         max_queue: int = MAX_QUEUE,
     ) -> None:
@@ -78,9 +77,7 @@ class FindingsModel:
             prompt: the same.
             vision: the same.
             decoder: the same.
-            num_rows: studies that can be under way at a time.
-            max_seq_len: places of a row that most studies fit into.
-            fits: says whether so many rows of so many places fit the memory.
+            plan: what was loaded by: it says how many rows of how many places there are.
             fallbacks: what is slower than it has to be, each with its reason.
             max_queue: requests that may wait for a row.
         """
@@ -89,17 +86,18 @@ class FindingsModel:
         self.prompt = prompt
         self.vision = vision
         self.decoder = decoder
+        self.plan = plan
         self.fallbacks = fallbacks
         self._preparer = Preparer(
             artifact, tokenizer=tokenizer, prompt=prompt, vision=vision, decoder=decoder, fallbacks=fallbacks
         )
         loop = Loop(
             decoder,
-            num_rows=num_rows,
-            max_seq_len=max_seq_len,
+            num_rows=plan.rows,
+            max_seq_len=plan.max_seq_len,
             context=prompt.max_seq_len,
             eos_token_id=artifact.manifest.decoding.eos_token_id,
-            fits=fits,
+            fits=plan.fits,
             peaks=self._preparer.peaks,
         )
         self._num_ahead = STUDIES_AHEAD if decoder.run_ahead else 1

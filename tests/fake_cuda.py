@@ -39,7 +39,7 @@ from lite.engines.segments import expand_image, num_prefix_tokens
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
 from lite.memory.counts import layer_linear_shapes
-from lite.memory.plan import STUDIES_AHEAD, MemoryPlan, plan_memory
+from lite.memory.plan import STUDIES_AHEAD, MemoryPlan, Shapes, Workload, plan_memory
 from lite.memory.process import Peaks
 from lite.session.loop import Loop
 from lite.session.request import Progress, Request
@@ -212,11 +212,8 @@ class FakeGpu(TorchDispatchMode):
 
     def plan(self, artifact: Artifact, **settings: Any) -> MemoryPlan:
         """Plan for this card."""
-        with (
-            mock.patch("torch.cuda.is_available", return_value=True),
-            mock.patch("torch.cuda.get_device_capability", return_value=self.card.capability),
-        ):
-            return plan_memory(artifact, device="cuda:0", **settings)
+        workload = Workload(device="cuda:0", capability=self.card.capability, **settings)
+        return plan_memory(Shapes.of(artifact), workload)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

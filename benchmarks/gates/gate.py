@@ -45,14 +45,13 @@ from lite.artifact.open import load_artifact
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
 from lite.console import run_command, say
-from lite.engines.choose import choose_engine
+from lite.engines.resolve import onnx_part
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary
 from lite.eval.labels import read_labels
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
 from lite.files import check_writable, write_whole
-from lite.memory.plan import plan_memory
 from lite.studies.readers import read_studies
 
 GATES: Final = Path(__file__).with_name("gates.toml")
@@ -127,7 +126,7 @@ def _given(name: str, folder: Path) -> Path:
 
 def _drafts_with_onnx(path: Path) -> bool:
     try:
-        choose_engine(load_artifact(path), "onnx")
+        onnx_part(load_artifact(path))
     except LiteError:
         return False
     return True
@@ -206,9 +205,7 @@ def _bytes_of(model: lite.FindingsModel, *names: str) -> int:
 
 def planned_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:
     """Return what the memory plan says of decoder and cache, for the batch that was drafted."""
-    # A row is as long as most studies need, whatever these are.
-    num_prompt_tokens = model.session.loop.max_seq_len - model.artifact.manifest.decoding.max_new_tokens
-    plan = plan_memory(model.artifact, device="cpu", batch_size=len(findings), num_prompt_tokens=num_prompt_tokens)
+    plan = model.plan.with_rows(len(findings))
     return plan.decoder_bytes + plan.cache_bytes
 
 
@@ -249,7 +246,7 @@ def measure_ratios(paths: Mapping[str, Path], films: Films) -> dict[str, Value]:
     onnx over torch.
     """
     models = {name: lite.load(paths[name], engine="torch", device="cpu") for name in NEEDS[TIMED]}
-    models["onnx"] = lite.load(paths["gptq-int4"], engine="onnx")
+    models["onnx"] = lite.load(paths["gptq-int4"], engine="onnx", cache_dtype="float32")
     drafts = draft_in_turns(models, films.studies)
 
     def medians(seconds: Callable[[lite.Findings], float]) -> dict[str, float]:

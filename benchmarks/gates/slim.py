@@ -27,7 +27,7 @@ from lite.artifact.open import load_artifact
 from lite.bench.machine import machine
 from lite.bench.table import markdown_table
 from lite.console import run_command, say
-from lite.engines.choose import choose_engine
+from lite.engines.resolve import onnx_part
 from lite.errors import ArtifactError, LiteError
 from lite.studies.readers import read_studies
 
@@ -103,7 +103,7 @@ class Slim:
         if torch := [name for name in (*self.sizes, *self.probe.after_findings) if name.lower() == "torch"]:
             found.append(f"got {torch[0]} in the slim environment · expected none · see who brings it")
         if wrong := sorted({*self.engines} - {"onnx"}):
-            found.append(f"got the engine {wrong[0]} · expected onnx · see lite/engines/choose.py")
+            found.append(f"got the engine {wrong[0]} · expected onnx · see lite/engines/resolve.py")
         if self.same_text < 1.0:
             equal = round(self.same_text * len(self.expected))
             found.append(f"got {equal} of {len(self.expected)} texts as in this environment · expected all · compare")
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure_and_print(arguments: argparse.Namespace) -> int:
     try:
-        choose_engine(load_artifact(arguments.artifact), "onnx")
+        onnx_part(load_artifact(arguments.artifact))
     except ArtifactError as error:
         say(f"error: {error}")
         return EXIT_WRONG_USE

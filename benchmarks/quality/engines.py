@@ -13,7 +13,7 @@ from benchmarks.quality.compare import Drafts, Films, Loss, diverge, keep_logits
 ENGINES: Final[dict[str, dict[str, Any]]] = {
     "torch": {"engine": "torch", "device": "cpu"},
     "torch-int8-cache": {"engine": "torch", "device": "cpu", "cache_dtype": "int8"},
-    "onnx": {"engine": "onnx"},
+    "onnx": {"engine": "onnx", "cache_dtype": "float32"},
     "onnx-int8-cache": {"engine": "onnx", "cache_dtype": "int8"},
 }
 """What is compared, by how it is loaded."""

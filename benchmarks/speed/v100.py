@@ -17,9 +17,10 @@ from typing import Final
 
 from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench.cards import CARDS, V100_ENTRY, Figure, ReferenceCard
-from lite.bench.roofline import Counts, count_study, modelled
+from lite.bench.roofline import SHARE_OF_BANDWIDTH, modelled
 from lite.config import DecoderConfig
 from lite.files import write_whole
+from lite.memory.plan import Shapes
 
 DECODER: Final = DecoderConfig(
     hidden_size=4096,
@@ -71,8 +72,8 @@ _NOTES: Final = [
 ]
 
 
-def counts() -> Counts:
-    """Count what one study takes in float16."""
+def shapes() -> Shapes:
+    """Return what the study is counted from: all in float16."""
     tower = VISION.tower
     width, tokens = tower.hidden_size, VISION.num_image_tokens + 1
     patch_values = 3 * VISION.image_size**2 // VISION.num_image_tokens
@@ -81,19 +82,18 @@ def counts() -> Counts:
         + (patch_values + tokens) * width
         + (width + VISION.hidden_size) * VISION.hidden_size
     )
-    return count_study(
-        DECODER,
-        VISION,
-        vision_bytes=2 * weights,
-        num_prompt_tokens=NUM_PROMPT_TOKENS,
-        num_new_tokens=NUM_NEW_TOKENS,
-    )
+    return Shapes(config=DECODER, vision=VISION, vision_bytes=2 * weights)
 
 
 def entry() -> ReferenceCard:
     """Return the entry: modelled costs and published quality."""
     (card,) = (card for card in CARDS if card.name == "V100 16GB")
-    model, roof = modelled(card, counts()), modelled(card, counts(), share_of_bandwidth=1.0)
+    model, roof = (
+        modelled(
+            card, shapes(), num_prompt_tokens=NUM_PROMPT_TOKENS, num_new_tokens=NUM_NEW_TOKENS, share_of_bandwidth=share
+        )
+        for share in (SHARE_OF_BANDWIDTH, 1.0)
+    )
     names = ("vision_s", "prefill_s", "decode_token_s", "decode_tokens_per_s", "total_s", "memory_bytes")
     figures: dict[str, Figure] = {name: getattr(model, name) for name in names}
     figures["decode_tokens_per_s_at_most"] = roof.decode_tokens_per_s

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lite.artifact.open import read_json_object
 from lite.config import from_json
+from lite.engines.machine import Gpu, Machine
+from lite.engines.onnx_session import CPU, CUDA
 from lite.errors import LiteError
 from lite.eval.figures import Missing
 from lite.memory.sizes import shown_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 V100_ENTRY: Final = Path(__file__).resolve().parents[2] / "benchmarks" / "references" / "v100_fp16.json"
 
@@ -40,7 +45,10 @@ class Figure:
             raise LiteError(msg)
 
     def __str__(self) -> str:
-        shown = {"s": _seconds, "tokens/s": _rate, "bytes": shown_bytes, "fraction": _percent}[self.unit](self.value)
+        written: dict[str, Callable[[float], str]] = {
+            "s": _seconds, "tokens/s": _rate, "bytes": shown_bytes, "fraction": _percent
+        }  # fmt: skip
+        shown = written[self.unit](self.value)
         return {"measured": shown, "published": f"{shown} (published)", "modelled": f"~{shown}"}[self.kind]
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +93,15 @@ class Card:
     memory_bytes: int
     bandwidth: float  # bytes per second
     peak_flops: float  # float16 in, float32 sums, dense, tensor cores: what torch asks for unless told otherwise
+    capability: tuple[int, int]
     source: str
+
+    def machine(self) -> Machine:
+        """Return a machine with such a card, all of it free."""
+        gpu = Gpu(
+            name=self.name, capability=self.capability, total_bytes=self.memory_bytes, free_bytes=self.memory_bytes
+        )  # fmt: skip
+        return Machine(gpus=(gpu,), has_torch=True, onnxruntime="1.32.0", providers=(CUDA, CPU))
 
 
 _AMPERE_AND_ADA: Final = "512 float16 operations with float32 sums a multiprocessor and clock"
@@ -96,6 +112,7 @@ CARDS: Final = (
         memory_bytes=12 << 30,
         bandwidth=360e9,
         peak_flops=25.5e12,
+        capability=(8, 6),
         source="NVIDIA: 28 multiprocessors, 1.78 GHz, 192 bit of GDDR6 at 15 Gbit/s; GA102 whitepaper: "
         f"{_AMPERE_AND_ADA}. Twice that with float16 sums.",
     ),
@@ -104,6 +121,7 @@ CARDS: Final = (
         memory_bytes=16 << 30,
         bandwidth=288e9,
         peak_flops=44.1e12,
+        capability=(8, 9),
         source="NVIDIA: 34 multiprocessors, 2.54 GHz, 128 bit of GDDR6 at 18 Gbit/s; Ada whitepaper: "
         f"{_AMPERE_AND_ADA}. Twice that with float16 sums.",
     ),
@@ -112,6 +130,7 @@ CARDS: Final = (
         memory_bytes=15 << 30,
         bandwidth=320e9,
         peak_flops=65e12,
+        capability=(7, 5),
         source="NVIDIA's T4 datasheet: 65 TFLOP/s mixed precision, 320 GB/s, 16 GB of which error correction takes a "
         "sixteenth. 70 W: it throttles.",
     ),
@@ -120,6 +139,7 @@ CARDS: Final = (
         memory_bytes=16 << 30,
         bandwidth=900e9,
         peak_flops=112e12,
+        capability=(7, 0),
         source="NVIDIA's V100 datasheet, PCIe: 112 TFLOP/s tensor, 900 GB/s. SXM2: 125 TFLOP/s.",
     ),
 )

@@ -10,7 +10,7 @@ import numpy as np
 from lite.bench.machine import streaming_read_bandwidth
 from lite.bench.results import Latency, MemoryUse, Traffic
 from lite.bench.roofline import decode_weight_bytes
-from lite.engines.choose import EngineName
+from lite.engines.protocol import EngineName
 from lite.errors import BackendUnavailable
 from lite.eval.figures import Missing, quantiles
 from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, onnx_read_bytes

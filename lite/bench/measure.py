@@ -9,6 +9,8 @@ artifact has warmed or loaded would be counted for the next.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +24,16 @@ from lite.artifact.open import load_artifact
 from lite.bench.costs import counted, disk_bytes, latency_of, memory_use, out_of_memory, peaks_of, traffic_of
 from lite.bench.machine import EnergyMeter, energy_meter
 from lite.bench.results import Draft, NotRun, Row, Throughput
-from lite.engines.choose import EngineName, choose_engine
+from lite.engines.machine import look
+from lite.engines.options import LoadOptions
+from lite.engines.protocol import EngineName
+from lite.engines.resolve import resolve
 from lite.errors import LiteError, MemoryBudgetError
 from lite.eval.divergence import StudyDivergence
 from lite.eval.figures import Missing, quantiles
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
-from lite.memory.plan import CHUNK_SIZES, MemoryPlan, check_memory, plan_memory
+from lite.memory.plan import MemoryPlan, check_memory
 from lite.memory.process import rss_bytes
 from lite.studies.study import Study
 
@@ -109,19 +114,19 @@ def measure(
     reference = _reference(record, artifact, studies)
     import lite
 
-    engine, settings = _settings(artifact, options)
+    chosen = _load_options(options)
+    # To look imports the engine's packages: they are no part of the artifact's memory, nor of its load time.
+    engine = resolve(chosen, artifact, look(chosen, artifact)).engine
     before = rss_bytes() or 0
     on_progress("loading", 0, 1)
     verify_s, _ = _timed(lambda: artifact.verify(engine=engine))
-    load_s, model = _timed(
-        lambda: lite.load(path, engine=engine, memory_limit=options.memory_limit, verify=False, **settings)
-    )
+    load_s, model = _timed(lambda: lite.load(path, **dataclasses.asdict(chosen)))
     loaded = peaks_of(model)
     meter = _meter(engine, str(model.decoder.device))
     warm = _warm_up(model, studies, options)
     runs, drafts = _run_singly(model, studies, options, meter, on_progress)
-    chosen = {"chunk_size": model.decoder.chunk_size} if engine == "torch" else {}
-    planned = _Planner(artifact, engine, options, [run.findings for run in runs], libraries_bytes=before, **chosen)
+    longest = max(run.findings.num_prompt_tokens for run in runs)
+    planned = functools.partial(model.plan.with_rows, num_prompt_tokens=longest, max_new_tokens=options.max_new_tokens)
     usable = [study for study, draft in zip(studies, drafts, strict=True) if draft.error is None]
     batches = tuple(_batches(model, usable, options, planned, on_progress))
     on_progress("bandwidth", 0, 1)
@@ -199,25 +204,10 @@ def _of_runs(runs: Sequence[Findings]) -> dict[str, Any]:
 _NOT_JUDGED: Final = Missing(why="not judged yet")
 
 
-def _settings(artifact: Artifact, options: Options) -> tuple[EngineName, dict[str, Any]]:
-    """Choose the engine, and import its packages: they are no part of the artifact's memory, nor of its load time.
-
-    Returns:
-        The engine, and what `lite.load` is told beside it.
-    """
-    engine = choose_engine(
-        artifact, options.engine, device=options.device, dtype=options.dtype, provider=options.provider
-    )
-    if engine == "onnx":
-        # Never torch: this process would hold it for nothing.
-        from lite.engines.onnx_session import import_onnxruntime
-
-        import_onnxruntime()
-        return engine, {"provider": options.provider, "cache_dtype": options.cache_dtype}
-    from lite.engines.torch_engine.device import check_device
-
-    device = check_device(options.device)
-    return engine, {"device": device, "dtype": options.dtype, "cache_dtype": options.cache_dtype}
+def _load_options(options: Options) -> LoadOptions:
+    names = ("device", "dtype", "provider", "cache_dtype", "memory_limit")
+    engine = "auto" if options.engine == "both" else options.engine
+    return LoadOptions(engine=engine, verify=False, **{name: getattr(options, name) for name in names})
 
 
 def _meter(engine: EngineName, device: str) -> EnergyMeter | Missing:
@@ -288,38 +278,11 @@ def _run(model: FindingsModel, study: Study, options: Options, meter: EnergyMete
 # -- Batches ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Planner:
-    """Plans the memory of any batch size, for prompts as long as the longest of these studies."""
-
-    artifact: Artifact
-    engine: EngineName
-    options: Options
-    runs: Sequence[Findings]
-    libraries_bytes: int
-    chunk_size: int = CHUNK_SIZES[0]
-
-    def __call__(self, batch_size: int) -> MemoryPlan:
-        first = self.runs[0]
-        return plan_memory(
-            self.artifact,
-            device=first.device,
-            engine=self.engine,
-            dtype=self.options.dtype,
-            cache_dtype="int8" if first.cache_dtype == "int8" else None,
-            batch_size=batch_size,
-            num_prompt_tokens=max(findings.num_prompt_tokens for findings in self.runs),
-            max_new_tokens=self.options.max_new_tokens,
-            libraries_bytes=self.libraries_bytes,
-            chunk_size=self.chunk_size,
-        )
-
-
 def _batches(
     model: FindingsModel,
     studies: Sequence[Study],
     options: Options,
-    planned: _Planner,
+    planned: Callable[[int], MemoryPlan],
     on_progress: Progress,
 ) -> Iterator[Throughput | NotRun]:
     """Yield what each batch size gives, the small ones first: the process's peak belongs to the largest so far."""

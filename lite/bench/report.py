@@ -253,7 +253,7 @@ def _measured_segments(use: MemoryUse) -> list[tuple[str, str, int]]:
 def _planned_segments(plan: MemoryPlan) -> list[tuple[str, str, int]]:
     """Return what makes up the plan's peak: loading passes before the work of a study begins."""
     stays = [
-        ("before", "libraries", plan.libraries_bytes),
+        ("before", "libraries", plan.resident_bytes),
         ("load", "decoder", plan.decoder_bytes),
         ("load", "tower", plan.vision_bytes),
     ]

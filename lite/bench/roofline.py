@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 from lite.artifact.open import load_artifact
 from lite.bench.cards import CARDS, Card, Figure, ReferenceCard, v100_entry, with_prefix
 from lite.bench.results import Bench, ModelledTable, Row
-from lite.memory.counts import cache_bytes_per_token, decoder_bytes, head_bytes, layer_bytes, layer_linear_shapes
+from lite.memory.counts import cache_bytes_per_token, head_bytes, layer_bytes, layer_linear_shapes
+from lite.memory.plan import Shapes, Workload, plan_memory
 
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
@@ -32,8 +33,6 @@ SHARE_OF_BANDWIDTH: Final = 0.6
 SHARE_OF_PEAK: Final = 0.5
 """TinyChat and ExLlamaV2 take 0.132 and 0.139 s for 2,048 tokens of a 7B model on an RTX 4090: 0.6 of its rate with
 float16 sums. Here sums are float32 and weights are expanded first, and small cards throttle."""
-RESERVED_BYTES: Final = 1 << 30
-"""For activations, CUDA's context and the libraries' workspaces: activations of one prompt of a 7B model are 0.2 GB."""
 GPU_ITEMSIZE: Final = 2
 """Bytes of a weight that is not quantised and of a cached value, on a GPU: float16."""
 SMALLEST_MODELLED: Final = 1 << 28
@@ -51,43 +50,28 @@ class Counts:
     num_new_tokens: int
     vision_bytes: int  # of `vision.onnx`
     vision_flop: int
-    decoder_bytes: int  # all weights, as they lie in memory
-    weight_bytes: int  # what a token reads of them
+    weight_bytes: int  # what a token reads of the decoder
     cache_bytes: int  # what a token in the middle of the text reads of the cache
-    full_cache_bytes: int  # the cache when the text ends
     prefill_flop: int
     decode_flop: int  # of a token in the middle of the text
 
 
-def count_study(
-    config: DecoderConfig,
-    vision: VisionPart,
-    *,
-    vision_bytes: int,
-    num_prompt_tokens: int,
-    num_new_tokens: int,
-    itemsize: int = GPU_ITEMSIZE,
-) -> Counts:
-    """Count what one study takes.
+def count_study(shapes: Shapes, *, num_prompt_tokens: int, num_new_tokens: int) -> Counts:
+    """Count what one study takes on a GPU.
 
     Args:
-        config: the decoder's shape.
-        vision: the tower's.
-        vision_bytes: the size of its file.
+        shapes: the artifact's.
         num_prompt_tokens: the image's included.
         num_new_tokens: the length of the text, at least 1.
-        itemsize: bytes of a cached value and of a weight that is not quantised.
     """
-    middle, per_token = num_prompt_tokens + num_new_tokens // 2, cache_bytes_per_token(config, itemsize=itemsize)
+    config, middle = shapes.config, num_prompt_tokens + num_new_tokens // 2
     return Counts(
         num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=num_new_tokens,
-        vision_bytes=vision_bytes,
-        vision_flop=vision_flop(vision),
-        decoder_bytes=decoder_bytes(config, itemsize=itemsize),
-        weight_bytes=decode_weight_bytes(config, itemsize=itemsize),
-        cache_bytes=middle * per_token,
-        full_cache_bytes=(num_prompt_tokens + num_new_tokens) * per_token,
+        vision_bytes=shapes.vision_bytes,
+        vision_flop=vision_flop(shapes.vision),
+        weight_bytes=decode_weight_bytes(config, itemsize=GPU_ITEMSIZE),
+        cache_bytes=middle * cache_bytes_per_token(config, itemsize=GPU_ITEMSIZE),
         prefill_flop=prefill_flop(config, num_prompt_tokens),
         decode_flop=decode_flop(config, middle),
     )
@@ -172,8 +156,10 @@ class Modelled:
 
 def modelled(
     card: Card,
-    counts: Counts,
+    shapes: Shapes,
     *,
+    num_prompt_tokens: int,
+    num_new_tokens: int,
     share_of_bandwidth: float = SHARE_OF_BANDWIDTH,
     share_of_peak: float = SHARE_OF_PEAK,
 ) -> Modelled:
@@ -181,10 +167,13 @@ def modelled(
 
     Args:
         card: the card.
-        counts: what the study takes.
+        shapes: the artifact's.
+        num_prompt_tokens: the image's included.
+        num_new_tokens: the length of the text, at least 1.
         share_of_bandwidth: how much of the card's bandwidth is reached.
         share_of_peak: how much of its peak.
     """
+    counts = count_study(shapes, num_prompt_tokens=num_prompt_tokens, num_new_tokens=num_new_tokens)
 
     def stage(parts: dict[str, int], flop: int) -> Figure:
         nbytes = sum(parts.values())
@@ -202,7 +191,7 @@ def modelled(
     token = stage({"weights": counts.weight_bytes, "cache": counts.cache_bytes}, counts.decode_flop)
     # The prompt gives the first token. Over the others the cache's bytes are in the mean those of the middle.
     further = counts.num_new_tokens - 1
-    memory = _memory(counts)
+    memory = _memory(card, shapes, counts)
     return Modelled(
         card=card,
         counts=counts,
@@ -223,15 +212,18 @@ def modelled(
     )
 
 
-def _memory(counts: Counts) -> Figure:
-    parts = {
-        "decoder": counts.decoder_bytes,
-        "tower": counts.vision_bytes,
-        "cache": counts.full_cache_bytes,
-        "activations and CUDA": RESERVED_BYTES,
-    }
-    formula = " + ".join(f"{name} {with_prefix(nbytes, 'B')}" for name, nbytes in parts.items())
-    return Figure(value=sum(parts.values()), unit="bytes", kind="modelled", formula=formula)
+def _memory(card: Card, shapes: Shapes, counts: Counts) -> Figure:
+    """Return what `lite.load` plans for one study there."""
+    workload = Workload(
+        device="cuda",
+        num_prompt_tokens=counts.num_prompt_tokens,
+        max_new_tokens=counts.num_new_tokens,
+        tower_on_gpu=True,
+        capability=card.capability,
+    )
+    plan = plan_memory(shapes, workload)
+    formula = " + ".join(f"{name} {with_prefix(nbytes, 'B')}" for name, nbytes in plan.items().items())
+    return Figure(value=plan.card_bytes, unit="bytes", kind="modelled", formula=formula)
 
 
 def is_modelled(decoder_bytes: int) -> bool:
@@ -247,15 +239,8 @@ def modelled_rows(artifact: Artifact, *, num_prompt_tokens: int, num_new_tokens:
         num_prompt_tokens: of a typical study, the image's included.
         num_new_tokens: of a typical text, at least 1.
     """
-    manifest = artifact.manifest
-    counts = count_study(
-        artifact.decoder_config(),
-        manifest.parts.vision,
-        vision_bytes=manifest.parts.vision.nbytes,
-        num_prompt_tokens=num_prompt_tokens,
-        num_new_tokens=num_new_tokens,
-    )
-    return tuple(modelled(card, counts) for card in CARDS)
+    shapes, study = Shapes.of(artifact), {"num_prompt_tokens": num_prompt_tokens, "num_new_tokens": num_new_tokens}
+    return tuple(modelled(card, shapes, **study) for card in CARDS)
 
 
 MODELLED_NOTE: Final = (

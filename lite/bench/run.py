@@ -29,7 +29,7 @@ from lite.bench.measure import Measured, Options, Progress, measure
 from lite.bench.quality import NO_REFERENCE, NO_REPORTS, Clinical, against_record, against_reports
 from lite.bench.results import Bench, Draft, FailedRow, Provenance, RecordQuality, ReportQuality, Row, StudyShown
 from lite.bench.roofline import is_modelled
-from lite.engines.choose import has_torch
+from lite.engines.machine import has_torch
 from lite.errors import LiteError
 from lite.eval.figures import RESAMPLES, Missing
 from lite.eval.record import ReferenceRecord, check_studies

@@ -11,7 +11,7 @@ from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudg
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 CPU: Final = "CPUExecutionProvider"
@@ -51,56 +51,71 @@ def import_onnxruntime() -> types.ModuleType:
     return module
 
 
+def is_at_least(installed: str, version: tuple[int, int]) -> bool:
+    """Say whether a version of ONNX Runtime, such as "1.27.0", is that new."""
+    return tuple(int(part) for part in installed.split(".")[:2]) >= version
+
+
 def has_onnxruntime(version: tuple[int, int]) -> bool:
     """Say whether ONNX Runtime is that new.
 
     Raises:
         BackendUnavailable: it is not installed.
     """
-    installed: str = import_onnxruntime().__version__
-    return tuple(int(part) for part in installed.split(".")[:2]) >= version
+    return is_at_least(import_onnxruntime().__version__, version)
 
 
-def require_onnxruntime(version: tuple[int, int], *, what: str) -> None:
+def require_onnxruntime(version: tuple[int, int], *, what: str, installed: str | None = None) -> None:
     """Refuse a version that lacks an operator.
+
+    Args:
+        version: the oldest that has it.
+        what: has come with that version.
+        installed: which one to check; None asks ONNX Runtime.
 
     Raises:
         BackendUnavailable: ONNX Runtime is older, or not installed.
     """
-    installed: str = import_onnxruntime().__version__
-    if not has_onnxruntime(version):
+    installed = installed or import_onnxruntime().__version__
+    if not is_at_least(installed, version):
         wanted = ".".join(map(str, version))
         msg = f"got onnxruntime {installed} · expected {wanted} or newer, the first with {what} · "
         raise BackendUnavailable(f'{msg}pip install --upgrade "onnxruntime>={wanted}"')
 
 
-def provider_of_device(device: str) -> str:
-    """Return the provider for a device of torch's; the CPU's where this ONNX Runtime has none for CUDA."""
+def provider_of_device(device: str, available: Sequence[str] | None = None) -> str:
+    """Return the provider for a device of torch's; the CPU's where this ONNX Runtime has none for CUDA.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        available: the providers to choose from; None asks ONNX Runtime.
+    """
+    available = import_onnxruntime().get_available_providers() if available is None else available
     wanted = device.replace("cuda", CUDA) if device.startswith("cuda") else CPU
-    return wanted if wanted.partition(":")[0] in import_onnxruntime().get_available_providers() else CPU
+    return wanted if wanted.partition(":")[0] in available else CPU
 
 
-def check_provider(provider: object) -> str:
+def check_provider(provider: str, available: Sequence[str] | None = None, *, version: str | None = None) -> str:
     """Return the full name of a provider, with ":N" behind it where that was given.
 
     Args:
         provider: a name of ONNX Runtime's such as "CUDAExecutionProvider", or cpu, cuda, rocm, openvino; "cuda:1" for
             the second GPU.
+        available: the providers that there are; None asks ONNX Runtime.
+        version: its version.
 
     Raises:
         BackendUnavailable: this ONNX Runtime has no such provider.
-        LiteError: it is no text.
     """
-    runtime = import_onnxruntime()
-    if not isinstance(provider, str):
-        msg = f"got provider {provider!r} · expected one name, a text such as cpu or cuda:1 · give only one"
-        raise LiteError(msg)
     name, colon, index = provider.partition(":")
     name = _SHORT.get(name.lower(), name)
-    available = [found for found in runtime.get_available_providers() if found != _REMOTE]
+    if available is None or version is None:
+        runtime = import_onnxruntime()
+        available, version = runtime.get_available_providers(), runtime.__version__
+    available = [found for found in available if found != _REMOTE]
     if name not in available or (colon and not (index.isdecimal() and name != CPU)):
         msg = (
-            f"got provider {provider!r} · expected one that ONNX Runtime {runtime.__version__} has here: "
+            f"got provider {provider!r} · expected one that ONNX Runtime {version} has here: "
             f"{', '.join(available)} · choose one of them, or install the build that has it (onnxruntime-gpu, "
             "onnxruntime-directml, …)"
         )

@@ -5,6 +5,7 @@ Each count is that of the code it names; what had to be measured says where and 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import TYPE_CHECKING, Final
@@ -162,36 +163,60 @@ def prefill_work_bytes(
     `tests/fake_cuda.py` counts what the decoder itself takes on a GPU; on a CPU the reference's intermediate results
     are there, too.
     """
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    q, kv = heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    product = functools.partial(_product_bytes, config, itemsize=itemsize, on_gpu=on_gpu)
+    hidden = config.hidden_size
+    chunk = _Chunk(config=config, itemsize=itemsize, int8_cache=int8_cache, on_gpu=on_gpu)
+    in_layers = (chunk.nbytes(start, min(start + chunk_size, num_tokens)) for start in range(0, num_tokens, chunk_size))
     # The features, as they came and cast, beside the embeddings that they are put into.
-    most = num_image_tokens * hidden * (4 + itemsize)
-    for begin in range(0, num_tokens, chunk_size):
-        end = min(begin + chunk_size, num_tokens)
-        T = end - begin
-        wide = T * itemsize
+    most = max(num_image_tokens * hidden * (4 + itemsize), *in_layers)
+    rotary = 4 * config.max_position_embeddings * config.head_dim
+    return rotary + num_tokens * hidden * itemsize + most + 2 * 4 * config.vocab_size
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Chunk:
+    """What a chunk of a prompt takes in a layer of torch's decoder."""
+
+    config: DecoderConfig
+    itemsize: int
+    int8_cache: bool
+    on_gpu: bool
+
+    def nbytes(self, start: int, end: int) -> int:
+        """Count the tokens from `start` to `end`."""
         # The residual stream and its norm; slots and angles; behind the first chunk a mask.
-        streams = wide * 2 * hidden + T * (4 * config.head_dim + 16) + (T * end if begin else 0)
+        T, config = end - start, self.config
+        streams = T * (2 * config.hidden_size * self.itemsize + 4 * config.head_dim + 16) + (T * end if start else 0)
+        attention, gated = self._attention(start, end), self._gated(T)
+        # One after the other: but on a CPU the C library keeps what the first has given back, as it is in small pieces.
+        return streams + (max(attention, gated) if self.on_gpu else attention + gated)
+
+    def _attention(self, start: int, end: int) -> int:
+        config, itemsize, T = self.config, self.itemsize, end - start
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        q, kv = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        wide = T * itemsize
         # q, k and v as they were multiplied, and q and k turned.
         turned = wide * (q + 2 * kv + q + kv)
         # Of an int8 cache what was before: cast, scaled and both, in float32; then with what is new, in 16 bits.
-        past = kv * max(12 * begin, 2 * itemsize * (begin + end)) if int8_cache else 0
+        past = kv * max(12 * start, 2 * itemsize * (start + end)) if self.int8_cache else 0
         # The mask as numbers, and those padded.
-        attended = wide * q + 4 * T * heads + (2 * wide * end if begin else 0) + (2 * itemsize * kv * end * int8_cache)
-        attention = max(
-            product(T, hidden, q, kv, kv), turned + max(past, attended), turned + wide * q + product(T, q, hidden)
-        )
-        gated = max(product(T, hidden, inner, inner), wide * 3 * inner, wide * inner + product(T, inner, hidden))
-        if not on_gpu:
-            # The reference computes in float32: q and k turned, and what is stored; silu(gate), and times up.
-            cast = 4 if itemsize < 4 else 0
-            attention = max(attention, turned + past + T * (q + 2 * kv) * 4 + T * q * cast)
-            gated = max(gated, wide * 2 * inner + T * 2 * inner * (4 + cast))
-        # One after the other: but on a CPU the C library keeps what the first has given back, as it is in small pieces.
-        most = max(most, streams + (max(attention, gated) if on_gpu else attention + gated))
-    rotary = 4 * config.max_position_embeddings * config.head_dim
-    return rotary + num_tokens * hidden * itemsize + most + 2 * 4 * config.vocab_size
+        attended = wide * q + 4 * T * heads + (2 * wide * end if start else 0)
+        attended += 2 * itemsize * kv * end * self.int8_cache
+        product = functools.partial(_product_bytes, config, T, itemsize=itemsize, on_gpu=self.on_gpu)
+        most = max(product(hidden, q, kv, kv), turned + max(past, attended), turned + wide * q + product(q, hidden))
+        if self.on_gpu:
+            return most
+        # The reference computes in float32: q and k turned, and what is stored.
+        return max(most, turned + past + T * (q + 2 * kv) * 4 + T * q * (4 if itemsize < 4 else 0))
+
+    def _gated(self, T: int) -> int:
+        hidden, inner, wide = self.config.hidden_size, self.config.intermediate_size, T * self.itemsize
+        product = functools.partial(_product_bytes, self.config, T, itemsize=self.itemsize, on_gpu=self.on_gpu)
+        most = max(product(hidden, inner, inner), wide * 3 * inner, wide * inner + product(inner, hidden))
+        if self.on_gpu:
+            return most
+        # In float32: silu(gate), and times up.
+        return max(most, wide * 2 * inner + T * 2 * inner * (8 if self.itemsize < 4 else 4))
 
 
 def _product_bytes(
@@ -209,13 +234,10 @@ def _product_bytes(
     return max(products + expanded, products * min(2, len(widths)))
 
 
-def cublas_workspace_bytes(device: str) -> int:
+def cublas_workspace_bytes(capability: tuple[int, int]) -> int:
     """Return what torch gives cuBLAS for good for a stream, of which there are two: one captures the CUDA graphs."""
-    import torch
-
-    # Before there is such a card, the larger one (at::cuda::parseChosenWorkspaceSize, torch 2.13).
-    major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 9
-    return 32 << 20 if major >= 9 else (8 << 20) + (128 << 10)
+    # at::cuda::parseChosenWorkspaceSize, torch 2.13.
+    return 32 << 20 if capability >= (9, 0) else (8 << 20) + (128 << 10)
 
 
 def gpu_load_work_bytes(config: DecoderConfig) -> int:

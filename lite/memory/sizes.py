@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lite.errors import LiteError
-
-if TYPE_CHECKING:
-    pass
-
-
-# -- Reading and printing --------------------------------------------------------------------------------------------
 
 _UNITS: Final = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base**power
@@ -36,6 +31,12 @@ def parse_bytes(size: int | str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def shown_bytes(count: float) -> str:
-    """Return a size as text, in MiB or GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def shown_bytes(count: float, digits: int = 2, *, up: bool = False) -> str:
+    """Return a size as text, in GiB with so many digits, or in MiB with one digit less; perhaps rounded up."""
+    if count < 2**14:
+        return f"{count:,.0f} bytes"
+    unit, name, digits = (30, "GiB", digits) if count >= 2**30 else (20, "MiB", digits - 1)
+    value = count / 2**unit
+    if up:
+        value = math.ceil(value * 10**digits) / 10**digits
+    return f"{value:.{digits}f} {name}"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed.v100 import DECODER, VISION, counts, entry, entry_text, main
+from benchmarks.speed.v100 import DECODER, VISION, entry, entry_text, main
+from benchmarks.speed.v100 import shapes as shapes_of_study
 from benchmarks.speed.weights import Shapes
 from lite.bench.cards import V100_ENTRY, read_reference_card
 from lite.config import DecoderConfig
@@ -62,7 +63,7 @@ def test_the_shapes_are_those_of_the_synthetic_checkpoint() -> None:
     assert VISION.tower.num_hidden_layers == shapes.tower_depth - 1
     assert VISION.num_image_tokens == (VISION.image_size // 14) ** 2
     # 86.58 M parameters less a block of 7.1 M, and the projector.
-    assert counts().vision_bytes == pytest.approx(2 * (86.58e6 - 7.09e6 + 19.92e6), rel=2e-3)
+    assert shapes_of_study().vision_bytes == pytest.approx(2 * (86.58e6 - 7.09e6 + 19.92e6), rel=2e-3)
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,9 +110,9 @@ def row(
     weights = int(weight_gb * 1e9)
     token_s, prefill_s = weight_gb / 560, 0.35 + 0.05 * (weight_gb < 10)
     plan = MemoryPlan(
-        batch_size=1,
+        num_rows=1,
         max_seq_len=1632,
-        libraries_bytes=0,
+        resident_bytes=0,
         decoder_bytes=weights,
         vision_bytes=180_000_000,
         cache_bytes=856_000_000,
@@ -125,7 +125,7 @@ def row(
         num_studies=24,
         studies_per_min=Quantiles(p20=138 / total_s, p50=141 / total_s, p80=143 / total_s, p90=144, p99=144, count=5),
         tokens_per_s=226 / total_s,
-        plan=dataclasses.replace(plan, batch_size=4, cache_bytes=4 * plan.cache_bytes),
+        plan=dataclasses.replace(plan, num_rows=4, cache_bytes=4 * plan.cache_bytes),
         peak_bytes=weights + 3_900_000_000,
     )
     return Row(

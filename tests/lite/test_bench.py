@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -22,11 +23,12 @@ from lite.artifact import open as artifact_module
 from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
 from lite.bench.costs import disk_bytes, out_of_memory, traffic_of
-from lite.bench.measure import Options, _batches, _Planner, _settings
+from lite.bench.measure import Options, _batches, _load_options
 from lite.bench.quality import Clinical
 from lite.bench.results import NotRun, Throughput
 from lite.bench.run import Job, _notes, _runs
 from lite.config import DecoderConfig
+from lite.engines.options import LoadOptions
 from lite.eval.figures import Missing, quantiles
 from lite.model import FindingsModel
 from lite.studies.study import Study
@@ -167,11 +169,11 @@ def test_an_artifact_without_decoder_onnx_is_measured_by_torch_alone(
     assert asked == {"torch": None, "onnx": "float32"}
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
-def test_a_cache_dtype_is_not_dropped_where_torch_is_chosen(tiny_artifact: Artifact, cache_dtype: Any) -> None:
-    engine, settings = _settings(tiny_artifact, Options(device="cpu", cache_dtype=cache_dtype))
-    assert engine == "torch"
-    assert settings == {"device": "cpu", "dtype": None, "cache_dtype": cache_dtype}
+def test_what_was_asked_for_reaches_the_loader() -> None:
+    options = Options(device="cpu", dtype="bfloat16", cache_dtype="int8", memory_limit=1 << 30)
+    assert _load_options(options) == LoadOptions(
+        device="cpu", dtype="bfloat16", cache_dtype="int8", memory_limit=1 << 30, verify=False
+    )  # fmt: skip
 
 
 def test_a_damaged_artifact_is_a_row_for_both_engines(tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
     status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--memory-limit", "64MiB")
     assert status == 1
     assert "got a memory limit of 64.0 MiB · expected at least" in err
-    assert "the process before" in err
+    assert "Python and its packages" in err
 
 
 def test_a_record_of_other_studies_is_refused(
@@ -354,7 +356,7 @@ def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
 
     monkeypatch.setattr(type(tiny_model), "findings_batch", full)
     options = Options(device="cpu", batch_sizes=(1, 2), max_new_tokens=2)
-    planned = _Planner(tiny_model.artifact, "torch", options, [tiny_model.findings(films[0])], 0)
+    planned = functools.partial(tiny_model.plan.with_rows, num_prompt_tokens=100, max_new_tokens=2)
     done, not_run = _batches(tiny_model, studies, options, planned, lambda *_: None)
     assert isinstance(done, Throughput)
     assert isinstance(not_run, NotRun)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,74 +18,87 @@ from tiny import cache_fidelity, write_tiny_gptq_artifact
 import lite
 from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
-from lite.engines import choose as engines
-from lite.engines.choose import choose_engine
+from lite.engines import machine as machines
+from lite.engines.machine import Gpu, Machine, has_gpu, look
 from lite.engines.onnx_engine.decoder import OnnxDecoder
+from lite.engines.options import LoadArguments, LoadOptions
+from lite.engines.plan import RunPlan
+from lite.engines.resolve import MAX_ROWS, cache_loss, resolve
 from lite.errors import ArtifactError, BackendUnavailable, LiteError
 
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_gpu_for_torch", lambda: True)
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_gpu_for_torch", lambda: False)
+CPU = Machine(has_torch=True, onnxruntime="1.32.0", providers=("CPUExecutionProvider",))
+NO_TORCH = dataclasses.replace(CPU, has_torch=False)
+RTX_3060 = Gpu(name="RTX 3060", capability=(8, 6), total_bytes=12 << 30, free_bytes=11 << 30)
+GPU = dataclasses.replace(CPU, gpus=(RTX_3060,), providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
 
 
-@pytest.fixture
-def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else found(name, *a))
-    monkeypatch.delitem(sys.modules, "torch")
+def plan(artifact: Artifact, machine: Machine = CPU, **options: Any) -> RunPlan:
+    return resolve(LoadOptions(**options), artifact, machine)
 
 
-def refuse(artifact: Artifact, error: type[LiteError], message: str, *arguments: Any, **settings: Any) -> None:
+def refuse(artifact: Artifact, error: type[LiteError], message: str, machine: Machine = CPU, **options: Any) -> None:
     with pytest.raises(error, match=message) as caught:
-        choose_engine(artifact, *arguments, **settings)
+        plan(artifact, machine, **options)
     assert type(caught.value) is error
 
 
-@pytest.mark.usefixtures("no_gpu")
 def test_on_a_cpu_onnx_where_it_is_there(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
-    assert choose_engine(tiny_onnx_artifact) == "onnx"
-    assert choose_engine(tiny_artifact) == "torch"
-    assert choose_engine(tiny_onnx_artifact, "torch") == "torch"
-    assert choose_engine(tiny_onnx_artifact, device="cpu") == "onnx"
+    assert plan(tiny_onnx_artifact).engine == "onnx"
+    assert plan(tiny_artifact).engine == "torch"
+    assert plan(tiny_onnx_artifact, engine="torch").engine == "torch"
+    assert plan(tiny_onnx_artifact, device="cpu").engine == "onnx"
 
 
-@pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_torch_unless_something_says_otherwise(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
-    assert choose_engine(tiny_onnx_artifact) == "torch"
-    assert choose_engine(tiny_onnx_artifact, "onnx") == "onnx"
-    assert choose_engine(tiny_onnx_artifact, device="cpu") == "onnx"
-    assert choose_engine(tiny_onnx_artifact, provider="cuda") == "onnx"
-    assert choose_engine(tiny_artifact) == "torch"
+    found = plan(tiny_onnx_artifact, GPU)
+    assert (found.engine, found.device, found.dtype, found.vision_provider) == (
+        "torch", "cuda", "float16", "CUDAExecutionProvider",
+    )  # fmt: skip
+    assert found.choices["device"] == ("cuda", "there is a GPU: RTX 3060")
+    assert plan(tiny_onnx_artifact, GPU, engine="onnx").engine == "onnx"
+    assert plan(tiny_onnx_artifact, GPU, device="cpu").engine == "onnx"
+    assert plan(tiny_onnx_artifact, GPU, provider="cuda").engine == "onnx"
+    assert plan(tiny_artifact, GPU).engine == "torch"
+    assert plan(tiny_artifact, GPU, device="cpu").device == "cpu"
 
 
-@pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("settings", [{"device": "cuda:1"}, {"device": "abacus"}, {"dtype": "float32"}])
+@pytest.mark.parametrize("settings", [{"device": "cuda:0"}, {"dtype": "float32"}])
 def test_what_only_torch_has_means_torch(tiny_onnx_artifact: Artifact, settings: dict[str, Any]) -> None:
-    assert choose_engine(tiny_onnx_artifact, **settings) == "torch"
+    assert plan(tiny_onnx_artifact, GPU, **settings).engine == "torch"
 
 
-@pytest.mark.usefixtures("no_torch", "no_gpu")
 def test_without_torch(tiny_artifact: Artifact, tiny_gptq_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
-    assert choose_engine(tiny_onnx_artifact) == "onnx"
-    refuse(
-        tiny_onnx_artifact, BackendUnavailable, r"got no torch .*llava-rad-lite\[torch\].*leave out what asks", "torch"
-    )
+    assert plan(tiny_onnx_artifact, NO_TORCH).engine == "onnx"
+    message = r"got no torch .*llava-rad-lite\[torch\].*leave out what asks"
+    refuse(tiny_onnx_artifact, BackendUnavailable, message, NO_TORCH, engine="torch")
     # A GPU that was asked for is not silently a CPU.
     for settings in ({"device": "cuda"}, {"dtype": "float16"}):
-        refuse(tiny_onnx_artifact, BackendUnavailable, "got no torch", **settings)
-    refuse(tiny_artifact, BackendUnavailable, "got no torch .* a decoder in fp16 .* export it as gptq with --engine")
-    refuse(tiny_gptq_artifact, BackendUnavailable, "a decoder in gptq-int4 .* add decoder.onnx with `python -m export")
+        refuse(tiny_onnx_artifact, BackendUnavailable, "got no torch", NO_TORCH, **settings)
+    message = "got no torch .* a decoder in fp16 .* export it as gptq with --engine"
+    refuse(tiny_artifact, BackendUnavailable, message, NO_TORCH)
+    message = "a decoder in gptq-int4 .* add decoder.onnx with `python -m export"
+    refuse(tiny_gptq_artifact, BackendUnavailable, message, NO_TORCH)
+
+
+def test_a_gpu_that_is_not_there(tiny_onnx_artifact: Artifact) -> None:
+    refuse(tiny_onnx_artifact, BackendUnavailable, "got device 'cuda' · expected one of the 0 GPUs", device="cuda")
+    refuse(tiny_onnx_artifact, BackendUnavailable, "got device 'cuda:1' · expected one of the 1", GPU, device="cuda:1")
+    blind = dataclasses.replace(CPU, gpu_problem="torch 2.13 is built without CUDA")
+    for settings in ({}, {"engine": "torch"}):
+        assert plan(tiny_onnx_artifact, blind, **settings).fallbacks == (
+            "the CPU in place of the GPU that is there: torch 2.13 is built without CUDA",
+        )
+    refuse(tiny_onnx_artifact, BackendUnavailable, r"torch sees \(torch 2.13 is built w.*", blind, device="cuda")
+    assert plan(tiny_onnx_artifact, blind, device="cpu").fallbacks == ()
+    without = dataclasses.replace(GPU, providers=CPU.providers)
+    assert plan(tiny_onnx_artifact, without).fallbacks == (
+        "the tower on the CPU: this ONNX Runtime has no CUDA provider",
+    )
 
 
 def test_an_artifact_without_decoder_onnx(tiny_artifact: Artifact) -> None:
     message = "got an artifact without decoder.onnx .* `python -m export onnx .*, or use the torch engine"
-    refuse(tiny_artifact, ArtifactError, message, "onnx")
+    refuse(tiny_artifact, ArtifactError, message, engine="onnx")
     refuse(tiny_artifact, ArtifactError, message, provider="cpu")
 
 
@@ -92,6 +106,13 @@ def test_an_artifact_without_decoder_onnx(tiny_artifact: Artifact) -> None:
     ("settings", "message"),
     [
         ({"engine": "tensorrt"}, "got engine 'tensorrt' · expected auto, torch, onnx"),
+        ({"device": "abacus"}, "got device 'abacus' · expected auto, cpu, cuda or cuda:N"),
+        ({"dtype": "int8"}, "got dtype 'int8' · expected float32, float16, bfloat16 or None"),
+        *(({"rows": rows}, "got rows .* expected a whole number from 1") for rows in (0, -1, True, 1.0, "2")),
+        ({"fp16_accumulation": True}, "got fp16_accumulation for the onnx engine .* torch on a GPU only"),
+        ({"fp16_accumulation": True, "engine": "torch"}, "got fp16_accumulation on cpu · expected it for a GPU"),
+        ({"fp16_accumulation": True, "device": "cpu"}, "got fp16_accumulation on cpu · expected it for a GPU"),
+        ({"fp16_accumulation": True, "provider": "cpu"}, "got fp16_accumulation for the onnx engine"),
         ({"engine": "onnx", "device": "cuda"}, "got device 'cuda' for the onnx engine .* give a provider"),
         ({"engine": "onnx", "dtype": "float16"}, "got dtype 'float16' for the onnx engine .*--activations"),
         ({"engine": "torch", "provider": "cpu"}, "got provider 'cpu' for the torch engine .* give a device"),
@@ -169,7 +190,7 @@ def test_a_device_and_a_provider_that_contradict_each_other(tiny_onnx_artifact: 
     for settings in ({"engine": "onnx"}, {}):
         with pytest.raises(LiteError, match="got device 'cpu' and provider 'cuda' · expected one of them"):
             lite.load(tiny_onnx_artifact.path, device="cpu", provider="cuda", **settings)
-    assert choose_engine(tiny_onnx_artifact, device="cpu", provider="cpu") == "onnx"
+    assert plan(tiny_onnx_artifact, device="cpu", provider="cpu").engine == "onnx"
 
 
 @pytest.mark.parametrize("provider", ["cpu", "CPU", "CPUExecutionProvider"])
@@ -180,7 +201,7 @@ def test_names_of_the_cpu(tiny_onnx_artifact: Artifact, films: list[Path], provi
 
 def test_the_engine_is_in_the_result(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
     for settings, expected in (
-        ({"engine": "onnx"}, ("onnx", "cpu", "float32", "float32")),
+        ({"engine": "onnx", "cache_dtype": "float32"}, ("onnx", "cpu", "float32", "float32")),
         ({"engine": "onnx", "cache_dtype": "int8"}, ("onnx", "cpu", "float32", "int8")),
         ({"engine": "torch", "device": "cpu"}, ("torch", "cpu", "float32", "float32")),
         ({"engine": "torch", "device": "cpu", "dtype": "bfloat16"}, ("torch", "cpu", "bfloat16", "bfloat16")),
@@ -237,37 +258,60 @@ def test_torch_is_installed_and_not_loaded(tiny_onnx_artifact: Artifact, films: 
     assert done.stdout.split() == ["onnx", "False", "False"]
 
 
-def test_a_driver_is_asked_for_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_is_asked_for_before_torch(tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing torch takes seconds: not where there can be no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("torch was asked"))
     # No such library, and one that is no driver: the process itself.
     for driver in ("libnosuchdriver.so.1", None):
-        monkeypatch.setattr(engines, "_CUDA_DRIVER", driver)
-        engines._has_gpu.cache_clear()
-        assert not engines._gpu_for_torch()
-        assert engines.gpu_problem() is None
-    engines._has_gpu.cache_clear()  # of what has just been answered
-    monkeypatch.setattr(engines, "_has_gpu", lambda: True)
-    for answer in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=answer: answer)
-        assert engines._gpu_for_torch() is answer
+        monkeypatch.setattr(machines, "_CUDA_DRIVER", driver)
+        has_gpu.cache_clear()
+        found = look(LoadOptions(), tiny_onnx_artifact)
+        assert (found.gpus, found.gpu_problem) == ((), None)
+    has_gpu.cache_clear()  # of what has just been answered
+    monkeypatch.setattr(machines, "has_gpu", lambda: True)
+    # Nor where the engine is another one.
+    for options in ({"engine": "onnx"}, {"provider": "cpu"}, {"device": "cpu"}):
+        assert look(LoadOptions(**options), tiny_onnx_artifact).gpus == ()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in (look(LoadOptions(), tiny_onnx_artifact).gpu_problem or "")
+
+
+def test_what_is_free_is_asked_of_the_gpu_that_is_meant(
+    tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name="T4", major=7, minor=5, total_memory=16 << 30)
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: 0,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda _: card,
+        "mem_get_info": lambda index: (index << 30, 16 << 30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(machines, "has_gpu", lambda: True)
+    gpus = look(LoadOptions(device="cuda:1"), tiny_onnx_artifact).gpus
+    assert [gpu.free_bytes for gpu in gpus] == [None, 1 << 30]
+    assert (gpus[0].name, gpus[0].capability, gpus[0].total_bytes) == ("T4", (7, 5), 16 << 30)
+    assert [gpu.free_bytes for gpu in look(LoadOptions(), tiny_onnx_artifact).gpus] == [0, None]
 
 
 def test_why_torch_does_not_see_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_old() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 9000).\nPlease update")
 
-    monkeypatch.setattr(engines, "_has_gpu", lambda: True)
+    monkeypatch.setattr(machines, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert engines.gpu_problem() == f"torch {torch.__version__} is built without CUDA"
+    assert machines.gpu_problem() == f"torch {torch.__version__} is built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "init", too_old)
-    assert engines.gpu_problem() == "The NVIDIA driver on your system is too old (found version 9000)."
+    assert machines.gpu_problem() == "The NVIDIA driver on your system is too old (found version 9000)."
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    assert engines.gpu_problem() == f"torch {torch.__version__} does not see it"
-    monkeypatch.setattr(engines, "has_torch", lambda: False)
-    assert engines.gpu_problem() == "torch is not installed"
+    assert machines.gpu_problem() == f"torch {torch.__version__} does not see it"
+    monkeypatch.setattr(machines, "has_torch", lambda: False)
+    assert machines.gpu_problem() == "torch is not installed"
 
 
 def test_an_old_onnxruntime_is_named(tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +330,82 @@ def test_an_old_onnxruntime_is_named(tiny_onnx_artifact: Artifact, monkeypatch: 
         assert lite.load(tiny_onnx_artifact.path, engine="onnx", cache_dtype=cache_dtype).decoder.engine == "onnx"
 
 
+# ---- the cache that is taken unasked
+
+
+def with_cache_kl(artifact: Artifact, kl: float | None, *, onnx: float | None = None) -> Artifact:
+    """Say what an int8 cache loses, with either engine, or with onnx something else."""
+    decoder, decoder_onnx = artifact.manifest.parts.decoder, artifact.manifest.parts.decoder_onnx
+    assert decoder_onnx is not None
+    fidelity, of_onnx = (None if lost is None else cache_fidelity(lost) for lost in (kl, kl if onnx is None else onnx))
+    return artifact.with_parts(
+        decoder=dataclasses.replace(decoder, fidelity=fidelity),
+        decoder_onnx=dataclasses.replace(decoder_onnx, fidelity=of_onnx),
+    )
+
+
+def test_a_cpu_takes_the_int8_cache_that_loses_little(tiny_onnx_artifact: Artifact) -> None:
+    """It is the faster one with onnx, and the slower one with torch."""
+    good, bad, unknown = (with_cache_kl(tiny_onnx_artifact, kl) for kl in (1e-3, 1.1e-3, None))
+    found = plan(good)
+    assert (found.cache_dtype, found.losses["int8 cache, from a float one"]) == ("int8", 1e-3)
+    assert "1.4 times as fast" in found.choices["cache"][1]
+    assert plan(good, engine="torch").cache_dtype == plan(good, cache_dtype="float32").cache_dtype == "float32"
+    assert "faster on a CPU" in plan(good, engine="torch").choices["cache"][1]
+    assert plan(good, GPU).cache_dtype == "float16"
+    assert plan(good, GPU, provider="cuda").cache_dtype == "float32"
+    for artifact, why in ((bad, "int8 lost 0.001 nats .* more than 1e-3"), (unknown, "was not measured at export")):
+        assert plan(artifact).cache_dtype == "float32"
+        assert re.search(why, plan(artifact).choices["cache"][1])
+        assert plan(artifact, cache_dtype="int8").cache_dtype == "int8"
+    old = plan(good, dataclasses.replace(CPU, onnxruntime="1.26.1"))
+    assert old.cache_dtype == "float32"
+    assert old.fallbacks == ("a float32 cache: onnxruntime 1.26.1 is older than 1.27",)
+
+
+def test_what_the_cache_loses_is_that_of_the_engine(tiny_onnx_artifact: Artifact) -> None:
+    artifact = with_cache_kl(tiny_onnx_artifact, 0.0, onnx=2e-3)
+    assert (cache_loss(artifact, "torch"), cache_loss(artifact, "onnx")) == (0.0, 2e-3)
+
+
+def test_what_is_planned_is_what_is_built(
+    tiny_onnx_artifact: Artifact, films: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = with_cache_kl(tiny_onnx_artifact, 1e-4)
+    monkeypatch.setattr("lite.loading.load_artifact", lambda _: good)
+    for options in ({}, {"engine": "torch"}, {"engine": "torch", "dtype": "bfloat16", "cache_dtype": "int8"}):
+        model = lite.load(good.path, **options)
+        planned, found = model.plan, model.findings(films[0], max_new_tokens=1)
+        expected = planned.engine, planned.device, planned.dtype, planned.cache_dtype, planned.vision_provider
+        assert (found.engine, found.device, found.dtype, found.cache_dtype, found.provider) == expected
+        loop = model.session.loop
+        assert (planned.rows, planned.max_seq_len) == (loop.num_rows, loop.max_seq_len)
+
+
+def test_the_options_are_the_arguments() -> None:
+    assert LoadArguments.__annotations__.keys() == LoadOptions.__dataclass_fields__.keys()
+    with pytest.raises(TypeError, match="gpu"):
+        lite.load("nowhere", gpu=True)  # type: ignore[call-arg]
+
+
+def test_a_plan_needs_no_torch(tiny_onnx_artifact: Artifact) -> None:
+    code = """
+from lite.artifact.open import load_artifact
+from lite.engines.machine import Gpu, Machine
+from lite.engines.options import LoadOptions
+from lite.engines.resolve import resolve
+gpu = Gpu(name="T4", capability=(7, 5), total_bytes=15 << 30, free_bytes=14 << 30)
+machine = Machine(gpus=(gpu,), has_torch=True, onnxruntime="1.32.0", providers=("CPUExecutionProvider",))
+plan = resolve(LoadOptions(), load_artifact(sys.argv[1]), machine)
+print(plan.engine, plan.device, plan.rows, "onnxruntime" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCKED + code, tiny_onnx_artifact.path],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["torch", "cuda", str(MAX_ROWS), "False"]
+
+
 # ---- the limit on memory
 
 
@@ -297,53 +417,63 @@ def deep_onnx_artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_model
     return add_onnx(plain.path, OnnxSettings(verify_studies=1, verify_tokens=4, device="cpu"), out=folder / "artifact")
 
 
-@pytest.fixture
-def plans(deep_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """The peaks planned with an int8 and with a float cache, the process's own memory left out."""
-    from lite.memory.plan import plan_memory
-
-    monkeypatch.setattr("lite.loading.rss_bytes", lambda: 0)
-    small, large = (
-        plan_memory(deep_onnx_artifact, device="cpu", engine="onnx", cache_dtype=cache).peak_bytes
-        for cache in ("int8", None)
-    )
-    return small, large
+def of_rows(found: RunPlan, rows: int) -> int:
+    return found.with_rows(rows).card_bytes
 
 
-def with_cache_kl(artifact: Artifact, kl: float | None) -> Artifact:
-    part = artifact.manifest.parts.decoder_onnx
-    assert part is not None
-    fidelity = None if kl is None else cache_fidelity(kl)
-    return artifact.with_parts(decoder_onnx=dataclasses.replace(part, fidelity=fidelity))
+def test_as_many_rows_as_fit_the_limit(deep_onnx_artifact: Artifact) -> None:
+    artifact = with_cache_kl(deep_onnx_artifact, 1e-4)
+    free = plan(artifact)
+    assert (free.rows, free.limit, free.cache_dtype) == (MAX_ROWS, None, "int8")
+    limit = of_rows(free, 3)
+    assert [plan(artifact, memory_limit=limit + more).rows for more in (-1, 0)] == [2, 3]
+    tight = plan(artifact, memory_limit=limit, rows=5)
+    assert (tight.rows, tight.memory.card_bytes) == (3, limit)
+    assert tight.notes == ("3 studies at a time in place of 5, which do not fit the memory",)
+    assert plan(artifact, memory_limit=limit, rows=2).notes == ()
+    assert plan(artifact, rows=11).rows == 11
+    with pytest.raises(lite.MemoryBudgetError, match="expected at least .*cache of 1 x"):
+        plan(artifact, memory_limit=of_rows(free, 1) - 1)
 
 
-def test_a_limit_that_only_the_int8_cache_fits_takes_it(
-    deep_onnx_artifact: Artifact, plans: tuple[int, int], films: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small, large = plans
-    assert small < large
-    good = with_cache_kl(deep_onnx_artifact, 1e-4)
-    monkeypatch.setattr("lite.loading.load_artifact", lambda _: good)
-    for limit, cache_dtype in ((large, "float32"), (large - 1, "int8"), (small, "int8")):
-        model = lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=limit)
-        assert model.findings(films[0], max_new_tokens=1).cache_dtype == cache_dtype
-    with pytest.raises(lite.MemoryBudgetError, match="expected at least"):
-        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small - 1)
-    # What was asked for is not changed.
-    with pytest.raises(lite.MemoryBudgetError):
-        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1, cache_dtype="float32")
+def test_longer_rows_fit_while_the_limit_holds(deep_onnx_artifact: Artifact) -> None:
+    found = plan(deep_onnx_artifact, cache_dtype="float32", rows=2)
+    limited = plan(deep_onnx_artifact, cache_dtype="float32", rows=2, memory_limit=of_rows(found, 2))
+    assert limited.fits(2, limited.max_seq_len)
+    assert not limited.fits(2, limited.max_seq_len + 1)
+    assert limited.fits(1, limited.max_seq_len + 1)
+    assert found.fits(100, 10**6), "nothing sets a limit"
+
+
+def test_a_cpu_takes_no_more_rows_than_its_memory_holds(deep_onnx_artifact: Artifact) -> None:
+    found = plan(deep_onnx_artifact, cache_dtype="float32")
+    small = dataclasses.replace(CPU, memory_bytes=of_rows(found, 4))
+    assert plan(deep_onnx_artifact, small, cache_dtype="float32").rows == 4
+    assert plan(deep_onnx_artifact, small, cache_dtype="float32", rows=6).rows == 6, "asked for, and no limit is set"
+    tiny = dataclasses.replace(CPU, memory_bytes=1 << 20)
+    crowded = plan(deep_onnx_artifact, tiny, cache_dtype="float32")
+    assert crowded.rows == 1
+    assert "this machine has 1.0 MiB: it may swap" in crowded.notes[0]
+
+
+def test_a_gpu_has_what_is_free(tiny_onnx_artifact: Artifact) -> None:
+    found = plan(tiny_onnx_artifact, GPU)
+    assert (found.limit, found.limit_from) == (11 << 30, "free on the RTX 3060")
+    assert plan(tiny_onnx_artifact, GPU, memory_limit="12GiB").limit == 11 << 30, "no more than that"
+    assert plan(tiny_onnx_artifact, GPU, memory_limit="9GiB").limit == 9 << 30
+    full = dataclasses.replace(GPU, gpus=(dataclasses.replace(RTX_3060, free_bytes=1 << 20),))
+    refuse(tiny_onnx_artifact, lite.MemoryBudgetError, "got a memory limit of 1.0 MiB .* tower and libraries", full)
 
 
 @pytest.mark.parametrize(("kl", "why"), [(2e-3, "lost too much at export"), (None, "was not measured at export")])
 def test_a_cache_that_loses_too_much_is_not_taken_unasked(
-    deep_onnx_artifact: Artifact, plans: tuple[int, int], monkeypatch: pytest.MonkeyPatch, kl: float | None, why: str
+    deep_onnx_artifact: Artifact, kl: float | None, why: str
 ) -> None:
-    small, large = plans
-    bad = with_cache_kl(deep_onnx_artifact, kl)
-    monkeypatch.setattr("lite.loading.load_artifact", lambda _: bad)
-    with pytest.raises(lite.MemoryBudgetError):
-        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=large - 1)
-    with pytest.raises(lite.MemoryBudgetError, match=f"cache_dtype='int8' would fit, but {why}"):
-        lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small)
-    model = lite.load(deep_onnx_artifact.path, engine="onnx", memory_limit=small, cache_dtype="int8")
-    assert model.decoder.cache_dtype == "int8"
+    artifact = with_cache_kl(deep_onnx_artifact, kl)
+    small = of_rows(plan(artifact, cache_dtype="int8"), 1)
+    message = f"cache_dtype='int8' would fit, but {why}"
+    refuse(artifact, lite.MemoryBudgetError, message, memory_limit=small)
+    assert plan(artifact, memory_limit=small, cache_dtype="int8").cache_dtype == "int8"
+    with pytest.raises(lite.MemoryBudgetError) as refused:  # what was asked for is not changed
+        plan(artifact, memory_limit=small, cache_dtype="float32")
+    assert "would fit" not in str(refused.value)

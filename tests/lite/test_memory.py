@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +26,10 @@ from kernels.quant_matmul import SCRATCH_VALUES
 from lite.artifact.open import Artifact
 from lite.artifact.parts import FileRecord, TowerShape, VisionPart
 from lite.config import DecoderConfig, Quantization
+from lite.engines.machine import Gpu, Machine
+from lite.engines.options import LoadOptions
+from lite.engines.plan import RunPlan
+from lite.engines.resolve import resolve
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import Linear, linears_of
 from lite.errors import LiteError, MemoryBudgetError
@@ -48,9 +52,9 @@ from lite.memory.plan import (
     ONNX_FIRST_USE_BYTES,
     STUDIES_AHEAD,
     MemoryPlan,
-    Planner,
+    Shapes,
+    Workload,
     check_memory,
-    int8_cache_loss,
     plan_memory,
 )
 from lite.memory.process import peak_rss_bytes, rss_bytes
@@ -130,20 +134,32 @@ def random_tensors(shape: tuple[int, int], linear: Linear) -> dict[str, torch.Te
     return to_tensors(values, torch.rand(shape[0], groups).half(), bits=linear.quantization.bits)
 
 
+def planned(artifact: Artifact, **settings: Any) -> MemoryPlan:
+    """Plan for the CPU, unless told otherwise, with the artifact's own length of a text."""
+    settings = {"device": "cpu", "num_prompt_tokens": 100} | settings
+    settings |= {"max_new_tokens": artifact.manifest.decoding.max_new_tokens}
+    return plan_memory(Shapes.of(artifact), Workload(**settings))
+
+
 def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsModel, films: list[Path]) -> None:
-    tiny_artifact = tiny_model.artifact
-    plan = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=1)
     assert isinstance(tiny_model.decoder, LlamaDecoder)
-    assert plan.decoder_bytes == tiny_model.decoder.nbytes
     findings = tiny_model.findings(films[0])
-    plan = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=findings.num_prompt_tokens)
+    for_cpu = functools.partial(planned, tiny_model.artifact, num_prompt_tokens=findings.num_prompt_tokens)
+    plan, batch, half = for_cpu(), for_cpu(num_rows=3), for_cpu(dtype="float16")
+    assert plan.decoder_bytes == tiny_model.decoder.nbytes
     assert plan.cache_bytes == findings.memory.cache_bytes
-    batch = plan_memory(tiny_artifact, device="cpu", num_prompt_tokens=findings.num_prompt_tokens, num_rows=3)
     assert batch.cache_bytes == 3 * plan.cache_bytes
     assert (batch.decoder_bytes, batch.vision_bytes) == (plan.decoder_bytes, plan.vision_bytes)
     assert batch.study_bytes - plan.study_bytes == 2 * plan.cache_bytes, "films and prompts go through one at a time"
-    half = plan_memory(tiny_artifact, device="cpu", dtype="float16", num_prompt_tokens=findings.num_prompt_tokens)
     assert (2 * half.cache_bytes, 2 * half.decoder_bytes) == (plan.cache_bytes, plan.decoder_bytes)
+
+
+def test_the_items_of_a_plan_are_its_sum(tiny_artifact: Artifact) -> None:
+    for settings in ({"device": "cpu", "resident_bytes": 5 << 20}, {"device": "cuda", "tower_on_gpu": True}):
+        plan = planned(tiny_artifact, num_rows=2, **settings)
+        assert sum(plan.items().values()) == plan.card_bytes
+    large = dataclasses.replace(plan, load_work_bytes=plan.study_bytes + 7)
+    assert sum(large.items().values()) == large.card_bytes == plan.card_bytes + 7
 
 
 WIDTHS = dataclasses.replace(VICUNA, num_hidden_layers=4, quantization=Quantization(format="gptq-int4", group_size=128))
@@ -162,7 +178,7 @@ def test_four_layers_of_7b_take_what_was_measured(num_tokens: int, cache_dtype: 
     plan = MemoryPlan(
         num_rows=1,
         max_seq_len=num_tokens + 8,
-        libraries_bytes=(52 << 20) + ONNX_FIRST_USE_BYTES,
+        resident_bytes=(52 << 20) + ONNX_FIRST_USE_BYTES,
         decoder_bytes=onnx_decoder_bytes(WIDTHS, PART),
         vision_bytes=0,
         cache_bytes=(num_tokens + 8) * cache_bytes_per_token(WIDTHS, itemsize=ITEMSIZE[cache_dtype]),
@@ -203,7 +219,7 @@ def test_a_plan_of_the_onnx_engine_counts_what_it_holds(tiny_onnx_artifact: Arti
     scales = sum(size for name, size in sizes.items() if name.endswith(".scales"))
     # Scales three times over: mapped, repacked, and the blocks' sums.
     assert onnx_decoder_bytes(config, part) == sum(sizes.values()) + 2 * scales
-    sized = functools.partial(plan_memory, tiny_onnx_artifact, device="cpu", engine="onnx")
+    sized = functools.partial(planned, tiny_onnx_artifact, engine="onnx")
     for cache_dtype in ("float32", "int8"):
         findings = load(tiny_onnx_artifact.path, engine="onnx", cache_dtype=cache_dtype).findings(films[0])
         plan = sized(cache_dtype=cache_dtype, num_prompt_tokens=findings.num_prompt_tokens)
@@ -242,14 +258,11 @@ def test_the_onnx_engine_is_refused_with_numbers(tiny_onnx_artifact: Artifact) -
 
 
 def test_a_gpu_plan_leaves_out_what_its_allocator_does_not_hold(tiny_artifact: Artifact) -> None:
-    plan = plan_memory(tiny_artifact, device="cuda", libraries_bytes=300 << 20)
-    assert plan.vision_bytes == plan.vision_work_bytes == plan.libraries_bytes == 0
+    plan = planned(tiny_artifact, device="cuda", resident_bytes=300 << 20)
+    assert plan.vision_bytes == plan.vision_work_bytes == plan.resident_bytes == 0
     assert plan.peak_bytes == plan.decoder_bytes + plan.cache_bytes + plan.prefill_work_bytes
     assert plan.beside_bytes == GPU_LIBRARIES_BYTES
-    with_tower, on_cpu = (
-        plan_memory(tiny_artifact, device="cuda", tower_on_gpu=True),
-        plan_memory(tiny_artifact, device="cpu"),
-    )
+    with_tower, on_cpu = planned(tiny_artifact, device="cuda", tower_on_gpu=True), planned(tiny_artifact)
     assert with_tower.peak_bytes == plan.peak_bytes
     assert with_tower.beside_bytes - plan.beside_bytes == on_cpu.vision_bytes + on_cpu.vision_work_bytes
 
@@ -266,7 +279,7 @@ def test_a_refusal_says_what_would_fit() -> None:
     plan = MemoryPlan(
         num_rows=8,
         max_seq_len=10,
-        libraries_bytes=10 << 20,
+        resident_bytes=10 << 20,
         decoder_bytes=60 << 20,
         vision_bytes=0,
         cache_bytes=64 << 20,
@@ -275,11 +288,24 @@ def test_a_refusal_says_what_would_fit() -> None:
         prefill_work_bytes=16 << 20,
     )
     check_memory(plan, 150 << 20, what="a")
-    refusal = r"150\.8 MiB: the process before 10\.0 MiB .*cache of 8 x 10 .* take 2 at a time"
+    refusal = r"150\.8 MiB: Python and its packages 10\.0 MiB .*cache of 8 x 10 .* take 2 at a time"
     with pytest.raises(MemoryBudgetError, match=refusal):
         check_memory(plan, 103 << 20, what="a")  # 86 beside the caches of 8 each
     with pytest.raises(MemoryBudgetError, match="export with fewer bits"):
         check_memory(plan, 93 << 20, what="a")
+
+
+def test_a_refusal_never_asks_for_what_it_got() -> None:
+    plan = MemoryPlan(
+        num_rows=1, max_seq_len=1, resident_bytes=5 << 30, decoder_bytes=0, vision_bytes=0, cache_bytes=1,
+        load_work_bytes=0, vision_work_bytes=0, prefill_work_bytes=0,
+    )  # fmt: skip
+    for limit in (5 << 30, plan.card_bytes - 1, 1 << 20, 1):
+        with pytest.raises(MemoryBudgetError) as refused:
+            check_memory(plan, limit, what="a")
+        got, expected = re.findall(r"(?:limit of|at least) ([\d.,]+ \w+)", str(refused.value))
+        assert got != expected
+        assert parse_bytes(expected.replace(",", "")) >= plan.card_bytes
 
 
 # -- A GPU that is not there: see fake_cuda.py -------------------------------------------------------------------------
@@ -326,6 +352,11 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+def full(*cases: tuple[Any, ...]) -> list[Any]:
+    """Leave these cases to --full."""
+    return [pytest.param(*case, marks=pytest.mark.full) for case in cases]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
     """A decoder on a card."""
@@ -370,14 +401,14 @@ def on_card(shaped: Any) -> Any:
 @pytest.mark.parametrize(
     ("card", "shape", "stored", "batch_size", "cache_dtype", "chunk_size"),
     [
-        *((RTX_3060, "7B", "gptq-int4", 1, None, chunk_size) for chunk_size in (2048, 512)),
-        *((RTX_3060, "7B", "gptq-int4", 1, "int8", chunk_size) for chunk_size in (2048, 256)),
-        (RTX_3060, "7B", "gptq-int4", 8, "int8", 2048),
-        *((RTX_3060, "7B", stored, 1, None, 2048) for stored in ("fp16", "gptq-int8", "bnb-int8")),
-        (RTX_3060, "7B", "fp16", 1, "int8", 512),
-        *((card, "1B", "gptq-int4", 1, None, 2048) for card in (RTX_3060, H100, T4)),
-        *((RTX_3060, "1B", "gptq-int4", batch_size, None, 1024) for batch_size in (1, 8)),
+        (RTX_3060, "7B", "gptq-int4", 1, None, 2048),
         (RTX_3060, "1B grouped", "gptq-int4", 1, None, 2048),
+        *full((RTX_3060, "7B", "gptq-int4", 1, None, 512)),
+        *full(*((RTX_3060, "7B", "gptq-int4", 1, "int8", chunk_size) for chunk_size in (2048, 256))),
+        *full((RTX_3060, "7B", "gptq-int4", 8, "int8", 2048), (RTX_3060, "7B", "fp16", 1, "int8", 512)),
+        *full(*((RTX_3060, "7B", stored, 1, None, 2048) for stored in ("fp16", "gptq-int8", "bnb-int8"))),
+        *full(*((card, "1B", "gptq-int4", 1, None, 2048) for card in (RTX_3060, H100, T4))),
+        *full(*((RTX_3060, "1B", "gptq-int4", batch_size, None, 1024) for batch_size in (1, 8))),
     ],
 )
 def test_a_gpu_plan_is_what_the_decoder_takes(
@@ -392,6 +423,7 @@ def test_a_gpu_plan_is_what_the_decoder_takes(
     assert reserved - peak < GPU_LIBRARIES_BYTES, "the holes"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("card", [RTX_3060, H100])
 @pytest.mark.parametrize(
     ("batch_size", "cache_dtype", "most"), [(1, None, 5.0e9), (1, "int8", 4.6e9), (8, "int8", 11e9)]
@@ -408,7 +440,10 @@ def test_seven_billion_weights_in_4_bits_fit_small_cards(
 
 @pytest.mark.parametrize(
     ("shape", "stored"),
-    [*(("7B", stored) for stored in STORED), ("1B", "gptq-int4"), ("1B grouped", "gptq-int4")],
+    [
+        *(("7B", "gptq-int4"), ("1B grouped", "gptq-int4")),
+        *full(("7B", "fp16"), ("7B", "gptq-int8"), ("7B", "bnb-int8"), ("1B", "gptq-int4")),
+    ],
 )
 def test_loading_takes_what_is_planned(on_card: Any, shape: str, stored: str) -> None:
     loaded = on_card(RTX_3060, shape, stored)
@@ -501,85 +536,56 @@ def test_the_allocator_is_torchs() -> None:
     assert allocator.allocate(1).address != private.address
 
 
-# -- What the planner chooses ------------------------------------------------------------------------------------------
+def test_the_features_of_the_next_studies_wait_on_the_card(shaped: Any) -> None:
+    plans = functools.partial(planned, shaped("7B", "gptq-int4"), device="cuda", num_prompt_tokens=NUM_PROMPT_TOKENS)
+    with_tower, without = (plans(num_rows=2, tower_on_gpu=on_gpu).prefill_work_bytes for on_gpu in (True, False))
+    assert with_tower - without == STUDIES_AHEAD * 1369 * 4096 * 4
+    assert plans(tower_on_gpu=True).prefill_work_bytes == plans().prefill_work_bytes == without
 
 
-def with_cache_kl(artifact: Artifact, kl: float | None) -> Artifact:
+# -- What is given up for a limit --------------------------------------------------------------------------------------
+
+CARD = Gpu(name="a card", capability=(8, 6), total_bytes=1 << 40, free_bytes=1 << 40)
+MACHINE = Machine(gpus=(CARD,), has_torch=True, onnxruntime="1.32.0", providers=("CPUExecutionProvider",))
+
+
+def with_cache_kl(artifact: Artifact, kl: float) -> Artifact:
     """Say what an int8 cache loses, for torch."""
-    fidelity = None if kl is None else cache_fidelity(kl)
-    decoder = dataclasses.replace(artifact.manifest.parts.decoder, fidelity=fidelity)
+    decoder = dataclasses.replace(artifact.manifest.parts.decoder, fidelity=cache_fidelity(kl))
     return artifact.with_parts(decoder=decoder)
 
 
-def card_bytes(artifact: Artifact, chunk_size: int, cache_dtype: Any, **settings: Any) -> int:
-    settings = {"device": "cuda"} | settings
-    return plan_memory(artifact, chunk_size=chunk_size, cache_dtype=cache_dtype, **settings).card_bytes
+def resolved(artifact: Artifact, **options: Any) -> RunPlan:
+    return resolve(LoadOptions(**options), artifact, MACHINE)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_the_planner_prefers_a_float_cache_and_long_chunks(shaped: Any, device: str) -> None:
+def test_chunks_are_given_up_before_the_cache_and_that_before_rows(shaped: Any, device: str) -> None:
     artifact = with_cache_kl(shaped("7B", "gptq-int4"), 1e-3)
+    free = resolved(artifact, device=device)
+    computed = free.cache_dtype
+
+    def sized(cache_dtype: str, chunk_size: int, rows: int) -> int:
+        workload = dataclasses.replace(
+            free.workload, cache_dtype=cache_dtype, chunk_size=chunk_size, num_rows=rows
+        )  # fmt: skip
+        return plan_memory(free.shapes, workload).card_bytes
+
     # A prompt of 1,497 tokens is one chunk of 2,048.
-    order = [*itertools.product((None,), CHUNK_SIZES), ("int8", 2048)]
-    sizes = [card_bytes(artifact, chunk, cache, device=device) for cache, chunk in order]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == len(sizes)
-    choose = functools.partial(Planner.choose, artifact, device=device)
-    for limit, (cache_dtype, chunk_size) in zip(sizes, order, strict=True):
-        chosen = choose(limit=limit)
-        assert (chosen.cache_dtype, chosen.chunk_size) == (cache_dtype, chunk_size)
-        assert chosen.plan(1).card_bytes == limit
-    asked = choose(limit=sizes[0], cache_dtype="int8")
-    assert (asked.cache_dtype, asked.chunk_size) == ("int8", 2048)
-    with pytest.raises(MemoryBudgetError, match=r"expected at least .*decoder .*cache of 1 x \d+ tokens [^;]*$"):
-        choose(limit=sizes[3] - 1, cache_dtype="float32" if device == "cpu" else "float16")
-    with pytest.raises(MemoryBudgetError, match=r"expected at least [^;]*$"):
-        choose(limit=min(card_bytes(artifact, chunk, "int8", device=device) for chunk in CHUNK_SIZES) - 1)
-
-
-@pytest.mark.parametrize(("kl", "why"), [(None, "was not measured at export"), (1.1e-3, "lost too much at export")])
-def test_an_int8_cache_is_only_taken_unasked_if_it_loses_little(shaped: Any, kl: float | None, why: str) -> None:
-    artifact = with_cache_kl(shaped("7B", "gptq-int4"), kl)
-    limit = card_bytes(artifact, 2048, "int8")
-    hint = rf"give it more, or export with fewer bits; cache_dtype='int8' would fit, but {why} to be taken without"
-    with pytest.raises(MemoryBudgetError, match=hint):
-        Planner.choose(artifact, limit=limit, device="cuda")
-    assert Planner.choose(artifact, limit=limit, device="cuda", cache_dtype="int8").cache_dtype == "int8"
-    with pytest.raises(MemoryBudgetError, match=r"export with fewer bits$"):
-        Planner.choose(artifact, limit=1, device="cuda")
-
-
-def test_the_planner_of_the_onnx_engine_knows_one_chunk(tiny_onnx_artifact: Artifact) -> None:
-    """What it loses is measured with that engine: torch's cache is another."""
-    part = tiny_onnx_artifact.manifest.parts.decoder_onnx
-    assert part is not None
-    part = dataclasses.replace(part, fidelity=cache_fidelity(2e-3))
-    artifact = with_cache_kl(tiny_onnx_artifact, 0.0).with_parts(decoder_onnx=part)
-    assert (int8_cache_loss(artifact, "torch"), int8_cache_loss(artifact, "onnx")) == (0.0, 2e-3)
-    whole = plan_memory(artifact, device="cpu", engine="onnx").card_bytes
-    chosen = Planner.choose(artifact, limit=whole, device="cpu", engine="onnx")
-    assert (chosen.cache_dtype, chosen.chunk_size) == (None, CHUNK_SIZES[0])
-    with pytest.raises(MemoryBudgetError):
-        Planner.choose(artifact, limit=whole - 1, device="cpu", engine="onnx")
-
-
-def test_as_many_rows_as_fit(shaped: Any) -> None:
-    artifact = with_cache_kl(shaped("7B", "gptq-int4"), 0.0)
-    chosen = Planner.choose(artifact, limit=11 * 10**9, device="cuda", tower_on_gpu=True)
-    assert chosen.cache_dtype is None
-    rows = chosen.rows_that_fit(8, MAX_NEW_TOKENS)
-    assert 1 < rows < 8
-    assert chosen.plan(rows, max_new_tokens=MAX_NEW_TOKENS).card_bytes <= chosen.limit
-    assert chosen.plan(rows + 1, max_new_tokens=MAX_NEW_TOKENS).card_bytes > chosen.limit
-    assert dataclasses.replace(chosen, cache_dtype="int8").rows_that_fit(8, MAX_NEW_TOKENS) == 8
-    assert dataclasses.replace(chosen, limit=1).rows_that_fit(8, MAX_NEW_TOKENS) == 1
-
-
-def test_the_features_of_the_next_studies_wait_on_the_card(shaped: Any) -> None:
-    planned = functools.partial(plan_memory, shaped("7B", "gptq-int4"), device="cuda")
-    with_tower, without = (planned(num_rows=2, tower_on_gpu=on_gpu).prefill_work_bytes for on_gpu in (True, False))
-    assert with_tower - without == STUDIES_AHEAD * 1369 * 4096 * 4
-    assert planned(tower_on_gpu=True).prefill_work_bytes == planned().prefill_work_bytes == without
+    order = [*((computed, chunk_size, 2) for chunk_size in CHUNK_SIZES), ("int8", 2048, 2)]
+    sizes = [sized(*way) for way in order]
+    assert sizes == sorted(set(sizes), reverse=True)
+    smallest = min(sized("int8", chunk_size, 2) for chunk_size in CHUNK_SIZES)
+    for limit, way in zip(sizes, order, strict=True):
+        found = resolved(artifact, device=device, rows=2, memory_limit=limit)
+        assert (found.cache_dtype, found.chunk_size, found.rows) == way
+    assert resolved(artifact, device=device, rows=2, memory_limit=smallest - 1).rows == 1
+    # Rows that nobody asked for: neither chunks nor cache are given up for them.
+    found = resolved(artifact, device=device, memory_limit=sizes[1])
+    assert (found.cache_dtype, found.chunk_size, found.rows) == (computed, 2048, 1)
+    least = min(sized("int8", chunk_size, 1) for chunk_size in CHUNK_SIZES)
+    with pytest.raises(MemoryBudgetError, match=r"expected at least .*decoder .*cache of 1 x [\d,]+ tokens [^;]*$"):
+        resolved(artifact, device=device, memory_limit=least - 1)
 
 
 # -- Reading and printing ----------------------------------------------------------------------------------------------
@@ -600,7 +606,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_sizes_are_shown() -> None:
-    assert (shown_bytes(3 << 29), shown_bytes(3 << 19)) == ("1.50 GiB", "1.5 MiB")
+    assert (shown_bytes(3 << 29), shown_bytes(3 << 19), shown_bytes(1)) == ("1.50 GiB", "1.5 MiB", "1 bytes")
+    assert (shown_bytes(2**30 + 1, up=True), shown_bytes(2**30 + 1, 9)) == ("1.01 GiB", "1.000000001 GiB")
 
 
 def test_a_peak_is_the_processes_own_and_not_its_parents() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, counts
+from benchmarks.speed.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, shapes
 from export.source.checkpoint import TowerConfig
 from export.source.forward import image_features
 from lite.artifact.open import Artifact
@@ -25,6 +25,7 @@ from lite.bench.cards import CARDS, Card, Figure, read_reference_card, v100_entr
 from lite.bench.results import Row
 from lite.bench.roofline import (
     MODELLED_COLUMNS,
+    count_study,
     decode_flop,
     decode_weight_bytes,
     modelled,
@@ -36,11 +37,14 @@ from lite.bench.roofline import (
     vision_flop,
 )
 from lite.config import DecoderConfig, Quantization
+from lite.engines.options import LoadOptions
+from lite.engines.resolve import resolve
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
 from lite.errors import ArtifactError, LiteError
 from lite.eval.figures import Missing
 from lite.memory.counts import cache_bytes_per_token
+from lite.memory.plan import REASON_TOKENS
 from lite.model import FindingsModel
 
 W4 = dataclasses.replace(DECODER, quantization=Quantization(format="gptq-int4", group_size=128))
@@ -158,20 +162,23 @@ def test_operations_of_the_whole_tower_are_the_published_ones() -> None:
     assert vision_flop(VISION) == pytest.approx(0.333e12, rel=1e-2)
 
 
+STUDY = {"num_prompt_tokens": NUM_PROMPT_TOKENS, "num_new_tokens": NUM_NEW_TOKENS}
+
+
 def test_counts_of_a_study() -> None:
-    study = counts()
+    study = count_study(shapes(), **STUDY)
     assert study.cache_bytes == (NUM_PROMPT_TOKENS + NUM_NEW_TOKENS // 2) * 524_288
-    assert study.full_cache_bytes == (NUM_PROMPT_TOKENS + NUM_NEW_TOKENS) * 524_288
-    assert study.decoder_bytes == pytest.approx(13.48e9, rel=1e-3)
 
 
 # -- Models ----------------------------------------------------------------------------------------------------------
 
 
 def test_each_stage_takes_the_longer_of_reading_and_computing() -> None:
-    study = counts()
-    slow = Card(name="A", memory_bytes=1 << 40, bandwidth=1e9, peak_flops=1e12, source="invented")
-    model = modelled(slow, study, share_of_bandwidth=0.5, share_of_peak=0.25)
+    study = count_study(shapes(), **STUDY)
+    slow = Card(
+        name="A", memory_bytes=1 << 40, bandwidth=1e9, peak_flops=1e12, capability=(8, 6), source="invented"
+    )  # fmt: skip
+    model = modelled(slow, shapes(), **STUDY, share_of_bandwidth=0.5, share_of_peak=0.25)
     token = (study.weight_bytes + study.cache_bytes) / 0.5e9
     assert model.prefill_s.value == pytest.approx(study.prefill_flop / 0.25e12)
     assert model.decode_token_s.value == pytest.approx(token)
@@ -180,8 +187,8 @@ def test_each_stage_takes_the_longer_of_reading_and_computing() -> None:
     assert model.decode_token_s.formula == "(13.2 GB of weights + 771 MB of cache) / (0.5 × 1 GB/s)"
     assert model.prefill_s.formula == "18.9 TFLOP / (0.25 × 1 TFLOP/s)"
     # A card that computes as slowly as this one reads takes its time for computing.
-    weak = dataclasses.replace(slow, peak_flops=1e9)
-    assert modelled(weak, study).decode_token_s.value == pytest.approx(study.decode_flop / 0.5e9)
+    weak = modelled(dataclasses.replace(slow, peak_flops=1e9), shapes(), **STUDY)
+    assert weak.decode_token_s.value == pytest.approx(study.decode_flop / 0.5e9)
 
 
 @pytest.mark.parametrize(
@@ -189,14 +196,27 @@ def test_each_stage_takes_the_longer_of_reading_and_computing() -> None:
     [("RTX 3060 12GB", False, True), ("RTX 4060 Ti 16GB", True, True), ("V100 16GB", True, True)],
 )
 def test_what_fits_a_card(name: str, fp16: bool, w4: bool) -> None:
-    study = counts()
-    smaller = dataclasses.replace(study, decoder_bytes=study.decoder_bytes - decode_weight_bytes(DECODER, itemsize=2))
-    smaller = dataclasses.replace(smaller, decoder_bytes=smaller.decoder_bytes + decode_weight_bytes(W4, itemsize=2))
-    assert modelled(card(name), study).fits == fp16
-    assert modelled(card(name), smaller).fits == w4
-    exact = int(modelled(card(name), study).memory_bytes.value)
-    assert modelled(dataclasses.replace(card(name), memory_bytes=exact), study).fits
-    assert not modelled(dataclasses.replace(card(name), memory_bytes=exact - 1), study).fits
+    assert modelled(card(name), shapes(), **STUDY).fits == fp16
+    assert modelled(card(name), dataclasses.replace(shapes(), config=W4), **STUDY).fits == w4
+    exact = int(modelled(card(name), shapes(), **STUDY).memory_bytes.value)
+    for memory_bytes, fits in ((exact, True), (exact - 1, False)):
+        assert modelled(dataclasses.replace(card(name), memory_bytes=memory_bytes), shapes(), **STUDY).fits == fits
+
+
+@pytest.mark.parametrize("name", [card.name for card in CARDS])
+def test_the_memory_of_a_card_is_the_one_that_is_planned_there(name: str, tiny_artifact: Artifact) -> None:
+    plan = resolve(LoadOptions(rows=1), tiny_artifact, card(name).machine(), num_prompt_tokens=100)
+    (model,) = (
+        model
+        for model in modelled_rows(
+            tiny_artifact,
+            num_prompt_tokens=100 + REASON_TOKENS,
+            num_new_tokens=tiny_artifact.manifest.decoding.max_new_tokens,
+        )
+        if model.card.name == name
+    )
+    assert model.memory_bytes.value == plan.memory.card_bytes
+    assert plan.limit == card(name).memory_bytes
 
 
 def test_an_artifact_is_modelled_on_every_card(tiny_artifact: Artifact) -> None:
@@ -245,18 +265,18 @@ def test_a_modelled_figure_never_looks_measured() -> None:
 
 
 def test_the_table_marks_every_figure_and_shows_no_times_where_it_does_not_fit() -> None:
-    heading, rows = MODELLED_COLUMNS, [modelled_cells(modelled(each, counts())) for each in CARDS]
+    heading, rows = MODELLED_COLUMNS, [modelled_cells(modelled(each, shapes(), **STUDY)) for each in CARDS]
     assert [row[0] for row in rows] == [each.name for each in CARDS]
     for row in rows:
         assert len(row) == len(heading)
         assert all(cell.startswith("~") or cell == "–" for cell in row[1:-1])
     assert rows[0][1:6] == ("–",) * 5
-    assert rows[0][-2:] == ("~14.48 GiB", "no")
-    assert modelled_cells(modelled(card("V100 16GB"), counts()))[2:5] == ("~338 ms", "~25.9 ms", "~38.6 tok/s")
+    assert rows[0][-2:] == ("~14.86 GiB", "no")
+    assert modelled_cells(modelled(card("V100 16GB"), shapes(), **STUDY))[2:5] == ("~338 ms", "~25.9 ms", "~38.6 tok/s")
 
 
 def test_json_says_modelled_and_how() -> None:
-    values = json.loads(json.dumps(modelled(card("T4"), counts()).to_json()))
+    values = json.loads(json.dumps(modelled(card("T4"), shapes(), **STUDY).to_json()))
     figures = [value for value in values.values() if isinstance(value, dict) and "value" in value]
     assert len(figures) == 6
     for figure in figures:

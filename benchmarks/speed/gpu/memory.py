@@ -32,7 +32,7 @@ from lite.artifact.parts import (
 )
 from lite.config import Preprocessing
 from lite.errors import MemoryBudgetError
-from lite.memory.plan import plan_memory
+from lite.memory.plan import Shapes, Workload, plan_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,15 +117,16 @@ def plan(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> MemoryPlan:
         (Path(folder) / "decoder").mkdir()
         text = json.dumps(shapes.config(setting.layers, 4))
         (Path(folder) / "decoder" / "config.json").write_text(text, encoding="utf-8")
-        return plan_memory(
-            Artifact(path=Path(folder), manifest=manifest, id="0" * 16),
+        workload = Workload(
             device=str(rig.device),
             cache_dtype=cache_dtype,
-            batch_size=rows,
+            num_rows=rows,
             num_prompt_tokens=setting.prompt_tokens,
             max_new_tokens=_NEW_TOKENS,
             chunk_size=max(setting.chunk_sizes),
+            capability=torch.cuda.get_device_capability(rig.device) if rig.device.type == "cuda" else (8, 6),
         )
+        return plan_memory(Shapes.of(Artifact(path=Path(folder), manifest=manifest, id="0" * 16)), workload)
 
 
 def held_bytes(rig: Rig, num_rows: int, cache_dtype: CacheDtype | None) -> int:

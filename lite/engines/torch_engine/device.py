@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import re
 from typing import TYPE_CHECKING, Final
 
-from lite.engines.choose import gpu_problem
-from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
+from lite.engines.machine import gpu_problem
+from lite.errors import BackendUnavailable, MemoryBudgetError
 
 try:
     import safetensors as _  # noqa: F401 - what is missing is said together, before anything is loaded
@@ -19,8 +18,6 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from lite.artifact.open import Artifact
 
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OUT_OF_MEMORY: Final = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
@@ -69,34 +66,3 @@ def check_device(device: str) -> str:
         )
         raise BackendUnavailable(msg)
     return device
-
-
-def check_dtype(dtype: str | None) -> None:
-    """Refuse what the decoder does not compute in.
-
-    Raises:
-        LiteError: it is none of DTYPES.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        msg = f"got dtype {dtype!r} · expected {', '.join(DTYPES)} or None · choose one of them"
-        raise LiteError(msg)
-
-
-def check_cache_dtype(artifact: Artifact, cache_dtype: str | None, *, device: str, dtype: str | None) -> None:
-    """Refuse a cache that is neither int8 nor what the decoder computes in.
-
-    Raises:
-        LiteError: it is something else.
-    """
-    computed = dtype or ("float32" if device == "cpu" else artifact.decoder_config().dtype)
-    if cache_dtype not in (None, "int8", computed):
-        msg = f"got cache_dtype {cache_dtype!r} · expected int8, or {computed}, which the decoder computes in · choose "
-        raise LiteError(f"{msg}one of them")
-
-
-def free_bytes(device: str) -> int:
-    """Return the bytes that are free on a GPU."""
-    gc.collect()  # a model that was let go of, and what torch has kept of its memory
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(torch.device(device))
-    return free
