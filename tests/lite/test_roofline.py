@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from driving import decode_token, read_prompt
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,16 +109,13 @@ def test_operations_of_the_decoder_are_those_torch_counts() -> None:
         drawn = {name: {"weight": torch.randn(size, linear.in_features) / 10} for name, size in linear.parts.items()}
         linear.take(drawn, device="cpu", dtype=torch.float32)
     cache = decoder.new_cache(1, length + 1)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        _, normed = decoder(torch.ones(1, length, SMALL.hidden_size), cache)
-        decoder.logits(normed[:, -1])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        read_prompt(decoder, [3] * length, None, cache)
     masked = length**2 - length * (length + 1) // 2
     per_pair = 4 * SMALL.num_hidden_layers * SMALL.num_attention_heads * SMALL.head_dim
     assert prefill_flop(SMALL, length) == counter.get_total_flops() - per_pair * masked
-    cache.num_cached_tokens = [length]
-    cache.position_ids.fill_(length)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        decoder.decode_one_token(cache, [3])
+        decode_token(decoder, cache)
     assert decode_flop(SMALL, length + 1) == counter.get_total_flops()
 
 
