@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from kernels import reference
 from kernels.backend import Backend, device_guard, require_backend
-from kernels.checks import check_float, check_tensor, output
+from kernels.checks import check_float, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +23,6 @@ def add_rms_norm(
     weight: Tensor,
     eps: float,
     *,
-    sum_out: Tensor | None = None,
-    out: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return x + residual, and that scaled to a root mean square of one and then by `weight`.
@@ -31,11 +31,9 @@ def add_rms_norm(
 
     Args:
         x: [..., hidden_size], float16, bfloat16 or float32, contiguous.
-        residual: like x.
+        residual: like x, contiguous.
         weight: [hidden_size], contiguous, in the dtype of x.
         eps: added to the mean square.
-        sum_out: where to put the sum, contiguous; x or residual itself will do.
-        out: where to put the normed sum, contiguous; not sum_out, but x or residual itself will do.
         backend: None for the selected one (see `kernels.backend`).
 
     Returns:
@@ -48,17 +46,12 @@ def add_rms_norm(
     if x.dim() < 1 or not 0 < x.shape[-1] <= MAX_HIDDEN_SIZE:
         raise ValueError(f"got x {list(x.shape)} · expected [..., hidden_size], at most {MAX_HIDDEN_SIZE}")
     shape, hidden_size = tuple(x.shape), x.shape[-1]
-    check_tensor("residual", residual, shape, x.dtype, x.device)
-    check_tensor("weight", weight, (hidden_size,), x.dtype, x.device)
-    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
-        msg = "got x, residual or weight with gaps · expected contiguous tensors"
-        raise ValueError(msg)
-    chosen = require_backend(x.device, backend)
-    sums = output("sum_out", sum_out, shape, x.dtype, x.device)
-    normed = output("out", out, shape, x.dtype, x.device)
-    if chosen == "reference":
-        right_sum, right_normed = reference.add_rms_norm(x, residual, weight, eps)
-        return sums.copy_(right_sum), normed.copy_(right_normed)
+    for name, tensor in (("x", x), ("residual", residual)):
+        check_whole(name, tensor, shape, x.dtype, x.device)
+    check_whole("weight", weight, (hidden_size,), x.dtype, x.device)
+    if require_backend(x.device, backend) == "reference":
+        return reference.add_rms_norm(x, residual, weight, eps)
+    sums, normed = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if x.numel():
         from kernels.gpu import add_rms_norm as kernels
 

@@ -236,16 +236,6 @@ class Int8Weight:
         return torch.mul(self.weight[begin:end], self.scb[begin:end, None] / 127, out=values)
 
 
-def nf4_dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the weight [out, in] of a linear layer stored in NF4; see `Nf4Weight.from_tensors`."""
-    return Nf4Weight.from_tensors(tensors).dequantize(dtype)
-
-
-def int8_dequantize(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the weight [out, in] of a linear layer stored in int8; see `Int8Weight.from_tensors`."""
-    return Int8Weight.from_tensors(tensors).dequantize(dtype)
-
-
 def nf4_matmul(x: Tensor, weight: Nf4Weight) -> Tensor:
     """Multiply x by the transpose of a weight in NF4.
 
@@ -263,7 +253,6 @@ def nf4_matmul(x: Tensor, weight: Nf4Weight) -> Tensor:
         ValueError: x has another last dimension.
         ImportError: on a GPU, bitsandbytes is not installed or does not load.
     """
-    _check_columns(x, weight.shape)
     if x.is_cuda:
         # Before 0.50 the library tells which way round the weight lies by this transpose; since then it does not care.
         product: Tensor = import_bitsandbytes().matmul_4bit(x, weight.packed.t(), quant_state=weight.quant_state)
@@ -288,7 +277,6 @@ def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
     Raises:
         ValueError: x has another last dimension.
     """
-    _check_columns(x, weight.shape)
     if x.is_cuda:
         return functional.linear(x, weight.dequantize(x.dtype))
     return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype))
@@ -336,9 +324,3 @@ def _check(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dty
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         got = f"{list(tensor.shape)} {tensor.dtype}"
         raise ValueError(f"{name}: got {got} · expected {list(shape)} {dtype} · quantise the weight again")
-
-
-def _check_columns(x: Tensor, shape: tuple[int, int]) -> None:
-    if x.shape[-1] != shape[1]:
-        got = f"x {list(x.shape)} for a weight {list(shape)}"
-        raise ValueError(f"got {got} · expected a last dimension of {shape[1]} · pass the input of this layer")

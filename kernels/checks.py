@@ -42,34 +42,15 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch
         raise ValueError(f"got {name} {got} · expected {list(shape)} {dtype} on {device}")
 
 
-def output(name: str, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the tensor to write to: the caller's, checked, or a new one, uninitialised.
+def check_whole(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless a tensor is just so, and has no gaps.
 
     Raises:
-        ValueError: the caller's has another shape or dtype, is elsewhere, or has gaps.
+        ValueError: it has another shape or dtype, is elsewhere, or has gaps.
     """
-    if given is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    check_tensor(name, given, shape, dtype, device)
-    if not given.is_contiguous():
-        raise ValueError(f"got {name} with strides {list(given.stride())} · expected a contiguous tensor")
-    return given
-
-
-def scratch(given: Tensor | None, nbytes: int, device: torch.device) -> Tensor:
-    """Return `nbytes` to work in, uint8: of the caller's workspace, or new ones.
-
-    Raises:
-        ValueError: the workspace is too small, of another dtype, elsewhere, or has gaps.
-    """
-    if given is None:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    if given.dtype != torch.uint8 or given.device != device or given.dim() != 1 or not given.is_contiguous():
-        got = f"{list(given.shape)} {given.dtype} on {given.device}"
-        raise ValueError(f"got workspace {got} · expected a contiguous vector of torch.uint8 on {device}")
-    if given.numel() < nbytes:
-        raise ValueError(f"got workspace of {given.numel()} bytes · expected at least {nbytes}")
-    return given[:nbytes]
+    check_tensor(name, tensor, shape, dtype, device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"got {name} with strides {list(tensor.stride())} · expected a contiguous tensor")
 
 
 def check_cache(

@@ -4,9 +4,9 @@
 
     row 0   ├─ tile ─┼─ tile ─┼─ ti│           lengths[0]: what lies beyond is not read, whatever it holds
     row 1   ├─ tile ─│        ·                 one program for each tile and head; a second kernel combines them
-            0       64      128        max_seq_len
+            0       64      128        S
 
-How much is launched depends on max_seq_len alone and the lengths stay on the GPU, so one CUDA graph serves every token.
+How much is launched depends on the cache alone and the lengths stay on the GPU, so one CUDA graph serves every token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from kernels import reference
 from kernels.backend import Backend, device_guard, require_backend
-from kernels.checks import check_cache, check_float, output, scratch
+from kernels.checks import check_cache, check_float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +26,8 @@ BLOCK_S: Final = 64
 """Slots of a tile. With head_dim 128 in 16 bits, 16 KiB of keys and as much of values: 64 numbers of each for each of
 128 threads. A study of 1,470 tokens then gives 23 tiles x 32 heads = 736 programs, some for every multiprocessor; the
 partial sums are 1.6 % of what is read."""
-NUM_WARPS: Final = 4
 MAX_HEAD_DIM: Final = 256
 """Beyond it a tile would no longer fit the registers."""
-
-
-def decode_attention_workspace_bytes(batch_size: int, heads: int, head_dim: int, max_seq_len: int) -> int:
-    """Return how many bytes of workspace `decode_attention` asks for."""
-    return batch_size * heads * -(-max_seq_len // BLOCK_S) * (head_dim + 2) * 4
 
 
 def decode_attention(
@@ -44,9 +38,6 @@ def decode_attention(
     *,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
-    max_seq_len: int | None = None,
-    out: Tensor | None = None,
-    workspace: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Let one query per row attend over the cache.
@@ -62,9 +53,6 @@ def decode_attention(
             written already. A row of length 0 gets zeros.
         k_scales: float16 or float32 [B, kv_heads, S], of a cache of int8: key = k_cache * k_scales.
         v_scales: like k_scales, strides included.
-        max_seq_len: slots from here on are never read; S if None. It decides how many programs are launched.
-        out: where to put the result, contiguous [B, heads, head_dim] in the dtype of q.
-        workspace: uint8 [decode_attention_workspace_bytes(…)] or more, to allocate nothing.
         backend: None for the selected one (see `kernels.backend`).
 
     Returns:
@@ -73,62 +61,32 @@ def decode_attention(
     Raises:
         ValueError: a shape, dtype, stride or device does not fit, or the backend does not run here.
     """
-    limit = _check(q, k_cache, v_cache, lengths, k_scales, v_scales, max_seq_len)
-    chosen = require_backend(q.device, backend)
-    result = output("out", out, tuple(q.shape), q.dtype, q.device)
-    if chosen == "reference":
-        attended = reference.decode_attention(
-            q, k_cache, v_cache, lengths, k_scales=k_scales, v_scales=v_scales, max_seq_len=limit
-        )
-        return result.copy_(attended)
-    if result.numel() == 0:
-        return result
-    from kernels.gpu import decode_attention as kernels
+    _check(q, k_cache, v_cache, lengths)
+    check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)
+    if require_backend(q.device, backend) == "reference":
+        return reference.decode_attention(q, k_cache, v_cache, lengths, k_scales=k_scales, v_scales=v_scales)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel():
+        from kernels.gpu import decode_attention as kernels
 
-    B, heads, head_dim = q.shape
-    nbytes = decode_attention_workspace_bytes(B, heads, head_dim, limit)
-    floats = scratch(workspace, nbytes, q.device).view(torch.float32)
-    count = floats.numel() // (head_dim + 2) * head_dim
-    with device_guard(q.device):
-        kernels.decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            lengths,
-            k_scales,
-            v_scales,
-            floats[:count],
-            floats[count:],
-            result,
-            scale=head_dim**-0.5,
-            max_seq_len=limit,
-            block_s=BLOCK_S,
-            num_warps=NUM_WARPS,
-        )
-    return result
+        (B, heads, head_dim), tiles = q.shape, -(-k_cache.shape[2] // BLOCK_S)
+        sums, stats = (torch.empty(B * heads, tiles, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
+        with device_guard(q.device):
+            kernels.decode_attention(q, k_cache, v_cache, lengths, k_scales, v_scales, sums, stats, out)
+    return out
 
 
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    max_seq_len: int | None,
-) -> int:
-    """Raise unless all fits; return max_seq_len."""
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None:
     check_float("q", q)
     if q.dim() != 3 or k_cache.dim() != 4:
         got = f"q {list(q.shape)} and k_cache {list(k_cache.shape)}"
         raise ValueError(f"got {got} · expected [B, heads, head_dim] and [B, kv_heads, S, head_dim]")
-    (B, heads, head_dim), (rows, kv_heads, slots, width) = q.shape, k_cache.shape
+    (B, heads, head_dim), (rows, kv_heads, _, width) = q.shape, k_cache.shape
     if (rows, width) != (B, head_dim) or kv_heads == 0 or heads % kv_heads:
         got = f"q {list(q.shape)} for k_cache {list(k_cache.shape)}"
         raise ValueError(f"got {got} · expected one B, one head_dim, and heads a multiple of kv_heads")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"got head_dim {head_dim} · expected at most {MAX_HEAD_DIM} · use the reference's attention")
-    check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)
     if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64) or not lengths.is_contiguous():
         got = f"lengths {list(lengths.shape)} {lengths.dtype}"
         raise ValueError(f"got {got} · expected contiguous torch.int32 or torch.int64 [{B}]")
@@ -137,7 +95,3 @@ def _check(
     devices = {tensor.device for tensor in (q, k_cache, v_cache, lengths)}
     if len(devices) > 1:
         raise ValueError(f"got tensors on {' and '.join(sorted(map(str, devices)))} · expected one device")
-    limit = slots if max_seq_len is None else max_seq_len
-    if not 0 < limit <= slots:
-        raise ValueError(f"got max_seq_len {limit} · expected 1 … {slots}, the slots of the cache")
-    return limit

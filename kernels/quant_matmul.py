@@ -4,7 +4,7 @@
     prefill    M > 16   a part of the weight is expanded into a scratch buffer, cuBLAS multiplies, the next one follows
 
 Decoding is bound by reading the weight. In prefill the expansion is small beside the product on every card, and cuBLAS
-has tensor cores where there are any. `backend="triton-dot"` multiplies on the tensor cores without a scratch buffer.
+has tensor cores where there are any.
 
 Linears of one input (q, k and v, or gate and up) are one weight here, their outputs side by side: one launch.
 """
@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
 from kernels import reference
-from kernels.backend import Card, card_of, device_guard, require_backend
-from kernels.checks import check_float, output, scratch
+from kernels.backend import Backend, Card, card_of, device_guard, require_backend
+from kernels.checks import check_float
 from kernels.packing import from_tiles, pack, span_size, symmetric_zero, to_tiles
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from kernels.bnb import Int8Weight
     from kernels.gptq import GptqWeight
-
-QuantMatmulBackend = Literal["reference", "triton", "triton-dot"]
 
 MAX_DECODE_ROWS: Final = 16
 """Rows of x up to which the weight is expanded in registers; with more, expanding it once is cheaper."""
@@ -52,8 +50,6 @@ class QuantWeight:
     bits: int
     group_size: int
     in_features: int
-    sizes: tuple[int, ...]
-    """The outputs of each weight: `y.split(weight.sizes, dim=-1)` takes the products apart."""
 
     @classmethod
     def from_gptq(cls, *weights: GptqWeight) -> QuantWeight:
@@ -84,7 +80,6 @@ class QuantWeight:
             bits=bits,
             group_size=group_size,
             in_features=in_features,
-            sizes=tuple(weight.shape[0] for weight in weights),
         )
 
     @classmethod
@@ -118,7 +113,6 @@ class QuantWeight:
             bits=8,
             group_size=weights[0].shape[1],
             in_features=weights[0].shape[1],
-            sizes=tuple(weight.shape[0] for weight in weights),
         )
 
     @property
@@ -154,8 +148,7 @@ class QuantWeight:
         return (groups * self.scales[:, begin:end].float().t().unsqueeze(-1)).flatten(1).to(dtype)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DecodePlan:
+class DecodePlan(NamedTuple):
     """How `quant_matmul` cuts a product with few rows into programs."""
 
     rows: int
@@ -192,28 +185,11 @@ def decode_plan(M: int, weight_shape: tuple[int, int], bits: int, card: Card) ->
     return DecodePlan(rows=rows, block_n=block_n, splits=-(-spans // -(-spans // splits)), num_warps=num_warps)
 
 
-def quant_matmul_workspace_bytes(M: int, weight: QuantWeight, *, dtype: torch.dtype) -> int:
-    """Return how many bytes of workspace `quant_matmul` asks for, which may be none.
-
-    Args:
-        M: rows of x. One workspace serves all products that follow one another: the largest of these.
-        weight: on its device.
-        dtype: of x.
-    """
-    N, K = weight.shape
-    if M > MAX_DECODE_ROWS:
-        return min(N, _scratch_rows(K)) * K * dtype.itemsize
-    splits = decode_plan(M, weight.shape, weight.bits, card_of(weight.device)).splits
-    return splits * M * N * 4 if splits > 1 else 0
-
-
 def quant_matmul(
     x: Tensor,
     weight: QuantWeight,
     *,
-    out: Tensor | None = None,
-    workspace: Tensor | None = None,
-    backend: QuantMatmulBackend | None = None,
+    backend: Backend | None = None,
     fp16_accumulation: bool = False,
 ) -> Tensor:
     """Multiply x by the transpose of a weight.
@@ -223,10 +199,7 @@ def quant_matmul(
     Args:
         x: [..., in], float16, bfloat16 or float32, on the weight's device.
         weight: (out, in).
-        out: where to put the products, contiguous [..., out] in the dtype of x.
-        workspace: uint8 [quant_matmul_workspace_bytes(…)] or more, to allocate nothing.
-        backend: None for the selected one (see `kernels.backend`); "triton-dot" for the tensor cores without a
-            scratch buffer, from Ampere (8.0) on.
+        backend: None for the selected one (see `kernels.backend`).
         fp16_accumulation: let cuBLAS add up in float16 in prefill: faster on GeForce cards, and less exact. It takes
             torch 2.7.
 
@@ -241,25 +214,20 @@ def quant_matmul(
         got = f"x {list(x.shape)} on {x.device} for a weight {[N, K]} on {weight.device}"
         raise ValueError(f"got {got} · expected a last dimension of {K}, on one device · pass the input of this linear")
     check_float("x", x)
-    chosen = require_backend(x.device, "triton" if backend == "triton-dot" else backend)
-    y = output("out", out, (*x.shape[:-1], N), x.dtype, x.device)
+    if require_backend(x.device, backend) == "reference":
+        return reference.quant_matmul(x, weight)
     M = math.prod(x.shape[:-1])
-    if M == 0:
-        return y
-    if chosen == "reference":
-        return y.copy_(reference.quant_matmul(x, weight))
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     flat = x.reshape(M, K)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     with device_guard(x.device):
-        if backend == "triton-dot":
-            _fused(flat, weight, y.view(M, N))
-        elif M <= MAX_DECODE_ROWS:
-            _decode(flat, weight, y.view(M, N), workspace)
-        else:
+        if 0 < M <= MAX_DECODE_ROWS:
+            _decode(flat, weight, y)
+        elif M:
             with _accumulating(in_float16=fp16_accumulation):
-                _prefill(flat, weight, y.view(M, N), workspace)
-    return y
+                _prefill(flat, weight, y)
+    return y.view(*x.shape[:-1], N)
 
 
 def _kernel_group_size(weight: QuantWeight) -> int:
@@ -269,77 +237,29 @@ def _kernel_group_size(weight: QuantWeight) -> int:
     return weight.tiles.shape[1] * span_size(weight.bits)
 
 
-def _decode(x: Tensor, weight: QuantWeight, y: Tensor, workspace: Tensor | None) -> None:
+def _decode(x: Tensor, weight: QuantWeight, y: Tensor) -> None:
     from kernels.gpu import quant_matmul as kernels
 
-    plan = decode_plan(x.shape[0], weight.shape, weight.bits, card_of(x.device))
-    nbytes = quant_matmul_workspace_bytes(x.shape[0], weight, dtype=x.dtype)
-    kernels.decode(
-        x,
-        weight.tiles,
-        weight.scales,
-        y,
-        scratch(workspace, nbytes, x.device).view(torch.float32),
-        bits=weight.bits,
-        group_size=_kernel_group_size(weight),
-        rows=plan.rows,
-        block_n=plan.block_n,
-        splits=plan.splits,
-        num_warps=plan.num_warps,
-    )
+    (M, _), N = x.shape, weight.shape[0]
+    plan = decode_plan(M, weight.shape, weight.bits, card_of(x.device))
+    partials = torch.empty(plan.splits, M, N, dtype=torch.float32, device=x.device) if plan.splits > 1 else y
+    form = {"bits": weight.bits, "group_size": _kernel_group_size(weight)}
+    kernels.decode(x, weight.tiles, weight.scales, y, partials, **form, **plan._asdict())
 
 
-def _prefill(x: Tensor, weight: QuantWeight, y: Tensor, workspace: Tensor | None) -> None:
+def _prefill(x: Tensor, weight: QuantWeight, y: Tensor) -> None:
     from kernels.gpu import quant_matmul as kernels
 
-    (M, K), N = x.shape, weight.shape[0]
-    nbytes = quant_matmul_workspace_bytes(M, weight, dtype=x.dtype)
-    values = scratch(workspace, nbytes, x.device).view(x.dtype).view(-1, K)
-    for begin in range(0, N, len(values)):
-        end = min(begin + len(values), N)
+    N, K = weight.shape
+    # Whole tiles, so that none is read twice.
+    step = max(16, SCRATCH_VALUES // K // 16 * 16)
+    values = torch.empty(min(N, step), K, dtype=x.dtype, device=x.device)
+    form = {"bits": weight.bits, "group_size": _kernel_group_size(weight)}
+    for begin in range(0, N, step):
+        end = min(begin + step, N)
         some = values[: end - begin]
-        kernels.dequantize(
-            weight.tiles,
-            weight.scales,
-            some,
-            begin=begin,
-            end=end,
-            bits=weight.bits,
-            group_size=_kernel_group_size(weight),
-        )
+        kernels.dequantize(weight.tiles, weight.scales, some, begin=begin, end=end, **form)
         torch.matmul(x, some.t(), out=y[:, begin:end])
-
-
-def _scratch_rows(K: int) -> int:
-    """Return how many outputs are expanded at a time; whole tiles, so that none is read twice."""
-    return max(16, SCRATCH_VALUES // K // 16 * 16)
-
-
-def _fused(x: Tensor, weight: QuantWeight, y: Tensor) -> None:
-    from kernels.gpu import quant_matmul as kernels
-
-    capability = card_of(x.device).capability
-    if capability < (8, 0):
-        msg = f"got backend 'triton-dot' on a card of compute capability {capability[0]}.{capability[1]}"
-        raise ValueError(f"{msg} · expected 8.0 or newer, which Triton has tensor cores for · leave it out")
-    if x.dtype == torch.float32:
-        msg = (
-            "got backend 'triton-dot' for x torch.float32 · expected 16 bits, as tiles of 32 overflow the shared memory"
-        )
-        raise ValueError(f"{msg} · leave it out")
-    # 16 rows are the least a tensor core takes. With more, 64 x 64 sums are 32 registers for each of 128 threads.
-    block_m, block_n = (16, 64) if x.shape[0] <= MAX_DECODE_ROWS else (64, 64)
-    kernels.fused(
-        x,
-        weight.tiles,
-        weight.scales,
-        y,
-        bits=weight.bits,
-        group_size=_kernel_group_size(weight),
-        block_m=block_m,
-        block_n=block_n,
-        num_warps=4,
-    )
 
 
 @contextlib.contextmanager

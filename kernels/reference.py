@@ -112,7 +112,8 @@ def matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int],
         ValueError: x has another last dimension.
     """
     if x.shape[-1] != shape[1]:
-        raise ValueError(f"got inputs of {x.shape[-1]} features · expected {shape[1]}, the weight's")
+        got = f"x {list(x.shape)} for a weight {list(shape)}"
+        raise ValueError(f"got {got} · expected a last dimension of {shape[1]} · pass the input of this linear")
     flat = x.reshape(-1, shape[1])
     step = max(1, (ROWS_VALUES if x.device.type == "cpu" else GPU_ROWS_VALUES) // shape[1])
     product = flat.new_empty(flat.shape[0], shape[0])
@@ -235,7 +236,6 @@ def decode_attention(
     *,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
-    max_seq_len: int | None = None,
 ) -> Tensor:
     """Let one query per row attend over the first `lengths` slots of its row, by `attention`.
 
@@ -246,7 +246,6 @@ def decode_attention(
         lengths: [B], integers; a row of length 0 gets zeros.
         k_scales: [B, kv_heads, S] for a cache of int8: key = k_cache * k_scales.
         v_scales: like k_scales.
-        max_seq_len: slots from here on are not seen.
 
     Returns:
         [B, heads, head_dim] in the dtype of q.
@@ -254,7 +253,7 @@ def decode_attention(
     k, v = k_cache.float(), v_cache.float()
     if k_scales is not None and v_scales is not None:
         k, v = k * k_scales.float().unsqueeze(-1), v * v_scales.float().unsqueeze(-1)
-    lengths = lengths.long().clamp(max=k.shape[2] if max_seq_len is None else max_seq_len)
+    lengths = lengths.long().clamp(max=k.shape[2])
     attended = attention(q.float().unsqueeze(2), k, v, lengths[:, None] - 1).squeeze(2)
     return attended.masked_fill((lengths <= 0)[:, None, None], 0.0).to(q.dtype)
 

@@ -16,7 +16,7 @@ import torch
 
 from kernels import reference
 from kernels.backend import Backend, device_guard, require_backend
-from kernels.checks import check_cache, check_float, check_tensor, output
+from kernels.checks import check_cache, check_float, check_tensor, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +34,6 @@ def rotary_and_cache(
     *,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
-    q_out: Tensor | None = None,
-    k_out: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Turn q and k (Llama's convention, see `reference.rotary`); write k and v into the cache.
@@ -56,8 +54,6 @@ def rotary_and_cache(
         v_cache: like k_cache, strides included. Written to.
         k_scales: float16 or float32 [B, kv_heads, S], of a cache of int8. Written to.
         v_scales: like k_scales, strides included. Written to.
-        q_out: where to put the turned q, contiguous.
-        k_out: where to put the turned k, contiguous.
         backend: None for the selected one (see `kernels.backend`).
 
     Returns:
@@ -68,14 +64,11 @@ def rotary_and_cache(
     """
     _check(q, k, v, cos, sin, slots, k_cache)
     check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)
-    chosen = require_backend(q.device, backend)
-    q_turned = output("q_out", q_out, tuple(q.shape), q.dtype, q.device)
-    k_turned = output("k_out", k_out, tuple(k.shape), k.dtype, k.device)
-    if chosen == "reference":
-        q_right, k_right = reference.rotary_and_cache(
+    if require_backend(q.device, backend) == "reference":
+        return reference.rotary_and_cache(
             q, k, v, cos, sin, slots, k_cache, v_cache, k_scales=k_scales, v_scales=v_scales
         )
-        return q_turned.copy_(q_right), k_turned.copy_(k_right)
+    q_turned, k_turned = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if q.numel():
         from kernels.gpu import rotary_and_cache as kernels
 
@@ -101,7 +94,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Ten
             got = f"{name} with strides {list(tensor.stride())}"
             raise ValueError(f"got {got} · expected the last two to be {head_dim} and 1")
     for name, tensor in (("cos", cos), ("sin", sin)):
-        output(name, tensor, (B, T, head_dim // 2), torch.float32, q.device)
+        check_whole(name, tensor, (B, T, head_dim // 2), torch.float32, q.device)
     if slots.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"got slots {slots.dtype} · expected torch.int32 or torch.int64")
-    output("slots", slots, (B, T), slots.dtype, q.device)
+    check_whole("slots", slots, (B, T), slots.dtype, q.device)

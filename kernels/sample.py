@@ -8,7 +8,7 @@ import torch
 
 from kernels import reference
 from kernels.backend import Backend, device_guard, require_backend
-from kernels.checks import check_float, check_tensor, output
+from kernels.checks import check_float, check_whole
 from kernels.reference import Sampled
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
     num_top: int = 0,
-    out: Sampled | None = None,
     backend: Backend | None = None,
 ) -> Sampled:
     """Choose a token for each row: the most probable one, or one drawn from the nucleus by seed and position.
@@ -42,7 +41,6 @@ def sample(
         seeds: int64 [N], any.
         positions: int64 [N], of the tokens that are chosen, below 2^32.
         num_top: how many of the most probable tokens to return.
-        out: where to put the result: contiguous tensors in the shapes and dtypes of `Sampled`.
         backend: None for the selected one (see `kernels.backend`).
 
     Returns:
@@ -66,34 +64,21 @@ def sample(
         ("seeds", seeds, torch.int64),
         ("positions", positions, torch.int64),
     ):
-        check_tensor(name, tensor, (N,), dtype, device)
-        if not tensor.is_contiguous():
-            raise ValueError(f"got {name} with strides {list(tensor.stride())} · expected a contiguous tensor")
-    chosen = require_backend(device, backend)
-    result = _outputs(out, N, num_top, device)
-    if chosen == "reference":
-        right = reference.sample(
+        check_whole(name, tensor, (N,), dtype, device)
+    if require_backend(device, backend) == "reference":
+        return reference.sample(
             logits, temperature=temperature, top_p=top_p, seeds=seeds, positions=positions, num_top=num_top
         )
-        return Sampled(*(mine.copy_(value) for mine, value in zip(result, right, strict=True)))
+    result = Sampled(
+        token_ids=torch.empty(N, dtype=torch.int64, device=device),
+        logprobs=torch.empty(N, dtype=torch.float32, device=device),
+        top_ids=torch.empty(N, num_top, dtype=torch.int64, device=device),
+        top_logprobs=torch.empty(N, num_top, dtype=torch.float32, device=device),
+        is_finite=torch.empty(N, dtype=torch.bool, device=device),
+    )
     if N:
         from kernels.gpu import sample as kernels
 
         with device_guard(device):
             kernels.sample(logits, temperature, top_p, seeds, positions, result)
     return result
-
-
-def _outputs(given: Sampled | None, N: int, num_top: int, device: torch.device) -> Sampled:
-    """Return the tensors to write to: the caller's, checked, or new ones."""
-
-    def one(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return output(f"out.{name}", None if given is None else getattr(given, name), shape, dtype, device)
-
-    return Sampled(
-        token_ids=one("token_ids", (N,), torch.int64),
-        logprobs=one("logprobs", (N,), torch.float32),
-        top_ids=one("top_ids", (N, num_top), torch.int64),
-        top_logprobs=one("top_logprobs", (N, num_top), torch.float32),
-        is_finite=one("is_finite", (N,), torch.bool),
-    )

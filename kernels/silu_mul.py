@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from kernels import reference
 from kernels.backend import Backend, device_guard, require_backend
-from kernels.checks import check_float, output
+from kernels.checks import check_float
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: Backend | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
     """Return silu(gate) * up, computed in float32 and rounded once.
 
     Args:
         gate_up: [..., 2 * inner], the gate and behind it up; float16, bfloat16 or float32, contiguous.
-        out: where to put the result, contiguous [..., inner].
         backend: None for the selected one (see `kernels.backend`).
 
     Returns:
@@ -31,10 +32,9 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: Backend | N
         got = f"gate_up {list(gate_up.shape)} with strides {list(gate_up.stride())}"
         raise ValueError(f"got {got} · expected contiguous [..., 2 * inner]")
     inner = gate_up.shape[-1] // 2
-    chosen = require_backend(gate_up.device, backend)
-    result = output("out", out, (*gate_up.shape[:-1], inner), gate_up.dtype, gate_up.device)
-    if chosen == "reference":
-        return result.copy_(reference.silu_mul(gate_up))
+    if require_backend(gate_up.device, backend) == "reference":
+        return reference.silu_mul(gate_up)
+    result = torch.empty((*gate_up.shape[:-1], inner), dtype=gate_up.dtype, device=gate_up.device)
     if result.numel():
         from kernels.gpu import silu_mul as kernels
 

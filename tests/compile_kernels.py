@@ -53,18 +53,14 @@ def launch_all(capability: int) -> None:
         scales = torch.empty(K // group_size, N, dtype=float16)
         form = {"bits": bits, "group_size": group_size}
         for M in decoded:
-            plan = decode_plan(M, (N, K), bits, card)
-            cut = {"rows": plan.rows, "block_n": plan.block_n, "splits": 2, "num_warps": plan.num_warps}
-            quant_matmul.decode(x[:M], tiles, scales, out[:M], torch.empty(2 * M * N), **form, **cut)
+            cut = decode_plan(M, (N, K), bits, card)._replace(splits=2)._asdict()
+            quant_matmul.decode(x[:M], tiles, scales, out[:M], torch.empty(2, M, N), **form, **cut)
         quant_matmul.dequantize(tiles, scales, torch.empty(64, K, dtype=float16), begin=0, end=64, **form)
-        if capability >= 80:
-            quant_matmul.fused(x, tiles, scales, out, **form, block_m=64, block_n=64, num_warps=4)
     if capability >= 80:
         cut = {"rows": 1, "block_n": 32, "splits": 1, "num_warps": 4}
         y = torch.empty(1, N, dtype=torch.bfloat16)
-        quant_matmul.decode(x[:1].bfloat16(), tiles, scales, y, torch.empty(0), **form, **cut)
-    workspace = torch.empty(2 * HEADS * SLOTS // 64 * HEAD_DIM)
-    sizes: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "max_seq_len": SLOTS, "block_s": 64, "num_warps": 4}
+        quant_matmul.decode(x[:1].bfloat16(), tiles, scales, y, y, **form, **cut)
+    workspace = torch.empty(2 * HEADS, SLOTS // 64, HEAD_DIM)
     # Vicuna's, a row at a time; and rows of grouped queries over int8, with the other kind of integers.
     for stored, B, T, kv_heads, integer in ((float16, 1, 1, HEADS, torch.int32), (torch.int8, 2, 3, 8, torch.int64)):
         q, k = (torch.empty(B, T, heads, HEAD_DIM, dtype=float16) for heads in (HEADS, kv_heads))
@@ -76,7 +72,7 @@ def launch_all(capability: int) -> None:
             torch.ones(B, T).to(integer),
             torch.empty(B, T, HEAD_DIM // 2),
         )
-        decode_attention.decode_attention(q[:, 0], *caches, lengths, *pair, workspace, workspace, q[:, 0], **sizes)
+        decode_attention.decode_attention(q[:, 0], *caches, lengths, *pair, workspace, workspace, q[:, 0])
         rotary_and_cache.rotary_and_cache(q, k, k, table, table, slots, *caches, *pair, q, k)
     x = torch.empty(1, HIDDEN_SIZE, dtype=float16)
     add_rms_norm.add_rms_norm(x, x, x[0], 1e-5, x, x)

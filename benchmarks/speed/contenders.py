@@ -15,8 +15,8 @@ from torch.nn import functional
 from benchmarks.speed.linears import PEERS, bytes_of, random_gptq
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
-from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes
-from kernels.quant_matmul import QuantWeight, quant_matmul, quant_matmul_workspace_bytes
+from kernels.decode_attention import decode_attention
+from kernels.quant_matmul import QuantWeight, quant_matmul
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.sample import sample
 from kernels.silu_mul import silu_mul
@@ -93,9 +93,7 @@ def _linears(where: str, shape: tuple[int, int], M: int, device: torch.device) -
 
         def prepare() -> Call:
             weight = QuantWeight.from_gptq(gptq)
-            nbytes = quant_matmul_workspace_bytes(M, weight, dtype=dtype)
-            out, workspace = x.new_empty(M, N), torch.empty(nbytes, dtype=torch.uint8, device=device)
-            return Call(run=lambda: quant_matmul(x, weight, out=out, workspace=workspace), nbytes=weight.nbytes + moved)
+            return Call(run=lambda: quant_matmul(x, weight), nbytes=weight.nbytes + moved)
 
         return Contender(
             op="quant_matmul", shape=where, engine=f"lite int{bits}", dtype="float16", prepare=prepare,
@@ -146,10 +144,8 @@ def _attention(shapes: Shapes, tokens: int, B: int, device: torch.device) -> Ite
 
         def prepare() -> Call:
             copies: dict[str, Any] = {name: tensor.clone() for name, tensor in cache.items()}
-            nbytes = decode_attention_workspace_bytes(B, heads, head_dim, slots)
-            out, workspace = torch.empty_like(q), torch.empty(nbytes, dtype=torch.uint8, device=device)
             return Call(
-                run=lambda: decode_attention(q, lengths=lengths, out=out, workspace=workspace, **copies),
+                run=lambda: decode_attention(q, lengths=lengths, **copies),
                 nbytes=vectors * (head_dim + 2 if quantized else 2 * head_dim) + 2 * q.nbytes,
             )
 
@@ -206,13 +202,12 @@ def _rotary(shapes: Shapes, num_cached_tokens: int, B: int, device: torch.device
             cache: dict[str, Any] = {
                 name: tensor.clone() for name, tensor in _cache(drawn, quantized=quantized).items()
             }
-            q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k))
 
             def run() -> Tensor:
-                return rotary_and_cache(q, k, v, cos, sin, slots, **cache, q_out=q_out, k_out=k_out)[0]
+                return rotary_and_cache(q, k, v, cos, sin, slots, **cache)[0]
 
             stored = 2 * B * kv_heads * (head_dim + 2 if quantized else 2 * head_dim)
-            return Call(run=run, nbytes=qkv.nbytes + q_out.nbytes + k_out.nbytes + stored + 2 * cos.nbytes)
+            return Call(run=run, nbytes=qkv.nbytes + (q.numel() + k.numel()) * 2 + stored + 2 * cos.nbytes)
 
         return contender("lite", "int8 cache" if quantized else "float16", prepare)
 
@@ -243,22 +238,22 @@ def _pointwise(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contend
     gated = reference.silu_mul(gate_up.float())
 
     def norm(*, is_ours: bool) -> Call:
-        own_x, own_residual, sums, out = x.clone(), residual.clone(), torch.empty_like(x), torch.empty_like(x)
+        own_x, own_residual = x.clone(), residual.clone()
 
         def run() -> Tensor:
             if is_ours:
-                return add_rms_norm(own_x, own_residual, weight, 1e-5, sum_out=sums, out=out)[1]
+                return add_rms_norm(own_x, own_residual, weight, 1e-5)[1]
             return functional.rms_norm(own_x + own_residual, (hidden,), weight, 1e-5)
 
         return Call(run=run, nbytes=4 * x.nbytes + weight.nbytes)
 
     def gate(*, is_ours: bool) -> Call:
-        own, out = gate_up.clone(), gate_up.new_empty(M, inner)
+        own = gate_up.clone()
 
         def run() -> Tensor:
-            return silu_mul(own, out=out) if is_ours else functional.silu(own[:, :inner]) * own[:, inner:]
+            return silu_mul(own) if is_ours else functional.silu(own[:, :inner]) * own[:, inner:]
 
-        return Call(run=run, nbytes=own.nbytes + out.nbytes)
+        return Call(run=run, nbytes=own.nbytes * 3 // 2)
 
     def contender(op: str, shape: str, make: Callable[..., Call], expected: Tensor, *, is_ours: bool) -> Contender:
         return Contender(

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.decode_attention import BLOCK_S
 from kernels.gpu import OPTIONS
 
 
@@ -15,7 +16,7 @@ from kernels.gpu import OPTIONS
 def partial_attention_kernel(
     q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, k_scales_ptr: tl.tensor, v_scales_ptr: tl.tensor,
     lengths_ptr: tl.tensor, sums_ptr: tl.tensor, stats_ptr: tl.tensor, scale: tl.tensor,
-    heads: tl.tensor, groups: tl.tensor, head_dim: tl.tensor, max_seq_len: tl.tensor,
+    heads: tl.tensor, groups: tl.tensor, head_dim: tl.tensor, num_slots: tl.tensor,
     q_batch: tl.tensor, q_head: tl.tensor, kv_batch: tl.tensor, kv_head: tl.tensor, kv_slot: tl.tensor,
     scales_batch: tl.tensor, scales_head: tl.tensor,
     QUANTIZED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -28,7 +29,7 @@ def partial_attention_kernel(
     tile, row_head = tl.program_id(0), tl.program_id(1)
     row = row_head // heads
     head = row_head % heads
-    length = tl.minimum(tl.load(lengths_ptr + row), max_seq_len)
+    length = tl.minimum(tl.load(lengths_ptr + row), num_slots)
     if tile * BLOCK_S < length:
         slots = tile * BLOCK_S + tl.arange(0, BLOCK_S)
         d = tl.arange(0, BLOCK_D)
@@ -58,12 +59,12 @@ def partial_attention_kernel(
 @triton.jit
 def combine_kernel(
     sums_ptr: tl.tensor, stats_ptr: tl.tensor, lengths_ptr: tl.tensor, out_ptr: tl.tensor,
-    heads: tl.tensor, head_dim: tl.tensor, tiles: tl.tensor, max_seq_len: tl.tensor,
+    heads: tl.tensor, head_dim: tl.tensor, tiles: tl.tensor, num_slots: tl.tensor,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """Combine the tiles of one row and head, BLOCK_T at a time, in order: out [B * heads, head_dim]."""
     row_head = tl.program_id(0)
-    length = tl.minimum(tl.load(lengths_ptr + row_head // heads), max_seq_len)
+    length = tl.minimum(tl.load(lengths_ptr + row_head // heads), num_slots)
     live = (length + BLOCK_S - 1) // BLOCK_S
     d = tl.arange(0, BLOCK_D)
     largest = float("-inf")
@@ -91,37 +92,22 @@ def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
     k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
     sums: torch.Tensor, stats: torch.Tensor, out: torch.Tensor,
-    *, scale: float, max_seq_len: int, block_s: int, num_warps: int,
 ) -> None:  # fmt: skip
-    """Launch both kernels.
+    """Launch both kernels; the arguments are those of `kernels.decode_attention`, the rest contiguous.
 
-    Args:
-        q: [B, heads, head_dim].
-        k_cache: [B, kv_heads, S, head_dim].
-        v_cache: like k_cache, its strides too.
-        lengths: integers [B].
-        k_scales: [B, kv_heads, S] for a cache of int8, or None.
-        v_scales: like k_scales, its strides too.
-        sums: float32 [B * heads * tiles * head_dim], where tiles = ceil(max_seq_len / block_s).
-        stats: float32 [B * heads * tiles * 2].
-        out: [B, heads, head_dim], contiguous.
-        scale: of the scores.
-        max_seq_len: no row is read beyond it.
-        block_s: slots of a tile, a power of two.
-        num_warps: of a program of the first kernel.
+    sums is float32 [B * heads, tiles, head_dim] and stats [B * heads, tiles, 2]: memory to work in.
     """
-    B, heads, head_dim = q.shape
-    tiles = triton.cdiv(max_seq_len, block_s)
-    block_d = triton.next_power_of_2(head_dim)
+    (B, heads, head_dim), (_, kv_heads, slots, _) = q.shape, k_cache.shape
+    tiles, block_d = sums.shape[1], triton.next_power_of_2(head_dim)
     strides = k_scales.stride() if k_scales is not None else (0, 0, 0)
     partial_attention_kernel[(tiles, B * heads)](
         q, k_cache, v_cache, k_cache if k_scales is None else k_scales, v_cache if v_scales is None else v_scales,
-        lengths, sums, stats, scale, heads, heads // k_cache.shape[1], head_dim, max_seq_len,
+        lengths, sums, stats, head_dim**-0.5, heads, heads // kv_heads, head_dim, slots,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), strides[0], strides[1],
-        QUANTIZED=k_scales is not None, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=num_warps, **OPTIONS,
+        QUANTIZED=k_scales is not None, BLOCK_S=BLOCK_S, BLOCK_D=block_d, num_warps=4, **OPTIONS,
     )  # fmt: skip
     # 16 tiles at a time: with head_dim 128 that is 16 sums for each of 128 threads, and 1,024 slots a turn.
     combine_kernel[(B * heads,)](
-        sums, stats, lengths, out, heads, head_dim, tiles, max_seq_len,
-        BLOCK_S=block_s, BLOCK_T=16, BLOCK_D=block_d, num_warps=4, **OPTIONS,
+        sums, stats, lengths, out, heads, head_dim, tiles, slots,
+        BLOCK_S=BLOCK_S, BLOCK_T=16, BLOCK_D=block_d, num_warps=4, **OPTIONS,
     )  # fmt: skip

@@ -144,37 +144,6 @@ def dequantize_kernel(
         tl.store(out_ptr + k, weights, mask=inside[:, None] & (k < K))
 
 
-@triton.jit
-def fused_products_kernel(
-    x_ptr: tl.tensor, tiles_ptr: tl.tensor, scales_ptr: tl.tensor, out_ptr: tl.tensor,
-    M: tl.tensor, N: tl.tensor, K: tl.tensor, x_stride: tl.tensor, spans: tl.tensor,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-) -> None:  # fmt: skip
-    """Multiply BLOCK_M rows of x by BLOCK_N outputs on the tensor cores, expanding the weight on the way.
-
-    Weights are rounded to the dtype of x, as they are for cuBLAS. Program (row tile, output tile).
-    """
-    FIELDS: tl.constexpr = 32 // BITS
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    word = tl.arange(0, TILE_WORDS)
-    words_ptr = tiles_ptr + _tile_offsets(n, spans)[:, None] + word[None, :]
-    x_ptr += m.to(tl.int64)[:, None] * x_stride
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for span in range(spans):
-        words = tl.load(words_ptr + span * TILE_SIZE, mask=(n < N)[:, None], other=0)
-        for field in tl.static_range(FIELDS):
-            k0 = (span * FIELDS + field) * TILE_WORDS
-            k = (k0 + word)[None, :]
-            if field * TILE_WORDS % GROUP_SIZE == 0:
-                scale = _scales(scales_ptr, n, k0, N, K, GROUP_SIZE)
-            x = tl.load(x_ptr + k, mask=(m < M)[:, None] & (k < K), other=0.0)
-            weights = (_tiny_weights(words, scale, field, BITS) * HUGE).to(x.dtype)
-            total = tl.dot(x, tl.trans(weights), total)
-    out_ptr += m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptr, total, mask=(m < M)[:, None] & (n < N)[None, :])
-
-
 def decode(
     x: torch.Tensor, tiles: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, partials: torch.Tensor,
     *, bits: int, group_size: int, rows: int, block_n: int, splits: int, num_warps: int,
@@ -186,7 +155,7 @@ def decode(
         tiles: from `packing.to_tiles`.
         scales: float16 [groups, N].
         out: [M, N].
-        partials: float32, splits * M * N of them; not used where splits is 1.
+        partials: float32 [splits, M, N]; `out` where splits is 1.
         bits: 4 or 8.
         group_size: a power of two from 32 on, or a multiple of the span that covers K.
         rows: of x in a program: 1, 2 or 4.
@@ -197,7 +166,7 @@ def decode(
     (M, K), N, spans = x.shape, scales.shape[1], tiles.shape[1]
     grid = (triton.cdiv(M, rows), triton.cdiv(N, block_n), splits)
     partial_products_kernel[grid](
-        x, tiles, scales, partials if splits > 1 else out, M, N, K, x.stride(0), spans, triton.cdiv(spans, splits),
+        x, tiles, scales, partials, M, N, K, x.stride(0), spans, triton.cdiv(spans, splits),
         BITS=bits, GROUP_SIZE=group_size, ROWS=rows, BLOCK_N=block_n, num_warps=num_warps, **OPTIONS,
     )  # fmt: skip
     if splits > 1:
@@ -215,30 +184,6 @@ def dequantize(
     # 64 outputs: each of 128 threads reads 4 x 16 bytes, and the rows it writes stay 64 bytes long anyhow.
     grid = (spans, triton.cdiv(end - begin, 64))
     dequantize_kernel[grid](
-        tiles,
-        scales,
-        out,
-        begin,
-        end,
-        N,
-        K,
-        spans,
-        BITS=bits,
-        GROUP_SIZE=group_size,
-        BLOCK_N=64,
-        num_warps=4,
-        **OPTIONS,
-    )
-
-
-def fused(
-    x: torch.Tensor, tiles: torch.Tensor, scales: torch.Tensor, out: torch.Tensor,
-    *, bits: int, group_size: int, block_m: int, block_n: int, num_warps: int,
-) -> None:  # fmt: skip
-    """Launch `fused_products_kernel`; the arguments are those of `decode`, block_m at least 16."""
-    (M, K), N, spans = x.shape, scales.shape[1], tiles.shape[1]
-    grid = (triton.cdiv(M, block_m), triton.cdiv(N, block_n))
-    fused_products_kernel[grid](
-        x, tiles, scales, out, M, N, K, x.stride(0), spans,
-        BITS=bits, GROUP_SIZE=group_size, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **OPTIONS,
+        tiles, scales, out, begin, end, N, K, spans,
+        BITS=bits, GROUP_SIZE=group_size, BLOCK_N=64, num_warps=4, **OPTIONS,
     )  # fmt: skip

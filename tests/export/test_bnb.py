@@ -29,9 +29,7 @@ from kernels.bnb import (
     Int8Weight,
     Nf4Weight,
     import_bitsandbytes,
-    int8_dequantize,
     int8_matmul,
-    nf4_dequantize,
     nf4_matmul,
 )
 from lite.errors import BackendUnavailable, CheckpointError
@@ -56,8 +54,11 @@ def quantised(decoder_format: BnbFormat, weight: torch.Tensor) -> dict[str, torc
 
 
 def dequantised(decoder_format: BnbFormat, weight: torch.Tensor) -> torch.Tensor:
-    back = nf4_dequantize if decoder_format == "bnb-nf4" else int8_dequantize
-    return back(quantised(decoder_format, weight), torch.float32)
+    return stored(decoder_format, quantised(decoder_format, weight)).dequantize(torch.float32)
+
+
+def stored(decoder_format: BnbFormat, tensors: dict[str, torch.Tensor]) -> Nf4Weight | Int8Weight:
+    return (Nf4Weight if decoder_format == "bnb-nf4" else Int8Weight).from_tensors(tensors)
 
 
 def matmul(decoder_format: BnbFormat, x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -167,7 +168,7 @@ def test_nf4_value_by_value() -> None:
         nibble = code[i // 2] >> 4 if i % 2 == 0 else code[i // 2] & 15
         block = i // 64
         expected.append(quant_map[nibble] * (nested_quant_map[absmax[block]] * nested_absmax[block // 256] + offset))
-    got = nf4_dequantize(tensors, torch.float32)
+    got = Nf4Weight.from_tensors(tensors).dequantize(torch.float32)
     torch.testing.assert_close(got, torch.tensor(expected).view(5, 192), rtol=1e-6, atol=1e-9)
 
 
@@ -181,16 +182,16 @@ def test_nf4_is_the_librarys_to_the_bit(shape: tuple[int, int], scale: float, dt
     )
     tensors = {"weight": packed} | {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
     state.dtype = dtype
-    assert same_bytes(nf4_dequantize(tensors, dtype), library.dequantize_4bit(packed, state))
+    assert same_bytes(Nf4Weight.from_tensors(tensors).dequantize(dtype), library.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("shape", INT8_SHAPES)
 def test_int8_is_the_librarys(shape: tuple[int, int]) -> None:
     tensors = quantize_int8(random_weight(shape))
     expected = import_bitsandbytes().functional.int8_vectorwise_dequant(tensors["weight"], tensors["SCB"])
-    torch.testing.assert_close(int8_dequantize(tensors, torch.float32), expected, rtol=3e-7, atol=0)
+    torch.testing.assert_close(Int8Weight.from_tensors(tensors).dequantize(torch.float32), expected, rtol=3e-7, atol=0)
     # Rounded once: float16 differs from it by half a unit in the last place.
-    half = int8_dequantize(tensors, torch.float16)
+    half = Int8Weight.from_tensors(tensors).dequantize(torch.float16)
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), expected, rtol=2**-11 * 1.01, atol=2**-25)
 
@@ -235,7 +236,7 @@ def test_matmul_is_the_product_with_the_dequantised_weight(
     tensors = quantised(decoder_format, random_weight((37, 128)))
     x = torch.randn(*rows, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     got = matmul(decoder_format, x, tensors)
-    weight = (nf4_dequantize if decoder_format == "bnb-nf4" else int8_dequantize)(tensors, dtype)
+    weight = stored(decoder_format, tensors).dequantize(dtype)
     assert got.dtype == dtype
     assert got.shape == (*rows, 37)
     exact = (x.double() @ weight.double().t()).to(dtype)
@@ -353,9 +354,9 @@ def test_damaged_int8_is_refused(damage: Callable[[dict[str, torch.Tensor]], Non
 
 def test_int8_without_weight_format_is_read() -> None:
     tensors = quantize_int8(random_weight((5, 192)))
-    expected = int8_dequantize(tensors, torch.float32)
+    expected = Int8Weight.from_tensors(tensors).dequantize(torch.float32)
     del tensors["weight_format"]
-    assert torch.equal(int8_dequantize(tensors, torch.float32), expected)
+    assert torch.equal(Int8Weight.from_tensors(tensors).dequantize(torch.float32), expected)
 
 
 # --- the library: there, not there, talkative ------------------------------------------------------------------------
@@ -598,6 +599,8 @@ def test_a_weight_is_quantised_where_it_lies(decoder_format: BnbFormat) -> None:
     weight = random_weight((256, 128))
     tensors = quantised(decoder_format, weight.cuda())
     assert all(tensor.device.type == "cpu" for tensor in tensors.values())
-    back = nf4_dequantize if decoder_format == "bnb-nf4" else int8_dequantize
-    ours, here = back(tensors, torch.float32) - weight, dequantised(decoder_format, weight) - weight
+    ours, here = (
+        stored(decoder_format, tensors).dequantize(torch.float32) - weight,
+        dequantised(decoder_format, weight) - weight,
+    )
     torch.testing.assert_close(ours.norm(), here.norm(), rtol=1e-3, atol=0)

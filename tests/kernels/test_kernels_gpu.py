@@ -7,9 +7,9 @@ import torch
 from within import assert_within
 
 from kernels import reference
-from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes
+from kernels.decode_attention import decode_attention
 from kernels.gptq import GptqWeight, to_tensors
-from kernels.quant_matmul import QuantWeight, quant_matmul, quant_matmul_workspace_bytes
+from kernels.quant_matmul import QuantWeight, quant_matmul
 from kernels.rotary_and_cache import rotary_and_cache
 
 if not torch.cuda.is_available():
@@ -48,19 +48,13 @@ def test_a_cuda_graph_serves_every_token(*, quantized: bool) -> None:
         cache |= dict(zip(("k_scales", "v_scales"), torch.zeros(2, B, heads, slots).half().cuda(), strict=True))
     x = torch.zeros(B, 1, hidden, dtype=torch.float16, device="cuda")
     at = torch.zeros(B, 1, dtype=torch.int64, device="cuda")
-    nbytes = max(
-        quant_matmul_workspace_bytes(B, weight, dtype=x.dtype),
-        decode_attention_workspace_bytes(B, heads, head_dim, slots),
-    )
-    workspace = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    out = torch.empty(B, heads, head_dim, dtype=torch.float16, device="cuda")
 
     def token() -> torch.Tensor:
-        qkv = quant_matmul(x, weight, workspace=workspace)
+        qkv = quant_matmul(x, weight)
         q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, heads, heads), dim=-2)
         cos, sin = reference.rotary_table(at, head_dim, 1e4)
         q, _ = rotary_and_cache(q, k, v, cos, sin, at, **cache)
-        return decode_attention(q[:, 0], lengths=at[:, 0] + 1, out=out, workspace=workspace, **cache)
+        return decode_attention(q[:, 0], lengths=at[:, 0] + 1, **cache)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -68,7 +62,7 @@ def test_a_cuda_graph_serves_every_token(*, quantized: bool) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        token()
+        out = token()
     inputs = torch.randn(5, B, 1, hidden, generator=torch.Generator().manual_seed(0)).half().cuda()
     graphed = []
     for step in range(5):

@@ -14,12 +14,12 @@ from kernels import quant_matmul as quant_matmul_module
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
 from kernels.backend import Card, Selection, require_backend, select_backend
-from kernels.decode_attention import decode_attention, decode_attention_workspace_bytes
+from kernels.decode_attention import decode_attention
 from kernels.gptq import GptqWeight, gptq_matmul, to_tensors
 from kernels.packing import from_tiles, pack, span_size, to_tiles, unpack
-from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul, quant_matmul_workspace_bytes
+from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul
 from kernels.rotary_and_cache import rotary_and_cache
-from kernels.sample import Sampled, sample
+from kernels.sample import sample
 from kernels.silu_mul import silu_mul
 
 CPU = torch.device("cpu")
@@ -175,7 +175,6 @@ def test_a_weight_in_tiles_is_the_same_weight(bits: int, group_size: int) -> Non
 def test_weights_side_by_side() -> None:
     parts = [random_gptq(4, N, 96, 32, seed=N) for N in (8, 24, 40)]
     weight = QuantWeight.from_gptq(*parts)
-    assert weight.sizes == (8, 24, 40)
     assert weight.shape == (72, 96)
     assert torch.equal(weight.dequantize(torch.float32), torch.cat([part.dequantize(torch.float32) for part in parts]))
 
@@ -224,18 +223,6 @@ def test_a_plan_fills_the_card_but_not_more_than_once() -> None:
     assert decode_plan(1, (4096, 11008), 4, Card(capability=(8, 9), multiprocessors=128)).splits == 8
 
 
-def test_the_workspace_is_that_of_the_path() -> None:
-    weight = QuantWeight.from_gptq(random_gptq(4, 40, 4096, 128))
-    splits = decode_plan(3, weight.shape, 4, backend_module.INTERPRETED_CARD).splits
-    assert splits > 1
-    assert quant_matmul_workspace_bytes(3, weight, dtype=torch.float16) == splits * 3 * 40 * 4
-    assert quant_matmul_workspace_bytes(17, weight, dtype=torch.float16) == 40 * 4096 * 2
-    assert quant_matmul_workspace_bytes(17, weight, dtype=torch.float32) == 40 * 4096 * 4
-    small = QuantWeight.from_gptq(random_gptq(4, 40, 256, 128))
-    assert quant_matmul_workspace_bytes(1, small, dtype=torch.float16) == 0
-    assert decode_attention_workspace_bytes(3, 32, 128, 1470) == 3 * 32 * 23 * 130 * 4
-
-
 # ---- cuBLAS's switch
 
 
@@ -277,16 +264,12 @@ def test_fp16_accumulation_takes_a_torch_that_has_it(monkeypatch: pytest.MonkeyP
 # ---- the reference backend, and what is refused
 
 
-def test_the_reference_backend_writes_where_it_is_told() -> None:
+def test_on_a_cpu_the_references_compute() -> None:
     weight = QuantWeight.from_gptq(random_gptq(4, 40, 96, 32))
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).half()
-    out = torch.full((3, 40), float("nan"), dtype=torch.float16)
-    assert quant_matmul(x, weight, out=out) is out
-    assert torch.equal(out, reference.quant_matmul(x, weight))
+    assert torch.equal(quant_matmul(x, weight), reference.quant_matmul(x, weight))
     gate_up = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
-    out = torch.full((3, 5), float("nan"))
-    assert silu_mul(gate_up, out=out) is out
-    torch.testing.assert_close(out, torch.nn.functional.silu(gate_up[:, :5]) * gate_up[:, 5:])
+    torch.testing.assert_close(silu_mul(gate_up), torch.nn.functional.silu(gate_up[:, :5]) * gate_up[:, 5:])
     total, normed = add_rms_norm(x, x, x[0], 1e-5)
     assert torch.equal(total, x + x)
     assert torch.equal(normed, reference.rms_norm(x + x, x[0], 1e-5))
@@ -362,11 +345,7 @@ INT8 = {"k_cache": torch.zeros(2, 2, 5, 8, dtype=torch.int8), "v_cache": torch.z
     [
         ("quant_matmul", {"x": torch.zeros(3, 95)}, "expected a last dimension of 96"),
         ("quant_matmul", {"x": torch.zeros(3, 96).long()}, "got x torch.int64 · expected float16"),
-        ("quant_matmul", {"out": torch.zeros(3, 41)}, r"got out \[3, 41\] .* expected \[3, 40\]"),
-        ("quant_matmul", {"out": torch.zeros(40, 3).t()}, "got out with strides .* expected a contiguous tensor"),
-        ("quant_matmul", {"out": torch.zeros(3, 40).half()}, "got out .* torch.float16 .* expected .* torch.float32"),
         ("quant_matmul", {"backend": "triton"}, "got backend 'triton' on cpu"),
-        ("quant_matmul", {"backend": "triton-dot"}, "got backend 'triton' on cpu"),
         ("decode_attention", {"q": torch.zeros(2, 8)}, "got q .* expected .B, heads, head_dim."),
         ("decode_attention", {"q": torch.zeros(2, 3, 8)}, "heads a multiple of kv_heads"),
         ("decode_attention", {"q": torch.zeros(3, 4, 8)}, "expected one B"),
@@ -388,8 +367,6 @@ INT8 = {"k_cache": torch.zeros(2, 2, 5, 8, dtype=torch.int8), "v_cache": torch.z
         ),
         ("decode_attention", {"lengths": torch.ones(3).int()}, r"got lengths \[3\]"),
         ("decode_attention", {"lengths": torch.ones(2)}, "got lengths .* torch.float32"),
-        ("decode_attention", {"max_seq_len": 6}, "got max_seq_len 6 · expected 1 … 5"),
-        ("decode_attention", {"max_seq_len": 0}, "got max_seq_len 0"),
         ("rotary_and_cache", {"q": torch.zeros(2, 3, 4, 7)}, "head_dim even"),
         ("rotary_and_cache", {"k": torch.zeros(2, 3, 1, 8)}, r"got k \[2, 3, 1, 8\]"),
         ("rotary_and_cache", {"v": torch.zeros(2, 3, 2, 8).half()}, "got v .* torch.float16"),
@@ -400,10 +377,9 @@ INT8 = {"k_cache": torch.zeros(2, 2, 5, 8, dtype=torch.int8), "v_cache": torch.z
         ("rotary_and_cache", {"slots": torch.zeros(2, 1).long().expand(2, 3)}, "got slots with strides"),
         ("rotary_and_cache", {"k_cache": torch.zeros(1, 2, 5, 8)}, r"got k_cache \[1, 2, 5, 8\]"),
         ("rotary_and_cache", INT8, "expected k_scales and v_scales"),
-        ("rotary_and_cache", {"q_out": torch.zeros(2, 3, 4, 4)}, "got q_out"),
         ("add_rms_norm", {"residual": torch.zeros(3, 8)}, "got residual"),
         ("add_rms_norm", {"weight": torch.zeros(7).half()}, "got weight"),
-        ("add_rms_norm", {"x": torch.zeros(7, 3).t()}, "got x, residual or weight with gaps"),
+        ("add_rms_norm", {"x": torch.zeros(7, 3).t()}, "got x with strides"),
         ("add_rms_norm", {"x": torch.zeros(3, 0)}, "got x"),
         ("silu_mul", {"gate_up": torch.zeros(3, 13)}, "expected contiguous"),
         ("silu_mul", {"gate_up": torch.zeros(14, 3).t()}, "expected contiguous"),
@@ -416,23 +392,8 @@ INT8 = {"k_cache": torch.zeros(2, 2, 5, 8, dtype=torch.int8), "v_cache": torch.z
         ("sample", {"seeds": torch.zeros(3).int()}, "got seeds .* torch.int32"),
         ("sample", {"positions": torch.zeros(1).long().expand(3)}, "got positions with strides"),
         ("sample", {"num_top": 10}, "got num_top 10 · expected 0 … 9"),
-        ("sample", {"out": Sampled(*torch.zeros(5, 3))}, "got out.token_ids .* torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(op: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OPS[op](**(good(op) | change))
-
-
-def test_a_workspace_that_does_not_fit_is_refused() -> None:
-    from kernels.checks import scratch
-
-    assert scratch(torch.zeros(9, dtype=torch.uint8), 8, CPU).numel() == 8
-    assert scratch(None, 8, CPU).numel() == 8
-    for wrong, message in (
-        (torch.zeros(7, dtype=torch.uint8), "got workspace of 7 bytes · expected at least 8"),
-        (torch.zeros(8), "got workspace .* torch.float32"),
-        (torch.zeros(4, 4, dtype=torch.uint8), "expected a contiguous vector"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            scratch(wrong, 8, CPU)

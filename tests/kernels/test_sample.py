@@ -147,16 +147,6 @@ def test_a_replay_draws_the_same_and_rows_do_not_matter_to_one_another() -> None
             assert torch.equal(mine[0], theirs[row])
 
 
-def test_the_launcher_writes_where_it_is_told() -> None:
-    given = arguments(3, 20, num_top=2)
-    nan = float("nan")
-    ids, tops = torch.full((3,), -9), torch.full((3, 2), -9)
-    out = Sampled(ids, torch.full((3,), nan), tops, torch.full((3, 2), nan), torch.zeros(3, dtype=torch.bool))
-    got = sample(**given, out=out)
-    assert all(mine is theirs for mine, theirs in zip(got, out, strict=True))
-    assert all(torch.equal(mine, right) for mine, right in zip(got, reference.sample(**given), strict=True))
-
-
 # ---- in NumPy
 
 

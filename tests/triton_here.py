@@ -50,6 +50,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return seen
 
 
+def full(*values: Any) -> list[Any]:
+    """Values of a cross product that the default tier leaves to --full."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.full) for value in values
+    ]
+
+
 def names(launches: Launches) -> list[str]:
     return [name for name, _ in launches]
 
@@ -60,3 +67,15 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> tor
 
 def poison(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.full(shape, NAN, dtype=dtype, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher allocates holds NaNs, or numbers that are no token's, until a kernel has written them."""
+    empty = torch.empty
+
+    def full(*shape: Any, **kwargs: Any) -> torch.Tensor:
+        memory = empty(*shape, **kwargs)
+        return memory.fill_(NAN if memory.is_floating_point() else -9)
+
+    monkeypatch.setattr(torch, "empty", full)
