@@ -18,15 +18,14 @@ from repository import ROOT
 from torch import nn
 
 from benchmarks.speed import gpu
-from benchmarks.speed.decoders import dequantized, part_of, random_decoder, swapped, transformers_engine, weight_bytes
-from benchmarks.speed.engine import draft_all, far, greedy, random_prompt
+from benchmarks.speed.decoders import part_of
+from benchmarks.speed.engine import draft_all, random_prompt
 from benchmarks.speed.gpu import QUICK, SECTIONS, Section, batches, decode, few_sms, main, memory, prefill
 from benchmarks.speed.gpu.lanes import tokens_seen
 from benchmarks.speed.gpu.rig import Rig, Setting
 from benchmarks.speed.harness import LATE, Clock, Record, Report, Unavailable
-from benchmarks.speed.linears import PEERS, gemlite
+from benchmarks.speed.linears import PEERS
 from benchmarks.speed.weights import Shapes
-from kernels.gptq import GptqWeight
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
 from lite.errors import MemoryBudgetError
@@ -54,79 +53,10 @@ def rig(setting: Setting = SMALL, *, clock: Callable[[], Clock] = FakeClock, cap
     return Rig(setting=setting, device=CPU, clock=clock, capture=capture, bandwidth=lambda _: BANDWIDTH)
 
 
-def decoder(bits: int | None = 4, shapes: Shapes = SHAPES) -> LlamaDecoder:
-    torch.manual_seed(0)
-    return random_decoder(rig(dataclasses.replace(SMALL, shapes=shapes)).config(bits), CPU)
-
-
 def measured(measure: Callable[[Rig, Report], None], here: Rig) -> Report:
     report = Report(title="A section")
     measure(here, report)
     return report
-
-
-# -- Decoders --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [None, 4, 8])
-def test_a_random_decoder_takes_what_a_loaded_one_does(bits: int | None) -> None:
-    made = decoder(bits)
-    assert made.nbytes == decoder_bytes(made.config, itemsize=4)
-    for name, linear in linears_of(made).items():
-        (weight,) = linear.weights
-        assert weight.shape == (sum(linear.parts.values()), linear.in_features)
-        assert isinstance(weight, GptqWeight) == (bits is not None and name != "lm_head")
-        assert dequantized(linear).mean().abs() < 0.1 * dequantized(linear).std(), name
-    config = made.config
-    head, norms = 4 * config.vocab_size * config.hidden_size, 4 * 5 * config.hidden_size
-    assert weight_bytes(made) == config.num_hidden_layers * layer_bytes(config, itemsize=4) + head + norms
-
-
-@pytest.mark.parametrize("bits", [None, 4, 8])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_plain_logits_are_what_the_decoder_computes(bits: int | None, rows: int) -> None:
-    made = decoder(bits)
-    expected = decode.expected_logits(made)
-    for capture in (None, record):
-        assert far(part_of(made, capture=capture), *expected, rows) < 1e-5
-    assert 1e-5 < far(part_of(made, cache_dtype="int8"), *expected, rows) < 0.03
-    assert far(decoder(bits, dataclasses.replace(SHAPES, num_key_value_heads=4)), *expected, rows) > 0.3
-
-
-def test_the_text_depends_on_the_prompt_and_on_its_own_tokens() -> None:
-    """Else captured and launched steps would agree for no reason, and a KL would say nothing."""
-    made = decoder()
-    texts = [greedy(made, random_prompt(made.config, 30, CPU, seed=seed), 12)[0] for seed in range(3)]
-    assert len({tuple(text) for text in texts}) == 3
-    assert all(len(set(text)) > 3 for text in texts)
-    assert [random_prompt(made.config, count, CPU).num_tokens for count in (2, 18, 1420)] == [2, 18, 1420]
-
-
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "gemlite int4"])
-def test_a_peer_computes_our_model(name: str) -> None:
-    if "nf4" in name:
-        pytest.importorskip("bitsandbytes")
-    ours = decoder(4, dataclasses.replace(SHAPES, hidden_size=256, intermediate_size=256, num_key_value_heads=4))
-    theirs = swapped(ours, PEERS[name][0], torch.float32)
-    is_dense = name == decode.DENSE
-    assert far(theirs, *decode.expected_logits(ours), 1) < (1e-5 if is_dense else decode.ALLOWED["4 bits"])
-    dense = 4 * 2 * (3 * 256 * 256 + 256 * 256 + 3 * 256 * 256)
-    assert weight_bytes(theirs) > dense if is_dense else weight_bytes(theirs) < dense / 4
-
-
-def test_transformers_computes_our_model() -> None:
-    pytest.importorskip("transformers")
-    ours = decoder()
-    input_ids, expected = decode.expected_logits(ours)
-    engine = transformers_engine(swapped(ours, PEERS[decode.DENSE][0], torch.float32), max_seq_len=80)
-    engine.start(2)
-    got = torch.stack([engine.read(input_ids[:-1]), engine.read(input_ids[-1:])])
-    assert float((got - expected).norm() / expected.norm()) < 1e-5
-
-
-def test_what_is_not_installed_says_so() -> None:
-    with pytest.raises(Unavailable, match="not installed"):
-        gemlite(torch.zeros(1, 1))
 
 
 # -- Decoding --------------------------------------------------------------------------------------------------------
