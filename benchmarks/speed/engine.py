@@ -89,13 +89,15 @@ class Rows:
         self.num_rows = num_rows
         self.cache: Any = engine.new_cache(num_rows, max_seq_len)
         self.bytes_per_token = self.cache.nbytes / (self.cache.max_seq_len * num_rows)
+        self.num_segments = 0  # that the last prompt was read in
         self._under_way: collections.deque[Any] = collections.deque()
 
     def read(self, prompt: Prompt, row: int = 0) -> Any:  # noqa: ANN401 - logits, of either kind of array
         """Read a prompt, and choose its first token; wait for nothing. Return the logits behind it, [vocab_size]."""
         self.cache.release(row)
         ids = expand_image(prompt.input_ids, len(prompt.features))
-        for segment in divide(ids, row=row, chunk_size=self.engine.chunk_size, image_features=prompt.features):
+        parts = divide(ids, row=row, chunk_size=self.engine.chunk_size, image_features=prompt.features)
+        for self.num_segments, segment in enumerate(parts, start=1):
             chosen = self.engine.extend(segment, self.cache)
         self._under_way = collections.deque([chosen])
         return self.cache.last_logits[0, -1]
@@ -199,42 +201,63 @@ def _far(got: torch.Tensor, expected: torch.Tensor) -> float:
     return found if math.isfinite(found) else math.inf
 
 
-def draft_all(engine: LlamaDecoder, prompt: Prompt, lengths: Sequence[int], num_rows: int, longest: int) -> int:
-    """Draft texts of given lengths, as a session does; return how many rows were left: fewer where memory was short.
+class Drafting:
+    """A session of its own, which drafts texts of given lengths behind one prompt."""
 
-    Raises:
-        LiteError: a request failed, or has not as many tokens as it should.
-    """
-    input_ids = expand_image(prompt.input_ids, len(prompt.features))
-    loop = Loop(
-        engine,
-        num_rows=num_rows,
-        max_seq_len=prompt.num_tokens + longest,
-        context=engine.config.max_position_embeddings,
-        eos_token_id=_NEVER,
-        fits=lambda *_: True,
-        peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None),
-    )
-    session = Session(loop, peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None), max_queue=len(lengths))
-    studies = [
-        session.submit(
-            Request(
-                id=str(number),
-                input_ids=input_ids,
-                num_prefix_tokens=segments.num_prefix_tokens(input_ids),
-                film=None,
-                see=lambda: prompt.features,
-                max_new_tokens=length,
-            )
+    def __init__(self, engine: LlamaDecoder, prompt: Prompt, *, num_rows: int, longest: int, max_queue: int) -> None:
+        """Begin a session.
+
+        Args:
+            engine: of the texts.
+            prompt: of each; its film is read anew each time.
+            num_rows: studies under way at a time.
+            longest: tokens of a text, at most.
+            max_queue: texts that are asked for together, at most.
+        """
+        self.prompt, self.input_ids = prompt, expand_image(prompt.input_ids, len(prompt.features))
+        peaks = Peaks(rss_bytes=None, vram_bytes=None)
+        loop = Loop(
+            engine,
+            num_rows=num_rows,
+            max_seq_len=prompt.num_tokens + longest,
+            context=engine.config.max_position_embeddings,
+            eos_token_id=_NEVER,
+            fits=lambda *_: True,
+            peaks=lambda: peaks,
         )
-        for number, length in enumerate(lengths)
-    ]
-    for study in studies:
-        study.wait()
-        if study.error is not None:
-            raise study.error
-        if len(study.token_ids) != study.request.max_new_tokens:
-            msg = f"got {len(study.token_ids)} tokens · expected {study.request.max_new_tokens} · report this"
-            raise LiteError(msg)
-    session.close()
-    return session.num_rows
+        self.session = Session(loop, peaks=lambda: peaks, max_queue=max_queue)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are left: fewer than asked for where memory was short."""
+        return self.session.num_rows
+
+    def draft(self, lengths: Sequence[int]) -> None:
+        """Draft texts, and wait for all of them.
+
+        Raises:
+            LiteError: a request failed, or has not as many tokens as it should.
+        """
+        studies = [
+            self.session.submit(
+                Request(
+                    id=str(number),
+                    input_ids=self.input_ids,
+                    num_prefix_tokens=segments.num_prefix_tokens(self.input_ids),
+                    film=None,
+                    see=lambda: self.prompt.features,
+                    max_new_tokens=length,
+                )
+            )
+            for number, length in enumerate(lengths)
+        ]
+        for study, length in zip(studies, lengths, strict=True):
+            study.wait()
+            if study.error is not None:
+                raise study.error
+            if len(study.token_ids) != length:
+                raise LiteError(f"got {len(study.token_ids)} tokens · expected {length} · report this")
+
+    def close(self) -> None:
+        """End the session, and give its memory back."""
+        self.session.close()

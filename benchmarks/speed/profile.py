@@ -92,9 +92,8 @@ def profile_decoder(artifact: Artifact, *, cache_dtype: Any, num_prompt_tokens: 
     """
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype, profile=Path(folder) / "profile")
-        _draft(decoder, num_prompt_tokens, num_new_tokens)
+        chunks = _draft(decoder, num_prompt_tokens, num_new_tokens)
         events = json.loads(decoder.end_profile().read_text(encoding="utf-8"))
-    chunks = -(-num_prompt_tokens // decoder.chunk_size)
     runs = [run for run in split_runs(events) if run.seconds > 0]
     prompts, tokens = runs[: 2 * chunks], runs[2 * chunks :]
     part = artifact.manifest.parts.decoder_onnx
@@ -116,7 +115,8 @@ def profile_decoder(artifact: Artifact, *, cache_dtype: Any, num_prompt_tokens: 
     )
 
 
-def _draft(decoder: OnnxDecoder, num_prompt_tokens: int, num_new_tokens: int) -> None:
+def _draft(decoder: OnnxDecoder, num_prompt_tokens: int, num_new_tokens: int) -> int:
+    """Read a prompt twice, and decode tokens; return how many runs of the graph a prompt takes."""
     rows = Rows(decoder, 1, num_prompt_tokens + num_new_tokens)
     prompt = random_prompt(decoder.config, num_prompt_tokens)
     for _ in range(2):
@@ -124,6 +124,7 @@ def _draft(decoder: OnnxDecoder, num_prompt_tokens: int, num_new_tokens: int) ->
     for _ in range(num_new_tokens):
         rows.decode()
         rows.wait()
+    return rows.num_segments
 
 
 def int8_rate() -> float:

@@ -6,17 +6,20 @@ is not in it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.speed.decoders import part_of
-from benchmarks.speed.engine import draft_all, random_prompt
-from benchmarks.speed.harness import Row
+from benchmarks.speed.engine import Drafting, random_prompt
+from benchmarks.speed.harness import LATE, Row
 from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from benchmarks.speed.gpu.rig import Rig
     from benchmarks.speed.harness import Report
     from lite.artifact.parts import CacheDtype
@@ -37,23 +40,32 @@ def measure(rig: Rig, report: Report) -> None:
     for cache_dtype in cache_dtypes:
         decoder = part_of(rig.decoder(), cache_dtype=cache_dtype, capture=rig.capture)
         decoder.chunk_size = max(setting.chunk_sizes)
-        # Compiles; and as the last rows end first, every number of rows is decoded and captured once.
-        draft_all(decoder, prompt, [3 * (size - row) for row in range(size)], size, longest)
-        for batching, groups in {"continuous": [lengths], "static": waiting}.items():
-            row = Row(names={"batching": batching, "cache": cache_dtype or "float16"})
-            report.add(row)
-            if rig.is_late():
-                row.why = "the section's time is up"
-                continue
-            started = time.perf_counter()
-            left = min(draft_all(decoder, prompt, group, size, longest) for group in groups)
-            seconds, tokens = time.perf_counter() - started, sum(lengths)
-            row.time = quantiles([seconds])
-            row.figures |= {"rows": left, "tokens": tokens, "studies": len(lengths)}
-            row.cells |= {
-                "rows": str(left),  # fewer where memory was short
-                "tokens/s": f"{tokens / seconds:,.0f}",
-                "studies/min": f"{60 * len(lengths) / seconds:,.0f}",
-            }
+        with contextlib.closing(
+            Drafting(decoder, prompt, num_rows=size, longest=longest, max_queue=len(lengths))
+        ) as drafting:
+            # Compiles; and as the last rows end first, every number of rows is decoded and captured once.
+            drafting.draft([3 * (size - row) for row in range(size)])
+            for batching, groups in {"continuous": [lengths], "static": waiting}.items():
+                row = Row(names={"batching": batching, "cache": cache_dtype or "float16"})
+                report.add(row)
+                if rig.is_late():
+                    row.why = LATE
+                else:
+                    _measure(row, drafting, groups)
         del decoder
         rig.tidy()
+
+
+def _measure(row: Row, drafting: Drafting, groups: Sequence[Sequence[int]]) -> None:
+    started = time.perf_counter()
+    for group in groups:
+        drafting.draft(group)
+    seconds = time.perf_counter() - started
+    tokens, studies = sum(map(sum, groups)), sum(map(len, groups))
+    row.time = quantiles([seconds])
+    row.figures |= {"rows": drafting.num_rows, "tokens": tokens, "studies": studies}
+    row.cells |= {
+        "rows": str(drafting.num_rows),  # fewer where memory was short
+        "tokens/s": f"{tokens / seconds:,.0f}",
+        "studies/min": f"{60 * studies / seconds:,.0f}",
+    }

@@ -102,6 +102,6 @@ class Rig:
 
     def tidy(self) -> None:
         """Give memory that nobody uses any more back."""
-        gc.collect()
         if self.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
