@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -22,7 +21,7 @@ from export.settings import (
 )
 from lite.artifact.parts import OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
-from lite.console import keeping_interrupts, positive
+from lite.console import positive, print_line, run_command, say
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
@@ -67,58 +66,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["onnx"]:
         return _add_onnx(given[1:])
     options = _parser().parse_args(given)
-    try:
-        from export import export_artifact
+    return run_command(lambda: _export(options), interrupted=lambda: _what_an_interrupt_leaves(options))
 
-        settings = ExportSettings(
-            decoder_format=options.decoder,
-            vision_format=options.vision,
-            gptq=GptqSettings(
-                group_size=options.group_size,
-                method=options.method,
-                calibration_data=options.calibration_data,
-                calibration_images=options.calibration_images,
-                calibration_studies=options.calibration_studies,
-                token_weights=options.token_weights,
-                activation_order=options.activation_order,
-                clip=options.clip,
-                refine=options.refine,
-                fold_scales=options.fold_scales,
-                lm_head=options.lm_head,
-            ),
-            onnx=options.engine == "onnx",
-            activations=options.activations,
-            verify_data=options.verify_data,
-            image_folder=options.image_folder,
-            verify_studies=options.verify_studies,
-            verify_tokens=options.verify_tokens,
-            device=options.device,
-            overwrite=options.overwrite,
-            show_progress=not options.quiet,
-        )
-        with keeping_interrupts():
-            artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
-    except LiteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        from export.write.work import work_path
 
-        if (options.out / "manifest.json").is_file() and not options.overwrite:
-            print(f"\ninterrupted: the artifact at {options.out} is complete", file=sys.stderr)
-            return 130
-        kept = work_path(options.out)
-        what_now = (
-            f"the same command goes on with the finished parts in {kept}; remove that folder to give up"
-            if kept.exists()
-            else "and nothing is left behind"
-        )
-        print(f"\ninterrupted: no artifact at {options.out} · {what_now}", file=sys.stderr)
-        return 130
-    _print_whole(_summary(artifact))
+def _export(options: argparse.Namespace) -> int:
+    from export import export_artifact
+
+    settings = ExportSettings(
+        decoder_format=options.decoder,
+        vision_format=options.vision,
+        gptq=GptqSettings(
+            group_size=options.group_size,
+            method=options.method,
+            calibration_data=options.calibration_data,
+            calibration_images=options.calibration_images,
+            calibration_studies=options.calibration_studies,
+            token_weights=options.token_weights,
+            activation_order=options.activation_order,
+            clip=options.clip,
+            refine=options.refine,
+            fold_scales=options.fold_scales,
+            lm_head=options.lm_head,
+        ),
+        onnx=options.engine == "onnx",
+        activations=options.activations,
+        verify_data=options.verify_data,
+        image_folder=options.image_folder,
+        verify_studies=options.verify_studies,
+        verify_tokens=options.verify_tokens,
+        device=options.device,
+        overwrite=options.overwrite,
+        show_progress=not options.quiet,
+    )
+    artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
     for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial*")):
-        print(f"note: {left} is left from an export that was killed: remove it, unless one is running", file=sys.stderr)
+        say(f"note: {left} is left from an export that was killed: remove it, unless one is running")
+    print_line(_summary(artifact))
     return 0
+
+
+def _what_an_interrupt_leaves(options: argparse.Namespace) -> str:
+    from export.write.work import work_path
+
+    if (options.out / "manifest.json").is_file() and not options.overwrite:
+        return f"interrupted: the artifact at {options.out} is complete"
+    kept = work_path(options.out)
+    what_now = (
+        f"the same command goes on with the finished parts in {kept}; remove that folder to give up"
+        if kept.exists()
+        else "and nothing is left behind"
+    )
+    return f"interrupted: no artifact at {options.out} · {what_now}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -348,33 +346,31 @@ def _onnx_rows(part: OnnxPart | None) -> list[tuple[str, str]]:
 def _add_onnx(arguments: list[str]) -> int:
     """Run `python -m export onnx`; return the exit status."""
     options = _onnx_parser().parse_args(arguments)
-    try:
-        from export import OnnxSettings, add_onnx
+    return run_command(
+        lambda: _export_onnx(options), interrupted=lambda: f"interrupted: {options.artifact} is as it was"
+    )
 
-        settings = OnnxSettings(
-            activations=options.activations,
-            calibration_data=options.calibration_data,
-            calibration_images=options.calibration_images,
-            verify_data=options.verify_data,
-            image_folder=options.image_folder,
-            verify_studies=options.verify_studies,
-            verify_tokens=options.verify_tokens,
-            device=options.device,
-            show_progress=not options.quiet,
-        )
-        with keeping_interrupts():
-            artifact = add_onnx(options.artifact, settings, out=options.out)
-    except LiteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {options.artifact} is as it was", file=sys.stderr)
-        return 130
+
+def _export_onnx(options: argparse.Namespace) -> int:
+    from export import OnnxSettings, add_onnx
+
+    settings = OnnxSettings(
+        activations=options.activations,
+        calibration_data=options.calibration_data,
+        calibration_images=options.calibration_images,
+        verify_data=options.verify_data,
+        image_folder=options.image_folder,
+        verify_studies=options.verify_studies,
+        verify_tokens=options.verify_tokens,
+        device=options.device,
+        show_progress=not options.quiet,
+    )
+    artifact = add_onnx(options.artifact, settings, out=options.out)
     lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
     lines += [f"  {name:<20} {value}" for name, value in _onnx_rows(artifact.manifest.parts.decoder_onnx)]
     lines += ["", artifact.manifest.notice, "", "next:"]
     lines += [f"  python -m lite generate {artifact.path} FILM.png --engine onnx"]
-    _print_whole("\n".join(lines))
+    print_line("\n".join(lines))
     return 0
 
 
@@ -405,15 +401,6 @@ def _onnx_parser() -> argparse.ArgumentParser:
     _add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def _print_whole(text: str) -> None:
-    """Print a summary; that its reader has gone (`| head`) is no failure."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _megabytes(count: int) -> str:

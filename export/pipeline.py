@@ -32,7 +32,7 @@ from export.quantize.layerwise import STAGES, LayerQuantizer
 from export.quantize.token_weights import num_search_steps, search_token_weights
 from export.settings import DEFAULTS, ExportSettings, TokenWeights
 from export.source.checkpoint import Checkpoint, base_shapes, open_checkpoint
-from export.studies import Study, StudyReader
+from export.studies import EncodedStudy, StudyReader
 from export.write.decoder import (
     CONFIG_NAME,
     DecoderFolder,
@@ -208,7 +208,7 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     return given | gptq | sources | versions
 
 
-def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> list[Study]:
+def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> list[EncodedStudy]:
     reader = StudyReader(
         source.tokenizer,
         manifest,
@@ -382,7 +382,7 @@ def _token_weights(
     return TokenWeights(**chosen["chosen"])
 
 
-def _features(work: WorkFolder, manifest: Manifest) -> Callable[[Study], Tensor]:
+def _features(work: WorkFolder, manifest: Manifest) -> Callable[[EncodedStudy], Tensor]:
     """Return the exported tower: the decoder is calibrated on what it will see at run time."""
     encoder = VisionEncoder(Artifact(path=work.path, manifest=manifest, id=UNHASHED))
     return lambda study: torch.from_numpy(encoder(study.pixel_values[None])[0])
@@ -412,7 +412,10 @@ def _finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, se
 
 
 def _write_onnx(
-    artifact: Artifact, studies: Sequence[Study], calibration: CalibrationStudies | None, settings: ExportSettings
+    artifact: Artifact,
+    studies: Sequence[EncodedStudy],
+    calibration: CalibrationStudies | None,
+    settings: ExportSettings,
 ) -> OnnxPart:
     """Write decoder.onnx; its cache is calibrated on what the decoder was, or on what it will be measured on."""
     cache = CacheStudies(studies=studies[:MAX_CACHE_STUDIES], data=_verify_name(settings))
@@ -436,7 +439,9 @@ def _merge_record(source: Checkpoint, work: WorkFolder) -> MergeRecord:
     )
 
 
-def _measure(source: Checkpoint, artifact: Artifact, studies: Sequence[Study], settings: ExportSettings) -> Parts:
+def _measure(
+    source: Checkpoint, artifact: Artifact, studies: Sequence[EncodedStudy], settings: ExportSettings
+) -> Parts:
     with _bar(settings, "measuring parity", verify.num_steps(source), unit="step") as bar:
         return verify.measure(
             source,

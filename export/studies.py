@@ -1,24 +1,24 @@
 """Studies that an export looks at: to measure parity, and to calibrate.
 
-A study is a film, its prompt and a findings text, in the artifact's own tokenizer, template and preprocessing. Lists
-are in LLaVA-Rad's evaluation format: a JSON list of {"id", "image", "reason", "conversations": [question, findings]}.
+An encoded study is a film, its prompt and a findings text, in the artifact's own tokenizer, template and preprocessing.
+Lists are read by `lite.studies.readers`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
-from lite.errors import ArtifactError, CheckpointError, PromptError
+from lite.errors import ArtifactError, CheckpointError, LiteError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.prompt import PromptEncoder, Tokenizer
+from lite.studies.readers import check_films, read_studies
 
 if TYPE_CHECKING:
     from lite.artifact.manifest import Manifest
@@ -59,8 +59,12 @@ Each has 40 words or more, and no tokenizer takes less than a token for a word: 
 """
 
 
+_FOLDERS: Final = {"--verify-data": "--image-folder", "--calibration-data": "--calibration-images"}
+"""What the command line calls the folder of a list's films."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Study:
+class EncodedStudy:
     """One film with its prompt and the findings that follow. The film is read when it is asked for."""
 
     film: Path | Array  # a file, or grey levels [S, S, 3] made here
@@ -111,13 +115,15 @@ class StudyReader:
         self.eos_token_id = manifest.decoding.eos_token_id
         self.max_tokens = max_tokens
 
-    def read(self, file: str | Path | None, image_folder: str | Path | None, count: int, *, option: str) -> list[Study]:
+    def read(
+        self, file: str | Path | None, image_folder: str | Path | None, count: int, *, option: str
+    ) -> list[EncodedStudy]:
         """Return studies of a list, or made here where there is none; see `from_list` and `built_in`."""
         if file is None:
             return self.built_in(count)
         return self.from_list(Path(file), Path(image_folder or Path(file).parent), count, option=option)
 
-    def built_in(self, count: int) -> list[Study]:
+    def built_in(self, count: int) -> list[EncodedStudy]:
         """Return studies made here: smooth shaded fields with noise, and fixed findings texts."""
         size = self.preprocessing.image_size
         studies = []
@@ -133,7 +139,7 @@ class StudyReader:
             studies.append(self._study(pixels, reason, findings))
         return studies
 
-    def from_list(self, file: Path, image_folder: Path, count: int, *, option: str) -> list[Study]:
+    def from_list(self, file: Path, image_folder: Path, count: int, *, option: str) -> list[EncodedStudy]:
         """Return studies of a JSON list: all, or `count` spread evenly over it.
 
         Every film is read once, so that a missing or broken one is found before hours of work and not after.
@@ -145,67 +151,38 @@ class StudyReader:
             option: The command line's name for the list, for messages.
 
         Raises:
-            CheckpointError: The list is unreadable or empty, an entry lacks an image or findings, or images are
-                missing.
+            CheckpointError: The list is unreadable, an entry is no study, or a chosen one lacks findings or film.
             ImageError: A file is not a film.
         """
         try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            msg = f"{file}: got something unreadable ({error}) · expected a JSON list of studies · check {option}"
-            raise CheckpointError(msg) from error
-        if not isinstance(entries, list) or not entries:
-            raise CheckpointError(f"{file}: got no studies · expected a JSON list of them · check {option}")
-        count = min(count, len(entries))
-        chosen = [entries[place * len(entries) // count] for place in range(count)]
-        listed = [_listed(entry, file, image_folder, option) for entry in chosen]
-        missing = [path for path, _, _ in listed if not path.is_file()]
-        if missing:
-            msg = (
-                f"{file}: got {len(missing)} of {len(listed)} studies whose image is not there, the first {missing[0]} "
-                f"· expected every image below {image_folder} · name their folder, or take them out of the list"
-            )
-            raise CheckpointError(msg)
-        studies = []
-        for path, reason, findings in listed:
+            studies = read_studies(file, image_folder=image_folder, unique=False)
+            count = min(count, len(studies))
+            chosen = [studies[place * len(studies) // count] for place in range(count)]
+            check_films(chosen, file, option=_FOLDERS[option], every=True)
+        except LiteError as error:
+            raise CheckpointError(f"{option}: {error}") from error
+        encoded = []
+        for study in chosen:
+            if not study.reference.strip():
+                msg = f"{option}: {file}: got no findings for {study.id} · expected them in words · take the study out"
+                raise CheckpointError(msg)
             try:
-                studies.append(self._study(path, reason, findings))
+                encoded.append(self._study(study.path, study.reason, study.reference))
             except PromptError as error:
-                raise CheckpointError(f"{file}: {path.name}: {error} · check {option}") from error
-            load_image(path)
-        return studies
+                raise CheckpointError(f"{option}: {file}: {study.id}: {error}") from error
+            load_image(study.path)
+        return encoded
 
-    def _study(self, film: Path | Array, reason: str | None, findings: str) -> Study:
+    def _study(self, film: Path | Array, reason: str | None, findings: str) -> EncodedStudy:
         input_ids = self.prompts.encode(reason)
         room = self.max_seq_len - self.prompts.num_tokens(input_ids)
         target_ids = [*self.tokenizer.encode(findings), self.eos_token_id][: min(self.max_tokens, room)]
-        return Study(
+        return EncodedStudy(
             film=film, preprocessing=self.preprocessing, input_ids=tuple(input_ids), target_ids=tuple(target_ids)
         )
 
 
-def _listed(entry: Any, file: Path, image_folder: Path, option: str) -> tuple[Path, str | None, str]:  # noqa: ANN401
-    """Return image, reason and findings of an entry of parsed JSON."""
-    try:
-        path, reason, findings = (
-            image_folder / entry["image"],
-            entry.get("reason"),
-            entry["conversations"][1]["value"],
-        )
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        got = f"an entry that is not a study ({error!r})"
-        msg = f"{file}: got {got} · expected id, image, reason, conversations · check {option}"
-        raise CheckpointError(msg) from error
-    if not isinstance(findings, str) or not findings.strip() or not isinstance(reason, str | None):
-        msg = (
-            f"{file}: got findings {findings!r:.40} and reason {reason!r:.40} for {path.name} · expected findings in "
-            f"words, and a reason in words or null · check {option}"
-        )
-        raise CheckpointError(msg)
-    return path, reason, findings
-
-
-def sha256_of_studies(studies: list[Study]) -> str:
+def sha256_of_studies(studies: list[EncodedStudy]) -> str:
     """Hash what a calibration depends on: the films' bytes and the tokens."""
     digest = hashlib.sha256()
     for study in studies:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.source.checkpoint import Checkpoint
-    from export.studies import Study
+    from export.studies import EncodedStudy
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype, OnnxPart, Parts
     from lite.config import DecoderConfig
@@ -89,7 +89,7 @@ MIN_TOKENS_FOR_SAME_TOP: Final = 100
 def measure(
     checkpoint: Checkpoint,
     artifact: Artifact,
-    studies: Sequence[Study],
+    studies: Sequence[EncodedStudy],
     *,
     data: str,
     device: str = "cpu",
@@ -132,7 +132,7 @@ def measure(
 def measure_onnx(
     artifact: Artifact,
     part: OnnxPart,
-    studies: Sequence[Study],
+    studies: Sequence[EncodedStudy],
     *,
     data: str,
     device: str = "cpu",
@@ -213,7 +213,7 @@ def _require(part: str, measure_name: str, got: float, limit_name: str) -> None:
 
 @torch.inference_mode()
 def _source_logits(
-    checkpoint: Checkpoint, studies: Sequence[Study], features: Sequence[Tensor], device: str, advance: Advance
+    checkpoint: Checkpoint, studies: Sequence[EncodedStudy], features: Sequence[Tensor], device: str, advance: Advance
 ) -> list[Tensor]:
     """Compute the source's logits of every target token, holding one decoder layer at a time.
 
@@ -242,7 +242,7 @@ def _source_logits(
 @torch.inference_mode()
 def _artifact_logits(
     artifact: Artifact,
-    studies: Sequence[Study],
+    studies: Sequence[EncodedStudy],
     features: Sequence[Tensor],
     device: str,
     advance: Advance,
@@ -293,7 +293,7 @@ def _artifact_logits(
 def _compare_onnx(
     artifact: Artifact,
     part: OnnxPart,
-    studies: Sequence[Study],
+    studies: Sequence[EncodedStudy],
     features: Sequence[Tensor],
     logits: Sequence[Tensor],
     data: str,
@@ -317,14 +317,14 @@ def _compare_onnx(
     return dataclasses.replace(part, fidelity=fidelity)
 
 
-def _source_features(checkpoint: Checkpoint, studies: Sequence[Study], device: str) -> list[Tensor]:
+def _source_features(checkpoint: Checkpoint, studies: Sequence[EncodedStudy], device: str) -> list[Tensor]:
     tensors = {name: tensor.to(device) for name, tensor in checkpoint.read_tower().items()}
     with torch.inference_mode():
         films = [torch.from_numpy(study.pixel_values)[None].to(device) for study in studies]
         return [forward.image_features(tensors, checkpoint.tower, film)[0].cpu() for film in films]
 
 
-def _artifact_features(artifact: Artifact, studies: Sequence[Study]) -> list[Tensor]:
+def _artifact_features(artifact: Artifact, studies: Sequence[EncodedStudy]) -> list[Tensor]:
     encoder = VisionEncoder(artifact)
     return [torch.from_numpy(encoder(study.pixel_values[None])[0]) for study in studies]
 
@@ -344,7 +344,7 @@ def _compare_features(source: Sequence[Tensor], ours: Sequence[Tensor], data: st
     )
 
 
-def _compare_logits(studies: Sequence[Study], source: Sequence[Tensor], ours: Sequence[Tensor]) -> Divergence:
+def _compare_logits(studies: Sequence[EncodedStudy], source: Sequence[Tensor], ours: Sequence[Tensor]) -> Divergence:
     pairs = zip(studies, source, ours, strict=True)
     compared = [compare_logits(p.numpy(), q.numpy(), study.target_ids) for study, p, q in pairs]
     summary = summarise(compared)

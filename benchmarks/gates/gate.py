@@ -365,15 +365,8 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = _parser().parse_args(argv)
-
-    def run() -> int:
-        try:
-            return _run(arguments, command_line("gate", argv))
-        except (NoBaselineError, WrongUseError) as error:
-            say(f"error: {error}")
-            return EXIT_NO_BASELINE if isinstance(error, NoBaselineError) else EXIT_WRONG_USE
-
-    return run_command(run)
+    statuses = {NoBaselineError: EXIT_NO_BASELINE, WrongUseError: EXIT_WRONG_USE}
+    return run_command(lambda: _run(arguments, command_line("gate", argv)), statuses=statuses)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from export.settings import TokenWeights
-from export.studies import Study, StudyReader, sha256_of_studies
+from export.studies import EncodedStudy, StudyReader, sha256_of_studies
 from lite.config import IMAGE_TOKEN_ID
 from lite.errors import CheckpointError
 from lite.files import whole_file
@@ -46,8 +46,8 @@ MAX_HELD_OUT: Final = 24
 class CalibrationStudies:
     """The studies of a calibration, and those held out of it to choose by."""
 
-    studies: list[Study]
-    held_out: list[Study]
+    studies: list[EncodedStudy]
+    held_out: list[EncodedStudy]
     data: str  # the list's file name
     sha256: str
 
@@ -149,7 +149,7 @@ class HiddenStates:
         self.file.unlink(missing_ok=True)
 
 
-def embed(study: Study, features: Tensor, embeddings: Tensor) -> Tensor:
+def embed(study: EncodedStudy, features: Tensor, embeddings: Tensor) -> Tensor:
     """Splice the image between the prompt's halves; the last target is predicted, never read.
 
     Args:
@@ -166,7 +166,7 @@ def embed(study: Study, features: Tensor, embeddings: Tensor) -> Tensor:
     return torch.cat([before, features, after])
 
 
-def token_weights(study: Study, num_patches: int, weights: TokenWeights) -> Tensor:
+def token_weights(study: EncodedStudy, num_patches: int, weights: TokenWeights) -> Tensor:
     """Return λ of each token of a study, float32 [T]; those that predict findings count 1."""
     values = torch.ones(study.num_tokens(num_patches))
     # The last token of the prompt is the one that predicts the first of the findings.
@@ -177,8 +177,8 @@ def token_weights(study: Study, num_patches: int, weights: TokenWeights) -> Tens
 
 def start_states(
     file: Path,
-    studies: Sequence[Study],
-    features: Callable[[Study], Tensor],
+    studies: Sequence[EncodedStudy],
+    features: Callable[[EncodedStudy], Tensor],
     embeddings: Tensor,
     num_patches: int,
     *,

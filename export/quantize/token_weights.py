@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from export.quantize.calibration import CalibrationStudies
     from export.settings import ExportSettings
     from export.source.checkpoint import Checkpoint
-    from export.studies import Study
+    from export.studies import EncodedStudy
 
 CANDIDATES: Final = tuple(
     TokenWeights(image=image, prompt=prompt)
@@ -42,7 +42,7 @@ SEARCH_STUDIES: Final = 32
 def search_token_weights(
     checkpoint: Checkpoint,
     calibration: CalibrationStudies,
-    features: Callable[[Study], Tensor],
+    features: Callable[[EncodedStudy], Tensor],
     folder: Path,
     settings: ExportSettings,
     *,
@@ -143,7 +143,7 @@ def _pass_through(
 @torch.inference_mode()
 def _mean_kl(
     checkpoint: Checkpoint,
-    studies: Sequence[Study],
+    studies: Sequence[EncodedStudy],
     source: HiddenStates,
     rounded: Mapping[TokenWeights, HiddenStates],
     settings: ExportSettings,

@@ -16,7 +16,7 @@ from lite.engines.segments import score
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from export.studies import Study
+    from export.studies import EncodedStudy
     from lite.engines.onnx_engine.decoder import OnnxDecoder
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -27,7 +27,7 @@ _SMALLEST: Final = 1e-8
 
 
 def find_cache_scales(
-    decoder: OnnxDecoder, studies: Iterable[Study], features: Callable[[Study], Array]
+    decoder: OnnxDecoder, studies: Iterable[EncodedStudy], features: Callable[[EncodedStudy], Array]
 ) -> tuple[Array, Array]:
     """Run studies with a float cache and look at what is in it.
 

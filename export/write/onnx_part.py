@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from export import verify
 from export.settings import DEFAULTS
-from export.studies import Study, StudyReader, sha256_of_studies
+from export.studies import EncodedStudy, StudyReader, sha256_of_studies
 from export.write.cache_scales import find_cache_scales
 from export.write.decoder_onnx import (
     ACCURACY_LEVEL,
@@ -72,7 +72,7 @@ class OnnxSettings:
 class CacheStudies:
     """The studies that the scales of the int8 cache are found on."""
 
-    studies: Sequence[Study]
+    studies: Sequence[EncodedStudy]
     data: str  # the list's file name, or BUILT_IN
 
 
@@ -120,7 +120,7 @@ def write_onnx_part(
             advance()
         return part
 
-    def features(study: Study) -> Any:  # noqa: ANN401 - an array
+    def features(study: EncodedStudy) -> Any:  # noqa: ANN401 - an array
         image = encoder(study.pixel_values[None])[0]
         advance()
         return image

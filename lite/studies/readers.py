@@ -25,16 +25,16 @@ class _NoStudy(Exception):  # noqa: N818 - never leaves this module
     """What is wrong with an entry."""
 
 
-def read_studies(path: Path, *, image_folder: Path | None = None) -> list[Study]:
+def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool = True) -> list[Study]:
     """Read a list of studies. That the films are there is another question: see `check_films`.
 
     Args:
         path: the list.
         image_folder: what the entries' `image` is relative to; the list's own folder when not given.
+        unique: an id that comes twice is an error.
 
     Raises:
-        LiteError: no such file, not JSON, no studies in it, an entry (counted from 1) that is not one, or an id that
-            comes twice.
+        LiteError: no such file, not JSON, no studies in it, an entry (counted from 1) that is not one, or see `unique`.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +44,8 @@ def read_studies(path: Path, *, image_folder: Path | None = None) -> list[Study]
     if not isinstance(entries, list) or not entries:
         msg = f"{path}: got no list, or an empty one · expected a JSON list of studies · check the path"
         raise LiteError(msg)
-    studies: dict[str, Study] = {}
+    studies: list[Study] = []
+    seen: set[str] = set()
     for number, entry in enumerate(entries, start=1):
         try:
             study = _study(entry, path.parent if image_folder is None else image_folder)
@@ -54,11 +55,12 @@ def read_studies(path: Path, *, image_folder: Path | None = None) -> list[Study]
                 "conversations (a question and its answer) where there are · correct it, or take it out"
             )
             raise LiteError(msg) from error
-        if study.id in studies:
+        if unique and study.id in seen:
             msg = f"{path}: got the id {study.id} again in entry {number} · expected each once · correct it"
             raise LiteError(msg)
-        studies[study.id] = study
-    return list(studies.values())
+        seen.add(study.id)
+        studies.append(study)
+    return studies
 
 
 def _study(entry: object, image_folder: Path) -> Study:

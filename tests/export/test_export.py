@@ -438,9 +438,9 @@ def test_verification_reads_the_evaluation_format(folders: tuple[Path, Path], tm
     fidelity = artifact.manifest.parts.decoder.fidelity
     assert fidelity is not None
     assert (fidelity.data, fidelity.divergence.studies) == ("studies.json", 2)
-    with pytest.raises(CheckpointError, match="not a study"):
+    with pytest.raises(CheckpointError, match="got 1 of 3 films that are not there, .* with --image-folder, or"):
         export_artifact(*folders, tmp_path / "other", dataclasses.replace(settings, verify_studies=3))
-    for content, named in {"[]": "got no studies", "[" * 100_000: "got something unreadable"}.items():
+    for content, named in {"[]": "got no list, or an empty", "[" * 100_000: "cannot be read"}.items():
         studies.write_text(content)
         with pytest.raises(CheckpointError, match=named):
             export_artifact(*folders, tmp_path / "other", settings)

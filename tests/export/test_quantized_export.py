@@ -36,7 +36,7 @@ from export.__main__ import main
 from export.quantize.calibration import HiddenStates, token_weights
 from export.settings import DEFAULTS
 from export.source.checkpoint import open_checkpoint
-from export.studies import Study
+from export.studies import EncodedStudy
 from export.write.decoder import DecoderFolder
 from lite.__main__ import main as lite_main
 from lite.artifact.open import load_artifact
@@ -552,20 +552,23 @@ def test_calibration_data_that_cannot_be_used_is_named(
         data.write_text(content if isinstance(content, str) else json.dumps(content))
         fails(folders, out, settings_for(data, calibration_images=listed.parent, **gptq), error, match)
 
-    refused("", "got something unreadable.*--calibration-data")
-    refused([], "got no studies · expected a JSON list of them · check --calibration-data")
-    refused([{"image": "0.png"}], "got an entry that is not a study.*--calibration-data")
+    refused("", "--calibration-data: .*got a file that cannot be read")
+    refused([], "--calibration-data: .*got no list, or an empty one")
+    refused([{"image": "0.png"}], "--calibration-data: .*got no findings for 0.png")
+    refused([entries[0], None], "got an entry 2 that is no study .it is null.")
     gone = [entry | {"image": f"gone{number}.png"} for number, entry in enumerate(entries[:2])]
-    refused([*entries, *gone], r"got 2 of 14 studies whose image is not there, the first .*gone0\.png")
+    refused(
+        [*entries, *gone], r"got 2 of 14 films that are not there, the first .*gone0\.png .* --calibration-images, or"
+    )
     (listed.parent / "broken.png").write_bytes(b"not a film")
     refused([entries[0] | {"image": "broken.png"}], "broken.png", ImageError)
-    refused([entries[0] | {"conversations": [{}, {"value": ""}]}], "expected findings in words")
-    refused([entries[0] | {"conversations": [{}, {"value": 3}]}], "expected findings in words")
-    refused([entries[0] | {"reason": 3}], "a reason in words or null")
-    refused([entries[0] | {"reason": "long " * 9000}], r"studies\.json: 0\.png: got .*--calibration-data")
+    refused([entries[0] | {"conversations": [{}, {"value": ""}]}], "got no findings for .* expected them in words")
+    refused([entries[0] | {"conversations": [{}, {"value": 3}]}], "its value is 3, not text")
+    refused([entries[0] | {"reason": 3}], "its reason is 3, not text")
+    refused([entries[0] | {"reason": "long " * 9000}], r"--calibration-data: .*studies\.json: .*: got ")
     refused(entries[:3], "got 3 studies · expected at least 4.*--token-weights", token_weights=None)
     data.unlink()
-    fails(folders, out, settings_for(data), CheckpointError, "got something unreadable")
+    fails(folders, out, settings_for(data), CheckpointError, "got a file that cannot be read")
 
 
 def test_a_group_size_that_does_not_fit_is_refused_before_the_work(
@@ -756,7 +759,7 @@ def test_a_manifest_that_does_not_fit_its_decoder_is_refused(gptq_artifact: Arti
 
 
 def test_token_weights_are_by_modality() -> None:
-    study = Study(film=Path("x"), preprocessing=None, input_ids=(1, 5, -200, 6, 7), target_ids=(8, 9, 2))  # type: ignore[arg-type]
+    study = EncodedStudy(film=Path("x"), preprocessing=None, input_ids=(1, 5, -200, 6, 7), target_ids=(8, 9, 2))  # type: ignore[arg-type]
     weights = token_weights(study, 3, TokenWeights(image=0.5, prompt=0.25))
     # prompt 1 5, image ×3, prompt 6; then 7, which predicts the first target, and the targets that are read.
     assert weights.tolist() == [0.25, 0.25, 0.5, 0.5, 0.5, 0.25, 1.0, 1.0, 1.0]

@@ -68,6 +68,10 @@ def test_a_bad_list_is_an_error(tmp_path: Path, content: str, message: str) -> N
         read_studies(tmp_path / "list.json")
 
 
+def test_ids_may_come_twice_where_nobody_needs_them(tmp_path: Path) -> None:
+    assert len(read_studies(listed(tmp_path, entry(1), entry(1)), unique=False)) == 2
+
+
 def test_films_that_are_not_there_are_counted_and_the_flag_is_named(tmp_path: Path) -> None:
     path = listed(tmp_path, entry(1), entry(2), entry(3))
     studies = read_studies(path)
