@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from lite.artifact.parts import CacheDtype
 from lite.console import positive
+from lite.engines.options import Dtype, EngineChoice, LoadOptions
 from lite.errors import LiteError
 from lite.memory.sizes import parse_bytes
 
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
     from lite.model import FindingsModel
 
-ENGINES: Final = ("auto", "torch", "onnx")
-_LOADING: Final = ("engine", "device", "dtype", "provider", "cache_dtype", "memory_limit", "fp16_accumulation")
+ENGINES: Final = get_args(EngineChoice)
+DEFAULTS: Final = LoadOptions()
 
 
 def add_artifact(parser: argparse.ArgumentParser) -> None:
@@ -37,17 +39,20 @@ def add_engine(parser: argparse.ArgumentParser, engines: Sequence[str] = ENGINES
     parser.add_argument(
         "--engine",
         choices=engines,
-        default="auto",
-        help="what computes the decoder: torch, or ONNX Runtime alone (default auto: onnx where the artifact has "
-        "decoder.onnx and there is no GPU, or no torch)"
+        default=DEFAULTS.engine,
+        help="what computes the decoder: torch, or ONNX Runtime alone (default %(default)s: onnx where the artifact "
+        "has decoder.onnx and there is no GPU, or no torch)"
         + ("; both: a row for each, where there is one" if "both" in engines else ""),
     )
     parser.add_argument(
-        "--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda or cuda:N (default auto: a GPU if there is)"
+        "--device",
+        metavar="DEVICE",
+        default=DEFAULTS.device,
+        help="auto, cpu, cuda or cuda:N (default %(default)s: a GPU if there is)",
     )
     parser.add_argument(
         "--dtype",
-        choices=["float32", "float16", "bfloat16"],
+        choices=get_args(Dtype),
         help="have torch compute the decoder in this (default: the stored one on a GPU, float32 on the CPU)",
     )
 
@@ -62,8 +67,8 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dtype",
         choices=get_args(CacheDtype),
-        help="what keys and values are kept in: int8, or what the decoder computes in (default: the latter, unless "
-        "only int8 fits the memory)",
+        help="what keys and values are kept in: int8, or what the decoder computes in (default: int8 where it "
+        "is faster or all that fits, and loses little as measured at export)",
     )
     parser.add_argument(
         "--memory-limit",
@@ -75,7 +80,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add all that `lite.load` can be told."""
+    """Add all that `lite.load` can be told, but for the rows."""
     add_engine(parser)
     add_memory(parser)
     parser.add_argument(
@@ -84,16 +89,27 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare the artifact's files with their hashes first"
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not compare the artifact's files with their hashes first",
     )
 
 
+def load_options(arguments: argparse.Namespace) -> LoadOptions:
+    """Return what the options above ask for. As many studies can be under way as go through the decoder together."""
+    given = vars(arguments)
+    names = {field.name for field in dataclasses.fields(LoadOptions)} & given.keys()
+    rows = {"rows": given["batch_size"]} if "batch_size" in given else {}
+    return LoadOptions(**{name: given[name] for name in names}, **rows)
+
+
 def load_model(arguments: argparse.Namespace) -> FindingsModel:
-    """Load the artifact as the options of `add_loading` and `add_drafting` say."""
+    """Load the artifact as the options say."""
     from lite.loading import load
 
-    settings: dict[str, Any] = {name: getattr(arguments, name) for name in _LOADING}
-    return load(arguments.artifact, **settings, rows=arguments.batch_size, verify=not arguments.no_verify)
+    options: dict[str, Any] = dataclasses.asdict(load_options(arguments))
+    return load(arguments.artifact, **options)
 
 
 def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:

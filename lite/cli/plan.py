@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from lite.artifact.open import load_artifact
-from lite.artifact.parts import CacheDtype
-from lite.console import positive
-from lite.engines.options import Dtype, EngineChoice, LoadOptions
+from lite.cli.options import add_artifact, add_loading, load_options
+from lite.console import positive, print_line
+from lite.engines.options import Dtype
 from lite.errors import LiteError
 from lite.memory.sizes import shown_bytes
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.engines.machine import Machine
+    from lite.engines.options import LoadOptions
     from lite.engines.plan import RunPlan
     from lite.prompt import PromptEncoder
 
@@ -29,19 +29,15 @@ DESCRIPTION: Final = (
     "is loaded. `lite.load` and the other commands do what is printed here, with the same options."
 )
 EPILOG: Final = 'example: python -m lite plan artifact --card "RTX 3060" --rows 4'
-_OPTIONS: Final = ("engine", "device", "dtype", "provider", "cache_dtype", "memory_limit", "rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("artifact", metavar="ARTIFACT", help="the folder written by `python -m export`")
-    parser.add_argument("--engine", choices=get_args(EngineChoice), default="auto", help="what computes the decoder")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=get_args(Dtype), help="what torch computes the decoder in")
-    parser.add_argument("--provider", metavar="NAME", help="what ONNX Runtime computes with")
-    parser.add_argument("--cache-dtype", choices=get_args(CacheDtype), help="what keys and values are kept in")
-    parser.add_argument("--memory-limit", metavar="SIZE", help="take no more than that, such as 12GiB")
-    parser.add_argument("--rows", metavar="N", type=positive, help="studies that can be under way at a time")
+    add_artifact(parser)
+    add_loading(parser)
+    parser.add_argument(
+        "--rows", metavar="N", type=positive, help="studies that can be under way at a time (default: as many as fit)"
+    )
     parser.add_argument(
         "--card", metavar="NAME", help='plan for a machine with this GPU instead, such as "RTX 3060", "T4" or "V100"'
     )
@@ -53,19 +49,18 @@ def run(arguments: argparse.Namespace) -> int:
     from lite.engines.machine import look
     from lite.loading import plan_run, prompt_of
 
-    options = LoadOptions(**{name: getattr(arguments, name) for name in _OPTIONS})
+    options = load_options(arguments)
     artifact = load_artifact(arguments.artifact)
     machine = look(options, artifact) if arguments.card is None else _machine_with(arguments.card)
     _, prompt = prompt_of(artifact)
     plan = plan_run(artifact, prompt, options, machine)
     if arguments.json:
         about = {"artifact": artifact.id, "machine": dataclasses.asdict(machine)}
-        sys.stdout.write(json.dumps(about | plan.to_json(), ensure_ascii=False) + "\n")
+        print_line(json.dumps(about | plan.to_json(), ensure_ascii=False))
         return 0
     about_machine = f"one with a {machine.gpus[0].name}, which is not this one" if arguments.card else _shown(machine)
     lines = [("artifact", f"{arguments.artifact}, {artifact.manifest.model}"), ("machine", about_machine)]
-    sys.stdout.write("\n".join([*_aligned(lines), *_report(plan), *_others(plan, artifact, prompt, options, machine)]))
-    sys.stdout.write("\n")
+    print_line("\n".join([*_aligned(lines), *_report(plan), *_others(plan, artifact, prompt, options, machine)]))
     return 0
 
 
