@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import TYPE_CHECKING, Any, Unpack
+import time
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from lite.artifact.open import load_artifact
 from lite.engines.machine import look
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from lite.vision import VisionEncoder
 
 
+_LOG: Final = logging.getLogger(__name__)
+
+
 def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> FindingsModel:
     """Load an artifact.
 
@@ -38,6 +43,7 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
         MemoryBudgetError: one study would take more than `memory_limit`.
         LiteError: there is no such engine, dtype or cache, or two options exclude each other.
     """
+    started = time.perf_counter()
     chosen = LoadOptions(**options)
     artifact = load_artifact(path)
     tokenizer, prompt = prompt_of(artifact)
@@ -49,6 +55,10 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     fallbacks = plan.fallbacks
     if vision.provider == CPU != plan.vision_provider:
         fallbacks += (f"the tower on the CPU: {plan.vision_provider} does not start",)
+    choices = "; ".join(f"{name} {choice}, {why}" for name, (choice, why) in plan.choices.items())
+    _LOG.info("loaded %s in %.1f s: %s", artifact.path, time.perf_counter() - started, choices)
+    for fallback in fallbacks:
+        _LOG.info("slower than it has to be: %s", fallback)
     return FindingsModel(
         artifact,
         tokenizer=tokenizer,

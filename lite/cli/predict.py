@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             say(f"{len(journal.done)} results are in {arguments.out}; the same command goes on there")
             raise
-    print_line(f"{len(studies) - failed} predictions in {arguments.out}, {failed} studies skipped")
+    print_line(f"{len(studies) - failed} predictions in {arguments.out}, {failed} skipped")
     return EXIT_FAILED if failed else 0
 
 

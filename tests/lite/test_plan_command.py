@@ -60,3 +60,11 @@ def test_what_does_not_fit_is_an_error(tiny_onnx_artifact: Artifact, capsys: pyt
     with pytest.raises(SystemExit) as wrong:
         main(["plan", str(tiny_onnx_artifact.path), "--rows", "0"])
     assert wrong.value.code == 2
+
+
+def test_loading_logs_the_plan(tiny_onnx_artifact: Artifact, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lite"):
+        load(tiny_onnx_artifact.path, rows=2, cache_dtype="float32").close()
+    logged = [record.getMessage() for record in caplog.records if record.name == "lite.loading"]
+    assert logged[0].startswith(f"loaded {tiny_onnx_artifact.path} in ")
+    assert "engine onnx, the artifact has decoder.onnx" in logged[0]

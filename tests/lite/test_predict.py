@@ -107,7 +107,7 @@ def test_each_study_is_a_line_and_a_bad_film_is_skipped(
     assert (last.findings.cache_dtype, last.findings.engine) == ("int8", "onnx")
     assert "Ödem" in place.out.read_text(encoding="utf-8")
     out, err = capsys.readouterr()
-    assert out == f"2 predictions in {place.out}, 1 studies skipped\n"
+    assert out == f"2 predictions in {place.out}, 1 skipped\n"
     assert err == f"note: All of it.\nnote: a slow core\nskipped: {place.films / 'bad.png'}: got noise\n"
 
 
