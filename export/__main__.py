@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from export.settings import (
     DEFAULTS,
@@ -26,6 +27,8 @@ from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from _typeshed import DataclassInstance
 
     from lite.artifact.open import Artifact
     from lite.artifact.parts import DecoderPart, OnnxPart
@@ -75,34 +78,22 @@ def _export(options: argparse.Namespace) -> int:
     settings = ExportSettings(
         decoder_format=options.decoder,
         vision_format=options.vision,
-        gptq=GptqSettings(
-            group_size=options.group_size,
-            method=options.method,
-            calibration_data=options.calibration_data,
-            calibration_images=options.calibration_images,
-            calibration_studies=options.calibration_studies,
-            token_weights=options.token_weights,
-            activation_order=options.activation_order,
-            clip=options.clip,
-            refine=options.refine,
-            fold_scales=options.fold_scales,
-            lm_head=options.lm_head,
-        ),
+        gptq=GptqSettings(**_given(GptqSettings, options)),
         onnx=options.engine == "onnx",
-        activations=options.activations,
-        verify_data=options.verify_data,
-        image_folder=options.image_folder,
-        verify_studies=options.verify_studies,
-        verify_tokens=options.verify_tokens,
-        device=options.device,
-        overwrite=options.overwrite,
         show_progress=not options.quiet,
+        **_given(ExportSettings, options),
     )
     artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
     for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial*")):
         say(f"note: {left} is left from an export that was killed: remove it, unless one is running")
     print_line(_summary(artifact))
     return 0
+
+
+def _given(settings: type[DataclassInstance], options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line has of settings, by name."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def _what_an_interrupt_leaves(options: argparse.Namespace) -> str:
@@ -354,17 +345,7 @@ def _add_onnx(arguments: list[str]) -> int:
 def _export_onnx(options: argparse.Namespace) -> int:
     from export import OnnxSettings, add_onnx
 
-    settings = OnnxSettings(
-        activations=options.activations,
-        calibration_data=options.calibration_data,
-        calibration_images=options.calibration_images,
-        verify_data=options.verify_data,
-        image_folder=options.image_folder,
-        verify_studies=options.verify_studies,
-        verify_tokens=options.verify_tokens,
-        device=options.device,
-        show_progress=not options.quiet,
-    )
+    settings = OnnxSettings(show_progress=not options.quiet, **_given(OnnxSettings, options))
     artifact = add_onnx(options.artifact, settings, out=options.out)
     lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
     lines += [f"  {name:<20} {value}" for name, value in _onnx_rows(artifact.manifest.parts.decoder_onnx)]
