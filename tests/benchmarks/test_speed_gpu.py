@@ -200,7 +200,7 @@ def test_memory() -> None:
     assert [(row["rows"], row["cache"]) for row in found] == [(1, "float16"), (1, "int8"), (8, "float16"), (8, "int8")]
     for row in found:
         assert row["error"] == row["planned_bytes"] / row["held_bytes"] - 1
-        assert row["plan"]["batch_size"] == row["rows"]
+        assert row["plan"]["num_rows"] == row["rows"]
     assert report.lines[0]["plan is off by"].endswith("%")
 
 

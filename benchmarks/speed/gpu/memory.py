@@ -6,10 +6,7 @@ The plan is that of an artifact with the same decoder; what loading takes is lef
 from __future__ import annotations
 
 import contextlib
-import json
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -17,20 +14,7 @@ import torch
 from benchmarks.speed.decoders import part_of
 from benchmarks.speed.engine import Rows, random_prompt
 from benchmarks.speed.harness import NONE
-from lite.artifact.manifest import Manifest
-from lite.artifact.open import Artifact
-from lite.artifact.parts import (
-    UNHASHED,
-    DecoderConfigPart,
-    DecoderPart,
-    FileRecord,
-    Parts,
-    TokenizerPart,
-    TowerShape,
-    VisionPart,
-    unhashed,
-)
-from lite.config import Preprocessing
+from benchmarks.speed.v100 import VISION
 from lite.errors import MemoryBudgetError
 from lite.memory.plan import Shapes, Workload, plan_memory
 
@@ -92,41 +76,18 @@ def limited(rig: Rig) -> Iterator[None]:
 
 
 def plan(rig: Rig, rows: int, cache_dtype: CacheDtype | None) -> MemoryPlan:
-    """Plan the memory of an artifact with the int4 decoder: of it only what a plan reads is there, for a moment."""
-    setting, shapes = rig.setting, rig.setting.shapes
-    manifest = Manifest(
-        model="random weights, for a measurement",
-        created_by="benchmarks speed gpu",
-        sources={},
-        parts=Parts(
-            tokenizer=TokenizerPart(files=unhashed("tokenizer.model")),
-            vision=VisionPart(
-                files={"vision.onnx": FileRecord(bytes=_TOWER_BYTES, sha256=UNHASHED)},
-                format="fp32",
-                image_size=518,
-                num_image_tokens=1369,
-                hidden_size=shapes.hidden_size,
-                tower=TowerShape(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-            ),
-            decoder_config=DecoderConfigPart(files=unhashed("decoder/config.json")),
-            decoder=DecoderPart(files={}, weights=(), format="gptq-int4", group_size=128, method="rtn"),
-        ),
-        preprocessing=Preprocessing(image_size=518),
+    """Plan the memory of the int4 decoder."""
+    there = rig.on_gpu and torch.cuda.is_available()
+    workload = Workload(
+        device=str(rig.device),
+        cache_dtype=cache_dtype,
+        num_rows=rows,
+        num_prompt_tokens=rig.setting.prompt_tokens,
+        max_new_tokens=_NEW_TOKENS,
+        chunk_size=max(rig.setting.chunk_sizes),
+        capability=torch.cuda.get_device_capability(rig.device) if there else (8, 6),
     )
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        (Path(folder) / "decoder").mkdir()
-        text = json.dumps(shapes.config(setting.layers, 4))
-        (Path(folder) / "decoder" / "config.json").write_text(text, encoding="utf-8")
-        workload = Workload(
-            device=str(rig.device),
-            cache_dtype=cache_dtype,
-            num_rows=rows,
-            num_prompt_tokens=setting.prompt_tokens,
-            max_new_tokens=_NEW_TOKENS,
-            chunk_size=max(setting.chunk_sizes),
-            capability=torch.cuda.get_device_capability(rig.device) if rig.device.type == "cuda" else (8, 6),
-        )
-        return plan_memory(Shapes.of(Artifact(path=Path(folder), manifest=manifest, id="0" * 16)), workload)
+    return plan_memory(Shapes(config=rig.config(4), vision=VISION, vision_bytes=_TOWER_BYTES), workload)
 
 
 def held_bytes(rig: Rig, num_rows: int, cache_dtype: CacheDtype | None) -> int:
