@@ -197,6 +197,8 @@ def _in_own_process(job: Job, name: str, path: Path, on_progress: Progress) -> M
     except EOFError as error:
         child.join()
         code = child.exitcode or 0
+        if code == -signal.SIGINT:  # Ctrl-C reaches both, and the child's end may be seen first
+            raise KeyboardInterrupt from error
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
         hint = " (out of memory, as a rule)" if code == -signal.SIGKILL else ""
         msg = f"{path}: got a process that {ended}{hint} · expected figures · see above, or give it a --memory-limit"

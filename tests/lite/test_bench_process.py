@@ -40,7 +40,7 @@ def test_the_child_ends_with_the_bench(
     finally:
         process.kill()
     if how == signal.SIGINT:
-        assert process.returncode == 130
+        assert process.returncode == 130, err
         assert err.strip().endswith("interrupted")
     assert "Traceback" not in out + err
     deadline = time.monotonic() + 120  # multiprocessing's own helper ends when its pipe has
@@ -69,6 +69,21 @@ def children_of(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def test_a_child_that_ctrl_c_ends_first_is_an_interruption(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("lite.bench.run._work", interrupted)
+    status, _, err = bench(capsys, tiny_artifact.path, "--data", write_list(tmp_path, films[:1]), *FAST)
+    assert status == 130
+    assert err.endswith("interrupted\n")
+
+
+def interrupted(*_: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_child_that_is_killed_is_a_row(
