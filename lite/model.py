@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
     top_logprobs: int | None
     timeout_s: float | None
     request_id: str | None
+    reuse: bool
 
 
 class FindingsModel:
@@ -168,6 +169,7 @@ class FindingsModel:
         batch_size: int = 8,
         max_new_tokens: int | None = None,
         rendering: Rendering = "mimic-cxr-jpg",
+        reuse: bool = True,
     ) -> Iterator[Findings | StudyError]:
         """Draft the findings of many films, several at a time: one that has ended makes room for the next.
 
@@ -178,6 +180,7 @@ class FindingsModel:
             batch_size: how many go through the decoder together, if there are as many rows (see `load`).
             max_new_tokens: as for `submit`.
             rendering: as for `submit`.
+            reuse: as for `submit`.
 
         Yields:
             One result per study, in order. A study that cannot be used or computed, whatever is wrong with it, yields
@@ -190,7 +193,7 @@ class FindingsModel:
             msg = f"got one study (a {type(studies).__name__}) · expected several · wrap it in a list: [study]"
             raise LiteError(msg)
         check_count("batch_size", batch_size, "1 runs the studies one by one")
-        asked = Asked(max_new_tokens=max_new_tokens, rendering=rendering)
+        asked = Asked(max_new_tokens=max_new_tokens, rendering=rendering, reuse=reuse)
         asked.check()
         if isinstance(studies, Sized):
             batch_size = max(1, min(batch_size, len(studies)))

@@ -228,7 +228,7 @@ def _warm_up(model: FindingsModel, studies: Sequence[Study], options: Options) -
     errors: list[LiteError] = []
     for study in itertools.chain(studies, itertools.cycle(studies)):
         try:
-            done.append(model.findings(study.image, study.reason, max_new_tokens=options.max_new_tokens))
+            done.append(model.findings(study.image, study.reason, max_new_tokens=options.max_new_tokens, reuse=False))
         except LiteError as error:
             errors.append(error)
         if len(done) == max(1, options.num_warmup):
@@ -270,7 +270,7 @@ def _run_singly(
 
 def _run(model: FindingsModel, study: Study, options: Options, meter: EnergyMeter | Missing) -> _Run:
     before = None if isinstance(meter, Missing) else meter.read()
-    findings = model.findings(study.image, study.reason, max_new_tokens=options.max_new_tokens)
+    findings = model.findings(study.image, study.reason, max_new_tokens=options.max_new_tokens, reuse=False)
     used = None if isinstance(meter, Missing) or before is None else meter.read() - before
     return _Run(findings=findings, energy_j=used)
 
@@ -332,6 +332,7 @@ def _drafted(model: FindingsModel, studies: Sequence[Study], batch_size: int, op
         [(study.image, study.reason) for study in studies],
         batch_size=batch_size,
         max_new_tokens=options.max_new_tokens,
+        reuse=False,
     )
     done: list[Findings] = []
     for result in results:

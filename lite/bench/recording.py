@@ -63,7 +63,7 @@ def take_record(
     token_ids: list[NDArray[np.unsignedinteger[Any]]] = []
     tops: list[TopK] = []
     for number, study in enumerate(studies, start=1):
-        findings = model.findings(study.image, study.reason)
+        findings = model.findings(study.image, study.reason, reuse=False)
         # The decision to stop is one of the tokens, too; a text that was cut has none.
         end = () if findings.finish_reason == "length" else (settings.decoding.eos_token_id,)
         ids = (*findings.token_ids, *end)

@@ -48,6 +48,7 @@ class Asked:
     top_logprobs: int | None = None  # tell each token's log-probability, and the most probable ones beside it
     timeout_s: float | None = None  # end it with DeadlineExceeded when so much time has passed
     request_id: str | None = None  # what it is called; None numbers it
+    reuse: bool = True  # take up what a row still holds of the same film; a measurement wants all of it computed
 
     def check(self) -> None:
         """Refuse numbers out of their range.
@@ -137,7 +138,7 @@ class Preparer:
                 id=asked.request_id or study.id or str(next(self._ids)),
                 input_ids=input_ids,
                 num_prefix_tokens=num_prefix_tokens(input_ids),
-                film=hashlib.sha256(pixel_values.tobytes()).digest(),
+                film=hashlib.sha256(pixel_values.tobytes()).digest() if asked.reuse else None,
                 see=functools.partial(self._see, pixel_values),
                 max_new_tokens=asked.max_new_tokens or self._artifact.manifest.decoding.max_new_tokens,
                 sampling=sampling,
