@@ -361,7 +361,7 @@ def load_on(gpu: FakeGpu, artifact: Artifact, **settings: Any) -> LlamaDecoder:
     ]
     # There are no numbers to check: all are taken for right.
     with (
-        mock.patch("lite.engines.torch_engine.decoder._tensors", return_value=iter(stored)),
+        mock.patch("lite.engines.torch_engine.load._tensors", return_value=iter(stored)),
         mock.patch("torch.equal", return_value=True),
         all_true(),
     ):

@@ -205,7 +205,7 @@ def _bytes_of(model: lite.FindingsModel, *names: str) -> int:
 
 def planned_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:
     """Return what the memory plan says of decoder and cache, for the batch that was drafted."""
-    plan = model.plan.with_rows(len(findings))
+    plan = model.plan.with_rows(findings[0].timings.batch_size)
     return plan.decoder_bytes + plan.cache_bytes
 
 

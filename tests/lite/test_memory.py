@@ -144,7 +144,9 @@ def planned(artifact: Artifact, **settings: Any) -> MemoryPlan:
 def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsModel, films: list[Path]) -> None:
     assert isinstance(tiny_model.decoder, LlamaDecoder)
     findings = tiny_model.findings(films[0])
-    for_cpu = functools.partial(planned, tiny_model.artifact, num_prompt_tokens=findings.num_prompt_tokens)
+    # A row is as long as most studies need.
+    prompt = tiny_model.plan.workload.num_prompt_tokens
+    for_cpu = functools.partial(planned, tiny_model.artifact, num_prompt_tokens=prompt)
     plan, batch, half = for_cpu(), for_cpu(num_rows=3), for_cpu(dtype="float16")
     assert plan.decoder_bytes == tiny_model.decoder.nbytes
     assert plan.cache_bytes == findings.memory.cache_bytes
@@ -221,8 +223,9 @@ def test_a_plan_of_the_onnx_engine_counts_what_it_holds(tiny_onnx_artifact: Arti
     assert onnx_decoder_bytes(config, part) == sum(sizes.values()) + 2 * scales
     sized = functools.partial(planned, tiny_onnx_artifact, engine="onnx")
     for cache_dtype in ("float32", "int8"):
-        findings = load(tiny_onnx_artifact.path, engine="onnx", cache_dtype=cache_dtype).findings(films[0])
-        plan = sized(cache_dtype=cache_dtype, num_prompt_tokens=findings.num_prompt_tokens)
+        model = load(tiny_onnx_artifact.path, engine="onnx", cache_dtype=cache_dtype)
+        findings = model.findings(films[0])
+        plan = sized(cache_dtype=cache_dtype, num_prompt_tokens=model.plan.workload.num_prompt_tokens)
         assert plan.cache_bytes == findings.memory.cache_bytes
     assert sized(cache_dtype="float32").cache_bytes == sized().cache_bytes == 4 * sized(cache_dtype="int8").cache_bytes
     # Of a batch the caches, and what is told of each row: films and prompts go through one at a time.
