@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from lite.engines.cores import available_cores
 from lite.engines.onnx_session import import_onnxruntime
+from lite.errors import BackendUnavailable
 from lite.memory.process import memory_of_machine, rss_bytes
 
 if TYPE_CHECKING:
@@ -52,18 +53,25 @@ def look(options: LoadOptions, artifact: Artifact) -> Machine:
     """Look at this machine as far as the options and the artifact ask for it.
 
     Raises:
-        BackendUnavailable: ONNX Runtime is not installed.
+        BackendUnavailable: ONNX Runtime is not installed, or torch, where nothing else will do, cannot be imported.
     """
     asked, exists = options.asked_engine, artifact.manifest.parts.decoder_onnx is not None
     may_be_torch = asked == "torch" or (asked is None and (not exists or (options.device == "auto" and has_gpu())))
     gpus: tuple[Gpu, ...] = ()
+    problem: str | None = None
     # torch first: ONNX Runtime then finds the CUDA libraries that torch has brought.
-    if may_be_torch and has_torch():
-        gpus = _gpus(options.device)
+    if may_be_torch:
+        try:
+            gpus = _gpus(options.device) if has_torch() else ()
+            problem = gpu_problem() if not gpus and options.device != "cpu" else None
+        except BackendUnavailable as error:  # it is there, and cannot be imported
+            if asked == "torch" or not exists:
+                raise
+            problem = str(error)
     runtime = import_onnxruntime()
     return Machine(
         gpus=gpus,
-        gpu_problem=gpu_problem() if may_be_torch and not gpus and options.device != "cpu" else None,
+        gpu_problem=problem,
         has_torch=has_torch(),
         onnxruntime=runtime.__version__,
         providers=tuple(runtime.get_available_providers()),
@@ -110,10 +118,12 @@ def gpu_problem() -> str | None:
 
 def _gpus(device: str) -> tuple[Gpu, ...]:
     """Return the GPUs that torch sees; of the one that is meant it tells what is free."""
+    from lite.engines.torch_engine.device import check_device  # which says what is missing
+
+    if device == "cpu" or check_device("auto") == "cpu":
+        return ()
     import torch
 
-    if device == "cpu" or not torch.cuda.is_available():
-        return ()
     meant = int(device.partition(":")[2] or torch.cuda.current_device())
     gc.collect()  # a model that was let go of, and what torch has kept of its memory
     torch.cuda.empty_cache()

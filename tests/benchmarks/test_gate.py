@@ -352,8 +352,8 @@ def test_ratios_are_of_medians_and_the_artifacts_take_turns(monkeypatch: pytest.
         "gptq-int4 by onnx": (0.2, 0.003),
     }
 
-    def fake(path: Path, *, engine: str, device: str = "cpu") -> Any:
-        assert device == "cpu"
+    def fake(path: Path, *, engine: str, device: str = "cpu", cache_dtype: str = "float32") -> Any:
+        assert (device, cache_dtype) == ("cpu", "float32")
         name = f"{path.name} by {engine}"
 
         def findings(image: object, reason: object) -> Any:

@@ -277,6 +277,24 @@ def test_a_driver_is_asked_for_before_torch(tiny_onnx_artifact: Artifact, monkey
     assert "built without CUDA" in (look(LoadOptions(), tiny_onnx_artifact).gpu_problem or "")
 
 
+def test_a_torch_that_cannot_be_imported_is_a_problem_of_who_needs_it(
+    tiny_artifact: Artifact, tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: str) -> tuple[Gpu, ...]:
+        raise BackendUnavailable("got no torch (libcudart)")
+
+    monkeypatch.setattr(machines, "_gpus", broken)
+    monkeypatch.setattr(machines, "has_gpu", lambda: True)
+    for artifact, options in ((tiny_artifact, {}), (tiny_onnx_artifact, {"engine": "torch"})):
+        with pytest.raises(BackendUnavailable, match="libcudart"):
+            look(LoadOptions(**options), artifact)  # type: ignore[arg-type]
+    machine = look(LoadOptions(), tiny_onnx_artifact)
+    found = resolve(LoadOptions(), tiny_onnx_artifact, machine)
+    assert (found.engine, found.fallbacks) == (
+        "onnx", ("the CPU in place of the GPU that is there: got no torch (libcudart)",)
+    )  # fmt: skip
+
+
 def test_what_is_free_is_asked_of_the_gpu_that_is_meant(
     tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
