@@ -22,6 +22,7 @@ from benchmarks.quality.compare import Candidate, Drafts, Films, Loss, Row, comp
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
+from lite.console import short_names
 from lite.errors import ArtifactError, ImageError, LiteError
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
@@ -226,12 +227,13 @@ def test_the_command_prints_a_table(
     columns = [cell.strip() for cell in header.split("|")[1:-1]]
     assert {len(line) for line in (rule, *rows)} == {len(header)}
     cells = [dict(zip(columns, (cell.strip() for cell in row.split("|")[1:-1]), strict=True)) for row in rows]
-    assert [row["row"] for row in cells] == [demo_artifact.path.name, damaged.name]
-    assert [row["beside"] for row in cells] == ["–", demo_artifact.path.name]
+    names = short_names([demo_artifact.path, damaged])
+    assert [row["row"] for row in cells] == names
+    assert [row["beside"] for row in cells] == ["–", names[0]]
     # Nothing was exported here, and nothing was timed.
     assert not {"export s", "study s"} & set(columns)
     assert f"- Films: 2 of {listed}.\n" in printed
-    assert f"- Artifacts: {demo_artifact.path.name} {demo_artifact.id}, {damaged.name} " in printed
+    assert f"- Artifacts: {names[0]} {demo_artifact.id}, {names[1]} " in printed
     assert cells[0]["KL, nats/token"] == "–"
     assert "[" in cells[1]["KL, nats/token"]
     megabytes = sum(file.stat().st_size for file in (damaged / "decoder").iterdir()) / 1e6
