@@ -24,14 +24,15 @@ from tiny import write_tiny_gptq_artifact
 
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID
+from lite.engines.segments import expand_image, num_prefix_tokens
 from lite.engines.torch_engine.cache import KVCache
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
 from lite.errors import MemoryBudgetError
 from lite.loading import load
 from lite.memory.process import Peaks
-from lite.session.feed import Feed
-from lite.session.generate import Generation, Request
+from lite.session.loop import Loop
+from lite.session.request import Progress, Request
 from lite.studies.results import Findings
 
 if not torch.cuda.is_available():
@@ -94,7 +95,7 @@ def test_captured_launched_and_a_cpu_choose_the_same_tokens(
     captured = load_decoder(artifact, device="cuda", **options)
     got, cache = greedy(captured, studies)
     assert all(step.is_captured for step in cache.steps.values())
-    assert list(cache.steps) == [len(studies)]
+    assert {key[0] for key in cache.steps} == {len(studies)}
     assert (captured.backend, captured.fallbacks) == ("triton, CUDA graphs", ())
     assert got == expected
     plain, cache = greedy(launched(artifact, **options), studies)
@@ -117,7 +118,7 @@ def test_captured_steps_in_float16_are_launched_ones(artifact: Artifact, cache_d
         # The kernels add up in the same order every time; cuBLAS, which has the head, all but promises it.
         torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
         assert caches[0].newest().tolist() == caches[1].newest().tolist()
-    assert caches[0].steps[len(studies)].is_captured
+    assert all(step.is_captured for step in caches[0].steps.values())
 
 
 @CACHES
@@ -132,45 +133,55 @@ def test_logits_in_float16_are_near_a_cpus(artifact: Artifact, cache_dtype: Any)
 
 
 def test_one_graph_serves_rows_that_come_and_go(artifact: Artifact) -> None:
-    """Fewer rows, a row that is used again, and the same cache for the next request: all as on the CPU."""
+    """Fewer rows, a row that is used again, and the same cache for the next studies: all as on the CPU."""
     on_cpu = load_decoder(artifact, device="cpu")
-    decoder = load_decoder(artifact, device="cuda", dtype="float32")
+    loop = loop_of(load_decoder(artifact, device="cuda", dtype="float32"), num_rows=3)
     lengths = [6, 20, 3, 9, 14]
     for _ in range(2):
-        requests = [request(study, length) for study, length in enumerate(lengths)]
-        generation = run(decoder, requests, batch_size=3)
-        assert generation.batch_size == 3
-        for study, made in enumerate(requests):
+        for study, made in enumerate(run(loop, lengths)):
             assert made.error is None
             assert made.token_ids == greedy(on_cpu, [study], steps=lengths[study])[0][0], study
-    idle = decoder.new_cache(3, 128)
-    assert {rows for rows, step in idle.steps.items() if step.is_captured} <= {1, 2, 3}
-    assert idle.steps[3].is_captured, "the cache of the requests, with its graphs, serves again"
+    assert loop.num_rows == 3
+    cache = loop._cache
+    assert cache is not None
+    captured = {key[0] for key, step in cache.steps.items() if step.is_captured}
+    assert 3 in captured
+    assert captured <= {1, 2, 3}
 
 
-def request(study: int, max_new_tokens: int) -> Request:
-    prompt = PROMPTS[study]
-    return Request(
-        input_ids=prompt,
-        num_prompt_tokens=len(prompt) - 1 + len(features(study)),
-        image_features=lambda: features(study),
-        max_new_tokens=max_new_tokens,
-    )
-
-
-def run(decoder: LlamaDecoder, requests: Sequence[Request], *, batch_size: int, max_seq_len: int = 128) -> Generation:
-    generation = Generation(
+def loop_of(decoder: LlamaDecoder, *, num_rows: int, max_seq_len: int = 128) -> Loop[KVCache, Any]:
+    return Loop(
         decoder,
-        Feed(iter(requests), lambda one: one),
-        batch_size=batch_size,
+        num_rows=num_rows,
         max_seq_len=max_seq_len,
         context=decoder.config.max_position_embeddings,
         eos_token_id=-2,  # never
+        fits=lambda *_: True,
         peaks=lambda: Peaks(rss_bytes=None, vram_bytes=decoder.peak_vram_bytes()),
     )
-    for _ in generation:
-        pass
-    return generation
+
+
+def run(loop: Loop[KVCache, Any], lengths: Sequence[int]) -> list[Progress[Any]]:
+    """Draft the first studies, so many tokens of each, in this thread."""
+    asked = []
+    for study, length in enumerate(lengths):
+        input_ids = expand_image(PROMPTS[study], len(features(study)))
+        see = functools.partial(features, study)
+        asked.append(
+            Request(
+                id=str(study), input_ids=input_ids, num_prefix_tokens=num_prefix_tokens(input_ids), film=None, see=see,
+                max_new_tokens=length,
+            )
+        )  # fmt: skip
+    studies = [Progress(one) for one in asked]
+    waiting = list(studies)
+    while waiting or loop.is_busy:
+        if waiting:
+            waiting[0].features = waiting[0].request.see()
+            if loop.admit(waiting[0]):
+                waiting.pop(0)
+        loop.turn()
+    return studies
 
 
 def test_a_capture_that_is_refused_leaves_the_ordinary_way(artifact: Artifact) -> None:
@@ -181,7 +192,7 @@ def test_a_capture_that_is_refused_leaves_the_ordinary_way(artifact: Artifact) -
     decoder.capture = refuse
     got, cache = greedy(decoder, [0, 1])
     assert got == greedy(launched(artifact, dtype="float32"), [0, 1])[0]
-    assert not cache.steps[2].is_captured
+    assert not any(step.is_captured for step in cache.steps.values())
     assert (decoder.backend, decoder.fallbacks) == ("triton", ("no CUDA graph: CUDA error: operation not permitted",))
 
 
@@ -249,30 +260,27 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(artifact: Artifact) -
     # 2 (keys, values) x 3 layers x 2 heads x 64 x 4 bytes, of 640 slots: 2 MB a row, 8 GB of 4,096.
     row_bytes = decoder.new_cache(1, 640).nbytes
     assert row_bytes == 2 * 3 * 2 * 64 * 4 * 640
-    requests = [request(study, 12) for study in range(len(PROMPTS))]
-    run(decoder, [request(0, 3)], batch_size=1)  # cuBLAS has its workspace
+    run(loop_of(decoder, num_rows=1), [3])  # cuBLAS has its workspace
+    loop = loop_of(decoder, num_rows=4096, max_seq_len=640)
     with memory_limit(256 * row_bytes):
-        generation = run(decoder, requests, batch_size=4096, max_seq_len=640)
-        assert 8 <= generation.batch_size <= 256
+        studies = run(loop, [12] * len(PROMPTS))
+        assert 8 <= loop.num_rows <= 256
     on_cpu = load_decoder(artifact, device="cpu")
-    for study, made in enumerate(requests):
+    for study, made in enumerate(studies):
         assert made.error is None
         assert made.token_ids == greedy(on_cpu, [study], steps=12)[0][0]
-        assert made.batch_size == generation.batch_size
 
 
 def test_one_study_that_does_not_fit_is_an_error_of_its_own(artifact: Artifact) -> None:
     decoder = load_decoder(artifact, device="cuda", dtype="float32")
-    run(decoder, [request(0, 3)], batch_size=1)
+    run(loop_of(decoder, num_rows=1), [3])
     held = torch.cuda.memory_allocated()
     with memory_limit(0):
-        # More than is held and free together; the cache of the request before is given up first.
-        asked = request(1, 4)
-        run(decoder, [asked], batch_size=1, max_seq_len=held * 64 // (2 * 3 * 2 * 64 * 4))
+        # More than is held and free together.
+        (asked,) = run(loop_of(decoder, num_rows=1, max_seq_len=held * 64 // (2 * 3 * 2 * 64 * 4)), [4])
         assert isinstance(asked.error, MemoryBudgetError)
         assert "expected some free on the GPU" in str(asked.error)
-    after = request(1, 4)
-    run(decoder, [after], batch_size=1)
+    (after,) = run(loop_of(decoder, num_rows=1), [4])
     assert after.error is None
 
 
