@@ -124,6 +124,7 @@ def logits_of(artifact: Artifact) -> torch.Tensor:
     return torch.from_numpy(model.score(film, list(range(3, 40))))
 
 
+@pytest.mark.full
 def test_a_folder_of_version_1_is_what_the_runtime_computes_with(artifacts: dict[str, Artifact]) -> None:
     """The independent unpacker's weights, in a plain transformers Llama, give the runtime's logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -318,6 +319,7 @@ def test_a_stopped_export_goes_on_to_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {"artifact"}
 
 
+@pytest.mark.full
 def test_a_search_is_not_done_twice(
     folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +448,7 @@ def test_going_on_does_not_write_into_an_artifact_that_shares_its_files(
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == first
 
 
+@pytest.mark.full
 def test_a_search_survives_an_interrupt_before_the_first_part(
     folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -309,6 +309,7 @@ def demo_pair(demo_onnx_artifact: Artifact) -> tuple[FindingsModel, FindingsMode
     )
 
 
+@pytest.mark.full
 def test_the_demo_says_the_same(demo_pair: tuple[FindingsModel, FindingsModel], tmp_path: Path) -> None:
     listed = write_studies(tmp_path / "films", count=12, seed=20261124, dicom=False)
     studies, truth = read_studies(listed), read_truth(listed)
