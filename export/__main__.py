@@ -7,7 +7,7 @@ import dataclasses
 import glob
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from export.settings import (
     DEFAULTS,
@@ -20,6 +20,7 @@ from export.settings import (
     Method,
     TokenWeights,
 )
+from export.summary import export_summary, onnx_summary
 from lite.artifact.parts import OnnxFloat
 from lite.config import DecoderFormat, VisionFormat
 from lite.console import positive, print_line, run_command, say
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from _typeshed import DataclassInstance
 
-    from lite.artifact.open import Artifact
-    from lite.artifact.parts import DecoderPart, OnnxPart
 
 _DESCRIPTION = """\
 Turn a LLaVA-Rad checkpoint, as downloaded, into an artifact: the folder that `python -m lite` runs.
@@ -86,7 +85,7 @@ def _export(options: argparse.Namespace) -> int:
     artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
     for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial*")):
         say(f"note: {left} is left from an export that was killed: remove it, unless one is running")
-    print_line(_summary(artifact))
+    print_line(export_summary(artifact))
     return 0
 
 
@@ -197,73 +196,10 @@ def _add_parity(parity: argparse._ActionsContainer) -> None:
 
 
 def _add_gptq(parser: argparse.ArgumentParser) -> None:
-    gptq, defaults = parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)"), DEFAULTS.gptq
-    gptq.add_argument(
-        "--calibration-data",
-        type=Path,
-        metavar="LIST.json",
-        help="studies to calibrate on, a JSON list in LLaVA-Rad's evaluation format",
-    )
-    gptq.add_argument(
-        "--calibration-images", type=Path, metavar="DIR", help="where its images are (default: beside the list)"
-    )
-    gptq.add_argument(
-        "--calibration-studies",
-        type=positive,
-        default=defaults.calibration_studies,
-        metavar="N",
-        help="how many, spread over the list (default: %(default)s)",
-    )
-    gptq.add_argument(
-        "--group-size",
-        type=int,
-        choices=get_args(GroupSize),
-        default=defaults.group_size,
-        help="inputs that share a scale, -1 for all: smaller is more faithful and larger on disk (default: "
-        "%(default)s)",
-    )
-    gptq.add_argument(
-        "--method",
-        choices=get_args(Method),
-        default=defaults.method,
-        help="rtn rounds to nearest, without calibration: the yardstick (default: %(default)s)",
-    )
-    gptq.add_argument(
-        "--token-weights",
-        type=_token_weights,
-        default=defaults.token_weights,
-        metavar="IMAGE,PROMPT",
-        help="what image and prompt tokens count against a findings token, or search (default: search)",
-    )
-    gptq.add_argument(
-        "--activation-order",
-        choices=get_args(ActivationOrder),
-        default=defaults.activation_order,
-        help="the order in which columns are rounded (default: %(default)s)",
-    )
-    gptq.add_argument(
-        "--clip", choices=get_args(Clip), default=defaults.clip, help="how scales are chosen (default: %(default)s)"
-    )
-    gptq.add_argument(
-        "--refine",
-        type=_count,
-        default=defaults.refine,
-        metavar="N",
-        help="passes over the rounded columns to round them better (default: %(default)s)",
-    )
-    gptq.add_argument(
-        "--fold-scales",
-        action=argparse.BooleanOptionalAction,
-        default=defaults.fold_scales,
-        help="balance the channels of neighbouring linears first (default: yes)",
-    )
-    gptq.add_argument(
-        "--lm-head",
-        choices=get_args(HeadFormat),
-        default=defaults.lm_head,
-        help="the head's weights; int8 saves 3 %% of 7B's bytes, but transformers does not read such a head (default: "
-        "%(default)s)",
-    )
+    gptq = parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)")
+    for flag, given in _GPTQ.items():
+        default = getattr(DEFAULTS.gptq, flag.removeprefix("--").replace("-", "_"))
+        gptq.add_argument(flag, default=default, **given)
 
 
 def _token_weights(text: str) -> TokenWeights | None:
@@ -280,58 +216,57 @@ def _count(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def _summary(artifact: Artifact) -> str:
-    """Return what a user wants to know at the end: sizes, parity, the terms, and what to type next."""
-    manifest, parts = artifact.manifest, artifact.manifest.parts
-    rows = [
-        (f"vision.onnx ({parts.vision.format})", _megabytes(parts.vision.nbytes)),
-        (f"decoder/ ({parts.decoder.format})", _megabytes(parts.decoder.nbytes + parts.decoder_config.nbytes)),
-    ]
-    if (vision := parts.vision.fidelity) is not None:
-        shown = f"smallest cosine {vision.min_cosine:.6f}, largest difference {vision.max_abs:.2g}"
-        rows.append(("features", shown))
-    if (fidelity := parts.decoder.fidelity) is not None:
-        rows.append(("decoder", str(fidelity.divergence)))
-        rows.append(("int8 cache", f"{fidelity.int8_cache} more"))
-        tokens = fidelity.divergence.tokens
-        rows.append(("measured on", f"{fidelity.divergence.studies} studies ({fidelity.data}), {tokens} tokens"))
-    rows += _calibration_rows(parts.decoder)
-    if (merge := parts.decoder.merge) is not None:
-        rows.append(("merge", f"LoRA scale {merge.lora_scale:g}, largest rounding {merge.max_abs_rounding:.2g}"))
-    rows += _onnx_rows(parts.decoder_onnx)
-    lines = [f"{artifact.path}: artifact {artifact.id} of {manifest.model}"]
-    lines += [f"  {name:<20} {value}" for name, value in rows]
-    lines += ["", manifest.notice, "", "next:", f"  python -m lite generate {artifact.path} FILM.png"]
-    return "\n".join(lines)
-
-
-def _calibration_rows(part: DecoderPart) -> list[tuple[str, str]]:
-    calibration = part.calibration
-    if calibration is None:
-        return []
-    errors = calibration.errors
-    worst = max(errors, key=errors.__getitem__)
-    return [
-        (
-            "calibrated on",
-            f"{calibration.studies} studies ({calibration.data}), {calibration.tokens} tokens; an image token counts "
-            f"{calibration.image_weight:g}, a prompt token {calibration.prompt_weight:g}",
-        ),
-        ("outputs change by", f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}"),
-    ]
-
-
-def _onnx_rows(part: OnnxPart | None) -> list[tuple[str, str]]:
-    if part is None:
-        return []
-    rows = [("decoder.onnx", _megabytes(part.nbytes))]
-    if (fidelity := part.fidelity) is not None:
-        rows.append(("engine", f"{fidelity.divergence}, from decoder/"))
-        cache = fidelity.int8_cache and f"{fidelity.int8_cache}, from its float cache"
-        rows.append(("its int8 cache", cache or "none: it takes onnxruntime 1.27 or newer at export"))
-        studies, tokens = fidelity.divergence.studies, fidelity.divergence.tokens
-        rows.append(("along", f"the reports of {studies} studies ({fidelity.data}), {tokens} tokens"))
-    return rows
+_GPTQ: Final[dict[str, dict[str, Any]]] = {
+    "--calibration-data": {
+        "type": Path,
+        "metavar": "LIST.json",
+        "help": "studies to calibrate on, a JSON list in LLaVA-Rad's evaluation format",
+    },
+    "--calibration-images": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "where its images are (default: beside the list)",
+    },
+    "--calibration-studies": {
+        "type": positive,
+        "metavar": "N",
+        "help": "how many, spread over the list (default: %(default)s)",
+    },
+    "--group-size": {
+        "type": int,
+        "choices": get_args(GroupSize),
+        "help": "inputs that share a scale, -1 for all: smaller is more faithful and larger (default: %(default)s)",
+    },
+    "--method": {
+        "choices": get_args(Method),
+        "help": "rtn rounds to nearest, without calibration: the yardstick (default: %(default)s)",
+    },
+    "--token-weights": {
+        "type": _token_weights,
+        "metavar": "IMAGE,PROMPT",
+        "help": "what image and prompt tokens count against a findings token, or search (default: search)",
+    },
+    "--activation-order": {
+        "choices": get_args(ActivationOrder),
+        "help": "the order in which columns are rounded (default: %(default)s)",
+    },
+    "--clip": {"choices": get_args(Clip), "help": "how scales are chosen (default: %(default)s)"},
+    "--refine": {
+        "type": _count,
+        "metavar": "N",
+        "help": "passes over the rounded columns to round them better (default: %(default)s)",
+    },
+    "--fold-scales": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "balance the channels of neighbouring linears first (default: yes)",
+    },
+    "--lm-head": {
+        "choices": get_args(HeadFormat),
+        "help": "the head's weights; int8 saves 3 %% of 7B's bytes, but transformers does not read such a head "
+        "(default: %(default)s)",
+    },
+}
+"""The options of GPTQ, each a field of `GptqSettings`."""
 
 
 def _add_onnx(arguments: list[str]) -> int:
@@ -347,11 +282,7 @@ def _export_onnx(options: argparse.Namespace) -> int:
 
     settings = OnnxSettings(show_progress=not options.quiet, **_given(OnnxSettings, options))
     artifact = add_onnx(options.artifact, settings, out=options.out)
-    lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
-    lines += [f"  {name:<20} {value}" for name, value in _onnx_rows(artifact.manifest.parts.decoder_onnx)]
-    lines += ["", artifact.manifest.notice, "", "next:"]
-    lines += [f"  python -m lite generate {artifact.path} FILM.png --engine onnx"]
-    print_line("\n".join(lines))
+    print_line(onnx_summary(artifact))
     return 0
 
 
@@ -382,10 +313,6 @@ def _onnx_parser() -> argparse.ArgumentParser:
     _add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

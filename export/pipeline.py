@@ -18,50 +18,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from tqdm import tqdm
 
 from export import verify
+from export.progress import progress_bar
 from export.quantize.calibration import (
     CalibrationStudies,
-    HiddenStates,
     read_calibration,
-    start_states,
-    token_weights,
 )
-from export.quantize.layerwise import STAGES, LayerQuantizer
-from export.quantize.token_weights import num_search_steps, search_token_weights
-from export.settings import DEFAULTS, ExportSettings, TokenWeights
-from export.source.checkpoint import Checkpoint, base_shapes, open_checkpoint
-from export.studies import EncodedStudy, StudyReader
+from export.settings import DEFAULTS, ExportSettings
+from export.source.checkpoint import Checkpoint, open_checkpoint
+from export.source.shapes import base_shapes
+from export.studies import EncodedStudy, StudyReader, list_name
 from export.write.decoder import (
     CONFIG_NAME,
     DecoderFolder,
-    PartReport,
-    calibrated_part,
     decoder_bytes,
-    embeddings_part,
-    head_part,
-    layer_part,
-    quantization_config,
     require_divisible,
-    write_configs,
 )
-from export.write.onnx_part import BUILT_IN, MAX_CACHE_STUDIES, CacheStudies, write_onnx_part
-from export.write.vision_onnx import build_vision_onnx, write_vision_onnx
-from export.write.work import SEARCH_NAME, VISION_NAME, WorkFolder, work_folder, work_path
+from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_layers, write_vision
+from export.write.onnx_part import MAX_CACHE_STUDIES, CacheStudies, write_onnx_part
+from export.write.work import VISION_NAME, work_folder, work_path
 from lite._version import __version__
 from lite.artifact.manifest import NOTICE, Manifest
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import (
     UNHASHED,
-    CalibrationRecord,
     DecoderConfigPart,
     DecoderPart,
-    MergeRecord,
     OnnxPart,
     Parts,
     TokenizerPart,
-    TokenWeightSearch,
     TowerShape,
     VisionPart,
     unhashed,
@@ -69,13 +55,13 @@ from lite.artifact.parts import (
 from lite.artifact.write import check_target, staged_artifact
 from lite.engines.torch_engine.device import check_device
 from lite.errors import ArtifactError, BackendUnavailable
-from lite.files import disk_errors_explained, give_name, whole_file
-from lite.vision import VisionEncoder
+from lite.files import disk_errors_explained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
+    from export.write.work import WorkFolder
+
 
 LICENCE_NOTICE: Final = (
     "The weights keep the licence of the checkpoint they were converted from. microsoft/llava-rad: Microsoft Research "
@@ -121,29 +107,42 @@ def export_artifact(
         _require_space(source, work.path, calibration, settings)
         manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
         work.require_same(_arguments(manifest, calibration, settings))
-        _write_vision(source, work.vision, settings)
+        write_vision(source, work.vision, settings)
         if calibration is None:
-            _write_layers(source, work, settings)
+            write_layers(source, work, settings)
         else:
-            record = _write_calibrated_layers(source, work, manifest, calibration, settings)
+            record = write_calibrated_layers(source, work, manifest, calibration, settings)
             manifest = _with_decoder(manifest, calibration=record)
-        _finish_decoder(source, work, manifest, settings)
-        manifest = _with_decoder(manifest, files=unhashed(*work.decoder.files()), merge=_merge_record(source, work))
-        with staged_artifact(out, overwrite=settings.overwrite) as staged:
-            work.link_into(staged.path)
-            shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
-            artifact = Artifact(path=staged.path, manifest=manifest, id=UNHASHED)
-            if settings.onnx:
-                part = _write_onnx(artifact, studies, calibration, settings)
-                artifact = artifact.with_parts(decoder_onnx=part)
-            parts = _measure(source, artifact, studies, settings)
-            try:
-                verify.require_parity(parts)
-            except ArtifactError:
-                work.discard_parts()
-                raise
-            staged.finish(dataclasses.replace(artifact.manifest, parts=parts))
+        finish_decoder(source, work, manifest, settings)
+        manifest = _with_decoder(manifest, files=unhashed(*work.decoder.files()), merge=merge_record(source, work))
+        _keep_measured(Path(out), source, work, manifest, studies, calibration, settings)
     return load_artifact(out)
+
+
+def _keep_measured(
+    out: Path,
+    source: Checkpoint,
+    work: WorkFolder,
+    manifest: Manifest,
+    studies: Sequence[EncodedStudy],
+    calibration: CalibrationStudies | None,
+    settings: ExportSettings,
+) -> None:
+    """Make the artifact of the finished parts, and put it in its place if it computes what the source does."""
+    with staged_artifact(out, overwrite=settings.overwrite) as staged:
+        work.link_into(staged.path)
+        shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
+        artifact = Artifact(path=staged.path, manifest=manifest, id=UNHASHED)
+        if settings.onnx:
+            part = _write_onnx(artifact, studies, calibration, settings)
+            artifact = artifact.with_parts(decoder_onnx=part)
+        parts = _measure(source, artifact, studies, settings)
+        try:
+            verify.require_parity(parts)
+        except ArtifactError:
+            work.discard_parts()
+            raise
+        staged.finish(dataclasses.replace(artifact.manifest, parts=parts))
 
 
 def _manifest(source: Checkpoint, decoder: DecoderFolder, settings: ExportSettings) -> Manifest:
@@ -215,7 +214,7 @@ def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -
         max_seq_len=source.decoder.max_position_embeddings,
         max_tokens=settings.verify_tokens,
     )
-    return reader.read(settings.verify_data, settings.image_folder, settings.verify_studies, option="--verify-data")
+    return reader.read(settings.verify_data, settings.image_folder, settings.verify_studies, option="--image-folder")
 
 
 def _require_space(
@@ -252,7 +251,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 def _hash_sources(source: Checkpoint, settings: ExportSettings) -> dict[str, str]:
     total = sum(file.stat().st_size for file in source.files.values())
     hashes = {}
-    with _bar(settings, "hashing the sources", total, unit="B", unit_scale=True) as bar:
+    with progress_bar("hashing the sources", total, unit="B", unit_scale=True, show=settings.show_progress) as bar:
         for name, file in source.files.items():
             digest = hashlib.sha256()
             with file.open("rb") as stream:
@@ -263,154 +262,6 @@ def _hash_sources(source: Checkpoint, settings: ExportSettings) -> dict[str, str
     return hashes
 
 
-def _write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> None:
-    if file.is_file():
-        return
-    with _bar(settings, "writing vision.onnx", 2, unit="step") as bar:
-        model = build_vision_onnx(
-            source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
-        )
-        bar.update()
-        with whole_file(file) as partial:
-            write_vision_onnx(model, partial)
-        bar.update()
-
-
-def _write_layers(source: Checkpoint, work: WorkFolder, settings: ExportSettings) -> None:
-    """Write the embeddings and all layers in a form that takes no calibration."""
-    parts = range(work.decoder.num_finished(), source.decoder.num_hidden_layers + 1)
-    with _bar(settings, "writing the decoder", work.decoder.num_parts, initial=parts.start, unit="part") as bar:
-        for part in parts:
-            report = PartReport()
-            tensors = layer_part(source, part - 1, settings, report) if part else embeddings_part(source, report)
-            work.keep_report(part, report)
-            work.decoder.write(part, tensors)
-            bar.update()
-
-
-def _write_calibrated_layers(
-    source: Checkpoint,
-    work: WorkFolder,
-    manifest: Manifest,
-    calibration: CalibrationStudies,
-    settings: ExportSettings,
-) -> CalibrationRecord:
-    """Write the embeddings and all layers, each rounded by what it sees behind those before it."""
-    P, layers = source.tower.num_patches, source.decoder.num_hidden_layers
-    weights = _token_weights(source, work, manifest, calibration, settings)
-    lengths = [study.num_tokens(P) for study in calibration.studies]
-
-    def states(index: int) -> HiddenStates:
-        return HiddenStates(work.path / f"hidden-{index:04d}", lengths, source.decoder.hidden_size)
-
-    finished = work.decoder.num_finished()
-    if finished == 0:
-        embeddings = source.read_base("model.embed_tokens.weight")
-        with _bar(settings, "reading the films", len(calibration.studies), unit="film") as bar:
-            features = _features(work, manifest)
-            start_states(states(0).file, calibration.studies, features, embeddings, P, advance=bar.update)
-        del embeddings, features
-        report = PartReport()
-        tensors = embeddings_part(source, report)
-        work.keep_report(0, report)
-        work.decoder.write(0, tensors)
-        finished = 1
-    by_token = [token_weights(study, P, weights) for study in calibration.studies]
-    quantizer = LayerQuantizer(source.decoder, settings)
-    first = min(finished - 1, layers)
-    with _bar(settings, "rounding the decoder", layers * len(STAGES), initial=first * len(STAGES), unit="pass") as bar:
-        for index in range(first, layers):
-            inputs, outputs = states(index), states(index + 1)
-            if not inputs.complete:
-                msg = (
-                    f"{inputs.file}: got no hidden states to go on from · expected those before layer {index} · "
-                    f"remove {work.path} to begin anew"
-                )
-                raise ArtifactError(msg)
-            name = f"model.layers.{index}"
-            layer = source.read_layer(index).merged()
-            # In a spare file until the layer is done: what is called outputs is complete.
-            spare = outputs.beside(work.path / "hidden.partial")
-            rounded = quantizer.quantize(name, layer, inputs, spare, by_token, advance=bar.update)
-            give_name(spare.file, outputs.file)
-            work.keep_report(index + 1, PartReport(errors={f"{name}.{k}": v for k, v in rounded.errors.items()}))
-            work.decoder.write(index + 1, calibrated_part(index, rounded.norms, rounded.linears))
-            inputs.remove()
-            bar.set_postfix_str(_errors_shown(index, rounded.errors))
-    return CalibrationRecord(
-        data=calibration.data,
-        sha256=calibration.sha256,
-        studies=len(calibration.studies),
-        tokens=sum(lengths),
-        image_weight=weights.image,
-        prompt_weight=weights.prompt,
-        search=_search_record(work),
-        errors=_whole_report(work).errors,
-    )
-
-
-def _search_record(work: WorkFolder) -> TokenWeightSearch | None:
-    found = work.read(SEARCH_NAME)
-    return found and TokenWeightSearch(held_out_studies=found["held_out_studies"], mean_kl=found["mean_kl"])
-
-
-def _whole_report(work: WorkFolder) -> PartReport:
-    """Add up the reports of the parts that are finished."""
-    whole = PartReport()
-    for part in range(work.decoder.num_finished()):
-        whole.merge(work.report(part))
-    return whole
-
-
-def _token_weights(
-    source: Checkpoint,
-    work: WorkFolder,
-    manifest: Manifest,
-    calibration: CalibrationStudies,
-    settings: ExportSettings,
-) -> TokenWeights:
-    """Return the token weights as given, as an earlier run has chosen them, or by a search."""
-    if settings.gptq.token_weights is not None:
-        return settings.gptq.token_weights
-    chosen = work.read(SEARCH_NAME)
-    if chosen is None:
-        with _bar(settings, "choosing λ", num_search_steps(source), unit="step") as bar:
-            features = _features(work, manifest)
-            best, kl = search_token_weights(source, calibration, features, work.path, settings, advance=bar.update)
-        chosen = {"chosen": dataclasses.asdict(best), "held_out_studies": len(calibration.held_out), "mean_kl": kl}
-        work.write(SEARCH_NAME, chosen)
-    return TokenWeights(**chosen["chosen"])
-
-
-def _features(work: WorkFolder, manifest: Manifest) -> Callable[[EncodedStudy], Tensor]:
-    """Return the exported tower: the decoder is calibrated on what it will see at run time."""
-    encoder = VisionEncoder(Artifact(path=work.path, manifest=manifest, id=UNHASHED))
-    return lambda study: torch.from_numpy(encoder(study.pixel_values[None])[0])
-
-
-def _errors_shown(index: int, errors: dict[str, float]) -> str:
-    shown = " ".join(f"{name.rpartition('.')[2].removesuffix('_proj')} {error:.1%}" for name, error in errors.items())
-    return f"layer {index}: {shown}"
-
-
-def _finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, settings: ExportSettings) -> None:
-    """Write the final norm, the head, and the small files."""
-    last = work.decoder.num_parts - 1
-    if work.decoder.num_finished() == last:
-        report = PartReport()
-        tensors = head_part(source, settings, report)
-        work.keep_report(last, report)
-        work.decoder.write(last, tensors)
-    work.decoder.write_index()
-    write_configs(
-        work.decoder.folder,
-        source.decoder,
-        source.decoding,
-        notice=manifest.notice,
-        quantization=quantization_config(settings),
-    )
-
-
 def _write_onnx(
     artifact: Artifact,
     studies: Sequence[EncodedStudy],
@@ -418,43 +269,25 @@ def _write_onnx(
     settings: ExportSettings,
 ) -> OnnxPart:
     """Write decoder.onnx; its cache is calibrated on what the decoder was, or on what it will be measured on."""
-    cache = CacheStudies(studies=studies[:MAX_CACHE_STUDIES], data=_verify_name(settings))
+    cache = CacheStudies(studies=studies[:MAX_CACHE_STUDIES], data=list_name(settings.verify_data))
     if calibration is not None:
         cache = CacheStudies(studies=calibration.studies[:MAX_CACHE_STUDIES], data=calibration.data)
-    with _bar(settings, "writing decoder.onnx", 2 + len(cache.studies), unit="step") as bar:
+    with progress_bar("writing decoder.onnx", 2 + len(cache.studies), unit="step", show=settings.show_progress) as bar:
         return write_onnx_part(artifact, cache, activations=settings.activations, advance=bar.update)
-
-
-def _verify_name(settings: ExportSettings) -> str:
-    return BUILT_IN if settings.verify_data is None else Path(settings.verify_data).name
-
-
-def _merge_record(source: Checkpoint, work: WorkFolder) -> MergeRecord:
-    whole = _whole_report(work)
-    return MergeRecord(
-        lora_scale=source.adapter_config.scale,
-        max_abs_rounding=whole.max_abs,
-        max_abs_rounding_tensor=whole.max_abs_tensor,
-        relative_rms_rounding=whole.relative_rms,
-    )
 
 
 def _measure(
     source: Checkpoint, artifact: Artifact, studies: Sequence[EncodedStudy], settings: ExportSettings
 ) -> Parts:
-    with _bar(settings, "measuring parity", verify.num_steps(source), unit="step") as bar:
+    with progress_bar("measuring parity", verify.num_steps(source), unit="step", show=settings.show_progress) as bar:
         return verify.measure(
             source,
             artifact,
             studies,
-            data=_verify_name(settings),
+            data=list_name(settings.verify_data),
             device=settings.device,
             advance=bar.update,
         )
-
-
-def _bar(settings: ExportSettings, name: str, total: int, **kwargs: Any) -> tqdm[Any]:
-    return tqdm(total=total, desc=f"{name:<20}", disable=not settings.show_progress, dynamic_ncols=True, **kwargs)
 
 
 @contextlib.contextmanager

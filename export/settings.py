@@ -108,6 +108,24 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that no export can have."""
+        self._refuse_unknown()
+        self._refuse_unused()
+        gptq = self.gptq
+        for name, count in {"verify_studies": self.verify_studies, "verify_tokens": self.verify_tokens}.items():
+            if count < 1:
+                raise ArtifactError(f"got {name}={count} · expected at least 1 · an unmeasured export is not kept")
+        if gptq.calibration_studies < 1 or gptq.refine < 0:
+            msg = f"got calibration_studies={gptq.calibration_studies} refine={gptq.refine} · expected 1 and 0 or more"
+            raise ArtifactError(f"{msg} · choose other numbers")
+        if self.calibrates and gptq.calibration_data is None:
+            msg = (
+                "got no calibration data · expected a JSON list of studies in the evaluation format, with films and "
+                "findings: GPTQ rounds weights by what the decoder sees · give --calibration-data LIST.json, or take "
+                "--method rtn, which needs none and loses more"
+            )
+            raise ArtifactError(msg)
+
+    def _refuse_unknown(self) -> None:
         gptq = self.gptq
         for what, chosen, known in (
             ("decoder format", self.decoder_format, DecoderFormat),
@@ -122,18 +140,16 @@ class ExportSettings:
             if chosen not in get_args(known):
                 options = ", ".join(map(str, get_args(known)))
                 raise ArtifactError(f"got {what} {chosen!r} · expected one of {options} · choose one of them")
+
+    def _refuse_unused(self) -> None:
+        """Refuse settings that exclude each other, and those that would change nothing."""
+        gptq = self.gptq
         if self.onnx and not self.decoder_format.startswith("gptq"):
             msg = f"got the onnx engine for {self.decoder_format} · expected gptq-int4 or gptq-int8, whose integers it "
             raise ArtifactError(f"{msg}takes over · choose one of them, or leave it out")
         if self.activations != DEFAULT_ACTIVATIONS and not self.onnx:
             msg = f"got activations {self.activations} without the onnx engine · expected them with it, as only "
             raise ArtifactError(f"{msg}decoder.onnx computes in them · give --engine onnx, or leave them out")
-        for name, count in {"verify_studies": self.verify_studies, "verify_tokens": self.verify_tokens}.items():
-            if count < 1:
-                raise ArtifactError(f"got {name}={count} · expected at least 1 · an unmeasured export is not kept")
-        if gptq.calibration_studies < 1 or gptq.refine < 0:
-            msg = f"got calibration_studies={gptq.calibration_studies} refine={gptq.refine} · expected 1 and 0 or more"
-            raise ArtifactError(f"{msg} · choose other numbers")
         used = {field.name for field in dataclasses.fields(gptq)}
         if not self.decoder_format.startswith("gptq"):
             used, where = set(), "with gptq-int4 or gptq-int8 only"
@@ -150,13 +166,6 @@ class ExportSettings:
             holder = self if data == "verify_data" else gptq
             if getattr(holder, images) is not None and getattr(holder, data) is None:
                 raise ArtifactError(f"got {images} without {data} · expected a list of studies too · give one")
-        if self.calibrates and gptq.calibration_data is None:
-            msg = (
-                "got no calibration data · expected a JSON list of studies in the evaluation format, with films and "
-                "findings: GPTQ rounds weights by what the decoder sees · give --calibration-data LIST.json, or take "
-                "--method rtn, which needs none and loses more"
-            )
-            raise ArtifactError(msg)
 
     @property
     def bits(self) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
-from lite.errors import ArtifactError, CheckpointError, LiteError, PromptError
+from lite.errors import ArtifactError, CheckpointError, ImageError, LiteError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.prompt import PromptEncoder, Tokenizer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
+_LOG = logging.getLogger(__name__)
 _BUILT_IN_TEXTS: Final = (
     (
         "Chest pain.",
@@ -57,10 +59,6 @@ _BUILT_IN_TEXTS: Final = (
 Each has 40 words or more, and no tokenizer takes less than a token for a word: the four are past
 `verify.MIN_TOKENS_FOR_SAME_TOP` with any. The cost of a study is its image and prompt, not its text.
 """
-
-
-_FOLDERS: Final = {"--verify-data": "--image-folder", "--calibration-data": "--calibration-images"}
-"""What the command line calls the folder of a list's films."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +119,7 @@ class StudyReader:
         """Return studies of a list, or made here where there is none; see `from_list` and `built_in`."""
         if file is None:
             return self.built_in(count)
-        return self.from_list(Path(file), Path(image_folder or Path(file).parent), count, option=option)
+        return self.from_list(Path(file), Path(image_folder) if image_folder else None, count, option=option)
 
     def built_in(self, count: int) -> list[EncodedStudy]:
         """Return studies made here: smooth shaded fields with noise, and fixed findings texts."""
@@ -139,39 +137,40 @@ class StudyReader:
             studies.append(self._study(pixels, reason, findings))
         return studies
 
-    def from_list(self, file: Path, image_folder: Path, count: int, *, option: str) -> list[EncodedStudy]:
-        """Return studies of a JSON list: all, or `count` spread evenly over it.
+    def from_list(self, file: Path, image_folder: Path | None, count: int, *, option: str) -> list[EncodedStudy]:
+        """Return studies of a list: all, or `count` spread evenly over it.
 
-        Every film is read once, so that a missing or broken one is found before hours of work and not after.
+        Every film is read once, so that a missing one is found before hours of work and not after. A study that cannot
+        be used (its film is damaged or lateral, it has no findings, its reason is too long) is left out with a warning.
 
         Args:
             file: The list.
-            image_folder: What its images are relative to.
+            image_folder: What its images are relative to; its own folder when not given.
             count: How many, at most.
-            option: The command line's name for the list, for messages.
+            option: The command line's name for that folder.
 
         Raises:
-            CheckpointError: The list is unreadable, an entry is no study, or a chosen one lacks findings or film.
-            ImageError: A file is not a film.
+            LiteError: The list cannot be read, a film is not there, or none of the studies can be used.
         """
-        try:
-            studies = read_studies(file, image_folder=image_folder, unique=False)
-            count = min(count, len(studies))
-            chosen = [studies[place * len(studies) // count] for place in range(count)]
-            check_films(chosen, file, option=_FOLDERS[option], every=True)
-        except LiteError as error:
-            raise CheckpointError(f"{option}: {error}") from error
-        encoded = []
-        for study in chosen:
-            if not study.reference.strip():
-                msg = f"{option}: {file}: got no findings for {study.id} · expected them in words · take the study out"
-                raise CheckpointError(msg)
+        entries = read_studies(file, image_folder=image_folder)
+        count = min(count, len(entries))
+        chosen = [entries[place * len(entries) // count] for place in range(count)]
+        check_films(chosen, file, option=option, every=True)
+        studies: list[EncodedStudy] = []
+        problem: LiteError | None = None
+        for entry in chosen:
             try:
-                encoded.append(self._study(study.path, study.reason, study.reference))
-            except PromptError as error:
-                raise CheckpointError(f"{option}: {file}: {study.id}: {error}") from error
-            load_image(study.path)
-        return encoded
+                if not entry.reference.strip():
+                    raise PromptError(f"{entry.id}: got no findings · expected some, to predict · add them to the list")
+                load_image(entry.image)
+                studies.append(self._study(entry.path, entry.reason, entry.reference))
+            except (ImageError, PromptError) as error:
+                problem = error
+                _LOG.warning("%s: left out: %s", file, error)
+        if not studies:
+            msg = f"{file}: got {count} studies, none of which can be used ({problem}) · expected films with findings"
+            raise LiteError(f"{msg} · correct the list") from problem
+        return studies
 
     def _study(self, film: Path | Array, reason: str | None, findings: str) -> EncodedStudy:
         input_ids = self.prompts.encode(reason)
@@ -180,6 +179,11 @@ class StudyReader:
         return EncodedStudy(
             film=film, preprocessing=self.preprocessing, input_ids=tuple(input_ids), target_ids=tuple(target_ids)
         )
+
+
+def list_name(file: str | Path | None) -> str:
+    """Return what the manifest calls the studies of a list."""
+    return "built-in" if file is None else Path(file).name
 
 
 def sha256_of_studies(studies: list[EncodedStudy]) -> str:

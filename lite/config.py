@@ -188,11 +188,8 @@ class DecoderConfig:
                 msg = f"{where}: got {name}={value} · expected more than 0 · export the artifact again"
                 raise ArtifactError(msg)
         if read.num_attention_heads % read.num_key_value_heads:
-            msg = (
-                f"{where}: got {read.num_attention_heads} attention heads over {read.num_key_value_heads} "
-                "key/value heads · expected a whole multiple · export the artifact again"
-            )
-            raise ArtifactError(msg)
+            got = f"{read.num_attention_heads} attention heads over {read.num_key_value_heads} key/value heads"
+            raise ArtifactError(f"{where}: got {got} · expected a whole multiple · export the artifact again")
         if read.head_dim % 2:
             msg = (
                 f"{where}: got head_dim={read.head_dim} · expected an even number: rotary embeddings turn pairs · "

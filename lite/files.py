@@ -112,6 +112,15 @@ def check_writable(*files: Path | None) -> None:
             partial.unlink()
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """Put a file at another place, too: as a hard link, or a copy where there are none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
 # -- Folders ---------------------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqS
         CheckpointError: See `StudyReader.from_list`; or the list is too short to hold any out.
     """
     file = Path(settings.calibration_data or "")
-    folder = Path(settings.calibration_images or file.parent)
+    folder = None if settings.calibration_images is None else Path(settings.calibration_images)
     reader = StudyReader(
         checkpoint.tokenizer,
         manifest,
@@ -73,7 +73,7 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqS
     )
     searches = settings.token_weights is None
     held_out = min(MAX_HELD_OUT, -(-settings.calibration_studies // (HELD_OUT_SHARE - 1))) if searches else 0
-    studies = reader.from_list(file, folder, settings.calibration_studies + held_out, option="--calibration-data")
+    studies = reader.from_list(file, folder, settings.calibration_studies + held_out, option="--calibration-images")
     held_out = min(held_out, len(studies) // HELD_OUT_SHARE)
     if searches and not held_out:
         msg = (

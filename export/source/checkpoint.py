@@ -10,43 +10,29 @@
 `open_checkpoint` reads the small files and the *index* of the large ones, and compares every tensor's name, shape and
 dtype with what the configurations promise: each is used, or known and not needed, or an error that names it. The
 weights themselves are read later, one decoder layer at a time.
-
-The tower's json is the file `mm_vision_tower_config` names; as the published config names one that is not there, the
-only other json in the folder with a `vision_cfg` is taken in its place, and no choice is made between two.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from export.source.lora import LINEARS, AdapterConfig, LoraPair, merge
-from export.source.tensors import TensorFiles, entries_of, load_pickle, open_tensors, plain_file_name, read_json
-from lite.config import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, DecoderConfig, DecodingDefaults, Preprocessing
+from export.source.lora import AdapterConfig, LoraPair, merge
+from export.source.shapes import ADAPTER_PREFIX, adapter_shapes, base_shapes, layer_shapes
+from export.source.tensors import TensorFiles, open_tensors, read_json
+from export.source.tower import TowerConfig, open_tower, trunk_shapes
+from lite.config import DecoderConfig, DecodingDefaults, Preprocessing
 from lite.errors import ArtifactError, CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_PREFIX: Final = "base_model.model."
 PROJECTOR_PREFIX: Final = "base_model.model.model.mm_projector."
-TRUNK_PREFIX: Final = "module.visual.trunk."
 NOTICE_NAME: Final = "NOTICE"
 MAX_NOTICE_CHARS: Final = 1000
-VIT_HEAD_DIM: Final = 64
-"""Heads are not recorded in the weights; every DINOv2 tower has heads of 64 channels."""
 
 UNNEEDED_BASE: Final = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-UNNEEDED_TOWER: Final = (r"module\.text\..*", r"module\.visual\.head\..*", r"module\.logit_(scale|bias)")
-UNNEEDED_TRUNK: Final = (r"norm\.(weight|bias)", r"mask_token")
-"""The trunk's final norm; blocks above the selected one are added by number."""
-_TRAINING_EXTRAS: Final = frozenset({"optimizer", "scaler", "lr_scheduler", "scheduler"})
-"""Keys of a training checkpoint that hold tensors of no use here."""
 
 # LLaVA settings that change what the model computes, and the only value this exporter implements.
 _LLAVA_REQUIRED: Final[dict[str, tuple[Any, str]]] = {
@@ -68,28 +54,6 @@ _SAME_IN_BASE: Final = (
     "rms_norm_eps",
     "rope_theta",
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TowerConfig:
-    """The vision tower's shape, read from its tensors and json."""
-
-    image_size: int
-    patch_size: int
-    dim: int
-    depth: int  # blocks in the checkpoint
-    num_blocks: int  # blocks that are run: select_layer -2 leaves the last one out
-    mlp_dim: int
-
-    @property
-    def num_heads(self) -> int:
-        """The attention heads."""
-        return self.dim // VIT_HEAD_DIM
-
-    @property
-    def num_patches(self) -> int:
-        """The image tokens the tower gives the decoder."""
-        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +128,8 @@ def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
     _require_folders(checkpoint, base)
     llava = read_json(checkpoint / "config.json", what="the LLaVA configuration")
     base_config = read_json(base / "config.json", what="the base model's configuration")
-    adapter_json = read_json(checkpoint / "adapter_config.json", what="the LoRA configuration")
-    adapter_config = AdapterConfig.from_json(adapter_json, where=str(checkpoint / "adapter_config.json"))
+    adapter_file = checkpoint / "adapter_config.json"
+    adapter_config = AdapterConfig.from_json(read_json(adapter_file, what="the LoRA"), where=str(adapter_file))
     _check_llava_config(llava, checkpoint / "config.json")
     decoder = _decoder_config(llava, checkpoint, base_config, base, adapter_config)
 
@@ -174,86 +138,33 @@ def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
     adapter = open_tensors(checkpoint, "adapter_model", what="the LoRA adapter")
     adapter.require(adapter_shapes(decoder, adapter_config))
 
-    tower_json = _find_tower_json(checkpoint, llava)
-    tower_file = _find_tower_checkpoint(checkpoint, llava)
-    trunk = _open_trunk(tower_file)
-    tower, preprocessing = _tower_config(tower_json, trunk, tower_file, int(llava["mm_vision_select_layer"]))
-    unused_blocks = "|".join(str(block) for block in range(tower.num_blocks, tower.depth))
-    trunk.require(
-        trunk_shapes(tower, num_blocks=tower.num_blocks),
-        unneeded=(*UNNEEDED_TRUNK, rf"blocks\.({unused_blocks})\..*"),
-    )
+    tower = open_tower(checkpoint, llava)
     projector = open_tensors(checkpoint, "non_lora_trainables", what="the projector")
-    projector.require(projector_shapes(decoder, tower))
-    if llava.get("mm_hidden_size", tower.dim) != tower.dim:
-        msg = (
-            f"{checkpoint / 'config.json'}: got mm_hidden_size={llava['mm_hidden_size']} · expected the tower's "
-            f"{tower.dim} · config.json and {tower_file.name} belong to different models"
-        )
-        raise CheckpointError(msg)
+    projector.require(projector_shapes(decoder, tower.config))
 
     tokenizer = base / "tokenizer.model"
     _check_tokenizer(tokenizer, decoder.vocab_size)
-    in_checkpoint = [checkpoint / "config.json", checkpoint / "adapter_config.json", tower_json, tower_file]
-    in_checkpoint += adapter.files + projector.files
-    in_base = [base / "config.json", tokenizer, *base_tensors.files]
-    files = {f"checkpoint/{file.name}": file for file in in_checkpoint} | {
-        f"base/{file.name}": file for file in in_base
-    }
+    in_checkpoint = [checkpoint / "config.json", adapter_file, *tower.files, *adapter.files, *projector.files]
     notice = _notice(checkpoint / NOTICE_NAME)
-    if notice is not None:
-        files[f"checkpoint/{NOTICE_NAME}"] = checkpoint / NOTICE_NAME
+    in_checkpoint += [checkpoint / NOTICE_NAME] if notice is not None else []
+    files = {f"checkpoint/{file.name}": file for file in in_checkpoint}
+    files |= {f"base/{file.name}": file for file in (base / "config.json", tokenizer, *base_tensors.files)}
     ids = {key: llava[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if type(llava.get(key)) is int}
     return Checkpoint(
         name=_model_name(checkpoint),
         decoder=decoder,
         decoding=DecodingDefaults(**ids),
         adapter_config=adapter_config,
-        tower=tower,
-        preprocessing=preprocessing,
+        tower=tower.config,
+        preprocessing=tower.preprocessing,
         base=base_tensors,
         adapter=adapter,
         projector=projector,
-        trunk=trunk,
+        trunk=tower.trunk,
         tokenizer=tokenizer,
         notice=notice,
         files=dict(sorted(files.items())),
     )
-
-
-def layer_shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of one decoder layer."""
-    hidden, intermediate = decoder.hidden_size, decoder.intermediate_size
-    query, kv = (heads * decoder.head_dim for heads in (decoder.num_attention_heads, decoder.num_key_value_heads))
-    attention = [(query, hidden), (kv, hidden), (kv, hidden), (hidden, query)]
-    mlp = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{linear}.weight": shape for linear, shape in zip(LINEARS, attention + mlp, strict=True)
-    }
-    return shapes | {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-
-
-def base_shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of the base model, in the order of the network."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (decoder.vocab_size, decoder.hidden_size)}
-    for layer in range(decoder.num_hidden_layers):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes(decoder).items()}
-    shapes["model.norm.weight"] = (decoder.hidden_size,)
-    shapes["lm_head.weight"] = (decoder.vocab_size, decoder.hidden_size)
-    return shapes
-
-
-def adapter_shapes(decoder: DecoderConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every LoRA factor."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    in_layer = layer_shapes(decoder)
-    for layer in range(decoder.num_hidden_layers):
-        for linear in adapter.linears:
-            rows, columns = in_layer[f"{linear}.weight"]
-            module = f"{ADAPTER_PREFIX}model.layers.{layer}.{linear}"
-            shapes[f"{module}.lora_A.weight"] = (adapter.r, columns)
-            shapes[f"{module}.lora_B.weight"] = (rows, adapter.r)
-    return shapes
 
 
 def projector_shapes(decoder: DecoderConfig, tower: TowerConfig) -> dict[str, tuple[int, ...]]:
@@ -261,31 +172,6 @@ def projector_shapes(decoder: DecoderConfig, tower: TowerConfig) -> dict[str, tu
     hidden = decoder.hidden_size
     shapes = {"0.weight": (hidden, tower.dim), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     return {PROJECTOR_PREFIX + name: shape for name, shape in shapes.items()}
-
-
-def trunk_shapes(tower: TowerConfig, *, num_blocks: int) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the trunk's tensors up to a number of blocks."""
-    dim, mlp_dim = tower.dim, tower.mlp_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, dim),
-        "pos_embed": (1, 1 + tower.num_patches, dim),
-        "patch_embed.proj.weight": (dim, 3, tower.patch_size, tower.patch_size),
-        "patch_embed.proj.bias": (dim,),
-    }
-    in_block: dict[str, tuple[int, ...]] = {}
-    linears = {
-        "attn.qkv": (3 * dim, dim),
-        "attn.proj": (dim, dim),
-        "mlp.fc1": (mlp_dim, dim),
-        "mlp.fc2": (dim, mlp_dim),
-    }
-    for linear, (rows, columns) in linears.items():
-        in_block |= {f"{linear}.weight": (rows, columns), f"{linear}.bias": (rows,)}
-    vectors = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma")
-    in_block |= dict.fromkeys(vectors, (dim,))
-    for block in range(num_blocks):
-        shapes |= {f"blocks.{block}.{name}": shape for name, shape in in_block.items()}
-    return shapes
 
 
 def _require_folders(checkpoint: Path, base: Path) -> None:
@@ -377,143 +263,6 @@ def _decoder_config(
             f"{where}: got tie_word_embeddings=true · expected false · tied heads are not implemented"
         )
     return decoder
-
-
-def _find_tower_json(checkpoint: Path, llava: dict[str, Any]) -> Path:
-    """Return the named json, or the only other one that describes a tower."""
-    named = llava.get("mm_vision_tower_config")
-    if named is not None:
-        # Published configs carry a path from the machine they were trained on; only its last part can be meant.
-        path = checkpoint / Path(str(named)).name
-        if path.is_file() and path.name == named:
-            return path
-    ours = {"config.json", "adapter_config.json"}
-    others = sorted(path for path in checkpoint.glob("*.json") if path.name not in ours)
-    towers = [
-        path
-        for path in others
-        if not path.name.endswith(".index.json") and "vision_cfg" in read_json(path, what="json")
-    ]
-    if len(towers) != 1:
-        msg = (
-            f"{checkpoint}: got {named!r} named in config.json but not there, and {len(towers)} other json files with "
-            f"a vision_cfg{': ' + ', '.join(p.name for p in towers) if towers else ''} · expected exactly one · "
-            "fetch biomedclipcxr_518.json, or remove the ones that are not this tower's"
-        )
-        raise CheckpointError(msg)
-    return towers[0]
-
-
-def _find_tower_checkpoint(checkpoint: Path, llava: dict[str, Any]) -> Path:
-    name = plain_file_name(llava.get("mm_vision_tower_checkpoint"), where=f"{checkpoint / 'config.json'}")
-    path = checkpoint / name
-    if not path.is_file():
-        msg = f"{path}: got no such file · expected the vision tower, an open_clip training checkpoint · fetch it"
-        raise CheckpointError(msg)
-    return path
-
-
-def _open_trunk(file: Path) -> TensorFiles:
-    """Index the trunk inside an open_clip training checkpoint; everything else in it must be known."""
-    what = "the vision tower"
-    content = load_pickle(file, what=what)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        msg = f"{file}: got no state_dict · expected an open_clip training checkpoint · fetch the file again"
-        raise CheckpointError(msg)
-    for key, value in content.items():
-        if key not in {"state_dict", *_TRAINING_EXTRAS} and not isinstance(
-            value, str | int | float | np.generic | None
-        ):
-            msg = (
-                f"{file}: got an entry {key!r} of type {type(value).__name__} · expected state_dict and training state"
-            )
-            raise CheckpointError(f"{msg} · check that this is the right file")
-    entries = entries_of(file, state, group="state_dict")
-    known = [re.compile(pattern) for pattern in UNNEEDED_TOWER]
-    trunk = {}
-    for name, entry in entries.items():
-        if name.startswith(TRUNK_PREFIX):
-            trunk[name.removeprefix(TRUNK_PREFIX)] = entry
-        elif not any(pattern.fullmatch(name) for pattern in known):
-            msg = f"{file}: got the tensor {name!r}, which this exporter does not know · expected {TRUNK_PREFIX}*"
-            raise CheckpointError(f"{msg} and the text tower · check that this is the right model")
-    return TensorFiles(trunk, what=what)
-
-
-def _tower_config(
-    tower_json: Path, trunk: TensorFiles, tower_file: Path, select_layer: int
-) -> tuple[TowerConfig, Preprocessing]:
-    config = read_json(tower_json, what="the tower's configuration")
-    vision = config.get("vision_cfg")
-    timm_name = vision.get("timm_model_name") if isinstance(vision, dict) else None
-    image_size = vision.get("image_size") if isinstance(vision, dict) else None
-    if not isinstance(timm_name, str) or "dinov2" not in timm_name or "reg" in timm_name or type(image_size) is not int:
-        msg = (
-            f"{tower_json}: got timm_model_name={timm_name!r} image_size={image_size!r} · expected a DINOv2 ViT "
-            "without registers and a size in pixels · other towers are not implemented"
-        )
-        raise CheckpointError(msg)
-    blocks = [int(name.split(".")[1]) for name in trunk.entries if re.match(r"blocks\.\d+\.", name)]
-    for name, dimensions in {"cls_token": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
-        shape = trunk.entries[name].shape if name in trunk.entries else None
-        if shape is None or len(shape) != dimensions:
-            got = "no tensor" if shape is None else f"a shape of {list(shape)} for"
-            msg = f"{tower_file}: got {got} {TRUNK_PREFIX + name!r} · expected a DINOv2 ViT · fetch the file again"
-            raise CheckpointError(msg)
-    depth = max(blocks) + 1
-    tower = TowerConfig(
-        image_size=image_size,
-        patch_size=trunk.entries["patch_embed.proj.weight"].shape[-1],
-        dim=trunk.entries["cls_token"].shape[-1],
-        depth=depth,
-        # Hidden states are [embedding, block 0, block 1, ...]: -2 is the output of the last block but one.
-        num_blocks=depth + 1 + select_layer,
-        mlp_dim=trunk.entries["blocks.0.mlp.fc1.weight"].shape[0],
-    )
-    if tower.dim % VIT_HEAD_DIM or tower.num_blocks < 1 or not tower.patch_size or image_size % tower.patch_size:
-        msg = (
-            f"{tower_file}: got dim {tower.dim}, {depth} blocks, patch {tower.patch_size} for {image_size=} and select "
-            f"layer {select_layer} · expected heads of {VIT_HEAD_DIM}, whole patches and a block to select · "
-            f"{tower_json.name} belongs to another tower"
-        )
-        raise CheckpointError(msg)
-    return tower, _preprocessing(config, image_size, tower_json)
-
-
-def _preprocessing(config: dict[str, Any], image_size: int, where: Path) -> Preprocessing:
-    """Return open_clip's preprocessing: the CLIP statistics, unless the tower's json states others."""
-    stated = config.get("preprocess_cfg")
-    if stated is None:
-        stated = {}
-    if not isinstance(stated, dict):
-        raise CheckpointError(f"{where}: got preprocess_cfg={stated!r} · expected an object · fetch the file again")
-    if stated.get("interpolation", "bicubic") != "bicubic" or stated.get("resize_mode", "shortest") != "shortest":
-        msg = f"{where}: got preprocess_cfg={stated} · expected bicubic, shortest edge · others are not implemented"
-        raise CheckpointError(msg)
-    mean = _three_numbers(stated, "mean", OPENAI_CLIP_MEAN, where)
-    std = _three_numbers(stated, "std", OPENAI_CLIP_STD, where)
-    if min(std) <= 0:
-        raise CheckpointError(f"{where}: got std={list(std)} · expected positive numbers · fetch the file again")
-    return Preprocessing(image_size=image_size, mean=mean, std=std)
-
-
-def _three_numbers(
-    stated: dict[str, Any], name: str, unstated: tuple[float, float, float], where: Path
-) -> tuple[float, float, float]:
-    """Return a channel statistic as stated, or what holds where nothing is."""
-    values = stated.get(name)
-    if values is None:
-        return unstated
-    if (
-        not isinstance(values, list)
-        or len(values) != 3
-        or any(type(value) not in (int, float) or not abs(value) <= sys.float_info.max for value in values)
-    ):
-        msg = f"{where}: got {name}={values!r} · expected three finite numbers · fetch the file again"
-        raise CheckpointError(msg)
-    red, green, blue = map(float, values)
-    return red, green, blue
 
 
 def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:

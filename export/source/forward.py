@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.source.checkpoint import SourceLayer, TowerConfig
+    from export.source.checkpoint import SourceLayer
+    from export.source.tower import TowerConfig
     from lite.config import DecoderConfig
 
     Linear = Callable[[str, Tensor], Tensor]

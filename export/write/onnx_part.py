@@ -8,16 +8,13 @@ q ─── KL ─── r ◀───────────────┘  
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tqdm import tqdm
-
 from export import verify
+from export.progress import progress_bar
 from export.settings import DEFAULTS
-from export.studies import EncodedStudy, StudyReader, sha256_of_studies
+from export.studies import EncodedStudy, StudyReader, list_name, sha256_of_studies
 from export.write.cache_scales import find_cache_scales
 from export.write.decoder_onnx import (
     ACCURACY_LEVEL,
@@ -35,12 +32,12 @@ from lite.engines.onnx_engine.decoder import OLDEST_INT8_CACHE, OnnxDecoder
 from lite.engines.onnx_session import has_onnxruntime
 from lite.engines.torch_engine.device import check_device
 from lite.errors import ArtifactError
+from lite.files import link_or_copy
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-BUILT_IN: Final = "built-in"
 MAX_CACHE_STUDIES: Final = 16
 """Studies that the scales of the cache are found on, at most: each has a thousand tokens and more."""
 CACHE_TOKENS: Final = 256
@@ -73,7 +70,7 @@ class CacheStudies:
     """The studies that the scales of the int8 cache are found on."""
 
     studies: Sequence[EncodedStudy]
-    data: str  # the list's file name, or BUILT_IN
+    data: str  # the list's file name, or "built-in"
 
 
 def write_onnx_part(
@@ -98,20 +95,8 @@ def write_onnx_part(
         ArtifactError: the decoder is not GPTQ.
         BackendUnavailable: ONNX Runtime is too old.
     """
-    config, folder = artifact.decoder_config(), artifact.path
-    files = [artifact.file(name) for name in artifact.manifest.parts.decoder.weights]
-    write_decoder_onnx(folder, files, config, dtype=activations)
+    part = _write_float_graph(artifact, activations)
     advance()
-    bits = config.quantization.lm_head_bits if config.quantization else None
-    part = OnnxPart(
-        files=unhashed(GRAPH_NAME, DATA_NAME, EMBEDDINGS_NAME),
-        graph=GRAPH_NAME,
-        data=DATA_NAME,
-        embeddings=EMBEDDINGS_NAME,
-        dtype=activations,
-        accuracy_level=ACCURACY_LEVEL,
-        lm_head_bits=4 if bits == 4 else 8,
-    )
     written = artifact.with_parts(decoder_onnx=part)
     encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
 
@@ -125,7 +110,7 @@ def write_onnx_part(
         advance()
         return image
 
-    write_int8_cache_graph(folder, *find_cache_scales(decoder, cache.studies, features))
+    write_int8_cache_graph(artifact.path, *find_cache_scales(decoder, cache.studies, features))
     advance()
     num_image_tokens = artifact.manifest.parts.vision.num_image_tokens
     graph = Int8CacheGraph(
@@ -137,6 +122,22 @@ def write_onnx_part(
     )
     files_of_both = part.files | unhashed(INT8_CACHE_GRAPH_NAME)
     return dataclasses.replace(part, files=files_of_both, int8_cache=graph)
+
+
+def _write_float_graph(artifact: Artifact, activations: OnnxFloat) -> OnnxPart:
+    config = artifact.decoder_config()
+    files = [artifact.file(name) for name in artifact.manifest.parts.decoder.weights]
+    write_decoder_onnx(artifact.path, files, config, dtype=activations)
+    bits = config.quantization.lm_head_bits if config.quantization else None
+    return OnnxPart(
+        files=unhashed(GRAPH_NAME, DATA_NAME, EMBEDDINGS_NAME),
+        graph=GRAPH_NAME,
+        data=DATA_NAME,
+        embeddings=EMBEDDINGS_NAME,
+        dtype=activations,
+        accuracy_level=ACCURACY_LEVEL,
+        lm_head_bits=4 if bits == 4 else 8,
+    )
 
 
 def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None = None) -> Artifact:
@@ -158,50 +159,42 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
     """
     device = check_device(settings.device)
     artifact = load_artifact(Path(path).resolve())
-    manifest, config = artifact.manifest, artifact.decoder_config()
+    config = artifact.decoder_config()
     require_gptq(config)
     artifact.verify()
 
-    def reader(max_tokens: int) -> StudyReader:
-        tokenizer, max_seq_len = artifact.file(manifest.parts.tokenizer.file), config.max_position_embeddings
-        return StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=max_tokens)
-
-    judged = reader(settings.verify_tokens).read(
-        settings.verify_data, settings.image_folder, settings.verify_studies, option="--verify-data"
-    )
-    calibrating = reader(CACHE_TOKENS).read(
-        settings.calibration_data, settings.calibration_images, MAX_CACHE_STUDIES, option="--calibration-data"
-    )
-    data = BUILT_IN if settings.calibration_data is None else Path(settings.calibration_data).name
-    steps = 2 + len(calibrating) + verify.num_onnx_steps(config)
+    judged, cache = _studies(artifact, settings)
+    steps = 2 + len(cache.studies) + verify.num_onnx_steps(config)
     target = artifact.path if out is None else Path(out).resolve()
     if out is not None and target.is_relative_to(artifact.path):
         msg = f"{target}: got a place inside the artifact · expected one beside it · choose another place"
         raise ArtifactError(msg)
-    with (
-        staged_artifact(target, overwrite=out is None) as staged,
-        tqdm(total=steps, desc="writing decoder.onnx", disable=not settings.show_progress, dynamic_ncols=True) as bar,
-    ):
-        without = artifact.with_parts(decoder_onnx=None)
-        _link(without, staged.path)
-        unfinished = dataclasses.replace(without, path=staged.path)
-        cache = CacheStudies(studies=calibrating, data=data)
-        part = write_onnx_part(unfinished, cache, activations=settings.activations, advance=bar.update)
-        listed = BUILT_IN if settings.verify_data is None else Path(settings.verify_data).name
-        unfinished = unfinished.with_parts(decoder_onnx=part)
-        part = verify.measure_onnx(unfinished, part, judged, data=listed, device=device, advance=bar.update)
+    bar = progress_bar("writing decoder.onnx", steps, show=settings.show_progress, unit="step")
+    with staged_artifact(target, overwrite=out is None) as staged, bar:
+        without = dataclasses.replace(artifact, path=staged.path).with_parts(decoder_onnx=None)
+        for name in without.manifest.files:
+            link_or_copy(artifact.path / name, staged.path / name)
+        part = write_onnx_part(without, cache, activations=settings.activations, advance=bar.update)
+        written, data = without.with_parts(decoder_onnx=part), list_name(settings.verify_data)
+        part = verify.measure_onnx(written, part, judged, data=data, device=device, advance=bar.update)
         manifest = without.manifest.with_parts(decoder_onnx=part)
         verify.require_parity(manifest.parts)
         staged.finish(manifest)
     return load_artifact(target)
 
 
-def _link(artifact: Artifact, folder: Path) -> None:
-    """Put the files of an artifact into a folder: as hard links if it can."""
-    for name in artifact.manifest.files:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(artifact.path / name, target)
-        except OSError:
-            shutil.copyfile(artifact.path / name, target)
+def _studies(artifact: Artifact, settings: OnnxSettings) -> tuple[Sequence[EncodedStudy], CacheStudies]:
+    """Read what to measure on, and what to find the scales of the cache on."""
+    manifest, max_seq_len = artifact.manifest, artifact.decoder_config().max_position_embeddings
+    tokenizer = artifact.file(manifest.parts.tokenizer.file)
+
+    def reader(max_tokens: int) -> StudyReader:
+        return StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=max_tokens)
+
+    judged = reader(settings.verify_tokens).read(
+        settings.verify_data, settings.image_folder, settings.verify_studies, option="--image-folder"
+    )
+    calibrating = reader(CACHE_TOKENS).read(
+        settings.calibration_data, settings.calibration_images, MAX_CACHE_STUDIES, option="--calibration-images"
+    )
+    return judged, CacheStudies(studies=calibrating, data=list_name(settings.calibration_data))

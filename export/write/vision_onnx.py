@@ -39,8 +39,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.source.checkpoint import VIT_HEAD_DIM
 from export.source.forward import LAYER_NORM_EPS
+from export.source.tower import VIT_HEAD_DIM
 from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.source.checkpoint import TowerConfig
+    from export.source.tower import TowerConfig
     from lite.config import VisionFormat
 
     Array = np.ndarray[Any, np.dtype[Any]]

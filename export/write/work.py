@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,11 +25,13 @@ from filelock import FileLock, Timeout
 
 from export.write.decoder import DecoderFolder, PartReport
 from lite.errors import ArtifactError, CheckpointError
-from lite.files import write_whole
+from lite.files import link_or_copy, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
 
 VISION_NAME: Final = "vision.onnx"
@@ -98,9 +99,10 @@ class WorkFolder:
             raise ArtifactError(f"{msg} · remove the folder to begin anew")
         return PartReport(**values)
 
-    def keep_report(self, part: int, report: PartReport) -> None:
-        """Write the report of a part; before the part itself, which says that all is there."""
+    def finish_part(self, part: int, tensors: Mapping[str, Tensor], report: PartReport) -> None:
+        """Write the report of a part, and then the part itself, which says that all is there."""
         self.write(f"reports/{part:04d}.json", dataclasses.asdict(report))
+        self.decoder.write(part, tensors)
 
     def read(self, name: str) -> Any:  # noqa: ANN401 - parsed JSON
         """Return what was written under a name; None if nothing was."""
@@ -124,14 +126,9 @@ class WorkFolder:
 
     def link_into(self, folder: Path) -> None:
         """Put the finished parts of the artifact into another folder: as hard links, or copies where there are none."""
-        (folder / "decoder").mkdir()
-        files = [self.vision, *sorted(file for file in self.decoder.folder.iterdir() if file.suffix != ".partial")]
-        for file in files:
-            target = folder / file.relative_to(self.path)
-            try:
-                os.link(file, target)
-            except OSError:
-                shutil.copyfile(file, target)
+        for file in (self.vision, *sorted(self.decoder.folder.iterdir())):
+            if file.suffix != ".partial":
+                link_or_copy(file, folder / file.relative_to(self.path))
 
 
 @contextlib.contextmanager

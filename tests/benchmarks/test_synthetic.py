@@ -28,7 +28,8 @@ from benchmarks.speed.synthetic import main, write_checkpoint
 from benchmarks.speed.tokenizer import make_tokenizer, pseudo_words
 from benchmarks.speed.weights import Model
 from export.source import forward
-from export.source.checkpoint import Checkpoint, adapter_shapes, base_shapes, open_checkpoint
+from export.source.checkpoint import Checkpoint, open_checkpoint
+from export.source.shapes import adapter_shapes, base_shapes
 from lite.config import DecodingDefaults, PromptTemplate
 from lite.errors import LiteError
 from lite.prompt import PromptEncoder, Tokenizer

@@ -19,8 +19,10 @@ import torch
 from random_checkpoint import edit_json
 from safetensors.torch import save_file
 
-from export.source.checkpoint import base_shapes, open_checkpoint, trunk_shapes
+from export.source.checkpoint import open_checkpoint
+from export.source.shapes import base_shapes
 from export.source.tensors import load_pickle, open_tensors
+from export.source.tower import trunk_shapes
 from lite.config import OPENAI_CLIP_MEAN
 from lite.errors import CheckpointError
 

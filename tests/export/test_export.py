@@ -36,8 +36,9 @@ from export.studies import StudyReader
 from export.write.decoder import DecoderFolder
 from lite.artifact.open import load_artifact
 from lite.artifact.parts import CacheDtype, Divergence
+from lite.console import EXIT_BROKEN_PIPE
 from lite.engines.torch_engine.load import load_decoder
-from lite.errors import ArtifactError, BackendUnavailable, CheckpointError
+from lite.errors import ArtifactError, BackendUnavailable, CheckpointError, LiteError
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def test_parity_layer_by_layer_is_that_of_the_whole_decoder(source: Checkpoint, 
             assert whole.shape == logits.shape == (16, decoder.config.vocab_size)
             torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
     for exact, rounded in zip(*found, strict=True):
-        assert torch.equal(exact[0], rounded[0]), "nothing of a prompt is lost"
+        assert not torch.equal(exact[0], rounded[0]), "the question is read behind a rounded film"
         assert not torch.equal(exact[1:], rounded[1:])
 
 
@@ -432,17 +433,20 @@ def test_verification_reads_the_evaluation_format(folders: tuple[Path, Path], tm
     conversation = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "The lungs are clear."}]
     entry = {"id": "1", "image": "a.png", "view": "PA", "reason": "Cough.", "conversations": conversation}
     studies = tmp_path / "studies.json"
-    studies.write_text(json.dumps([entry, entry, {"image": "never.png"}]))
+    studies.write_text(json.dumps([entry, entry | {"id": "2"}, {"id": "3", "image": "never.png"}]))
     settings = ExportSettings(verify_data=studies, image_folder=films, verify_studies=2)
     artifact = export_artifact(*folders, tmp_path / "artifact", settings)
     fidelity = artifact.manifest.parts.decoder.fidelity
     assert fidelity is not None
     assert (fidelity.data, fidelity.divergence.studies) == ("studies.json", 2)
-    with pytest.raises(CheckpointError, match="got 1 of 3 films that are not there, .* with --image-folder, or"):
+    with pytest.raises(LiteError, match=r"got 1 of 3 films that are not there, the first .*never\.png"):
         export_artifact(*folders, tmp_path / "other", dataclasses.replace(settings, verify_studies=3))
-    for content, named in {"[]": "got no list, or an empty", "[" * 100_000: "cannot be read"}.items():
+    for content, named in {
+        "[]": "got no list, or an empty one",
+        "[" * 100_000: "got a file that cannot be read",
+    }.items():
         studies.write_text(content)
-        with pytest.raises(CheckpointError, match=named):
+        with pytest.raises(LiteError, match=named):
             export_artifact(*folders, tmp_path / "other", settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "films", "studies.json"]
 
@@ -557,7 +561,7 @@ def test_a_reader_that_has_gone_is_no_failure_of_the_export(folders: tuple[Path,
         assert process.stderr is not None
         process.stdout.close()
         told = process.stderr.read().decode()
-    assert (process.returncode, told) == (0, "")
+    assert (process.returncode, told) == (EXIT_BROKEN_PIPE, "")
     load_artifact(tmp_path / "artifact").verify()
 
 

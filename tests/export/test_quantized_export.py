@@ -40,7 +40,7 @@ from export.studies import EncodedStudy
 from export.write.decoder import DecoderFolder
 from lite.__main__ import main as lite_main
 from lite.artifact.open import load_artifact
-from lite.errors import ArtifactError, BackendUnavailable, CheckpointError, ImageError
+from lite.errors import ArtifactError, BackendUnavailable, CheckpointError, LiteError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 
@@ -327,7 +327,7 @@ def test_a_search_is_not_done_twice(
     whole = export_artifact(*folders, tmp_path / "whole", settings)
     with stopped_at(monkeypatch, DecoderFolder, "write", 2):
         export_artifact(*folders, tmp_path / "artifact", settings)
-    monkeypatch.setattr(export.pipeline, "search_token_weights", None)
+    monkeypatch.setattr(export.write.layers, "search_token_weights", None)
     artifact = export_artifact(*folders, tmp_path / "artifact", settings)
     assert artifact.id == whole.id
     calibration = artifact.manifest.parts.decoder.calibration
@@ -413,10 +413,10 @@ def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
         with pytest.raises(ArtifactError, match="3 parts of its decoder finished"):
             export_artifact(*folders, out, dataclasses.replace(settings, vision_format="fp16"))
     assert all(part.is_file() for part in parts)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(LiteError, match="got a file that cannot be read"):
         export_artifact(*folders, out, settings_for(tmp_path / "nowhere.json"))
     assert all(part.is_file() for part in parts)
-    right = export.pipeline._finish_decoder
+    right = export.pipeline.finish_decoder
 
     def meanwhile(*args: Any) -> None:
         right(*args)
@@ -424,7 +424,7 @@ def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
         (out / "mine.txt").write_text("precious")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.pipeline, "_finish_decoder", meanwhile)
+        patch.setattr(export.pipeline, "finish_decoder", meanwhile)
         with pytest.raises(ArtifactError, match="got a path that exists"):
             export_artifact(*folders, out, settings)
     shutil.rmtree(out)
@@ -455,7 +455,7 @@ def test_a_search_survives_an_interrupt_before_the_first_part(
     out, settings = tmp_path / "artifact", settings_for(listed, token_weights=None)
     with stopped_at(monkeypatch, DecoderFolder, "write", 0):
         export_artifact(*folders, out, settings)
-    monkeypatch.setattr(export.pipeline, "search_token_weights", None)
+    monkeypatch.setattr(export.write.layers, "search_token_weights", None)
     calibration = export_artifact(*folders, out, settings).manifest.parts.decoder.calibration
     assert calibration is not None
     assert calibration.search is not None
@@ -516,11 +516,11 @@ def test_a_disk_that_fills_up_leaves_no_artifact_and_the_rest_goes_on(
     code = (
         "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from export import *\nfrom export.__main__ import main\nimport export.pipeline\n"
-        "right = export.pipeline._write_calibrated_layers\n"
+        "right = export.pipeline.write_calibrated_layers\n"
         "def limited(*a):\n"
         f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, resource.RLIM_INFINITY))\n"
         "    return right(*a)\n"
-        "export.pipeline._write_calibrated_layers = limited\n"
+        "export.pipeline.write_calibrated_layers = limited\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["--checkpoint", folders[0], "--base", folders[1], "--out", out, "--decoder", "gptq-int4"]
@@ -544,6 +544,28 @@ def fails(folders: tuple[Path, Path], out: Path, settings: ExportSettings, error
     assert not out.exists()
 
 
+def test_a_study_that_cannot_be_used_is_left_out_and_said(
+    folders: tuple[Path, Path], listed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = json.loads(listed.read_text())
+    (listed.parent / "damaged.png").write_bytes(b"not a film")
+    broken = [
+        entries[0] | {"id": "damaged", "image": "damaged.png"},
+        entries[0] | {"id": "silent", "conversations": [{}, {"value": " "}]},
+        entries[0] | {"id": "long", "reason": "long " * 9000},
+    ]
+    data = tmp_path / "studies.json"
+    data.write_text(json.dumps([*broken, *entries]))
+    settings = settings_for(data, calibration_images=listed.parent, calibration_studies=len(entries) + 3)
+    calibration = export_artifact(*folders, tmp_path / "artifact", settings).manifest.parts.decoder.calibration
+    assert calibration is not None
+    assert calibration.studies == len(entries)
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(left_out) == 3
+    for line, said in zip(left_out, ("damaged.png", "silent: got no findings", "got a prompt"), strict=True):
+        assert said in line
+
+
 def test_calibration_data_that_cannot_be_used_is_named(
     folders: tuple[Path, Path], listed: Path, tmp_path: Path
 ) -> None:
@@ -551,27 +573,24 @@ def test_calibration_data_that_cannot_be_used_is_named(
     data, out = tmp_path / "studies.json", tmp_path / "out" / "artifact"
     out.parent.mkdir()
 
-    def refused(content: Any, match: str, error: type[Exception] = CheckpointError, **gptq: Any) -> None:
+    def refused(content: Any, match: str, error: type[Exception] = LiteError, **gptq: Any) -> None:
         data.write_text(content if isinstance(content, str) else json.dumps(content))
         fails(folders, out, settings_for(data, calibration_images=listed.parent, **gptq), error, match)
 
-    refused("", "--calibration-data: .*got a file that cannot be read")
-    refused([], "--calibration-data: .*got no list, or an empty one")
-    refused([{"image": "0.png"}], "--calibration-data: .*got no findings for 0.png")
-    refused([entries[0], None], "got an entry 2 that is no study .it is null.")
-    gone = [entry | {"image": f"gone{number}.png"} for number, entry in enumerate(entries[:2])]
-    refused(
-        [*entries, *gone], r"got 2 of 14 films that are not there, the first .*gone0\.png .* --calibration-images, or"
-    )
+    refused("", r"studies\.json: got a file that cannot be read")
+    refused([], "got no list, or an empty one")
+    refused([{"image": "0.png"}], "got 1 studies, none of which can be used .*got no findings")
+    gone = [entry | {"id": f"gone{number}", "image": f"gone{number}.png"} for number, entry in enumerate(entries[:2])]
+    refused([*entries, *gone], r"got 2 of 14 films that are not there, the first .*gone0\.png.*--calibration-images")
     (listed.parent / "broken.png").write_bytes(b"not a film")
-    refused([entries[0] | {"image": "broken.png"}], "broken.png", ImageError)
-    refused([entries[0] | {"conversations": [{}, {"value": ""}]}], "got no findings for .* expected them in words")
+    refused([entries[0] | {"image": "broken.png"}], "none of which can be used .*broken.png")
+    refused([entries[0] | {"conversations": [{}, {"value": ""}]}], "none of which can be used .*got no findings")
     refused([entries[0] | {"conversations": [{}, {"value": 3}]}], "its value is 3, not text")
     refused([entries[0] | {"reason": 3}], "its reason is 3, not text")
-    refused([entries[0] | {"reason": "long " * 9000}], r"--calibration-data: .*studies\.json: .*: got ")
+    refused([entries[0] | {"reason": "long " * 9000}], "none of which can be used .*got a prompt")
     refused(entries[:3], "got 3 studies · expected at least 4.*--token-weights", token_weights=None)
     data.unlink()
-    fails(folders, out, settings_for(data), CheckpointError, "got a file that cannot be read")
+    fails(folders, out, settings_for(data), LiteError, "got a file that cannot be read")
 
 
 def test_a_group_size_that_does_not_fit_is_refused_before_the_work(

@@ -17,7 +17,8 @@ import export.write.vision_onnx
 from benchmarks.phantom.film import draw_film
 from benchmarks.phantom.findings import sample_study
 from export.source import forward
-from export.source.checkpoint import TowerConfig, open_checkpoint
+from export.source.checkpoint import open_checkpoint
+from export.source.tower import TowerConfig
 from export.write.vision_onnx import build_vision_onnx, quantise_linear, rotate_residual, write_vision_onnx
 from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact

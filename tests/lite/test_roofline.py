@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, shapes
-from export.source.checkpoint import TowerConfig
 from export.source.forward import image_features
+from export.source.tower import TowerConfig
 from lite.artifact.open import Artifact
 from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench import cards

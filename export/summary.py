@@ -1,0 +1,76 @@
+"""What the command line says of a finished export: sizes, parity, the terms, and what to type next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lite.artifact.open import Artifact
+    from lite.artifact.parts import DecoderPart, OnnxPart
+
+
+def export_summary(artifact: Artifact) -> str:
+    """Return what a user wants to know at the end: sizes, parity, the terms, and what to type next."""
+    parts = artifact.manifest.parts
+    rows = [
+        (f"vision.onnx ({parts.vision.format})", _megabytes(parts.vision.nbytes)),
+        (f"decoder/ ({parts.decoder.format})", _megabytes(parts.decoder.nbytes + parts.decoder_config.nbytes)),
+    ]
+    if (vision := parts.vision.fidelity) is not None:
+        shown = f"smallest cosine {vision.min_cosine:.6f}, largest difference {vision.max_abs:.2g}"
+        rows.append(("features", shown))
+    if (fidelity := parts.decoder.fidelity) is not None:
+        rows.append(("decoder", str(fidelity.divergence)))
+        rows.append(("int8 cache", f"{fidelity.int8_cache} more"))
+        tokens = fidelity.divergence.tokens
+        rows.append(("measured on", f"{fidelity.divergence.studies} studies ({fidelity.data}), {tokens} tokens"))
+    rows += _calibration_rows(parts.decoder)
+    if (merge := parts.decoder.merge) is not None:
+        rows.append(("merge", f"LoRA scale {merge.lora_scale:g}, largest rounding {merge.max_abs_rounding:.2g}"))
+    rows += _onnx_rows(parts.decoder_onnx)
+    return _lines(artifact, rows)
+
+
+def onnx_summary(artifact: Artifact) -> str:
+    """Return the same of a `decoder.onnx` that was added."""
+    return _lines(artifact, _onnx_rows(artifact.manifest.parts.decoder_onnx), " --engine onnx")
+
+
+def _lines(artifact: Artifact, rows: list[tuple[str, str]], flags: str = "") -> str:
+    lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
+    lines += [f"  {name:<20} {value}" for name, value in rows]
+    lines += ["", artifact.manifest.notice, "", "next:", f"  python -m lite generate {artifact.path} FILM.png{flags}"]
+    return "\n".join(lines)
+
+
+def _calibration_rows(part: DecoderPart) -> list[tuple[str, str]]:
+    calibration = part.calibration
+    if calibration is None:
+        return []
+    errors = calibration.errors
+    worst = max(errors, key=errors.__getitem__)
+    return [
+        (
+            "calibrated on",
+            f"{calibration.studies} studies ({calibration.data}), {calibration.tokens} tokens; an image token counts "
+            f"{calibration.image_weight:g}, a prompt token {calibration.prompt_weight:g}",
+        ),
+        ("outputs change by", f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}"),
+    ]
+
+
+def _onnx_rows(part: OnnxPart | None) -> list[tuple[str, str]]:
+    if part is None:
+        return []
+    rows = [("decoder.onnx", _megabytes(part.nbytes))]
+    if (fidelity := part.fidelity) is not None:
+        rows.append(("engine", f"{fidelity.divergence}, from decoder/"))
+        cache = fidelity.int8_cache and f"{fidelity.int8_cache}, from its float cache"
+        rows.append(("its int8 cache", cache or "none: it takes onnxruntime 1.27 or newer at export"))
+        studies, tokens = fidelity.divergence.studies, fidelity.divergence.tokens
+        rows.append(("along", f"the reports of {studies} studies ({fidelity.data}), {tokens} tokens"))
+    return rows
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,215 @@
+"""vision.onnx and the decoder's parts, written into the folder an export works in, behind what is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from export.progress import progress_bar
+from export.quantize.calibration import HiddenStates, start_states, token_weights
+from export.quantize.layerwise import STAGES, LayerQuantizer, QuantizedLayer
+from export.quantize.token_weights import num_search_steps, search_token_weights
+from export.settings import TokenWeights
+from export.write.decoder import (
+    PartReport,
+    calibrated_part,
+    embeddings_part,
+    head_part,
+    layer_part,
+    quantization_config,
+    write_configs,
+)
+from export.write.vision_onnx import build_vision_onnx, write_vision_onnx
+from export.write.work import SEARCH_NAME
+from lite.artifact.open import Artifact
+from lite.artifact.parts import UNHASHED, CalibrationRecord, MergeRecord, TokenWeightSearch
+from lite.errors import ArtifactError
+from lite.files import give_name, whole_file
+from lite.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from export.quantize.calibration import CalibrationStudies
+    from export.settings import ExportSettings
+    from export.source.checkpoint import Checkpoint
+    from export.studies import EncodedStudy
+    from export.write.work import WorkFolder
+    from lite.artifact.manifest import Manifest
+
+
+def write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> None:
+    """Write vision.onnx, unless an earlier run has."""
+    if file.is_file():
+        return
+    with progress_bar("writing vision.onnx", 2, unit="step", show=settings.show_progress) as bar:
+        model = build_vision_onnx(
+            source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
+        )
+        bar.update()
+        with whole_file(file) as partial:
+            write_vision_onnx(model, partial)
+        bar.update()
+
+
+def write_layers(source: Checkpoint, work: WorkFolder, settings: ExportSettings) -> None:
+    """Write the embeddings and all layers in a form that takes no calibration."""
+    parts = range(work.decoder.num_finished(), source.decoder.num_hidden_layers + 1)
+    with progress_bar(
+        "writing the decoder", work.decoder.num_parts, initial=parts.start, unit="part", show=settings.show_progress
+    ) as bar:
+        for part in parts:
+            report = PartReport()
+            tensors = layer_part(source, part - 1, settings, report) if part else embeddings_part(source, report)
+            work.finish_part(part, tensors, report)
+            bar.update()
+
+
+def write_calibrated_layers(
+    source: Checkpoint,
+    work: WorkFolder,
+    manifest: Manifest,
+    calibration: CalibrationStudies,
+    settings: ExportSettings,
+) -> CalibrationRecord:
+    """Write the embeddings and all layers, each rounded by what it sees behind those before it."""
+    P, layers = source.tower.num_patches, source.decoder.num_hidden_layers
+    weights = _token_weights(source, work, manifest, calibration, settings)
+    lengths = [study.num_tokens(P) for study in calibration.studies]
+
+    def states(index: int) -> HiddenStates:
+        return HiddenStates(work.path / f"hidden-{index:04d}", lengths, source.decoder.hidden_size)
+
+    if work.decoder.num_finished() == 0:
+        embeddings = source.read_base("model.embed_tokens.weight")
+        with progress_bar(
+            "reading the films", len(calibration.studies), unit="film", show=settings.show_progress
+        ) as bar:
+            features = _features(work, manifest)
+            start_states(states(0).file, calibration.studies, features, embeddings, P, advance=bar.update)
+        del embeddings, features
+        work.finish_part(0, embeddings_part(source, report := PartReport()), report)
+    by_token = [token_weights(study, P, weights) for study in calibration.studies]
+    quantizer, passes = LayerQuantizer(source.decoder, settings), layers * len(STAGES)
+    first = min(work.decoder.num_finished() - 1, layers)
+    with progress_bar(
+        "rounding the decoder", passes, initial=first * len(STAGES), unit="pass", show=settings.show_progress
+    ) as bar:
+        for index in range(first, layers):
+            layer = source.read_layer(index).merged()
+            rounded = _round_layer(work, quantizer, index, layer, states, by_token, advance=bar.update)
+            bar.set_postfix_str(_errors_shown(index, rounded.errors))
+    return CalibrationRecord(
+        data=calibration.data,
+        sha256=calibration.sha256,
+        studies=len(calibration.studies),
+        tokens=sum(lengths),
+        image_weight=weights.image,
+        prompt_weight=weights.prompt,
+        search=_search_record(work),
+        errors=_whole_report(work).errors,
+    )
+
+
+def _round_layer(
+    work: WorkFolder,
+    quantizer: LayerQuantizer,
+    index: int,
+    layer: dict[str, Tensor],
+    states: Callable[[int], HiddenStates],
+    by_token: list[Tensor],
+    *,
+    advance: Callable[[], object],
+) -> QuantizedLayer:
+    """Round a layer, and write it and the hidden states behind it."""
+    inputs, outputs = states(index), states(index + 1)
+    if not inputs.complete:
+        msg = (
+            f"{inputs.file}: got no hidden states to go on from · expected those before layer {index} · "
+            f"remove {work.path} to begin anew"
+        )
+        raise ArtifactError(msg)
+    name = f"model.layers.{index}"
+    # In a spare file until the layer is done: what is called outputs is complete.
+    spare = outputs.beside(work.path / "hidden.partial")
+    rounded = quantizer.quantize(name, layer, inputs, spare, by_token, advance=advance)
+    give_name(spare.file, outputs.file)
+    report = PartReport(errors={f"{name}.{linear}": error for linear, error in rounded.errors.items()})
+    work.finish_part(index + 1, calibrated_part(index, rounded.norms, rounded.linears), report)
+    inputs.remove()
+    return rounded
+
+
+def _search_record(work: WorkFolder) -> TokenWeightSearch | None:
+    found = work.read(SEARCH_NAME)
+    return found and TokenWeightSearch(held_out_studies=found["held_out_studies"], mean_kl=found["mean_kl"])
+
+
+def _whole_report(work: WorkFolder) -> PartReport:
+    """Add up the reports of the parts that are finished."""
+    whole = PartReport()
+    for part in range(work.decoder.num_finished()):
+        whole.merge(work.report(part))
+    return whole
+
+
+def _token_weights(
+    source: Checkpoint,
+    work: WorkFolder,
+    manifest: Manifest,
+    calibration: CalibrationStudies,
+    settings: ExportSettings,
+) -> TokenWeights:
+    """Return the token weights as given, as an earlier run has chosen them, or by a search."""
+    if settings.gptq.token_weights is not None:
+        return settings.gptq.token_weights
+    chosen = work.read(SEARCH_NAME)
+    if chosen is None:
+        with progress_bar("choosing λ", num_search_steps(source), unit="step", show=settings.show_progress) as bar:
+            features = _features(work, manifest)
+            best, kl = search_token_weights(source, calibration, features, work.path, settings, advance=bar.update)
+        chosen = {"chosen": dataclasses.asdict(best), "held_out_studies": len(calibration.held_out), "mean_kl": kl}
+        work.write(SEARCH_NAME, chosen)
+    return TokenWeights(**chosen["chosen"])
+
+
+def _features(work: WorkFolder, manifest: Manifest) -> Callable[[EncodedStudy], Tensor]:
+    """Return the exported tower: the decoder is calibrated on what it will see at run time."""
+    encoder = VisionEncoder(Artifact(path=work.path, manifest=manifest, id=UNHASHED))
+    return lambda study: torch.from_numpy(encoder(study.pixel_values[None])[0])
+
+
+def _errors_shown(index: int, errors: dict[str, float]) -> str:
+    shown = " ".join(f"{name.rpartition('.')[2].removesuffix('_proj')} {error:.1%}" for name, error in errors.items())
+    return f"layer {index}: {shown}"
+
+
+def finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, settings: ExportSettings) -> None:
+    """Write the final norm, the head, and the small files."""
+    last = work.decoder.num_parts - 1
+    if work.decoder.num_finished() == last:
+        work.finish_part(last, head_part(source, settings, report := PartReport()), report)
+    work.decoder.write_index()
+    write_configs(
+        work.decoder.folder,
+        source.decoder,
+        source.decoding,
+        notice=manifest.notice,
+        quantization=quantization_config(settings),
+    )
+
+
+def merge_record(source: Checkpoint, work: WorkFolder) -> MergeRecord:
+    """Say what merging and storing the parts in 16 bits has rounded."""
+    whole = _whole_report(work)
+    return MergeRecord(
+        lora_scale=source.adapter_config.scale,
+        max_abs_rounding=whole.max_abs,
+        max_abs_rounding_tensor=whole.max_abs_tensor,
+        relative_rms_rounding=whole.relative_rms,
+    )
