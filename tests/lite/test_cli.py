@@ -254,7 +254,8 @@ def test_a_full_disk_is_one_line(generate: list[str], films: list[Path], flags: 
     with Path("/dev/full").open("wb") as full:
         process = subprocess.run(
             [sys.executable, "-m", "lite", *generate, films[0], films[1], *flags, "--max-new-tokens", "2"],
-            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False,
+            cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+            stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False,
         )  # fmt: skip
     assert process.returncode == 1
     *notes, error = process.stderr.splitlines()
