@@ -57,8 +57,12 @@ def decode_token(engine: Any, cache: Any, input_ids: Sequence[int] | None = None
     if input_ids is not None:
         for row, token_id in enumerate(input_ids):
             cache.truncate(row, cache.num_cached_tokens[row], newest=token_id)
+    first = cache.active.start if engine.engine == "onnx" else 0
     engine.decode(cache)
-    return cache.last_logits[:, -1]
+    logits = cache.last_logits[:, -1]
+    if engine.engine == "onnx":  # those of the rows from the first to the last that is active
+        logits = np.concatenate((np.full((first, logits.shape[1]), np.nan, np.float32), logits))
+    return logits
 
 
 def newest_of(cache: Any) -> list[int]:

@@ -19,6 +19,7 @@ from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench.cards import CARDS, V100_ENTRY, Figure, ReferenceCard
 from lite.bench.roofline import SHARE_OF_BANDWIDTH, modelled
 from lite.config import DecoderConfig
+from lite.console import run_command
 from lite.files import write_whole
 from lite.memory.plan import Shapes
 
@@ -128,14 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write it instead (without a name: to benchmarks/references/v100_fp16.json)",
     )  # fmt: skip
     out: Path | None = parser.parse_args(argv).out
+    return run_command(lambda: _print_or_write(out))
+
+
+def _print_or_write(out: Path | None) -> int:
     if out is None:
         sys.stdout.write(entry_text())
-        return 0
-    try:
+    else:
         write_whole(out, entry_text())
-    except OSError as error:
-        sys.stderr.write(f"error: {out}: got {error.strerror} · expected a file to write · choose another place\n")
-        return 1
     return 0
 
 

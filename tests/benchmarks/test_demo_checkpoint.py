@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -70,10 +69,11 @@ def mean_kl(
     model: FindingsModel, scored: Scored, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 ) -> float:
     """Mean KL in nats per token of the model with changed decoder weights from the model as it is."""
-    changed = copy.copy(model)
     config = json.loads((model.artifact.path / "decoder" / "config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
-        changed.decoder = load_decoder(decoder_folder(Path(folder), config, change(stored(model))), device="cpu")
+        decoder = load_decoder(decoder_folder(Path(folder), config, change(stored(model))), device="cpu")
+    parts = {"tokenizer": model.tokenizer, "prompt": model.prompt, "vision": model.vision}
+    changed = FindingsModel(model.artifact, decoder=decoder, plan=model.plan, **parts)
     total, count = 0.0, 0
     for path, reason, token_ids, expected in scored:
         got = log_probs(changed, path, reason, token_ids)

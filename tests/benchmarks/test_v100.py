@@ -72,5 +72,5 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "entry.json"
     assert main(["--out", str(out)]) == 0
     assert read_reference_card(out).figures.keys() == entry().figures.keys()
-    assert main(["--out", str(tmp_path / "no" / "entry.json")]) == 1
+    assert main(["--out", str(out / "entry.json")]) == 1, "a file is no folder"
     assert "error: " in capsys.readouterr().err

@@ -304,7 +304,7 @@ def test_overwriting_that_fails_half_way_keeps_one_whole_artifact(
             interrupt_renames(patch, at=at, before=before, error=error)
             staged.finish(tiny_manifest(model="second"))
 
-    with pytest.raises(type(error)):
+    with pytest.raises(ArtifactError if isinstance(error, OSError) else type(error)):  # in words
         overwrite()
     assert names(tmp_path) == ["artifact"]
     artifact = load_artifact(out)

@@ -35,7 +35,7 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path: Path) -> None
     assert names(file.parent) == ["file.json"]
 
 
-@pytest.mark.parametrize(("number", "said"), [(28, "got a full disk"), (30, "system .Read-only file system")])
+@pytest.mark.parametrize(("number", "said"), [(28, "a full disk"), (30, "system .Read-only file system")])
 def test_what_the_system_refuses_is_told_and_not_what_cleaning_up_meets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:

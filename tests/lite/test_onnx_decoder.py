@@ -305,7 +305,7 @@ def test_the_command_line(
 def demo_pair(demo_onnx_artifact: Artifact) -> tuple[FindingsModel, FindingsModel]:
     return (
         lite.load(demo_onnx_artifact.path, engine="torch", device="cpu"),
-        lite.load(demo_onnx_artifact.path, engine="onnx"),
+        lite.load(demo_onnx_artifact.path, engine="onnx", cache_dtype="float32"),
     )
 
 
