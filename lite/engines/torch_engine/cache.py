@@ -24,6 +24,7 @@ import torch
 
 from kernels.sample import sample
 from lite.engines.protocol import GREEDY, MAX_TOP, ChosenTokens, Sampling
+from lite.errors import ContextLengthError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -195,6 +196,16 @@ class KVCache:
         return [t for t in (self.k_cache, self.v_cache, self.k_scales, self.v_scales) if t is not None]
 
     # -- Rows --------------------------------------------------------------------------------------------------------
+
+    def check_room(self, end: int) -> None:
+        """Refuse tokens up to a position that no row has.
+
+        Raises:
+            ContextLengthError: the rows are shorter.
+        """
+        if end > self.max_seq_len:
+            msg = f"got tokens up to position {end} · expected at most {self.max_seq_len}, the cache's max_seq_len"
+            raise ContextLengthError(f"{msg} · allocate a longer cache")
 
     def truncate(self, row: int, length: int, *, newest: int | None = None) -> None:
         """Cut a row back to its first `length` tokens; an active row goes on with `newest`."""

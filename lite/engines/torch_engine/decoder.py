@@ -29,7 +29,7 @@ from lite.engines.torch_engine.cuda_graph import GraphedStep
 from lite.engines.torch_engine.device import memory_explained
 from lite.engines.torch_engine.layers import DecoderLayer, LlamaModel, Tokens
 from lite.engines.torch_engine.linear import Linear, linears_of
-from lite.errors import ContextLengthError, LiteError
+from lite.errors import LiteError
 from lite.memory.plan import CHUNK_SIZES
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class LlamaDecoder(nn.Module):
         """
         length = inputs_embeds.shape[1]
         end = start + length
-        _check_room(end, cache)
+        cache.check_room(end)
         slots = torch.arange(start, end, device=self.device)[None]
         mask = None
         if start and length > 1:
@@ -343,7 +343,7 @@ class LlamaDecoder(nn.Module):
 
     def _step(self, cache: KVCache, *, num_drafts: int) -> TorchChosen:
         """Decode all active rows by a step that serves every token, captured if it can be."""
-        _check_room(cache.longest_active + 1 + num_drafts, cache)
+        cache.check_room(cache.longest_active + 1 + num_drafts)
         rows = _step_rows(cache.num_spanned, cache.num_rows)
         num_top = MAX_TOP if cache.tells_top else 0
         with memory_explained("a token"):
@@ -393,12 +393,3 @@ def _head(config: DecoderConfig) -> Linear:
 def _step_rows(spanned: int, num_rows: int) -> int:
     """Return how many rows to decode: a power of two, so that few graphs are captured, or all of them."""
     return min(1 << (spanned - 1).bit_length(), num_rows)
-
-
-def _check_room(end: int, cache: KVCache) -> None:
-    if end > cache.max_seq_len:
-        msg = (
-            f"got tokens up to position {end} · expected at most {cache.max_seq_len}, the cache's max_seq_len · "
-            "allocate a longer cache"
-        )
-        raise ContextLengthError(msg)
