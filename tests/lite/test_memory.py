@@ -424,7 +424,9 @@ def test_a_gpu_plan_is_what_the_decoder_takes(
     # Of grouped queries the scores of a question over its film are materialised, which the plan does not count.
     assert plan.peak_bytes == pytest.approx(peak, rel=0.01 if shape == "7B" else 0.03)
     # What passes is a thirtieth of all: seen by itself, so that no part of it can be forgotten.
-    assert plan.prefill_work_bytes == pytest.approx(peak - loaded.allocated - plan.cache_bytes, rel=0.05)
+    assert plan.prefill_work_bytes == pytest.approx(
+        peak - loaded.allocated - plan.cache_bytes, rel=0.05 if shape == "7B" else 0.1
+    )
     assert reserved - peak < GPU_LIBRARIES_BYTES, "the holes"
 
 
@@ -508,8 +510,9 @@ def test_what_waits_for_a_gpu_is_found(grouped: tuple[FakeGpu, LlamaDecoder]) ->
 def test_scoring_stays_on_one_device(grouped: tuple[FakeGpu, LlamaDecoder]) -> None:
     gpu, decoder = grouped
     decoder.quantizes_cache, decoder.chunk_size = True, 256
-    features, prompt = torch.empty(300, decoder.config.hidden_size), expand_image(prompt_of(400, 300), 300)
+    prompt = expand_image(prompt_of(400, 300), 300)
     with gpu.active():
+        features = torch.empty(300, decoder.config.hidden_size)
         cache = decoder.new_cache(1, 700)
         parts = divide(prompt, [TOKEN] * 299, chunk_size=256, image_features=features, scores=True)
         logits = torch.cat([decoder._read(segment, cache) for segment in parts])
