@@ -319,7 +319,6 @@ def test_a_stopped_export_goes_on_to_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {"artifact"}
 
 
-@pytest.mark.full
 def test_a_search_is_not_done_twice(
     folders: tuple[Path, Path], listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
