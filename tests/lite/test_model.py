@@ -489,6 +489,14 @@ def test_another_question_about_a_film_is_answered_as_if_it_were_the_first(
     assert sum(one.num_reused_tokens == 0 for one in at_once) == 1
 
 
+def test_without_reuse_a_film_is_read_anew(tiny_model: FindingsModel, films: list[Path]) -> None:
+    for _ in range(2):
+        anew = tiny_model.findings(films[0], "cough", reuse=False)
+        assert (anew.num_reused_tokens, anew.timings.vision_s > 0) == (0, True)
+    tiny_model.findings(films[0], "cough")
+    assert tiny_model.findings(films[0], "cough").num_reused_tokens > 0
+
+
 @pytest.mark.parametrize("engine", ["torch", "onnx"])
 def test_draws_are_those_of_their_seed(tiny_onnx_artifact: Artifact, films: list[Path], engine: str) -> None:
     with load(tiny_onnx_artifact.path, device="cpu", engine=engine) as model:

@@ -11,7 +11,6 @@ Logits are computed where they are used only.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -66,7 +65,6 @@ class LlamaDecoder(nn.Module):
         """How a step of decoding is captured; None runs it launch by launch."""
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._graph_problem: str | None = None
-        self._lock = threading.Lock()
 
     # -- What it is --------------------------------------------------------------------------------------------------
 
