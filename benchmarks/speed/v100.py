@@ -18,6 +18,7 @@ from typing import Final
 from lite.artifact.parts import TowerShape, VisionPart
 from lite.bench.cards import CARDS, V100_ENTRY, Figure, ReferenceCard
 from lite.bench.roofline import SHARE_OF_BANDWIDTH, modelled
+from lite.bench.table import to_json
 from lite.config import DecoderConfig
 from lite.console import run_command
 from lite.files import write_whole
@@ -95,9 +96,7 @@ def entry() -> ReferenceCard:
         )
         for share in (SHARE_OF_BANDWIDTH, 1.0)
     )
-    names = ("vision_s", "prefill_s", "decode_token_s", "decode_tokens_per_s", "total_s", "memory_bytes")
-    figures: dict[str, Figure] = {name: getattr(model, name) for name in names}
-    figures["decode_tokens_per_s_at_most"] = roof.decode_tokens_per_s
+    figures = model.figures | {"decode_tokens_per_s_at_most": roof.figures["decode_tokens_per_s"]}
     for name, (value, source) in _PUBLISHED.items():
         figures[name] = Figure(value=value, unit="fraction", kind="published", source=source)
     return ReferenceCard(
@@ -113,7 +112,7 @@ def entry() -> ReferenceCard:
 
 def entry_text() -> str:
     """Return the entry as the file has it."""
-    return json.dumps(entry().to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(to_json(entry()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

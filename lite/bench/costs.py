@@ -9,11 +9,10 @@ import numpy as np
 
 from lite.bench.machine import streaming_read_bandwidth
 from lite.bench.results import Latency, MemoryUse, Traffic
-from lite.bench.roofline import decode_weight_bytes
 from lite.engines.protocol import EngineName
 from lite.errors import BackendUnavailable
 from lite.eval.figures import Missing, quantiles
-from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, onnx_read_bytes
+from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, decode_weight_bytes, onnx_read_bytes
 from lite.memory.process import Peaks, peak_rss_bytes
 
 if TYPE_CHECKING:

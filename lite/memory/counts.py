@@ -39,8 +39,8 @@ def decoder_bytes(config: DecoderConfig, *, itemsize: int) -> int:
     """
     embeddings = config.vocab_size * config.hidden_size * itemsize
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size * itemsize
-    head = 0 if config.tie_word_embeddings else head_bytes(config, itemsize=itemsize)
-    return embeddings + norms + config.num_hidden_layers * layer_bytes(config, itemsize=itemsize) + head
+    tied = head_bytes(config, itemsize=itemsize) if config.tie_word_embeddings else 0
+    return embeddings + norms + decode_weight_bytes(config, itemsize=itemsize) - tied
 
 
 def layer_bytes(config: DecoderConfig, *, itemsize: int) -> int:
@@ -54,6 +54,14 @@ def head_bytes(config: DecoderConfig, *, itemsize: int) -> int:
     """Return what the head takes, whether it is its own or the embeddings'."""
     stored = config.quantization.lm_head if config.quantization is not None else None
     return linear_bytes((config.vocab_size, config.hidden_size), stored, itemsize=itemsize)
+
+
+def decode_weight_bytes(config: DecoderConfig, *, itemsize: int) -> int:
+    """Return what decoding one token reads of the weights: every linear and the head, once.
+
+    Of the embeddings it reads one row, and the norms are small: some ten-thousandths of the whole.
+    """
+    return config.num_hidden_layers * layer_bytes(config, itemsize=itemsize) + head_bytes(config, itemsize=itemsize)
 
 
 def layer_linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:

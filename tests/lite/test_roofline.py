@@ -21,19 +21,15 @@ from export.source.forward import image_features
 from export.source.tower import TowerConfig
 from lite.artifact.open import Artifact
 from lite.artifact.parts import TowerShape, VisionPart
-from lite.bench import cards
-from lite.bench.cards import CARDS, Card, Figure, read_reference_card, v100_entry
+from lite.bench import roofline
+from lite.bench.cards import CARDS, V100_ENTRY, Card, Figure, read_reference_card
 from lite.bench.results import Row
 from lite.bench.roofline import (
     MODELLED_COLUMNS,
-    count_study,
     decode_flop,
-    decode_weight_bytes,
     modelled,
     modelled_cells,
-    modelled_rows,
     modelled_tables,
-    num_linear_weights,
     prefill_flop,
     vision_flop,
 )
@@ -42,10 +38,9 @@ from lite.engines.options import LoadOptions
 from lite.engines.resolve import resolve
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
-from lite.errors import ArtifactError, LiteError
-from lite.eval.figures import Missing
-from lite.memory.counts import cache_bytes_per_token
-from lite.memory.plan import REASON_TOKENS
+from lite.errors import ArtifactError
+from lite.memory.counts import cache_bytes_per_token, decode_weight_bytes, layer_linear_shapes
+from lite.memory.plan import REASON_TOKENS, Shapes
 from lite.model import FindingsModel
 
 W4 = dataclasses.replace(DECODER, quantization=Quantization(format="gptq-int4", group_size=128))
@@ -61,6 +56,10 @@ SMALL = dataclasses.replace(
     head_dim=24,
     vocab_size=96,
 )
+
+
+def num_linear_weights(config: DecoderConfig) -> int:
+    return config.num_hidden_layers * sum(rows * columns for rows, columns in layer_linear_shapes(config).values())
 
 
 def zeros_bytes(config: DecoderConfig, bits: int) -> float:
@@ -163,30 +162,24 @@ def test_operations_of_the_whole_tower_are_the_published_ones() -> None:
 STUDY = {"num_prompt_tokens": NUM_PROMPT_TOKENS, "num_new_tokens": NUM_NEW_TOKENS}
 
 
-def test_counts_of_a_study() -> None:
-    study = count_study(shapes(), **STUDY)
-    assert study.cache_bytes == (NUM_PROMPT_TOKENS + NUM_NEW_TOKENS // 2) * 524_288
-
-
 # -- Models ----------------------------------------------------------------------------------------------------------
 
 
 def test_each_stage_takes_the_longer_of_reading_and_computing() -> None:
-    study = count_study(shapes(), **STUDY)
-    slow = Card(
-        name="A", memory_bytes=1 << 40, bandwidth=1e9, peak_flops=1e12, capability=(8, 6), source="invented"
-    )  # fmt: skip
-    model = modelled(slow, shapes(), **STUDY, share_of_bandwidth=0.5, share_of_peak=0.25)
-    token = (study.weight_bytes + study.cache_bytes) / 0.5e9
-    assert model.prefill_s.value == pytest.approx(study.prefill_flop / 0.25e12)
-    assert model.decode_token_s.value == pytest.approx(token)
-    assert model.decode_tokens_per_s.value == pytest.approx(1 / token)
-    assert model.total_s.value == pytest.approx(model.vision_s.value + model.prefill_s.value + 99 * token)
-    assert model.decode_token_s.formula == "(13.2 GB of weights + 771 MB of cache) / (0.5 × 1 GB/s)"
-    assert model.prefill_s.formula == "18.9 TFLOP / (0.25 × 1 TFLOP/s)"
+    middle = NUM_PROMPT_TOKENS + NUM_NEW_TOKENS // 2
+    nbytes = decode_weight_bytes(DECODER, itemsize=2) + middle * 524_288
+    slow = Card("A", 1 << 40, 1e9, 1e12, (8, 6), "invented")
+    figures = modelled(slow, shapes(), **STUDY, share_of_bandwidth=0.5).figures
+    values = {name: figure.value for name, figure in figures.items()}
+    assert values["prefill_s"] == pytest.approx(prefill_flop(DECODER, NUM_PROMPT_TOKENS) / 0.5e12)
+    assert values["decode_token_s"] == pytest.approx(nbytes / 0.5e9)
+    assert values["decode_tokens_per_s"] == pytest.approx(0.5e9 / nbytes)
+    assert values["total_s"] == pytest.approx(values["vision_s"] + values["prefill_s"] + 99 * values["decode_token_s"])
+    assert figures["decode_token_s"].source == "(13.2 GB of weights + 771 MB of cache) / (0.5 × 1.00 GB/s)"
+    assert figures["prefill_s"].source == "18.9 TFLOP / (0.5 × 1.00 TFLOP/s)"
     # A card that computes as slowly as this one reads takes its time for computing.
-    weak = modelled(dataclasses.replace(slow, peak_flops=1e9), shapes(), **STUDY)
-    assert weak.decode_token_s.value == pytest.approx(study.decode_flop / 0.5e9)
+    weak = modelled(slow._replace(peak_flops=1e9), shapes(), **STUDY)
+    assert weak.figures["decode_token_s"].value == pytest.approx(decode_flop(DECODER, middle) / 0.5e9)
 
 
 @pytest.mark.parametrize(
@@ -194,39 +187,25 @@ def test_each_stage_takes_the_longer_of_reading_and_computing() -> None:
     [("RTX 3060 12GB", False, True), ("RTX 4060 Ti 16GB", True, True), ("V100 16GB", True, True)],
 )
 def test_what_fits_a_card(name: str, fp16: bool, w4: bool) -> None:
-    assert modelled(card(name), shapes(), **STUDY).fits == fp16
+    model = modelled(card(name), shapes(), **STUDY)
+    assert model.fits == fp16
     assert modelled(card(name), dataclasses.replace(shapes(), config=W4), **STUDY).fits == w4
-    exact = int(modelled(card(name), shapes(), **STUDY).memory_bytes.value)
+    exact = int(model.figures["memory_bytes"].value)
     for memory_bytes, fits in ((exact, True), (exact - 1, False)):
-        assert modelled(dataclasses.replace(card(name), memory_bytes=memory_bytes), shapes(), **STUDY).fits == fits
+        assert modelled(card(name)._replace(memory_bytes=memory_bytes), shapes(), **STUDY).fits == fits
 
 
-@pytest.mark.parametrize("name", [card.name for card in CARDS])
-def test_the_memory_of_a_card_is_the_one_that_is_planned_there(name: str, tiny_artifact: Artifact) -> None:
-    plan = resolve(LoadOptions(rows=1), tiny_artifact, card(name).machine(), num_prompt_tokens=100)
-    (model,) = (
-        model
-        for model in modelled_rows(
-            tiny_artifact,
-            num_prompt_tokens=100 + REASON_TOKENS,
-            num_new_tokens=tiny_artifact.manifest.decoding.max_new_tokens,
-        )
-        if model.card.name == name
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_the_memory_of_a_card_is_the_one_that_is_planned_there(card: Card, tiny_artifact: Artifact) -> None:
+    plan = resolve(LoadOptions(rows=1), tiny_artifact, card.machine(), num_prompt_tokens=100)
+    model = modelled(
+        card,
+        Shapes.of(tiny_artifact),
+        num_prompt_tokens=100 + REASON_TOKENS,
+        num_new_tokens=tiny_artifact.manifest.decoding.max_new_tokens,
     )
-    assert model.memory_bytes.value == plan.memory.card_bytes
-    assert plan.limit == card(name).memory_bytes
-
-
-def test_an_artifact_is_modelled_on_every_card(tiny_artifact: Artifact) -> None:
-    rows = modelled_rows(tiny_artifact, num_prompt_tokens=100, num_new_tokens=20)
-    assert [row.card for row in rows] == list(CARDS)
-    config = tiny_artifact.decoder_config()
-    for row in rows:
-        assert row.counts.vision_bytes == (tiny_artifact.path / "vision.onnx").stat().st_size
-        assert row.counts.weight_bytes == decode_weight_bytes(config, itemsize=2)
-        assert row.counts.cache_bytes == 110 * cache_bytes_per_token(config, itemsize=2)
-        assert row.counts.prefill_flop == prefill_flop(config, 100)
-        assert row.fits
+    assert model.figures["memory_bytes"].value == plan.memory.card_bytes
+    assert plan.limit == card.memory_bytes
 
 
 def test_only_torch_is_modelled_on_other_cards(tiny_artifact: Artifact) -> None:
@@ -235,11 +214,27 @@ def test_only_torch_is_modelled_on_other_cards(tiny_artifact: Artifact) -> None:
     row.name = "int4"
     bench = SimpleNamespace(rows=[row])
     (table,) = modelled_tables(bench)
-    assert len(table.rows) == len(CARDS)
+    assert [cells[0] for cells in table.rows] == [card.name for card in CARDS]
     row.engine = "onnx"
     assert modelled_tables(bench) == ()
     row.engine, plan.decoder_bytes = "torch", (1 << 28) - 1
     assert modelled_tables(bench) == ()
+
+
+def test_what_is_known_of_the_v100_follows_where_there_is_a_repository(
+    tiny_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = SimpleNamespace(decoder_bytes=1 << 28)
+    row = Mock(Row, engine="torch", plan=plan, path=str(tiny_artifact.path), tokens_per_study=20, num_prompt_tokens=9)
+    row.name = "fp16"
+    monkeypatch.setattr(roofline.Shapes, "of", lambda _: shapes())
+    _, table = modelled_tables(SimpleNamespace(rows=[row]))
+    figures = {name: (shown, kind) for name, shown, kind, _ in table.rows}
+    assert "V100 16GB" in table.caption
+    assert re.fullmatch(r"~38\.\d tok/s", figures["decode_tokens_per_s"][0])
+    assert figures["rouge_l"] == ("30.8 % (published)", "published")
+    monkeypatch.setattr(roofline, "V100_ENTRY", tmp_path / "v100_fp16.json")
+    assert len(modelled_tables(SimpleNamespace(rows=[row]))) == 1
 
 
 # -- How it looks ----------------------------------------------------------------------------------------------------
@@ -247,19 +242,15 @@ def test_only_torch_is_modelled_on_other_cards(tiny_artifact: Artifact) -> None:
 
 def test_a_modelled_figure_never_looks_measured() -> None:
     def shown(value: float, unit: str) -> str:
-        text = str(Figure(value=value, unit=unit, kind="modelled", formula="a / b"))  # type: ignore[arg-type]
+        text = str(Figure(value=value, unit=unit, kind="modelled", source="a / b"))  # type: ignore[arg-type]
         measured = str(Figure(value=value, unit=unit, kind="measured", source="here"))  # type: ignore[arg-type]
         assert text == f"~{measured}"
         return text
 
-    assert shown(0.0123, "s") == "~12.3 ms"
-    assert shown(0.338, "s") == "~338 ms"
-    assert shown(2.9077, "s") == "~2.91 s"
-    assert shown(81.7, "tokens/s") == "~81.7 tok/s"
-    assert shown(12_345, "tokens/s") == "~12,345 tok/s"
+    assert [shown(seconds, "s") for seconds in (0.0123, 0.338, 2.9077)] == ["~12.3 ms", "~338 ms", "~2.91 s"]
+    assert [shown(rate, "tokens/s") for rate in (81.7, 12_345)] == ["~81.7 tok/s", "~12,345 tok/s"]
     assert shown(5 << 30, "bytes") == "~5.00 GiB"
     assert shown(0.573, "fraction") == "~57.3 %"
-    assert str(Figure(value=0.573, unit="fraction", kind="published", source="a paper")) == "57.3 % (published)"
 
 
 def test_the_table_marks_every_figure_and_shows_no_times_where_it_does_not_fit() -> None:
@@ -270,50 +261,15 @@ def test_the_table_marks_every_figure_and_shows_no_times_where_it_does_not_fit()
         assert all(cell.startswith("~") or cell == "–" for cell in row[1:-1])
     assert rows[0][1:6] == ("–",) * 5
     assert rows[0][-2:] == ("~14.86 GiB", "no")
-    assert modelled_cells(modelled(card("V100 16GB"), shapes(), **STUDY))[2:5] == ("~338 ms", "~25.9 ms", "~38.6 tok/s")
-
-
-def test_json_says_modelled_and_how() -> None:
-    values = json.loads(json.dumps(modelled(card("T4"), shapes(), **STUDY).to_json()))
-    figures = [value for value in values.values() if isinstance(value, dict) and "value" in value]
-    assert len(figures) == 6
-    for figure in figures:
-        assert set(figure) == {"value", "unit", "kind", "formula"}
-        assert figure["kind"] == "modelled"
-    assert values["kind"] == "modelled"
-    assert values["counts"]["num_new_tokens"] == NUM_NEW_TOKENS
-    assert values["decode_token_s"]["value"] == pytest.approx(0.07284, rel=1e-3)
-
-
-def test_a_figure_says_where_it_comes_from() -> None:
-    with pytest.raises(LiteError, match="got a measured figure, 1 s, without a source"):
-        Figure(value=1.0, unit="s", kind="measured", formula="1 / 1")
-    with pytest.raises(LiteError, match="without a formula"):
-        Figure(value=1.0, unit="s", kind="modelled", source="a paper")
-
-
-# -- The V100's entry ------------------------------------------------------------------------------------------------
-
-
-def test_the_v100_is_read_where_there_is_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = v100_entry()
-    assert not isinstance(entry, Missing)
-    assert entry.card == "V100 16GB"
-    assert re.fullmatch(r"~38\.\d tok/s", str(entry.figures["decode_tokens_per_s"]))
-    monkeypatch.setattr(cards, "V100_ENTRY", tmp_path / "v100_fp16.json")
-    missing = v100_entry()
-    assert isinstance(missing, Missing)
-    assert "repository" in missing.todo
+    assert rows[-1][2:5] == ("~338 ms", "~25.9 ms", "~38.6 tok/s")
 
 
 def test_an_entry_that_was_edited_wrongly_is_refused(tmp_path: Path) -> None:
-    values = json.loads(cards.V100_ENTRY.read_text())
-    values["figures"]["prefill_s"]["kind"] = "guessed"
-    (tmp_path / "entry.json").write_text(json.dumps(values))
-    with pytest.raises(ArtifactError, match="prefill_s"):
-        read_reference_card(tmp_path / "entry.json")
-    # A figure that is called measured needs a source.
-    values["figures"]["prefill_s"]["kind"] = "measured"
-    (tmp_path / "entry.json").write_text(json.dumps(values))
-    with pytest.raises(LiteError, match="without a source"):
-        read_reference_card(tmp_path / "entry.json")
+    values = json.loads(V100_ENTRY.read_text())
+    figure = values["figures"]["prefill_s"]
+    for change, message in (({"kind": "guessed"}, "prefill_s.*guessed"), ({"source": None}, "prefill_s.source")):
+        (tmp_path / "entry.json").write_text(
+            json.dumps(values | {"figures": values["figures"] | {"prefill_s": figure | change}})
+        )
+        with pytest.raises(ArtifactError, match=message):
+            read_reference_card(tmp_path / "entry.json")
