@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Final
 import lite
 from lite._version import __version__
 from lite.artifact.open import load_artifact
-from lite.bench.measure import Options
 from lite.bench.quality import Clinical
-from lite.bench.results import Bench, FailedRow
-from lite.cli.options import ENGINES, add_engine, add_image_folder, add_memory
+from lite.bench.results import FailedRow
+from lite.cli.options import ENGINES, add_engine, add_image_folder, add_memory, load_model, load_options
 from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
+from lite.engines.options import LoadOptions
 from lite.errors import LiteError
 from lite.files import check_writable
 from lite.studies.readers import check_films, read_studies
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
-    from lite.bench.run import Job
-
+    from lite.bench.measure import Job
+    from lite.bench.results import Bench
 
 _ROOT: Final = Path(lite.__file__).resolve().parent.parent
 _DEMO_ARTIFACTS: Final = (Path("build/demo/artifact-fp16"), Path("build/demo/artifact"))  # of where one is
@@ -40,9 +40,11 @@ _DEMO_RECORD: Final = _ROOT / "benchmarks" / "references" / "phantom_fp16.json"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
-    record = given[:1] == ["record"]
-    arguments = _record_parser().parse_args(given[1:]) if record else _parser().parse_args(given)
-    return run_command(lambda: _record(arguments) if record else _bench(arguments, given))
+    if given[:1] == ["record"]:
+        recorded = _record_parser().parse_args(given[1:])
+        return run_command(lambda: _record(recorded))
+    arguments = _parser().parse_args(given)
+    return run_command(lambda: _bench(arguments, shlex.join(["python", "-m", "lite.bench", *given])))
 
 
 # -- Arguments -------------------------------------------------------------------------------------------------------
@@ -69,12 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         "against (default: the demo's, for the demo)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-sizes", type=_batch_sizes, default=Options().batch_sizes, metavar="N,N", help="studies at a time, for "
-        "the throughput (default: 1,4)",
+        "--batch-sizes", type=_batch_sizes, default="1,4", metavar="N,N", help="studies at a time, for the throughput "
+        "(default: %(default)s); all are loaded with room for the largest",
     )  # fmt: skip
     parser.add_argument(
-        "--runs", type=positive, default=Options().min_runs, metavar="N", help="time at least so many studies one by "
-        "one, some of them again if there are fewer (default: %(default)s)",
+        "--runs", type=positive, default=20, metavar="N", help="time at least so many studies one by one, some of them "
+        "again if there are fewer (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
@@ -103,10 +105,6 @@ def _record_parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="a folder written by python -m export: fp16")
     _add_data(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="R", help="writes R.json and R.safetensors")
-    parser.add_argument(
-        "--check", type=Path, metavar="CANDIDATE", help="then measure on this artifact by how much a KL from the "
-        "record is too low, and print it",
-    )  # fmt: skip
     add_engine(parser)
     return parser
 
@@ -127,13 +125,18 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
 # -- Commands --------------------------------------------------------------------------------------------------------
 
 
-def _bench(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+def _bench(arguments: argparse.Namespace, command: str) -> int:
     from lite.bench.roofline import modelled_tables
     from lite.bench.run import run_bench
     from lite.bench.table import format_tables, write_json
 
-    job = _job(arguments, shlex.join(["python", "-m", "lite.bench", *given]))
-    _check_outputs(arguments)
+    job = _job(arguments, command)
+    # An hour of measuring would be for nothing where a file cannot be written, or not be made.
+    check_writable(arguments.json, arguments.html)
+    if arguments.html is not None:
+        from lite.bench.report import check_packages, write_report
+
+        check_packages()
     bench = run_bench(job, show_progress)
     modelled = modelled_tables(bench)
     sys.stdout.write(f"{format_tables(bench, modelled)}\n")
@@ -141,15 +144,13 @@ def _bench(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         write_json(bench, modelled, arguments.json)
         say(f"figures: {arguments.json}")
     if arguments.html is not None:
-        from lite.bench.report import write_report
-
         write_report(bench, arguments.html, modelled=modelled)
         say(f"report: {arguments.html}")
     return _report_failures(bench)
 
 
 def _job(arguments: argparse.Namespace, command: str) -> Job:
-    from lite.bench.run import Job
+    from lite.bench.measure import Job
 
     paths = _artifacts(arguments)
     studies, data = _studies(arguments)
@@ -163,24 +164,34 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
         check_chexbert_files(arguments.chexbert)
     return Job(
         artifacts=tuple(zip(short_names(paths), paths, strict=True)),
+        ways=_ways(arguments),
         studies=tuple(studies),
         data=data,
+        reports_apply=arguments.data is not None or is_demo,
         record=record,
-        options=Options(
-            engine=arguments.engine,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            provider=arguments.provider,
-            cache_dtype=arguments.cache_dtype,
-            batch_sizes=arguments.batch_sizes,
-            min_runs=arguments.runs,
-            max_new_tokens=arguments.max_new_tokens,
-            memory_limit=arguments.memory_limit,
-        ),
+        batch_sizes=arguments.batch_sizes,
+        min_runs=arguments.runs,
+        max_new_tokens=arguments.max_new_tokens,
         clinical=Clinical(radgraph=arguments.radgraph, chexbert=arguments.chexbert, device=arguments.device),
         command=command,
-        reports_apply=arguments.data is not None or is_demo,
     )
+
+
+def _ways(arguments: argparse.Namespace) -> dict[str, LoadOptions]:
+    """Return how to load: "", or by the name of each engine what is asked of that one."""
+    given = vars(arguments) | {"rows": max(arguments.batch_sizes), "verify": False}
+
+    def way(**changes: str | None) -> LoadOptions:
+        return load_options(argparse.Namespace(**given | changes))
+
+    if arguments.engine != "both":
+        return {"": way()}
+    # int8 both have; of the floats each computes with its own.
+    cache_dtype = "int8" if arguments.cache_dtype == "int8" else None
+    return {
+        "torch": way(engine="torch", provider=None, cache_dtype=cache_dtype),
+        "onnx": way(engine="onnx", device="auto", dtype=None),
+    }
 
 
 def _artifacts(arguments: argparse.Namespace) -> list[Path]:
@@ -208,8 +219,7 @@ def _reference(arguments: argparse.Namespace, *, is_demo: bool) -> Path | None:
             "cut cannot be those of the reference · leave one out"
         )
         raise LiteError(msg)
-    whole = arguments.limit is None and arguments.max_new_tokens is None
-    if is_demo and record is None and whole and _DEMO_RECORD.is_file():
+    if is_demo and (record, arguments.limit, arguments.max_new_tokens) == (None, None, None):
         record = _DEMO_RECORD
         say(f"reference: {record}")
     return record
@@ -250,51 +260,30 @@ def _is_demo(paths: Sequence[Path]) -> bool:
     return all(load_artifact(path).manifest.model == model for path in paths)
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Find out before an hour of measuring that a file cannot be written, or not be made."""
-    check_writable(arguments.json, arguments.html)
-    if arguments.html is not None:
-        from lite.bench.report import check_packages
-
-        check_packages()
-
-
 def _report_failures(bench: Bench) -> int:
-    status = 0
+    failures = [f"error: {row.name}: {row.error}" for row in bench.rows if isinstance(row, FailedRow)]
     for row in bench.rows:
-        if isinstance(row, FailedRow):
-            say(f"error: {row.name}: {row.error}")
-            status = EXIT_FAILED
-        elif row.num_skipped:
-            for draft in row.drafts:
-                if draft.error is not None:
-                    say(f"skipped by {row.name}: {draft.error}")
-            status = EXIT_FAILED
-    return status
+        drafts = () if isinstance(row, FailedRow) else row.drafts
+        failures += [f"skipped by {row.name}: {draft.error}" for draft in drafts if draft.error is not None]
+    for failure in failures:
+        say(failure)
+    return EXIT_FAILED if failures else 0
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from lite.bench.machine import machine, versions
-    from lite.bench.recording import bound_error, take_record
+    from lite.bench.recording import take_record
     from lite.eval.record_file import check_new, record_paths, write_record
 
     check_new(arguments.out)
     studies, data = _studies(arguments)
-    settings = {"engine": arguments.engine, "device": arguments.device, "dtype": arguments.dtype}
-    model = lite.load(arguments.artifact, **settings)
     record = take_record(
-        model,
+        load_model(arguments),
         studies,
         name=Path(data).name,
-        machine=machine(),
-        versions=versions(),
         on_progress=lambda done: show_progress("recording", done, len(studies)),
     )
     written = write_record(record, arguments.out)
     sys.stdout.write(f"{written}: {record.describe()}\n{record.describe_tail()}\n")
-    if arguments.check is not None:
-        candidate = lite.load(arguments.check, **settings)
-        sys.stdout.write(f"{bound_error(record, model, candidate, studies).describe()}\n")
     bytes_written = sum(path.stat().st_size for path in record_paths(arguments.out))
     sys.stdout.write(f"{bytes_written:,} bytes. Next: python -m lite.bench ARTIFACT --reference {arguments.out}\n")
     return 0

@@ -24,16 +24,13 @@ if TYPE_CHECKING:
 def latency_of(runs: Sequence[Findings]) -> Latency:
     """Summarise the stages of studies that were run one at a time."""
     timings = [findings.timings for findings in runs]
-    steps = [step for timing in timings for step in timing.decode_steps_s]
-    return Latency(
-        image=quantiles([timing.image_s for timing in timings]),
-        vision=quantiles([timing.vision_s for timing in timings]),
-        prefill=quantiles([timing.prefill_s for timing in timings]),
-        # A text of one token has no further one: then nothing was decoded, in no time.
-        decode_token=quantiles(steps or [0.0]),
-        ttft=quantiles([timing.ttft_s for timing in timings]),
-        total=quantiles([timing.total_s for timing in timings]),
-    )
+    stages = {
+        stage: quantiles([getattr(timing, f"{stage}_s") for timing in timings])
+        for stage in ("image", "vision", "prefill", "ttft", "total")
+    }
+    # A text of one token has no further one: then nothing was decoded, in no time.
+    steps = [step for timing in timings for step in timing.decode_steps_s] or [0.0]
+    return Latency(**stages, decode_token=quantiles(steps))
 
 
 def disk_bytes(artifact: Artifact, engine: EngineName) -> int:
@@ -41,7 +38,7 @@ def disk_bytes(artifact: Artifact, engine: EngineName) -> int:
     return sum(part.nbytes for part in artifact.manifest.parts.read_by(engine))
 
 
-def peaks_of(model: FindingsModel) -> Peaks:
+def peak_now(model: FindingsModel) -> Peaks:
     """Return the most memory that the process has taken so far."""
     return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=model.decoder.peak_vram_bytes())
 
@@ -53,15 +50,13 @@ def counted(peaks: Peaks) -> int:
 
 def memory_use(before: int, loaded: Peaks, first: Findings) -> MemoryUse:
     """Put together what loading and the stages of the first study took."""
-    memory, resident = first.memory, loaded.vram_bytes is None
+    resident, memory = loaded.vram_bytes is None, first.memory
+    stages = {f"{stage}_bytes": counted(getattr(memory, stage)) for stage in ("image", "vision", "prefill", "decode")}
     return MemoryUse(
         kind="RSS" if resident else "VRAM",
         before_bytes=before if resident else 0,
         load_bytes=counted(loaded),
-        image_bytes=counted(memory.image),
-        vision_bytes=counted(memory.vision),
-        prefill_bytes=counted(memory.prefill),
-        decode_bytes=counted(memory.decode),
+        **stages,
     )
 
 
@@ -80,12 +75,8 @@ def traffic_of(artifact: Artifact, runs: Sequence[Findings]) -> Traffic | Missin
     context = np.median([findings.num_prompt_tokens + findings.num_new_tokens / 2 for findings in runs])
     cache = int(context * cache_bytes_per_token(config, itemsize=ITEMSIZE[first.cache_dtype]))
     token_s = latency_of(runs).decode_token.p50
-    return Traffic(
-        weight_bytes=weights,
-        cache_bytes=cache,
-        bandwidth=bandwidth,
-        achieved=(weights + cache) / token_s if token_s else 0.0,
-    )
+    achieved = (weights + cache) / token_s if token_s else 0.0
+    return Traffic(weight_bytes=weights, cache_bytes=cache, bandwidth=bandwidth, achieved=achieved)
 
 
 def out_of_memory(error: MemoryError | RuntimeError) -> str:

@@ -11,13 +11,13 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +25,7 @@ import numpy as np
 from lite.engines.cores import available_cores
 from lite.errors import BackendUnavailable, MemoryBudgetError
 from lite.eval.figures import Missing
+from lite.memory.process import memory_of_machine
 
 _ROOT: Final = Path(__file__).resolve().parent.parent.parent
 _PACKAGES: Final = ("torch", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "numpy", "llava-rad-lite")
@@ -37,20 +38,11 @@ _GPU_ROUNDS: Final = 10
 
 def machine() -> str:
     """Say what this runs on: cores, processor, memory, GPU; no name of the machine."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in _text(Path("/proc/cpuinfo")).splitlines()
-        if line.startswith("model name")
-    ]
-    processor = names[0] if names else platform.processor() or platform.machine()
+    named = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    processor = named[1].strip() if named else platform.processor() or platform.machine()
     cores = available_cores()
-    parts = [
-        f"{cores} core{'' if cores == 1 else 's'} of {processor}",
-        f"{_physical_memory() / 1e9:.0f} GB",
-        platform.system(),
-        *_gpus(),
-    ]
-    return ", ".join(parts)
+    of_cores = f"{cores} core{'' if cores == 1 else 's'} of {processor}"
+    return ", ".join([of_cores, f"{(memory_of_machine() or 0) / 1e9:.0f} GB", platform.system(), *_gpus()])
 
 
 def versions() -> dict[str, str]:
@@ -184,66 +176,25 @@ def _last_level_cache_bytes() -> int:
 
 
 def _available_memory() -> int:
-    for line in _text(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return _physical_memory()
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = re.search(r"^MemAvailable:\s*(\d+) kB$", _text(Path("/proc/meminfo")), re.MULTILINE)
+    return int(available[1]) << 10 if available else memory_of_machine() or 0
 
 
 # -- Energy ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnergyMeter:
-    """The energy counter of one GPU: two readings, before and after, give what was used between them.
+def energy_meter(device: str) -> Callable[[], float] | Missing:
+    """Find the energy counter of the GPU that torch calls `device`; say why if there is none.
 
     It counts the whole board, whoever uses it, and moves in steps of up to a tenth of a second: read it around a whole
     study or several, when the GPU has finished.
+
+    Returns:
+        A function that returns the joules used since the driver was loaded, and raises BackendUnavailable when the card
+        no longer answers.
     """
-
-    nvml: ModuleType
-    handle: Any  # NVML's, of the card
-
-    def read(self) -> float:
-        """Return the joules used since the driver was loaded.
-
-        Raises:
-            BackendUnavailable: the card no longer answers.
-        """
-        try:
-            millijoules: int = self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)
-        except self.nvml.NVMLError as error:
-            msg = f"got no energy from NVML ({error}) · expected millijoules · check the GPU with nvidia-smi"
-            raise BackendUnavailable(msg) from error
-        return millijoules / 1e3
-
-
-def energy_meter(device: str) -> EnergyMeter | Missing:
-    """Find the energy counter of the GPU that torch calls `device`; say why if there is none."""
     if not device.startswith("cuda"):
         return Missing(why="no GPU", todo="NVML counts the energy of NVIDIA GPUs, not that of a CPU.")
-    nvml = _nvml()
-    if isinstance(nvml, Missing):
-        return nvml
-    import torch
-
-    properties = torch.cuda.get_device_properties(device)
-    try:
-        # Not by number: torch counts only what CUDA_VISIBLE_DEVICES leaves, and perhaps in another order.
-        meter = EnergyMeter(nvml=nvml, handle=nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}"))
-        meter.read()
-    except (nvml.NVMLError, BackendUnavailable) as error:
-        todo = f"NVML does not count the energy of this {properties.name} ({error}); of Volta and later cards it does."
-        return Missing(why="not supported", todo=todo)
-    return meter
-
-
-def _nvml() -> ModuleType | Missing:
-    """Import NVML's bindings and start it, as often as one likes."""
     try:
         # By its name as text: it is no dependency, and mypy need not find it.
         nvml = importlib.import_module("pynvml")
@@ -253,4 +204,23 @@ def _nvml() -> ModuleType | Missing:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
         return Missing(why="no NVML", todo=f"NVML does not start ({error}): install NVIDIA's driver, or repair it.")
-    return nvml
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+
+    def read() -> float:
+        # Not by number: torch counts only what CUDA_VISIBLE_DEVICES leaves, and perhaps in another order.
+        try:
+            card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+            millijoules: int = nvml.nvmlDeviceGetTotalEnergyConsumption(card)
+        except nvml.NVMLError as error:
+            msg = f"got no energy from NVML ({error}) · expected millijoules · check the GPU with nvidia-smi"
+            raise BackendUnavailable(msg) from error
+        return millijoules / 1e3
+
+    try:
+        read()
+    except BackendUnavailable as error:
+        todo = f"NVML does not count the energy of this {properties.name} ({error}); of Volta and later cards it does."
+        return Missing(why="not supported", todo=todo)
+    return read

@@ -1,6 +1,6 @@
 """One artifact, measured through the public functions alone: `lite.load`, `findings`, `findings_batch`, `score`.
 
-    load ─▶ warm-up ─▶ studies one by one ─▶ in batches ─▶ bandwidth ─▶ scored along the reference's texts
+    load ─▶ warm-up ─▶ studies one by one ─▶ in batches ─▶ bandwidth ─▶ along the reference's texts ─▶ texts judged
               └ memory by stage       └ texts
 
 It belongs into a process of its own (`lite.bench.run` gives it one): memory peaks are those of a process, and what one
@@ -10,26 +10,25 @@ artifact has warmed or loaded would be counted for the next.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
 from lite.artifact.open import load_artifact
-from lite.bench.costs import counted, disk_bytes, latency_of, memory_use, out_of_memory, peaks_of, traffic_of
-from lite.bench.machine import EnergyMeter, energy_meter
-from lite.bench.results import Draft, NotRun, Row, Throughput
+from lite.bench.costs import counted, disk_bytes, latency_of, memory_use, out_of_memory, peak_now, traffic_of
+from lite.bench.machine import energy_meter
+from lite.bench.quality import NO_REFERENCE, Clinical, against_record, against_reports
+from lite.bench.results import Draft, NotRun, RecordQuality, Row, Throughput
 from lite.engines.machine import look
 from lite.engines.options import LoadOptions
 from lite.engines.protocol import EngineName
 from lite.engines.resolve import resolve
 from lite.errors import LiteError, MemoryBudgetError
-from lite.eval.divergence import StudyDivergence
 from lite.eval.figures import Missing, quantiles
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
@@ -39,71 +38,51 @@ from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import CacheDtype
     from lite.model import FindingsModel
     from lite.studies.results import Findings
 
 T = TypeVar("T")
 
+NUM_WARMUP: Final = 2
 BATCH_ROUNDS: Final = 3
 BATCH_SECONDS: Final = 60.0
 """Rounds of a batch size end with the first that ends after so long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to measure. What is said of one engine alone does not reach the other."""
+class Job:
+    """What to bench, on what, and how."""
 
-    engine: Literal["auto", "torch", "onnx", "both"] = "auto"  # `measure` takes one; "both" is for `run_bench`
-    device: str = "auto"  # of torch, as the next
-    dtype: str | None = None
-    provider: str | None = None  # of onnx, as the next
-    cache_dtype: CacheDtype | None = None
-    batch_sizes: tuple[int, ...] = (1, 4)
-    min_runs: int = 20  # studies one by one; fewer studies are gone through several times
-    num_warmup: int = 2
+    artifacts: tuple[tuple[str, Path], ...]  # each with what to call it
+    ways: dict[str, LoadOptions]  # to load each: one, "", or one by the name of each engine
+    studies: tuple[Study, ...]  # at least one; a film that cannot be read is counted and left out
+    data: str  # where they come from, in words
+    reports_apply: bool = True  # False: the films are stand-ins, and what their reports say is of no interest
+    record: Path | None = None  # to score against
+    batch_sizes: tuple[int, ...]
+    min_runs: int  # studies one by one; fewer studies are gone through several times
     max_new_tokens: int | None = None
-    memory_limit: int | None = None
+    clinical: Clinical
+    command: str
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A row whose texts have not been judged yet, and what the judgement takes."""
-
-    row: Row
-    divergences: tuple[StudyDivergence, ...]  # for each study of the record; none without one
-    kl_gap_limit: float  # see RecordQuality
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """One study through `findings`."""
-
-    findings: Findings
-    energy_j: float | None
+    @property
+    def reports(self) -> list[str]:
+        """What the data says of each study, or nothing."""
+        return [study.reference if self.reports_apply else "" for study in self.studies]
 
 
 Progress = Callable[[str, int, int], None]
 """Is told what is done, how much of it, of how many."""
 
 
-def measure(
-    path: Path,
-    studies: Sequence[Study],
-    options: Options,
-    *,
-    name: str,
-    record: Path | None,
-    on_progress: Progress,
-) -> Measured:
+def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progress: Progress) -> Row:
     """Measure an artifact in this process, which should do nothing else.
 
     Args:
+        job: on what, and how.
         path: the artifact.
-        studies: at least one; a film that cannot be read is counted and left out.
-        options: how.
+        options: to load it with.
         name: what to call it.
-        record: the reference record, to score against.
         on_progress: see `Progress`.
 
     Raises:
@@ -111,79 +90,58 @@ def measure(
             does not belong to the record, or none of the films can be read.
     """
     artifact = load_artifact(path)
-    reference = _reference(record, artifact, studies)
+    reference = read_record(job.record) if job.record is not None else None
+    if reference is not None:
+        check_record(reference, artifact, job.studies)
     import lite
 
-    chosen = _load_options(options)
     # To look imports the engine's packages: they are no part of the artifact's memory, nor of its load time.
-    engine = resolve(chosen, artifact, look(chosen, artifact)).engine
+    engine = resolve(options, artifact, look(options, artifact)).engine
     before = rss_bytes() or 0
     on_progress("loading", 0, 1)
     verify_s, _ = _timed(lambda: artifact.verify(engine=engine))
-    load_s, model = _timed(lambda: lite.load(path, **dataclasses.asdict(chosen)))
-    loaded = peaks_of(model)
-    meter = _meter(engine, str(model.decoder.device))
-    warm = _warm_up(model, studies, options)
-    runs, drafts = _run_singly(model, studies, options, meter, on_progress)
-    longest = max(run.findings.num_prompt_tokens for run in runs)
-    planned = functools.partial(model.plan.with_rows, num_prompt_tokens=longest, max_new_tokens=options.max_new_tokens)
-    usable = [study for study, draft in zip(studies, drafts, strict=True) if draft.error is None]
-    batches = tuple(_batches(model, usable, options, planned, on_progress))
+    load_s, model = _timed(lambda: lite.load(path, **dataclasses.asdict(options)))
+    loaded = peak_now(model)
+    loop = _Loop(model=model, job=job, on_progress=on_progress)
+    warm = loop.warm_up()
+    runs, energy_j, drafts = loop.one_by_one()
+    longest = max(findings.num_prompt_tokens for findings in runs)
+    usable = [study for study, draft in zip(job.studies, drafts, strict=True) if draft.error is None]
+    batches = tuple(loop.batches(usable, longest))
     on_progress("bandwidth", 0, 1)
-    traffic = traffic_of(artifact, [run.findings for run in runs])
-    plan = planned(1)
-    row = Row(
-        **_what_ran(name, artifact, engine, warm[0]),
+    traffic = traffic_of(artifact, runs)
+    plan = loop.planned(1, longest)
+    quality = loop.along(reference, drafts) if reference is not None else NO_REFERENCE
+    on_progress("judging the texts", 0, 1)
+    return Row(
+        **_what_ran(artifact, engine, warm[0]),
+        name=name,
+        path=str(path),
         weight_bytes=plan.decoder_bytes + plan.vision_bytes,
         verify_s=verify_s,
         load_s=load_s,
         first_total_s=warm[0].timings.total_s,
-        **_of_runs([run.findings for run in runs]),
+        latency=latency_of(runs),
+        num_runs=len(runs),
+        num_prompt_tokens=int(np.median([findings.num_prompt_tokens for findings in runs])),
+        tokens_per_study=float(np.mean([findings.num_new_tokens for findings in runs])),
         num_warmup=len(warm),
         batches=batches,
         plan=plan,
         memory=memory_use(before, loaded, warm[0]),
         traffic=traffic,
-        energy_j=meter if isinstance(meter, Missing) else quantiles([run.energy_j or 0.0 for run in runs]),
-        record_quality=_NOT_JUDGED,
-        report_quality=_NOT_JUDGED,
+        energy_j=energy_j if isinstance(energy_j, Missing) else quantiles(energy_j),
+        record_quality=quality,
+        report_quality=against_reports(job.reports, drafts, job.clinical),
         drafts=drafts,
     )
-    divergences, kl_gap_limit = _scored(model, reference, studies, on_progress)
-    return Measured(row=row, divergences=divergences, kl_gap_limit=kl_gap_limit)
 
 
-def _reference(record: Path | None, artifact: Artifact, studies: Sequence[Study]) -> ReferenceRecord | None:
-    if record is None:
-        return None
-    reference = read_record(record)
-    check_record(reference, artifact, studies)
-    return reference
-
-
-def _scored(
-    model: FindingsModel, reference: ReferenceRecord | None, studies: Sequence[Study], on_progress: Progress
-) -> tuple[tuple[StudyDivergence, ...], float]:
-    """Score a model along the reference's texts; return also by how much the KL is too low at most, in the mean."""
-    divergences: list[StudyDivergence] = []
-    gaps: list[float] = []
-    if reference is None:
-        return (), 0.0
-    for index, study in enumerate(studies):
-        on_progress("scoring", index, len(studies))
-        logits = model.score(study.image, reference.token_ids(index), study.reason)
-        divergences.append(reference.compare(index, logits))
-        gaps.extend(reference.gap_limit(index, logits))
-    return tuple(divergences), float(np.mean(gaps))
-
-
-def _what_ran(name: str, artifact: Artifact, engine: EngineName, first: Findings) -> dict[str, Any]:
+def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[str, Any]:
     """Return what a row says of the artifact and its settings."""
     parts = artifact.manifest.parts
     names = ("artifact_id", "engine", "device", "dtype", "cache_dtype", "backend", "fallbacks", "notice")
     return {field: getattr(first, field) for field in names} | {
-        "name": name,
-        "path": str(artifact.path),
         "model": artifact.manifest.model,
         "decoder_format": parts.decoder.describe(),
         "vision_format": parts.vision.format,
@@ -192,151 +150,136 @@ def _what_ran(name: str, artifact: Artifact, engine: EngineName, first: Findings
     }
 
 
-def _of_runs(runs: Sequence[Findings]) -> dict[str, Any]:
-    return {
-        "latency": latency_of(runs),
-        "num_runs": len(runs),
-        "num_prompt_tokens": int(np.median([findings.num_prompt_tokens for findings in runs])),
-        "tokens_per_study": float(np.mean([findings.num_new_tokens for findings in runs])),
-    }
-
-
-_NOT_JUDGED: Final = Missing(why="not judged yet")
-
-
-def _load_options(options: Options) -> LoadOptions:
-    names = ("device", "dtype", "provider", "cache_dtype", "memory_limit")
-    engine = "auto" if options.engine == "both" else options.engine
-    return LoadOptions(engine=engine, verify=False, **{name: getattr(options, name) for name in names})
-
-
-def _meter(engine: EngineName, device: str) -> EnergyMeter | Missing:
-    if engine == "onnx" and device != "cpu":
-        return Missing(why="not read", todo="Energy is read of the GPU that torch names, not of ONNX Runtime's.")
-    return energy_meter(device)
-
-
 def _timed(function: Callable[[], T]) -> tuple[float, T]:
     started = time.perf_counter()
     result = function()
     return time.perf_counter() - started, result
 
 
-def _warm_up(model: FindingsModel, studies: Sequence[Study], options: Options) -> list[Findings]:
-    """Run the first studies that can be read; the very first tells what each stage adds to the memory."""
-    done: list[Findings] = []
-    errors: list[LiteError] = []
-    for study in itertools.chain(studies, itertools.cycle(studies)):
-        try:
-            done.append(model.findings(study.image, study.reason, max_new_tokens=options.max_new_tokens, reuse=False))
-        except LiteError as error:
-            errors.append(error)
-        if len(done) == max(1, options.num_warmup):
-            return done
-        if len(errors) == len(studies):
-            raise errors[0]
-    return done
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loop:
+    """Runs the studies of a job through a model."""
 
+    model: FindingsModel
+    job: Job
+    on_progress: Progress
 
-def _run_singly(
-    model: FindingsModel,
-    studies: Sequence[Study],
-    options: Options,
-    meter: EnergyMeter | Missing,
-    on_progress: Progress,
-) -> tuple[list[_Run], tuple[Draft, ...]]:
-    """Run every study by itself, those that can be read again until there are `min_runs`."""
-    runs: list[_Run] = []
-    drafts: list[Draft] = []
-    usable: list[Study] = []
-    total = max(options.min_runs, len(studies))
-    for study in studies:
-        on_progress("one by one", len(runs), total)
-        try:
-            run = _run(model, study, options, meter)
-        except LiteError as error:
-            drafts.append(Draft(id=study.id, text="", error=str(error)))
-            continue
-        runs.append(run)
-        usable.append(study)
-        drafts.append(Draft(id=study.id, text=run.findings.text))
-    for study in itertools.cycle(usable):
-        if len(runs) >= options.min_runs:
-            break
-        on_progress("one by one", len(runs), total)
-        runs.append(_run(model, study, options, meter))
-    return runs, tuple(drafts)
+    def draft(self, study: Study) -> Findings:
+        """Run one study by itself."""
+        return self.model.findings(study.image, study.reason, max_new_tokens=self.job.max_new_tokens, reuse=False)
 
+    def warm_up(self) -> list[Findings]:
+        """Run the first studies that can be read; the very first tells what each stage adds to the memory."""
+        done: list[Findings] = []
+        errors: list[LiteError] = []
+        for study in itertools.cycle(self.job.studies):
+            try:
+                done.append(self.draft(study))
+            except LiteError as error:
+                errors.append(error)
+            if len(done) == NUM_WARMUP:
+                break
+            if len(errors) == len(self.job.studies):
+                raise errors[0]
+        return done
 
-def _run(model: FindingsModel, study: Study, options: Options, meter: EnergyMeter | Missing) -> _Run:
-    before = None if isinstance(meter, Missing) else meter.read()
-    findings = model.findings(study.image, study.reason, max_new_tokens=options.max_new_tokens, reuse=False)
-    used = None if isinstance(meter, Missing) or before is None else meter.read() - before
-    return _Run(findings=findings, energy_j=used)
+    def one_by_one(self) -> tuple[list[Findings], list[float] | Missing, tuple[Draft, ...]]:
+        """Run every study by itself, those that can be read again until there are `min_runs`."""
+        job, device = self.job, str(self.model.decoder.device)
+        meter = energy_meter(device)
+        if self.model.plan.engine == "onnx" and device != "cpu":
+            meter = Missing(why="not read", todo="Energy is read of the GPU that torch names, not of ONNX Runtime's.")
+        runs: list[Findings] = []
+        joules: list[float] = []
+        drafts: list[Draft] = []
 
+        def run(study: Study) -> str:
+            self.on_progress("one by one", len(runs), max(job.min_runs, len(job.studies)))
+            before = 0.0 if isinstance(meter, Missing) else meter()
+            findings = self.draft(study)
+            joules.append(0.0 if isinstance(meter, Missing) else meter() - before)
+            runs.append(findings)
+            return findings.text
 
-# -- Batches ---------------------------------------------------------------------------------------------------------
+        usable: list[Study] = []
+        for study in job.studies:
+            try:
+                drafts.append(Draft(id=study.id, text=run(study)))
+                usable.append(study)
+            except LiteError as error:
+                drafts.append(Draft(id=study.id, text="", error=str(error)))
+        for study in itertools.islice(itertools.cycle(usable), max(job.min_runs - len(runs), 0)):
+            run(study)
+        return runs, meter if isinstance(meter, Missing) else joules, tuple(drafts)
 
+    def along(self, reference: ReferenceRecord, drafts: Sequence[Draft]) -> RecordQuality:
+        """Score the model along the reference's texts, and set its own beside them."""
+        divergences, gaps = [], []
+        for index, study in enumerate(self.job.studies):
+            self.on_progress("scoring", index, len(self.job.studies))
+            logits = self.model.score(study.image, reference.token_ids(index), study.reason)
+            divergences.append(reference.compare(index, logits))
+            gaps.extend(reference.gap_limit(index, logits))
+        return against_record(reference.texts, drafts, divergences, kl_gap_limit=float(np.mean(gaps)))
 
-def _batches(
-    model: FindingsModel,
-    studies: Sequence[Study],
-    options: Options,
-    planned: Callable[[int], MemoryPlan],
-    on_progress: Progress,
-) -> Iterator[Throughput | NotRun]:
-    """Yield what each batch size gives, the small ones first: the process's peak belongs to the largest so far."""
-    for batch_size in sorted(set(options.batch_sizes)):
-        plan = planned(batch_size)
-        try:
-            if options.memory_limit is not None:
-                check_memory(plan, options.memory_limit, what=f"batches of {batch_size}")
-            on_progress(f"batches of {batch_size}", 0, 1)
-            yield _throughput(model, studies, batch_size, options, plan)
-        except LiteError as error:
-            yield NotRun(batch_size=batch_size, why=str(error), plan=plan)
-        except (MemoryError, RuntimeError) as error:
-            yield NotRun(batch_size=batch_size, why=out_of_memory(error), plan=plan)
+    def planned(self, batch_size: int, num_prompt_tokens: int) -> MemoryPlan:
+        """Return what so many studies at a time take. A GPU holds the cache of all rows from the first study on."""
+        plan = self.model.plan
+        return self._with_rows(batch_size if plan.device == "cpu" else max(batch_size, plan.rows), num_prompt_tokens)
 
+    def _with_rows(self, rows: int, num_prompt_tokens: int) -> MemoryPlan:
+        lengths = {"num_prompt_tokens": num_prompt_tokens, "max_new_tokens": self.job.max_new_tokens}
+        return self.model.plan.with_rows(rows, **lengths)
 
-def _throughput(
-    model: FindingsModel, studies: Sequence[Study], batch_size: int, options: Options, plan: MemoryPlan
-) -> Throughput:
-    """Run all studies in batches, some rounds of it. Whole batches only: a last half-empty one would tell nothing."""
-    count = max(len(studies) // batch_size, 1) * batch_size
-    chosen = list(itertools.islice(itertools.cycle(studies), count))
-    rates: list[float] = []
-    token_rates: list[float] = []
-    started = time.perf_counter()
-    while len(rates) < BATCH_ROUNDS and (not rates or time.perf_counter() - started < BATCH_SECONDS):
-        seconds, results = _timed(lambda: _drafted(model, chosen, batch_size, options))
-        rates.append(60.0 * count / seconds)
-        token_rates.append(sum(findings.num_new_tokens for findings in results) / seconds)
-        if (rows := min(findings.timings.batch_size for findings in results)) < batch_size:
-            msg = f"got a batch of {batch_size} · expected {rows}, all that fit into the memory · take fewer at a time"
-            raise MemoryBudgetError(msg)
-    return Throughput(
-        batch_size=batch_size,
-        num_studies=count,
-        studies_per_min=quantiles(rates),
-        tokens_per_s=float(np.median(token_rates)),
-        plan=plan,
-        peak_bytes=counted(peaks_of(model)),
-    )
+    def batches(self, studies: Sequence[Study], num_prompt_tokens: int) -> Iterator[Throughput | NotRun]:
+        """Yield what each batch size gives, the small ones first: the process's peak belongs to the largest so far."""
+        limit = self.model.plan.limit
+        for batch_size in sorted(set(self.job.batch_sizes)):
+            what = f"batches of {batch_size}"
+            try:
+                if limit is not None:
+                    check_memory(self._with_rows(batch_size, num_prompt_tokens), limit, what=what)
+                self.on_progress(what, 0, 1)
+                yield self._throughput(studies, batch_size, self.planned(batch_size, num_prompt_tokens))
+            except LiteError as error:
+                yield NotRun(batch_size=batch_size, why=str(error))
+            except (MemoryError, RuntimeError) as error:
+                yield NotRun(batch_size=batch_size, why=out_of_memory(error))
 
+    def _throughput(self, studies: Sequence[Study], batch_size: int, plan: MemoryPlan) -> Throughput:
+        """Run all studies in batches, some rounds of it. Whole batches only: a half-empty one would tell nothing."""
+        count = max(len(studies) // batch_size, 1) * batch_size
+        chosen = list(itertools.islice(itertools.cycle(studies), count))
+        rates: list[float] = []
+        token_rates: list[float] = []
+        started = time.perf_counter()
+        while len(rates) < BATCH_ROUNDS and (not rates or time.perf_counter() - started < BATCH_SECONDS):
+            seconds, results = _timed(lambda: self._drafted(chosen, batch_size))
+            rates.append(60.0 * count / seconds)
+            token_rates.append(sum(findings.num_new_tokens for findings in results) / seconds)
+            if (rows := min(findings.timings.batch_size for findings in results)) < batch_size:
+                msg = f"got a batch of {batch_size} · expected {rows}, all that fit into the memory · take fewer"
+                raise MemoryBudgetError(f"{msg} at a time")
+        return Throughput(
+            batch_size=batch_size,
+            num_studies=count,
+            studies_per_min=quantiles(rates),
+            tokens_per_s=float(np.median(token_rates)),
+            plan=plan,
+            peak_bytes=counted(peak_now(self.model)),
+        )
 
-def _drafted(model: FindingsModel, studies: Sequence[Study], batch_size: int, options: Options) -> list[Findings]:
-    import lite
+    def _drafted(self, studies: Sequence[Study], batch_size: int) -> list[Findings]:
+        import lite
 
-    results = model.findings_batch(
-        [(study.image, study.reason) for study in studies],
-        batch_size=batch_size,
-        max_new_tokens=options.max_new_tokens,
-        reuse=False,
-    )
-    done: list[Findings] = []
-    for result in results:
-        if isinstance(result, lite.StudyError):
-            raise result.error
-        done.append(result)
-    return done
+        done: list[Findings] = []
+        for result in self.model.findings_batch(
+            [(study.image, study.reason) for study in studies],
+            batch_size=batch_size,
+            max_new_tokens=self.job.max_new_tokens,
+            reuse=False,
+        ):
+            if isinstance(result, lite.StudyError):
+                raise result.error
+            done.append(result)
+        return done

@@ -1,7 +1,7 @@
 """What was measured of artifacts: the records that the table, the JSON file, the HTML report and the gate read.
 
     Bench ─┬─ Provenance                  machine, versions, command, data, reference record
-           └─ Row for each artifact ─┬─ Latency, Throughput, Traffic, Energy      what it costs in time
+           └─ Row for each artifact ─┬─ Latency, Throughput, Traffic              what it costs in time
                                      ├─ MemoryUse beside its MemoryPlan           and in memory
                                      ├─ RecordQuality                             what it loses against fp16
                                      ├─ ReportQuality                             how good its texts are
@@ -52,7 +52,6 @@ class NotRun:
 
     batch_size: int
     why: str
-    plan: MemoryPlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +157,7 @@ class Row:
     num_prompt_tokens: int  # of the median study, the image's included
     tokens_per_study: float  # generated, in the mean
     batches: tuple[Throughput | NotRun, ...]
-    plan: MemoryPlan  # for one study at a time
+    plan: MemoryPlan  # for one study at a time; on a GPU with the cache of all rows, which is there from the start
     memory: MemoryUse
     traffic: Traffic | Missing
     energy_j: Quantiles | Missing  # joules for a study, of the GPU

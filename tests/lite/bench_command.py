@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lite.bench import __main__ as cli
-from lite.bench.run import Job
+from lite.bench.measure import Job
 
 FAST = ("--device", "cpu", "--runs", "4", "--batch-sizes", "2", "--max-new-tokens", "8")
 

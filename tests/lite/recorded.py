@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from lite.bench.recording import take_record
+from lite.bench import recording
 from lite.eval.record import (
     ReferenceRecord,
 )
@@ -17,7 +18,10 @@ from lite.studies.study import Study
 
 
 def take(model: Any, studies: list[Study], **changes: Any) -> ReferenceRecord:
-    return take_record(model, studies, name="list.json", machine="a test", versions={"numpy": "2"}, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "machine", lambda: "a test")
+        patch.setattr(recording, "versions", lambda: {"numpy": "2"})
+        return recording.take_record(model, studies, name="list.json", **changes)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -23,10 +22,9 @@ from lite.artifact import open as artifact_module
 from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
 from lite.bench.costs import disk_bytes, out_of_memory, traffic_of
-from lite.bench.measure import Options, _batches, _load_options
-from lite.bench.quality import Clinical
+from lite.bench.measure import _Loop
 from lite.bench.results import NotRun, Throughput
-from lite.bench.run import Job, _notes, _runs
+from lite.bench.run import _notes, _runs
 from lite.config import DecoderConfig
 from lite.engines.options import LoadOptions
 from lite.eval.figures import Missing, quantiles
@@ -149,38 +147,42 @@ def test_bytes_on_disk_are_those_that_the_engine_reads(
 
 
 def test_an_artifact_without_decoder_onnx_is_measured_by_torch_alone(
-    tiny_artifact: Artifact, tiny_onnx_artifact: Artifact
+    tiny_artifact: Artifact, tiny_onnx_artifact: Artifact, films: list[Path], tmp_path: Path
 ) -> None:
-    options = Options(engine="both", device="cpu", dtype="float32", provider="cpu", cache_dtype="int8")
-    artifacts = (("fp16", tiny_artifact.path), ("int4", tiny_onnx_artifact.path))
-    job = Job(
-        artifacts=artifacts, studies=(), data="", record=None, options=options, clinical=Clinical(), command=""
-    )  # fmt: skip
-    torch = dataclasses.replace(options, engine="torch", provider=None)
-    onnx_only = dataclasses.replace(options, engine="onnx", device="auto", dtype=None)
-    paths = [path for _, path in artifacts]
+    paths = [tiny_artifact.path, tiny_onnx_artifact.path]
+    own_settings = ("--device", "cpu", "--dtype", "float32", "--provider", "cpu", "--batch-sizes", "1,3")
+    given = (*paths, "--data", write_list(tmp_path, films[:1]), "--engine", "both", *own_settings)
+    job = job_of(*given, "--cache-dtype", "int8")
+    common = {"cache_dtype": "int8", "rows": 3, "verify": False}
+    torch = LoadOptions(engine="torch", device="cpu", dtype="float32", **common)
+    onnx_only = LoadOptions(engine="onnx", provider="cpu", **common)
+    names = [name for name, _ in job.artifacts]
     assert list(_runs(job)) == [
-        ("fp16", paths[0], torch), ("int4 torch", paths[1], torch), ("int4 onnx", paths[1], onnx_only)
+        (names[0], paths[0], torch), (f"{names[1]} torch", paths[1], torch), (f"{names[1]} onnx", paths[1], onnx_only)
     ]  # fmt: skip
-    assert _notes(job, []) == ("fp16: by torch alone, as it has no decoder.onnx.",)
+    assert _notes(job, []) == (f"{names[0]}: by torch alone, as it has no decoder.onnx.",)
     # A float cache is that of the activations, which are each engine's own.
-    job = dataclasses.replace(job, options=dataclasses.replace(options, cache_dtype="float32"))
-    asked = {options.engine: options.cache_dtype for _, _, options in _runs(job)}
-    assert asked == {"torch": None, "onnx": "float32"}
+    ways = job_of(*given, "--cache-dtype", "float32").ways
+    assert {engine: options.cache_dtype for engine, options in ways.items()} == {"torch": None, "onnx": "float32"}
 
 
-def test_what_was_asked_for_reaches_the_loader() -> None:
-    options = Options(device="cpu", dtype="bfloat16", cache_dtype="int8", memory_limit=1 << 30)
-    assert _load_options(options) == LoadOptions(
-        device="cpu", dtype="bfloat16", cache_dtype="int8", memory_limit=1 << 30, verify=False
+def test_what_was_asked_for_reaches_the_loader(tiny_artifact: Artifact, films: list[Path], tmp_path: Path) -> None:
+    given = ("--device", "cpu", "--dtype", "bfloat16", "--cache-dtype", "int8", "--memory-limit", "1GiB")
+    job = job_of(tiny_artifact.path, "--data", write_list(tmp_path, films[:1]), *given)
+    expected = LoadOptions(
+        device="cpu", dtype="bfloat16", cache_dtype="int8", memory_limit=1 << 30, rows=4, verify=False
     )  # fmt: skip
+    assert job.ways == {"": expected}
 
 
-def test_a_damaged_artifact_is_a_row_for_both_engines(tmp_path: Path) -> None:
-    options = Options(engine="both")
-    job = Job(artifacts=(("gone", tmp_path / "gone"),), studies=(), data="", record=None, options=options,
-              clinical=Clinical(), command="")  # fmt: skip
-    assert [name for name, _, _ in _runs(job)] == ["gone"]
+def test_a_gpu_plan_of_one_study_counts_the_rows_that_are_there(tiny_model: FindingsModel) -> None:
+    """A GPU holds the cache of all rows from the first study on, a CPU only that of the rows in use."""
+    job = SimpleNamespace(max_new_tokens=2)
+    on_gpu = dataclasses.replace(tiny_model.plan.workload, device="cuda", num_rows=4)
+    gpu_plan = dataclasses.replace(tiny_model.plan, workload=on_gpu)
+    for plan, rows in ((gpu_plan, 4), (tiny_model.plan, 1)):
+        loop = _Loop(model=SimpleNamespace(plan=plan), job=job, on_progress=lambda *_: None)
+        assert (loop.planned(1, 100).num_rows, loop.planned(5, 100).num_rows) == (rows, 5)
 
 
 NO_TORCH = """
@@ -355,9 +357,8 @@ def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
         return whole(model, batch, batch_size=batch_size, **others)
 
     monkeypatch.setattr(type(tiny_model), "findings_batch", full)
-    options = Options(device="cpu", batch_sizes=(1, 2), max_new_tokens=2)
-    planned = functools.partial(tiny_model.plan.with_rows, num_prompt_tokens=100, max_new_tokens=2)
-    done, not_run = _batches(tiny_model, studies, options, planned, lambda *_: None)
+    job = SimpleNamespace(batch_sizes=(1, 2), max_new_tokens=2)
+    done, not_run = _Loop(model=tiny_model, job=job, on_progress=lambda *_: None).batches(studies, 100)
     assert isinstance(done, Throughput)
     assert isinstance(not_run, NotRun)
     assert not_run.why == "CUDA out of memory. Tried to allocate 2.00 GiB"

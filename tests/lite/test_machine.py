@@ -17,7 +17,7 @@ import torch
 from repository import ROOT
 
 from lite.bench import machine as module
-from lite.bench.machine import EnergyMeter, energy_meter, machine, streaming_read_bandwidth, versions
+from lite.bench.machine import energy_meter, machine, streaming_read_bandwidth, versions
 from lite.errors import BackendUnavailable, MemoryBudgetError
 from lite.eval.figures import Missing
 
@@ -240,13 +240,13 @@ def test_energy_is_that_of_the_card_torch_means(monkeypatch: pytest.MonkeyPatch)
     fake_gpu(monkeypatch)
     # torch's first card is NVML's second.
     meter = energy_meter("cuda:0")
-    assert isinstance(meter, EnergyMeter)
-    before = meter.read()
+    assert not isinstance(meter, Missing)
+    before = meter()
     nvml.nvmlDeviceGetTotalEnergyConsumption = [999_000, 7_500].__getitem__
-    assert (before, meter.read() - before) == (5.0, 2.5)
+    assert (before, meter() - before) == (5.0, 2.5)
     nvml.nvmlDeviceGetTotalEnergyConsumption = failing
     with pytest.raises(BackendUnavailable, match="got no energy from NVML .Not Supported."):
-        meter.read()
+        meter()
 
 
 def test_missing_energy_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,4 +276,4 @@ def test_missing_energy_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch)
     fake_gpu(monkeypatch, uuid="a card that NVML does not know")
     why, todo = missing()
     assert why == "not supported"
-    assert "this Tesla V100 (Not Found)" in todo
+    assert "this Tesla V100 (got no energy from NVML (Not Found)" in todo

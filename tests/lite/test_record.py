@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ from tiny import write_tiny_artifact
 
 from lite.artifact.open import Artifact
 from lite.bench import recording
-from lite.bench.recording import bound_error
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.errors import ArtifactError, ImageError, LiteError
 from lite.eval import record_file
@@ -148,15 +146,7 @@ def test_another_model_diverges_as_much_as_over_the_whole_vocabulary_but_for_the
         np.testing.assert_allclose(bound.reference_nll, full.reference_nll, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(bound.candidate_nll, full.candidate_nll)
         gaps.append(gap)
-    measured = bound_error(record, tiny_model, changed_model, studies)
-    assert measured.num_tokens == len(record.all_token_ids)
-    assert measured.gap == pytest.approx(np.concatenate(gaps).mean(), rel=1e-6)
-    assert measured.max_gap == pytest.approx(np.concatenate(gaps).max())
-    assert 0 < measured.gap < measured.gap_limit
-    assert measured.kl - measured.gap == pytest.approx(measured.bound)
-    shown = [float(number) for number in re.findall(r"\d[\d.e-]*\d|\d", measured.describe())]
-    figures = [measured.bound, measured.kl, measured.gap, measured.num_tokens, measured.max_gap, measured.gap_limit]
-    assert shown == pytest.approx(figures, rel=0.05)
+    assert np.concatenate(gaps).mean() > 0
 
 
 def test_nothing_is_pooled_of_a_vocabulary_that_is_kept_whole(
@@ -262,7 +252,6 @@ def test_other_studies_are_refused(
     for refuse in (
         lambda replayed: check_studies(record, replayed),
         lambda replayed: check_record(record, tiny_model.artifact, replayed),
-        lambda replayed: bound_error(record, tiny_model, tiny_model, replayed),
     ):
         with pytest.raises(LiteError, match=message):
             refuse(change(studies))
@@ -275,14 +264,6 @@ def test_a_record_knows_its_studies_at_the_start_of_a_longer_list(
     assert studies_of(record, more) == studies
     for other in (studies[:2], more[1:]):
         assert studies_of(record, other) == other
-
-
-def test_the_error_of_the_bound_takes_the_recorded_artifact(
-    record: ReferenceRecord, tiny_model: FindingsModel, changed_model: FindingsModel, studies: list[Study]
-) -> None:
-    ids = f"got artifact {changed_model.artifact.id} · expected {tiny_model.artifact.id}"
-    with pytest.raises(ArtifactError, match=ids):
-        bound_error(record, changed_model, tiny_model, studies)
 
 
 def test_a_record_says_what_it_is(record: ReferenceRecord, tiny_artifact: Artifact) -> None:
