@@ -31,11 +31,11 @@ class Figure:
 
     def __str__(self) -> str:
         shown = {
-            "s": duration,
-            "tokens/s": lambda value: f"{number(value)} tok/s",
-            "bytes": shown_bytes,
-            "fraction": lambda value: f"{100 * value:.1f} %",
-        }[self.unit](self.value)
+            "s": duration(self.value),
+            "tokens/s": f"{number(self.value)} tok/s",
+            "bytes": shown_bytes(self.value),
+            "fraction": f"{100 * self.value:.1f} %",
+        }[self.unit]
         return {"measured": shown, "published": f"{shown} (published)", "modelled": f"~{shown}"}[self.kind]
 
 

@@ -98,7 +98,7 @@ def _column(title: str, unit: str, path: str, show: Show = number) -> Column:
     return Column(title, unit, lambda row: figure_cell(_figure(row, path), show))
 
 
-def _batch_columns(sizes: Iterable[int], cell: Callable[[Throughput], Cell]) -> list[Column]:
+def _batch_columns(rows: Iterable[Row], cell: Callable[[Throughput], Cell]) -> list[Column]:
     """Return a column for each batch size that any artifact was asked for."""
 
     def column(size: int) -> Column:
@@ -110,12 +110,17 @@ def _batch_columns(sizes: Iterable[int], cell: Callable[[Throughput], Cell]) -> 
 
         return Column(f"{size} at a time", "", of_row)
 
-    return [column(size) for size in sizes]
+    return [column(size) for size in sorted({batch.batch_size for row in rows for batch in row.batches})]
 
 
 def _rate(batch: Throughput) -> Cell:
     rate = batch.studies_per_min
     return Cell(number(rate.p50), f"{number(rate.p20)} to {number(rate.p80)}")
+
+
+def _best_rate(row: Row) -> Cell:
+    rates = [batch.studies_per_min.p50 for batch in row.batches if isinstance(batch, Throughput)]
+    return Cell(number(max(rates)) if rates else "not run")
 
 
 def _planned(row: Row) -> Cell:
@@ -132,8 +137,11 @@ def _bandwidth(row: Row) -> Cell:
     return Cell(number(traffic.achieved / 1e9), share)
 
 
+# -- Tables ----------------------------------------------------------------------------------------------------------
+
+_DIVERGENCE: Final = "record_quality.divergence"
+_LABEL_F1: Final = ("label F1", "micro", "label_f1_micro")
 _TEXT_FIGURES: Final = (
-    ("label F1", "micro", "label_f1_micro"),
     ("label F1", "macro", "label_f1_macro"),
     ("ROUGE-L", "", "rouge_l"),
     ("BLEU-1", "", "bleu_1"),
@@ -141,31 +149,49 @@ _TEXT_FIGURES: Final = (
 )
 _RADGRAPH: Final = ("RadGraph F1", "", "radgraph_f1")
 
+SUMMARY: Final = (
+    _column("decoder", "", "decoder_format", str),
+    _column("by", "", "run_by", str),
+    _column("on disk", "", "disk_bytes", shown_bytes),
+    Column("peak", "", lambda row: Cell(f"{shown_bytes(row.memory.peak_bytes)} {row.memory.kind}")),
+    _column("TTFT, s", "", "latency.ttft"),
+    _column("tokens/s", "", "decode_tokens_per_s"),
+    _column("study, s", "", "latency.total"),
+    Column("studies/min", "", _best_rate),
+    _column("KL", "", f"{_DIVERGENCE}.mean_kl"),
+    _column("same top, %", "", f"{_DIVERGENCE}.same_top", _percent),
+    _column("label F1", "", "report_quality.label_f1_micro"),
+)
+"""What most ask for."""
+
+
+def _texts(quality: str, figures: Iterable[tuple[str, str, str]]) -> list[Column]:
+    return [_column(title, unit, f"{quality}.{name}") for title, unit, name in figures]
+
 
 def reference_figures(quality: ReportQuality | Missing) -> list[tuple[str, Cell]]:
     """Return how good the reference's own texts are, the yardstick of the candidates'."""
     if isinstance(quality, Missing):
         return []
-    chexbert = quality.chexbert if isinstance(quality.chexbert, dict) else {}
-    figures = [(f"{title} {unit}", getattr(quality, name)) for title, unit, name in (*_TEXT_FIGURES, _RADGRAPH)]
-    figures += [(f"CheXbert F1 {name}", figure) for name, figure in chexbert.items()]
+    names = (_LABEL_F1, *_TEXT_FIGURES, _RADGRAPH)
+    figures = [(f"{title} {unit}", getattr(quality, name)) for title, unit, name in names]
+    if isinstance(quality.chexbert, dict):
+        figures += [(f"CheXbert F1 {name}", figure) for name, figure in quality.chexbert.items()]
     return [(title, figure_cell(figure)) for title, figure in figures]
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[Group]]:
     """Return the four tables: what decides between artifacts, other costs, other qualities, and what was run."""
-    sizes = sorted({batch.batch_size for row in rows for batch in row.batches})
     found = {
-        "results": _result_groups(sizes),
-        "costs": _cost_groups(sizes),
-        "texts": _text_groups(rows),
-        "artifacts": _artifact_groups(),
+        "results": _results(rows),
+        "costs": _costs(rows),
+        "texts": _qualities(rows),
+        "artifacts": _ARTIFACTS,
     }
     return {name: [group for group in groups if group.columns] for name, groups in found.items()}
 
 
-def _result_groups(sizes: Sequence[int]) -> list[Group]:
-    divergence = "record_quality.divergence"
+def _results(rows: Sequence[Row]) -> list[Group]:
     size = Column("on disk", "in memory", lambda row: Cell(shown_bytes(row.disk_bytes), shown_bytes(row.weight_bytes)))
     peak = Column("measured", "", lambda row: Cell(shown_bytes(row.memory.peak_bytes), row.memory.kind))
     one_by_one = [
@@ -179,104 +205,87 @@ def _result_groups(sizes: Sequence[int]) -> list[Group]:
     ]
     # A record has the most probable tokens and the mass of the rest: KL is a lower bound.
     against_record = [
-        _column("mean KL", "nats/token, at least", f"{divergence}.mean_kl"),
-        _column("same top token", "%", f"{divergence}.same_top", _percent),
+        _column("mean KL", "nats/token, at least", f"{_DIVERGENCE}.mean_kl"),
+        _column("same top token", "%", f"{_DIVERGENCE}.same_top", _percent),
         _column("same text", "% of studies", "record_quality.same_text", _percent),
-        _column("label F1", "micro", "record_quality.label_f1_micro"),
+        *_texts("record_quality", [_LABEL_F1]),
     ]
     return [
         Group("Size", [size]),
         Group("Peak memory", [peak, Column("planned", "its error", _planned)]),
         Group("One study at a time", one_by_one),
-        Group("Studies/min, p20 to p80", _batch_columns(sizes, _rate)),
-        Group("Against reports", [_column("label F1", "micro", "report_quality.label_f1_micro")]),
+        Group("Studies/min, p20 to p80", _batch_columns(rows, _rate)),
+        Group("Against reports", _texts("report_quality", [_LABEL_F1])),
         Group("Against the reference record", against_record),
     ]
 
 
-def _cost_groups(sizes: Sequence[int]) -> list[Group]:
-    stages = ("before", "load", "image", "vision", "prefill", "decode")
+def _costs(rows: Sequence[Row]) -> list[Group]:
+    stages = ("image", "vision", "prefill")
 
     def peak(batch: Throughput) -> Cell:
         return Cell(shown_bytes(batch.peak_bytes), shown_bytes(batch.plan.peak_bytes))
 
     return [
-        Group(
-            "Stages of one study",
-            [_column(stage, "ms", f"latency.{stage}", milliseconds) for stage in ("image", "vision", "prefill")],
-        ),
+        Group("Stages of one study", [_column(name, "ms", f"latency.{name}", milliseconds) for name in stages]),
         Group(
             "Peak memory until the end of",
-            [_column(stage, "", f"memory.{stage}_bytes", shown_bytes) for stage in stages],
+            [_column(name, "", f"memory.{name}_bytes", shown_bytes) for name in ("before", "load", *stages, "decode")],
         ),
-        Group("Tokens/s, all stages counted", _batch_columns(sizes, lambda batch: Cell(number(batch.tokens_per_s)))),
-        Group("Peak memory of batches, planned", _batch_columns(sizes, peak)),
+        Group("Peak memory of batches, planned", _batch_columns(rows, peak)),
     ]
 
 
-def _text_groups(rows: Sequence[Row]) -> list[Group]:
-    divergence = "record_quality.divergence"
+def _qualities(rows: Sequence[Row]) -> list[Group]:
     reports = [row.report_quality for row in rows if isinstance(row.report_quality, ReportQuality)]
     names = dict.fromkeys(name for report in reports if isinstance(report.chexbert, dict) for name in report.chexbert)
-    chexbert = [_column("CheXbert F1", name, f"report_quality.chexbert.{name}") for name in names]
+    chexbert = [("CheXbert F1", name, f"chexbert.{name}") for name in names] or [("CheXbert F1", "", "chexbert")]
+    divergence = [
+        _column("KL missed", "mean, at most", "record_quality.kl_gap_limit"),
+        _column("median KL", "nats/token, at least", f"{_DIVERGENCE}.median_kl"),
+        _column("p99 KL", "nats/token, at least", f"{_DIVERGENCE}.p99_kl"),
+        _column("no divergence", "% of studies", f"{_DIVERGENCE}.without_divergence", _percent),
+        _column("perplexity ratio", "", f"{_DIVERGENCE}.perplexity_ratio", _ratio),
+        _column("first divergent token", "median", f"{_DIVERGENCE}.first_divergent_token", _count),
+    ]
     return [
-        Group(
-            "Divergence from the reference record",
-            [
-                _column("KL missed", "mean, at most", "record_quality.kl_gap_limit"),
-                _column("median KL", "nats/token, at least", f"{divergence}.median_kl"),
-                _column("p99 KL", "nats/token, at least", f"{divergence}.p99_kl"),
-                _column("no divergence", "% of studies", f"{divergence}.without_divergence", _percent),
-                _column("perplexity ratio", "", f"{divergence}.perplexity_ratio", _ratio),
-                _column("first divergent token", "median", f"{divergence}.first_divergent_token", _count),
-            ],
-        ),
-        Group(
-            "Texts against the reference's",
-            [_column(title, unit, f"record_quality.{name}") for title, unit, name in _TEXT_FIGURES[1:]],
-        ),
-        Group(
-            "Texts against the data's reports",
-            [
-                *(_column(title, unit, f"report_quality.{name}") for title, unit, name in _TEXT_FIGURES[1:]),
-                _column(*_RADGRAPH[:2], f"report_quality.{_RADGRAPH[2]}"),
-                *(chexbert or [_column("CheXbert F1", "", "report_quality.chexbert")]),
-            ],
-        ),
+        Group("Divergence from the reference record", divergence),
+        Group("Texts against the reference's", _texts("record_quality", _TEXT_FIGURES)),
+        Group("Texts against the data's reports", _texts("report_quality", (*_TEXT_FIGURES, _RADGRAPH, *chexbert))),
     ]
 
 
-def _artifact_groups() -> list[Group]:
-    backend = Column("backend", "", lambda row: Cell(row.backend, footnote="; ".join(row.fallbacks)))
-    return [
-        Group(
-            "Artifact",
-            [
-                _column(title, "", name, str)
-                for title, name in (
-                    ("model", "model"), ("path", "path"), ("id", "artifact_id"), ("decoder", "decoder_format"),
-                    ("vision", "vision_format"),
-                )
-            ],
-        ),
-        Group(
-            "Run by",
-            [
-                *(_column(title, "", title, str) for title in ("engine", "device", "dtype")),
-                _column("cache", "", "cache_dtype", str),
-                _column("provider", "of ONNX Runtime", "provider", str),
-                backend,
-            ],
-        ),
-        Group(
-            "Runs",
-            [
-                Column("timed", "after warm-up", lambda row: Cell(f"{row.num_runs}", f"{row.num_warmup}")),
-                _column("tokens", "per study", "tokens_per_study"),
-                _column("reads", "for a token", "traffic.bytes_per_token", shown_bytes),
-                _column("hashing", "s, before loading", "verify_s"),
-                _column("first study", "s", "first_total_s"),
-                _column("skipped", "studies", "num_skipped", str),
-            ],
-        ),
-    ]  # fmt: skip
+_ARTIFACTS: Final = [
+    Group(
+        "Artifact",
+        [
+            _column("model", "", "model", str),
+            _column("path", "", "path", str),
+            _column("id", "", "artifact_id", str),
+            _column("decoder", "", "decoder_format", str),
+            _column("vision", "", "vision_format", str),
+        ],
+    ),
+    Group(
+        "Run by",
+        [
+            _column("engine", "", "engine", str),
+            _column("device", "", "device", str),
+            _column("dtype", "", "dtype", str),
+            _column("cache", "", "cache_dtype", str),
+            _column("provider", "of ONNX Runtime", "provider", str),
+            Column("backend", "", lambda row: Cell(row.backend, footnote="; ".join(row.fallbacks))),
+        ],
+    ),
+    Group(
+        "Runs",
+        [
+            Column("timed", "after warm-up", lambda row: Cell(f"{row.num_runs}", f"{row.num_warmup}")),
+            _column("tokens", "per study", "tokens_per_study"),
+            _column("reads", "for a token", "traffic.bytes_per_token", shown_bytes),
+            _column("hashing", "s, before loading", "verify_s"),
+            _column("first study", "s", "first_total_s"),
+            _column("skipped", "studies", "num_skipped", str),
+        ],
+    ),
+]

@@ -29,6 +29,7 @@ from lite.engines.options import LoadOptions
 from lite.engines.protocol import EngineName
 from lite.engines.resolve import resolve
 from lite.errors import LiteError, MemoryBudgetError
+from lite.eval.divergence import StudyDivergence
 from lite.eval.figures import Missing, quantiles
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
@@ -214,7 +215,8 @@ class _Loop:
 
     def along(self, reference: ReferenceRecord, drafts: Sequence[Draft]) -> RecordQuality:
         """Score the model along the reference's texts, and set its own beside them."""
-        divergences, gaps = [], []
+        divergences: list[StudyDivergence] = []
+        gaps: list[float] = []
         for index, study in enumerate(self.job.studies):
             self.on_progress("scoring", index, len(self.job.studies))
             logits = self.model.score(study.image, reference.token_ids(index), study.reason)
@@ -251,12 +253,10 @@ class _Loop:
         count = max(len(studies) // batch_size, 1) * batch_size
         chosen = list(itertools.islice(itertools.cycle(studies), count))
         rates: list[float] = []
-        token_rates: list[float] = []
         started = time.perf_counter()
         while len(rates) < BATCH_ROUNDS and (not rates or time.perf_counter() - started < BATCH_SECONDS):
             seconds, results = _timed(lambda: self._drafted(chosen, batch_size))
             rates.append(60.0 * count / seconds)
-            token_rates.append(sum(findings.num_new_tokens for findings in results) / seconds)
             if (rows := min(findings.timings.batch_size for findings in results)) < batch_size:
                 msg = f"got a batch of {batch_size} · expected {rows}, all that fit into the memory · take fewer"
                 raise MemoryBudgetError(f"{msg} at a time")
@@ -264,7 +264,6 @@ class _Loop:
             batch_size=batch_size,
             num_studies=count,
             studies_per_min=quantiles(rates),
-            tokens_per_s=float(np.median(token_rates)),
             plan=plan,
             peak_bytes=counted(peak_now(self.model)),
         )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal
 
 from lite.eval.figures import Estimate, Quantiles
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LossKind = Literal["kl", "label-f1"]
-Height: TypeAlias = Callable[[float], float]  # a loss to its place on the vertical axis
 
 _WIDTH_PT: Final = 396
 _HEIGHT_PT: Final = 324
@@ -32,7 +31,6 @@ _LOG_FROM: Final = 8  # the largest over the smallest time
 # matplotlib knows no CSS variables: these colours are drawn with, and replaced.
 _INK, _MUTED, _LINE, _ACCENT = "#102030", "#607080", "#d0d8e0", "#1060b0"
 _VARIABLES: Final = {_INK: "var(--ink)", _MUTED: "var(--muted)", _LINE: "var(--line)", _ACCENT: "var(--accent)"}
-_SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +56,8 @@ def draw_pareto(points: Sequence[Point], kind: LossKind) -> str:
 
     Args:
         points: at least one, with finite figures.
-        kind: "kl" gets a log axis with a place for 0 below it, "label-f1" (one minus it) a linear one from 0.
+        kind: "kl" gets a log axis that is linear from its lowest decade down to 0, "label-f1" (one minus it) a linear
+            one from 0.
 
     Returns:
         An `<svg>` element for an HTML page that defines --ink, --muted, --line and --accent.
@@ -73,10 +72,9 @@ def draw_pareto(points: Sequence[Point], kind: LossKind) -> str:
         axes = figure.add_axes((0.14, 0.15, 0.84, 0.82))
         _style(axes)
         _set_time_axis(axes, [point.total.p50 for point in points])
-        height = (_set_kl_axis if kind == "kl" else _set_f1_axis)(axes, [point.loss for point in points])
-        _draw_front(axes, points, height)
-        radii = _draw_bubbles(axes, points, height)
-        _draw_numbers(axes, points, height, radii)
+        (_set_kl_axis if kind == "kl" else _set_f1_axis)(axes, [point.loss for point in points])
+        _draw_front(axes, points)
+        _draw_numbers(axes, points, _draw_bubbles(axes, points))
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inlined(svg.getvalue())
@@ -107,56 +105,51 @@ def _set_time_axis(axes: Axes, seconds: Sequence[float]) -> None:
     axes.set_xlabel("seconds for a study, end to end", color=_INK)
 
 
-def _set_kl_axis(axes: Axes, losses: Sequence[Estimate]) -> Height:
-    """Make an axis of decades, broken below the last of them where there are losses of 0 to show."""
+def _set_kl_axis(axes: Axes, losses: Sequence[Estimate]) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
     positive = [loss.value for loss in losses if loss.value > 0] or [1e-6]
-    lowest = math.floor(math.log10(min(positive)))
-    highest = max(math.ceil(math.log10(max(positive))), lowest + 1)
-    decades = range(lowest, highest + 1, math.ceil((highest - lowest) / 8))
-    ticks = {float(decade): f"10{str(decade).translate(_SUPERSCRIPTS)}" for decade in decades}
-    zero, bottom = lowest - 1.0, lowest - 0.3
-    if any(loss.value == 0 for loss in losses):
-        bottom = zero - 0.5
-        ticks[zero] = "0"
-        axes.axhline(lowest - 0.45, color=_MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
-    axes.set_ylim(bottom, highest + 0.12 * (highest - bottom))
-    axes.set_yticks(list(ticks), list(ticks.values()))
+    lowest = 10.0 ** math.floor(math.log10(min(positive)))
+    highest = 10.0 ** max(math.ceil(math.log10(max(positive))), math.log10(lowest) + 1)
+    axes.set_yscale("symlog", linthresh=lowest, linscale=0.7)
+    has_zero = any(loss.value == 0 for loss in losses)
+    axes.set_ylim(-0.5 * lowest if has_zero else 0.6 * lowest, 1.5 * highest)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_ylabel("mean KL from the reference, nats per token", color=_INK)
-    return lambda kl: math.log10(kl) if kl > 10**zero else zero
 
 
-def _set_f1_axis(axes: Axes, losses: Sequence[Estimate]) -> Height:
+def _set_f1_axis(axes: Axes, losses: Sequence[Estimate]) -> None:
     most = max(0.02, *(loss.high for loss in losses))
     axes.set_ylim(-0.1 * most, 1.15 * most)
     axes.set_ylabel("1 − label F1 against the data's reports", color=_INK)
-    return lambda loss: loss
 
 
-def _draw_front(axes: Axes, points: Sequence[Point], height: Height) -> None:
-    front = [(point.total.p50, height(point.loss.value)) for point in pareto_front(points)]
+def _draw_front(axes: Axes, points: Sequence[Point]) -> None:
+    front = [(point.total.p50, point.loss.value) for point in pareto_front(points)]
     corners = [(front[0][0], axes.get_ylim()[1]), *front, (axes.get_xlim()[1], front[-1][1])]
     (line,) = axes.step(*zip(*corners, strict=True), where="post", color=_ACCENT, linewidth=1.2, linestyle=(0, (5, 3)))
     line.set_gid("pareto-front")
 
 
-def _draw_bubbles(axes: Axes, points: Sequence[Point], height: Height) -> list[float]:
+def _draw_bubbles(axes: Axes, points: Sequence[Point]) -> list[float]:
     """Draw them, those on the front darker, and return their radii in points."""
     largest, front = max(point.peak_bytes for point in points), pareto_front(points)
     areas = [_LARGEST_PT2 * point.peak_bytes / largest for point in points]
     for index, (point, area) in enumerate(zip(points, areas, strict=True)):
-        time, loss, at = point.total, point.loss, height(point.loss.value)
-        axes.plot([time.p20, time.p80], [at, at], color=_ACCENT, linewidth=1.2)
-        axes.plot([time.p50, time.p50], [height(loss.low), height(loss.high)], color=_ACCENT, linewidth=1.2)
-        axes.scatter([time.p50], [at], s=area, color=_ACCENT, alpha=0.45 if point in front else 0.12, linewidths=0)
-        rim = axes.scatter([time.p50], [at], s=area, facecolors="none", edgecolors=_ACCENT, linewidths=1.2)
+        time, loss = point.total, point.loss
+        at = [time.p50], [loss.value]
+        axes.plot([time.p20, time.p80], [loss.value] * 2, color=_ACCENT, linewidth=1.2)
+        axes.plot([time.p50] * 2, [loss.low, loss.high], color=_ACCENT, linewidth=1.2)
+        axes.scatter(*at, s=area, color=_ACCENT, alpha=0.45 if point in front else 0.12, linewidths=0)
+        rim = axes.scatter(*at, s=area, facecolors="none", edgecolors=_ACCENT, linewidths=1.2)
         rim.set_gid(f"pareto-bubble-{index}")
     return [math.sqrt(area / math.pi) for area in areas]
 
 
-def _draw_numbers(axes: Axes, points: Sequence[Point], height: Height, radii: Sequence[float]) -> None:
+def _draw_numbers(axes: Axes, points: Sequence[Point], radii: Sequence[float]) -> None:
     """Write the bubbles' numbers, from 1, each where it covers no bubble and no other number."""
     left, bottom, right, top = axes.bbox.extents
-    places = [(point.total.p50, height(point.loss.value)) for point in points]
+    places = [(point.total.p50, point.loss.value) for point in points]
     centres = [axes.transData.transform(place) for place in places]
     taken: list[tuple[float, float, float]] = [(x, y, r) for (x, y), r in zip(centres, radii, strict=True)]
     for index, ((x, y), radius) in enumerate(zip(centres, radii, strict=True)):

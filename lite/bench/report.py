@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,23 +17,12 @@ from typing import Final, NamedTuple
 from lite.artifact.manifest import NOTICE
 from lite.bench.columns import Cell, Group, duration, milliseconds, number, reference_figures, tables
 from lite.bench.plots import LossKind, Point, draw_pareto
-from lite.bench.results import (
-    Bench,
-    Draft,
-    FailedRow,
-    MemoryUse,
-    ModelledTable,
-    RecordQuality,
-    Row,
-    StudyShown,
-    Throughput,
-)
+from lite.bench.results import Bench, Draft, FailedRow, ModelledTable, RecordQuality, Row, StudyShown, Throughput
 from lite.bench.words import Passage, compare_words
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.files import write_whole
 from lite.image.files import load_image
-from lite.memory.plan import MemoryPlan
 from lite.memory.sizes import shown_bytes
 
 _TEMPLATE: Final = "report.html.j2"
@@ -83,15 +70,18 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("lite.bench").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     shown = [_table(name, groups, bench) for name, groups in tables(rows).items()]
+    cells = (cell for table in shown for _, groups in table.lines for group in groups for cell in group)
     return template.render(
         bench=bench,
         notices=list(dict.fromkeys([NOTICE, *(row.notice for row in rows)])),
         tables=shown if rows else shown[:1],
-        footnotes=list(dict.fromkeys(footnote for table in shown for footnote in table.footnotes)),
+        footnotes=list(dict.fromkeys(cell.footnote for cell in cells if cell.footnote)),
         reference_figures=reference_figures(bench.reference_report_quality),
         plot=_plot(rows),
-        stages=_stage_bars(rows),
-        memory=_memory_bars(rows),
+        stages=[_Bars(row.name, [_stage_bar(row)]) for row in rows],
+        longest=max((row.latency.total.p50 for row in rows), default=0.0),
+        memory=[_memory_bars(row) for row in rows],
+        largest=max((max(row.memory.peak_bytes, row.plan.peak_bytes) for row in rows), default=0),
         modelled=modelled,
         studies=list(_studies(bench.studies, rows)),
     )
@@ -112,18 +102,14 @@ class _Table(NamedTuple):
     id: str
     caption: str
     groups: Sequence[Group]
-    starts: set[int]  # the places of the groups' first columns
-    lines: Sequence[tuple[Row | FailedRow, Sequence[Cell]]]  # a failed row has no cells
-    num_columns: int
-    footnotes: Sequence[str]
+    lines: Sequence[tuple[Row | FailedRow, Sequence[Sequence[Cell]]]]  # by group; a failed row has no cells
 
 
 def _table(table_id: str, groups: Sequence[Group], bench: Bench) -> _Table:
-    columns = [column for group in groups for column in group.columns]
-    lines = [(row, [column.cell(row) for column in columns] if isinstance(row, Row) else []) for row in bench.rows]
-    starts = {0, *itertools.accumulate(len(group.columns) for group in groups)}
-    footnotes = [cell.footnote for _, cells in lines for cell in cells if cell.footnote]
-    return _Table(table_id, _CAPTIONS[table_id], groups, starts, lines, len(columns), footnotes)
+    def cells(row: Row | FailedRow) -> list[list[Cell]]:
+        return [[column.cell(row) for column in group.columns] for group in groups] if isinstance(row, Row) else []
+
+    return _Table(table_id, _CAPTIONS[table_id], groups, [(row, cells(row)) for row in bench.rows])
 
 
 # -- Latency against quality -----------------------------------------------------------------------------------------
@@ -178,7 +164,6 @@ class _Bar(NamedTuple):
     title: str
     total: str
     segments: Sequence[_Segment]
-    scale: float  # the longest bar's amount
 
 
 class _Bars(NamedTuple):
@@ -187,21 +172,14 @@ class _Bars(NamedTuple):
     remarks: Sequence[str] = ()
 
 
-def _stage_bars(rows: Sequence[Row]) -> list[_Bars]:
-    scale = max((row.latency.total.p50 for row in rows), default=0.0)
-    return [_Bars(row.name, [_stage_bar(row, scale)]) for row in rows]
-
-
-def _stage_bar(row: Row, scale: float) -> _Bar:
+def _stage_bar(row: Row) -> _Bar:
     latency = row.latency
-    segments = [
-        _Segment(kind, kind, _spread(stage), stage.p50)
-        for kind, stage in (("image", latency.image), ("vision", latency.vision), ("prefill", latency.prefill))
-    ]
+    stages = (("image", latency.image), ("vision", latency.vision), ("prefill", latency.prefill))
+    segments = [_Segment(kind, kind, _spread(stage), stage.p50) for kind, stage in stages]
     decode_s = max(0.0, latency.total.p50 - sum(segment.amount for segment in segments))
     token = latency.decode_token
     tokens = f"{duration(decode_s)}, {milliseconds(token.p50)} ms a token ({_between(token, milliseconds)})"
-    return _Bar("", _spread(latency.total), [*segments, _Segment("decode", "decode", tokens, decode_s)], scale)
+    return _Bar("", _spread(latency.total), [*segments, _Segment("decode", "decode", tokens, decode_s)])
 
 
 def _spread(times: Quantiles) -> str:
@@ -213,58 +191,39 @@ def _between(times: Quantiles, show: Callable[[float], str]) -> str:
     return f"{show(times.p20)} to {show(times.p80)}"
 
 
-def _memory_bars(rows: Sequence[Row]) -> list[_Bars]:
-    scale = max((max(row.memory.peak_bytes, row.plan.peak_bytes) for row in rows), default=0)
-    return [
-        _Bars(
-            row.name,
-            [
-                _memory_bar(row.memory.kind, _measured_segments(row.memory), scale),
-                *([_memory_bar("plan", _planned_segments(row.plan), scale)] if row.is_planned else []),
-            ],
-            [
-                f"{batch.batch_size} at a time: {shown_bytes(batch.peak_bytes)}, "
-                f"planned {shown_bytes(batch.plan.peak_bytes)}"
-                for batch in row.batches
-                if isinstance(batch, Throughput) and batch.peak_bytes is not None
-            ],
-        )
-        for row in rows
+def _memory_bars(row: Row) -> _Bars:
+    """Show by how much each stage raised the peak, and what makes up the plan's."""
+    use, plan = row.memory, row.plan
+    stages = ("before", "load", "image", "vision", "prefill", "decode")
+    peaks = [0, *(getattr(use, f"{stage}_bytes") for stage in stages)]
+    measured = [
+        (stage, stage if stage == "before" else f"+ {stage}", peaks[index + 1] - peaks[index])
+        for index, stage in enumerate(stages)
     ]
-
-
-def _memory_bar(title: str, segments: Sequence[tuple[str, str, int]], scale: float) -> _Bar:
-    total = sum(size for _, _, size in segments)
-    parts = [_Segment(kind, name, shown_bytes(size), size) for kind, name, size in segments if size]
-    return _Bar(title, shown_bytes(total), parts, scale)
-
-
-def _measured_segments(use: MemoryUse) -> list[tuple[str, str, int]]:
-    """Return by how much each stage raised the peak."""
-    reached = 0
-    segments = []
-    for kind in ("before", "load", "image", "vision", "prefill", "decode"):
-        peak: int = getattr(use, f"{kind}_bytes")
-        segments.append((kind, kind if kind == "before" else f"+ {kind}", peak - reached))
-        reached = peak
-    return segments
-
-
-def _planned_segments(plan: MemoryPlan) -> list[tuple[str, str, int]]:
-    """Return what makes up the plan's peak: loading passes before the work of a study begins."""
     stays = [
         ("before", "libraries", plan.resident_bytes),
         ("load", "decoder", plan.decoder_bytes),
         ("load", "tower", plan.vision_bytes),
     ]
-    if plan.load_work_bytes > plan.study_bytes:
-        return [*stays, ("load", "loading's work", plan.load_work_bytes)]
-    return [
-        *stays,
+    passes = [
         ("vision", "tower's work", plan.vision_work_bytes),
         ("prefill", "cache", plan.cache_bytes),
         ("prefill", "prefill's work", plan.prefill_work_bytes),
     ]
+    if plan.load_work_bytes > plan.study_bytes:  # loading passes before the work of a study begins
+        passes = [("load", "loading's work", plan.load_work_bytes)]
+    bars = [_memory_bar(use.kind, measured), *([_memory_bar("plan", [*stays, *passes])] if row.is_planned else [])]
+    remarks = [
+        f"{batch.batch_size} at a time: {shown_bytes(batch.peak_bytes)}, planned {shown_bytes(batch.plan.peak_bytes)}"
+        for batch in row.batches
+        if isinstance(batch, Throughput)
+    ]
+    return _Bars(row.name, bars, remarks)
+
+
+def _memory_bar(title: str, parts: Sequence[tuple[str, str, int]]) -> _Bar:
+    segments = [_Segment(kind, name, shown_bytes(size), size) for kind, name, size in parts if size]
+    return _Bar(title, shown_bytes(sum(size for _, _, size in parts)), segments)
 
 
 # -- Studies ---------------------------------------------------------------------------------------------------------
@@ -276,38 +235,25 @@ class _Text(NamedTuple):
     error: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Study:
+class _Study(NamedTuple):
     shown: StudyShown
     film: str  # a data URI, or empty
     film_error: str
     same: Sequence[str]  # the artifacts that wrote the reference's text, character for character
     texts: Sequence[_Text]  # of the others
-
-    @property
-    def differs(self) -> bool:
-        """Whether there is something to look at: an error, a text that is not the reference's, or no two the same."""
-        if self.shown.reference_text is not None or any(text.error is not None for text in self.texts):
-            return bool(self.texts)
-        return len({passage.text for text in self.texts for passage in text.passages}) > 1
+    differs: bool  # there is something to look at: an error, a text that is not the reference's, or no two the same
 
 
 def _studies(studies: Sequence[StudyShown], rows: Sequence[Row]) -> Iterator[_Study]:
     for index, shown in enumerate(studies):
         reference = shown.reference_text
         drafts = [(row.name, row.drafts[index]) for row in rows]
-        film, film_error = _film(shown.image)
-        yield _Study(
-            shown=shown,
-            film=film,
-            film_error=film_error,
-            same=[name for name, draft in drafts if _is_same(draft, reference)],
-            texts=[_text(name, draft, reference) for name, draft in drafts if not _is_same(draft, reference)],
-        )
-
-
-def _is_same(draft: Draft, reference: str | None) -> bool:
-    return draft.error is None and draft.text == reference
+        same = [name for name, draft in drafts if draft.error is None and draft.text == reference]
+        texts = [_text(name, draft, reference) for name, draft in drafts if name not in same]
+        differs = bool(texts)
+        if reference is None and all(text.error is None for text in texts):
+            differs = len({draft.text for _, draft in drafts}) > 1
+        yield _Study(shown, *_film(shown.image), same, texts, differs)
 
 
 def _text(name: str, draft: Draft, reference: str | None) -> _Text:

@@ -41,7 +41,6 @@ class Throughput:
     batch_size: int
     num_studies: int
     studies_per_min: Quantiles  # over rounds: here "p20" is the slow side
-    tokens_per_s: float  # generated, end to end, in the median round
     plan: MemoryPlan
     peak_bytes: int  # like MemoryUse.peak_bytes, until the end of this run
 

@@ -26,7 +26,7 @@ from lite.bench.costs import out_of_memory
 from lite.bench.machine import machine, versions
 from lite.bench.measure import Job, Progress, measure
 from lite.bench.quality import NO_REFERENCE, NO_REPORTS, against_reports
-from lite.bench.results import Bench, Draft, FailedRow, Provenance, Row, StudyShown
+from lite.bench.results import Bench, Draft, FailedRow, Provenance, ReportQuality, Row, StudyShown
 from lite.bench.roofline import is_modelled
 from lite.engines.machine import has_torch
 from lite.engines.options import LoadOptions
@@ -58,7 +58,7 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
         # Weights that cannot be used are found now, and not when an artifact has been measured.
         against_reports([_REHEARSAL.text], [_REHEARSAL], job.clinical)
     rows = tuple(_row(job, name, path, options, on_progress) for name, path, options in _runs(job))
-    reference_quality = NO_REFERENCE
+    reference_quality: ReportQuality | Missing = NO_REFERENCE
     if record is not None:
         drafts = [Draft(id=study.id, text=study.text) for study in record.info.studies]
         reference_quality = against_reports(job.reports, drafts, job.clinical)

@@ -7,59 +7,25 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from lite.bench.columns import Cell, Group, number, tables
-from lite.bench.results import Bench, ModelledTable, Row, Throughput
-from lite.eval.figures import Missing
+from lite.bench.columns import SUMMARY, Cell, Group, tables
+from lite.bench.results import Bench, ModelledTable, Row
 from lite.files import write_whole
-from lite.memory.sizes import shown_bytes
 
 
 def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
     """Return a bench as text: what it depends on, its tables, and what a reader has to know."""
     rows = [row for row in bench.rows if isinstance(row, Row)]
-    notices = dict.fromkeys(row.notice for row in rows)
-    parts = [*(f"{notice}\n" for notice in notices)]
+    parts = [f"{notice}\n" for notice in dict.fromkeys(row.notice for row in rows)]
     if rows:
-        parts.append(f"{_summary(rows)}\n")
-        for groups in tables(rows).values():
-            parts += [f"{_details(group, rows)}\n" for group in groups]
+        lines = [(row.name, *(column.cell(row).text for column in SUMMARY)) for row in rows]
+        parts.append(f"{markdown_table(('artifact', *(column.title for column in SUMMARY)), lines, left=3)}\n")
+        parts += [f"{_details(group, rows)}\n" for groups in tables(rows).values() for group in groups]
     for table in modelled:
         parts.append(f"## {table.caption}\n\n{markdown_table(table.header, table.rows)}\n\n{table.note}\n")
     parts.append("\n".join(_provenance(bench)))
     return "\n".join(parts)
-
-
-_SUMMARY: Final = (
-    "artifact", "decoder", "by", "on disk", "peak", "TTFT, s", "tokens/s", "study, s", "studies/min", "KL", "same top",
-    "label F1",
-)  # fmt: skip
-
-
-def _summary(rows: Sequence[Row]) -> str:
-    """Return what most ask for, a line for each artifact."""
-    lines = []
-    for row in rows:
-        rates = [batch.studies_per_min.p50 for batch in row.batches if isinstance(batch, Throughput)]
-        record, report = row.record_quality, row.report_quality
-        lines.append(
-            (
-                row.name,
-                row.decoder_format,
-                row.run_by,
-                shown_bytes(row.disk_bytes),
-                f"{shown_bytes(row.memory.peak_bytes)} {row.memory.kind}",
-                number(row.latency.ttft.p50),
-                number(row.decode_tokens_per_s),
-                number(row.latency.total.p50),
-                number(max(rates)) if rates else "not run",
-                record.why if isinstance(record, Missing) else number(record.divergence.mean_kl.value),
-                "–" if isinstance(record, Missing) else f"{record.divergence.same_top.value:.2%}",
-                report.why if isinstance(report, Missing) else number(report.label_f1_micro.value),
-            )
-        )
-    return markdown_table(_SUMMARY, lines, left=3)
 
 
 def _details(group: Group, rows: Sequence[Row]) -> str:

@@ -124,7 +124,6 @@ def row(
         batch_size=4,
         num_studies=24,
         studies_per_min=Quantiles(p20=138 / total_s, p50=141 / total_s, p80=143 / total_s, p90=144, p99=144, count=5),
-        tokens_per_s=226 / total_s,
         plan=dataclasses.replace(plan, num_rows=4, cache_bytes=4 * plan.cache_bytes),
         peak_bytes=weights + 3_900_000_000,
     )

@@ -75,8 +75,6 @@ def test_every_figure_is_taken(benched: tuple[int, dict[str, Any], Path], tiny_a
     context = row["num_prompt_tokens"] + row["tokens_per_study"] / 2
     in_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     assert traffic["cache_bytes"] == pytest.approx(context * in_token, rel=0.2)
-    in_study = batch["tokens_per_s"] * 60 / batch["studies_per_min"]["p50"]
-    assert in_study == pytest.approx(row["tokens_per_study"], rel=0.5)
     assert row["energy_j"]["why"] == "no GPU"
 
 
