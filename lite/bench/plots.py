@@ -69,7 +69,7 @@ def draw_pareto(points: Sequence[Point], kind: LossKind) -> str:
         # One pixel of matplotlib's is a point.
         figure = Figure(figsize=(_WIDTH_PT / 72, _HEIGHT_PT / 72), dpi=72)
         figure.patch.set_visible(False)
-        axes = figure.add_axes((0.14, 0.15, 0.84, 0.82))
+        axes = figure.add_axes((0.18, 0.15, 0.8, 0.82))
         _style(axes)
         _set_time_axis(axes, [point.total.p50 for point in points])
         (_set_kl_axis if kind == "kl" else _set_f1_axis)(axes, [point.loss for point in points])
