@@ -9,7 +9,6 @@ Source: Smit et al. 2020, https://arxiv.org/abs/2004.09167
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import BertWordPieceTokenizer
     from torch import Tensor
-    from transformers import BertModel
 
 CONDITIONS: Final[tuple[Label, ...]] = (
     "Enlarged Cardiomediastinum",
@@ -46,36 +44,25 @@ CONDITIONS: Final[tuple[Label, ...]] = (
 )
 """What CheXbert's heads are about, in their order."""
 
-COMPETITION: Final[tuple[Label, ...]] = (
-    "Cardiomegaly",
-    "Edema",
-    "Consolidation",
-    "Atelectasis",
-    "Pleural Effusion",
-)
+COMPETITION: Final[tuple[Label, ...]] = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 """The five conditions of CheXpert's competition."""
+
+BERT_BASE: Final = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+}
+"""The sizes of bert-base-uncased, which CheXbert has been made from."""
 
 VOCABULARY_NAME: Final = "vocab.txt"
 # A head's classes are blank, positive, negative, uncertain; No Finding has the first two.
 _POSITIVE: Final = 1
 _UNCERTAIN: Final = 3
-# BERT's heads are not recorded in its weights; in every published size they have 64 channels.
-_HEAD_DIM: Final = 64
 _BATCH_SIZE: Final = 32
 _SPECIAL_TOKENS: Final = frozenset({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"})
-# What torch.load raises on files that are none of its own, damaged, or ask for more than tensors.
-_NOT_LOADED: Final = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
 
 
 def check_chexbert_files(weights: Path) -> None:
@@ -179,23 +166,46 @@ def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray
     from lite.engines.torch_engine.device import check_device
 
     chosen = torch.device(check_device(device))
-    state = _read_state(weights)
-    bert, heads = _build(state, weights, chosen)
-    tokenizer = _read_tokenizer(weights.with_name(VOCABULARY_NAME), bert)
-    encodings = tokenizer.encode_batch([" ".join(text.split()) for text in texts])
-    # Padding is added to batches of like lengths; the order is restored at the end.
-    order = sorted(range(len(texts)), key=lambda index: len(encodings[index].ids))
+    labeller = _labeller(weights).to(chosen)
+    tokenizer = _tokenizer(weights.with_name(VOCABULARY_NAME))
+    # Texts of like lengths are padded together; the order is restored at the end.
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     classes = np.empty((len(texts), len(CONDITIONS)), dtype=np.int64)
     for start in range(0, len(order), _BATCH_SIZE):
         batch = order[start : start + _BATCH_SIZE]
-        ids = [torch.tensor(encodings[index].ids) for index in batch]
-        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        encodings = tokenizer.encode_batch([" ".join(texts[index].split()) for index in batch])
+        input_ids = torch.tensor([encoding.ids for encoding in encodings], device=chosen)
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=chosen)
         with torch.inference_mode():
-            hidden = bert(input_ids=input_ids.to(chosen), attention_mask=mask.to(chosen)).last_hidden_state[:, 0]
-            scores = [head(hidden) for head in heads]
-        classes[batch] = torch.stack([score.argmax(dim=1) for score in scores], dim=1).cpu().numpy()
+            hidden = labeller["bert"](input_ids=input_ids, attention_mask=mask).last_hidden_state[:, 0]
+            chosen_classes = [head(hidden).argmax(dim=1) for head in labeller["linear_heads"]]
+        classes[batch] = torch.stack(chosen_classes, dim=1).cpu().numpy()
     return classes
+
+
+def _labeller(weights: Path) -> torch.nn.ModuleDict:
+    """Build BERT and the heads, and require the file to hold all of their tensors and nothing else."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    state = _read_state(weights)
+    classes = [2 if condition == "No Finding" else 4 for condition in CONDITIONS]
+    heads = torch.nn.ModuleList(torch.nn.Linear(BERT_BASE["hidden_size"], count) for count in classes)
+    labeller = torch.nn.ModuleDict({"bert": BertModel(BertConfig(**BERT_BASE)), "linear_heads": heads})
+    try:
+        labeller.load_state_dict(state)
+        wrong = [name for name, tensor in state.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+        reason = f"{wrong[0]}, which does not hold finite numbers" if wrong else ""
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:300]
+    if reason:
+        msg = (
+            f"{weights}: got {reason} · expected the {len(labeller.state_dict())} tensors of CheXbert's labeller · "
+            "check that it is the published chexbert.pth, and whole"
+        )
+        raise CheckpointError(msg)
+    labeller.train(mode=False)
+    return labeller
 
 
 def _read_state(weights: Path) -> dict[str, Tensor]:
@@ -206,7 +216,7 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
         saved = torch.load(weights, map_location="cpu", weights_only=True)
         state = dict(saved.get("model_state_dict"))
         prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    except _NOT_LOADED as error:
+    except Exception as error:  # torch raises nearly anything on a file that is damaged or none of its own
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         msg = (
             f"{weights}: got a file that cannot be read as CheXbert's ({reason}) · expected tensors under "
@@ -216,50 +226,7 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def _build(state: dict[str, Tensor], weights: Path, device: torch.device) -> tuple[BertModel, torch.nn.ModuleList]:
-    """Build BERT and the heads by the shapes, and require the state to be all of them and nothing else."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    try:
-        vocab_size, hidden_size = state["bert.embeddings.word_embeddings.weight"].shape
-        config = BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=len({name.split(".")[3] for name in state if name.startswith("bert.encoder.layer.")}),
-            num_attention_heads=hidden_size // _HEAD_DIM,
-            intermediate_size=len(state["bert.encoder.layer.0.intermediate.dense.bias"]),
-            max_position_embeddings=len(state["bert.embeddings.position_embeddings.weight"]),
-            type_vocab_size=len(state["bert.embeddings.token_type_embeddings.weight"]),
-        )
-        with device:
-            bert = BertModel(config)
-            classes = [2 if condition == "No Finding" else 4 for condition in CONDITIONS]
-            heads = torch.nn.ModuleList(torch.nn.Linear(hidden_size, count) for count in classes)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        msg = (
-            f"{weights}: got tensors that make no BERT ({type(error).__name__}: {error}) · expected CheXbert's, bert.* "
-            "and linear_heads.* · check that it is the published chexbert.pth"
-        )
-        raise CheckpointError(msg) from error
-    labeller = torch.nn.ModuleDict({"bert": bert, "linear_heads": heads})
-    try:
-        labeller.load_state_dict(state)
-        wrong = [name for name, tensor in state.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
-        reason = f"{wrong[0]}, which does not hold finite numbers" if wrong else ""
-    except RuntimeError as error:
-        reason = " ".join(str(error).partition(":")[2].split())[:300]
-    if reason:
-        msg = (
-            f"{weights}: got {reason} · expected the {len(labeller.state_dict())} tensors of a labeller of this size · "
-            "check that it is the published chexbert.pth, and whole"
-        )
-        raise CheckpointError(msg)
-    labeller.train(mode=False)
-    return bert, heads
-
-
-def _read_tokenizer(path: Path, bert: BertModel) -> BertWordPieceTokenizer:
+def _tokenizer(path: Path) -> BertWordPieceTokenizer:
     """Read a list of word pieces, a line each, and require as many as BERT has embeddings."""
     from tokenizers import BertWordPieceTokenizer
 
@@ -269,12 +236,13 @@ def _read_tokenizer(path: Path, bert: BertModel) -> BertWordPieceTokenizer:
         msg = f"{path}: got a file that cannot be read ({error}) · expected a list of word pieces · fetch it again"
         raise CheckpointError(msg) from error
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    if len(vocabulary) != bert.config.vocab_size or not vocabulary.keys() >= _SPECIAL_TOKENS:
+    if len(vocabulary) != BERT_BASE["vocab_size"] or not vocabulary.keys() >= _SPECIAL_TOKENS:
         msg = (
-            f"{path}: got {len(vocabulary)} word pieces · expected the {bert.config.vocab_size} that the weights are "
+            f"{path}: got {len(vocabulary)} word pieces · expected the {BERT_BASE['vocab_size']} that the weights are "
             f"for, {', '.join(sorted(_SPECIAL_TOKENS))} among them · put vocab.txt of bert-base-uncased there"
         )
         raise CheckpointError(msg)
     tokenizer = BertWordPieceTokenizer(vocabulary, lowercase=True)
-    tokenizer.enable_truncation(bert.config.max_position_embeddings)
+    tokenizer.enable_truncation(BERT_BASE["max_position_embeddings"])
+    tokenizer.enable_padding()
     return tokenizer

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig
 
 from lite.errors import BackendUnavailable, CheckpointError
 from lite.eval import chexbert
@@ -23,6 +24,7 @@ from lite.eval.figures import Estimate, Missing
 from lite.eval.labels import LABELS
 
 HIDDEN, INTERMEDIATE, LAYERS, POSITIONS = 128, 96, 2, 24
+PUBLISHED = chexbert.BERT_BASE
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PLAIN = (".", ",", "the", "heart", "is", "enlarged", "large", "no", "effusion", "##s", "edema", "left", "cafe")
 WORDS = [*SPECIAL, *PLAIN]
@@ -35,6 +37,18 @@ TEXTS = [
 ]
 
 State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def small_bert(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": INTERMEDIATE}
+    sizes |= {"vocab_size": len(WORDS), "hidden_size": HIDDEN, "max_position_embeddings": POSITIONS}
+    assert sizes.keys() == chexbert.BERT_BASE.keys()
+    monkeypatch.setattr(chexbert, "BERT_BASE", sizes)
+
+
+def test_the_sizes_are_those_of_bert_base_uncased() -> None:
+    assert {name: getattr(BertConfig(), name) for name in PUBLISHED} == PUBLISHED
 
 
 def published_layout(*, seed: int = 0) -> State:
@@ -247,13 +261,13 @@ def replaced(name: str, tensor: torch.Tensor) -> Callable[[State], Any]:
     [
         (without("linear_heads.13.bias"), r"got Missing .*linear_heads\.13\.bias.* · expected the \d+ tensors"),
         (without("bert.encoder.layer.1.output.LayerNorm.weight"), r"got Missing .*layer\.1\.output\.LayerNorm"),
-        (without("bert.embeddings.word_embeddings.weight"), "tensors that make no BERT"),
+        (without("bert.embeddings.word_embeddings.weight"), r"got Missing .*word_embeddings\.weight"),
         (replaced("linear_heads.14.weight", torch.zeros(4, HIDDEN)), r"got Unexpected .*linear_heads\.14\.weight"),
         (replaced("linear_heads.13.weight", torch.zeros(4, HIDDEN)), r"got size mismatch for linear_heads\.13\.weight"),
         (replaced("linear_heads.0.bias", torch.zeros(4, dtype=torch.int64)), r"got linear_heads\.0\.bias, which does"),
         (replaced("linear_heads.0.bias", torch.full((4,), torch.nan)), "not hold finite numbers"),
-        (replaced("bert.embeddings.word_embeddings.weight", torch.zeros(18, 32)), "tensors that make no BERT"),
-        (dict.clear, "tensors that make no BERT"),
+        (replaced("bert.embeddings.word_embeddings.weight", torch.zeros(18, 32)), r"got size mismatch for bert\.emb"),
+        (dict.clear, r"got Missing .* of CheXbert's labeller"),
     ],
 )
 def test_weights_of_another_model_are_refused(tmp_path: Path, change: Callable[[State], Any], message: str) -> None:
