@@ -10,8 +10,6 @@ KL(p‖q) = Σ p (ln p − ln q) is what the candidate loses, 0 when it computes
 the probability of the tokens that are there, and may fall below 1 by luck. Where the text is the reference's own greedy
 one, the first token on which the two disagree is the one where the candidate's own text would leave it.
 
-What `compare_logits` keeps of a study are arrays over its tokens, not its logits: these are vocabulary times larger.
-
 A reference that is only recorded has kept the k most probable tokens and, as one more class, all others together:
 
     p over the vocabulary     p1 p2 … pk │ p(k+1) … pV          KL(p‖q) = KL over k + 1 classes + the gap
@@ -21,9 +19,6 @@ Pooling classes never raises a KL (the data-processing inequality), so what `com
 exact where the tail has no mass. `gap_limit` says how much may be missing: it knows the candidate's tail, and of the
 reference's that it sums to the tail mass with no token above the k-th. That limit is a guarantee, not an estimate, and
 often far from the gap; the gap itself takes both models' logits.
-
-Intervals are those of `lite.eval.figures`: studies drawn again, all tokens of a study together, as the tokens of one
-text are anything but independent.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lite.errors import LiteError
-from lite.eval.figures import Estimate, Floats, bootstrap_interval
+from lite.eval.figures import Estimate, Floats, bootstrap_interval, mean_estimate
 
 Bools: TypeAlias = NDArray[np.bool_]
 
@@ -49,13 +44,6 @@ class StudyDivergence:
     same_top: Bools  # [T], both give the same token the highest probability
     reference_nll: Floats  # [T], -ln of the probability that the reference gives to the token that is there, in nats
     candidate_nll: Floats  # [T]
-
-    def __post_init__(self) -> None:
-        """Refuse arrays that are empty or not of one length."""
-        shapes = {np.shape(values) for values in (self.kl, self.same_top, self.reference_nll, self.candidate_nll)}
-        if len(shapes) != 1 or len(shape := shapes.pop()) != 1 or shape[0] < 1:
-            msg = "got arrays of other shapes · expected four of one length, at least 1 · pass one value per token"
-            raise LiteError(msg)
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +63,10 @@ class TopK:
     ids: NDArray[np.integer[Any]]  # [T, k], the most probable token first; of equals the one that greedy decoding takes
     log_probs: NDArray[np.floating[Any]]  # [T, k], falling
     log_tail: NDArray[np.floating[Any]]  # [T], of all other tokens together; -inf where k is the whole vocabulary
+
+    def __getitem__(self, tokens: slice) -> TopK:
+        """Return the same of some of the tokens."""
+        return TopK(ids=self.ids[tokens], log_probs=self.log_probs[tokens], log_tail=self.log_tail[tokens])
 
     @property
     def tail_mass(self) -> Floats:
@@ -104,19 +96,20 @@ def compare_logits(reference: ArrayLike, candidate: ArrayLike, target_ids: Seque
     Args:
         reference: [T, V], what `FindingsModel.score` returns; computed with in float64 whatever it comes in.
         candidate: [T, V], on the same tokens.
-        target_ids: [T], the tokens themselves, below V.
+        target_ids: [T], the tokens themselves.
 
     Raises:
         LiteError: shapes that do not fit each other, a token outside the vocabulary, or logits that are not finite.
     """
-    shapes = np.shape(reference), np.shape(candidate)
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != len(target_ids) or not len(target_ids):
+    _check_shape(reference, len(target_ids))
+    _check_shape(candidate, len(target_ids), vocab_size=np.shape(reference)[1])
+    targets = np.asarray(target_ids, dtype=np.int64)
+    if targets.min() < 0 or targets.max() >= np.shape(reference)[1]:
         msg = (
-            f"got logits {list(shapes[0])} and {list(shapes[1])} for {len(target_ids)} tokens · expected [T, V] twice, "
-            "with T tokens, at least one · score both models on the same tokens, with one tokenizer"
+            f"got token ids from {targets.min()} to {targets.max()} · expected 0 to {np.shape(reference)[1] - 1}, the "
+            "columns of the logits · check that the text comes from the same tokenizer"
         )
         raise LiteError(msg)
-    targets = _targets(target_ids, vocab_size=shapes[0][1])
     log_p, log_q = _log_softmax(reference, "reference"), _log_softmax(candidate, "candidate")
     rows = np.arange(len(targets))
     # Of equals argmax takes the first, as greedy decoding does.
@@ -155,17 +148,14 @@ def top_k(logits: ArrayLike, k: int) -> TopK:
 def compare_top_k(reference: TopK, candidate: ArrayLike, target_ids: Sequence[int]) -> StudyDivergence:
     """Compare a recorded reference with a candidate's logits: as `compare_logits`, but KL is a lower bound.
 
-    Args:
-        reference: of the reference's logits; what rounding has left of it is scaled to sum to 1.
-        candidate: [T, V], on the same tokens.
-        target_ids: [T], the tokens themselves, each among the reference's k.
+    What rounding has left of the reference is scaled to sum to 1.
 
     Raises:
-        LiteError: shapes that do not fit each other, a token that is not among the k, or logits that are not finite.
+        LiteError: as `compare_logits`, or a token is not among the reference's k.
     """
     _check_fits(reference, candidate, len(target_ids))
     log_q = _log_softmax(candidate, "candidate")
-    targets = _targets(target_ids, vocab_size=log_q.shape[1])
+    targets = np.asarray(target_ids, dtype=np.int64)
     is_target = reference.ids == targets[:, None]
     if not (kept := is_target.any(axis=1)).all():
         position = int(kept.argmin())
@@ -192,10 +182,6 @@ def gap_limit(reference: TopK, candidate: ArrayLike) -> Floats:
     The worst reference there can be puts its tail on the tokens that the candidate finds least probable, each as
     probable as the k-th: KL is convex, so its maximum lies in such a corner.
 
-    Args:
-        reference: as for `compare_top_k`.
-        candidate: [T, V], on the same tokens.
-
     Returns:
         nats, [T]; 0 where k is the whole vocabulary.
 
@@ -221,24 +207,21 @@ def gap_limit(reference: TopK, candidate: ArrayLike) -> Floats:
 
 
 def _check_fits(reference: TopK, candidate: ArrayLike, num_tokens: int) -> None:
-    expected, shape = len(reference.ids), np.shape(candidate)
-    if len(shape) != 2 or not shape[0] == num_tokens == expected or shape[1] <= reference.ids.max():
-        msg = (
-            f"got logits {list(shape)} for {num_tokens} tokens · expected [T, V], with T={expected} and V above "
-            f"{reference.ids.max()}, as in the reference · score both models on the same tokens, with one tokenizer"
-        )
-        raise LiteError(msg)
+    _check_shape(reference.ids, num_tokens)
+    _check_shape(candidate, num_tokens)
+    if np.shape(candidate)[1] <= reference.ids.max():
+        msg = f"got logits of {np.shape(candidate)[1]} tokens · expected more than {reference.ids.max()}, which is one"
+        raise LiteError(f"{msg} of the reference's · score both models with one tokenizer")
 
 
-def _targets(target_ids: Sequence[int], *, vocab_size: int) -> NDArray[np.int64]:
-    targets = np.asarray(target_ids, dtype=np.int64)
-    if targets.min() < 0 or targets.max() >= vocab_size:
+def _check_shape(values: ArrayLike, num_tokens: int, *, vocab_size: int | None = None) -> None:
+    shape = np.shape(values)
+    if len(shape) != 2 or shape[0] != num_tokens or not num_tokens or shape[1] != (vocab_size or shape[1]):
         msg = (
-            f"got token ids from {targets.min()} to {targets.max()} · expected 0 to {vocab_size - 1}, the columns of "
-            "the logits · check that the text comes from the same tokenizer"
+            f"got logits {list(shape)} for {num_tokens} tokens · expected [T, {vocab_size or 'V'}], with T tokens, at "
+            "least one · score both models on the same tokens, with one tokenizer"
         )
         raise LiteError(msg)
-    return targets
 
 
 def _scaled(reference: TopK) -> tuple[Floats, Floats]:
@@ -274,10 +257,8 @@ def _log_softmax(logits: ArrayLike, whose: str) -> Floats:
 def summarise(studies: Sequence[StudyDivergence]) -> DivergenceSummary:
     """Put studies together, each figure with its bootstrap interval over studies.
 
-    Quantiles are the smallest value that is reached: of an even number of values the median is the lower middle one.
-
-    Args:
-        studies: at least one. The same ones are drawn for every figure, and for every candidate.
+    Studies are drawn again, all tokens of one together, the same ones for every figure and every candidate. Quantiles
+    are the smallest value that is reached: of an even number of values the median is the lower middle one.
 
     Raises:
         LiteError: no studies.
@@ -285,41 +266,31 @@ def summarise(studies: Sequence[StudyDivergence]) -> DivergenceSummary:
     if not studies:
         raise LiteError("got no studies · expected at least one · compare some first")
     num_studies, num_tokens = len(studies), sum(study.num_tokens for study in studies)
-    sums = np.array(
-        [
-            (
-                study.num_tokens,
-                study.kl.sum(),
-                study.same_top.sum(),
-                study.candidate_nll.sum() - study.reference_nll.sum(),
-                1,
-                study.same_top.all(),
-            )
-            for study in studies
-        ],
-        dtype=np.float64,
-    )
-    # Quantiles are no functions of such sums. They are functions of how often each study was drawn, and that is the sum
-    # of rows of the identity.
-    draws = np.eye(num_studies)
     owner = np.repeat(np.arange(num_studies), [study.num_tokens for study in studies])
     kl = np.concatenate([study.kl for study in studies])
     first = [study.first_divergent_token for study in studies]
     diverging = np.array([index for index, token in enumerate(first) if token is not None], dtype=np.int64)
     positions = np.array([token for token in first if token is not None], dtype=np.float64)
 
+    def mean(of_study: Callable[[StudyDivergence], float], shown: Callable[[Floats], Floats] = np.array) -> Estimate:
+        """Average sums over the tokens."""
+        sums = np.array([(float(of_study(study)), study.num_tokens) for study in studies])
+        return bootstrap_interval(sums, lambda s: shown(s[:, 0] / s[:, 1]), count=num_tokens)
+
+    def quantile(values: Floats, owner: NDArray[np.int64], share: float) -> Estimate:
+        """Take a quantile, which is a function of how often each study was drawn: the sum of the identity's rows."""
+        return bootstrap_interval(np.eye(num_studies), _quantile_of_drawn(values, owner, share), count=len(values))
+
     return DivergenceSummary(
         num_studies=num_studies,
         num_tokens=num_tokens,
-        mean_kl=bootstrap_interval(sums, lambda s: s[:, 1] / s[:, 0], count=num_tokens),
-        median_kl=bootstrap_interval(draws, _quantile_of_drawn(kl, owner, 0.5), count=num_tokens),
-        p99_kl=bootstrap_interval(draws, _quantile_of_drawn(kl, owner, 0.99), count=num_tokens),
-        same_top=bootstrap_interval(sums, lambda s: s[:, 2] / s[:, 0], count=num_tokens),
-        perplexity_ratio=bootstrap_interval(sums, lambda s: np.exp(s[:, 3] / s[:, 0]), count=num_tokens),
-        without_divergence=bootstrap_interval(sums, lambda s: s[:, 5] / s[:, 4], count=num_studies),
-        first_divergent_token=bootstrap_interval(
-            draws, _quantile_of_drawn(positions, diverging, 0.5), count=len(positions)
-        ),
+        mean_kl=mean(lambda study: study.kl.sum()),
+        median_kl=quantile(kl, owner, 0.5),
+        p99_kl=quantile(kl, owner, 0.99),
+        same_top=mean(lambda study: study.same_top.sum()),
+        perplexity_ratio=mean(lambda study: study.candidate_nll.sum() - study.reference_nll.sum(), np.exp),
+        without_divergence=mean_estimate([bool(study.same_top.all()) for study in studies]),
+        first_divergent_token=quantile(positions, diverging, 0.5),
     )
 
 

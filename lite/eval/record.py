@@ -118,11 +118,11 @@ class ReferenceRecord:
 
     def compare(self, index: int, logits: ArrayLike) -> StudyDivergence:
         """Compare a candidate's logits on `token_ids(index)` with the record's; KL is a lower bound."""
-        return compare_top_k(self._top(index), logits, self.token_ids(index))
+        return compare_top_k(self.top[self._tokens(index)], logits, self.token_ids(index))
 
     def gap_limit(self, index: int, logits: ArrayLike) -> Floats:
         """Return by how much each KL of `compare` is too low at most, in nats."""
-        return gap_limit(self._top(index), logits)
+        return gap_limit(self.top[self._tokens(index)], logits)
 
     def describe(self) -> str:
         """Say in one line what was recorded, and where."""
@@ -141,11 +141,7 @@ class ReferenceRecord:
         )
 
     def _tokens(self, index: int) -> slice:
-        return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-
-    def _top(self, index: int) -> TopK:
-        tokens = self._tokens(index)
-        return TopK(ids=self.top.ids[tokens], log_probs=self.top.log_probs[tokens], log_tail=self.top.log_tail[tokens])
+        return slice(*self.offsets[index : index + 2])
 
 
 # -- Refusing --------------------------------------------------------------------------------------------------------
@@ -164,12 +160,7 @@ def settings_of(artifact: Artifact) -> Settings:
 
 
 def check_belongs(candidate: Artifact, settings: Settings, *, reference: str) -> None:
-    """Refuse a candidate that reads other tokens, other words or other pixels than the reference.
-
-    Args:
-        candidate: the artifact to compare.
-        settings: the reference's.
-        reference: what to call it in the message.
+    """Refuse a candidate that reads other tokens, other words or other pixels than the reference, which has a name.
 
     Raises:
         ArtifactError: a setting differs; it is named.
@@ -199,23 +190,22 @@ def check_studies(record: ReferenceRecord, studies: Sequence[Study]) -> None:
     """
     if (got := sha256_of_studies(studies)) == record.info.data_sha256:
         return
-    recorded = [study.id for study in record.info.studies]
-    ids = [study.id for study in studies]
+    recorded, ids = [study.id for study in record.info.studies], [study.id for study in studies]
     missing = [study.path for study in studies if not study.path.is_file()]
-    num = len(recorded)
+    num, what = len(recorded), record.describe()
     if ids != recorded and (ids[:num] == recorded or ids == recorded[: len(ids)]):
-        msg = f"got {len(ids)} studies · expected the first {num}, of which {record.describe()} is · give --limit {num}"
+        msg = f"got {len(ids)} studies · expected the first {num}, of which {what} is · give --limit {num}"
     elif missing:
         msg = (
             f"got {len(missing)} of {len(ids)} studies without their film, the first {missing[0]} · expected all that "
-            f"the record was made with ({record.describe()}) · name the films' folder with --image-folder, or bench "
-            "without --reference"
+            f"the record was made with ({what}) · name the films' folder with --image-folder, or bench without "
+            "--reference"
         )
     else:
         msg = (
             f"got studies of sha256 {got} · expected {record.info.data_sha256}, the first {num} of {record.info.data} "
-            f"in the record {record.describe()} · give that list and its films, with --limit {num} where it is longer, "
-            "or make a record for this one with python -m lite.bench record"
+            f"in the record {what} · give that list and its films, with --limit {num} where it is longer, or make a "
+            "record for this one with python -m lite.bench record"
         )
     raise LiteError(msg)
 
