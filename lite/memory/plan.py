@@ -172,91 +172,64 @@ class MemoryPlan:
 
 def plan_memory(shapes: Shapes, workload: Workload) -> MemoryPlan:
     """Count what drafting will take at most."""
+    config, rows, int8 = shapes.config, workload.num_rows, workload.cache_dtype == "int8"
+    max_seq_len = workload.row_len(config)
+    vision, vision_work = vision_memory_bytes(shapes.vision, shapes.vision_bytes)
     if workload.engine == "onnx" and shapes.onnx is not None:
-        return _onnx(shapes, shapes.onnx, workload)
-    return _torch_on_gpu(shapes, workload) if workload.on_gpu else _torch_on_cpu(shapes, workload)
-
-
-def _onnx(shapes: Shapes, part: OnnxPart, workload: Workload) -> MemoryPlan:
-    config, itemsize, int8 = shapes.config, ITEMSIZE[part.dtype], workload.cache_dtype == "int8"
-    vision_bytes, vision_work = vision_memory_bytes(shapes.vision, shapes.vision_bytes)
-    max_seq_len = workload.row_len(config)
-    work = onnx_prefill_work_bytes(
-        config, num_tokens=workload.num_prompt_tokens, itemsize=itemsize, int8_cache=int8
-    )  # fmt: skip
-    return MemoryPlan(
-        num_rows=workload.num_rows,
-        max_seq_len=max_seq_len,
-        resident_bytes=workload.resident_bytes + ONNX_FIRST_USE_BYTES,
-        decoder_bytes=onnx_decoder_bytes(config, part),
-        vision_bytes=vision_bytes,
-        cache_bytes=workload.num_rows * max_seq_len * cache_bytes_per_token(config, itemsize=1 if int8 else itemsize),
+        part, itemsize = shapes.onnx, ITEMSIZE[shapes.onnx.dtype]
+        resident, decoder = ONNX_FIRST_USE_BYTES, onnx_decoder_bytes(config, part)
+        per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
         # The largest linear's integers as they are on the disk, beside what they were repacked into.
-        load_work_bytes=max(
-            onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config)
-        ),
-        vision_work_bytes=vision_work,
-        prefill_work_bytes=shapes.feature_bytes + work + workload.num_rows * 2 * 4 * config.vocab_size,
-    )
-
-
-def _torch_on_cpu(shapes: Shapes, workload: Workload) -> MemoryPlan:
-    config, itemsize, int8 = shapes.config, ITEMSIZE[workload.dtype or "float32"], workload.cache_dtype == "int8"
-    vision_bytes, vision_work = vision_memory_bytes(shapes.vision, shapes.vision_bytes)
-    max_seq_len = workload.row_len(config)
-    # An int8 cache is read as float32 to decode, a layer at a time: what is cast, scaled, and both.
-    values = workload.num_rows * max_seq_len * 2 * config.num_key_value_heads * config.head_dim if int8 else 0
-    return MemoryPlan(
-        num_rows=workload.num_rows,
-        max_seq_len=max_seq_len,
-        resident_bytes=workload.resident_bytes + FIRST_USE_BYTES,
-        decoder_bytes=decoder_bytes(config, itemsize=itemsize),
-        vision_bytes=vision_bytes,
-        cache_bytes=workload.num_rows * max_seq_len * _torch_cache_bytes_per_token(config, itemsize, int8=int8),
+        load_work = max(onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config))
+        work = shapes.feature_bytes + rows * 2 * 4 * config.vocab_size + onnx_prefill_work_bytes(
+            config, num_tokens=workload.num_prompt_tokens, itemsize=itemsize, int8_cache=int8
+        )  # fmt: skip
+    else:
+        itemsize = ITEMSIZE[workload.dtype or (config.dtype if workload.on_gpu else "float32")]
+        resident, decoder = FIRST_USE_BYTES, decoder_bytes(config, itemsize=itemsize)
+        per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
+        per_token += cache_scale_bytes_per_token(config) if int8 else 0
         # The largest weight, as it is stored, beside what it becomes.
-        load_work_bytes=2 * config.vocab_size * config.hidden_size if itemsize != 2 else 0,
+        load_work = 2 * config.vocab_size * config.hidden_size if itemsize != 2 else 0
+        work = prefill_work_bytes(
+            config,
+            num_tokens=workload.num_prompt_tokens,
+            num_image_tokens=shapes.vision.num_image_tokens,
+            chunk_size=workload.chunk_size,
+            itemsize=itemsize,
+            int8_cache=int8,
+            on_gpu=workload.on_gpu,
+        )
+        if int8 and not workload.on_gpu:
+            # It is read as float32 to decode, a layer at a time: what is cast, scaled, and both.
+            work = max(work, 6 * rows * max_seq_len * 2 * config.num_key_value_heads * config.head_dim)
+    plan = MemoryPlan(
+        num_rows=rows,
+        max_seq_len=max_seq_len,
+        resident_bytes=workload.resident_bytes + resident,
+        decoder_bytes=decoder,
+        vision_bytes=vision,
+        cache_bytes=rows * max_seq_len * per_token,
+        load_work_bytes=load_work,
         vision_work_bytes=vision_work,
-        prefill_work_bytes=max(_torch_prefill_work_bytes(shapes, workload, itemsize), 6 * values),
+        prefill_work_bytes=work,
     )
+    return _on_gpu(plan, shapes, workload) if workload.engine == "torch" and workload.on_gpu else plan
 
 
-def _torch_on_gpu(shapes: Shapes, workload: Workload) -> MemoryPlan:
-    config, int8 = shapes.config, workload.cache_dtype == "int8"
-    itemsize = ITEMSIZE[workload.dtype or config.dtype]
-    tower = sum(vision_memory_bytes(shapes.vision, shapes.vision_bytes)) if workload.tower_on_gpu else 0
-    max_seq_len = workload.row_len(config)
+def _on_gpu(plan: MemoryPlan, shapes: Shapes, workload: Workload) -> MemoryPlan:
+    """Leave out what a card does not hold, and count what only a card does."""
+    tower = plan.vision_bytes + plan.vision_work_bytes if workload.tower_on_gpu else 0
     # With several rows the features of the next studies wait on the card, if the tower is there.
     waiting = STUDIES_AHEAD * shapes.feature_bytes if workload.tower_on_gpu and workload.num_rows > 1 else 0
-    work = _torch_prefill_work_bytes(shapes, workload, itemsize)
-    return MemoryPlan(
-        num_rows=workload.num_rows,
-        max_seq_len=max_seq_len,
+    return dataclasses.replace(
+        plan,
         resident_bytes=0,
-        decoder_bytes=decoder_bytes(config, itemsize=itemsize),
         vision_bytes=0,
-        cache_bytes=workload.num_rows * max_seq_len * _torch_cache_bytes_per_token(config, itemsize, int8=int8),
-        load_work_bytes=gpu_load_work_bytes(config),
         vision_work_bytes=0,
-        prefill_work_bytes=waiting + work + 2 * cublas_workspace_bytes(workload.capability),
+        load_work_bytes=gpu_load_work_bytes(shapes.config),
+        prefill_work_bytes=plan.prefill_work_bytes + waiting + 2 * cublas_workspace_bytes(workload.capability),
         beside_bytes=GPU_LIBRARIES_BYTES + tower,
-    )
-
-
-def _torch_cache_bytes_per_token(config: DecoderConfig, itemsize: int, *, int8: bool) -> int:
-    if int8:
-        return cache_bytes_per_token(config, itemsize=1) + cache_scale_bytes_per_token(config)
-    return cache_bytes_per_token(config, itemsize=itemsize)
-
-
-def _torch_prefill_work_bytes(shapes: Shapes, workload: Workload, itemsize: int) -> int:
-    return prefill_work_bytes(
-        shapes.config,
-        num_tokens=workload.num_prompt_tokens,
-        num_image_tokens=shapes.vision.num_image_tokens,
-        chunk_size=workload.chunk_size,
-        itemsize=itemsize,
-        int8_cache=workload.cache_dtype == "int8",
-        on_gpu=workload.on_gpu,
     )
 
 
