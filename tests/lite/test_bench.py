@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import pytest
 from bench_command import FAST, bench, job_of, write_list
 from repository import ROOT
+from safetensors.torch import load_file, save_file
 from tiny import relist
 
 from lite.artifact import open as artifact_module
@@ -32,24 +36,49 @@ from lite.model import FindingsModel
 from lite.studies.study import Study
 
 
+class Done(NamedTuple):
+    """What a bench has left."""
+
+    status: int
+    document: dict[str, Any]
+    folder: Path
+    out: str
+    err: str
+
+
+def run(folder: Path, *arguments: object) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([*map(str, arguments), "--json", str(folder / "bench.json")])
+    return Done(status, json.loads((folder / "bench.json").read_text()), folder, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
-def benched(
-    tiny_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, dict[str, Any], Path]:
-    """The tiny artifact against a record of itself, with everything that can be written."""
+def benched(tiny_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The tiny artifact against a record of itself, another model, and one that cannot be loaded, with a report."""
     folder = tmp_path_factory.mktemp("bench")
-    listed = write_list(folder, films[:3])
-    data = ("--data", str(listed))
+    data = ("--data", str(write_list(folder, films[:3])))
     assert cli.main(["record", str(tiny_artifact.path), *data, "--out", str(folder / "fp16"), "--device", "cpu"]) == 0
-    outputs = ("--json", str(folder / "bench.json"), "--html", str(folder / "bench.html"))
-    status = cli.main([str(tiny_artifact.path), *data, "--reference", str(folder / "fp16"), *FAST[:-2], *outputs])
-    return status, json.loads((folder / "bench.json").read_text()), folder
+    other = damaged(tiny_artifact.path, folder / "other", factor=1.3)
+    broken = Path(shutil.copytree(tiny_artifact.path, folder / "broken"))
+    (broken / "tokenizer.model").write_bytes(b"x" * (broken / "tokenizer.model").stat().st_size)
+    settings = ("--reference", folder / "fp16", *FAST[:-2], "--html", folder / "bench.html")
+    return run(folder, tiny_artifact.path, other, broken, *data, *settings)
 
 
-def test_every_figure_is_taken(benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact) -> None:
-    status, document, _ = benched
-    assert status == 0
-    (row,) = document["rows"]
+def damaged(source: Path, out: Path, *, factor: float) -> Path:
+    """One layer's weights off by a factor: the same size, the same speed, another distribution."""
+    shutil.copytree(source, out)
+    weights = out / "decoder" / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name] * factor}, weights)
+    relist(out, "decoder/model.safetensors")
+    return out
+
+
+def test_every_figure_is_taken(benched: Done, tiny_artifact: Artifact) -> None:
+    row = benched.document["rows"][0]
     assert row["artifact_id"] == tiny_artifact.id
     assert row["disk_bytes"] == tiny_artifact.nbytes
     assert (row["num_runs"], row["num_warmup"]) == (4, 2)
@@ -79,45 +108,51 @@ def test_every_figure_is_taken(benched: tuple[int, dict[str, Any], Path], tiny_a
 
 
 @pytest.fixture(scope="module")
-def both(
-    tiny_onnx_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One artifact by torch and by onnx, with an int8 cache."""
+def both(tiny_onnx_artifact: Artifact, films: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """One artifact by torch and by onnx, with an int8 cache, on two films and one that is not there."""
     folder = tmp_path_factory.mktemp("both")
-    arguments = ["--data", str(write_list(folder, films[:2])), "--engine", "both", "--cache-dtype", "int8"]
-    assert cli.main([str(tiny_onnx_artifact.path), *arguments, *FAST, "--json", str(folder / "j.json")]) == 0
-    torch_row, onnx_row = json.loads((folder / "j.json").read_text())["rows"]
-    return torch_row, onnx_row
+    settings = ("--data", write_list(folder, films[:2], missing=True), "--engine", "both", "--cache-dtype", "int8")
+    return run(folder, tiny_onnx_artifact.path, *settings, *FAST)
 
 
-def test_both_engines_have_a_row_each(both: tuple[dict[str, Any], ...], tiny_onnx_artifact: Artifact) -> None:
-    ran = [[row[key] for key in ("name", "engine", "device", "dtype", "cache_dtype", "provider")] for row in both]
+def test_both_engines_have_a_row_each(both: Done, tiny_onnx_artifact: Artifact) -> None:
+    rows = both.document["rows"]
+    ran = [[row[key] for key in ("name", "engine", "device", "dtype", "cache_dtype", "provider")] for row in rows]
     assert ran == [
         ["artifact torch", "torch", "cpu", "float32", "int8", "CPU"],
         ["artifact onnx", "onnx", "cpu", "float32", "int8", "CPU"],
     ]
-    assert {row["artifact_id"] for row in both} == {tiny_onnx_artifact.id}
-    assert [(row["backend"], row["fallbacks"]) for row in both] == [("torch", []), ("onnxruntime", [])]
-    assert all(row["latency"]["total"]["p50"] > 0 for row in both)
+    assert {row["artifact_id"] for row in rows} == {tiny_onnx_artifact.id}
+    assert [(row["backend"], row["fallbacks"]) for row in rows] == [("torch", []), ("onnxruntime", [])]
+    assert all(row["latency"]["total"]["p50"] > 0 for row in rows)
 
 
-def test_measuring_onnx_loads_no_torch(both: tuple[dict[str, Any], ...]) -> None:
+def test_a_film_that_is_missing_is_told_of_and_left_out(both: Done) -> None:
+    assert both.status == 1
+    assert "skipped by artifact onnx: " in both.err
+    assert "not-there.png: got no such file" in both.err
+    assert "no reference" in both.out
+    for row in both.document["rows"]:
+        assert [draft["error"] is None for draft in row["drafts"]] == [True, True, False]
+
+
+def test_measuring_onnx_loads_no_torch(both: Done) -> None:
     """torch alone takes 150 MB and more; what is left is Python, numpy and ONNX Runtime."""
-    of_torch, of_onnx = ([row["memory"]["before_bytes"], row["memory"]["decode_bytes"]] for row in both)
+    memory = [row["memory"] for row in both.document["rows"]]
+    of_torch, of_onnx = ([use["before_bytes"], use["decode_bytes"]] for use in memory)
     assert of_onnx[0] < 110e6 < of_torch[0]
     assert of_onnx[1] < 160e6 < of_torch[1]
 
 
-def test_the_plan_of_the_onnx_engine_is_close(both: tuple[dict[str, Any], ...]) -> None:
-    row = both[1]
+def test_the_plan_of_the_onnx_engine_is_close(both: Done) -> None:
+    row = both.document["rows"][1]
     plan = sum(row["plan"][part] for part in row["plan"] if part.endswith("_bytes") and part != "load_work_bytes")
     assert plan == pytest.approx(row["memory"]["decode_bytes"], rel=0.1)
 
 
-def test_traffic_of_the_onnx_engine_is_what_its_graph_holds(
-    both: tuple[dict[str, Any], ...], tiny_onnx_artifact: Artifact
-) -> None:
+def test_traffic_of_the_onnx_engine_is_what_its_graph_holds(both: Done, tiny_onnx_artifact: Artifact) -> None:
     """Integers and float scales, once; keys and values a byte each."""
+    row = both.document["rows"][1]
     file = tiny_onnx_artifact.path / "decoder.onnx"
     constants = onnx.load(file, load_external_data=False).graph.initializer
     held = sum(
@@ -125,9 +160,9 @@ def test_traffic_of_the_onnx_engine_is_what_its_graph_holds(
         for constant in constants if constant.name.endswith((".values", ".scales"))
         for entry in constant.external_data if entry.key == "length"
     )  # fmt: skip
-    traffic, config = both[1]["traffic"], tiny_onnx_artifact.decoder_config()
+    traffic, config = row["traffic"], tiny_onnx_artifact.decoder_config()
     assert traffic["weight_bytes"] == held > 0
-    context = both[1]["num_prompt_tokens"] + both[1]["tokens_per_study"] / 2
+    context = row["num_prompt_tokens"] + row["tokens_per_study"] / 2
     in_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     assert traffic["cache_bytes"] == pytest.approx(context * in_token, rel=0.2)
 
@@ -226,97 +261,43 @@ def linear_weights(config: DecoderConfig) -> int:
     return config.num_hidden_layers * hidden * (2 * q + 2 * kv + 3 * inner) + config.vocab_size * hidden
 
 
-def test_a_model_loses_nothing_against_itself(benched: tuple[int, dict[str, Any], Path]) -> None:
-    _, document, _ = benched
-    quality = document["rows"][0]["record_quality"]
-    assert quality["divergence"]["mean_kl"]["value"] == pytest.approx(0, abs=1e-9)
-    assert quality["divergence"]["same_top"]["value"] == 1
-    assert quality["same_text"]["value"] == 1
+def test_a_model_loses_nothing_against_itself_and_another_is_told_from_it(benched: Done) -> None:
+    same, off, _ = benched.document["rows"]
+    kl = [row["record_quality"]["divergence"]["mean_kl"]["value"] for row in (same, off)]
+    assert kl[0] < 1e-9 < 1e-4 < kl[1]
+    assert same["disk_bytes"] == off["disk_bytes"]
+    quality = same["record_quality"]
+    assert quality["divergence"]["same_top"]["value"] == quality["same_text"]["value"] == 1
     assert quality["kl_gap_limit"] > 0.01  # a flat distribution over 420 tokens, of which 64 are known
     assert quality["bleu_1"]["value"] == quality["rouge_l"]["value"] == pytest.approx(1)
-    assert document["rows"][0]["report_quality"] == document["reference_report_quality"]
-    assert [study["reference_text"] for study in document["studies"]] == [
-        draft["text"] for draft in document["rows"][0]["drafts"]
-    ]
+    assert same["report_quality"] == benched.document["reference_report_quality"]
+    shown = [study["reference_text"] for study in benched.document["studies"]]
+    assert shown == [draft["text"] for draft in same["drafts"]]
 
 
-def test_the_report_is_there(benched: tuple[int, dict[str, Any], Path]) -> None:
-    page = (benched[2] / "bench.html").read_text(encoding="utf-8")
+def test_the_tables_and_the_report_are_there(benched: Done) -> None:
+    words = ("Not for clinical use", "mean KL", "TTFT", "tokens/s", "planned", "Machine:", "Reference:")
+    assert all(word in benched.out for word in words)
+    # Each line of the comparison names what was measured, and how.
+    (line,) = [line for line in benched.out.splitlines() if line.startswith("| other ")]
+    assert [cell.strip() for cell in line.split("|")][2:4] == ["fp16", "torch on cpu, float32"]
+    page = (benched.folder / "bench.html").read_text(encoding="utf-8")
     assert "Not for clinical use" in page
     assert page.count("data:image") >= 3
-    assert not list(benched[2].glob("*.partial"))
+    assert not list(benched.folder.glob("*.partial"))
 
 
-def test_another_model_is_told_from_the_reference(
-    benched: tuple[int, dict[str, Any], Path],
-    tmp_path: Path,
-    tiny_artifact: Artifact,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """One layer's weights off by a third: the same size, the same speed, another distribution."""
-    other = damaged(tiny_artifact.path, tmp_path / "other", factor=1.3)
-    settings = ("--data", benched[2] / "list.json", "--reference", benched[2] / "fp16", *FAST[:-2])
-    status, out, _ = bench(capsys, other, *settings, "--json", tmp_path / "j.json")
-    assert status == 0
-    (off,) = json.loads((tmp_path / "j.json").read_text())["rows"]
-    same = benched[1]["rows"][0]
-    assert same["disk_bytes"] == off["disk_bytes"]
-    mean_kl = [row["record_quality"]["divergence"]["mean_kl"]["value"] for row in (same, off)]
-    assert mean_kl[0] < 1e-9 < 1e-4 < mean_kl[1]
-    assert "Not for clinical use" in out
-    assert all(word in out for word in ("other", "mean KL", "TTFT", "tokens/s", "planned", "Machine:", "Reference:"))
-    # Each line of the comparison names what was measured, and how.
-    (line,) = [line for line in out.splitlines() if line.startswith("| other ")]
-    assert [cell.strip() for cell in line.split("|")][2:4] == ["fp16", "torch on cpu, float32"]
-
-
-def damaged(source: Path, out: Path, *, factor: float) -> Path:
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, out)
-    weights = out / "decoder" / "model.safetensors"
-    tensors = load_file(weights)
-    name = "model.layers.0.mlp.down_proj.weight"
-    save_file(tensors | {name: tensors[name] * factor}, weights)
-    relist(out, "decoder/model.safetensors")
-    return out
-
-
-def test_what_fails_is_told_of_and_does_not_stop_the_rest(
-    tiny_artifact: Artifact, own_artifact: Path, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A damaged artifact is a row of its own, a film that is missing is skipped and counted."""
-    (own_artifact / "tokenizer.model").write_bytes(b"x" * (own_artifact / "tokenizer.model").stat().st_size)
-    listed = write_list(tmp_path, films[:2], missing=True)
-    outputs = ("--json", tmp_path / "j.json")
-    status, out, err = bench(capsys, own_artifact, tiny_artifact.path, "--data", listed, *FAST, *outputs)
-    assert status == 1
-    assert "error: own: " in err
-    assert "the file is damaged" in err
-    assert "skipped by artifact: " in err
-    assert "not-there.png: got no such file" in err
-    assert "no reference" in out
-    failed, measured = json.loads((tmp_path / "j.json").read_text())["rows"]
-    assert "sha256" in failed["error"]
-    assert measured["latency"]["total"]["p50"] > 0
-    assert [draft["error"] is None for draft in measured["drafts"]] == [True, True, False]
-
-
-def test_a_memory_limit_below_the_plan_is_refused_with_its_parts(
-    tiny_artifact: Artifact, films: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    listed = write_list(tmp_path, films[:1])
-    status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, *FAST, "--memory-limit", "64MiB")
-    assert status == 1
-    assert "got a memory limit of 64.0 MiB · expected at least" in err
-    assert "Python and its packages" in err
+def test_an_artifact_that_cannot_be_loaded_is_a_row_and_does_not_stop_the_rest(benched: Done) -> None:
+    assert benched.status == 1
+    assert re.search("error: broken: .*the file is damaged", benched.err)
+    assert "sha256" in benched.document["rows"][2]["error"]
 
 
 def test_a_record_of_other_studies_is_refused(
-    benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    benched: Done, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    record = benched[2] / "fp16"
+    record = benched.folder / "fp16"
     for chosen, missing, message in (
         (films[1:4], False, "got studies of sha256"),
         (films[:2], True, "got 1 of 3 studies without their film"),
@@ -328,11 +309,11 @@ def test_a_record_of_other_studies_is_refused(
 
 
 def test_a_record_of_the_first_studies_is_compared_on_those(
-    benched: tuple[int, dict[str, Any], Path], tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
+    benched: Done, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     listed = write_list(tmp_path, films[:4])
-    settings = ("--data", listed, "--reference", benched[2] / "fp16")
+    settings = ("--data", listed, "--reference", benched.folder / "fp16")
     job = job_of(tiny_artifact.path, *settings)
     assert [study.id for study in job.studies] == ["s0", "s1", "s2"]
     assert "the record is of the first 3 of 4 studies: taking those" in capsys.readouterr().err
@@ -362,13 +343,6 @@ def test_a_batch_that_memory_is_too_small_for_is_not_the_end(
     assert not_run.why == "CUDA out of memory. Tried to allocate 2.00 GiB"
     with pytest.raises(RuntimeError, match="shapes"):
         out_of_memory(RuntimeError("shapes do not fit"))
-
-
-def test_the_runtime_tells_the_same_times(tiny_model: FindingsModel, films: list[Path]) -> None:
-    findings = tiny_model.findings(films[0])
-    assert findings.timings.total_s == pytest.approx(
-        findings.timings.ttft_s + sum(findings.timings.decode_steps_s), rel=1e-9
-    )
 
 
 def test_quantiles() -> None:
