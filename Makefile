@@ -35,7 +35,8 @@ demo: $(STAMP)  ## export the phantom model, draft findings for a few films, sav
 
 bench: $(STAMP)  ## latency, memory and quality of the demo's artifacts, and build/bench.html
 	@$(DEMO_ARTIFACT)
-	@$(BIN)/python -m lite.bench --html build/bench.html
+	@$(BIN)/python -m lite.bench build/demo/artifact-fp16 build/demo/artifact --html build/bench.html \
+		--data benchmarks/references/phantom/studies.json --reference benchmarks/references/phantom_fp16
 
 gate: export OMP_NUM_THREADS ?= 2
 # The environment without torch is installed from the same index.

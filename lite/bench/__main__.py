@@ -7,14 +7,12 @@ is one line on stderr), 2 wrong use, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-import lite
 from lite._version import __version__
 from lite.artifact.open import load_artifact
 from lite.bench.quality import Clinical
@@ -30,11 +28,6 @@ from lite.studies.study import Study
 if TYPE_CHECKING:
     from lite.bench.measure import Job
     from lite.bench.results import Bench
-
-_ROOT: Final = Path(lite.__file__).resolve().parent.parent
-_DEMO_ARTIFACTS: Final = (Path("build/demo/artifact-fp16"), Path("build/demo/artifact"))  # of where one is
-_DEMO_STUDIES: Final = _ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
-_DEMO_RECORD: Final = _ROOT / "benchmarks" / "references" / "phantom_fp16.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,14 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llava-rad-lite {__version__}")
     parser.add_argument(
-        "artifacts", type=Path, nargs="*", metavar="ARTIFACT", help="folders written by python -m export (default: the "
-        "demo's, as make demo leaves them)",
-    )  # fmt: skip
+        "artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="folders written by python -m export"
+    )
     _add_data(parser)
     parser.add_argument(
-        "--reference", type=Path, metavar="RECORD", help="a reference record of the same studies, to lose nothing "
-        "against (default: the demo's, for the demo)",
-    )  # fmt: skip
+        "--reference",
+        type=Path,
+        metavar="RECORD",
+        help="a reference record of the same studies, to lose nothing against",
+    )
     parser.add_argument(
         "--batch-sizes", type=_batch_sizes, default="1,4", metavar="N,N", help="studies at a time, for the throughput "
         "(default: %(default)s); all are loaded with room for the largest",
@@ -111,9 +105,8 @@ def _record_parser() -> argparse.ArgumentParser:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=Path, metavar="LIST.json", help="studies in LLaVA-Rad's evaluation format (default: the demo's "
-        "films; their reports say nothing of another model)",
-    )  # fmt: skip
+        "--data", type=Path, required=True, metavar="LIST.json", help="studies in LLaVA-Rad's evaluation format"
+    )
     add_image_folder(parser)
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
 
@@ -152,12 +145,12 @@ def _bench(arguments: argparse.Namespace, command: str) -> int:
 def _job(arguments: argparse.Namespace, command: str) -> Job:
     from lite.bench.measure import Job
 
-    paths = _artifacts(arguments)
-    studies, data = _studies(arguments)
-    is_demo = arguments.data is None and _is_demo(paths)
-    record = _reference(arguments, is_demo=is_demo)
-    if record is not None and arguments.limit is None:
-        studies = _recorded_studies(record, studies)
+    paths: list[Path] = arguments.artifacts
+    for path in paths:
+        load_artifact(path)  # what is no artifact is found before anything is measured
+    studies = _studies(arguments)
+    if arguments.reference is not None:
+        studies = _recorded_studies(arguments, studies)
     if arguments.chexbert is not None:
         from lite.eval.chexbert import check_chexbert_files
 
@@ -166,9 +159,8 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
         artifacts=tuple(zip(short_names(paths), paths, strict=True)),
         ways=_ways(arguments),
         studies=tuple(studies),
-        data=data,
-        reports_apply=arguments.data is not None or is_demo,
-        record=record,
+        data=str(arguments.data),
+        record=arguments.reference,
         batch_sizes=arguments.batch_sizes,
         min_runs=arguments.runs,
         max_new_tokens=arguments.max_new_tokens,
@@ -194,70 +186,28 @@ def _ways(arguments: argparse.Namespace) -> dict[str, LoadOptions]:
     }
 
 
-def _artifacts(arguments: argparse.Namespace) -> list[Path]:
-    """Return the folders to measure; what is no artifact is found before anything is measured."""
-    paths: list[Path] = arguments.artifacts
-    if not paths:
-        paths = [path for path in _DEMO_ARTIFACTS if path.is_dir()]
-        if not paths:
-            msg = (
-                f"got no artifact, and no demo in {_DEMO_ARTIFACTS[0].parent} · expected one of them · name one "
-                "written by python -m export, or run make demo in a checkout"
-            )
-            raise LiteError(msg)
-        say(f"no artifact named: taking the demo's, {' and '.join(map(str, paths))}")
-    for path in paths:
-        load_artifact(path)
-    return paths
+def _studies(arguments: argparse.Namespace) -> Sequence[Study]:
+    studies = read_studies(arguments.data, image_folder=arguments.image_folder)[: arguments.limit]
+    check_films(studies, arguments.data, every=False)
+    return studies
 
 
-def _reference(arguments: argparse.Namespace, *, is_demo: bool) -> Path | None:
-    record: Path | None = arguments.reference
-    if record is not None and arguments.max_new_tokens is not None:
+def _recorded_studies(arguments: argparse.Namespace, studies: Sequence[Study]) -> Sequence[Study]:
+    """Take as many studies as the record was made of, where the list begins with those and no limit was asked for."""
+    from lite.eval.record import studies_of
+    from lite.eval.record_file import read_record
+
+    if arguments.max_new_tokens is not None:
         msg = (
             f"got --max-new-tokens {arguments.max_new_tokens} and a --reference · expected one of them: texts that are "
             "cut cannot be those of the reference · leave one out"
         )
         raise LiteError(msg)
-    if is_demo and (record, arguments.limit, arguments.max_new_tokens) == (None, None, None):
-        record = _DEMO_RECORD
-        say(f"reference: {record}")
-    return record
-
-
-def _recorded_studies(record: Path, studies: Sequence[Study]) -> Sequence[Study]:
-    """Take as many studies as the record was made of, where the list begins with those."""
-    from lite.eval.record import studies_of
-    from lite.eval.record_file import read_record
-
-    recorded = studies_of(read_record(record), studies)
-    if len(recorded) < len(studies):
+    recorded = studies_of(read_record(arguments.reference), studies)
+    if arguments.limit is None and len(recorded) < len(studies):
         say(f"the record is of the first {len(recorded)} of {len(studies)} studies: taking those")
-    return recorded
-
-
-def _studies(arguments: argparse.Namespace) -> tuple[Sequence[Study], str]:
-    path: Path | None = arguments.data
-    if path is None:
-        if not _DEMO_STUDIES.is_file():
-            msg = (
-                "got no --data, and not the repository with the demo's films · expected studies to measure on · name "
-                "a JSON list in LLaVA-Rad's evaluation format with --data"
-            )
-            raise LiteError(msg)
-        say(f"no --data: taking the demo's films, {_DEMO_STUDIES.parent}")
-        path = _DEMO_STUDIES
-    studies = read_studies(path, image_folder=arguments.image_folder)[: arguments.limit]
-    check_films(studies, path, every=False)
-    return studies, str(path)
-
-
-def _is_demo(paths: Sequence[Path]) -> bool:
-    """Say whether all artifacts are of the model that the demo's films and record are for."""
-    if not _DEMO_RECORD.is_file():
-        return False
-    model = json.loads(_DEMO_RECORD.read_text(encoding="utf-8"))["record"]["model"]
-    return all(load_artifact(path).manifest.model == model for path in paths)
+        return recorded
+    return studies
 
 
 def _report_failures(bench: Bench) -> int:
@@ -275,11 +225,11 @@ def _record(arguments: argparse.Namespace) -> int:
     from lite.eval.record_file import check_new, record_paths, write_record
 
     check_new(arguments.out)
-    studies, data = _studies(arguments)
+    studies = _studies(arguments)
     record = take_record(
         load_model(arguments),
         studies,
-        name=Path(data).name,
+        name=arguments.data.name,
         on_progress=lambda done: show_progress("recording", done, len(studies)),
     )
     written = write_record(record, arguments.out)

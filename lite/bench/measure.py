@@ -58,7 +58,6 @@ class Job:
     ways: dict[str, LoadOptions]  # to load each: one, "", or one by the name of each engine
     studies: tuple[Study, ...]  # at least one; a film that cannot be read is counted and left out
     data: str  # where they come from, in words
-    reports_apply: bool = True  # False: the films are stand-ins, and what their reports say is of no interest
     record: Path | None = None  # to score against
     batch_sizes: tuple[int, ...]
     min_runs: int  # studies one by one; fewer studies are gone through several times
@@ -68,8 +67,8 @@ class Job:
 
     @property
     def reports(self) -> list[str]:
-        """What the data says of each study, or nothing."""
-        return [study.reference if self.reports_apply else "" for study in self.studies]
+        """What the data says of each study."""
+        return [study.reference for study in self.studies]
 
 
 Progress = Callable[[str, int, int], None]

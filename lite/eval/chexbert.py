@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import BertWordPieceTokenizer
     from torch import Tensor
+    from transformers import BertModel
 
 CONDITIONS: Final[tuple[Label, ...]] = (
     "Enlarged Cardiomediastinum",
@@ -47,7 +48,7 @@ CONDITIONS: Final[tuple[Label, ...]] = (
 COMPETITION: Final[tuple[Label, ...]] = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 """The five conditions of CheXpert's competition."""
 
-BERT_BASE: Final = {
+BERT_BASE: Final[dict[str, Any]] = {
     "vocab_size": 30522,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -166,7 +167,7 @@ def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray
     from lite.engines.torch_engine.device import check_device
 
     chosen = torch.device(check_device(device))
-    labeller = _labeller(weights).to(chosen)
+    bert, heads = _labeller(weights, chosen)
     tokenizer = _tokenizer(weights.with_name(VOCABULARY_NAME))
     # Texts of like lengths are padded together; the order is restored at the end.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
@@ -177,13 +178,13 @@ def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray
         input_ids = torch.tensor([encoding.ids for encoding in encodings], device=chosen)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], device=chosen)
         with torch.inference_mode():
-            hidden = labeller["bert"](input_ids=input_ids, attention_mask=mask).last_hidden_state[:, 0]
-            chosen_classes = [head(hidden).argmax(dim=1) for head in labeller["linear_heads"]]
+            hidden = bert(input_ids=input_ids, attention_mask=mask).last_hidden_state[:, 0]
+            chosen_classes = [head(hidden).argmax(dim=1) for head in heads]
         classes[batch] = torch.stack(chosen_classes, dim=1).cpu().numpy()
     return classes
 
 
-def _labeller(weights: Path) -> torch.nn.ModuleDict:
+def _labeller(weights: Path, device: torch.device) -> tuple[BertModel, torch.nn.ModuleList]:
     """Build BERT and the heads, and require the file to hold all of their tensors and nothing else."""
     import torch
     from transformers import BertConfig, BertModel
@@ -191,7 +192,8 @@ def _labeller(weights: Path) -> torch.nn.ModuleDict:
     state = _read_state(weights)
     classes = [2 if condition == "No Finding" else 4 for condition in CONDITIONS]
     heads = torch.nn.ModuleList(torch.nn.Linear(BERT_BASE["hidden_size"], count) for count in classes)
-    labeller = torch.nn.ModuleDict({"bert": BertModel(BertConfig(**BERT_BASE)), "linear_heads": heads})
+    bert = BertModel(BertConfig(**BERT_BASE))
+    labeller = torch.nn.ModuleDict({"bert": bert, "linear_heads": heads})
     try:
         labeller.load_state_dict(state)
         wrong = [name for name, tensor in state.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
@@ -204,8 +206,8 @@ def _labeller(weights: Path) -> torch.nn.ModuleDict:
             "check that it is the published chexbert.pth, and whole"
         )
         raise CheckpointError(msg)
-    labeller.train(mode=False)
-    return labeller
+    labeller.to(device).train(mode=False)
+    return bert, heads
 
 
 def _read_state(weights: Path) -> dict[str, Tensor]:

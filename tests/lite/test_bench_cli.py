@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bench_command import bench, job_of, write_list
+from bench_command import bench, write_list
 
 from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
@@ -17,7 +17,7 @@ from lite.bench.results import Draft
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("no-such-folder",), "got a path that does not exist"),
+        (("no-such-folder", "--data", "{tmp}/list.json"), "got a path that does not exist"),
         (("{artifact}", "--data", "{tmp}/none.json"), "got a file that cannot be read"),
         (("{artifact}", "--data", "{tmp}/empty.json"), "got no list, or an empty one"),
         (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{tmp}/none"), "none.json: got"),
@@ -60,30 +60,14 @@ def test_what_cannot_be_used_is_said_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--batch-sizes", "1,0"), ("--memory-limit", "lots"), ("--runs", "-1"), ("--no-such-flag",)]
+    "arguments", [("--batch-sizes", "1,0"), ("--memory-limit", "lots"), ("--runs", "-1"), ("--no-such-flag",), ()]
 )
 def test_wrong_use(arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(tmp_path), *arguments])
+        cli.main([str(tmp_path), *(("--data", "list.json") if arguments else ()), *arguments])
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err
 
 
-def test_no_artifact_and_no_demo(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli, "_DEMO_ARTIFACTS", (tmp_path / "artifact",))
-    status, _, err = bench(capsys)
-    assert status == 1
-    assert "run make demo" in err
-
-
-def test_without_data_the_demos_films_tell_times_and_nothing_of_quality(
-    monkeypatch: pytest.MonkeyPatch, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "_DEMO_STUDIES", write_list(tmp_path, films[:1]))
-    job = job_of(tiny_artifact.path)
-    assert "taking the demo's films" in capsys.readouterr().err
-    assert (len(job.studies), job.reports_apply) == (1, False)
+def test_reports_that_are_empty_are_none() -> None:
     assert against_reports([""], [Draft(id="s0", text="Clear.")], Clinical()) is NO_REPORTS
