@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from benchmarks.phantom.write import write_studies
 from lite.artifact.manifest import NOTICE
+from lite.bench.report import write_report
 from lite.bench.results import (
     Bench,
     Draft,
@@ -205,6 +207,22 @@ def drafts_of(name: str) -> tuple[Draft, ...]:
     if name == "nf4":
         drafts[3] = Draft(id="study-3", text="", error="films/none.png: got no such file · expected an image file")
     return tuple(drafts)
+
+
+class Shown(NamedTuple):
+    """A bench and its report."""
+
+    films: list[Path]
+    bench: Bench
+    path: Path
+
+
+def show(folder: Path) -> Shown:
+    films = phantom_films(folder / "films")
+    shown = Shown(films, the_bench(films), folder / "new folder" / "report.html")
+    write_report(shown.bench, shown.path, modelled=[MODELLED])
+    assert [file.name for file in shown.path.parent.iterdir()] == ["report.html"]
+    return shown
 
 
 def the_bench(films: list[Path]) -> Bench:

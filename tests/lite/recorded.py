@@ -24,6 +24,14 @@ def take(model: Any, studies: list[Study], **changes: Any) -> ReferenceRecord:
         return recording.take_record(model, studies, name="list.json", **changes)
 
 
+def three_studies(films: list[Path]) -> list[Study]:
+    reasons = ("Cough.", None, "Fever, chest pain.")
+    return [
+        Study(id=f"s{number}", image=film, reason=reason)
+        for number, (film, reason) in enumerate(zip(films, reasons, strict=False))
+    ]
+
+
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)

@@ -12,23 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_rows import (
-    MODELLED,
-    NO_RECORD,
-    NOT_INSTALLED,
-    SCRIPT,
-    measured,
-    no_record,
-    phantom_films,
-    the_bench,
-)
+from bench_rows import NO_RECORD, NOT_INSTALLED, SCRIPT, Shown, measured, no_record, show
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.report import write_report
-from lite.bench.results import (
-    Bench,
-    RecordQuality,
-)
+from lite.bench.results import Bench, RecordQuality
 from lite.memory.sizes import shown_bytes
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -36,25 +24,17 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return phantom_films(tmp_path_factory.mktemp("films"))
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    return show(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
-def bench(films: list[Path]) -> Bench:
-    return the_bench(films)
+def bench(shown: Shown) -> Bench:
+    return shown.bench
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory, bench: Bench) -> Path:
-    path = tmp_path_factory.mktemp("report") / "new folder" / "report.html"
-    write_report(bench, path, modelled=[MODELLED])
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-    return path
-
-
-@pytest.fixture(scope="module")
-def open_page(report: Path) -> Iterator[Callable[..., Any]]:
+def open_page(shown: Shown) -> Iterator[Callable[..., Any]]:
     """Open the report in a window of some size; nothing but the file itself may be asked for, or go wrong."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
@@ -66,7 +46,7 @@ def open_page(report: Path) -> Iterator[Callable[..., Any]]:
         browser = playwright.chromium.launch(executable_path=found, args=sandbox)
         wrong: list[str] = []
 
-        def open_page(path: Path = report, width: int = 1440) -> Any:
+        def open_page(path: Path = shown.path, width: int = 1440) -> Any:
             page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
             page.on("request", lambda request: None if allowed(request.url, path) else wrong.append(request.url))
             page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
@@ -279,7 +259,7 @@ def test_studies_with_differences_come_first_and_the_others_are_folded(page: Any
     assert "4 of 5 studies differ" in page.inner_text("#studies")
 
 
-def test_films_are_pictures(page: Any, films: list[Path]) -> None:
+def test_films_are_pictures(page: Any, shown: Shown) -> None:
     images = page.locator("img").all()
     sizes = [image.evaluate("image => [image.complete, image.naturalWidth, image.naturalHeight]") for image in images]
     assert len(sizes) == 4
@@ -287,7 +267,7 @@ def test_films_are_pictures(page: Any, films: list[Path]) -> None:
     assert all(complete and 0 < width <= 256 and 0 < height <= 256 for complete, width, height in sizes)
     assert images[0].get_attribute("alt") == "The film of study study-1"
     no_film = page.locator(".no-film").inner_text()
-    assert str(films[3]) in no_film
+    assert str(shown.films[3]) in no_film
     assert "no such file" in no_film
 
 

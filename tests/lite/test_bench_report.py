@@ -12,48 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_rows import (
-    MODELLED,
-    about,
-    estimate,
-    measured,
-    no_record,
-    phantom_films,
-    the_bench,
-)
+from bench_rows import MODELLED, Shown, about, estimate, measured, no_record, show
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.plots import Point, draw_pareto, pareto_front
 from lite.bench.report import render_report, write_report
-from lite.bench.results import (
-    Bench,
-    ReportQuality,
-)
+from lite.bench.results import Bench, ReportQuality
 from lite.bench.words import compare_words
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.figures import Estimate, Missing
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return phantom_films(tmp_path_factory.mktemp("films"))
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    return show(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
-def bench(films: list[Path]) -> Bench:
-    return the_bench(films)
+def bench(shown: Shown) -> Bench:
+    return shown.bench
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory, bench: Bench) -> Path:
-    path = tmp_path_factory.mktemp("report") / "new folder" / "report.html"
-    write_report(bench, path, modelled=[MODELLED])
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-    return path
-
-
-def test_the_file_refers_to_nothing_outside_itself(report: Path) -> None:
-    page = report.read_text(encoding="utf-8")
+def test_the_file_refers_to_nothing_outside_itself(shown: Shown) -> None:
+    page = shown.path.read_text(encoding="utf-8")
     references = re.findall(r"""(?:href|src|srcset|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
     assert len(references) > 20
     assert {reference.partition(":")[0] for reference in references if not reference.startswith("#")} == {"data"}
@@ -64,8 +45,8 @@ def test_the_file_refers_to_nothing_outside_itself(report: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_the_same_records_make_the_same_page(bench: Bench, report: Path) -> None:
-    assert render_report(bench, modelled=[MODELLED]) == report.read_text(encoding="utf-8")
+def test_the_same_records_make_the_same_page(shown: Shown) -> None:
+    assert render_report(shown.bench, modelled=[MODELLED]) == shown.path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kept", [0, 3])

@@ -16,6 +16,7 @@ import torch
 from repository import ROOT
 from tiny import tiny_llama_config, tiny_onnx_part
 
+from benchmarks.speed.v100 import DECODER
 from lite.artifact.open import Artifact
 from lite.config import DecoderConfig, Quantization
 from lite.engines.torch_engine.decoder import LlamaDecoder
@@ -26,8 +27,6 @@ from lite.memory.counts import (
     ITEMSIZE,
     cache_bytes_per_token,
     decoder_bytes,
-    head_bytes,
-    layer_bytes,
     onnx_decoder_bytes,
     onnx_linear_bytes,
     onnx_prefill_work_bytes,
@@ -44,38 +43,6 @@ from lite.memory.plan import (
 from lite.memory.process import peak_rss_bytes, rss_bytes
 from lite.memory.sizes import parse_bytes, shown_bytes
 from lite.model import FindingsModel
-
-# GB of zeros that are stored for 7B in 8 bits, groups of 128: symmetric ones are all alike, and not kept in memory.
-ZEROS = 6.476 / 128
-VICUNA = DecoderConfig(
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
-    vocab_size=32000,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_word_embeddings=False,
-    dtype="float16",
-)
-
-
-def test_seven_billion_weights_take_what_is_known_of_them() -> None:
-    """Compare with the arithmetic that is known of Vicuna-7B, in GB."""
-    assert decoder_bytes(VICUNA, itemsize=2) / 1e9 == pytest.approx(13.48, abs=0.005)
-    four = dataclasses.replace(VICUNA, quantization=Quantization(format="gptq-int4", group_size=128))
-    context = 1469 * cache_bytes_per_token(VICUNA, itemsize=2)
-    assert context / 1e9 == pytest.approx(0.77, abs=0.005)
-    for config, expected in (
-        (four, 3.63 - ZEROS / 2),
-        (dataclasses.replace(VICUNA, quantization=Quantization(format="gptq-int8", group_size=128)), 6.89 - ZEROS),
-        (VICUNA, 13.21),
-    ):
-        read = 32 * layer_bytes(config, itemsize=2) + head_bytes(config, itemsize=2)
-        assert read / 1e9 == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize("lm_head_bits", [None, 8])
@@ -148,7 +115,9 @@ def test_the_items_of_a_plan_are_its_sum(tiny_artifact: Artifact) -> None:
     assert sum(large.items().values()) == large.card_bytes == plan.card_bytes + 7
 
 
-WIDTHS = dataclasses.replace(VICUNA, num_hidden_layers=4, quantization=Quantization(format="gptq-int4", group_size=128))
+WIDTHS = dataclasses.replace(
+    DECODER, num_hidden_layers=4, quantization=Quantization(format="gptq-int4", group_size=128)
+)
 PART = tiny_onnx_part()
 
 
@@ -223,13 +192,6 @@ def test_a_limit_that_is_no_size(tiny_onnx_artifact: Artifact, limit: Any) -> No
         load(tiny_onnx_artifact.path, memory_limit=limit)
 
 
-def test_what_a_refusal_asks_for_is_enough(tiny_onnx_artifact: Artifact) -> None:
-    with pytest.raises(MemoryBudgetError) as refused:
-        load(tiny_onnx_artifact.path, engine="onnx", memory_limit=1)
-    asked = str(refused.value).partition("expected at least ")[2].partition(":")[0]
-    load(tiny_onnx_artifact.path, engine="onnx", memory_limit=asked)
-
-
 def test_blocks_of_whole_rows_divide_them() -> None:
     config = dataclasses.replace(
         WIDTHS, intermediate_size=416, quantization=Quantization(format="gptq-int4", group_size=-1)
@@ -237,11 +199,6 @@ def test_blocks_of_whole_rows_divide_them() -> None:
     # 4,096 rows of 13 blocks of 32 inputs, half a byte each.
     assert onnx_linear_bytes("down", config, PART, bytes_per_block=4) == 4096 * (416 // 2 + 13 * 4)
     assert onnx_linear_bytes("o", config, PART, bytes_per_block=4) == 4096 * (4096 // 2 + 32 * 4)
-
-
-def test_the_onnx_engine_is_refused_with_numbers(tiny_onnx_artifact: Artifact) -> None:
-    with pytest.raises(MemoryBudgetError, match=r"got a memory limit of 1\.0 MiB · expected .*decoder .*cache of 1 x"):
-        load(tiny_onnx_artifact.path, engine="onnx", memory_limit="1MiB")
 
 
 def test_a_gpu_plan_leaves_out_what_its_allocator_does_not_hold(tiny_artifact: Artifact) -> None:
@@ -254,12 +211,15 @@ def test_a_gpu_plan_leaves_out_what_its_allocator_does_not_hold(tiny_artifact: A
     assert with_tower.beside_bytes - plan.beside_bytes == on_cpu.vision_bytes + on_cpu.vision_work_bytes
 
 
-def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_artifact: Artifact) -> None:
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_onnx_artifact: Artifact, engine: Any) -> None:
     with pytest.raises(
-        MemoryBudgetError, match=r"got a memory limit of 1\.0 MiB · expected at least .*decoder .*cache"
-    ):
-        load(tiny_artifact.path, device="cpu", memory_limit="1MiB")
-    load(tiny_artifact.path, device="cpu", memory_limit=16 << 30)
+        MemoryBudgetError, match=r"got a memory limit of 1\.0 MiB · expected .*decoder .*cache of 1 x"
+    ) as e:
+        load(tiny_onnx_artifact.path, engine=engine, device="cpu", memory_limit="1MiB")
+    # What a refusal asks for is enough.
+    asked = str(e.value).partition("expected at least ")[2].partition(":")[0]
+    load(tiny_onnx_artifact.path, engine=engine, device="cpu", memory_limit=asked)
 
 
 def test_a_refusal_says_what_would_fit() -> None:

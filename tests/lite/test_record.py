@@ -11,14 +11,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from recorded import take
+from recorded import take, three_studies
 from tiny import write_tiny_artifact
 
 from lite.artifact.open import Artifact
-from lite.bench import recording
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.errors import ArtifactError, ImageError, LiteError
-from lite.eval import record_file
 from lite.eval.divergence import compare_logits
 from lite.eval.record import (
     ReferenceRecord,
@@ -39,11 +37,7 @@ EOS = 2
 
 @pytest.fixture(scope="module")
 def studies(films: list[Path]) -> list[Study]:
-    reasons = ("Cough.", None, "Fever, chest pain.")
-    return [
-        Study(id=f"s{number}", image=film, reason=reason)
-        for number, (film, reason) in enumerate(zip(films, reasons, strict=False))
-    ]
+    return three_studies(films)
 
 
 def like(model: FindingsModel, **changes: Any) -> Any:
@@ -121,12 +115,10 @@ def test_the_recorded_model_does_not_diverge_from_its_record(
 ) -> None:
     record = read_record(written)
     for index, study in enumerate(studies):
-        logits = logits_of(tiny_model, record, index, study)
-        divergence = record.compare(index, logits)
+        divergence = record.compare(index, logits_of(tiny_model, record, index, study))
         assert divergence.num_tokens == len(record.token_ids(index))
         assert divergence.kl.max() < 1e-12
         assert divergence.same_top.all()
-        np.testing.assert_allclose(divergence.reference_nll, divergence.candidate_nll, rtol=1e-6, atol=1e-6)
 
 
 def test_another_model_diverges_as_much_as_over_the_whole_vocabulary_but_for_the_gap(
@@ -147,25 +139,6 @@ def test_another_model_diverges_as_much_as_over_the_whole_vocabulary_but_for_the
         np.testing.assert_array_equal(bound.candidate_nll, full.candidate_nll)
         gaps.append(gap)
     assert np.concatenate(gaps).mean() > 0
-
-
-def test_nothing_is_pooled_of_a_vocabulary_that_is_kept_whole(
-    tiny_model: FindingsModel,
-    changed_model: FindingsModel,
-    studies: list[Study],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for module in (recording, record_file):
-        monkeypatch.setattr(module, "TOP_K", 1000)
-    record = read_record(write_record(take(tiny_model, studies[:1]), tmp_path / "R"))
-    vocab_size = record.info.settings.vocab_size
-    assert record.top.ids.shape[1] == vocab_size < 1000
-    assert record.top.tail_mass.max() == 0
-    logits = logits_of(changed_model, record, 0, studies[0])
-    full = compare_logits(logits_of(tiny_model, record, 0, studies[0]), logits, record.token_ids(0))
-    np.testing.assert_allclose(record.compare(0, logits).kl, full.kl, rtol=1e-4, atol=1e-9)
-    assert record.gap_limit(0, logits).max() == 0
 
 
 def test_the_logits_of_one_study_are_in_memory_at_a_time(tiny_model: FindingsModel, studies: list[Study]) -> None:
@@ -266,20 +239,16 @@ def test_a_record_knows_its_studies_at_the_start_of_a_longer_list(
         assert studies_of(record, other) == other
 
 
-def test_a_record_says_what_it_is(record: ReferenceRecord, tiny_artifact: Artifact) -> None:
+def test_a_record_says_what_it_is(record: ReferenceRecord, tiny_onnx_artifact: Artifact, studies: list[Study]) -> None:
     info = record.info
     assert record.describe() == (
-        f"fp16 tiny, artifact {tiny_artifact.id}, 3 studies, made {info.date[:10]} on a test by {info.created_by}, "
+        f"fp16 tiny, artifact {info.artifact_id}, 3 studies, made {info.date[:10]} on a test by {info.created_by}, "
         "torch engine"
     )
     mass = record.top.tail_mass
     assert record.describe_tail().startswith(f"top 64 of 420 tokens; all others have {mass.mean():.2g} ")
     assert record.describe_tail().endswith(f"over {len(mass)} tokens, {mass.max():.2g} at most")
-
-
-def test_a_record_says_which_engine_made_it(tiny_onnx_artifact: Artifact, studies: list[Study]) -> None:
-    record = take(load(tiny_onnx_artifact.path, engine="onnx"), studies[:1])
-    assert record.info.engine == "onnx"
-    assert record.describe().endswith(", onnx engine")
+    by_onnx = take(load(tiny_onnx_artifact.path, engine="onnx"), studies[:1])
+    assert by_onnx.describe().endswith(", onnx engine")
     # Settings are the artifact's: whichever engine, a record is of the same tokens, words and pixels.
-    check_record(record, tiny_onnx_artifact, studies[:1])
+    check_record(by_onnx, tiny_onnx_artifact, studies[:1])
