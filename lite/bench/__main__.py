@@ -21,7 +21,7 @@ from lite.cli.options import ENGINES, add_engine, add_image_folder, add_memory, 
 from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
 from lite.engines.options import LoadOptions
 from lite.errors import LiteError
-from lite.files import check_writable
+from lite.files import check_writable, write_whole
 from lite.studies.readers import check_films, read_studies
 from lite.studies.study import Study
 
@@ -127,7 +127,7 @@ def _bench(arguments: argparse.Namespace, command: str) -> int:
     # An hour of measuring would be for nothing where a file cannot be written, or not be made.
     check_writable(arguments.json, arguments.html)
     if arguments.html is not None:
-        from lite.bench.report import check_packages, write_report
+        from lite.bench.report import check_packages, render_report
 
         check_packages()
     bench = run_bench(job, show_progress)
@@ -137,7 +137,7 @@ def _bench(arguments: argparse.Namespace, command: str) -> int:
         write_json(bench, modelled, arguments.json)
         say(f"figures: {arguments.json}")
     if arguments.html is not None:
-        write_report(bench, arguments.html, modelled=modelled)
+        write_whole(arguments.html, render_report(bench, modelled=modelled))
         say(f"report: {arguments.html}")
     return _report_failures(bench)
 

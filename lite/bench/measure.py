@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lite.artifact.open import load_artifact
 from lite.bench.costs import counted, disk_bytes, latency_of, memory_use, out_of_memory, peak_now, traffic_of
@@ -29,7 +30,6 @@ from lite.engines.options import LoadOptions
 from lite.engines.protocol import EngineName
 from lite.engines.resolve import resolve
 from lite.errors import LiteError, MemoryBudgetError
-from lite.eval.divergence import StudyDivergence
 from lite.eval.figures import Missing, quantiles
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
@@ -111,7 +111,9 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
     on_progress("bandwidth", 0, 1)
     traffic = traffic_of(artifact, runs)
     plan = loop.planned(1, longest)
-    quality = loop.along(reference, drafts) if reference is not None else NO_REFERENCE
+    quality: RecordQuality | Missing = NO_REFERENCE
+    if reference is not None:
+        quality = against_record(reference, drafts, loop.scores(reference))
     on_progress("judging the texts", 0, 1)
     return Row(
         **_what_ran(artifact, engine, warm[0]),
@@ -212,16 +214,11 @@ class _Loop:
             run(study)
         return runs, meter if isinstance(meter, Missing) else joules, tuple(drafts)
 
-    def along(self, reference: ReferenceRecord, drafts: Sequence[Draft]) -> RecordQuality:
-        """Score the model along the reference's texts, and set its own beside them."""
-        divergences: list[StudyDivergence] = []
-        gaps: list[float] = []
+    def scores(self, reference: ReferenceRecord) -> Iterator[NDArray[np.float32]]:
+        """Yield the model's logits along the reference's texts."""
         for index, study in enumerate(self.job.studies):
             self.on_progress("scoring", index, len(self.job.studies))
-            logits = self.model.score(study.image, reference.token_ids(index), study.reason)
-            divergences.append(reference.compare(index, logits))
-            gaps.extend(reference.gap_limit(index, logits))
-        return against_record(reference.texts, drafts, divergences, kl_gap_limit=float(np.mean(gaps)))
+            yield self.model.score(study.image, reference.token_ids(index), study.reason)
 
     def planned(self, batch_size: int, num_prompt_tokens: int) -> MemoryPlan:
         """Return what so many studies at a time take. A GPU holds the cache of all rows from the first study on."""

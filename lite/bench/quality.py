@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lite.bench.results import Draft, RecordQuality, ReportQuality
 from lite.errors import BackendUnavailable
@@ -16,10 +18,10 @@ from lite.eval.figures import Missing
 from lite.eval.labels import read_labels
 from lite.eval.metrics import bleu_1, bleu_4, label_f1, rouge_l, same_text
 from lite.eval.radgraph import radgraph_f1
+from lite.eval.record import ReferenceRecord
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clinical:
+class Clinical(NamedTuple):
     """Which metrics of real reports to take; both need models that are not ours to ship."""
 
     radgraph: bool = False
@@ -32,25 +34,24 @@ NO_REPORTS = Missing(why="no reports", todo="The list of studies has no findings
 
 
 def against_record(
-    references: Sequence[str],
-    drafts: Sequence[Draft],
-    divergences: Sequence[StudyDivergence],
-    *,
-    kl_gap_limit: float,
+    reference: ReferenceRecord, drafts: Sequence[Draft], scores: Iterable[NDArray[np.float32]]
 ) -> RecordQuality:
     """Judge a candidate beside the record's model.
 
     Args:
-        references: what that wrote about each study.
-        drafts: what the candidate wrote, in the same order, at least one without an error.
-        divergences: along the references, for each study.
-        kl_gap_limit: by how much their KL is too low at most, in the mean.
+        reference: the record.
+        drafts: what the candidate wrote about each of its studies, at least one without an error.
+        scores: the candidate's logits along the reference's texts, study by study.
     """
-    pairs = [(text, draft.text) for text, draft in zip(references, drafts, strict=True) if draft.error is None]
-    theirs, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    divergences: list[StudyDivergence] = []
+    gaps: list[float] = []
+    for index, logits in enumerate(scores):
+        divergences.append(reference.compare(index, logits))
+        gaps.extend(reference.gap_limit(index, logits))
+    theirs, ours = _pairs(reference.texts, drafts)
     return RecordQuality(
         divergence=summarise(divergences),
-        kl_gap_limit=kl_gap_limit,
+        kl_gap_limit=float(np.mean(gaps)),
         same_text=same_text(theirs, ours),
         **_text_figures(theirs, ours),
     )
@@ -58,19 +59,21 @@ def against_record(
 
 def against_reports(reports: Sequence[str], drafts: Sequence[Draft], clinical: Clinical) -> ReportQuality | Missing:
     """Judge drafts beside reports; an empty report is none, and left out like a draft that failed."""
-    pairs = [
-        (report, draft.text)
-        for report, draft in zip(reports, drafts, strict=True)
-        if report.strip() and draft.error is None
-    ]
-    if not pairs:
+    theirs, ours = _pairs([report if report.strip() else None for report in reports], drafts)
+    if not theirs:
         return NO_REPORTS
-    theirs, ours = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return ReportQuality(
         radgraph_f1=radgraph_f1(theirs, ours, device=clinical.device) if clinical.radgraph else _no_radgraph(),
         chexbert=chexbert_f1(theirs, ours, weights=clinical.chexbert, device=clinical.device),
         **_text_figures(theirs, ours),
     )
+
+
+def _pairs(texts: Sequence[str | None], drafts: Sequence[Draft]) -> tuple[list[str], list[str]]:
+    """Return texts and drafts where there are both."""
+    both = zip(texts, drafts, strict=True)
+    pairs = [(text, draft.text) for text, draft in both if text is not None and draft.error is None]
+    return [text for text, _ in pairs], [draft for _, draft in pairs]
 
 
 def _text_figures(theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:

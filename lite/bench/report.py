@@ -11,7 +11,6 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from lite.artifact.manifest import NOTICE
@@ -21,7 +20,6 @@ from lite.bench.results import Bench, Draft, FailedRow, ModelledTable, RecordQua
 from lite.bench.words import Passage, compare_words
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.figures import Estimate, Missing, Quantiles
-from lite.files import write_whole
 from lite.image.files import load_image
 from lite.memory.sizes import shown_bytes
 
@@ -46,23 +44,16 @@ def check_packages() -> None:
         raise BackendUnavailable(msg) from error
 
 
-def write_report(bench: Bench, path: Path, *, modelled: Sequence[ModelledTable] = ()) -> None:
-    """Write the report, whole or not at all.
+def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> str:
+    """Return the report as HTML.
 
     Args:
         bench: what was measured. Films that cannot be read any more are named in the report.
-        path: the file; one that is there is replaced.
         modelled: what other machines may do, shown apart.
 
     Raises:
         BackendUnavailable: Jinja2 or matplotlib is not installed.
-        LiteError: the file cannot be written.
     """
-    write_whole(path, render_report(bench, modelled=modelled))
-
-
-def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> str:
-    """Return the report as HTML; arguments and errors as for `write_report`."""
     check_packages()
     from jinja2 import Environment, StrictUndefined
 

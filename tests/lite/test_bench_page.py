@@ -15,7 +15,7 @@ import pytest
 from bench_rows import NO_RECORD, NOT_INSTALLED, SCRIPT, Shown, measured, no_record, show
 
 from lite.artifact.manifest import NOTICE
-from lite.bench.report import write_report
+from lite.bench.report import render_report
 from lite.bench.results import Bench, RecordQuality
 from lite.memory.sizes import shown_bytes
 
@@ -333,7 +333,7 @@ def test_those_who_listen_find_their_way(page: Any) -> None:
 
 def test_without_a_record_quality_is_that_of_the_reports(bench: Bench, tmp_path: Path, open_page: Any) -> None:
     path = tmp_path / "report.html"
-    write_report(no_record(bench), path)
+    path.write_text(render_report(no_record(bench)), encoding="utf-8")
     page = open_page(path)
     assert "1 − label F1" in page.inner_text("figcaption")
     assert page.locator("[id^=pareto-bubble]").count() == 5
