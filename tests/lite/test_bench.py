@@ -293,21 +293,6 @@ def test_an_artifact_that_cannot_be_loaded_is_a_row_and_does_not_stop_the_rest(b
     assert "sha256" in benched.document["rows"][2]["error"]
 
 
-def test_a_record_of_other_studies_is_refused(
-    benched: Done, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    record = benched.folder / "fp16"
-    for chosen, missing, message in (
-        (films[1:4], False, "got studies of sha256"),
-        (films[:2], True, "got 1 of 3 studies without their film"),
-    ):
-        listed = write_list(tmp_path, chosen, missing=missing)
-        status, _, err = bench(capsys, tiny_artifact.path, "--data", listed, "--reference", record)
-        assert status == 1
-        assert message in err
-
-
 def test_a_record_of_the_first_studies_is_compared_on_those(
     benched: Done, tiny_artifact: Artifact, films: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -140,21 +140,6 @@ def test_the_heads_are_in_the_published_order() -> None:
     assert set(COMPETITION) == {CONDITIONS[index] for index in (1, 4, 5, 7, 9)}
 
 
-def f1_by_hand(truth: list[list[bool]], said: list[list[bool]]) -> tuple[float, float]:
-    """Micro and macro F1 with zero_division=0, label by label from precision and recall."""
-
-    def f1(pairs: list[tuple[bool, bool]]) -> float:
-        tp = sum(there and drafted for there, drafted in pairs)
-        precision = tp / max(1, sum(drafted for _, drafted in pairs))
-        recall = tp / max(1, sum(there for there, _ in pairs))
-        return 2 * precision * recall / (precision + recall) if tp else 0.0
-
-    columns = [
-        list(zip(t, s, strict=True)) for t, s in zip(zip(*truth, strict=True), zip(*said, strict=True), strict=True)
-    ]
-    return f1([pair for column in columns for pair in column]), sum(map(f1, columns)) / len(columns)
-
-
 @pytest.fixture
 def labelled(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], dict[str, Estimate]]:
     """Score classes as if the labeller had read them."""
@@ -185,31 +170,6 @@ def test_f1_of_a_worked_example(labelled: Callable[[Any, Any], dict[str, Estimat
         "micro-5 uncertain positive": pytest.approx(1),
         "macro-5 uncertain positive": pytest.approx(1 / 5),
     }
-
-
-def test_f1_and_intervals_are_those_of_studies_drawn_again(
-    labelled: Callable[[Any, Any], dict[str, Estimate]],
-) -> None:
-    rng = np.random.default_rng(1)
-    truth = rng.integers(4, size=(30, 14))
-    said = np.where(rng.random((30, 14)) < 0.6, truth, rng.integers(4, size=(30, 14)))
-    truth[:, 13], said[:, 13] = truth[:, 13] % 2, said[:, 13] % 2
-    truth[:, 3] = said[:, 3] = 2  # a label that neither side has counts, as 0
-    scores = labelled(truth, said)
-    draws = np.random.default_rng(0)
-    samples = [np.arange(30), *(draws.integers(30, size=30) for _ in range(500))]
-    for uncertain, positive in (("negative", [1]), ("positive", [1, 3])):
-        for conditions in (CONDITIONS, COMPETITION):
-            columns = [CONDITIONS.index(condition) for condition in conditions]
-            sides = [np.isin(side[:, columns], positive) for side in (truth, said)]
-            figures = np.array([f1_by_hand(*(side[sample].tolist() for side in sides)) for sample in samples])
-            for average, values in zip(("micro", "macro"), figures.T, strict=True):
-                estimate = scores[f"{average}-{len(conditions)} uncertain {uncertain}"]
-                low, high = np.percentile(values[1:], (2.5, 97.5))
-                assert (estimate.value, estimate.low, estimate.high) == pytest.approx((values[0], low, high))
-                assert 0 < estimate.low < estimate.high < 1
-                assert estimate.count == 30
-    assert len(scores) == 8
 
 
 def test_no_positive_anywhere_is_0_as_in_the_reference_evaluation(

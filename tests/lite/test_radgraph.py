@@ -105,8 +105,3 @@ def test_radgraph_that_is_not_installed_is_missing() -> None:
     assert isinstance(missing, Missing)
     assert missing.why == "not installed"
     assert "llava-rad-lite[clinical]" in missing.todo
-
-
-def test_unpaired_texts_are_refused() -> None:
-    with pytest.raises(ValueError, match="one prediction for each"):
-        radgraph_f1(["a"], [], device="cpu")
