@@ -182,20 +182,16 @@ class DecoderConfig:
             values.setdefault("head_dim", hidden_size // heads)
         values.setdefault("head_dim", 0)  # refused below, after what it should have come from
         read = from_json(cls, values, where=where)
-        for name in names:
-            value = getattr(read, name)
-            if type(value) in (int, float) and value <= 0:
-                msg = f"{where}: got {name}={value} · expected more than 0 · export the artifact again"
-                raise ArtifactError(msg)
-        if read.num_attention_heads % read.num_key_value_heads:
-            got = f"{read.num_attention_heads} attention heads over {read.num_key_value_heads} key/value heads"
-            raise ArtifactError(f"{where}: got {got} · expected a whole multiple · export the artifact again")
-        if read.head_dim % 2:
-            msg = (
-                f"{where}: got head_dim={read.head_dim} · expected an even number: rotary embeddings turn pairs · "
-                "export the artifact again"
-            )
-            raise ArtifactError(msg)
+        positive = {name: getattr(read, name) for name in names if type(getattr(read, name)) in (int, float)}
+        checks = [(f"{name}={value}", value > 0, "more than 0") for name, value in positive.items()]
+        heads, kv_heads = read.num_attention_heads, max(read.num_key_value_heads, 1)
+        checks += [
+            (f"{heads} attention heads over {kv_heads} key/value heads", heads % kv_heads == 0, "a whole multiple"),
+            (f"head_dim={read.head_dim}", read.head_dim % 2 == 0, "an even number: rotary embeddings turn pairs"),
+        ]
+        for got, fits, expected in checks:
+            if not fits:
+                raise ArtifactError(f"{where}: got {got} · expected {expected} · export the artifact again")
         if config.get("quantization_config") is None:
             return read
         quantization = Quantization.from_hf(config["quantization_config"], where=where)
@@ -240,42 +236,39 @@ def to_json(value: Any) -> Any:  # noqa: ANN401 - JSON is made of anything
     return dataclasses.asdict(value)
 
 
+_PLAIN: Final = (int, float, str, bool, type(None))
+
+
 def _read(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - see to_json
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _read_dataclass(hint, value, where)
     if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if hint in (int, str, bool, type(None)) and type(value) is hint:
+    if hint in _PLAIN and hint is not float and type(value) is hint:
         return value
     if origin is Literal and value in arguments:
         return value
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
         for choice in arguments:
-            if choice in (int, float, str, bool, type(None)) and type(value) is not choice:
-                continue
-            return _read(choice, value, where)
-    if origin is tuple and arguments[1:] == (...,) and isinstance(value, list | tuple):
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        return tuple(_read(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(arguments, value, strict=True)))
-    if origin is list and isinstance(value, list):
-        return [_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+            if type(value) is choice or (choice not in _PLAIN and value is not None):
+                return _read(choice, value, where)
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        any_length = origin is list or arguments[1:] == (...,)
+        hints = arguments[:1] * len(value) if any_length else arguments
+        if len(hints) == len(value):
+            return origin(_read(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(hints, value, strict=True)))
     if origin is dict and isinstance(value, dict):
         return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    expected = getattr(hint, "__name__", None) if origin is None else str(hint).replace("typing.", "")
+    name = "an object" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", None)
+    expected = name if origin is None else str(hint).replace("typing.", "")
     msg = f"{where}: got {_shown(value)} · expected {expected} · the file is damaged or was edited: export it again"
     raise ArtifactError(msg)
 
 
-def _read_dataclass(cls: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - see _read
-    if not isinstance(value, dict):
-        msg = f"{where}: got {_shown(value)} · expected an object · the file is damaged or was edited: export it again"
-        raise ArtifactError(msg)
+def _read_dataclass(cls: Any, value: dict[str, Any], where: str) -> Any:  # noqa: ANN401 - see _read
     hints = get_type_hints(cls)
     for key in value:
         if key not in hints:

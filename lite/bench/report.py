@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from lite.artifact.manifest import NOTICE
 from lite.bench.columns import Cell, Group, duration, milliseconds, number, reference_figures, tables
 from lite.bench.plots import LossKind, Point, draw_pareto
-from lite.bench.results import Bench, Draft, FailedRow, ModelledTable, RecordQuality, Row, StudyShown, Throughput
+from lite.bench.results import Bench, Draft, FailedRow, ModelledTable, RecordQuality, Row, StudyShown
 from lite.bench.words import Passage, compare_words
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.figures import Estimate, Missing, Quantiles
@@ -160,7 +160,6 @@ class _Bar(NamedTuple):
 class _Bars(NamedTuple):
     name: str
     bars: Sequence[_Bar]
-    remarks: Sequence[str] = ()
 
 
 def _stage_bar(row: Row) -> _Bar:
@@ -204,12 +203,7 @@ def _memory_bars(row: Row) -> _Bars:
     if plan.load_work_bytes > plan.study_bytes:  # loading passes before the work of a study begins
         passes = [("load", "loading's work", plan.load_work_bytes)]
     bars = [_memory_bar(use.kind, measured), *([_memory_bar("plan", [*stays, *passes])] if row.is_planned else [])]
-    remarks = [
-        f"{batch.batch_size} at a time: {shown_bytes(batch.peak_bytes)}, planned {shown_bytes(batch.plan.peak_bytes)}"
-        for batch in row.batches
-        if isinstance(batch, Throughput)
-    ]
-    return _Bars(row.name, bars, remarks)
+    return _Bars(row.name, bars)
 
 
 def _memory_bar(title: str, parts: Sequence[tuple[str, str, int]]) -> _Bar:
