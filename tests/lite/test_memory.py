@@ -105,6 +105,12 @@ def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsMo
     assert (batch.decoder_bytes, batch.vision_bytes) == (plan.decoder_bytes, plan.vision_bytes)
     assert batch.study_bytes - plan.study_bytes == 2 * plan.cache_bytes, "films and prompts go through one at a time"
     assert (2 * half.cache_bytes, 2 * half.decoder_bytes) == (plan.cache_bytes, plan.decoder_bytes)
+    int8 = load(tiny_model.artifact.path, device="cpu", engine="torch", cache_dtype="int8")
+    assert for_cpu(cache_dtype="int8").cache_bytes == int8.findings(films[0]).memory.cache_bytes
+    # A CPU makes float32 of it to decode, a layer at a time: cast, scaled, and both.
+    many, config = for_cpu(cache_dtype="int8", num_rows=64), tiny_model.artifact.decoder_config()
+    values = 64 * many.max_seq_len * 2 * config.num_key_value_heads * config.head_dim
+    assert many.prefill_work_bytes == 6 * values > plan.prefill_work_bytes
 
 
 def test_the_items_of_a_plan_are_its_sum(tiny_artifact: Artifact) -> None:
