@@ -16,7 +16,7 @@ from lite.eval.chexbert import chexbert_f1
 from lite.eval.divergence import StudyDivergence, summarise
 from lite.eval.figures import Missing
 from lite.eval.labels import read_labels
-from lite.eval.metrics import bleu_1, bleu_4, label_f1, rouge_l, same_text
+from lite.eval.metrics import bleu, label_f1, rouge_l, same_text
 from lite.eval.radgraph import radgraph_f1
 from lite.eval.record import ReferenceRecord
 
@@ -80,11 +80,16 @@ def _text_figures(theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a `TextQuality`."""
     labels = label_f1([read_labels(text) for text in theirs], [read_labels(text) for text in ours])
     figures: dict[str, Any] = {"label_f1_micro": labels.micro, "label_f1_macro": labels.macro}
-    for metric in (rouge_l, bleu_1, bleu_4):
+    measured = {
+        "rouge_l": lambda: rouge_l(theirs, ours),
+        "bleu_1": lambda: bleu(theirs, ours, 1),
+        "bleu_4": lambda: bleu(theirs, ours, 4),
+    }
+    for name, measure in measured.items():
         try:
-            figures[metric.__name__] = metric(theirs, ours)
+            figures[name] = measure()
         except BackendUnavailable as error:
-            figures[metric.__name__] = Missing(why="not installed", todo=str(error))
+            figures[name] = Missing(why="not installed", todo=str(error))
     return figures
 
 

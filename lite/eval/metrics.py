@@ -137,45 +137,29 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> Estimate:
     return mean_estimate([scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs])
 
 
-def bleu_1(references: Sequence[str], predictions: Sequence[str]) -> Estimate:
-    """Compute the BLEU-1 of the whole corpus, in all else as `bleu_4`.
-
-    Raises:
-        BackendUnavailable: sacrebleu is not installed.
-    """
-    return _bleu(references, predictions, max_ngram_order=1)
-
-
-def bleu_4(references: Sequence[str], predictions: Sequence[str]) -> Estimate:
-    """Compute the BLEU-4 of the whole corpus: sacrebleu, lower case, 13a tokenisation, exponential smoothing.
+def bleu(references: Sequence[str], predictions: Sequence[str], order: int) -> Estimate:
+    """Compute the BLEU of the whole corpus up to n-grams of an order: sacrebleu, lower case, 13a tokens, exp smoothing.
 
     Published report-generation figures come from several other tokenisers: compare within this instrument only.
 
     Raises:
         BackendUnavailable: sacrebleu is not installed.
     """
-    return _bleu(references, predictions, max_ngram_order=4)
-
-
-def _bleu(references: Sequence[str], predictions: Sequence[str], *, max_ngram_order: int) -> Estimate:
     check_paired(references, predictions)
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         msg = f"got no sacrebleu package · BLEU is computed by it · {_INSTALL}"
         raise BackendUnavailable(msg) from error
-    bleu = BLEU(lowercase=True, tokenize="13a", max_ngram_order=max_ngram_order)
-    per_study = np.empty((len(references), 2 * max_ngram_order + 2))
+    scorer = BLEU(lowercase=True, tokenize="13a", max_ngram_order=order)
+    per_study = np.empty((len(references), 2 * order + 2))
     for row, reference, prediction in zip(per_study, references, predictions, strict=True):
-        score = bleu.corpus_score([prediction], [[reference]])
+        score = scorer.corpus_score([prediction], [[reference]])
         row[:] = (*score.counts, *score.totals, score.sys_len, score.ref_len)
 
     def of_row(row: list[int]) -> float:
-        matched, total, (sys_len, ref_len) = row[:max_ngram_order], row[max_ngram_order:-2], row[-2:]
-        score = BLEU.compute_bleu(
-            matched, total, sys_len, ref_len, smooth_method="exp", max_ngram_order=max_ngram_order
-        )
-        return score.score / 100
+        matched, total, lengths = row[:order], row[order:-2], row[-2:]
+        return BLEU.compute_bleu(matched, total, *lengths, smooth_method="exp", max_ngram_order=order).score / 100
 
     return bootstrap_interval(per_study, lambda sums: np.array([of_row(row) for row in sums.astype(int).tolist()]))
 
@@ -211,6 +195,6 @@ def score_findings(
         size_accuracy=attribute_accuracy(truth, drafted, "size"),
         zone_accuracy=attribute_accuracy(truth, drafted, "zone"),
         rouge_l=rouge_l(references, predictions),
-        bleu_1=bleu_1(references, predictions),
-        bleu_4=bleu_4(references, predictions),
+        bleu_1=bleu(references, predictions, 1),
+        bleu_4=bleu(references, predictions, 4),
     )
