@@ -63,6 +63,7 @@ def share(value: float, spread: float) -> Estimate:
 
 
 def record_quality(kl: float, *, same_top: float, ratio: float, same_text: float) -> RecordQuality:
+    never = Estimate(value=math.nan, low=math.nan, high=math.nan, count=0)
     divergence = DivergenceSummary(
         num_studies=24,
         num_tokens=2311,
@@ -72,32 +73,17 @@ def record_quality(kl: float, *, same_top: float, ratio: float, same_text: float
         same_top=Estimate(value=same_top, low=same_top - 0.4 * (1 - same_top), high=1, count=2311),
         perplexity_ratio=estimate(ratio, 0.002, 2311),
         without_divergence=share(same_text, 0.2),
-        first_divergent_token=Estimate(value=math.nan, low=math.nan, high=math.nan, count=0)
-        if same_text == 1
-        else Estimate(value=31, low=12, high=57, count=9),
+        first_divergent_token=never if same_text == 1 else Estimate(value=31, low=12, high=57, count=9),
     )
-    return RecordQuality(
-        divergence=divergence,
-        kl_gap_limit=kl / 20,
-        same_text=share(same_text, 0.2),
-        rouge_l=share(0.5 + same_text / 2, 0.03),
-        bleu_1=share(0.5 + same_text / 2, 0.03),
-        bleu_4=share(0.4 + same_text / 2, 0.05),
-        label_f1_micro=share(0.9 + same_text / 10, 0.03),
-        label_f1_macro=share(0.88 + same_text / 10, 0.04),
-    )
+    texts = {"rouge_l": 0.5, "bleu_1": 0.5, "bleu_4": 0.4, "label_f1_micro": 0.9, "label_f1_macro": 0.88}
+    figures = {name: share(least + (1 - least) * same_text, 0.03) for name, least in texts.items()}
+    return RecordQuality(divergence=divergence, kl_gap_limit=kl / 20, same_text=share(same_text, 0.2), **figures)
 
 
 def report_quality(f1: float) -> ReportQuality:
-    return ReportQuality(
-        label_f1_micro=estimate(f1, 0.06),
-        label_f1_macro=estimate(f1 - 0.18, 0.12),
-        rouge_l=estimate(0.306, 0.08),
-        bleu_1=estimate(0.381, 0.09),
-        bleu_4=estimate(0.154, 0.13),
-        radgraph_f1=NOT_INSTALLED,
-        chexbert=NOT_INSTALLED,
-    )
+    texts = {"rouge_l": 0.306, "bleu_1": 0.381, "bleu_4": 0.154, "label_f1_micro": f1, "label_f1_macro": f1 - 0.18}
+    figures = {name: estimate(value, 0.08) for name, value in texts.items()}
+    return ReportQuality(radgraph_f1=NOT_INSTALLED, chexbert=NOT_INSTALLED, **figures)
 
 
 def row(
@@ -226,24 +212,18 @@ def show(folder: Path) -> Shown:
 
 
 def the_bench(films: list[Path]) -> Bench:
-    qualities = {
-        "fp16": record_quality(0, same_top=1, ratio=1, same_text=1),
-        "int8": record_quality(4.1e-5, same_top=0.9978, ratio=1.0003, same_text=1),
-        "int4": record_quality(0.0061, same_top=0.971, ratio=1.0112, same_text=0.8),
-        "nf4": record_quality(0.0187, same_top=0.957, ratio=1.0241, same_text=0.2),
-        "other": NO_RECORD,
-    }
+    same, near = record_quality(0, same_top=1, ratio=1, same_text=1), record_quality
     figures = (
-        ("fp16", "fp16", 13.48, 3.06, 0.573),
-        ("int8", "gptq-int8 (groups of 128)", 7.15, 1.94, 0.573),
-        ("int4", "gptq-int4 (groups of 128)", 3.89, 1.21, 0.569),
-        ("nf4", "bnb-nf4", 3.87, 1.38, 0.561),
-        ("other", "gptq-int4 (groups of 32)", 4.2, 1.3, 0.55),
+        ("fp16", "fp16", 13.48, 3.06, 0.573, same),
+        ("int8", "gptq-int8 (groups of 128)", 7.15, 1.94, 0.573, near(4.1e-5, same_top=0.9978, ratio=1, same_text=1)),
+        ("int4", "gptq-int4 (groups of 128)", 3.89, 1.21, 0.569, near(0.0061, same_top=0.971, ratio=1, same_text=0.8)),
+        ("nf4", "bnb-nf4", 3.87, 1.38, 0.561, near(0.0187, same_top=0.957, ratio=1.02, same_text=0.2)),
+        ("other", "gptq-int4 (groups of 32)", 4.2, 1.3, 0.55, NO_RECORD),
     )
     rows = (
         *(
-            row(name, stored, weight_gb=gb, total_s=total_s, quality=qualities[name], f1=f1, drafts=drafts_of(name))
-            for name, stored, gb, total_s, f1 in figures
+            row(name, stored, weight_gb=gb, total_s=total_s, quality=quality, f1=f1, drafts=drafts_of(name))
+            for name, stored, gb, total_s, f1, quality in figures
         ),
         FailedRow(
             name="broken", path="build/broken", error="build/broken: got no manifest.json · expected an artifact"
