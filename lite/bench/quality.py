@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from lite.bench.results import Draft, RecordQuality, ReportQuality
 from lite.errors import BackendUnavailable
 from lite.eval.chexbert import chexbert_f1
 from lite.eval.divergence import StudyDivergence, summarise
-from lite.eval.figures import Missing
+from lite.eval.figures import Estimate, Missing
 from lite.eval.labels import read_labels
 from lite.eval.metrics import bleu, label_f1, rouge_l, same_text
 from lite.eval.radgraph import radgraph_f1
@@ -80,7 +80,7 @@ def _text_figures(theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a `TextQuality`."""
     labels = label_f1([read_labels(text) for text in theirs], [read_labels(text) for text in ours])
     figures: dict[str, Any] = {"label_f1_micro": labels.micro, "label_f1_macro": labels.macro}
-    measured = {
+    measured: dict[str, Callable[[], Estimate]] = {
         "rouge_l": lambda: rouge_l(theirs, ours),
         "bleu_1": lambda: bleu(theirs, ours, 1),
         "bleu_4": lambda: bleu(theirs, ours, 4),

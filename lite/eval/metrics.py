@@ -158,8 +158,9 @@ def bleu(references: Sequence[str], predictions: Sequence[str], order: int) -> E
         row[:] = (*score.counts, *score.totals, score.sys_len, score.ref_len)
 
     def of_row(row: list[int]) -> float:
-        matched, total, lengths = row[:order], row[order:-2], row[-2:]
-        return BLEU.compute_bleu(matched, total, *lengths, smooth_method="exp", max_ngram_order=order).score / 100
+        matched, total, (sys_len, ref_len) = row[:order], row[order:-2], row[-2:]
+        score = BLEU.compute_bleu(matched, total, sys_len, ref_len, smooth_method="exp", max_ngram_order=order)
+        return score.score / 100
 
     return bootstrap_interval(per_study, lambda sums: np.array([of_row(row) for row in sums.astype(int).tolist()]))
 
