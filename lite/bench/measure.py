@@ -78,13 +78,6 @@ Progress = Callable[[str, int, int], None]
 def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progress: Progress) -> Row:
     """Measure an artifact in this process, which should do nothing else.
 
-    Args:
-        job: on what, and how.
-        path: the artifact.
-        options: to load it with.
-        name: what to call it.
-        on_progress: see `Progress`.
-
     Raises:
         LiteError: nothing can be measured: it cannot be loaded, takes more than the memory limit even for one study,
             does not belong to the record, or none of the films can be read.

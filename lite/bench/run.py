@@ -42,10 +42,6 @@ _REHEARSAL: Final = Draft(id="rehearsal", text="Small left pleural effusion. No 
 def run_bench(job: Job, on_progress: Progress) -> Bench:
     """Measure every artifact of a job.
 
-    Args:
-        job: what to do.
-        on_progress: is told the artifact and the stage, how much of it is done, of how many.
-
     Raises:
         LiteError: the record cannot be read, or is about other studies. What is wrong with one artifact alone makes
             a `FailedRow`.

@@ -93,8 +93,6 @@ def chexbert_f1(
     F1 without any positive: unlike `lite.eval.metrics.label_f1`, which leaves out what cannot be measured.
 
     Args:
-        references: the reference texts.
-        predictions: the predicted texts, in the same order.
         weights: the published file (the state of a DataParallel labeller, under "model_state_dict"), with the
             vocab.txt of bert-base-uncased beside it.
         device: "auto", "cpu", "cuda" or "cuda:N".

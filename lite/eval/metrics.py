@@ -61,12 +61,7 @@ class FindingsScores:
 
 
 def label_f1(references: Sequence[Readings], predictions: Sequence[Readings]) -> LabelF1:
-    """Compare the labels read from the references with those read from the predictions.
-
-    Args:
-        references: what `read_labels` says of each reference text.
-        predictions: the same for the predicted texts, in the same order.
-    """
+    """Compare what `read_labels` says of each reference text with what it says of the predicted one."""
     check_paired(references, predictions)
     truth, drafted = (
         np.array([[study[label].status == "positive" for label in LABELS] for study in side])
@@ -178,8 +173,6 @@ def score_findings(
     """Measure everything on pairs of texts.
 
     Args:
-        references: the reference texts.
-        predictions: the predicted texts, in the same order.
         truth: the labels of the references where they are known; otherwise they are read from the texts, as those of
             the predictions always are.
 

@@ -31,8 +31,6 @@ def radgraph_f1(references: Sequence[str], predictions: Sequence[str], *, device
     The model is loaded, used and let go; the package reads one text at a time.
 
     Args:
-        references: the reference texts.
-        predictions: the predicted texts, in the same order.
         device: "auto", "cpu", "cuda" or "cuda:N".
 
     Returns:

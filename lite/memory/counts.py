@@ -31,12 +31,7 @@ _REPACKED_VALUES: Final = 2**24
 
 
 def decoder_bytes(config: DecoderConfig, *, itemsize: int) -> int:
-    """Return what the weights of a decoder take in memory.
-
-    Args:
-        config: the decoder's shape.
-        itemsize: bytes of a weight that is not quantised, as the decoder computes with it.
-    """
+    """Return what the weights of a decoder take in memory, those that are not quantised with so many bytes each."""
     embeddings = config.vocab_size * config.hidden_size * itemsize
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size * itemsize
     tied = head_bytes(config, itemsize=itemsize) if config.tie_word_embeddings else 0

@@ -244,14 +244,7 @@ def check_memory(plan: MemoryPlan, limit: int, *, what: str) -> None:
 
 
 def refusal(plan: MemoryPlan, limit: int, *, what: str, hint: str = "") -> MemoryBudgetError:
-    """Return the error of a plan that does not fit: it names the items, and what would fit.
-
-    Args:
-        plan: what it takes.
-        limit: bytes.
-        what: is refused.
-        hint: what else to do, to be added to the message.
-    """
+    """Return the error of a plan that does not fit: it names what is refused, the items, and what would fit."""
     # The caches alone grow with the rows: prompts go through one at a time.
     fits = (limit - plan.card_bytes + plan.cache_bytes) // plan.row_bytes
     todo = f"take {fits} at a time" if 1 <= fits < plan.num_rows else "give it more, or export with fewer bits"
