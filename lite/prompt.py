@@ -41,7 +41,7 @@ class Tokenizer:
         """
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last: its message quotes the file
             msg = f"{file}: got something unreadable ({error}) · expected a SentencePiece model · export it again"
             raise ArtifactError(msg) from error
         got = (self._pieces.bos_id(), self._pieces.eos_id())

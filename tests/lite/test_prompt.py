@@ -224,7 +224,8 @@ def test_streaming_does_not_wait_for_the_end(tokenizer: Tokenizer) -> None:
 
 def test_damaged_or_foreign_tokenizer(tmp_path: Path, tokenizer_model: bytes) -> None:
     file = tmp_path / "tokenizer.model"
-    for content in (b"", b"garbage", tokenizer_model[: len(tokenizer_model) // 2]):
+    half, no_text = tokenizer_model[: len(tokenizer_model) // 2], tokenizer_model.replace(b"<0x20>", b"<0\x8020>")
+    for content in (b"", b"garbage", half, no_text):
         file.write_bytes(content)
         with pytest.raises(ArtifactError, match=r"tokenizer\.model: got"):
             Tokenizer(file, DecodingDefaults())
