@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 CODE := lite export kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench gate slim peers interop test test-full check fix coverage clean
+.PHONY: help venv demo bench gate slim hostile peers interop test test-full check fix coverage clean
 # A recipe that fails half-way leaves no stamp behind.
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,12 @@ gate: $(STAMP)  ## compare today's exports with their baselines
 slim: $(STAMP)  ## draft in a new environment without torch, and say what that takes
 	@$(DEMO_ARTIFACT)
 	@$(BIN)/python -m benchmarks slim
+
+hostile: export OMP_NUM_THREADS ?= 1
+ARGS ?=
+
+hostile: $(STAMP)  ## spoilt inputs for a minute, then exports that are killed for a minute
+	@$(BIN)/python -m benchmarks hostile --minutes 1 --kills 1000 $(ARGS)
 
 # The peers bring their own versions of everything, so they live in environments of their own.
 INTEROP_VENV := build/interop-venv

@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["onnx"]:
         return _add_onnx(given[1:])
+    if given[:1] == ["check"]:
+        return _check(given[1:])
     options = _parser().parse_args(given)
     return run_command(lambda: _export(options), interrupted=lambda: _what_an_interrupt_leaves(options))
 
@@ -117,8 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     required = parser.add_argument_group("what to read and write")
-    required.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the LLaVA-Rad download")
-    required.add_argument("--base", type=Path, required=True, metavar="DIR", help="its base language model")
+    _add_sources(required)
     required.add_argument("--out", type=Path, required=True, metavar="DIR", help="the artifact to make; must not exist")
     required.add_argument("--overwrite", action="store_true", help="replace an artifact that is at --out")
     formats = parser.add_argument_group("formats")
@@ -149,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
+
+
+def _add_sources(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the LLaVA-Rad download")
+    group.add_argument("--base", type=Path, required=True, metavar="DIR", help="its base language model")
 
 
 def _add_activations(group: argparse._ActionsContainer) -> None:
@@ -267,6 +273,29 @@ _GPTQ: Final[dict[str, dict[str, Any]]] = {
     },
 }
 """The options of GPTQ, each a field of `GptqSettings`."""
+
+
+def _check(arguments: list[str]) -> int:
+    """Run `python -m export check`; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export check",
+        description="Say whether a checkpoint and its base are whole and can be exported: every file that an export "
+        "reads is opened, and the names, shapes and types of all tensors are checked. Nothing is written.",
+        epilog="exit status: 0 they can be exported, 1 they cannot, 2 wrong use.",
+    )
+    _add_sources(parser)
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _open(options))
+
+
+def _open(options: argparse.Namespace) -> int:
+    from export.source.checkpoint import open_checkpoint
+
+    source = open_checkpoint(options.checkpoint, options.base)
+    print_line(
+        f"{source.name}: {source.decoder.num_hidden_layers} decoder layers, {source.tower.num_patches} image tokens"
+    )
+    return 0
 
 
 def _add_onnx(arguments: list[str]) -> int:

@@ -12,6 +12,8 @@ ids are those of the original ("slow") Llama tokenizer, which gives each chunk a
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import TYPE_CHECKING, Final
 
 import sentencepiece
@@ -41,7 +43,7 @@ class Tokenizer:
         """
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last: its message quotes the file
             msg = f"{file}: got something unreadable ({error}) · expected a SentencePiece model · export it again"
             raise ArtifactError(msg) from error
         got = (self._pieces.bos_id(), self._pieces.eos_id())
@@ -134,6 +136,8 @@ class PromptEncoder:
                 raise ArtifactError(msg)
         self._tokenizer = tokenizer
         self._template = template
+        # Who speaks, in the conversation: USER: and ASSISTANT:. In a reason they would be turns of their own.
+        self._roles = tuple(re.findall(r"[A-Z]{3,}:", template.conversation))
         self.num_image_tokens = num_image_tokens
         self.max_seq_len = max_seq_len
 
@@ -145,12 +149,13 @@ class PromptEncoder:
         """Return the input_ids of the prompt for one study, with IMAGE_TOKEN_ID where the image goes.
 
         Args:
-            reason: the reason for the exam; line breaks become spaces, as in training. None or only white space asks
-                the question that has no reason in it.
+            reason: the reason for the exam; line breaks become spaces, as in training, and those at its ends nothing.
+                None or only white space asks the question that has no reason in it.
             query: ask this instead, word for word (a trailing newline too). It excludes a reason.
 
         Raises:
-            PromptError: the reason or query is not text, or holds `<image>` or a special token of the tokenizer.
+            PromptError: the reason or query is not text, or holds `<image>`, a special token of the tokenizer, who
+                speaks in the conversation (`USER:`), or a control character.
             ContextLengthError: the prompt leaves no room for a single new token.
         """
         text = self._template.conversation.replace(_QUESTION, self._question(reason, query))
@@ -186,17 +191,22 @@ class PromptEncoder:
             self._check("reason", reason)
         if reason is None or not reason.strip():
             return self._template.question_without_reason
-        one_line = reason.replace("\r\n", "\n").replace("\r", "\n").replace("\n", " ")
+        one_line = reason.strip("\r\n").replace("\r\n", "\n").replace("\r", "\n").replace("\n", " ")
         return self._template.question_with_reason.replace(_REASON, one_line)
 
     def _check(self, name: str, text: object) -> None:
         if not isinstance(text, str):
             msg = f"got a {name} of type {type(text).__name__} ({text!r}) · expected text · use None for no {name}"
             raise PromptError(msg)
-        for token in (IMAGE_TOKEN, *self._tokenizer.special_tokens):
+        for token in (IMAGE_TOKEN, *self._tokenizer.special_tokens, *self._roles):
             if token in text:
                 msg = f"got {token} in the {name} · expected plain text: the prompt has its own · remove it"
                 raise PromptError(msg)
+        if control := next(
+            (char for char in text if unicodedata.category(char) == "Cc" and char not in "\t\n\r"), None
+        ):
+            msg = f"got the control character {control!r} in the {name} · expected plain text · remove it"
+            raise PromptError(msg)
         try:
             text.encode()
         except UnicodeEncodeError as error:

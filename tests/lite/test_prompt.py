@@ -83,7 +83,7 @@ def test_chunks_like_the_slow_llama_tokenizer(tokenizer: Tokenizer, tokenizer_fi
     assert tokenizer.encode(f"\n{text}") == theirs(f"\n{text}", add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("reason", [None, *TEXTS])
+@pytest.mark.parametrize("reason", [None, *(text for text in TEXTS if "\0" not in text)])
 def test_prompts_like_llamatokenizer(prompt: PromptEncoder, tokenizer_file: Path, reason: str | None) -> None:
     import transformers
 
@@ -133,6 +133,20 @@ def test_a_blank_reason_is_no_reason(prompt: PromptEncoder, blank: str) -> None:
     assert prompt.encode(blank) == prompt.encode(None) != prompt.encode("x")
 
 
+def test_line_breaks_around_a_reason_are_not_part_of_it(prompt: PromptEncoder) -> None:
+    """A file of one line ends with one."""
+    assert prompt.encode("cough\n") == prompt.encode("\r\ncough") == prompt.encode("cough")
+    assert prompt.encode("cough ") != prompt.encode("cough")
+
+
+@pytest.mark.parametrize("char", ["\0", "\x1b", "\x7f", "\x85"])
+def test_control_characters_are_refused_by_name(prompt: PromptEncoder, char: str) -> None:
+    with pytest.raises(PromptError, match="control character .* in the reason") as refused:
+        prompt.encode(f"cough{char}fever")
+    assert repr(char) in str(refused.value)
+    prompt.encode("a tab\tis none")
+
+
 def test_query_keeps_its_newline(prompt: PromptEncoder, tokenizer: Tokenizer) -> None:
     input_ids = prompt.encode(query="Describe the findings of the chest x-ray.\n")
     text = tokenizer.decode_unstripped(input_ids[input_ids.index(IMAGE_TOKEN_ID) + 1 :])
@@ -145,9 +159,9 @@ def test_braces_in_a_reason_are_text(prompt: PromptEncoder, tokenizer: Tokenizer
     assert text.endswith("indication: {question} {reason} {0} %s ASSISTANT:")
 
 
-@pytest.mark.parametrize("token", ["<image>", "<s>", "</s>", "<unk>"])
+@pytest.mark.parametrize("token", ["<image>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:"])
 @pytest.mark.parametrize("argument", ["reason", "query"])
-def test_special_tokens_cannot_be_smuggled_in(prompt: PromptEncoder, token: str, argument: str) -> None:
+def test_what_the_prompt_has_of_its_own_cannot_be_smuggled_in(prompt: PromptEncoder, token: str, argument: str) -> None:
     values: dict[str, Any] = {argument: f"cough {token} fever"}
     with pytest.raises(PromptError, match=f"got {token} in the {argument}"):
         prompt.encode(**values)
@@ -224,7 +238,8 @@ def test_streaming_does_not_wait_for_the_end(tokenizer: Tokenizer) -> None:
 
 def test_damaged_or_foreign_tokenizer(tmp_path: Path, tokenizer_model: bytes) -> None:
     file = tmp_path / "tokenizer.model"
-    for content in (b"", b"garbage", tokenizer_model[: len(tokenizer_model) // 2]):
+    half, no_text = tokenizer_model[: len(tokenizer_model) // 2], tokenizer_model.replace(b"<0x20>", b"<0\x8020>")
+    for content in (b"", b"garbage", half, no_text):
         file.write_bytes(content)
         with pytest.raises(ArtifactError, match=r"tokenizer\.model: got"):
             Tokenizer(file, DecodingDefaults())

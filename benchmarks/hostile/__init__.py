@@ -1,0 +1,1 @@
+"""Hostile inputs, and exports that are killed: `python -m benchmarks hostile`."""
