@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-STAGES = ("attention inputs", "attention", "mlp inputs", "mlp", "outputs")
-"""The passes over the calibration sequences that a layer takes, for progress."""
+PASSES = 6
+"""Over the calibration sequences, for each layer: four to round what they go through, two to write what comes out."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -51,16 +51,14 @@ class QuantizedLayer:
 class LayerQuantizer:
     """Rounds decoder layers by what they see."""
 
-    def __init__(self, config: DecoderConfig, settings: ExportSettings) -> None:
-        """Keep the settings.
-
-        Args:
-            config: The decoder's shape.
-            settings: How to round, and where to compute.
-        """
+    def __init__(
+        self, config: DecoderConfig, settings: ExportSettings, *, advance: Callable[[], object] = lambda: None
+    ) -> None:
+        """Keep the settings; `advance` is called PASSES times a layer."""
         gptq = settings.gptq
         self.config = config
         self.settings = settings
+        self.advance = advance
         self.device = torch.device(settings.device)
         self.options = Options(order=gptq.activation_order, clip=gptq.clip, refine=gptq.refine)
 
@@ -72,8 +70,6 @@ class LayerQuantizer:
         inputs: HiddenStates,
         outputs: HiddenStates,
         weights: Sequence[Tensor],
-        *,
-        advance: Callable[[], object] = lambda: None,
     ) -> QuantizedLayer:
         """Round a layer.
 
@@ -83,7 +79,6 @@ class LayerQuantizer:
             inputs: The hidden states it reads.
             outputs: The same sequences in another file; receives what the rounded layer makes of them.
             weights: λ of each token of each sequence; a sequence of zeros is passed on and not calibrated on.
-            advance: Called once for each of STAGES.
 
         Raises:
             CheckpointError: A weight does not fit float16, what it sees is not finite, or a Hessian has no factor.
@@ -94,54 +89,56 @@ class LayerQuantizer:
         pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
         layer.clear()
         state = _State(name=name, pending=pending, done=done, weights=[w.to(self.device) for w in weights])
-        self._attention(state, inputs, outputs, advance)
-        self._mlp(state, outputs, advance)
+        self._attention(state, inputs, outputs)
+        self._mlp(state, outputs)
         return done
 
-    def _attention(
-        self, state: _State, inputs: HiddenStates, outputs: HiddenStates, advance: Callable[[], object]
-    ) -> None:
+    def _attention(self, state: _State, inputs: HiddenStates, outputs: HiddenStates) -> None:
         def normed(index: int) -> Tensor:
             return self._norm(state, NORMS[0], self._read(inputs, index))
 
+        def attended(linear: forward.Linear) -> Callable[[int], Tensor]:
+            return lambda index: forward.attended(self.config, linear, normed(index))
+
         if self.settings.gptq.fold_scales:
             source = state.linear(rounded=False)
-            self._fold(state, "self_attn.v_proj.weight", ("self_attn.o_proj",),
-                       lambda index: forward.attended(self.config, source, normed(index)))  # fmt: skip
+            self._fold(state, "self_attn.v_proj.weight", ("self_attn.o_proj",), attended(source))
             self._fold(state, NORMS[0], QKV, normed)
         self._keep_norm(state, NORMS[0])
         self._round(state, QKV, normed)
-        advance()
-        rounded = state.linear(rounded=True)
-        self._round(state, ("self_attn.o_proj",), lambda index: forward.attended(self.config, rounded, normed(index)))
-        rounded = state.linear(rounded=True)
-        for index in range(len(inputs)):
-            hidden = self._read(inputs, index)
-            x = forward.attended(self.config, rounded, self._norm(state, NORMS[0], hidden))
-            outputs.write(index, hidden + rounded("self_attn.o_proj", x))
-        advance()
+        self._round(state, ("self_attn.o_proj",), attended(state.linear(rounded=True)))
+        self._write(state, "self_attn.o_proj", attended, inputs, outputs)
 
-    def _mlp(self, state: _State, states: HiddenStates, advance: Callable[[], object]) -> None:
+    def _mlp(self, state: _State, states: HiddenStates) -> None:
         def normed(index: int) -> Tensor:
             return self._norm(state, NORMS[1], self._read(states, index))
 
+        def gated(linear: forward.Linear) -> Callable[[int], Tensor]:
+            return lambda index: forward.gated(linear, normed(index))
+
         if self.settings.gptq.fold_scales:
             source = state.linear(rounded=False)
-            self._fold(state, "mlp.up_proj.weight", ("mlp.down_proj",),
-                       lambda index: forward.gated(source, normed(index)))  # fmt: skip
+            self._fold(state, "mlp.up_proj.weight", ("mlp.down_proj",), gated(source))
             self._fold(state, NORMS[1], GATE_UP, normed)
         self._keep_norm(state, NORMS[1])
         self._round(state, GATE_UP, normed)
-        advance()
+        self._round(state, ("mlp.down_proj",), gated(state.linear(rounded=True)))
+        self._write(state, "mlp.down_proj", gated, states, states)
+
+    def _write(
+        self,
+        state: _State,
+        name: str,
+        inputs_by: Callable[[forward.Linear], Callable[[int], Tensor]],
+        residuals: HiddenStates,
+        outputs: HiddenStates,
+    ) -> None:
+        """Write what a rounded linear adds to the residual stream, and the stream."""
         rounded = state.linear(rounded=True)
-        self._round(state, ("mlp.down_proj",), lambda index: forward.gated(rounded, normed(index)))
-        advance()
-        rounded = state.linear(rounded=True)
-        for index in range(len(states)):
-            hidden = self._read(states, index)
-            x = forward.gated(rounded, self._norm(state, NORMS[1], hidden))
-            states.write(index, hidden + rounded("mlp.down_proj", x))
-        advance()
+        inputs = inputs_by(rounded)
+        for index in range(len(residuals)):
+            outputs.write(index, self._read(residuals, index) + rounded(name, inputs(index)))
+        self.advance()
 
     def _read(self, states: HiddenStates, index: int) -> Tensor:
         return states.read(index).to(self.device)
@@ -186,6 +183,7 @@ class LayerQuantizer:
             rounded = gptq(weight, H, self._grid(weight.shape[1]), self.options, name=f"{state.name}.{name}")
             state.done.errors[name] = relative_error(weight, rounded.dequantized(), H)
             state.done.linears[name] = rounded
+        self.advance()
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

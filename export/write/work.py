@@ -80,12 +80,11 @@ class WorkFolder:
             if now.get(name) != before.get(name)
         ]
         if changed:
-            msg = (
+            raise ArtifactError(
                 f"{self.path}: got {', '.join(changed)} · expected the arguments of the export that was stopped there, "
                 f"{len(list(self.path.glob(PARTS)))} parts of its decoder finished · repeat those to go on, or remove "
                 "the folder to begin anew"
             )
-            raise ArtifactError(msg)
 
     def report(self, part: int) -> PartReport:
         """Return the report of a finished part.
@@ -98,6 +97,13 @@ class WorkFolder:
             msg = f"{self.path}: got no report of part {part} · expected one, as the part is there"
             raise ArtifactError(f"{msg} · remove the folder to begin anew")
         return PartReport(**values)
+
+    def whole_report(self) -> PartReport:
+        """Add up the reports of the parts that are finished."""
+        whole = PartReport()
+        for part in range(self.decoder.num_finished()):
+            whole.merge(self.report(part))
+        return whole
 
     def finish_part(self, part: int, tensors: Mapping[str, Tensor], report: PartReport) -> None:
         """Write the report of a part, and then the part itself, which says that all is there."""

@@ -246,7 +246,7 @@ def test_parity_layer_by_layer_is_that_of_the_whole_decoder(source: Checkpoint, 
     ).built_in(2)
     features = [torch.from_numpy(VisionEncoder(artifact)(study.pixel_values[None])[0]) for study in studies]
     caches: tuple[CacheDtype | None, ...] = (None, "int8")
-    found = verify._artifact_logits(artifact, studies, features, "cpu", lambda: None, cache_dtypes=caches)
+    found = verify._artifact_logits(artifact, studies, features, "cpu", show=False, cache_dtypes=caches)
     for cache_dtype, layered in zip(caches, found, strict=True):
         decoder = load_decoder(artifact, device="cpu", cache_dtype=cache_dtype)
         for study, image, logits in zip(studies, features, layered, strict=True):
