@@ -253,9 +253,8 @@ def _system_errors_explained(out: Path, settings: ExportSettings) -> Iterator[No
             yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(".")[0]
-        msg = (
+        raise BackendUnavailable(
             f"{settings.device}: got too little free memory ({reason}) · expected about 4 GiB for a 7B layer · free "
             f"some and repeat the command, which goes on with what is finished in {work_path(out)}, or remove that "
             "folder and begin anew with --device cpu"
-        )
-        raise BackendUnavailable(msg) from error
+        ) from error

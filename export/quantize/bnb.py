@@ -54,10 +54,8 @@ def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     )
     if state.state2.blocksize != NF4_NESTED_BLOCK_SIZE:
         got = f"magnitudes quantised in blocks of {state.state2.blocksize}"
-        msg = (
-            f"got {got} by bitsandbytes · expected {NF4_NESTED_BLOCK_SIZE} · install a version named in pyproject.toml"
-        )
-        raise BackendUnavailable(msg)
+        msg = f"got {got} by bitsandbytes · expected {NF4_NESTED_BLOCK_SIZE}"
+        raise BackendUnavailable(f"{msg} · install a version named in pyproject.toml")
     tensors = {"weight": quantised} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     return _on_cpu(tensors)
 

@@ -121,11 +121,10 @@ class Hessian:
         finite = bool(mean.isfinite().all())
         if not finite or not bool((mean.diagonal() > 0).any()):
             got = "no inputs but zeros" if finite else "a Hessian that is not finite"
-            msg = (
+            raise CheckpointError(
                 f"{name}: got {got} from the calibration data · expected finite activations · check the films of "
                 "--calibration-data, and that the base model is the one the adapter was trained on"
             )
-            raise CheckpointError(msg)
         return mean
 
 
@@ -261,11 +260,8 @@ def _inverse_factor(hessian: Tensor, order: Tensor, name: str) -> Tensor:
                 U: Tensor = inverse.flip(0, 1)
                 return U
         damping *= 10
-    msg = (
-        f"{name}: got a Hessian that cannot be factorised, even damped by {LAST_DAMPING:g} times its mean · expected a "
-        "positive one · use more or other calibration studies, or --method rtn"
-    )
-    raise CheckpointError(msg)
+    msg = f"{name}: got a Hessian that cannot be factorised, even damped by {LAST_DAMPING:g} times its mean"
+    raise CheckpointError(f"{msg} · expected a positive one · use more or other calibration studies, or --method rtn")
 
 
 def _refine(

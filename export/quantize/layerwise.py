@@ -211,8 +211,5 @@ class _State:
 
 def _require_finite(tensor: Tensor, name: str, expected: str) -> None:
     if not bool(tensor.isfinite().all()):
-        msg = (
-            f"{name}: got values that are not finite · expected {expected} · check the films of --calibration-data, "
-            "and that the base model is the one the adapter was trained on"
-        )
-        raise CheckpointError(msg)
+        msg = f"{name}: got values that are not finite · expected {expected} · check the films of --calibration-data,"
+        raise CheckpointError(f"{msg} and that the base model is the one the adapter was trained on")

@@ -180,17 +180,11 @@ def _require_folders(checkpoint: Path, base: Path) -> None:
             got = "a file" if folder.exists() else "a path that does not exist"
             raise CheckpointError(f"{option} {folder}: got {got} · expected a folder · check the path")
         if not (folder / "config.json").exists() and (folder / "snapshots").is_dir():
-            msg = (
-                f"{option} {folder}: got a Hugging Face cache entry · expected the folder with the files · "
-                f"give one of {folder / 'snapshots'}/*"
-            )
-            raise CheckpointError(msg)
+            msg = f"{option} {folder}: got a Hugging Face cache entry · expected the folder with the files"
+            raise CheckpointError(f"{msg} · give one of {folder / 'snapshots'}/*")
     if (base / "adapter_config.json").exists() and not (checkpoint / "adapter_config.json").exists():
-        msg = (
-            f"--checkpoint {checkpoint}: got no adapter_config.json, while --base {base} has one · expected the LoRA "
-            "in --checkpoint and the plain Llama in --base · the two look swapped"
-        )
-        raise CheckpointError(msg)
+        msg = f"--checkpoint {checkpoint}: got no adapter_config.json, while --base {base} has one · expected the LoRA"
+        raise CheckpointError(f"{msg} in --checkpoint and the plain Llama in --base · the two look swapped")
 
 
 def _notice(file: Path) -> str | None:
@@ -229,11 +223,10 @@ def _check_llava_config(llava: dict[str, Any], where: Path) -> None:
 
 def _refuse_quantised(config: dict[str, Any], where: Path) -> None:
     if config.get("quantization_config"):
-        msg = (
+        raise CheckpointError(
             f"{where}: got a quantization_config · expected 16-bit weights · if the weights are the original download, "
             "the entry is stale: delete it from the file; if they are quantised, download the original"
         )
-        raise CheckpointError(msg)
 
 
 def _decoder_config(
@@ -252,12 +245,11 @@ def _decoder_config(
         raise CheckpointError(str(error).replace("export the artifact again", "fetch the file again")) from error
     for name in _SAME_IN_BASE:
         if getattr(decoder, name) != getattr(theirs, name):
-            msg = (
+            raise CheckpointError(
                 f"{where}: got {name}={getattr(decoder, name)} · expected {getattr(theirs, name)}, as in "
                 f"{checkpoint / 'config.json'} · use the base model the adapter was trained on: "
                 f"{adapter.base_model_name_or_path}"
             )
-            raise CheckpointError(msg)
     if decoder.tie_word_embeddings:
         raise CheckpointError(
             f"{where}: got tie_word_embeddings=true · expected false · tied heads are not implemented"
@@ -274,13 +266,8 @@ def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).get_piece_size()
     except (RuntimeError, OSError) as error:
-        msg = (
-            f"{tokenizer}: got a file SentencePiece cannot read ({error}) · expected a tokenizer.model · fetch it again"
-        )
-        raise CheckpointError(msg) from error
+        msg = f"{tokenizer}: got a file SentencePiece cannot read ({error}) · expected a tokenizer.model"
+        raise CheckpointError(f"{msg} · fetch it again") from error
     if pieces != vocab_size:
-        msg = (
-            f"{tokenizer}: got {pieces} pieces · expected {vocab_size}, as vocab_size in config.json · "
-            "take tokenizer.model from the same download as the weights"
-        )
-        raise CheckpointError(msg)
+        msg = f"{tokenizer}: got {pieces} pieces · expected {vocab_size}, as vocab_size in config.json"
+        raise CheckpointError(f"{msg} · take tokenizer.model from the same download as the weights")

@@ -97,35 +97,25 @@ class TensorFiles:
         """
         missing = [name for name in expected if name not in self.entries]
         if missing:
-            msg = (
-                f"{self.what}: got no tensor {missing[0]!r}{_and_more(missing)} · expected {len(expected)} tensors · "
-                "the download is incomplete or of another model: fetch it again"
-            )
-            raise CheckpointError(msg)
+            msg = f"{self.what}: got no tensor {missing[0]!r}{_and_more(missing)} · expected {len(expected)} tensors"
+            raise CheckpointError(f"{msg} · the download is incomplete or of another model: fetch it again")
         patterns = [re.compile(pattern) for pattern in unneeded]
         for name, entry in self.entries.items():
             if name in expected:
                 self._require_form(name, entry, expected[name])
             elif not any(pattern.fullmatch(name) for pattern in patterns):
-                msg = (
+                raise CheckpointError(
                     f"{entry.file}: got the tensor {name!r} {list(entry.shape)}, which this exporter does not know · "
                     f"expected only the tensors of {self.what} · check that this is the right model"
                 )
-                raise CheckpointError(msg)
 
     def _require_form(self, name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
         if entry.shape != shape:
-            msg = (
-                f"{entry.file}: got {name!r} of shape {list(entry.shape)} · expected {list(shape)} · "
-                "its config.json belongs to another model, or the file is damaged"
-            )
-            raise CheckpointError(msg)
+            msg = f"{entry.file}: got {name!r} of shape {list(entry.shape)} · expected {list(shape)}"
+            raise CheckpointError(f"{msg} · its config.json belongs to another model, or the file is damaged")
         if entry.dtype not in {str(dtype).removeprefix("torch.") for dtype in _FLOAT_DTYPES}:
-            msg = (
-                f"{entry.file}: got {name!r} as {entry.dtype} · expected floating point · "
-                "quantised checkpoints cannot be exported: use the original download"
-            )
-            raise CheckpointError(msg)
+            msg = f"{entry.file}: got {name!r} as {entry.dtype} · expected floating point"
+            raise CheckpointError(f"{msg} · quantised checkpoints cannot be exported: use the original download")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors into memory, in the dtype they are stored in.
@@ -142,11 +132,8 @@ class TensorFiles:
                     tensors[name] = get(entry)
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
-                msg = (
-                    f"{self.entries[name].file}: got NaN or infinity in {name!r} · expected finite weights · "
-                    "the file is damaged: fetch it again"
-                )
-                raise CheckpointError(msg)
+                msg = f"{self.entries[name].file}: got NaN or infinity in {name!r} · expected finite weights"
+                raise CheckpointError(f"{msg} · the file is damaged: fetch it again")
         return {name: tensors[name] for name in wanted}
 
 
@@ -172,11 +159,8 @@ def open_tensors(folder: Path, stem: str, *, what: str) -> TensorFiles:
         if path.is_file():
             entries = _index_shards(path, what) if name.endswith(".index.json") else _index_file(path, what)
             return TensorFiles(entries, what=what)
-    msg = (
-        f"{folder}: got none of {', '.join(candidates)} · expected the weights of {what} · "
-        "the download is incomplete, or this is the wrong folder"
-    )
-    raise CheckpointError(msg)
+    msg = f"{folder}: got none of {', '.join(candidates)} · expected the weights of {what}"
+    raise CheckpointError(f"{msg} · the download is incomplete, or this is the wrong folder")
 
 
 def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle holds anything
@@ -294,10 +278,8 @@ def _index_shards(index: Path, what: str) -> dict[str, TensorEntry]:
             raise CheckpointError(msg)
         for name, entry in _index_file(file, what).items():
             if name in entries:
-                msg = (
-                    f"{file}: got {name!r}, which {entries[name].file.name} holds too · expected it once · fetch again"
-                )
-                raise CheckpointError(msg)
+                msg = f"{file}: got {name!r}, which {entries[name].file.name} holds too · expected it once"
+                raise CheckpointError(f"{msg} · fetch again")
             entries[name] = entry
     for name, shard in weight_map.items():
         if name not in entries or entries[name].file.name != shard:

@@ -80,11 +80,8 @@ def open_tower(checkpoint: Path, llava: dict[str, Any]) -> Tower:
         unneeded=(*UNNEEDED_TRUNK, rf"blocks\.({unused_blocks})\..*"),
     )
     if llava.get("mm_hidden_size", config.dim) != config.dim:
-        msg = (
-            f"{checkpoint / 'config.json'}: got mm_hidden_size={llava['mm_hidden_size']} · expected the tower's "
-            f"{config.dim} · config.json and {tower_file.name} belong to different models"
-        )
-        raise CheckpointError(msg)
+        msg = f"{checkpoint / 'config.json'}: got mm_hidden_size={llava['mm_hidden_size']} · expected the tower's"
+        raise CheckpointError(f"{msg} {config.dim} · config.json and {tower_file.name} belong to different models")
     return Tower(config=config, preprocessing=preprocessing, trunk=trunk, files=(tower_json, tower_file))
 
 
@@ -129,12 +126,11 @@ def _find_tower_json(checkpoint: Path, llava: dict[str, Any]) -> Path:
         if not path.name.endswith(".index.json") and "vision_cfg" in read_json(path, what="json")
     ]
     if len(towers) != 1:
-        msg = (
+        raise CheckpointError(
             f"{checkpoint}: got {named!r} named in config.json but not there, and {len(towers)} other json files with "
             f"a vision_cfg{': ' + ', '.join(p.name for p in towers) if towers else ''} · expected exactly one · "
             "fetch biomedclipcxr_518.json, or remove the ones that are not this tower's"
         )
-        raise CheckpointError(msg)
     return towers[0]
 
 
@@ -183,11 +179,8 @@ def _tower_config(
     timm_name = vision.get("timm_model_name") if isinstance(vision, dict) else None
     image_size = vision.get("image_size") if isinstance(vision, dict) else None
     if not isinstance(timm_name, str) or "dinov2" not in timm_name or "reg" in timm_name or type(image_size) is not int:
-        msg = (
-            f"{tower_json}: got timm_model_name={timm_name!r} image_size={image_size!r} · expected a DINOv2 ViT "
-            "without registers and a size in pixels · other towers are not implemented"
-        )
-        raise CheckpointError(msg)
+        msg = f"{tower_json}: got timm_model_name={timm_name!r} image_size={image_size!r} · expected a DINOv2 ViT"
+        raise CheckpointError(f"{msg} without registers and a size in pixels · other towers are not implemented")
     blocks = [int(name.split(".")[1]) for name in trunk.entries if re.match(r"blocks\.\d+\.", name)]
     for name, dimensions in {"cls_token": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
         shape = trunk.entries[name].shape if name in trunk.entries else None
@@ -206,12 +199,11 @@ def _tower_config(
         mlp_dim=trunk.entries["blocks.0.mlp.fc1.weight"].shape[0],
     )
     if tower.dim % VIT_HEAD_DIM or tower.num_blocks < 1 or not tower.patch_size or image_size % tower.patch_size:
-        msg = (
+        raise CheckpointError(
             f"{tower_file}: got dim {tower.dim}, {depth} blocks, patch {tower.patch_size} for {image_size=} and select "
             f"layer {select_layer} · expected heads of {VIT_HEAD_DIM}, whole patches and a block to select · "
             f"{tower_json.name} belongs to another tower"
         )
-        raise CheckpointError(msg)
     return tower, _preprocessing(config, image_size, tower_json)
 
 

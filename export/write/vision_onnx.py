@@ -123,11 +123,8 @@ def write_vision_onnx(model: onnx.ModelProto, path: Path) -> None:
         CheckpointError: The weights pass the 2 GB that one protobuf file can hold, or the graph is not valid.
     """
     if model.ByteSize() >= 2**31:
-        msg = (
-            f"got a vision tower of {model.ByteSize() / 2**30:.1f} GiB · expected less than 2 GiB, the limit of one "
-            "ONNX file · export it with --vision fp16"
-        )
-        raise CheckpointError(msg)
+        msg = f"got a vision tower of {model.ByteSize() / 2**30:.1f} GiB · expected less than 2 GiB,"
+        raise CheckpointError(f"{msg} the limit of one ONNX file · export it with --vision fp16")
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
