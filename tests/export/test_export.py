@@ -397,7 +397,7 @@ def test_a_graph_that_onnx_refuses_is_an_error_of_ours(
     graph = export.write.vision_onnx._Graph
     right = graph.constant
     if fault == "operator":
-        monkeypatch.setattr(export.write.vision_onnx, "OPSET", 17)  # from before Gelu
+        monkeypatch.setattr("export.write.onnx_graph.OPSET", 17)  # from before Gelu
 
     def turned(self: Any, name: str, values: np.ndarray[Any, Any]) -> str:
         return right(self, name, values.T if fault == "shape" and "fc1.weight" in name else values)

@@ -224,14 +224,12 @@ def _product(weight: Array, *, after_gelu: bool, until_cast: bool = False) -> An
     outputs, inputs = weight.shape
     if until_cast:
         product, outputs = next(node for node in graph.nodes if node.op_type == "Cast").input[0], inputs
-    graph.add("Identity", product, output="y")
+    graph.add("Identity", product, outputs=["y"])
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "T", width])
         for name, width in (("x", inputs), ("y", outputs))
     ]
-    proto = helper.make_graph(graph.nodes, "g", ends[:1], ends[1:], list(graph.constants.values()))
-    opset = helper.make_opsetid("", export.write.vision_onnx.OPSET)
-    model = helper.make_model(proto, opset_imports=[opset], ir_version=export.write.vision_onnx.IR_VERSION)
+    model = graph.model("g", ends[:1], ends[1:])
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x})[0]
 
