@@ -17,7 +17,6 @@ HeadFormat = Literal["fp16", "int8"]
 ActivationOrder = Literal["none", "static", "group"]
 Clip = Literal["none", "mse"]
 
-
 LARGEST_WEIGHT: Final = 1000
 DEFAULT_ACTIVATIONS: Final[OnnxFloat] = "float32"
 
@@ -41,12 +40,7 @@ class TokenWeights:
 
     @classmethod
     def parse(cls, text: str) -> TokenWeights:
-        """Read "IMAGE,PROMPT".
-
-        Raises:
-            ValueError: It is not two numbers.
-            ArtifactError: They are out of range.
-        """
+        """Read "IMAGE,PROMPT"; a ValueError says that it is not two numbers."""
         image, _, prompt = text.partition(",")
         return cls(image=float(image), prompt=float(prompt))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
-from lite.errors import ArtifactError, CheckpointError, ImageError, LiteError, PromptError
+from lite.errors import ImageError, LiteError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.prompt import PromptEncoder, Tokenizer
@@ -99,10 +99,7 @@ class StudyReader:
 
     def __init__(self, tokenizer: Path, manifest: Manifest, *, max_seq_len: int, max_tokens: int) -> None:
         """Prepare the tokenizer."""
-        try:
-            self.tokenizer = Tokenizer(tokenizer, manifest.decoding)
-        except ArtifactError as error:
-            raise CheckpointError(str(error).replace("the manifest", "config.json")) from error
+        self.tokenizer = Tokenizer(tokenizer, manifest.decoding)
         self.max_seq_len = max_seq_len
         self.max_tokens = max_tokens
         self.prompts = PromptEncoder(

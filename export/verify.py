@@ -92,18 +92,7 @@ def measure(
     device: str = "cpu",
     show_progress: bool = False,
 ) -> Parts:
-    """Measure the artifact being written against its source.
-
-    Args:
-        checkpoint: The source.
-        artifact: Its files, and what its manifest will say of them.
-        judged: What to measure on.
-        device: Where torch computes.
-        show_progress: Draw progress bars.
-
-    Returns:
-        The parts of the artifact with what was measured of each.
-    """
+    """Measure the artifact being written against its source; return its parts with what was measured of each."""
     data, studies, parts = judged.data, judged.studies, artifact.manifest.parts
     source_features, features = _source_features(checkpoint, studies, device), _artifact_features(artifact, studies)
     source_logits = _source_logits(checkpoint, studies, source_features, device, show_progress)
@@ -131,11 +120,7 @@ def measure_onnx(
 
 
 def require_parity(parts: Parts) -> None:
-    """Compare what was measured with the tolerances.
-
-    Raises:
-        ArtifactError: A number is worse than its tolerance.
-    """
+    """Raise ArtifactError if a number that was measured is worse than its tolerance."""
     if parts.vision.fidelity is not None:
         part = f"vision {parts.vision.format}"
         _require(part, "cosine", parts.vision.fidelity.min_cosine, "min_cosine")

@@ -137,15 +137,9 @@ class HiddenStates:
 
 
 def embed(study: EncodedStudy, features: Tensor, embeddings: Tensor) -> Tensor:
-    """Splice the image between the prompt's halves; the last target is predicted, never read.
+    """Splice the image, float32 [P, hidden_size], between the prompt's halves: float32 [T, hidden_size].
 
-    Args:
-        study: Its tokens.
-        features: [P, hidden_size], float32.
-        embeddings: [vocab_size, hidden_size].
-
-    Returns:
-        [T, hidden_size], float32.
+    The last target is predicted, never read.
     """
     ids = [*study.input_ids, *study.target_ids[:-1]]
     at = ids.index(IMAGE_TOKEN_ID)
@@ -171,16 +165,7 @@ def start_states(
     *,
     show: bool,
 ) -> HiddenStates:
-    """Write the decoder's inputs for some studies.
-
-    Args:
-        file: Where to.
-        studies: Which.
-        features: Runs the tower on a study's film, [P, hidden_size].
-        embeddings: [vocab_size, hidden_size].
-        num_patches: P.
-        show: Whether to draw a progress bar.
-    """
+    """Write the decoder's inputs for some studies to a file; `features` runs the tower on one: [P, hidden_size]."""
     states = HiddenStates(file, [study.num_tokens(num_patches) for study in studies], embeddings.shape[1])
     films = progress_bar("reading the films", studies, unit="film", show=show)
     states.fill(embed(study, features(study), embeddings) for study in films)

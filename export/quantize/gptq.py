@@ -9,7 +9,7 @@ after column and after each moves the columns that are still free to where they 
 upper triangular U with H⁻¹ = Uᵀ U.
 
 The grid is symmetric: ŵ = s · (q − 2^(bits−1)), with one scale s for each output and group of `group_size` inputs, in
-float16 as it will be stored. What else is done here, each a choice of `Options`:
+float16 as it will be stored. What else is done here, each a choice of `GptqSettings`:
 
 - *activation order*: columns with large inputs are rounded first, while many are left to compensate. "static" takes
   any order, with the scales fixed beforehand; "group" takes whole groups in order of importance, and columns in order
@@ -33,8 +33,7 @@ from lite.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from export.settings import ActivationOrder, Clip
-
+    from export.settings import ActivationOrder, Clip, GptqSettings
 
 BLOCK_INPUTS: Final = 128
 """Inputs whose effect on those behind them is applied at once: a matrix product instead of many outer ones."""
@@ -69,15 +68,6 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How GPTQ goes about it."""
-
-    order: ActivationOrder = "group"
-    clip: Clip = "mse"
-    refine: int = 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
     """A rounded weight."""
 
@@ -101,12 +91,7 @@ class Hessian:
         self._weight = 0.0
 
     def add(self, x: Tensor, weights: Tensor) -> None:
-        """Count inputs.
-
-        Args:
-            x: [T, K], float32.
-            weights: λ_t, [T], not negative.
-        """
+        """Count inputs x float32 [T, K] with their weights λ_t [T], not negative."""
         scaled = x * weights.sqrt().unsqueeze(1)
         self._sum.addmm_(scaled.T, scaled)
         self._weight += float(weights.sum())
@@ -129,13 +114,9 @@ class Hessian:
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, clip: Clip = "none", importance: Tensor | None = None) -> Quantized:
-    """Round each weight by itself.
+    """Round each weight of a matrix, float32 [N, K], by itself.
 
-    Args:
-        weight: [N, K], float32.
-        grid: Where to.
-        clip: How the scales are chosen.
-        importance: What the squared errors of each input count in the clip search, [K]; all the same by default.
+    `importance` [K] is what the squared errors of each input count in the clip search; all the same by default.
     """
     groups = weight.reshape(len(weight), -1, grid.group_size)
     if clip == "none":
@@ -148,24 +129,24 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, clip: Clip = "none", importa
     return Quantized(values=values.to(torch.int8), scales=scales.half(), grid=grid)
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: Options, *, name: str = "weight") -> Quantized:
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: GptqSettings, *, name: str = "weight") -> Quantized:
     """Round a weight so that its outputs change as little as it can find.
 
     Args:
-        weight: [N, K], float32.
-        hessian: [K, K], float32; not changed.
+        weight: float32 [N, K].
+        hessian: float32 [K, K]; not changed.
         grid: Where to.
-        options: How.
+        options: How; its group size and method are not looked at.
         name: Of the weight, for messages.
 
     Raises:
         CheckpointError: The Hessian cannot be factorised.
     """
     importance = hessian.diagonal().clone()
-    order = _order(importance, grid, options.order)
+    order = _order(importance, grid, options.activation_order)
     U = _inverse_factor(hessian, order, name)
     static = None
-    if options.order == "static" or grid.group_size == weight.shape[1]:
+    if options.activation_order == "static" or grid.group_size == weight.shape[1]:
         static = round_to_nearest(weight, grid, clip=options.clip, importance=importance).scales.float().T.contiguous()
     # Inputs first from here on, [K, N]: the weights of one input, which are rounded together, lie together in memory.
     W = weight.T[order]

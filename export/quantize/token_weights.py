@@ -47,17 +47,9 @@ def search_token_weights(
     folder: Path,
     settings: ExportSettings,
 ) -> tuple[TokenWeights, dict[str, float]]:
-    """Try each candidate.
+    """Return the best candidate, and the mean KL of each in nats per token.
 
-    Args:
-        checkpoint: The source.
-        calibration: Studies to round by, and studies to judge by.
-        features: Runs the tower on a study's film, [P, hidden_size].
-        folder: For hidden states, which are deleted in the end.
-        settings: How to round, and where to compute.
-
-    Returns:
-        The best, and the mean KL of each in nats per token.
+    `features` runs the tower on a study's film: [P, hidden_size]. `folder` is for hidden states, deleted in the end.
     """
     fitted, judged = calibration.studies[:SEARCH_STUDIES], calibration.held_out
     P, layers, show = checkpoint.tower.num_patches, checkpoint.decoder.num_hidden_layers, settings.show_progress
@@ -86,12 +78,11 @@ def _rounded_ahead(
     checkpoint: Checkpoint, inputs: HiddenStates, by_token: Sequence[Tensor], settings: ExportSettings
 ) -> HiddenStates:
     """Return what the first layers, rounded, make of the sequences."""
-    quantizer = LayerQuantizer(checkpoint.decoder, settings)
     states = inputs
     for index in range(min(SEARCH_LAYERS, checkpoint.decoder.num_hidden_layers)):
         outputs = inputs.beside(inputs.file.with_name(f"search-layer-{index}"))
         layer = checkpoint.read_layer(index).merged()
-        quantizer.quantize(f"model.layers.{index}", layer, states, outputs, by_token)
+        LayerQuantizer(f"model.layers.{index}", layer, checkpoint.decoder, settings).quantize(states, outputs, by_token)
         if states is not inputs:
             states.remove()
         states = outputs

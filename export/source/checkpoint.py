@@ -24,6 +24,7 @@ from export.source.tensors import TensorFiles, open_tensors, read_json
 from export.source.tower import TowerConfig, open_tower, trunk_shapes
 from lite.config import DecoderConfig, DecodingDefaults, Preprocessing
 from lite.errors import ArtifactError, CheckpointError
+from lite.prompt import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,17 +44,8 @@ _LLAVA_REQUIRED: Final[dict[str, tuple[Any, str]]] = {
     "mm_use_im_start_end": (False, "it adds tokens to the vocabulary, which is not implemented"),
     "mm_use_im_patch_token": (False, "it adds a token to the vocabulary, which is not implemented"),
 }
-_SAME_IN_BASE: Final = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-)
+_MAY_DIFFER: Final = {"dtype", "quantization", "tie_word_embeddings"}
+"""Of the decoder's fields, which LLaVA's config repeats: any other difference means another base model."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,18 +101,14 @@ class Checkpoint:
 
     def read_tower(self) -> dict[str, Tensor]:
         """Read the tensors of the tower that are run, and the projector's as `projector.0.weight` and so on."""
-        tensors = self.trunk.read(trunk_shapes(self.tower, num_blocks=self.tower.num_blocks))
+        tensors = self.trunk.read(trunk_shapes(self.tower))
         for name, tensor in self.projector.read(self.projector.entries).items():
             tensors[f"projector.{name.removeprefix(PROJECTOR_PREFIX)}"] = tensor
         return tensors
 
 
 def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
-    """Open a checkpoint in the published layout and check it, without reading its weights.
-
-    Args:
-        checkpoint: Folder of the LLaVA-Rad download: LoRA, projector, tower.
-        base: Folder of the language model it was trained from: `lmsys/vicuna-7b-v1.5` for the published one.
+    """Open a LLaVA-Rad download and its base model's, and check them, without reading their weights.
 
     Raises:
         CheckpointError: A folder or file is not what it should be; the message says which, and what to do.
@@ -143,17 +131,18 @@ def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
     projector.require(projector_shapes(decoder, tower.config))
 
     tokenizer = base / "tokenizer.model"
-    _check_tokenizer(tokenizer, decoder.vocab_size)
+    ids = {key: llava[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if type(llava.get(key)) is int}
+    decoding = DecodingDefaults(**ids)
+    _check_tokenizer(tokenizer, decoding, decoder.vocab_size)
     in_checkpoint = [checkpoint / "config.json", adapter_file, *tower.files, *adapter.files, *projector.files]
     notice = _notice(checkpoint / NOTICE_NAME)
     in_checkpoint += [checkpoint / NOTICE_NAME] if notice is not None else []
     files = {f"checkpoint/{file.name}": file for file in in_checkpoint}
     files |= {f"base/{file.name}": file for file in (base / "config.json", tokenizer, *base_tensors.files)}
-    ids = {key: llava[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if type(llava.get(key)) is int}
     return Checkpoint(
         name=_model_name(checkpoint),
         decoder=decoder,
-        decoding=DecodingDefaults(**ids),
+        decoding=decoding,
         adapter_config=adapter_config,
         tower=tower.config,
         preprocessing=tower.preprocessing,
@@ -239,11 +228,10 @@ def _decoder_config(
         raise CheckpointError(f"{msg}, {adapter.base_model_name_or_path}")
     try:
         decoder = DecoderConfig.from_hf(base_config, where=str(where))
-        # LLaVA's config repeats the decoder's fields; a difference means another base model.
         theirs = DecoderConfig.from_hf({**llava, "model_type": "llama"}, where=str(checkpoint / "config.json"))
     except ArtifactError as error:
         raise CheckpointError(str(error).replace("export the artifact again", "fetch the file again")) from error
-    for name in _SAME_IN_BASE:
+    for name in {field.name for field in dataclasses.fields(decoder)} - _MAY_DIFFER:
         if getattr(decoder, name) != getattr(theirs, name):
             raise CheckpointError(
                 f"{where}: got {name}={getattr(decoder, name)} · expected {getattr(theirs, name)}, as in "
@@ -257,17 +245,12 @@ def _decoder_config(
     return decoder
 
 
-def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:
-    import sentencepiece
-
-    if not tokenizer.is_file():
-        msg = f"{tokenizer}: got no such file · expected the base model's SentencePiece model · fetch it"
-        raise CheckpointError(msg)
+def _check_tokenizer(tokenizer: Path, decoding: DecodingDefaults, vocab_size: int) -> None:
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).get_piece_size()
-    except (RuntimeError, OSError) as error:
-        msg = f"{tokenizer}: got a file SentencePiece cannot read ({error}) · expected a tokenizer.model"
-        raise CheckpointError(f"{msg} · fetch it again") from error
+        pieces = Tokenizer(tokenizer, decoding).vocab_size
+    except ArtifactError as error:
+        said = str(error).replace("the manifest", "config.json").replace("export it again", "fetch it again")
+        raise CheckpointError(said) from error
     if pieces != vocab_size:
         msg = f"{tokenizer}: got {pieces} pieces · expected {vocab_size}, as vocab_size in config.json"
         raise CheckpointError(f"{msg} · take tokenizer.model from the same download as the weights")

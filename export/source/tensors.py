@@ -60,20 +60,13 @@ class TensorEntry:
 
     file: Path
     key: str  # its name inside the file
-    group: str = (
-        ""  # the dict inside the file that holds it: a training checkpoint's "state_dict"; "" is the file's own
-    )
+    group: str = ""  # the dict inside the file that holds it, such as a training checkpoint's "state_dict"
     shape: tuple[int, ...]
     dtype: str
 
 
 class TensorFiles:
-    """The tensors of one or several files, by name.
-
-    Args:
-        entries: Every tensor of the files, by the name callers use.
-        what: The role of the files in a sentence, for messages: "the base model".
-    """
+    """The tensors of one or several files, by the name callers use; messages say `what` they are: "the base model"."""
 
     def __init__(self, entries: Mapping[str, TensorEntry], *, what: str) -> None:
         """Keep the entries; nothing is read."""
@@ -164,7 +157,7 @@ def open_tensors(folder: Path, stem: str, *, what: str) -> TensorFiles:
 
 
 def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle holds anything
-    """Load a pickled checkpoint with its tensors memory-mapped and every non-tensor type refused.
+    """Load a pickled checkpoint with its tensors memory-mapped.
 
     Raises:
         CheckpointError: The file is a git-lfs pointer, damaged, or asks for a type that is not allow-listed.
@@ -179,13 +172,12 @@ def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle hol
                 return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = _unsafe_globals(file, error)
+        msg = f"{file}: got bytes that are no checkpoint · expected the weights of {what} · fetch the file again"
         if names:
             msg = (
                 f"{file}: got a pickle that asks for {', '.join(names)} · expected tensors and numbers only · "
                 "loading it could run code: do not use this file unless you trust it and have removed them"
             )
-        else:
-            msg = f"{file}: got bytes that are no checkpoint · expected the weights of {what} · fetch the file again"
         raise CheckpointError(msg) from error
     except _DAMAGED_PICKLE as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -194,13 +186,7 @@ def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle hol
 
 
 def entries_of(file: Path, tensors: Mapping[Any, Any], *, group: str = "") -> dict[str, TensorEntry]:
-    """List the tensors of an unpickled state dict; anything in it that is not a tensor with a name is refused.
-
-    Args:
-        file: Where it was read from.
-        tensors: The state dict.
-        group: The name of the state dict inside the file, where it is not the whole of it.
-    """
+    """List the tensors of an unpickled state dict, a file's or a group in it; what is no named tensor is refused."""
     entries = {}
     for key, tensor in tensors.items():
         where = f"{key!r} in {group}" if group else repr(key)
@@ -216,11 +202,7 @@ def entries_of(file: Path, tensors: Mapping[Any, Any], *, group: str = "") -> di
 
 
 def read_json(file: Path, *, what: str) -> dict[str, Any]:
-    """Read a JSON object of the checkpoint.
-
-    Raises:
-        CheckpointError: Missing, unreadable, or not a JSON object.
-    """
+    """Read a JSON object of the checkpoint, or raise CheckpointError."""
     if not file.is_file():
         msg = f"{file}: got no such file · expected {what} · the download is incomplete, or this is the wrong folder"
         raise CheckpointError(msg)
@@ -237,11 +219,7 @@ def read_json(file: Path, *, what: str) -> dict[str, Any]:
 
 
 def refuse_lfs_pointer(file: Path, what: str) -> None:
-    """Raise when a file is the few lines git leaves in place of a large file it has not fetched.
-
-    Raises:
-        CheckpointError: It is, or it cannot be read at all.
-    """
+    """Raise CheckpointError for the few lines that git leaves in place of a large file it has not fetched."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_LFS_MAGIC))
@@ -254,11 +232,7 @@ def refuse_lfs_pointer(file: Path, what: str) -> None:
 
 
 def plain_file_name(name: object, *, where: str) -> str:
-    """Return a file name that stays in its folder.
-
-    Raises:
-        CheckpointError: It is not a plain name: a path could lead anywhere on the machine.
-    """
+    """Return a file name that stays in its folder, or raise CheckpointError: a path could lead anywhere."""
     if not isinstance(name, str) or not name or name != Path(name).name or "\\" in name or name in {".", ".."}:
         msg = f"{where}: got the file name {name!r} · expected a plain name in the same folder · do not use this file"
         raise CheckpointError(msg)

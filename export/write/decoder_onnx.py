@@ -67,20 +67,11 @@ _ALIGNMENT: Final = 1 << 16
 _HEAD_ROWS: Final = 4096
 """Of the head, rounded at a time."""
 _NUMPY: Final[Mapping[OnnxFloat, Any]] = {"float32": np.float32, "float16": np.float16}
-_ONNX: Final[Mapping[str, int]] = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-}
+_ONNX: Final[Mapping[str, int]] = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 def write_decoder_onnx(folder: Path, files: Sequence[Path], config: DecoderConfig, *, dtype: OnnxFloat) -> None:
-    """Write decoder.onnx, its data and the embeddings.
-
-    Args:
-        folder: where to.
-        files: the safetensors of `decoder/`.
-        config: its config.json. The weights have to be GPTQ.
-        dtype: what activations and cache are: float32 for CPUs, float16 for the GPUs' providers.
+    """Write decoder.onnx, its data and the embeddings from the safetensors of `decoder/`.
 
     Raises:
         ArtifactError: the decoder is not GPTQ, or a tensor is missing or damaged.
@@ -96,11 +87,7 @@ def write_decoder_onnx(folder: Path, files: Sequence[Path], config: DecoderConfi
 
 
 def require_gptq(config: DecoderConfig) -> None:
-    """Refuse a decoder that has no integers for decoder.onnx.
-
-    Raises:
-        ArtifactError: it is not GPTQ.
-    """
+    """Raise ArtifactError for a decoder that has no integers for decoder.onnx."""
     if config.quantization is None or not config.quantization.format.startswith("gptq"):
         stored = config.quantization.format if config.quantization else "fp16"
         msg = f"got a decoder in {stored} · expected gptq-int4 or gptq-int8, whose integers decoder.onnx takes over"

@@ -38,12 +38,9 @@ _SCALES_AT: Final = 12
 
 
 def write_int8_cache_graph(folder: Path, k_scales: Array, v_scales: Array) -> None:
-    """Write the graph with an int8 cache: decoder.onnx in all but attention.
+    """Write the graph with an int8 cache: decoder.onnx, in the same folder, in all but attention.
 
-    Args:
-        folder: where decoder.onnx is.
-        k_scales: what a step of the keys stands for, float32 [num_hidden_layers, kv_heads, head_dim].
-        v_scales: of the values.
+    `k_scales` and `v_scales` are those of `find_cache_scales`.
     """
     model = onnx.load(folder / GRAPH_NAME, load_external_data=False)
     graph = model.graph

@@ -9,7 +9,7 @@ import torch
 
 from export.progress import progress_bar
 from export.quantize.calibration import HiddenStates, start_states, token_weights
-from export.quantize.layerwise import PASSES, LayerQuantizer, QuantizedLayer
+from export.quantize.layerwise import PASSES, LayerQuantizer
 from export.quantize.token_weights import search_token_weights
 from export.settings import TokenWeights
 from export.write.decoder import (
@@ -89,11 +89,11 @@ def write_calibrated_layers(
     first = min(work.decoder.num_finished() - 1, layers)
     total, done = layers * PASSES, first * PASSES
     with progress_bar("rounding the decoder", total=total, initial=done, unit="pass", show=show) as bar:
-        quantizer = LayerQuantizer(source.decoder, settings, advance=bar.update)
         for index in range(first, layers):
-            layer = source.read_layer(index).merged()
-            rounded = _round_layer(work, quantizer, index, layer, states(index), states(index + 1), by_token)
-            bar.set_postfix_str(_errors_shown(index, rounded.errors))
+            layer, name = source.read_layer(index).merged(), f"model.layers.{index}"
+            quantizer = LayerQuantizer(name, layer, source.decoder, settings, advance=bar.update)
+            _round_layer(work, quantizer, index, states(index), states(index + 1), by_token)
+            bar.set_postfix_str(_errors_shown(index, quantizer.errors))
     found = work.read(SEARCH_NAME)
     return CalibrationRecord(
         data=calibration.data,
@@ -111,24 +111,21 @@ def _round_layer(
     work: WorkFolder,
     quantizer: LayerQuantizer,
     index: int,
-    layer: dict[str, Tensor],
     inputs: HiddenStates,
     outputs: HiddenStates,
     by_token: list[Tensor],
-) -> QuantizedLayer:
+) -> None:
     """Round a layer, and write it and the hidden states behind it."""
     if not inputs.complete:
         msg = f"{inputs.file}: got no hidden states to go on from · expected those before layer {index}"
         raise ArtifactError(f"{msg} · remove {work.path} to begin anew")
-    name = f"model.layers.{index}"
     # In a spare file until the layer is done: what is called outputs is complete.
     spare = outputs.beside(work.path / "hidden.partial")
-    rounded = quantizer.quantize(name, layer, inputs, spare, by_token)
+    quantizer.quantize(inputs, spare, by_token)
     give_name(spare.file, outputs.file)
-    report = PartReport(errors={f"{name}.{linear}": error for linear, error in rounded.errors.items()})
-    work.finish_part(index + 1, calibrated_part(index, rounded.norms, rounded.linears), report)
+    report = PartReport(errors={f"{quantizer.name}.{linear}": error for linear, error in quantizer.errors.items()})
+    work.finish_part(index + 1, calibrated_part(quantizer.name, quantizer.norms, quantizer.linears), report)
     inputs.remove()
-    return rounded
 
 
 def _token_weights(

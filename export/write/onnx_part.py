@@ -54,10 +54,6 @@ def write_onnx_part(
 
     Returns:
         The part. With an ONNX Runtime that has no int8 cache there is no graph with one.
-
-    Raises:
-        ArtifactError: The decoder is not GPTQ.
-        BackendUnavailable: ONNX Runtime is too old.
     """
     part = _write_float_graph(artifact, activations)
     written = artifact.with_parts(decoder_onnx=part)

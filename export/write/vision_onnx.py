@@ -70,8 +70,7 @@ def build_vision_onnx(
     Args:
         tensors: As `Checkpoint.read_tower` returns them.
         tower: The tower's shape.
-        vision_format: What weights and arithmetic are in; input and output are float32 either way. With "int8" the
-            blocks' linears are int8, the other weights stored as float16, and the other arithmetic is float32.
+        vision_format: What weights and arithmetic are in; input and output are float32 either way.
         model_name: Name of the graph.
 
     Raises:
@@ -146,12 +145,7 @@ def rotate_residual(tensors: Mapping[str, Tensor], tower: TowerConfig) -> dict[s
     orthonormal cosine transform, whose first column is constant, and fixed random signs, the first a plus: orthogonal
     by construction, the same on every machine, and with no row along an axis.
 
-    Args:
-        tensors: As `Checkpoint.read_tower` returns them.
-        tower: The tower's shape.
-
-    Returns:
-        Tensors under the same names, float64.
+    The tensors keep their names, and become float64.
 
     Source:
         QuaRot (arXiv 2404.00456) rotates the stream of a model with RMSNorm; SliceGPT (arXiv 2401.15024) moves
@@ -186,17 +180,11 @@ def rotate_residual(tensors: Mapping[str, Tensor], tower: TowerConfig) -> dict[s
 
 
 def quantise_linear(weight: Array) -> tuple[Array, Array]:
-    """Round a weight to int8 with one symmetric scale for an output channel, for uint8 × int8 products.
+    """Round a weight [N, K] to q int8 [N, K] and scales float32 [N] for uint8 × int8 products: weight ≈ q · scales.
 
     The scale is the finest with which a channel's largest weight is within ±127, and the largest sum of two neighbours
     (inputs 2j and 2j+1) of one sign too: 255 · 128 is below 2¹⁵, so that `vpmaddubsw`, which adds the products of two
     neighbours in 16 bits and clips, has nothing to clip whatever the activations are. Rounding adds at most 1 to a sum.
-
-    Args:
-        weight: [N, K], finite.
-
-    Returns:
-        q int8 [N, K] and scales float32 [N]; weight ≈ q · scales[:, None].
     """
     num_outputs, num_inputs = weight.shape
     pairs = np.pad(weight, ((0, 0), (0, num_inputs % 2))).reshape(num_outputs, -1, 2)
