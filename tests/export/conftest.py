@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def folders() -> Folders:
     """Read only, as all here."""
     out = made_once("small-checkpoint", random_checkpoint.write)
     return out / "llava-rad-phantom", out / "base"
+
+
+@pytest.fixture
+def own(folders: Folders, tmp_path: Path) -> Folders:
+    """A copy that the test may damage."""
+    copied = Path(shutil.copytree(folders[0].parent, tmp_path / "copy"))
+    return copied / folders[0].name, copied / folders[1].name
 
 
 @pytest.fixture(scope="session")

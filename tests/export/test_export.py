@@ -309,9 +309,8 @@ def test_verification_reads_the_evaluation_format(folders: Folders, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "films", "studies.json"]
 
 
-def test_without_a_notice_the_terms_of_the_published_weights_are_told(folders: Folders, tmp_path: Path) -> None:
-    checkpoint = Path(shutil.copytree(folders[0], tmp_path / "checkpoint"))
-    (checkpoint / "NOTICE").unlink()
-    notice = export_artifact(checkpoint, folders[1], tmp_path / "artifact").manifest.notice
+def test_without_a_notice_the_terms_of_the_published_weights_are_told(own: Folders, tmp_path: Path) -> None:
+    (own[0] / "NOTICE").unlink()
+    notice = export_artifact(*own, tmp_path / "artifact").manifest.notice
     assert "Microsoft Research License" in notice
     assert "not for clinical use" in notice

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import random_checkpoint
 import torch
+from random_checkpoint import edit_tensors
 from small_export import RTN, Folders, fails, settings_for
 
 import export.pipeline
@@ -124,18 +123,13 @@ def test_a_non_finite_layer_is_named(
 
 
 @pytest.mark.parametrize("decoder_format", ["fp16", "gptq-int4", "rtn", "bnb-nf4", "bnb-int8"])
-def test_a_weight_beyond_float16_is_named(folders: Folders, listed: Path, tmp_path: Path, decoder_format: Any) -> None:
-    copied = Path(shutil.copytree(folders[0].parent, tmp_path / "copy"))
-    file = copied / folders[0].name / "adapter_model.bin"
-    adapter = random_checkpoint.load(file)
-    for factor in "AB":
-        adapter[f"base_model.model.model.layers.1.mlp.up_proj.lora_{factor}.weight"] += 1000
-    torch.save(adapter, file)
-    changed = copied / folders[0].name, copied / folders[1].name
+def test_a_weight_beyond_float16_is_named(own: Folders, listed: Path, tmp_path: Path, decoder_format: Any) -> None:
+    names = [f"base_model.model.model.layers.1.mlp.up_proj.lora_{factor}.weight" for factor in "AB"]
+    edit_tensors(own[0] / "adapter_model.bin", lambda state: state | {name: state[name] + 1000 for name in names})
     calibrated = {"gptq-int4": settings_for(listed), "rtn": settings_for(listed, **RTN)}
     settings = calibrated.get(decoder_format) or ExportSettings(decoder_format=decoder_format)
     with pytest.raises(CheckpointError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: got .*fits float16"):
-        export_artifact(*changed, tmp_path / "artifact", settings)
+        export_artifact(*own, tmp_path / "artifact", settings)
     assert not (tmp_path / "artifact").exists()
 
 
