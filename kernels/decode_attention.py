@@ -53,13 +53,9 @@ def decode_attention(
             written already. A row of length 0 gets zeros.
         k_scales: float16 or float32 [B, kv_heads, S], of a cache of int8: key = k_cache * k_scales.
         v_scales: like k_scales, strides included.
-        backend: None for the selected one (see `kernels.backend`).
 
     Returns:
         [B, heads, head_dim] in the dtype of q.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device does not fit, or the backend does not run here.
     """
     _check(q, k_cache, v_cache, lengths)
     check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)

@@ -54,13 +54,9 @@ def rotary_and_cache(
         v_cache: like k_cache, strides included. Written to.
         k_scales: float16 or float32 [B, kv_heads, S], of a cache of int8. Written to.
         v_scales: like k_scales, strides included. Written to.
-        backend: None for the selected one (see `kernels.backend`).
 
     Returns:
         The turned q and k, in their dtype. The cache holds the latter.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device does not fit, or the backend does not run here.
     """
     _check(q, k, v, cos, sin, slots, k_cache)
     check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)

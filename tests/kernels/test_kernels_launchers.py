@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_weights import random_gptq
 
 from kernels import backend as backend_module
 from kernels import quant_matmul as quant_matmul_module
@@ -15,7 +16,7 @@ from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
 from kernels.backend import Card, Selection, require_backend, select_backend
 from kernels.decode_attention import decode_attention
-from kernels.gptq import GptqWeight, gptq_matmul, to_tensors
+from kernels.gptq import gptq_matmul
 from kernels.packing import from_tiles, pack, span_size, to_tiles, unpack
 from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul
 from kernels.rotary_and_cache import rotary_and_cache
@@ -24,13 +25,6 @@ from kernels.silu_mul import silu_mul
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-
-
-def random_gptq(bits: int, N: int, K: int, group_size: int, *, seed: int = 0) -> GptqWeight:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (N, K), generator=generator)
-    scales = torch.rand(N, K // group_size, generator=generator).half() + 0.01
-    return GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits)
 
 
 # ---- the backend
@@ -182,7 +176,7 @@ def test_weights_side_by_side() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([], "got no weights"),
+        ([], "got weights of none"),
         ([(4, 8, 64, 32), (8, 8, 64, 32)], "got weights of 64 inputs, 4 bits, .* and 64 inputs, 8 bits"),
         ([(4, 8, 64, 32), (4, 8, 128, 32)], "expected one form"),
         ([(4, 8, 64, 32), (4, 8, 64, 64)], "groups of 32 on cpu and .* groups of 64"),
