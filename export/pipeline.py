@@ -26,7 +26,7 @@ from export.quantize.calibration import CalibrationStudies, read_calibration
 from export.settings import DEFAULTS, ExportSettings
 from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
-from export.studies import NamedStudies, StudyReader
+from export.studies import NamedStudies, read_judged
 from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, require_divisible
 from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_layers, write_vision
 from export.write.onnx_part import write_onnx_part
@@ -92,7 +92,7 @@ def export_artifact(
     with _system_errors_explained(out, settings), work_folder(out, source.decoder.num_hidden_layers) as work:
         manifest = _manifest(source, work.decoder, settings)
         # Texts and films are read before the long part: a wrong path should not cost hours.
-        judged = _studies(source, manifest, settings)
+        judged = read_judged(source.tokenizer, manifest, source.decoder.max_position_embeddings, settings)
         calibration = read_calibration(source, manifest, settings.gptq) if settings.calibrates else None
         _require_space(source, work.path, calibration, settings)
         manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
@@ -196,16 +196,6 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     sources = {name: sha256[:12] for name, sha256 in manifest.sources.items()}
     versions = {"version": manifest.created_by, "torch": torch.__version__, "threads": torch.get_num_threads()}
     return given | gptq | sources | versions
-
-
-def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> NamedStudies:
-    reader = StudyReader(
-        source.tokenizer,
-        manifest,
-        max_seq_len=source.decoder.max_position_embeddings,
-        max_tokens=settings.verify_tokens,
-    )
-    return reader.read(settings.verify_data, settings.image_folder, settings.verify_studies, option="--image-folder")
 
 
 def _require_space(

@@ -22,6 +22,7 @@ from lite.prompt import PromptEncoder, Tokenizer
 from lite.studies.readers import check_films, read_studies
 
 if TYPE_CHECKING:
+    from export.settings import ParitySettings
     from lite.artifact.manifest import Manifest
     from lite.config import Preprocessing
 
@@ -177,6 +178,12 @@ class StudyReader:
         return EncodedStudy(
             film=film, preprocessing=self.preprocessing, input_ids=tuple(input_ids), target_ids=tuple(target_ids)
         )
+
+
+def read_judged(tokenizer: Path, manifest: Manifest, max_seq_len: int, settings: ParitySettings) -> NamedStudies:
+    """Return the studies to measure parity on."""
+    reader = StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=settings.verify_tokens)
+    return reader.read(settings.verify_data, settings.image_folder, settings.verify_studies, option="--image-folder")
 
 
 def sha256_of_studies(studies: list[EncodedStudy]) -> str:

@@ -32,7 +32,7 @@ from lite.eval.divergence import compare_logits, summarise
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -121,42 +121,38 @@ def measure_onnx(
 
 def require_parity(parts: Parts) -> None:
     """Raise ArtifactError if a number that was measured is worse than its tolerance."""
-    if parts.vision.fidelity is not None:
-        part = f"vision {parts.vision.format}"
-        _require(part, "cosine", parts.vision.fidelity.min_cosine, "min_cosine")
-        _require(part, "relative error", parts.vision.fidelity.relative_error, "max_relative_error")
-    _require_decoder(parts.decoder.fidelity, f"decoder {parts.decoder.format}", "int8 cache")
-    if parts.decoder_onnx is not None:
-        _require_decoder(parts.decoder_onnx.fidelity, "decoder.onnx", "decoder.int8_cache.onnx")
-
-
-def _require_decoder(fidelity: DecoderFidelity | None, part: str, int8_cache: str) -> None:
-    if fidelity is None:
-        return
-    for name, measured in ((part, fidelity.divergence), (int8_cache, fidelity.int8_cache)):
-        if measured is None:
+    for part, measure_name, got, limit_name in _measured(parts):
+        limit, at_least = getattr(TOLERANCES[part], limit_name), limit_name.startswith("min")
+        # Written so that NaN fails.
+        if got >= limit if at_least else got <= limit:
             continue
-        _require(name, "mean KL", measured.mean_kl, "max_mean_kl")
-        if measured.tokens >= MIN_TOKENS_FOR_SAME_TOP:
-            _require(name, "same top token", measured.same_top, "min_same_top")
+        bound = "at least" if at_least else "at most"
+        msg = f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact does not "
+        if part.endswith(".onnx"):
+            raise ArtifactError(f"{msg}compute what its decoder/ does, so it was not kept: report this")
+        lossy = part.startswith("decoder") and part != "decoder fp16"
+        advice = "or choose --method gptq, a smaller --group-size or more bits" if lossy else "and report this"
+        raise ArtifactError(
+            f"{msg}compute what the checkpoint does, so it was not kept: check that the base model is the one the "
+            f"adapter was trained on, {advice}"
+        )
 
 
-def _require(part: str, measure_name: str, got: float, limit_name: str) -> None:
-    limit = getattr(TOLERANCES[part], limit_name)
-    # Written so that NaN fails.
-    good = got >= limit if limit_name.startswith("min") else got <= limit
-    if good:
-        return
-    bound = "at least" if limit_name.startswith("min") else "at most"
-    msg = (
-        f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact does not compute "
-    )
-    if part.endswith(".onnx"):
-        raise ArtifactError(f"{msg}what its decoder/ does, so it was not kept: report this")
-    lossy = part.startswith("decoder") and part != "decoder fp16"
-    advice = ", or choose --method gptq, a smaller --group-size or more bits" if lossy else ", and report this"
-    msg += "what the checkpoint does, so it was not kept: check that the base model is the one the adapter was trained "
-    raise ArtifactError(f"{msg}on{advice}")
+def _measured(parts: Parts) -> Iterator[tuple[str, str, float, str]]:
+    """Yield of each number its part, what it is, and which limit holds for it."""
+    if (vision := parts.vision.fidelity) is not None:
+        yield f"vision {parts.vision.format}", "cosine", vision.min_cosine, "min_cosine"
+        yield f"vision {parts.vision.format}", "relative error", vision.relative_error, "max_relative_error"
+    measured: list[tuple[str, Divergence | None]] = []
+    if (fidelity := parts.decoder.fidelity) is not None:
+        measured += [(f"decoder {parts.decoder.format}", fidelity.divergence), ("int8 cache", fidelity.int8_cache)]
+    if parts.decoder_onnx is not None and (fidelity := parts.decoder_onnx.fidelity) is not None:
+        measured += [("decoder.onnx", fidelity.divergence), ("decoder.int8_cache.onnx", fidelity.int8_cache)]
+    for name, divergence in measured:
+        if divergence is not None:
+            yield name, "mean KL", divergence.mean_kl, "max_mean_kl"
+            if divergence.tokens >= MIN_TOKENS_FOR_SAME_TOP:
+                yield name, "same top token", divergence.same_top, "min_same_top"
 
 
 @torch.inference_mode()

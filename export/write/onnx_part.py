@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from export import verify
 from export.progress import progress_bar
-from export.studies import NamedStudies, StudyReader, sha256_of_studies
+from export.studies import NamedStudies, StudyReader, read_judged, sha256_of_studies
 from export.write.cache_scales import find_cache_scales
 from export.write.decoder_onnx import (
     ACCURACY_LEVEL,
@@ -117,7 +117,12 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
     if out is not None and target.is_relative_to(source):
         msg = f"{target}: got a place inside the artifact · expected one beside it · choose another place"
         raise ArtifactError(msg)
-    judged, cache = _studies(artifact, settings)
+    tokenizer, manifest = artifact.file(artifact.manifest.parts.tokenizer.file), artifact.manifest
+    max_seq_len = artifact.decoder_config().max_position_embeddings
+    judged = read_judged(tokenizer, manifest, max_seq_len, settings)
+    cache = StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=CACHE_TOKENS).read(
+        settings.calibration_data, settings.calibration_images, MAX_CACHE_STUDIES, option="--calibration-images"
+    )
     show = settings.show_progress
     with staged_artifact(target, overwrite=out is None) as staged:
         artifact = dataclasses.replace(artifact, path=staged.path).with_parts(decoder_onnx=None)
@@ -130,20 +135,3 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
         verify.require_parity(manifest.parts)
         staged.finish(manifest)
     return load_artifact(target)
-
-
-def _studies(artifact: Artifact, settings: OnnxSettings) -> tuple[NamedStudies, NamedStudies]:
-    """Read what to measure on, and what to find the scales of the cache on."""
-    manifest, max_seq_len = artifact.manifest, artifact.decoder_config().max_position_embeddings
-    tokenizer = artifact.file(manifest.parts.tokenizer.file)
-    to_judge, to_calibrate = (
-        StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=max_tokens)
-        for max_tokens in (settings.verify_tokens, CACHE_TOKENS)
-    )
-    judged = to_judge.read(
-        settings.verify_data, settings.image_folder, settings.verify_studies, option="--image-folder"
-    )
-    calibrating = to_calibrate.read(
-        settings.calibration_data, settings.calibration_images, MAX_CACHE_STUDIES, option="--calibration-images"
-    )
-    return judged, calibrating

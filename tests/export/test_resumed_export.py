@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         (DecoderFolder, "write", 1, 1),  # the first layer is rounded, and not yet written
         (export.quantize.layerwise.LayerQuantizer, "quantize", 1, 2),
         (HiddenStates, "write", 40, 2),  # in the middle of the second layer
-        (DecoderFolder, "write", 3, 3),
         (export.pipeline.verify, "measure", 0, 4),
     ],
 )
