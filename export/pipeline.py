@@ -28,7 +28,7 @@ from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
 from export.studies import NamedStudies, read_judged
 from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, require_divisible
-from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_layers, write_vision
+from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
 from export.write.onnx_part import write_onnx_part
 from export.write.work import VISION_NAME, work_folder, work_path
 from lite._version import __version__
@@ -98,9 +98,7 @@ def export_artifact(
         manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
         work.require_same(_arguments(manifest, calibration, settings))
         write_vision(source, work.vision, settings)
-        if calibration is None:
-            write_layers(source, work, settings)
-        else:
+        if calibration is not None:
             record = write_calibrated_layers(source, work, manifest, calibration, settings)
             manifest = _with_decoder(manifest, calibration=record)
         finish_decoder(source, work, manifest, settings)

@@ -95,6 +95,14 @@ class Checkpoint:
         }
         return SourceLayer(weights=weights, lora=lora)
 
+    def read_part(self, part: int) -> dict[str, Tensor]:
+        """Read the embeddings (part 0), layer `part - 1`, or the last norm and the head; in float32, LoRA merged."""
+        layer = part - 1
+        if 0 <= layer < self.decoder.num_hidden_layers:
+            return {f"model.layers.{layer}.{name}": tensor for name, tensor in self.read_layer(layer).merged().items()}
+        names = ["model.norm.weight", "lm_head.weight"] if part else ["model.embed_tokens.weight"]
+        return {name: tensor.float() for name, tensor in self.base.read(names).items()}
+
     def read_base(self, name: str) -> Tensor:
         """Read one tensor of the base model: the embeddings, the final norm or the head."""
         return self.base.read([name])[name]

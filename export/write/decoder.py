@@ -23,7 +23,6 @@ from safetensors.torch import save
 from export.quantize.bnb import quantization_config as bnb_quantization_config
 from export.quantize.bnb import quantize_int8, quantize_nf4
 from export.quantize.gptq import FIRST_DAMPING, Grid, Quantized, round_to_nearest
-from export.source.lora import LINEARS
 from kernels.bnb import NF4_BLOCK_SIZE
 from kernels.gptq import to_tensors
 from kernels.packing import pack_factor
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from lite.config import DecoderConfig, DecodingDefaults
 
 CONFIG_NAME: Final = "decoder/config.json"
-EMBEDDINGS: Final = "model.embed_tokens.weight"
-FINAL_NORM: Final = "model.norm.weight"
 HEAD: Final = "lm_head"
 HEAD_BITS: Final = 8
 
@@ -136,38 +133,21 @@ class DecoderFolder:
         _write_json(self.folder / "model.safetensors.index.json", index)
 
 
-def embeddings_part(checkpoint: Checkpoint, report: PartReport) -> dict[str, Tensor]:
-    """Return the tensors of the first part, in float16."""
-    return {EMBEDDINGS: _rounded(EMBEDDINGS, checkpoint.read_base(EMBEDDINGS).float(), report)}
-
-
-def head_part(checkpoint: Checkpoint, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
-    """Return the tensors of the last part: the final norm in float16, and the head in its form."""
-    tensors = {FINAL_NORM: _rounded(FINAL_NORM, checkpoint.read_base(FINAL_NORM).float(), report)}
-    head = checkpoint.read_base(f"{HEAD}.weight").float()
-    if settings.gptq.lm_head == "int8":
-        grid = grid_of(settings, head.shape[1], bits=HEAD_BITS)
-        return tensors | gptq_tensors(HEAD, round_to_nearest(head, grid, clip="mse"))
-    return tensors | {f"{HEAD}.weight": _rounded(f"{HEAD}.weight", head, report)}
-
-
-def layer_part(checkpoint: Checkpoint, index: int, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
-    """Return the tensors of a layer in the forms that take no calibration: fp16, bitsandbytes, rounding to nearest."""
-    prefix = f"model.layers.{index}."
+def plain_part(checkpoint: Checkpoint, part: int, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
+    """Return the tensors of a part in the forms that take no calibration: fp16, bitsandbytes, rounding to nearest."""
     tensors: dict[str, Tensor] = {}
-    for key, exact in checkpoint.read_layer(index).merged().items():
-        name = prefix + key
-        linear = key.removesuffix(".weight")
-        if linear not in LINEARS or settings.decoder_format == "fp16":
-            tensors[name] = _rounded(name, exact, report)
-            continue
+    for name, exact in checkpoint.read_part(part).items():
         require_float16(name, exact)
-        if settings.decoder_format.startswith("gptq"):
-            stored = round_to_nearest(exact, grid_of(settings, exact.shape[1], bits=settings.bits))
-            tensors |= gptq_tensors(prefix + linear, stored)
-            continue
-        parts = quantize_nf4(exact.half()) if settings.decoder_format == "bnb-nf4" else quantize_int8(exact)
-        tensors |= {f"{prefix}{linear}.{part}": tensor for part, tensor in parts.items()}
+        bits, owner = _bits(name, settings), name.removesuffix(".weight")
+        if bits == 16:
+            tensors[name] = exact.half()
+            report.add(name, exact, tensors[name])
+        elif settings.decoder_format.startswith("gptq"):
+            grid = grid_of(settings, exact.shape[1], bits=bits)
+            tensors |= gptq_tensors(owner, round_to_nearest(exact, grid, clip="mse" if owner == HEAD else "none"))
+        else:
+            parts = quantize_nf4(exact.half()) if settings.decoder_format == "bnb-nf4" else quantize_int8(exact)
+            tensors |= {f"{owner}.{key}": tensor for key, tensor in parts.items()}
     return tensors
 
 
@@ -234,13 +214,6 @@ def _bits(name: str, settings: ExportSettings) -> int:
     if name == f"{HEAD}.weight":
         return HEAD_BITS if settings.gptq.lm_head == "int8" else 16
     return settings.bits if "_proj." in name else 16
-
-
-def _rounded(name: str, exact: Tensor, report: PartReport) -> Tensor:
-    require_float16(name, exact)
-    rounded = exact.to(torch.float16)
-    report.add(name, exact, rounded)
-    return rounded
 
 
 def require_float16(name: str, exact: Tensor) -> None:

@@ -15,9 +15,7 @@ from export.settings import TokenWeights
 from export.write.decoder import (
     PartReport,
     calibrated_part,
-    embeddings_part,
-    head_part,
-    layer_part,
+    plain_part,
     quantization_config,
     write_configs,
 )
@@ -54,15 +52,12 @@ def write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> No
         write_vision_onnx(model, partial)
 
 
-def write_layers(source: Checkpoint, work: WorkFolder, settings: ExportSettings) -> None:
-    """Write the embeddings and all layers in a form that takes no calibration."""
-    done, end = work.decoder.num_finished(), source.decoder.num_hidden_layers + 1
-    parts = range(done, end)
-    show = settings.show_progress
-    for part in progress_bar("writing the decoder", parts, total=end, initial=done, unit="part", show=show):
+def write_parts(source: Checkpoint, work: WorkFolder, settings: ExportSettings, *, end: int | None = None) -> None:
+    """Write the parts that are not there yet, all or up to an end, in forms that take no calibration."""
+    done, end, show = work.decoder.num_finished(), end or work.decoder.num_parts, settings.show_progress
+    for part in progress_bar("writing the decoder", range(done, end), total=end, initial=done, unit="part", show=show):
         report = PartReport()
-        tensors = layer_part(source, part - 1, settings, report) if part else embeddings_part(source, report)
-        work.finish_part(part, tensors, report)
+        work.finish_part(part, plain_part(source, part, settings, report), report)
 
 
 def write_calibrated_layers(
@@ -84,7 +79,7 @@ def write_calibrated_layers(
         embeddings, features = source.read_base("model.embed_tokens.weight"), _features(work, manifest)
         start_states(states(0).file, calibration.studies, features, embeddings, P, show=show)
         del embeddings, features
-        work.finish_part(0, embeddings_part(source, report := PartReport()), report)
+        write_parts(source, work, settings, end=1)
     by_token = [token_weights(study, P, weights) for study in calibration.studies]
     first = min(work.decoder.num_finished() - 1, layers)
     total, done = layers * PASSES, first * PASSES
@@ -158,10 +153,8 @@ def _errors_shown(index: int, errors: dict[str, float]) -> str:
 
 
 def finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, settings: ExportSettings) -> None:
-    """Write the final norm, the head, and the small files."""
-    last = work.decoder.num_parts - 1
-    if work.decoder.num_finished() == last:
-        work.finish_part(last, head_part(source, settings, report := PartReport()), report)
+    """Write the parts that are left, the final norm and the head at least, and the small files."""
+    write_parts(source, work, settings)
     work.decoder.write_index()
     write_configs(
         work.decoder.folder,
