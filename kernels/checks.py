@@ -44,7 +44,11 @@ def check_whole(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
 def check_cache(
     k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, *, dtype: torch.dtype
 ) -> None:
-    """Raise unless keys and values are a cache for tensors of `dtype`: in that dtype, or int8 with scales."""
+    """Raise unless keys and values are a cache for tensors of `dtype`: in that dtype, or int8 with scales.
+
+    k_cache is [B, kv_heads, S, head_dim], its last axis without gaps: one layer of a larger tensor will do. v_cache is
+    like it, strides included. k_scales is float16 or float32 [B, kv_heads, S], and v_scales like it.
+    """
     quantized = k_cache.dtype == torch.int8
     if k_cache.dtype != dtype and not quantized:
         raise ValueError(f"got k_cache {k_cache.dtype} · expected {dtype}, the dtype of the tokens, or torch.int8")

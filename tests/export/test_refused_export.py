@@ -208,6 +208,9 @@ def test_settings_that_exclude_each_other_are_refused(listed: Path) -> None:
             (rounded, {"method": "rtn", **ignored}, f"got {next(iter(ignored))} .* expected it with --method gptq only")
             for ignored in ({"calibration_data": listed}, {"refine": 1}, {"fold_scales": False}, {"clip": "none"})
         ),
+        (rounded, {"calibration_data": listed, "refine": -1}, "refine=-1 · expected 1 and 0 or more"),
+        ({"onnx": True}, {}, "got the onnx engine for fp16"),
+        ({"activations": "float16"}, {}, "got activations float16 without the onnx engine"),
         ({"image_folder": listed.parent}, {}, "got image_folder without verify_data"),
         ({"decoder_format": "int3"}, {}, "got decoder format 'int3'"),
         ({"verify_studies": 0}, {}, "verify_studies=0"),
