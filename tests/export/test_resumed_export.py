@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from lite.artifact.open import Artifact
 
 
+@pytest.fixture
+def stopped(folders: Folders, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an export to "artifact" that was stopped with two parts of its decoder finished."""
+    with stopped_at(monkeypatch, DecoderFolder, "write", 2):
+        export_artifact(*folders, tmp_path / "artifact", settings_for(listed))
+    return tmp_path / ".artifact.export"
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "call", "finished"),
     [
@@ -87,12 +95,10 @@ def test_a_search_survives_an_interrupt_and_is_not_done_twice(
 
 
 def test_other_arguments_are_refused_by_name_and_nothing_is_lost(
-    folders: Folders, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, listed: Path, tmp_path: Path, stopped: Path
 ) -> None:
     out, settings = tmp_path / "artifact", settings_for(listed)
-    with stopped_at(monkeypatch, DecoderFolder, "write", 2):
-        export_artifact(*folders, out, settings)
-    kept = sorted(path.name for path in (tmp_path / ".artifact.export").rglob("*"))
+    kept = sorted(path.name for path in stopped.rglob("*"))
     other_list = listed.with_name("fewer.json")
     other_list.write_text(json.dumps(json.loads(listed.read_text())[:8]))
     others = {
@@ -105,7 +111,7 @@ def test_other_arguments_are_refused_by_name_and_nothing_is_lost(
     for named, other in others.items():
         with pytest.raises(ArtifactError, match=rf"got {named}.*2 parts of its decoder finished.*remove the folder"):
             export_artifact(*folders, out, other)
-    assert sorted(path.name for path in (tmp_path / ".artifact.export").rglob("*")) == kept
+    assert sorted(path.name for path in stopped.rglob("*")) == kept
     # How it is measured is another matter.
     artifact = export_artifact(*folders, out, dataclasses.replace(settings, verify_studies=3))
     part = artifact.manifest.parts.decoder
@@ -139,20 +145,19 @@ def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
     listed: Path,
     gptq_artifact: Artifact,
     tmp_path: Path,
+    stopped: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A wrong path, another checkpoint, something in the way: none of them costs the finished layers."""
     out, settings = tmp_path / "artifact", settings_for(listed)
-    with stopped_at(monkeypatch, DecoderFolder, "write", 3):
-        export_artifact(*folders, out, settings)
-    parts = sorted((tmp_path / ".artifact.export" / "decoder").glob("model-*"))
-    assert len(parts) == 3
+    parts = sorted((stopped / "decoder").glob("model-*"))
+    assert len(parts) == 2
     source = open_checkpoint(*folders)
     deeper = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, num_hidden_layers=9))
     with monkeypatch.context() as patch:
         patch.setattr(export.pipeline, "open_checkpoint", lambda *_: deeper)
         patch.setattr(export.pipeline, "_require_space", lambda *_: None)
-        with pytest.raises(ArtifactError, match="3 parts of its decoder finished"):
+        with pytest.raises(ArtifactError, match="2 parts of its decoder finished"):
             export_artifact(*folders, out, dataclasses.replace(settings, vision_format="fp16"))
     assert all(part.is_file() for part in parts)
     with pytest.raises(LiteError, match="got a file that cannot be read"):
@@ -191,12 +196,9 @@ def test_going_on_does_not_write_into_an_artifact_that_shares_its_files(
 
 
 def test_hidden_states_lost_to_a_power_cut_are_noticed(
-    folders: Folders, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, listed: Path, tmp_path: Path, stopped: Path
 ) -> None:
-    out, settings = tmp_path / "artifact", settings_for(listed)
-    with stopped_at(monkeypatch, DecoderFolder, "write", 2):
-        export_artifact(*folders, out, settings)
-    states = tmp_path / ".artifact.export" / "hidden-0001"
+    out, settings, states = tmp_path / "artifact", settings_for(listed), stopped / "hidden-0001"
     states.write_bytes(bytes(states.stat().st_size))
     with pytest.raises(CheckpointError, match=r"layers\.1\..*got no inputs but zeros"):
         export_artifact(*folders, out, settings)
