@@ -14,7 +14,7 @@ from lite.errors import ArtifactError
 GroupSize = Literal[32, 64, 128, -1]
 Method = Literal["gptq", "rtn"]
 HeadFormat = Literal["fp16", "int8"]
-ActivationOrder = Literal["none", "static", "group"]
+ActivationOrder = Literal["none", "group"]
 Clip = Literal["none", "mse"]
 
 LARGEST_WEIGHT: Final = 1000

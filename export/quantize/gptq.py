@@ -11,10 +11,10 @@ upper triangular U with H⁻¹ = Uᵀ U.
 The grid is symmetric: ŵ = s · (q − 2^(bits−1)), with one scale s for each output and group of `group_size` inputs, in
 float16 as it will be stored. What else is done here, each a choice of `GptqSettings`:
 
-- *activation order*: columns with large inputs are rounded first, while many are left to compensate. "static" takes
-  any order, with the scales fixed beforehand; "group" takes whole groups in order of importance, and columns in order
-  inside each, so that a group's scale is chosen when its turn comes, from weights that carry the compensation. Both
-  are undone before writing: the file has natural order, and the runtime needs no g_idx.
+- *activation order*: columns with large inputs are rounded first, while many are left to compensate: whole groups in
+  order of importance, and columns in order inside each, so that a group's scale is chosen when its turn comes, from
+  weights that carry the compensation. It is undone before writing: the file has natural order, and the runtime needs
+  no g_idx.
 - *clip*: a scale smaller than the largest weight needs, which cuts that weight off and rounds all others finer.
 - *refine*: passes over the finished columns that round each anew given all others (coordinate descent on the same
   objective), with the scales fitted again by least squares before each. GPTQ cannot go back; this does.
@@ -145,21 +145,22 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: GptqSettings, *, 
     importance = hessian.diagonal().clone()
     order = _order(importance, grid, options.activation_order)
     U = _inverse_factor(hessian, order, name)
-    static = None
-    if options.activation_order == "static" or grid.group_size == weight.shape[1]:
-        static = round_to_nearest(weight, grid, clip=options.clip, importance=importance).scales.float().T.contiguous()
+    whole_row = grid.group_size == weight.shape[1]
     # Inputs first from here on, [K, N]: the weights of one input, which are rounded together, lie together in memory.
     W = weight.T[order]
     values = torch.empty_like(W)
-    scales = W.new_empty(len(W) // grid.group_size, W.shape[1]) if static is None else static
+    scales = W.new_empty(len(W) // grid.group_size, W.shape[1])
+    if whole_row:  # its scale is known before any column is rounded, and blocks need not be groups
+        nearest = round_to_nearest(weight, grid, clip=options.clip, importance=importance)
+        scales = nearest.scales.float().T.contiguous()
     group_of = (order // grid.group_size).tolist()
-    block = max(BLOCK_INPUTS, grid.group_size) if static is None else BLOCK_INPUTS
+    block = BLOCK_INPUTS if whole_row else max(BLOCK_INPUTS, grid.group_size)
     for start in range(0, len(W), block):
         end = min(start + block, len(W))
         errors = torch.empty_like(W[start:end])
         for place in range(start, end):
             group = group_of[place]
-            if static is None and place % grid.group_size == 0:
+            if not whole_row and place % grid.group_size == 0:
                 here = slice(place, place + grid.group_size)
                 scales[group] = _scales(W[here], grid, options.clip, importance[order[here]])
             values[place] = grid.round(W[place], scales[group])
@@ -210,8 +211,6 @@ def _order(importance: Tensor, grid: Grid, order: ActivationOrder) -> Tensor:
     columns = torch.arange(len(importance), device=importance.device)
     if order == "none":
         return columns
-    if order == "static":
-        return importance.argsort(descending=True, stable=True)
     groups = importance.view(-1, grid.group_size)
     inside = groups.argsort(dim=1, descending=True, stable=True)
     first = groups.amax(1).argsort(descending=True, stable=True)
