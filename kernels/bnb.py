@@ -107,7 +107,7 @@ class Nf4Weight(StoredWeight):
             "weight.nested_absmax": ((math.ceil(blocks / NF4_NESTED_BLOCK_SIZE),), torch.float32),
             "weight.nested_quant_map": ((256,), torch.float32),
         }
-        check_forms(tensors, forms)
+        check_forms(tensors, forms, advice=_AGAIN)
         return cls(
             shape=shape,
             packed=tensors["weight"],
@@ -183,16 +183,16 @@ class Int8Weight(StoredWeight):
         check_names(tensors, {"weight", "SCB", "weight_format"})
         if tensors["weight"].dim() != 2:
             got = list(tensors["weight"].shape)
-            raise ValueError(f"weight: got shape {got} · expected [out, in] · quantise the weight again")
+            raise ValueError(f"weight: got shape {got} · expected [out, in]{_AGAIN}")
         out_features, in_features = tensors["weight"].shape
         forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weight": ((out_features, in_features), torch.int8),
             "SCB": ((out_features,), torch.float32),
             "weight_format": ((), torch.uint8),
         }
-        check_forms(tensors, forms)
+        check_forms(tensors, forms, advice=_AGAIN)
         if code := int(tensors["weight_format"]):
-            raise ValueError(f"weight_format: got {code} · expected 0, by rows · quantise the weight again")
+            raise ValueError(f"weight_format: got {code} · expected 0, by rows{_AGAIN}")
         return cls(weight=tensors["weight"], scb=tensors["SCB"])
 
     @property
@@ -232,6 +232,7 @@ def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
     return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype))
 
 
+_AGAIN: Final = " · quantise the weight again"
 _NF4_FLOATS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 

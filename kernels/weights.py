@@ -54,10 +54,12 @@ def check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
         raise ValueError(f"got {sorted(tensors)} · expected {sorted(expected)} · missing or unknown: {odd}")
 
 
-def check_forms(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+def check_forms(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, advice: str = ""
+) -> None:
     """Raise ValueError unless the tensors have these shapes and dtypes."""
     for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             got = f"{list(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"{name}: got {got} · expected {list(shape)} {dtype} · quantise the weight again")
+            raise ValueError(f"{name}: got {got} · expected {list(shape)} {dtype}{advice}")
