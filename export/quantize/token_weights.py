@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from export.progress import progress_bar
 from export.quantize.calibration import HiddenStates, start_states, token_weights
-from export.quantize.layerwise import LayerQuantizer
+from export.quantize.layerwise import PASSES, LayerQuantizer
 from export.settings import TokenWeights
 from export.source import forward
 
@@ -58,12 +58,14 @@ def search_token_weights(
     del embeddings
     source = _last_of(inputs, len(judged), folder / "search-source")
     rounded = {}
-    for weights in progress_bar("choosing λ", CANDIDATES, unit="candidate", show=show):
-        by_token = [token_weights(study, P, weights) for study in fitted]
-        by_token += [torch.zeros(inputs.lengths[len(fitted) + place]) for place in range(len(judged))]
-        ahead = _rounded_ahead(checkpoint, inputs, by_token, settings)
-        rounded[weights] = _last_of(ahead, len(judged), folder / f"search-{weights}")
-        ahead.remove()
+    passes = len(CANDIDATES) * min(SEARCH_LAYERS, layers) * PASSES
+    with progress_bar("choosing λ", total=passes, unit="pass", show=show) as bar:
+        for weights in CANDIDATES:
+            by_token = [token_weights(study, P, weights) for study in fitted]
+            by_token += [torch.zeros(inputs.lengths[len(fitted) + place]) for place in range(len(judged))]
+            ahead = _rounded_ahead(checkpoint, inputs, by_token, settings, bar.update)
+            rounded[weights] = _last_of(ahead, len(judged), folder / f"search-{weights}")
+            ahead.remove()
     inputs.remove()
     for index in progress_bar("comparing them", range(layers), unit="layer", show=show):
         behind = rounded.values() if index >= SEARCH_LAYERS else ()
@@ -75,14 +77,19 @@ def search_token_weights(
 
 
 def _rounded_ahead(
-    checkpoint: Checkpoint, inputs: HiddenStates, by_token: Sequence[Tensor], settings: ExportSettings
+    checkpoint: Checkpoint,
+    inputs: HiddenStates,
+    by_token: Sequence[Tensor],
+    settings: ExportSettings,
+    advance: Callable[[], object],
 ) -> HiddenStates:
     """Return what the first layers, rounded, make of the sequences."""
     states = inputs
     for index in range(min(SEARCH_LAYERS, checkpoint.decoder.num_hidden_layers)):
         outputs = inputs.beside(inputs.file.with_name(f"search-layer-{index}"))
-        layer = checkpoint.read_layer(index).merged()
-        LayerQuantizer(f"model.layers.{index}", layer, checkpoint.decoder, settings).quantize(states, outputs, by_token)
+        layer, name = checkpoint.read_layer(index).merged(), f"model.layers.{index}"
+        quantizer = LayerQuantizer(name, layer, checkpoint.decoder, settings, advance=advance)
+        quantizer.quantize(states, outputs, by_token)
         if states is not inputs:
             states.remove()
         states = outputs
