@@ -11,19 +11,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from export.settings import ExportSettings, GptqSettings, TokenWeights
+from export.settings import ExportSettings, GptqSettings, OnnxSettings, TokenWeights
 from lite.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from export.pipeline import export_artifact
-    from export.write.onnx_part import OnnxSettings, add_onnx
+    from export.write.onnx_part import add_onnx
 
 __all__ = ["ExportSettings", "GptqSettings", "OnnxSettings", "TokenWeights", "add_onnx", "export_artifact"]
-_HEAVY = {
-    "OnnxSettings": "export.write.onnx_part",
-    "add_onnx": "export.write.onnx_part",
-    "export_artifact": "export.pipeline",
-}
+_HEAVY = {"add_onnx": "export.write.onnx_part", "export_artifact": "export.pipeline"}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562

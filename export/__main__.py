@@ -18,6 +18,7 @@ from export.settings import (
     GroupSize,
     HeadFormat,
     Method,
+    OnnxSettings,
     TokenWeights,
 )
 from export.summary import export_summary, onnx_summary
@@ -67,8 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["onnx"]:
         return _add_onnx(given[1:])
-    if given[:1] == ["check"]:
-        return _check(given[1:])
     options = _parser().parse_args(given)
     return run_command(lambda: _export(options), interrupted=lambda: _what_an_interrupt_leaves(options))
 
@@ -81,7 +80,6 @@ def _export(options: argparse.Namespace) -> int:
         vision_format=options.vision,
         gptq=GptqSettings(**_given(GptqSettings, options)),
         onnx=options.engine == "onnx",
-        show_progress=not options.quiet,
         **_given(ExportSettings, options),
     )
     artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
@@ -103,109 +101,29 @@ def _what_an_interrupt_leaves(options: argparse.Namespace) -> str:
     if (options.out / "manifest.json").is_file() and not options.overwrite:
         return f"interrupted: the artifact at {options.out} is complete"
     kept = work_path(options.out)
-    what_now = (
-        f"the same command goes on with the finished parts in {kept}; remove that folder to give up"
-        if kept.exists()
-        else "and nothing is left behind"
-    )
+    what_now = "and nothing is left behind"
+    if kept.exists():
+        what_now = f"the same command goes on with the finished parts in {kept}; remove that folder to give up"
     return f"interrupted: no artifact at {options.out} · {what_now}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m export",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    required = parser.add_argument_group("what to read and write")
-    _add_sources(required)
-    required.add_argument("--out", type=Path, required=True, metavar="DIR", help="the artifact to make; must not exist")
-    required.add_argument("--overwrite", action="store_true", help="replace an artifact that is at --out")
-    formats = parser.add_argument_group("formats")
-    formats.add_argument(
-        "--decoder",
-        choices=get_args(DecoderFormat),
-        default=DEFAULTS.decoder_format,
-        help="the decoder's weights (default: %(default)s)",
-    )
-    formats.add_argument(
-        "--vision",
-        choices=get_args(VisionFormat),
-        default=DEFAULTS.vision_format,
-        help="the vision tower: fp32 for CPUs, fp16 for GPUs, half the bytes; int8 is faster on CPUs and loses a "
-        "little, its projector stays 16-bit (default: %(default)s)",
-    )
-    formats.add_argument(
-        "--engine",
-        choices=["torch", "onnx"],
-        default="torch",
-        help="what will compute the decoder: onnx writes decoder.onnx too, with which a gptq decoder runs without "
-        "torch, and faster on a CPU (default: %(default)s)",
-    )
-    _add_activations(formats)
-    _add_gptq(parser)
-    parity = parser.add_argument_group("measuring parity with the checkpoint")
-    _add_parity(parity)
-    _add_device(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
-
-
-def _add_sources(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the LLaVA-Rad download")
-    group.add_argument("--base", type=Path, required=True, metavar="DIR", help="its base language model")
-
-
-def _add_activations(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--activations",
-        choices=get_args(OnnxFloat),
-        default=DEFAULTS.activations,
-        help="what decoder.onnx computes in beside its integers: float32 for CPUs, float16 for the providers of GPUs "
-        "(default: %(default)s)",
+def _add_onnx(arguments: list[str]) -> int:
+    """Run `python -m export onnx`; return the exit status."""
+    options = _onnx_parser().parse_args(arguments)
+    return run_command(
+        lambda: _export_onnx(options), interrupted=lambda: f"interrupted: {options.artifact} is as it was"
     )
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        default=DEFAULTS.device,
-        help="where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)",
-    )
+def _export_onnx(options: argparse.Namespace) -> int:
+    from export import add_onnx
+
+    artifact = add_onnx(options.artifact, OnnxSettings(**_given(OnnxSettings, options)), out=options.out)
+    print_line(onnx_summary(artifact))
+    return 0
 
 
-def _add_parity(parity: argparse._ActionsContainer) -> None:
-    parity.add_argument(
-        "--verify-data",
-        type=Path,
-        metavar="LIST.json",
-        help="studies to measure on, a JSON list in LLaVA-Rad's evaluation format (default: a few built-in ones)",
-    )
-    parity.add_argument(
-        "--image-folder", type=Path, metavar="DIR", help="where its images are (default: beside the list)"
-    )
-    parity.add_argument(
-        "--verify-studies",
-        type=positive,
-        default=DEFAULTS.verify_studies,
-        metavar="N",
-        help="how many (default: %(default)s)",
-    )
-    parity.add_argument(
-        "--verify-tokens",
-        type=positive,
-        default=DEFAULTS.verify_tokens,
-        metavar="N",
-        help="findings tokens scored in each (default: %(default)s)",
-    )
-
-
-def _add_gptq(parser: argparse.ArgumentParser) -> None:
-    gptq = parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)")
-    for flag, given in _GPTQ.items():
-        default = getattr(DEFAULTS.gptq, flag.removeprefix("--").replace("-", "_"))
-        gptq.add_argument(flag, default=default, **given)
+# -- The options -----------------------------------------------------------------------------------------------------
 
 
 def _token_weights(text: str) -> TokenWeights | None:
@@ -222,22 +140,55 @@ def _count(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-_GPTQ: Final[dict[str, dict[str, Any]]] = {
-    "--calibration-data": {
-        "type": Path,
-        "metavar": "LIST.json",
-        "help": "studies to calibrate on, a JSON list in LLaVA-Rad's evaluation format",
+_Options = dict[str, dict[str, Any]]  # flag to what argparse is told of it
+_JSON_LIST: Final = "a JSON list in LLaVA-Rad's evaluation format"
+_LIST: Final[dict[str, Any]] = {"type": Path, "metavar": "LIST.json"}
+_FOLDER: Final[dict[str, Any]] = {"type": Path, "metavar": "DIR"}
+_NUMBER: Final[dict[str, Any]] = {"type": positive, "metavar": "N"}
+_IMAGES: Final = _FOLDER | {"help": "where its images are (default: beside the list)"}
+_REQUIRED: Final[_Options] = {
+    "--checkpoint": _FOLDER | {"required": True, "help": "the LLaVA-Rad download"},
+    "--base": _FOLDER | {"required": True, "help": "its base language model"},
+    "--out": _FOLDER | {"required": True, "help": "the artifact to make; must not exist"},
+    "--overwrite": {"action": "store_true", "help": "replace an artifact that is at --out"},
+}
+_ACTIVATIONS: Final[_Options] = {
+    "--activations": {
+        "choices": get_args(OnnxFloat),
+        "help": "what decoder.onnx computes in beside its integers: float32 for CPUs, float16 for the providers of "
+        "GPUs (default: %(default)s)",
     },
-    "--calibration-images": {
-        "type": Path,
-        "metavar": "DIR",
-        "help": "where its images are (default: beside the list)",
+}
+_FORMATS: Final[_Options] = {
+    "--decoder": {
+        "choices": get_args(DecoderFormat),
+        "default": DEFAULTS.decoder_format,
+        "help": "the decoder's weights (default: %(default)s)",
     },
-    "--calibration-studies": {
-        "type": positive,
-        "metavar": "N",
-        "help": "how many, spread over the list (default: %(default)s)",
+    "--vision": {
+        "choices": get_args(VisionFormat),
+        "default": DEFAULTS.vision_format,
+        "help": "the vision tower: fp32 for CPUs, fp16 for GPUs, half the bytes; int8 is faster on CPUs and loses a "
+        "little, its projector stays 16-bit (default: %(default)s)",
     },
+    "--engine": {
+        "choices": ["torch", "onnx"],
+        "default": "torch",
+        "help": "what will compute the decoder: onnx writes decoder.onnx too, with which a gptq decoder runs without "
+        "torch, and faster on a CPU (default: %(default)s)",
+    },
+    **_ACTIVATIONS,
+}
+_PARITY: Final[_Options] = {
+    "--verify-data": _LIST | {"help": f"studies to measure on, {_JSON_LIST} (default: a few built-in ones)"},
+    "--image-folder": _IMAGES,
+    "--verify-studies": _NUMBER | {"help": "how many (default: %(default)s)"},
+    "--verify-tokens": _NUMBER | {"help": "findings tokens scored in each (default: %(default)s)"},
+}
+_GPTQ: Final[_Options] = {
+    "--calibration-data": _LIST | {"help": f"studies to calibrate on, {_JSON_LIST}"},
+    "--calibration-images": _IMAGES,
+    "--calibration-studies": _NUMBER | {"help": "how many, spread over the list (default: %(default)s)"},
     "--group-size": {
         "type": int,
         "choices": get_args(GroupSize),
@@ -272,47 +223,25 @@ _GPTQ: Final[dict[str, dict[str, Any]]] = {
         "(default: %(default)s)",
     },
 }
-"""The options of GPTQ, each a field of `GptqSettings`."""
+_MACHINE: Final[_Options] = {
+    "--device": {"help": "where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N (default: %(default)s)"},
+    "--quiet": {"dest": "show_progress", "action": "store_false", "help": "no progress bars"},
+}
 
 
-def _check(arguments: list[str]) -> int:
-    """Run `python -m export check`; return the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export check",
-        description="Say whether a checkpoint and its base are whole and can be exported: every file that an export "
-        "reads is opened, and the names, shapes and types of all tensors are checked. Nothing is written.",
-        epilog="exit status: 0 they can be exported, 1 they cannot, 2 wrong use.",
+        prog="python -m export",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_sources(parser)
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _open(options))
-
-
-def _open(options: argparse.Namespace) -> int:
-    from export.source.checkpoint import open_checkpoint
-
-    source = open_checkpoint(options.checkpoint, options.base)
-    print_line(
-        f"{source.name}: {source.decoder.num_hidden_layers} decoder layers, {source.tower.num_patches} image tokens"
-    )
-    return 0
-
-
-def _add_onnx(arguments: list[str]) -> int:
-    """Run `python -m export onnx`; return the exit status."""
-    options = _onnx_parser().parse_args(arguments)
-    return run_command(
-        lambda: _export_onnx(options), interrupted=lambda: f"interrupted: {options.artifact} is as it was"
-    )
-
-
-def _export_onnx(options: argparse.Namespace) -> int:
-    from export import OnnxSettings, add_onnx
-
-    settings = OnnxSettings(show_progress=not options.quiet, **_given(OnnxSettings, options))
-    artifact = add_onnx(options.artifact, settings, out=options.out)
-    print_line(onnx_summary(artifact))
-    return 0
+    _add(parser.add_argument_group("what to read and write"), _REQUIRED)
+    _add(parser.add_argument_group("formats"), _FORMATS, DEFAULTS)
+    _add(parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)"), _GPTQ, DEFAULTS.gptq)
+    _add(parser.add_argument_group("measuring parity with the checkpoint"), _PARITY, DEFAULTS)
+    _add(parser, _MACHINE, DEFAULTS)
+    return parser
 
 
 def _onnx_parser() -> argparse.ArgumentParser:
@@ -324,24 +253,22 @@ def _onnx_parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 done, 1 it failed (the artifact is as it was), 2 wrong use, 130 interrupted.",
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the folder written by `python -m export`")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="make another artifact there (default: the new one replaces the old)"
-    )
-    _add_activations(parser)
-    parser.add_argument(
-        "--calibration-data",
-        type=Path,
-        metavar="LIST.json",
-        help="studies to find the scales of the int8 cache on, a JSON list in LLaVA-Rad's evaluation format (default: "
-        "a few built-in ones)",
-    )
-    parser.add_argument(
-        "--calibration-images", type=Path, metavar="DIR", help="where its images are (default: beside the list)"
-    )
-    _add_parity(parser.add_argument_group("measuring parity with decoder/"))
-    _add_device(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--out", **_FOLDER, help="make another artifact there (default: the new one replaces the old)")
+    _add(parser, _ACTIVATIONS, DEFAULTS)
+    calibration = f"studies to find the scales of the int8 cache on, {_JSON_LIST} (default: a few built-in ones)"
+    parser.add_argument("--calibration-data", **_LIST, help=calibration)
+    parser.add_argument("--calibration-images", **_IMAGES)
+    _add(parser.add_argument_group("measuring parity with decoder/"), _PARITY, DEFAULTS)
+    _add(parser, _MACHINE, DEFAULTS)
     return parser
+
+
+def _add(group: argparse._ActionsContainer, options: _Options, settings: object = None) -> None:
+    """Add options; what has no default of its own has that of the field of the settings that it is called after."""
+    for flag, given in options.items():
+        field = flag.removeprefix("--").replace("-", "_")
+        default = {"default": getattr(settings, field)} if hasattr(settings, field) else {}
+        group.add_argument(flag, **default, **given)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 It works in a folder beside the destination (`export.write.work`). An export that is stopped (Ctrl-C, a full disk, a
 power cut) leaves its finished layers there, and the same command goes on behind them: to the same bytes, on the same
-machine with the same number of threads. Nothing is at the
-destination until everything is written and measured, and no artifact that fails parity is kept.
+machine with the same number of threads. Nothing is at the destination until everything is written and measured, and no
+artifact that fails parity is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,22 +22,14 @@ import torch
 
 from export import verify
 from export.progress import progress_bar
-from export.quantize.calibration import (
-    CalibrationStudies,
-    read_calibration,
-)
+from export.quantize.calibration import CalibrationStudies, read_calibration
 from export.settings import DEFAULTS, ExportSettings
 from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
-from export.studies import EncodedStudy, StudyReader, list_name
-from export.write.decoder import (
-    CONFIG_NAME,
-    DecoderFolder,
-    decoder_bytes,
-    require_divisible,
-)
-from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_layers, write_vision
-from export.write.onnx_part import MAX_CACHE_STUDIES, CacheStudies, write_onnx_part
+from export.studies import NamedStudies, read_judged
+from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, require_divisible
+from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
+from export.write.onnx_part import write_onnx_part
 from export.write.work import VISION_NAME, work_folder, work_path
 from lite._version import __version__
 from lite.artifact.manifest import NOTICE, Manifest
@@ -45,7 +38,6 @@ from lite.artifact.parts import (
     UNHASHED,
     DecoderConfigPart,
     DecoderPart,
-    OnnxPart,
     Parts,
     TokenizerPart,
     TowerShape,
@@ -58,7 +50,7 @@ from lite.errors import ArtifactError, BackendUnavailable
 from lite.files import disk_errors_explained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from export.write.work import WorkFolder
 
@@ -91,31 +83,27 @@ def export_artifact(
         ArtifactError: The artifact cannot be written there, or does not compute what the source does.
         BackendUnavailable: A package or device is missing.
     """
+    out = Path(out)
     # A wrong device should not show only when everything is written.
     settings = dataclasses.replace(settings, device=check_device(settings.device))
-    check_target(Path(out).absolute(), overwrite=settings.overwrite)
+    check_target(out.absolute(), overwrite=settings.overwrite)
     source = open_checkpoint(Path(checkpoint), Path(base))
     require_divisible(base_shapes(source.decoder), settings)
-    with (
-        _system_errors_explained(Path(out), settings),
-        work_folder(Path(out), source.decoder.num_hidden_layers) as work,
-    ):
+    with _system_errors_explained(out, settings), work_folder(out, source.decoder.num_hidden_layers) as work:
         manifest = _manifest(source, work.decoder, settings)
         # Texts and films are read before the long part: a wrong path should not cost hours.
-        studies = _studies(source, manifest, settings)
+        judged = read_judged(source.tokenizer, manifest, source.decoder.max_position_embeddings, settings)
         calibration = read_calibration(source, manifest, settings.gptq) if settings.calibrates else None
         _require_space(source, work.path, calibration, settings)
         manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
         work.require_same(_arguments(manifest, calibration, settings))
         write_vision(source, work.vision, settings)
-        if calibration is None:
-            write_layers(source, work, settings)
-        else:
+        if calibration is not None:
             record = write_calibrated_layers(source, work, manifest, calibration, settings)
             manifest = _with_decoder(manifest, calibration=record)
         finish_decoder(source, work, manifest, settings)
         manifest = _with_decoder(manifest, files=unhashed(*work.decoder.files()), merge=merge_record(source, work))
-        _keep_measured(Path(out), source, work, manifest, studies, calibration, settings)
+        _keep_measured(out, source, work, manifest, judged, calibration or judged, settings)
     return load_artifact(out)
 
 
@@ -124,19 +112,20 @@ def _keep_measured(
     source: Checkpoint,
     work: WorkFolder,
     manifest: Manifest,
-    studies: Sequence[EncodedStudy],
-    calibration: CalibrationStudies | None,
+    judged: NamedStudies,
+    for_cache: NamedStudies,
     settings: ExportSettings,
 ) -> None:
     """Make the artifact of the finished parts, and put it in its place if it computes what the source does."""
+    show = settings.show_progress
     with staged_artifact(out, overwrite=settings.overwrite) as staged:
         work.link_into(staged.path)
         shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
         artifact = Artifact(path=staged.path, manifest=manifest, id=UNHASHED)
         if settings.onnx:
-            part = _write_onnx(artifact, studies, calibration, settings)
+            part = write_onnx_part(artifact, for_cache, activations=settings.activations, show_progress=show)
             artifact = artifact.with_parts(decoder_onnx=part)
-        parts = _measure(source, artifact, studies, settings)
+        parts = verify.measure(source, artifact, judged, device=settings.device, show_progress=show)
         try:
             verify.require_parity(parts)
         except ArtifactError:
@@ -207,21 +196,11 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     return given | gptq | sources | versions
 
 
-def _studies(source: Checkpoint, manifest: Manifest, settings: ExportSettings) -> list[EncodedStudy]:
-    reader = StudyReader(
-        source.tokenizer,
-        manifest,
-        max_seq_len=source.decoder.max_position_embeddings,
-        max_tokens=settings.verify_tokens,
-    )
-    return reader.read(settings.verify_data, settings.image_folder, settings.verify_studies, option="--image-folder")
-
-
 def _require_space(
     source: Checkpoint, folder: Path, calibration: CalibrationStudies | None, settings: ExportSettings
 ) -> None:
     """Refuse a disk that is too small before the work, not after it."""
-    vision = sum(_numel(entry.shape) for entry in (source.trunk.entries | source.projector.entries).values())
+    vision = sum(math.prod(entry.shape) for entry in (source.trunk.entries | source.projector.entries).values())
     needed = decoder_bytes(base_shapes(source.decoder), settings)
     if settings.onnx:
         # The same once more, an 8-bit head, and scales of twice the bytes.
@@ -234,24 +213,16 @@ def _require_space(
     needed -= sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        msg = (
+        raise ArtifactError(
             f"{folder.parent}: got {free / 2**30:.2f} GiB free · expected at least {needed / 2**30:.2f} GiB for the "
             "artifact and what it is made from · free some space, or choose an --out on another disk"
         )
-        raise ArtifactError(msg)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _hash_sources(source: Checkpoint, settings: ExportSettings) -> dict[str, str]:
-    total = sum(file.stat().st_size for file in source.files.values())
+    total, show = sum(file.stat().st_size for file in source.files.values()), settings.show_progress
     hashes = {}
-    with progress_bar("hashing the sources", total, unit="B", unit_scale=True, show=settings.show_progress) as bar:
+    with progress_bar("hashing the sources", total=total, unit="B", unit_scale=True, show=show) as bar:
         for name, file in source.files.items():
             digest = hashlib.sha256()
             with file.open("rb") as stream:
@@ -262,34 +233,6 @@ def _hash_sources(source: Checkpoint, settings: ExportSettings) -> dict[str, str
     return hashes
 
 
-def _write_onnx(
-    artifact: Artifact,
-    studies: Sequence[EncodedStudy],
-    calibration: CalibrationStudies | None,
-    settings: ExportSettings,
-) -> OnnxPart:
-    """Write decoder.onnx; its cache is calibrated on what the decoder was, or on what it will be measured on."""
-    cache = CacheStudies(studies=studies[:MAX_CACHE_STUDIES], data=list_name(settings.verify_data))
-    if calibration is not None:
-        cache = CacheStudies(studies=calibration.studies[:MAX_CACHE_STUDIES], data=calibration.data)
-    with progress_bar("writing decoder.onnx", 2 + len(cache.studies), unit="step", show=settings.show_progress) as bar:
-        return write_onnx_part(artifact, cache, activations=settings.activations, advance=bar.update)
-
-
-def _measure(
-    source: Checkpoint, artifact: Artifact, studies: Sequence[EncodedStudy], settings: ExportSettings
-) -> Parts:
-    with progress_bar("measuring parity", verify.num_steps(source), unit="step", show=settings.show_progress) as bar:
-        return verify.measure(
-            source,
-            artifact,
-            studies,
-            data=list_name(settings.verify_data),
-            device=settings.device,
-            advance=bar.update,
-        )
-
-
 @contextlib.contextmanager
 def _system_errors_explained(out: Path, settings: ExportSettings) -> Iterator[None]:
     """Turn what the system refuses into an error of ours: memory, a full disk, any file that cannot be used."""
@@ -298,9 +241,8 @@ def _system_errors_explained(out: Path, settings: ExportSettings) -> Iterator[No
             yield
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(".")[0]
-        msg = (
+        raise BackendUnavailable(
             f"{settings.device}: got too little free memory ({reason}) · expected about 4 GiB for a 7B layer · free "
             f"some and repeat the command, which goes on with what is finished in {work_path(out)}, or remove that "
             "folder and begin anew with --device cpu"
-        )
-        raise BackendUnavailable(msg) from error
+        ) from error

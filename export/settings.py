@@ -14,9 +14,8 @@ from lite.errors import ArtifactError
 GroupSize = Literal[32, 64, 128, -1]
 Method = Literal["gptq", "rtn"]
 HeadFormat = Literal["fp16", "int8"]
-ActivationOrder = Literal["none", "static", "group"]
+ActivationOrder = Literal["none", "group"]
 Clip = Literal["none", "mse"]
-
 
 LARGEST_WEIGHT: Final = 1000
 DEFAULT_ACTIVATIONS: Final[OnnxFloat] = "float32"
@@ -41,12 +40,7 @@ class TokenWeights:
 
     @classmethod
     def parse(cls, text: str) -> TokenWeights:
-        """Read "IMAGE,PROMPT".
-
-        Raises:
-            ValueError: It is not two numbers.
-            ArtifactError: They are out of range.
-        """
+        """Read "IMAGE,PROMPT"; a ValueError says that it is not two numbers."""
         image, _, prompt = text.partition(",")
         return cls(image=float(image), prompt=float(prompt))
 
@@ -76,7 +70,52 @@ class GptqSettings:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ExportSettings:
+class ParitySettings:
+    """What every export is told: what it is measured on, and where it is computed.
+
+    Raises:
+        ArtifactError: Nothing would be measured, or films are looked for without a list.
+    """
+
+    verify_data: str | Path | None = None
+    """JSON list of studies in the evaluation format to measure parity on; None takes built-in ones."""
+    image_folder: str | Path | None = None
+    """Where the images of `verify_data` are; its own folder by default."""
+    verify_studies: int = 4
+    verify_tokens: int = 64
+    """Findings tokens scored per study, at most."""
+    device: str = "auto"
+    """Where torch computes: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+    show_progress: bool = False
+    """Draw progress bars on stderr."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no export can have."""
+        for name, count in {"verify_studies": self.verify_studies, "verify_tokens": self.verify_tokens}.items():
+            if count < 1:
+                raise ArtifactError(f"got {name}={count} · expected at least 1 · an unmeasured export is not kept")
+        _require_list(self, images="image_folder", data="verify_data")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxSettings(ParitySettings):
+    """How `decoder.onnx` is written into an artifact that is there."""
+
+    activations: OnnxFloat = DEFAULT_ACTIVATIONS
+    """What it computes in, beside its integers: float32 for CPUs, float16 for the providers of GPUs."""
+    calibration_data: str | Path | None = None
+    """JSON list of studies to find the scales of the int8 cache on; None takes built-in ones."""
+    calibration_images: str | Path | None = None
+    """Where its images are; its own folder by default."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no export can have."""
+        ParitySettings.__post_init__(self)
+        _require_list(self, images="calibration_images", data="calibration_data")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSettings(ParitySettings):
     """What to write, and how to measure it.
 
     Raises:
@@ -91,39 +130,25 @@ class ExportSettings:
     onnx: bool = False
     """Write decoder.onnx too, with which a decoder in GPTQ runs without torch."""
     activations: OnnxFloat = DEFAULT_ACTIVATIONS
-    """What decoder.onnx computes in, beside its integers: float32 for CPUs, float16 for the providers of GPUs."""
-    verify_data: str | Path | None = None
-    """JSON list of studies in the evaluation format to measure parity on; None takes built-in ones."""
-    image_folder: str | Path | None = None
-    """Where the images of `verify_data` are; its own folder by default."""
-    verify_studies: int = 4
-    verify_tokens: int = 64
-    """Findings tokens scored per study, at most."""
-    device: str = "auto"
-    """Where torch computes: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+    """See `OnnxSettings`."""
     overwrite: bool = False
     """Replace an artifact that is there, once the new one is complete."""
-    show_progress: bool = False
-    """Draw progress bars on stderr."""
 
     def __post_init__(self) -> None:
         """Refuse values that no export can have."""
+        ParitySettings.__post_init__(self)
         self._refuse_unknown()
         self._refuse_unused()
         gptq = self.gptq
-        for name, count in {"verify_studies": self.verify_studies, "verify_tokens": self.verify_tokens}.items():
-            if count < 1:
-                raise ArtifactError(f"got {name}={count} · expected at least 1 · an unmeasured export is not kept")
         if gptq.calibration_studies < 1 or gptq.refine < 0:
             msg = f"got calibration_studies={gptq.calibration_studies} refine={gptq.refine} · expected 1 and 0 or more"
             raise ArtifactError(f"{msg} · choose other numbers")
         if self.calibrates and gptq.calibration_data is None:
-            msg = (
+            raise ArtifactError(
                 "got no calibration data · expected a JSON list of studies in the evaluation format, with films and "
                 "findings: GPTQ rounds weights by what the decoder sees · give --calibration-data LIST.json, or take "
                 "--method rtn, which needs none and loses more"
             )
-            raise ArtifactError(msg)
 
     def _refuse_unknown(self) -> None:
         gptq = self.gptq
@@ -154,18 +179,12 @@ class ExportSettings:
         if not self.decoder_format.startswith("gptq"):
             used, where = set(), "with gptq-int4 or gptq-int8 only"
         elif gptq.method == "rtn":
-            used, where = (
-                {"group_size", "method", "lm_head"},
-                "with --method gptq only: rtn does nothing but round",
-            )
+            used, where = {"group_size", "method", "lm_head"}, "with --method gptq only: rtn does nothing but round"
         for field in dataclasses.fields(gptq):
             if field.name not in used and getattr(gptq, field.name) != field.default:
                 msg = f"got {field.name} for {self.decoder_format} · expected it {where} · leave it out, or choose one"
                 raise ArtifactError(msg)
-        for data, images in (("verify_data", "image_folder"), ("calibration_data", "calibration_images")):
-            holder = self if data == "verify_data" else gptq
-            if getattr(holder, images) is not None and getattr(holder, data) is None:
-                raise ArtifactError(f"got {images} without {data} · expected a list of studies too · give one")
+        _require_list(gptq, images="calibration_images", data="calibration_data")
 
     @property
     def bits(self) -> int:
@@ -176,6 +195,11 @@ class ExportSettings:
     def calibrates(self) -> bool:
         """Whether the decoder is rounded by what it sees, which takes studies and goes layer after layer."""
         return self.decoder_format.startswith("gptq") and self.gptq.method == "gptq"
+
+
+def _require_list(settings: object, *, images: str, data: str) -> None:
+    if getattr(settings, images) is not None and getattr(settings, data) is None:
+        raise ArtifactError(f"got {images} without {data} · expected a list of studies too · give one")
 
 
 DEFAULTS: Final = ExportSettings()

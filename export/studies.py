@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
-from lite.errors import ArtifactError, CheckpointError, ImageError, LiteError, PromptError
+from lite.errors import ImageError, LiteError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.prompt import PromptEncoder, Tokenizer
 from lite.studies.readers import check_films, read_studies
 
 if TYPE_CHECKING:
+    from export.settings import ParitySettings
     from lite.artifact.manifest import Manifest
     from lite.config import Preprocessing
 
@@ -86,40 +87,38 @@ class EncodedStudy:
         return self.input_ids.index(IMAGE_TOKEN_ID)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NamedStudies:
+    """Studies, and what the manifest calls them: the file name of their list, or "built-in"."""
+
+    data: str
+    studies: list[EncodedStudy]
+
+
 class StudyReader:
-    """Turn films and texts into studies."""
+    """Turn films and texts into studies of `max_tokens` findings tokens at most."""
 
     def __init__(self, tokenizer: Path, manifest: Manifest, *, max_seq_len: int, max_tokens: int) -> None:
-        """Prepare the tokenizer.
-
-        Args:
-            tokenizer: Its file.
-            manifest: Of the artifact.
-            max_seq_len: The decoder's context.
-            max_tokens: Findings tokens of a study, at most.
-        """
-        try:
-            self.tokenizer = Tokenizer(tokenizer, manifest.decoding)
-        except ArtifactError as error:
-            raise CheckpointError(str(error).replace("the manifest", "config.json")) from error
+        """Prepare the tokenizer."""
+        self.tokenizer = Tokenizer(tokenizer, manifest.decoding)
         self.max_seq_len = max_seq_len
+        self.max_tokens = max_tokens
         self.prompts = PromptEncoder(
             self.tokenizer,
             manifest.prompt,
             num_image_tokens=manifest.parts.vision.num_image_tokens,
-            max_seq_len=self.max_seq_len,
+            max_seq_len=max_seq_len,
         )
         self.preprocessing = manifest.preprocessing
         self.eos_token_id = manifest.decoding.eos_token_id
-        self.max_tokens = max_tokens
 
     def read(
         self, file: str | Path | None, image_folder: str | Path | None, count: int, *, option: str
-    ) -> list[EncodedStudy]:
+    ) -> NamedStudies:
         """Return studies of a list, or made here where there is none; see `from_list` and `built_in`."""
         if file is None:
-            return self.built_in(count)
-        return self.from_list(Path(file), Path(image_folder) if image_folder else None, count, option=option)
+            return NamedStudies(data="built-in", studies=self.built_in(count))
+        return self.from_list(Path(file), image_folder, count, option=option)
 
     def built_in(self, count: int) -> list[EncodedStudy]:
         """Return studies made here: smooth shaded fields with noise, and fixed findings texts."""
@@ -137,7 +136,7 @@ class StudyReader:
             studies.append(self._study(pixels, reason, findings))
         return studies
 
-    def from_list(self, file: Path, image_folder: Path | None, count: int, *, option: str) -> list[EncodedStudy]:
+    def from_list(self, file: Path, image_folder: str | Path | None, count: int, *, option: str) -> NamedStudies:
         """Return studies of a list: all, or `count` spread evenly over it.
 
         Every film is read once, so that a missing one is found before hours of work and not after. A study that cannot
@@ -152,7 +151,7 @@ class StudyReader:
         Raises:
             LiteError: The list cannot be read, a film is not there, or none of the studies can be used.
         """
-        entries = read_studies(file, image_folder=image_folder)
+        entries = read_studies(file, image_folder=Path(image_folder) if image_folder else None)
         count = min(count, len(entries))
         chosen = [entries[place * len(entries) // count] for place in range(count)]
         check_films(chosen, file, option=option, every=True)
@@ -170,7 +169,7 @@ class StudyReader:
         if not studies:
             msg = f"{file}: got {count} studies, none of which can be used ({problem}) · expected films with findings"
             raise LiteError(f"{msg} · correct the list") from problem
-        return studies
+        return NamedStudies(data=file.name, studies=studies)
 
     def _study(self, film: Path | Array, reason: str | None, findings: str) -> EncodedStudy:
         input_ids = self.prompts.encode(reason)
@@ -181,9 +180,10 @@ class StudyReader:
         )
 
 
-def list_name(file: str | Path | None) -> str:
-    """Return what the manifest calls the studies of a list."""
-    return "built-in" if file is None else Path(file).name
+def read_judged(tokenizer: Path, manifest: Manifest, max_seq_len: int, settings: ParitySettings) -> NamedStudies:
+    """Return the studies to measure parity on."""
+    reader = StudyReader(tokenizer, manifest, max_seq_len=max_seq_len, max_tokens=settings.verify_tokens)
+    return reader.read(settings.verify_data, settings.image_folder, settings.verify_studies, option="--image-folder")
 
 
 def sha256_of_studies(studies: list[EncodedStudy]) -> str:

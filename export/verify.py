@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from export.progress import progress_bar
 from export.quantize.calibration import embed
 from export.source import forward
 from lite.artifact.parts import DecoderFidelity, Divergence, VisionFidelity
-from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.segments import score
 from lite.engines.torch_engine.load import load_decoder
@@ -32,17 +32,15 @@ from lite.eval.divergence import compare_logits, summarise
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from export.source.checkpoint import Checkpoint
-    from export.studies import EncodedStudy
+    from export.studies import EncodedStudy, NamedStudies
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype, OnnxPart, Parts
-    from lite.config import DecoderConfig
-
-    Advance = Callable[[], object]
+    from lite.engines.torch_engine.decoder import LlamaDecoder
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,131 +87,77 @@ MIN_TOKENS_FOR_SAME_TOP: Final = 100
 def measure(
     checkpoint: Checkpoint,
     artifact: Artifact,
-    studies: Sequence[EncodedStudy],
+    judged: NamedStudies,
     *,
-    data: str,
     device: str = "cpu",
-    advance: Advance = lambda: None,
+    show_progress: bool = False,
 ) -> Parts:
-    """Measure the artifact being written against its source.
-
-    Args:
-        checkpoint: The source.
-        artifact: Its files, and what its manifest will say of them.
-        studies: What to measure on.
-        data: What to call them.
-        device: Where torch computes.
-        advance: Called `num_steps` times as the work goes on.
-
-    Returns:
-        The parts of the artifact with what was measured of each.
-    """
-    source_features = _source_features(checkpoint, studies, device)
-    advance()
-    features = _artifact_features(artifact, studies)
-    advance()
-    source_logits = _source_logits(checkpoint, studies, source_features, device, advance)
-    logits, with_int8 = _artifact_logits(artifact, studies, features, device, advance, cache_dtypes=(None, "int8"))
-    parts = artifact.manifest.parts
+    """Measure the artifact being written against its source; return its parts with what was measured of each."""
+    data, studies, parts = judged.data, judged.studies, artifact.manifest.parts
+    source_features, features = _source_features(checkpoint, studies, device), _artifact_features(artifact, studies)
+    source_logits = _source_logits(checkpoint, studies, source_features, device, show_progress)
+    logits, with_int8 = _artifact_logits(artifact, studies, features, device, show_progress, (None, "int8"))
     fidelity = DecoderFidelity(
         data=data,
         divergence=_compare_logits(studies, source_logits, logits),
         int8_cache=_compare_logits(studies, logits, with_int8),
     )
-    decoder_onnx = parts.decoder_onnx and _compare_onnx(artifact, parts.decoder_onnx, studies, features, logits, data)
     return dataclasses.replace(
         parts,
         vision=dataclasses.replace(parts.vision, fidelity=_compare_features(source_features, features, data)),
         decoder=dataclasses.replace(parts.decoder, fidelity=fidelity),
-        decoder_onnx=decoder_onnx,
+        decoder_onnx=parts.decoder_onnx and _compare_onnx(artifact, parts.decoder_onnx, judged, features, logits),
     )
 
 
 def measure_onnx(
-    artifact: Artifact,
-    part: OnnxPart,
-    studies: Sequence[EncodedStudy],
-    *,
-    data: str,
-    device: str = "cpu",
-    advance: Advance = lambda: None,
+    artifact: Artifact, part: OnnxPart, judged: NamedStudies, *, device: str = "cpu", show_progress: bool = False
 ) -> OnnxPart:
-    """Measure the decoder.onnx of an artifact being written against its decoder/.
-
-    Args:
-        artifact: Its files, and what its manifest will say of them.
-        part: Its decoder.onnx.
-        studies: What to measure on.
-        data: What to call them.
-        device: Where torch computes.
-        advance: Called `num_onnx_steps` times as the work goes on.
-
-    Returns:
-        The part with what was measured.
-    """
-    features = _artifact_features(artifact, studies)
-    advance()
-    (logits,) = _artifact_logits(artifact, studies, features, device, advance)
-    return _compare_onnx(artifact, part, studies, features, logits, data)
-
-
-def num_steps(checkpoint: Checkpoint) -> int:
-    """Return how often `measure` calls its advance."""
-    return 2 + 2 * checkpoint.decoder.num_hidden_layers
-
-
-def num_onnx_steps(config: DecoderConfig) -> int:
-    """Return how often `measure_onnx` calls its advance."""
-    return 1 + config.num_hidden_layers
+    """Measure the decoder.onnx of an artifact being written against its decoder/; see `measure`."""
+    features = _artifact_features(artifact, judged.studies)
+    (logits,) = _artifact_logits(artifact, judged.studies, features, device, show_progress)
+    return _compare_onnx(artifact, part, judged, features, logits)
 
 
 def require_parity(parts: Parts) -> None:
-    """Compare what was measured with the tolerances.
-
-    Raises:
-        ArtifactError: A number is worse than its tolerance.
-    """
-    if parts.vision.fidelity is not None:
-        part = f"vision {parts.vision.format}"
-        _require(part, "cosine", parts.vision.fidelity.min_cosine, "min_cosine")
-        _require(part, "relative error", parts.vision.fidelity.relative_error, "max_relative_error")
-    _require_decoder(parts.decoder.fidelity, f"decoder {parts.decoder.format}", "int8 cache")
-    if parts.decoder_onnx is not None:
-        _require_decoder(parts.decoder_onnx.fidelity, "decoder.onnx", "decoder.int8_cache.onnx")
-
-
-def _require_decoder(fidelity: DecoderFidelity | None, part: str, int8_cache: str) -> None:
-    if fidelity is None:
-        return
-    for name, measured in ((part, fidelity.divergence), (int8_cache, fidelity.int8_cache)):
-        if measured is None:
+    """Raise ArtifactError if a number that was measured is worse than its tolerance."""
+    for part, measure_name, got, limit_name in _measured(parts):
+        limit, at_least = getattr(TOLERANCES[part], limit_name), limit_name.startswith("min")
+        # Written so that NaN fails.
+        if got >= limit if at_least else got <= limit:
             continue
-        _require(name, "mean KL", measured.mean_kl, "max_mean_kl")
-        if measured.tokens >= MIN_TOKENS_FOR_SAME_TOP:
-            _require(name, "same top token", measured.same_top, "min_same_top")
+        bound = "at least" if at_least else "at most"
+        msg = f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact does not "
+        if part.endswith(".onnx"):
+            raise ArtifactError(f"{msg}compute what its decoder/ does, so it was not kept: report this")
+        lossy = part.startswith("decoder") and part != "decoder fp16"
+        advice = "or choose --method gptq, a smaller --group-size or more bits" if lossy else "and report this"
+        raise ArtifactError(
+            f"{msg}compute what the checkpoint does, so it was not kept: check that the base model is the one the "
+            f"adapter was trained on, {advice}"
+        )
 
 
-def _require(part: str, measure_name: str, got: float, limit_name: str) -> None:
-    limit = getattr(TOLERANCES[part], limit_name)
-    # Written so that NaN fails.
-    good = got >= limit if limit_name.startswith("min") else got <= limit
-    if good:
-        return
-    bound = "at least" if limit_name.startswith("min") else "at most"
-    msg = (
-        f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact does not compute "
-    )
-    if part.endswith(".onnx"):
-        raise ArtifactError(f"{msg}what its decoder/ does, so it was not kept: report this")
-    lossy = part.startswith("decoder") and part != "decoder fp16"
-    advice = ", or choose --method gptq, a smaller --group-size or more bits" if lossy else ", and report this"
-    msg += "what the checkpoint does, so it was not kept: check that the base model is the one the adapter was trained "
-    raise ArtifactError(f"{msg}on{advice}")
+def _measured(parts: Parts) -> Iterator[tuple[str, str, float, str]]:
+    """Yield of each number its part, what it is, and which limit holds for it."""
+    if (vision := parts.vision.fidelity) is not None:
+        yield f"vision {parts.vision.format}", "cosine", vision.min_cosine, "min_cosine"
+        yield f"vision {parts.vision.format}", "relative error", vision.relative_error, "max_relative_error"
+    measured: list[tuple[str, Divergence | None]] = []
+    if (fidelity := parts.decoder.fidelity) is not None:
+        measured += [(f"decoder {parts.decoder.format}", fidelity.divergence), ("int8 cache", fidelity.int8_cache)]
+    if parts.decoder_onnx is not None and (fidelity := parts.decoder_onnx.fidelity) is not None:
+        measured += [("decoder.onnx", fidelity.divergence), ("decoder.int8_cache.onnx", fidelity.int8_cache)]
+    for name, divergence in measured:
+        if divergence is not None:
+            yield name, "mean KL", divergence.mean_kl, "max_mean_kl"
+            if divergence.tokens >= MIN_TOKENS_FOR_SAME_TOP:
+                yield name, "same top token", divergence.same_top, "min_same_top"
 
 
 @torch.inference_mode()
 def _source_logits(
-    checkpoint: Checkpoint, studies: Sequence[EncodedStudy], features: Sequence[Tensor], device: str, advance: Advance
+    checkpoint: Checkpoint, studies: Sequence[EncodedStudy], features: Sequence[Tensor], device: str, show: bool
 ) -> list[Tensor]:
     """Compute the source's logits of every target token, holding one decoder layer at a time.
 
@@ -224,19 +168,15 @@ def _source_logits(
     embeddings = checkpoint.read_base("model.embed_tokens.weight")
     hidden = [embed(study, image, embeddings).to(device) for study, image in zip(studies, features, strict=True)]
     del embeddings
-    for index in range(config.num_hidden_layers):
+    for index in progress_bar("running the source", range(config.num_hidden_layers), unit="layer", show=show):
         layer = checkpoint.read_layer(index)
         linear = forward.source_linear(layer, device)
         hidden = [forward.decoder_layer(config, layer.weights, linear, x) for x in hidden]
         del layer, linear
-        advance()
     norm = checkpoint.read_base("model.norm.weight")
     head = checkpoint.read_base("lm_head.weight").to(device, torch.float32)
-    logits = []
-    for study, x in zip(studies, hidden, strict=True):
-        scored = forward.rms_norm(x[-len(study.target_ids) :], norm, config.rms_norm_eps)
-        logits.append(torch.nn.functional.linear(scored, head).cpu())
-    return logits
+    scored = [x[-len(study.target_ids) :] for study, x in zip(studies, hidden, strict=True)]
+    return [torch.nn.functional.linear(forward.rms_norm(x, norm, config.rms_norm_eps), head).cpu() for x in scored]
 
 
 @torch.inference_mode()
@@ -245,60 +185,60 @@ def _artifact_logits(
     studies: Sequence[EncodedStudy],
     features: Sequence[Tensor],
     device: str,
-    advance: Advance,
-    *,
+    show: bool,
     cache_dtypes: Sequence[CacheDtype | None] = (None,),
 ) -> list[list[Tensor]]:
-    """Compute the same with the runtime's decoder from the files just written, once for each kind of cache.
-
-    A text is computed behind its prompt, as it is when it is decoded: what an int8 cache loses is lost there.
-    """
-    prompts: list[list[Tensor]] = []
-    texts: list[list[Tensor]] = []
-    prefixes: list[int] = []
+    """Compute the same with the runtime's decoder from the files just written, once for each kind of cache."""
+    hidden: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+    last: list[list[Tensor]] = []
     num_hidden_layers = artifact.decoder_config().num_hidden_layers
-    for index in range(num_hidden_layers):
+    for index in progress_bar("running the artifact", range(num_hidden_layers), unit="layer", show=show):
         decoder = load_decoder(artifact, device=device, layers=range(index, index + 1))
-        if not prompts:
-            embedded = [decoder.embed(study.input_ids, image) for study, image in zip(studies, features, strict=True)]
-            prefixes = [
-                study.input_ids.index(IMAGE_TOKEN_ID) + len(image) if IMAGE_TOKEN_ID in study.input_ids else 0
-                for study, image in zip(studies, features, strict=True)
-            ]
-            behind = [decoder.embed(study.target_ids[:-1]) for study in studies]
-            prompts, texts = [list(embedded) for _ in cache_dtypes], [list(behind) for _ in cache_dtypes]
-        last: list[list[Tensor]] = [[] for _ in cache_dtypes]
+        if not hidden:
+            embedded = [_parts(decoder, study, image) for study, image in zip(studies, features, strict=True)]
+            hidden = [list(embedded) for _ in cache_dtypes]
+        last = [[] for _ in cache_dtypes]
         for kind, cache_dtype in enumerate(cache_dtypes):
             decoder.quantizes_cache = cache_dtype == "int8"
-            for study, (prompt, text) in enumerate(zip(prompts[kind], texts[kind], strict=True)):
-                cache = decoder.new_cache(1, len(prompt) + len(text))
-                # In the parts that the runtime reads: see `lite.engines.segments.divide`.
-                film = prompt[: prefixes[study]]
-                parts = [(film, False), (prompt[len(film) :], False), (text, True)]
-                starts = [0, len(film), len(prompt)]
-                found = [
-                    decoder(part[None], cache, start=start, reads_cache=is_text)
-                    for (part, is_text), start in zip(parts, starts, strict=True)
-                    if len(part)
-                ]
-                after, normed = (torch.cat([pair[i][0] for pair in found]) for i in (0, 1))
-                prompts[kind][study], texts[kind][study] = after[: len(prompt)], after[len(prompt) :]
-                last[kind].append(normed[len(prompt) - 1 :])
-        advance()
+            for study, parts in enumerate(hidden[kind]):
+                hidden[kind][study], normed = _through_layer(decoder, parts)
+                last[kind].append(normed[-len(parts[2]) - 1 :])
         if index + 1 < num_hidden_layers:
-            del decoder, last
+            del decoder
     return [[decoder.head_logits(scored).cpu() for scored in kind] for kind in last]
 
 
+def _parts(decoder: LlamaDecoder, study: EncodedStudy, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Embed a study in the parts that the runtime reads (`lite.engines.segments.divide`): film, question, text."""
+    prompt = decoder.embed(study.input_ids, image)
+    end = study.image_at + len(image)
+    return prompt[:end], prompt[end:], decoder.embed(study.target_ids[:-1])
+
+
+def _through_layer(
+    decoder: LlamaDecoder, parts: tuple[Tensor, Tensor, Tensor]
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Read a study part by part; return the parts behind the layer, and all of them normed.
+
+    A text is computed behind its prompt, as it is when it is decoded: what an int8 cache loses is lost there.
+    """
+    lengths = [len(part) for part in parts]
+    cache, start = decoder.new_cache(1, sum(lengths)), 0
+    found = []
+    for part, reads_cache in zip(parts, (False, False, True), strict=True):
+        if len(part):
+            found.append(decoder(part[None], cache, start=start, reads_cache=reads_cache))
+            start += len(part)
+    after, normed = (torch.cat([pair[i][0] for pair in found]) for i in (0, 1))
+    film, question, text = torch.split(after, lengths)
+    return (film, question, text), normed
+
+
 def _compare_onnx(
-    artifact: Artifact,
-    part: OnnxPart,
-    studies: Sequence[EncodedStudy],
-    features: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    data: str,
+    artifact: Artifact, part: OnnxPart, judged: NamedStudies, features: Sequence[Tensor], logits: Sequence[Tensor]
 ) -> OnnxPart:
     """Compare decoder.onnx with the logits of decoder/, and its int8 cache with the float one."""
+    studies = judged.studies
 
     def scored(cache_dtype: CacheDtype | None) -> list[Tensor]:
         decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype)
@@ -310,7 +250,7 @@ def _compare_onnx(
 
     with_float = scored(None)
     fidelity = DecoderFidelity(
-        data=data,
+        data=judged.data,
         divergence=_compare_logits(studies, logits, with_float),
         int8_cache=_compare_logits(studies, with_float, scored("int8")) if part.int8_cache else None,
     )

@@ -34,13 +34,9 @@ def add_rms_norm(
         residual: like x, contiguous.
         weight: [hidden_size], contiguous, in the dtype of x.
         eps: added to the mean square.
-        backend: None for the selected one (see `kernels.backend`).
 
     Returns:
         The sum and the normed sum, each in the shape and dtype of x.
-
-    Raises:
-        ValueError: a shape, dtype or device does not fit, or the backend does not run here.
     """
     check_float("x", x)
     if x.dim() < 1 or not 0 < x.shape[-1] <= MAX_HIDDEN_SIZE:

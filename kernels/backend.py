@@ -3,8 +3,10 @@
     reference   plain PyTorch (`kernels.reference`): anywhere, and the specification
     triton      kernels for NVIDIA GPUs from Volta (7.0) on; under TRITON_INTERPRET=1 on a CPU too, for tests
 
-`select_backend` decides it, once for a device, and all ops ask it. What it answers belongs into the result of whoever
-runs the ops: a GPU on which the kernels do not run computes all the same, slowly, and the reason has to be seen.
+`select_backend` decides it, once for a device, and all ops ask it: their `backend` is None for the selected one. An op
+raises ValueError where a shape, dtype, stride or device does not fit, or where the backend asked for does not run. What
+was selected belongs into the result of whoever runs the ops: a GPU on which the kernels do not run computes all the
+same, slowly, and the reason has to be seen.
 
 Triton reads TRITON_INTERPRET when it is imported: set it before the process starts.
 """
@@ -61,12 +63,6 @@ def select_backend(device: torch.device) -> Selection:
 
     The first call for a GPU compiles and runs an empty kernel, to know that the compiler works: make it before a CUDA
     graph is captured. Later calls look the answer up.
-
-    Args:
-        device: where the tensors are.
-
-    Returns:
-        The backend and the reason.
     """
     if is_interpreted():
         problem = _triton_problem()
@@ -75,20 +71,11 @@ def select_backend(device: torch.device) -> Selection:
         return Selection(backend="reference", reason=problem, is_fallback=True)
     if device.type != "cuda":
         return Selection(backend="reference", reason=f"the tensors are on {device.type}")
-    index = _index(device)
-    return _select_cuda(index)
+    return _select_cuda(_index(device))
 
 
 def require_backend(device: torch.device, requested: str | None) -> Backend:
-    """Return the backend to use: the one that was asked for, or else the selected one.
-
-    Args:
-        device: where the tensors are.
-        requested: "reference", "triton" or None.
-
-    Raises:
-        ValueError: the kernels were asked for and do not run here; or there is no such backend.
-    """
+    """Return the backend to use, the one that was asked for or else the selected one; or raise ValueError."""
     if requested is None:
         return select_backend(device).backend
     if requested == "reference":
@@ -97,10 +84,8 @@ def require_backend(device: torch.device, requested: str | None) -> Backend:
         raise ValueError(f"got backend {requested!r} · expected reference or triton · leave it out for the right one")
     selection = select_backend(device)
     if selection.backend != "triton":
-        msg = (
-            f"got backend 'triton' on {device} ({selection.reason}) · expected tensors on an NVIDIA GPU · leave it out"
-        )
-        raise ValueError(msg)
+        msg = f"got backend 'triton' on {device} ({selection.reason}) · expected tensors on an NVIDIA GPU"
+        raise ValueError(f"{msg} · leave it out")
     return "triton"
 
 

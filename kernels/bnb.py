@@ -33,6 +33,7 @@ import torch
 from torch.nn import functional
 
 from kernels.reference import matmul_by_rows
+from kernels.weights import StoredWeight, check_forms, check_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,23 +74,16 @@ def import_bitsandbytes() -> ModuleType:
 
 # Without slots: cached_property needs a place to keep what it made.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Nf4Weight:
-    """A linear weight in NF4 with double quantisation, as it is stored: about 4.13 bits per weight, on any device."""
+class Nf4Weight(StoredWeight):
+    """A linear weight in NF4 with double quantisation, about 4.13 bits per weight; blocks = out * in / 64."""
 
     shape: tuple[int, int]
-    """(out, in) of the weight; `in` is a multiple of NF4_BLOCK_SIZE."""
-    packed: Tensor
-    """uint8 [out * in / 2, 1]."""
-    absmax: Tensor
-    """uint8 [blocks], where blocks = out * in / NF4_BLOCK_SIZE."""
-    quant_map: Tensor
-    """float32 [16]."""
-    nested_absmax: Tensor
-    """float32 [ceil(blocks / NF4_NESTED_BLOCK_SIZE)]."""
-    nested_quant_map: Tensor
-    """float32 [256]."""
-    nested_offset: Tensor
-    """float32 []."""
+    packed: Tensor  # uint8 [out * in / 2, 1]
+    absmax: Tensor  # uint8 [blocks]
+    quant_map: Tensor  # float32 [16]
+    nested_absmax: Tensor  # float32 [ceil(blocks / 256)]
+    nested_quant_map: Tensor  # float32 [256]
+    nested_offset: Tensor  # float32 []
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Nf4Weight:
@@ -103,36 +97,23 @@ class Nf4Weight:
             ValueError: a tensor is missing, unknown, or of another shape or dtype than the weight's shape asks for; or
                 the weight is in another form, such as FP4 or without double quantisation.
         """
-        _check_names(tensors, {"weight", NF4_QUANT_STATE_KEY} | {f"weight.{name}" for name in _NF4_FLOATS})
+        check_names(tensors, {"weight", NF4_QUANT_STATE_KEY} | {f"weight.{name}" for name in _NF4_FLOATS})
         shape, offset = _read_quant_state(tensors[NF4_QUANT_STATE_KEY])
         blocks = shape[0] * shape[1] // NF4_BLOCK_SIZE
-        _check(tensors, "weight", (blocks * NF4_BLOCK_SIZE // 2, 1), torch.uint8)
-        _check(tensors, "weight.absmax", (blocks,), torch.uint8)
-        _check(tensors, "weight.quant_map", (16,), torch.float32)
-        _check(tensors, "weight.nested_absmax", (math.ceil(blocks / NF4_NESTED_BLOCK_SIZE),), torch.float32)
-        _check(tensors, "weight.nested_quant_map", (256,), torch.float32)
+        forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((blocks * NF4_BLOCK_SIZE // 2, 1), torch.uint8),
+            "weight.absmax": ((blocks,), torch.uint8),
+            "weight.quant_map": ((16,), torch.float32),
+            "weight.nested_absmax": ((math.ceil(blocks / NF4_NESTED_BLOCK_SIZE),), torch.float32),
+            "weight.nested_quant_map": ((256,), torch.float32),
+        }
+        check_forms(tensors, forms, advice=_AGAIN)
         return cls(
             shape=shape,
             packed=tensors["weight"],
             nested_offset=torch.tensor(offset, dtype=torch.float32, device=tensors["weight"].device),
             **{name: tensors[f"weight.{name}"] for name in _NF4_FLOATS},
         )
-
-    def to(self, device: torch.device | str) -> Nf4Weight:
-        """Return the weight on a device."""
-        return Nf4Weight(shape=self.shape, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes in memory."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [out, in], computed in float32 and rounded to `dtype`: bit for bit what the library has."""
-        return self.rows(0, self.shape[0], self.block_scales(), dtype)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("packed", *_NF4_FLOATS, "nested_offset")}
 
     def block_scales(self) -> Tensor:
         """Return the magnitude of each block, float32 [out, in / NF4_BLOCK_SIZE, 1]."""
@@ -150,8 +131,9 @@ class Nf4Weight:
         first, second = self.quant_map.repeat_interleave(16), self.quant_map.repeat(16)
         return torch.stack((first, second), dim=-1).view(torch.int64).squeeze(-1)
 
-    def rows(self, begin: int, end: int, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows begin … end - 1 of the dequantised weight, given all of `block_scales`."""
+    def rows(self, begin: int, end: int, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+        """Return rows begin … end - 1 of the weight, bit for bit as the library has them; `scales` saves them anew."""
+        scales = self.block_scales() if scales is None else scales
         packed = self.packed.view(self.shape[0], -1)[begin:end]
         values = self._pairs.index_select(0, packed.flatten().int()).view(torch.float32)
         blocks = values.view(end - begin, -1, NF4_BLOCK_SIZE)
@@ -180,13 +162,11 @@ class Nf4Weight:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Int8Weight:
-    """A linear weight in int8 with a magnitude per row, on any device."""
+class Int8Weight(StoredWeight):
+    """A linear weight in int8 with a magnitude per row."""
 
-    weight: Tensor
-    """int8 [out, in]."""
-    scb: Tensor
-    """float32 [out], the magnitude that 127 stands for; "SCB" on disk."""
+    weight: Tensor  # int8 [out, in]
+    scb: Tensor  # float32 [out], the magnitude that 127 stands for; "SCB" on disk
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Int8Weight:
@@ -199,16 +179,20 @@ class Int8Weight:
             ValueError: a tensor is missing, unknown, or of a wrong shape or dtype; or the weight is in one of the
                 column orders that old versions of the library wrote.
         """
-        _check_names({"weight_format": torch.empty(0)} | dict(tensors), {"weight", "SCB", "weight_format"})
+        tensors = {"weight_format": torch.tensor(0, dtype=torch.uint8)} | dict(tensors)
+        check_names(tensors, {"weight", "SCB", "weight_format"})
         if tensors["weight"].dim() != 2:
             got = list(tensors["weight"].shape)
-            raise ValueError(f"weight: got shape {got} · expected [out, in] · quantise the weight again")
-        _check(tensors, "weight", tuple(tensors["weight"].shape), torch.int8)
-        _check(tensors, "SCB", (tensors["weight"].shape[0],), torch.float32)
-        if "weight_format" in tensors:
-            _check(tensors, "weight_format", (), torch.uint8)
-            if code := int(tensors["weight_format"]):
-                raise ValueError(f"weight_format: got {code} · expected 0, by rows · quantise the weight again")
+            raise ValueError(f"weight: got shape {got} · expected [out, in]{_AGAIN}")
+        out_features, in_features = tensors["weight"].shape
+        forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((out_features, in_features), torch.int8),
+            "SCB": ((out_features,), torch.float32),
+            "weight_format": ((), torch.uint8),
+        }
+        check_forms(tensors, forms, advice=_AGAIN)
+        if code := int(tensors["weight_format"]):
+            raise ValueError(f"weight_format: got {code} · expected 0, by rows{_AGAIN}")
         return cls(weight=tensors["weight"], scb=tensors["SCB"])
 
     @property
@@ -216,72 +200,39 @@ class Int8Weight:
         """(out, in) of the weight."""
         return self.weight.shape[0], self.weight.shape[1]
 
-    def to(self, device: torch.device | str) -> Int8Weight:
-        """Return the weight on a device."""
-        return Int8Weight(weight=self.weight.to(device), scb=self.scb.to(device))
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes in memory."""
-        return self.weight.nbytes + self.scb.nbytes
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [out, in], computed in float32 and rounded to `dtype`."""
-        return self.rows(0, self.shape[0], dtype)
-
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Return rows begin … end - 1 of the dequantised weight."""
+        """Return rows begin … end - 1 of the weight."""
         # Scaled before the product and not after it: int8 times x leaves the range of float16 where y does not.
         values = torch.empty(end - begin, self.shape[1], dtype=dtype, device=self.weight.device)
         return torch.mul(self.weight[begin:end], self.scb[begin:end, None] / 127, out=values)
 
 
 def nf4_matmul(x: Tensor, weight: Nf4Weight) -> Tensor:
-    """Multiply x by the transpose of a weight in NF4.
+    """Multiply x [..., in] by the transpose of a weight in NF4; see `reference.matmul_by_rows`.
 
-    On a GPU this is the library's kernel. On a CPU the weight is expanded a few rows at a time and multiplied in the
-    dtype of x.
-
-    Args:
-        x: [..., in], floating, on the weight's device.
-        weight: (out, in).
-
-    Returns:
-        [..., out] in the dtype of x.
-
-    Raises:
-        ValueError: x has another last dimension.
-        ImportError: on a GPU, bitsandbytes is not installed or does not load.
+    On a GPU this is the library's kernel, and an ImportError says that it is not there. On a CPU the weight is expanded
+    a few rows at a time and multiplied in the dtype of x.
     """
     if x.is_cuda:
         # Before 0.50 the library tells which way round the weight lies by this transpose; since then it does not care.
         product: Tensor = import_bitsandbytes().matmul_4bit(x, weight.packed.t(), quant_state=weight.quant_state)
         return product
     scales = weight.block_scales()
-    return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, scales, x.dtype))
+    return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype, scales))
 
 
 def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
-    """Multiply x by the transpose of a weight in int8; x itself is not quantised.
+    """Multiply x [..., in], not quantised itself, by the transpose of a weight in int8; see `reference.matmul_by_rows`.
 
     The weight is expanded to the dtype of x: on a CPU a few rows at a time, on a GPU all of it, into memory that is
     free again after the product.
-
-    Args:
-        x: [..., in], floating, on the weight's device.
-        weight: (out, in).
-
-    Returns:
-        [..., out] in the dtype of x.
-
-    Raises:
-        ValueError: x has another last dimension.
     """
     if x.is_cuda:
         return functional.linear(x, weight.dequantize(x.dtype))
     return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype))
 
 
+_AGAIN: Final = " · quantise the weight again"
 _NF4_FLOATS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -311,16 +262,3 @@ def _read_quant_state(blob: Tensor) -> tuple[tuple[int, int], float]:
                 return (out_features, in_features), offset
     msg = f"{NF4_QUANT_STATE_KEY}: got shape {shape} · expected [out, in], in a multiple of {NF4_BLOCK_SIZE}"
     raise ValueError(f"{msg} · {what_to_do}")
-
-
-def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
-    if tensors.keys() != expected:
-        odd = ", ".join(sorted(expected ^ tensors.keys()))
-        raise ValueError(f"got {sorted(tensors)} · expected {sorted(expected)} · missing or unknown: {odd}")
-
-
-def _check(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensor = tensors[name]
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        got = f"{list(tensor.shape)} {tensor.dtype}"
-        raise ValueError(f"{name}: got {got} · expected {list(shape)} {dtype} · quantise the weight again")

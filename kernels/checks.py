@@ -1,4 +1,4 @@
-"""What the launchers check of their arguments: shapes, dtypes, devices and strides, never values.
+"""What the launchers check of their arguments, or raise ValueError: shapes, dtypes, devices and strides, never values.
 
 A value on a GPU can only be checked by waiting for it, and a launcher must not wait: it runs within CUDA graphs.
 """
@@ -17,11 +17,7 @@ _BFLOAT16_CAPABILITY: Final = (8, 0)
 
 
 def check_float(name: str, tensor: Tensor) -> None:
-    """Raise unless a tensor is of a dtype that its card computes in.
-
-    Raises:
-        ValueError: it is no float of 16 or 32 bits, or bfloat16 on a card without it.
-    """
+    """Raise unless a tensor is of a dtype that its card computes in."""
     if tensor.dtype not in FLOATS:
         raise ValueError(f"got {name} {tensor.dtype} · expected float16, bfloat16 or float32")
     if tensor.dtype == torch.bfloat16 and tensor.is_cuda:
@@ -32,22 +28,14 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless a tensor is just so.
-
-    Raises:
-        ValueError: it has another shape or dtype, or is elsewhere.
-    """
+    """Raise unless a tensor is just so."""
     if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, device):
         got = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
         raise ValueError(f"got {name} {got} · expected {list(shape)} {dtype} on {device}")
 
 
 def check_whole(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise unless a tensor is just so, and has no gaps.
-
-    Raises:
-        ValueError: it has another shape or dtype, is elsewhere, or has gaps.
-    """
+    """Raise unless a tensor is just so, and has no gaps."""
     check_tensor(name, tensor, shape, dtype, device)
     if not tensor.is_contiguous():
         raise ValueError(f"got {name} with strides {list(tensor.stride())} · expected a contiguous tensor")
@@ -58,8 +46,8 @@ def check_cache(
 ) -> None:
     """Raise unless keys and values are a cache for tensors of `dtype`: in that dtype, or int8 with scales.
 
-    Raises:
-        ValueError: they are not.
+    k_cache is [B, kv_heads, S, head_dim], its last axis without gaps: one layer of a larger tensor will do. v_cache is
+    like it, strides included. k_scales is float16 or float32 [B, kv_heads, S], and v_scales like it.
     """
     quantized = k_cache.dtype == torch.int8
     if k_cache.dtype != dtype and not quantized:

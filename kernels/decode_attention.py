@@ -46,20 +46,15 @@ def decode_attention(
 
     Args:
         q: [B, heads, head_dim], float16, bfloat16 or float32; its last axis without gaps.
-        k_cache: [B, kv_heads, S, head_dim] in the dtype of q, or int8; its last axis without gaps. One layer of a
-            larger tensor will do.
-        v_cache: like k_cache, strides included.
+        k_cache: [B, kv_heads, S, head_dim], see `check_cache`.
+        v_cache: like k_cache.
         lengths: int32 or int64 [B], how many slots each row sees: its own token's position plus 1, as that has been
             written already. A row of length 0 gets zeros.
-        k_scales: float16 or float32 [B, kv_heads, S], of a cache of int8: key = k_cache * k_scales.
-        v_scales: like k_scales, strides included.
-        backend: None for the selected one (see `kernels.backend`).
+        k_scales: [B, kv_heads, S], of a cache of int8: key = k_cache * k_scales.
+        v_scales: like k_scales.
 
     Returns:
         [B, heads, head_dim] in the dtype of q.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device does not fit, or the backend does not run here.
     """
     _check(q, k_cache, v_cache, lengths)
     check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)

@@ -13,6 +13,7 @@ import torch
 
 from kernels.packing import group_index, pack, pack_factor, symmetric_qzeros, symmetric_zero, unpack
 from kernels.reference import matmul_by_rows
+from kernels.weights import StoredWeight, check_forms, check_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,13 +24,11 @@ TENSORS: Final = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GptqWeight:
-    """A linear weight of symmetric integers as it is stored, on any device."""
+class GptqWeight(StoredWeight):
+    """A linear weight of symmetric integers."""
 
-    qweight: Tensor
-    """int32 [in / pack_factor, out]."""
-    scales: Tensor
-    """float16 [groups, out]."""
+    qweight: Tensor  # int32 [in / pack_factor, out]
+    scales: Tensor  # float16 [groups, out]
     bits: int
     group_size: int
 
@@ -45,8 +44,7 @@ class GptqWeight:
             ValueError: a tensor is missing, unknown, or of another shape or dtype; the zeros are not the symmetric ones
                 of version 1; or the inputs are not in the order of their groups.
         """
-        if set(tensors) != set(TENSORS):
-            raise ValueError(f"got the tensors {', '.join(sorted(tensors))} · expected {', '.join(TENSORS)}")
+        check_names(tensors, set(TENSORS))
         qweight, scales = tensors["qweight"], tensors["scales"]
         if qweight.dim() != 2 or scales.dim() != 2 or not scales.shape[0]:
             msg = f"got qweight {list(qweight.shape)} and scales {list(scales.shape)} · expected two matrices"
@@ -56,16 +54,13 @@ class GptqWeight:
         if in_features % groups:
             raise ValueError(f"got {in_features} inputs in {groups} groups · expected groups of one size")
         group_size = in_features // groups
-        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "qweight": ((in_features // pack_factor(bits), out_features), torch.int32),
             "scales": ((groups, out_features), torch.float16),
             "qzeros": ((groups, out_features // pack_factor(bits)), torch.int32),
             "g_idx": ((in_features,), torch.int32),
         }
-        for name, (shape, dtype) in expected.items():
-            if (tuple(tensors[name].shape), tensors[name].dtype) != (shape, dtype):
-                got = f"{list(tensors[name].shape)} {tensors[name].dtype}"
-                raise ValueError(f"got {name} {got} · expected {list(shape)} {dtype}")
+        check_forms(tensors, forms)
         zeros, order = symmetric_qzeros(groups, out_features, bits), group_index(in_features, group_size)
         if not torch.equal(tensors["qzeros"].cpu(), zeros):
             raise ValueError(f"got other qzeros · expected {symmetric_zero(bits)} - 1 in each field (symmetric, v1)")
@@ -78,21 +73,8 @@ class GptqWeight:
         """(out, in) of the weight."""
         return self.qweight.shape[1], self.qweight.shape[0] * pack_factor(self.bits)
 
-    @property
-    def nbytes(self) -> int:
-        """Its bytes in memory."""
-        return self.qweight.nbytes + self.scales.nbytes
-
-    def to(self, device: torch.device | str) -> GptqWeight:
-        """Return the weight on a device."""
-        return dataclasses.replace(self, qweight=self.qweight.to(device), scales=self.scales.to(device))
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [out, in], computed in float32 and rounded to `dtype`."""
-        return self.rows(0, self.shape[0], dtype)
-
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Return rows begin … end - 1 of the dequantised weight."""
+        """Return rows begin … end - 1 of the weight."""
         values = unpack(self.qweight[:, begin:end], self.bits).float() - symmetric_zero(self.bits)
         groups = values.view(-1, self.group_size, end - begin)
         weight: Tensor = (groups * self.scales[:, None, begin:end].float()).flatten(0, 1).t().to(dtype)
@@ -122,16 +104,5 @@ def to_tensors(values: Tensor, scales: Tensor, *, bits: int) -> dict[str, Tensor
 
 
 def gptq_matmul(x: Tensor, weight: GptqWeight) -> Tensor:
-    """Multiply x by the transpose of a weight in the GPTQ format.
-
-    Args:
-        x: [..., in], floating, on the weight's device.
-        weight: (out, in).
-
-    Returns:
-        [..., out] in the dtype of x.
-
-    Raises:
-        ValueError: x has another last dimension.
-    """
+    """Multiply x [..., in] by the transpose of a weight in the GPTQ format; see `reference.matmul_by_rows`."""
     return matmul_by_rows(x, weight.shape, lambda begin, end: weight.rows(begin, end, x.dtype))

@@ -58,15 +58,7 @@ def symmetric_zero(bits: int) -> int:
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Pack unsigned integers along the first axis, low bits first.
-
-    Args:
-        values: [R, C], integers in 0 … 2^bits − 1, R a multiple of pack_factor(bits).
-        bits: 4 or 8.
-
-    Returns:
-        int32 [R / pack_factor, C].
-    """
+    """Pack integers in 0 … 2^bits − 1 along the first axis, low bits first: [R, C] to int32 [R / pack_factor, C]."""
     fields = values.reshape(-1, pack_factor(bits), values.shape[1])
     words = torch.zeros(fields.shape[0], fields.shape[2], dtype=torch.int32, device=values.device)
     for field in range(pack_factor(bits)):
@@ -75,15 +67,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Undo `pack`.
-
-    Args:
-        words: int32 [R, C].
-        bits: 4 or 8.
-
-    Returns:
-        uint8 [R · pack_factor, C].
-    """
+    """Undo `pack`: int32 [R, C] to uint8 [R · pack_factor, C]."""
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)
     # The shift of a negative word drags its sign in from the left; the mask takes that away again.
     fields = (words.unsqueeze(1) >> shifts[:, None]) & ((1 << bits) - 1)
@@ -92,14 +76,6 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 def to_blocks(qweight: Tensor, bits: int, block_size: int) -> Tensor:
     """Turn GPTQ's words into the bytes of MatMulNBits: a transposition, as both put the first input lowest.
-
-    Args:
-        qweight: int32 [K / pack_factor, N].
-        bits: 4 or 8.
-        block_size: inputs of a block, which divides K.
-
-    Returns:
-        uint8 [N, K / block_size, block_size · bits / 8].
 
     Source:
         https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (com.microsoft.MatMulNBits)
@@ -115,15 +91,7 @@ def span_size(bits: int) -> int:
 
 
 def to_tiles(qweight: Tensor, bits: int) -> Tensor:
-    """Turn GPTQ's words into the tiles of the GPU kernels; `from_tiles` undoes it.
-
-    Args:
-        qweight: int32 [K / pack_factor, N].
-        bits: 4 or 8.
-
-    Returns:
-        int32 [ceil(N / TILE_OUTPUTS), ceil(K / span), TILE_OUTPUTS, TILE_WORDS], on the same device.
-    """
+    """Turn GPTQ's words into the tiles of the GPU kernels, on the same device; `from_tiles` undoes it."""
     K, N = qweight.shape[0] * pack_factor(bits), qweight.shape[1]
     span = span_size(bits)
     spans, rows = -(-K // span), -(-N // TILE_OUTPUTS)
@@ -144,17 +112,7 @@ def to_tiles(qweight: Tensor, bits: int) -> Tensor:
 
 
 def from_tiles(tiles: Tensor, bits: int, K: int, N: int) -> Tensor:
-    """Undo `to_tiles`.
-
-    Args:
-        tiles: from `to_tiles`.
-        bits: 4 or 8.
-        K: inputs of the weight.
-        N: its outputs.
-
-    Returns:
-        The unsigned integers, uint8 [N, K]; `pack(values.t(), bits)` is GPTQ's qweight again.
-    """
+    """Undo `to_tiles`: the unsigned integers uint8 [N, K]; `pack(values.t(), bits)` is GPTQ's qweight again."""
     rows, spans = tiles.shape[:2]
     values = unpack(tiles.reshape(1, -1), bits)  # [pack_factor, words], as there is only one row of words
     fields = values.view(pack_factor(bits), rows, spans, TILE_OUTPUTS, TILE_WORDS)

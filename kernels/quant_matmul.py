@@ -22,6 +22,7 @@ from kernels import reference
 from kernels.backend import Backend, Card, card_of, device_guard, require_backend
 from kernels.checks import check_float
 from kernels.packing import from_tiles, pack, span_size, symmetric_zero, to_tiles
+from kernels.weights import StoredWeight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,13 +41,11 @@ product to fill any card, and it does not grow with the weight."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class QuantWeight:
-    """One or more linear weights of symmetric integers in tiles, their outputs side by side, on any device."""
+class QuantWeight(StoredWeight):
+    """One or more linear weights of symmetric integers in tiles, their outputs side by side."""
 
-    tiles: Tensor
-    """int32 [ceil(out / 16), ceil(in / span), 16, 32], see `kernels.packing`."""
-    scales: Tensor
-    """float16 [groups, out]."""
+    tiles: Tensor  # int32 [ceil(out / 16), ceil(in / span), 16, 32], see `kernels.packing`
+    scales: Tensor  # float16 [groups, out]
     bits: int
     group_size: int
     in_features: int
@@ -55,21 +54,13 @@ class QuantWeight:
     def from_gptq(cls, *weights: GptqWeight) -> QuantWeight:
         """Put weights of one input side by side, into new memory; let go of the old ones afterwards.
 
-        Args:
-            weights: at least one; all of one `in`, bits and group_size, on one device.
-
         Raises:
-            ValueError: they differ, or the groups are not of a size in GROUP_SIZES or the whole row.
+            ValueError: they differ in form or device, or the groups are not of a size in GROUP_SIZES or the whole row.
         """
-        if not weights:
-            msg = "got no weights · expected at least one"
-            raise ValueError(msg)
         forms = {(weight.shape[1], weight.bits, weight.group_size, weight.qweight.device) for weight in weights}
-        if len(forms) > 1:
-            got = " and ".join(
-                sorted(f"{k} inputs, {bits} bits, groups of {size} on {at}" for k, bits, size, at in forms)
-            )
-            raise ValueError(f"got weights of {got} · expected one form · keep them apart")
+        if len(forms) != 1:
+            each = sorted(f"{k} inputs, {bits} bits, groups of {size} on {at}" for k, bits, size, at in forms)
+            raise ValueError(f"got weights of {' and '.join(each) or 'none'} · expected one form · keep them apart")
         ((in_features, bits, group_size, _),) = forms
         if group_size not in GROUP_SIZES and group_size != in_features:
             msg = f"got groups of {group_size} inputs · expected one of {GROUP_SIZES} or all {in_features}"
@@ -88,9 +79,6 @@ class QuantWeight:
 
         The scales become float16, as all here are: off by up to 2^-11, for a whole row.
 
-        Args:
-            weights: at least one; all of one `in`, on one device.
-
         Raises:
             ValueError: they differ, or a row is so small, or so large, that float16 cannot hold its scale.
         """
@@ -102,10 +90,8 @@ class QuantWeight:
         tiny = torch.finfo(torch.float16).smallest_normal
         # Of a row of zeros the scale does not matter.
         if not bool(((magnitudes == 0) | ((scales >= tiny) & scales.isfinite())).all()):
-            msg = (
-                "got rows whose scales float16 does not hold · expected them between 6e-5 and 65504 · keep them in int8"
-            )
-            raise ValueError(msg)
+            msg = "got rows whose scales float16 does not hold · expected them between 6e-5 and 65504"
+            raise ValueError(f"{msg} · keep them in int8")
         unsigned = torch.cat([weight.weight for weight in weights]).t().to(torch.int16) + symmetric_zero(8)
         return cls(
             tiles=to_tiles(pack(unsigned, 8), 8),
@@ -121,25 +107,12 @@ class QuantWeight:
         return self.scales.shape[1], self.in_features
 
     @property
-    def nbytes(self) -> int:
-        """Its bytes in memory: what decoding reads."""
-        return self.tiles.nbytes + self.scales.nbytes
-
-    @property
     def device(self) -> torch.device:
         """Where it is."""
         return self.tiles.device
 
-    def to(self, device: torch.device | str) -> QuantWeight:
-        """Return the weight on a device."""
-        return dataclasses.replace(self, tiles=self.tiles.to(device), scales=self.scales.to(device))
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [out, in], computed in float32 and rounded to `dtype`."""
-        return self.rows(0, self.shape[0], dtype)
-
     def rows(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Return rows begin … end - 1 of the dequantised weight."""
+        """Return rows begin … end - 1 of the weights."""
         outputs = self.tiles.shape[2]
         first, last = begin // outputs, -(-end // outputs)
         values = from_tiles(self.tiles[first:last], self.bits, self.in_features, (last - first) * outputs)
@@ -158,14 +131,7 @@ class DecodePlan(NamedTuple):
 
 
 def decode_plan(M: int, weight_shape: tuple[int, int], bits: int, card: Card) -> DecodePlan:
-    """Return how to cut a product of M ≤ MAX_DECODE_ROWS rows: a small table, and no measurement.
-
-    Args:
-        M: rows of x.
-        weight_shape: (out, in).
-        bits: 4 or 8.
-        card: where it runs.
-    """
+    """Return how to cut a product of M ≤ MAX_DECODE_ROWS rows: a small table, and no measurement."""
     N, K = weight_shape
     # A program takes 4 rows at most: with 4 words of 2 outputs a thread holds 32 sums, and no register spills.
     rows = 1 if M == 1 else 2 if M == 2 else 4
@@ -199,15 +165,11 @@ def quant_matmul(
     Args:
         x: [..., in], float16, bfloat16 or float32, on the weight's device.
         weight: (out, in).
-        backend: None for the selected one (see `kernels.backend`).
         fp16_accumulation: let cuBLAS add up in float16 in prefill: faster on GeForce cards, and less exact. It takes
             torch 2.7.
 
     Returns:
         [..., out] in the dtype of x.
-
-    Raises:
-        ValueError: a shape, dtype or device does not fit, or the backend does not run here.
     """
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K or x.device != weight.device:

@@ -1,6 +1,7 @@
 """The specification: each op in plain PyTorch, computed in float32, written to be obviously right.
 
-Every kernel is tested against the function of the same name here, and each runs where no kernel does.
+Every kernel is tested against the function of the same name here, and each runs where no kernel does. What an op takes
+and returns is said by its launcher, the module of its name; here any float dtype and any strides will do.
 """
 
 from __future__ import annotations
@@ -23,15 +24,9 @@ GPU_ROWS_VALUES: Final = 2**24
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scale each row to a root mean square of one, then by `weight`.
+    """Scale each row of x [..., hidden_size] to a root mean square of one, then by `weight` [hidden_size].
 
-    Args:
-        x: [..., hidden_size], any float dtype.
-        weight: [hidden_size].
-        eps: added to the mean square.
-
-    Returns:
-        [..., hidden_size] in the dtype of x.
+    `eps` is added to the mean square; the result has the dtype of x.
     """
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
@@ -41,13 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary_table(position_ids: Tensor, head_dim: int, rope_theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of the rotary angles, position * theta^(-2i / head_dim).
 
-    Args:
-        position_ids: [...], integers.
-        head_dim: even.
-        rope_theta: the base of the frequencies.
-
-    Returns:
-        cos and sin, each float32 [..., head_dim / 2].
+    Each is float32 [..., head_dim / 2], for position_ids [...].
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids.float().unsqueeze(-1) * rope_theta**-exponents
@@ -57,13 +46,7 @@ def rotary_table(position_ids: Tensor, head_dim: int, rope_theta: float) -> tupl
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each head's vector by its position, in the Llama convention: component i pairs with i + head_dim / 2.
 
-    Args:
-        x: [B, T, heads, head_dim].
-        cos: [B, T, head_dim / 2], from `rotary_table`.
-        sin: like cos.
-
-    Returns:
-        [B, T, heads, head_dim] in the dtype of x.
+    x is [B, T, heads, head_dim], and so is the result; cos and sin are [B, T, head_dim / 2], from `rotary_table`.
     """
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -101,7 +84,7 @@ def matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int],
     """Multiply x by the transpose of a weight that is expanded a few rows at a time.
 
     Args:
-        x: [..., in].
+        x: [..., in], floating, on the weight's device.
         shape: (out, in) of the weight.
         rows: rows(begin, end) makes rows begin … end - 1 of it, in the dtype of x.
 
@@ -124,60 +107,28 @@ def matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int],
 
 
 def quant_matmul(x: Tensor, weight: QuantWeight) -> Tensor:
-    """Multiply x by the transpose of a quantised weight, whose values are exact in float32.
-
-    Args:
-        x: [..., in], floating, on the weight's device.
-        weight: (out, in).
-
-    Returns:
-        [..., out] in the dtype of x.
-
-    Raises:
-        ValueError: x has another last dimension.
-    """
+    """Multiply x by the transpose of a quantised weight, whose values are exact in float32."""
     product = matmul_by_rows(x.float(), weight.shape, lambda begin, end: weight.rows(begin, end, torch.float32))
     return product.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + residual, rounded to their dtype, and `rms_norm` of that.
-
-    Args:
-        x: [..., hidden_size], any float dtype.
-        residual: like x.
-        weight: [hidden_size].
-        eps: added to the mean square.
-
-    Returns:
-        The sum and the normed sum, each in the shape and dtype of x.
-    """
+    """Return x + residual, rounded to their dtype, and `rms_norm` of that."""
     total = (x.float() + residual.float()).to(x.dtype)
     return total, rms_norm(total, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up.
-
-    Args:
-        gate_up: [..., 2 * inner], the gate and behind it up, any float dtype.
-
-    Returns:
-        [..., inner] in the dtype of gate_up.
-    """
+    """Return silu(gate) * up, of the gate and behind it up."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
 
 def quantize_vectors(x: Tensor, scales_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round each vector to int8 by its largest magnitude; a vector of zeros has a scale of 0.
-
-    Args:
-        x: [..., head_dim], any float dtype.
-        scales_dtype: float16 or float32.
+    """Round each vector of x [..., head_dim] to int8 by its largest magnitude.
 
     Returns:
-        int8 [..., head_dim] in -127 … 127, and the scales [...]; x is about values * scales.
+        int8 [..., head_dim] in -127 … 127, and the scales [...], 0 for a vector of zeros; x is about values * scales.
     """
     scales = (x.float().abs().amax(-1) / 127).to(scales_dtype)
     # What is stored divides, not what was computed: rounded to float16 the two differ.
@@ -201,20 +152,7 @@ def rotary_and_cache(
 ) -> tuple[Tensor, Tensor]:
     """Turn q and k by `rotary`; write k and v into the cache, by `quantize_vectors` if that is int8.
 
-    Args:
-        q: [B, T, heads, head_dim], any float dtype.
-        k: [B, T, kv_heads, head_dim].
-        v: like k.
-        cos: [B, T, head_dim / 2], from `rotary_table`.
-        sin: like cos.
-        slots: [B, T], where in its row each token goes; outside 0 … S - 1 it is not written.
-        k_cache: [B, kv_heads, S, head_dim], in the dtype of k or int8. Written to.
-        v_cache: like k_cache. Written to.
-        k_scales: [B, kv_heads, S] for a cache of int8, float16 or float32. Written to.
-        v_scales: like k_scales. Written to.
-
-    Returns:
-        The turned q and k.
+    Slots outside the cache are not written.
     """
     q, k = rotary(q, cos, sin), rotary(k, cos, sin)
     rows, tokens = ((slots >= 0) & (slots < k_cache.shape[2])).nonzero(as_tuple=True)
@@ -237,19 +175,7 @@ def decode_attention(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Let one query per row attend over the first `lengths` slots of its row, by `attention`.
-
-    Args:
-        q: [B, heads, head_dim], any float dtype.
-        k_cache: [B, kv_heads, S, head_dim], any float dtype, or int8.
-        v_cache: like k_cache.
-        lengths: [B], integers; a row of length 0 gets zeros.
-        k_scales: [B, kv_heads, S] for a cache of int8: key = k_cache * k_scales.
-        v_scales: like k_scales.
-
-    Returns:
-        [B, heads, head_dim] in the dtype of q.
-    """
+    """Let one query per row attend over the first `lengths` slots of its row, by `attention`; over none gives zeros."""
     k, v = k_cache.float(), v_cache.float()
     if k_scales is not None and v_scales is not None:
         k, v = k * k_scales.float().unsqueeze(-1), v * v_scales.float().unsqueeze(-1)
@@ -278,18 +204,6 @@ def sample(
     draw is a race in which token i arrives after E_i / p_i, where E_i is exponentially distributed; the first one wins
     with probability p_i. (-log E_i is Gumbel's noise, and this the Gumbel-max trick.) E_i is a function of seed,
     position and i alone: a replay draws the same token.
-
-    Args:
-        logits: [N, V], any float dtype.
-        temperature: float32 [N]; 0 takes the most probable token, the first of equals.
-        top_p: float32 [N] in (0, 1]; 1 keeps all tokens.
-        seeds: int64 [N].
-        positions: int64 [N], of the tokens that are chosen, below 2^32.
-        num_top: how many of the most probable tokens to return.
-
-    Returns:
-        The tokens, and the most probable ones in falling order. Log-probabilities are the model's own: at temperature
-        1 over all tokens. A row with a NaN or an infinity has token 0, log-probabilities of NaN and `is_finite` false.
     """
     is_finite = logits.isfinite().all(-1)
     x = logits.float().masked_fill(~is_finite[:, None], 0.0)
@@ -326,13 +240,7 @@ _LOW_32: Final = 0xFFFFFFFF
 def exponentials(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Return an exponentially distributed number for each token of each row, the same on every backend.
 
-    Args:
-        seeds: int64 [N]; all 64 bits count.
-        positions: int64 [N]; the lower 32 bits count.
-        vocab_size: the number of tokens, V.
-
-    Returns:
-        float32 [N, V], from 2^-33 to 17.
+    All 64 bits of the seeds [N] count, and the lower 32 of the positions. The numbers [N, V] are from 2^-33 to 17.
     """
     first = _mix(seeds ^ _mix(positions + _GOLDEN))
     second = _mix(seeds >> 32 ^ _mix(first + _GOLDEN))

@@ -50,17 +50,13 @@ def rotary_and_cache(
         sin: like cos.
         slots: int32 or int64 [B, T], contiguous: where in its row each token goes. Those outside 0 … S - 1 (-1, say)
             are not written. Two tokens of a row must not have one slot.
-        k_cache: [B, kv_heads, S, head_dim] in the dtype of q, or int8; its last axis without gaps. Written to.
-        v_cache: like k_cache, strides included. Written to.
-        k_scales: float16 or float32 [B, kv_heads, S], of a cache of int8. Written to.
-        v_scales: like k_scales, strides included. Written to.
-        backend: None for the selected one (see `kernels.backend`).
+        k_cache: [B, kv_heads, S, head_dim], see `check_cache`. It and the next three are written to.
+        v_cache: like k_cache.
+        k_scales: [B, kv_heads, S], of a cache of int8.
+        v_scales: like k_scales.
 
     Returns:
         The turned q and k, in their dtype. The cache holds the latter.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device does not fit, or the backend does not run here.
     """
     _check(q, k, v, cos, sin, slots, k_cache)
     check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)

@@ -41,14 +41,10 @@ def sample(
         seeds: int64 [N], any.
         positions: int64 [N], of the tokens that are chosen, below 2^32.
         num_top: how many of the most probable tokens to return.
-        backend: None for the selected one (see `kernels.backend`).
 
     Returns:
         The tokens, and the most probable ones in falling order. Log-probabilities are the model's own: at temperature
         1 over all tokens. A row with a NaN or an infinity has token 0, log-probabilities of NaN and `is_finite` false.
-
-    Raises:
-        ValueError: a shape, dtype or device does not fit, or the backend does not run here.
     """
     check_float("logits", logits)
     if logits.dim() != 2 or not 0 < logits.shape[1] <= MAX_VOCAB_SIZE:

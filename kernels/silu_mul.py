@@ -19,13 +19,9 @@ def silu_mul(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
 
     Args:
         gate_up: [..., 2 * inner], the gate and behind it up; float16, bfloat16 or float32, contiguous.
-        backend: None for the selected one (see `kernels.backend`).
 
     Returns:
         [..., inner] in the dtype of gate_up.
-
-    Raises:
-        ValueError: a shape, dtype or device does not fit, or the backend does not run here.
     """
     check_float("gate_up", gate_up)
     if gate_up.dim() < 1 or gate_up.shape[-1] % 2 or not gate_up.is_contiguous():

@@ -22,7 +22,8 @@ from repository import CHECKPOINT, ROOT
 from lite.artifact.open import Artifact, load_artifact
 
 CACHE = ROOT / "build" / "test-artifacts"
-SOURCES = ("export", "kernels", "lite", "benchmarks/phantom", "tests/tiny.py", "tests/random_checkpoint.py")
+TESTS = ("tests/tiny.py", "tests/random_checkpoint.py", "tests/small_export.py")
+SOURCES = ("export", "kernels", "lite", "benchmarks/phantom", *TESTS)
 # Doors and instruments: nothing that an artifact is made from.
 NOT_SOURCES = ("lite/bench/", "lite/cli/", "lite/cohort/", "lite/retrieval/", "lite/serve/")
 LIBRARIES = ("bitsandbytes", "numpy", "onnx", "onnxruntime", "sentencepiece", "torch")

@@ -4,7 +4,7 @@
     kernels/gpu/*.py                                    launch nothing; a launch allocates nothing
     torch on "cuda"                                     FakeTensorMode: shapes, dtypes and devices, no numbers
     attention                                           allocates what torch's kernel for it allocates: see `attend`
-    the allocator                                       `Allocator`, after torch's own
+    the allocator                                       `fake_allocator.py`, after torch's own
 
 Whatever waits for a number of the device's (`.item()`, `bool(tensor)`, `nonzero`) fails, as there are no numbers, and
 so does an op on tensors of two devices. Copies between host and device are noted: see `FakeGpu.copies`.
@@ -12,7 +12,6 @@ so does an op on tensors of two devices. Copies between host and device are note
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import functools
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
 import torch
+from fake_allocator import Allocator, Block
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import kernels.gpu
+from export.source.shapes import base_shapes
 from kernels.backend import Card, Selection
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
@@ -38,7 +39,6 @@ from lite.engines.protocol import ChosenTokens
 from lite.engines.segments import expand_image, num_prefix_tokens
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
-from lite.memory.counts import layer_linear_shapes
 from lite.memory.plan import STUDIES_AHEAD, MemoryPlan, Shapes, Workload, plan_memory
 from lite.memory.process import Peaks
 from lite.session.loop import Loop
@@ -61,105 +61,6 @@ LAUNCHERS: Final = {
 TOKEN: Final = 7
 CHOSEN = ChosenTokens((TOKEN,), (0.0,))
 """The token that is always chosen."""
-
-
-# -- Memory ----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Block:
-    """A piece of a segment; those of one segment are linked."""
-
-    pool: list[tuple[int, int, Block]]  # of the free ones: size, address
-    address: int
-    nbytes: int
-    before: Block | None = None
-    after: Block | None = None
-    is_free: bool = False
-
-
-class Allocator:
-    """torch's caching allocator: the free block that fits best, cut from a segment of 2 MiB, 20 MiB or what is needed.
-
-    Source: c10/cuda/CUDACachingAllocator.cpp, without its options.
-    """
-
-    def __init__(self) -> None:
-        self.allocated = self.peak = 0
-        self.reserved = self.reserved_peak = 0
-        self.pools: tuple[list[tuple[int, int, Block]], list[tuple[int, int, Block]]] = [], []
-        self._addresses = 0
-
-    def allocate(self, nbytes: int) -> Block:
-        """Take a block: of whole 512 bytes, and up to 1 MiB more in a segment of large ones."""
-        nbytes = -(-nbytes // 512) * 512
-        is_small = nbytes <= 1 << 20
-        pool = self.pools[0 if is_small else 1]
-        place = bisect.bisect_left(pool, nbytes, key=lambda entry: entry[0])
-        if place < len(pool):
-            block = pool.pop(place)[2]
-        else:
-            segment = 2 << 20 if is_small else 20 << 20 if nbytes < 10 << 20 else -(-nbytes // (2 << 20)) * (2 << 20)
-            block = Block(pool, self._addresses, segment)
-            self._addresses += segment
-            self.reserved += segment
-            self.reserved_peak = max(self.reserved_peak, self.reserved)
-        block.is_free = False
-        left = block.nbytes - nbytes
-        if left >= 512 if is_small else left > 1 << 20:
-            rest = Block(pool, block.address + nbytes, left, before=block, after=block.after)
-            if block.after is not None:
-                block.after.before = rest
-            block.nbytes, block.after = nbytes, rest
-            self._keep(rest)
-        self.allocated += block.nbytes
-        self.peak = max(self.peak, self.allocated)
-        return block
-
-    def free(self, block: Block) -> None:
-        """Give a block back; it becomes one with what is free on either side."""
-        self.allocated -= block.nbytes
-        first, second = block.before, block.after
-        if second is not None and second.is_free:
-            self._join(block, second)
-        if first is not None and first.is_free:
-            self._join(first, block)
-            block = first
-        self._keep(block)
-
-    def release(self) -> None:
-        """Give segments back that are free: `torch.cuda.empty_cache()`."""
-        for pool in self.pools:
-            whole = [entry for entry in pool if entry[2].before is None and entry[2].after is None]
-            pool[:] = [entry for entry in pool if entry not in whole]
-            self.reserved -= sum(nbytes for nbytes, _, _ in whole)
-
-    def pop_peak(self) -> int:
-        """Return the most bytes allocated since this was last asked, as `torch.cuda.max_memory_allocated` counts."""
-        peak, self.peak = self.peak, self.allocated
-        return peak
-
-    @contextlib.contextmanager
-    def private_pool(self) -> Iterator[None]:
-        """Take blocks from segments of their own meanwhile, as a CUDA graph does."""
-        pools, self.pools = self.pools, ([], [])
-        try:
-            yield
-        finally:
-            self.pools = pools
-
-    def _join(self, block: Block, following: Block) -> None:
-        for one in (block, following):
-            if one.is_free:
-                one.pool.remove((one.nbytes, one.address, one))
-        block.nbytes += following.nbytes
-        block.after = following.after
-        if block.after is not None:
-            block.after.before = block
-
-    def _keep(self, block: Block) -> None:
-        block.is_free = True
-        bisect.insort(block.pool, (block.nbytes, block.address, block))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,32 +274,24 @@ def load_on(gpu: FakeGpu, artifact: Artifact, **settings: Any) -> LlamaDecoder:
 
 def stored_tensors(config: DecoderConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of the tensors of a decoder's files."""
-    vector, table = (config.hidden_size,), (config.vocab_size, config.hidden_size)
-    plain = {"model.embed_tokens.weight": table, "model.norm.weight": vector}
-    if not config.tie_word_embeddings:
-        plain["lm_head.weight"] = table
-    linears = {}
-    for layer in range(config.num_hidden_layers):
-        for name, shape in layer_linear_shapes(config).items():
-            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            linears[f"model.layers.{layer}.{block}.{name}"] = shape
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            plain[f"model.layers.{layer}.{name}.weight"] = vector
-    tensors = {name: (shape, torch.float16) for name, shape in plain.items()}
-    stored = config.quantization
-    for name, (outputs, inputs) in linears.items():
-        if stored is None:
-            tensors[f"{name}.weight"] = (outputs, inputs), torch.float16
+    shapes, stored = base_shapes(config), config.quantization
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, shape in shapes.items():
+        linear = name.removesuffix(".weight")
+        if stored is None or "_proj." not in name:
+            tensors[name] = shape, torch.float16
         elif stored.format == "bnb-int8":
-            tensors[f"{name}.weight"] = (outputs, inputs), torch.int8
-            tensors[f"{name}.SCB"] = (outputs,), torch.float32
+            tensors[name] = shape, torch.int8
+            tensors[f"{linear}.SCB"] = shape[:1], torch.float32
         else:
-            factor = 32 // stored.bits
+            (outputs, inputs), factor = shape, 32 // stored.bits
             groups = inputs // (inputs if stored.group_size in (-1, None) else stored.group_size)
-            tensors[f"{name}.qweight"] = (inputs // factor, outputs), torch.int32
-            tensors[f"{name}.qzeros"] = (groups, outputs // factor), torch.int32
-            tensors[f"{name}.scales"] = (groups, outputs), torch.float16
-            tensors[f"{name}.g_idx"] = (inputs,), torch.int32
+            tensors[f"{linear}.qweight"] = (inputs // factor, outputs), torch.int32
+            tensors[f"{linear}.qzeros"] = (groups, outputs // factor), torch.int32
+            tensors[f"{linear}.scales"] = (groups, outputs), torch.float16
+            tensors[f"{linear}.g_idx"] = (inputs,), torch.int32
     return tensors
 
 

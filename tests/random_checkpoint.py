@@ -15,6 +15,7 @@ from benchmarks.speed.weights import Shapes
 from lite.config import PromptTemplate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -105,6 +106,16 @@ def edit_json(file: Path, **changes: Any) -> None:
         else:
             content[key] = value
     file.write_text(json.dumps(content))
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the tensors of a pickled file, or of its state_dict."""
+    content = load(file)
+    if "state_dict" in content:
+        content["state_dict"] = change(content["state_dict"])
+    else:
+        content = change(content)
+    torch.save(content, file)
 
 
 def load(file: Path) -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from kernels.bnb import NF4_BLOCK_SIZE, NF4_NESTED_BLOCK_SIZE, import_bitsandbytes
-from lite.errors import BackendUnavailable, CheckpointError
+from lite.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,33 +31,22 @@ def quantize_nf4(weight: Tensor) -> dict[str, Tensor]:
     """Quantise one weight to NF4: blocks of 64, their magnitudes quantised once more.
 
     Args:
-        weight: [out, in] in float16 or float32, on any device, where it is quantised too; `in` is a multiple of 64, so
-            that no block crosses from one row into the next. The dtype becomes that of the JSON text, in which tools
-            like peft expand the weight: pass float16 for a folder of float16.
+        weight: [out, in], finite, in float16 or float32, on any device, where it is quantised too; `in` is a multiple
+            of 64, so that no block crosses from one row into the next. The dtype becomes that of the JSON text, in
+            which tools like peft expand the weight: pass float16 for a folder of float16.
 
     Returns:
-        The tensors by the part of their name behind the layer's, contiguous, on the CPU:
-        "weight" uint8 [out * in / 2, 1], "weight.absmax" uint8 [blocks = out * in / 64],
-        "weight.quant_map" float32 [16], "weight.nested_absmax" float32 [ceil(blocks / 256)],
-        "weight.nested_quant_map" float32 [256], "weight.quant_state.bitsandbytes__nf4" uint8 [length].
+        The tensors of `kernels.bnb.Nf4Weight.from_tensors`, contiguous, on the CPU.
 
     Raises:
-        CheckpointError: the weight is not a matrix of finite numbers in those dtypes, or `in` is not such a multiple.
         BackendUnavailable: bitsandbytes is not installed, or does not load.
     """
-    _check_weight(weight)
-    if weight.shape[1] % NF4_BLOCK_SIZE:
-        msg = f"got a weight {list(weight.shape)} · expected input features in multiples of {NF4_BLOCK_SIZE}, the block"
-        raise CheckpointError(f"{msg} of NF4 · choose bnb-int8 or fp16 for this model")
     quantised, state = _bitsandbytes().functional.quantize_4bit(
         weight.detach().contiguous(), blocksize=NF4_BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
     )
     if state.state2.blocksize != NF4_NESTED_BLOCK_SIZE:
-        got = f"magnitudes quantised in blocks of {state.state2.blocksize}"
-        msg = (
-            f"got {got} by bitsandbytes · expected {NF4_NESTED_BLOCK_SIZE} · install a version named in pyproject.toml"
-        )
-        raise BackendUnavailable(msg)
+        msg = f"got magnitudes quantised in blocks of {state.state2.blocksize} by bitsandbytes · expected "
+        raise BackendUnavailable(f"{msg}{NF4_NESTED_BLOCK_SIZE} · install a version named in pyproject.toml")
     tensors = {"weight": quantised} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     return _on_cpu(tensors)
 
@@ -66,23 +55,15 @@ def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
     """Quantise one weight to int8, a magnitude per row.
 
     Args:
-        weight: [out, in] in float16 or float32, on any device, where it is quantised too. The library rounds it to
-            float16 first.
+        weight: [out, in] that fits float16, to which the library rounds it first; on any device, where it is quantised.
 
     Returns:
-        The tensors by the part of their name behind the layer's, contiguous, on the CPU: "weight" int8 [out, in],
-        "SCB" float32 [out], "weight_format" uint8 [], which is 0 for "by rows".
+        The tensors of `kernels.bnb.Int8Weight.from_tensors`, contiguous, on the CPU.
 
     Raises:
-        CheckpointError: the weight is not a matrix of numbers that fit float16, in those dtypes.
         BackendUnavailable: bitsandbytes is not installed, or does not load.
     """
-    _check_weight(weight)
     rounded = weight.detach().to(torch.float16).contiguous()
-    if not bool(torch.isfinite(rounded).all()):
-        largest = float(weight.abs().max())
-        msg = f"got a weight of {largest:.3g} · expected one that fits float16 (65504), which the library computes in"
-        raise CheckpointError(f"{msg} · the checkpoint is damaged, or of a model this exporter does not support")
     quantised, scb, _ = _bitsandbytes().functional.int8_vectorwise_quant(rounded)
     # A row of zeros is divided by its magnitude, and what a NaN becomes in int8 depends on the machine.
     quantised = quantised.masked_fill(scb.unsqueeze(-1) == 0, 0)
@@ -124,17 +105,6 @@ def _bitsandbytes() -> ModuleType:
     except ImportError as error:
         msg = f'got no bitsandbytes ({error}) · expected it to quantise with · pip install "llava-rad-lite[bnb]"'
         raise BackendUnavailable(msg) from error
-
-
-def _check_weight(weight: Tensor) -> None:
-    if weight.dim() != 2 or weight.numel() == 0 or weight.dtype not in (torch.float16, torch.float32):
-        got = f"{list(weight.shape)} {weight.dtype}"
-        msg = f"got a weight {got} · expected a matrix [out, in] in float16 or float32 · convert it before"
-        raise CheckpointError(msg)
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        msg = f"got {bad} infinities or NaNs in a weight {list(weight.shape)} · expected numbers · get the checkpoint"
-        raise CheckpointError(f"{msg} again: it is damaged")
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
-from export.settings import TokenWeights
-from export.studies import EncodedStudy, StudyReader, sha256_of_studies
+from export.progress import progress_bar
+from export.studies import EncodedStudy, NamedStudies, StudyReader, sha256_of_studies
 from lite.config import IMAGE_TOKEN_ID
 from lite.errors import CheckpointError
 from lite.files import whole_file
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.settings import GptqSettings
+    from export.settings import GptqSettings, TokenWeights
     from export.source.checkpoint import Checkpoint
     from lite.artifact.manifest import Manifest
 
@@ -43,63 +43,50 @@ MAX_HELD_OUT: Final = 24
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationStudies:
+class CalibrationStudies(NamedStudies):
     """The studies of a calibration, and those held out of it to choose by."""
 
-    studies: list[EncodedStudy]
     held_out: list[EncodedStudy]
-    data: str  # the list's file name
     sha256: str
 
 
 def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqSettings) -> CalibrationStudies:
     """Read the studies to calibrate on.
 
-    Args:
-        checkpoint: The source.
-        manifest: Of the artifact being written.
-        settings: With `calibration_data`.
-
     Raises:
-        CheckpointError: See `StudyReader.from_list`; or the list is too short to hold any out.
+        LiteError: See `StudyReader.from_list`; or the list is too short to hold any out.
     """
     file = Path(settings.calibration_data or "")
-    folder = None if settings.calibration_images is None else Path(settings.calibration_images)
     reader = StudyReader(
         checkpoint.tokenizer,
         manifest,
         max_seq_len=checkpoint.decoder.max_position_embeddings,
         max_tokens=MAX_FINDINGS_TOKENS,
     )
-    searches = settings.token_weights is None
-    held_out = min(MAX_HELD_OUT, -(-settings.calibration_studies // (HELD_OUT_SHARE - 1))) if searches else 0
-    studies = reader.from_list(file, folder, settings.calibration_studies + held_out, option="--calibration-images")
+    searches, wanted = settings.token_weights is None, settings.calibration_studies
+    held_out = min(MAX_HELD_OUT, -(-wanted // (HELD_OUT_SHARE - 1))) if searches else 0
+    listed = reader.from_list(file, settings.calibration_images, wanted + held_out, option="--calibration-images")
+    studies = listed.studies
     held_out = min(held_out, len(studies) // HELD_OUT_SHARE)
     if searches and not held_out:
-        msg = (
+        raise CheckpointError(
             f"{file}: got {len(studies)} studies · expected at least {HELD_OUT_SHARE}, as the token weights are chosen "
             "on some that are held out · use a longer list, or give --token-weights"
         )
-        raise CheckpointError(msg)
     # Spread over the list, which may be sorted by patient, date or finding.
     every = len(studies) // held_out if held_out else len(studies) + 1
     judged = range(every - 1, every * held_out, every)
-    fitted = [study for place, study in enumerate(studies) if place not in judged][: settings.calibration_studies]
+    fitted = [study for place, study in enumerate(studies) if place not in judged][:wanted]
     held = [studies[place] for place in judged]
-    return CalibrationStudies(studies=fitted, held_out=held, data=file.name, sha256=sha256_of_studies([*fitted, *held]))
+    sha256 = sha256_of_studies([*fitted, *held])
+    return CalibrationStudies(data=listed.data, studies=fitted, held_out=held, sha256=sha256)
 
 
 class HiddenStates:
-    """The hidden states of some sequences, float32 in a file, one sequence in memory at a time."""
+    """The hidden states of sequences of some `lengths`, float32 in a file, one sequence in memory at a time."""
 
     def __init__(self, file: Path, lengths: Sequence[int], hidden_size: int) -> None:
-        """Describe the file; `fill` or `beside` makes it.
-
-        Args:
-            file: Where it is, or will be.
-            lengths: Tokens of each sequence.
-            hidden_size: Values of a token.
-        """
+        """Describe the file; `fill` or `beside` makes it."""
         self.file = file
         self.lengths = tuple(lengths)
         self.hidden_size = hidden_size
@@ -150,15 +137,9 @@ class HiddenStates:
 
 
 def embed(study: EncodedStudy, features: Tensor, embeddings: Tensor) -> Tensor:
-    """Splice the image between the prompt's halves; the last target is predicted, never read.
+    """Splice the image, float32 [P, hidden_size], between the prompt's halves: float32 [T, hidden_size].
 
-    Args:
-        study: Its tokens.
-        features: [P, hidden_size], float32.
-        embeddings: [vocab_size, hidden_size].
-
-    Returns:
-        [T, hidden_size], float32.
+    The last target is predicted, never read.
     """
     ids = [*study.input_ids, *study.target_ids[:-1]]
     at = ids.index(IMAGE_TOKEN_ID)
@@ -182,24 +163,10 @@ def start_states(
     embeddings: Tensor,
     num_patches: int,
     *,
-    advance: Callable[[], object] = lambda: None,
+    show: bool,
 ) -> HiddenStates:
-    """Write the decoder's inputs for some studies.
-
-    Args:
-        file: Where to.
-        studies: Which.
-        features: Runs the tower on a study's film, [P, hidden_size].
-        embeddings: [vocab_size, hidden_size].
-        num_patches: P.
-        advance: Called once for each study.
-    """
-
-    def spliced() -> Iterable[Any]:
-        for study in studies:
-            yield embed(study, features(study), embeddings)
-            advance()
-
+    """Write the decoder's inputs for some studies to a file; `features` runs the tower on one: [P, hidden_size]."""
     states = HiddenStates(file, [study.num_tokens(num_patches) for study in studies], embeddings.shape[1])
-    states.fill(spliced())
+    films = progress_bar("reading the films", studies, unit="film", show=show)
+    states.fill(embed(study, features(study), embeddings) for study in films)
     return states

@@ -9,12 +9,12 @@ after column and after each moves the columns that are still free to where they 
 upper triangular U with H⁻¹ = Uᵀ U.
 
 The grid is symmetric: ŵ = s · (q − 2^(bits−1)), with one scale s for each output and group of `group_size` inputs, in
-float16 as it will be stored. What else is done here, each a choice of `Options`:
+float16 as it will be stored. What else is done here, each a choice of `GptqSettings`:
 
-- *activation order*: columns with large inputs are rounded first, while many are left to compensate. "static" takes
-  any order, with the scales fixed beforehand; "group" takes whole groups in order of importance, and columns in order
-  inside each, so that a group's scale is chosen when its turn comes, from weights that carry the compensation. Both
-  are undone before writing: the file has natural order, and the runtime needs no g_idx.
+- *activation order*: columns with large inputs are rounded first, while many are left to compensate: whole groups in
+  order of importance, and columns in order inside each, so that a group's scale is chosen when its turn comes, from
+  weights that carry the compensation. It is undone before writing: the file has natural order, and the runtime needs
+  no g_idx.
 - *clip*: a scale smaller than the largest weight needs, which cuts that weight off and rounds all others finer.
 - *refine*: passes over the finished columns that round each anew given all others (coordinate descent on the same
   objective), with the scales fitted again by least squares before each. GPTQ cannot go back; this does.
@@ -33,8 +33,7 @@ from lite.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from export.settings import ActivationOrder, Clip
-
+    from export.settings import ActivationOrder, Clip, GptqSettings
 
 BLOCK_INPUTS: Final = 128
 """Inputs whose effect on those behind them is applied at once: a matrix product instead of many outer ones."""
@@ -69,15 +68,6 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How GPTQ goes about it."""
-
-    order: ActivationOrder = "group"
-    clip: Clip = "mse"
-    refine: int = 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
     """A rounded weight."""
 
@@ -101,12 +91,7 @@ class Hessian:
         self._weight = 0.0
 
     def add(self, x: Tensor, weights: Tensor) -> None:
-        """Count inputs.
-
-        Args:
-            x: [T, K], float32.
-            weights: λ_t, [T], not negative.
-        """
+        """Count inputs x float32 [T, K] with their weights λ_t [T], not negative."""
         scaled = x * weights.sqrt().unsqueeze(1)
         self._sum.addmm_(scaled.T, scaled)
         self._weight += float(weights.sum())
@@ -121,22 +106,17 @@ class Hessian:
         finite = bool(mean.isfinite().all())
         if not finite or not bool((mean.diagonal() > 0).any()):
             got = "no inputs but zeros" if finite else "a Hessian that is not finite"
-            msg = (
+            raise CheckpointError(
                 f"{name}: got {got} from the calibration data · expected finite activations · check the films of "
                 "--calibration-data, and that the base model is the one the adapter was trained on"
             )
-            raise CheckpointError(msg)
         return mean
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, clip: Clip = "none", importance: Tensor | None = None) -> Quantized:
-    """Round each weight by itself.
+    """Round each weight of a matrix, float32 [N, K], by itself.
 
-    Args:
-        weight: [N, K], float32.
-        grid: Where to.
-        clip: How the scales are chosen.
-        importance: What the squared errors of each input count in the clip search, [K]; all the same by default.
+    `importance` [K] is what the squared errors of each input count in the clip search; all the same by default.
     """
     groups = weight.reshape(len(weight), -1, grid.group_size)
     if clip == "none":
@@ -149,37 +129,38 @@ def round_to_nearest(weight: Tensor, grid: Grid, *, clip: Clip = "none", importa
     return Quantized(values=values.to(torch.int8), scales=scales.half(), grid=grid)
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: Options, *, name: str = "weight") -> Quantized:
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: GptqSettings, *, name: str = "weight") -> Quantized:
     """Round a weight so that its outputs change as little as it can find.
 
     Args:
-        weight: [N, K], float32.
-        hessian: [K, K], float32; not changed.
+        weight: float32 [N, K].
+        hessian: float32 [K, K]; not changed.
         grid: Where to.
-        options: How.
+        options: How; its group size and method are not looked at.
         name: Of the weight, for messages.
 
     Raises:
         CheckpointError: The Hessian cannot be factorised.
     """
     importance = hessian.diagonal().clone()
-    order = _order(importance, grid, options.order)
+    order = _order(importance, grid, options.activation_order)
     U = _inverse_factor(hessian, order, name)
-    static = None
-    if options.order == "static" or grid.group_size == weight.shape[1]:
-        static = round_to_nearest(weight, grid, clip=options.clip, importance=importance).scales.float().T.contiguous()
+    whole_row = grid.group_size == weight.shape[1]
     # Inputs first from here on, [K, N]: the weights of one input, which are rounded together, lie together in memory.
     W = weight.T[order]
     values = torch.empty_like(W)
-    scales = W.new_empty(len(W) // grid.group_size, W.shape[1]) if static is None else static
+    scales = W.new_empty(len(W) // grid.group_size, W.shape[1])
+    if whole_row:  # its scale is known before any column is rounded, and blocks need not be groups
+        nearest = round_to_nearest(weight, grid, clip=options.clip, importance=importance)
+        scales = nearest.scales.float().T.contiguous()
     group_of = (order // grid.group_size).tolist()
-    block = max(BLOCK_INPUTS, grid.group_size) if static is None else BLOCK_INPUTS
+    block = BLOCK_INPUTS if whole_row else max(BLOCK_INPUTS, grid.group_size)
     for start in range(0, len(W), block):
         end = min(start + block, len(W))
         errors = torch.empty_like(W[start:end])
         for place in range(start, end):
             group = group_of[place]
-            if static is None and place % grid.group_size == 0:
+            if not whole_row and place % grid.group_size == 0:
                 here = slice(place, place + grid.group_size)
                 scales[group] = _scales(W[here], grid, options.clip, importance[order[here]])
             values[place] = grid.round(W[place], scales[group])
@@ -230,8 +211,6 @@ def _order(importance: Tensor, grid: Grid, order: ActivationOrder) -> Tensor:
     columns = torch.arange(len(importance), device=importance.device)
     if order == "none":
         return columns
-    if order == "static":
-        return importance.argsort(descending=True, stable=True)
     groups = importance.view(-1, grid.group_size)
     inside = groups.argsort(dim=1, descending=True, stable=True)
     first = groups.amax(1).argsort(descending=True, stable=True)
@@ -261,11 +240,8 @@ def _inverse_factor(hessian: Tensor, order: Tensor, name: str) -> Tensor:
                 U: Tensor = inverse.flip(0, 1)
                 return U
         damping *= 10
-    msg = (
-        f"{name}: got a Hessian that cannot be factorised, even damped by {LAST_DAMPING:g} times its mean · expected a "
-        "positive one · use more or other calibration studies, or --method rtn"
-    )
-    raise CheckpointError(msg)
+    msg = f"{name}: got a Hessian that cannot be factorised, even damped by {LAST_DAMPING:g} times its mean"
+    raise CheckpointError(f"{msg} · expected a positive one · use more or other calibration studies, or --method rtn")
 
 
 def _refine(

@@ -10,13 +10,13 @@ passed through the rounded layer, and are the next one's inputs. One layer, one 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch.nn import functional
 
 from export.quantize.folding import fold
-from export.quantize.gptq import Hessian, Options, Quantized, gptq, relative_error
+from export.quantize.gptq import Hessian, Quantized, gptq, relative_error
 from export.source import forward
 from export.write.decoder import grid_of, require_float16
 from lite.errors import CheckpointError
@@ -27,185 +27,164 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.quantize.calibration import HiddenStates
-    from export.quantize.gptq import Grid
     from export.settings import ExportSettings
     from lite.config import DecoderConfig
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-STAGES = ("attention inputs", "attention", "mlp inputs", "mlp", "outputs")
-"""The passes over the calibration sequences that a layer takes, for progress."""
+PASSES: Final = 6
+"""Over the calibration sequences, for each layer: four to round what they go through, two to write what comes out."""
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
-class QuantizedLayer:
-    """A rounded layer."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Half:
+    """A norm, the linears that read it, and the linear behind them, whose channels `producer` makes."""
 
-    norms: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # float16
-    linears: dict[str, Quantized] = dataclasses.field(default_factory=dict)
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Of each linear: the root mean square of its outputs' change, relative to its outputs."""
+    norm: str
+    readers: tuple[str, ...]
+    producer: str
+    last: str
+
+
+_ATTENTION: Final = _Half(
+    norm="input_layernorm.weight",
+    readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    producer="self_attn.v_proj.weight",
+    last="self_attn.o_proj",
+)
+_MLP: Final = _Half(
+    norm="post_attention_layernorm.weight",
+    readers=("mlp.gate_proj", "mlp.up_proj"),
+    producer="mlp.up_proj.weight",
+    last="mlp.down_proj",
+)
 
 
 class LayerQuantizer:
-    """Rounds decoder layers by what they see."""
+    """A decoder layer on its way: what is still float32, and what is rounded."""
 
-    def __init__(self, config: DecoderConfig, settings: ExportSettings) -> None:
-        """Keep the settings.
-
-        Args:
-            config: The decoder's shape.
-            settings: How to round, and where to compute.
-        """
-        gptq = settings.gptq
-        self.config = config
-        self.settings = settings
-        self.device = torch.device(settings.device)
-        self.options = Options(order=gptq.activation_order, clip=gptq.clip, refine=gptq.refine)
-
-    @torch.inference_mode()
-    def quantize(
+    def __init__(
         self,
         name: str,
         layer: dict[str, Tensor],
-        inputs: HiddenStates,
-        outputs: HiddenStates,
-        weights: Sequence[Tensor],
+        config: DecoderConfig,
+        settings: ExportSettings,
         *,
         advance: Callable[[], object] = lambda: None,
-    ) -> QuantizedLayer:
-        """Round a layer.
+    ) -> None:
+        """Take a layer.
 
         Args:
             name: Of the layer, for messages.
             layer: Its weights, float32. Emptied: what has been rounded is not kept.
-            inputs: The hidden states it reads.
-            outputs: The same sequences in another file; receives what the rounded layer makes of them.
-            weights: λ of each token of each sequence; a sequence of zeros is passed on and not calibrated on.
-            advance: Called once for each of STAGES.
+            config: The decoder's shape.
+            settings: How to round, and where to compute.
+            advance: Called `PASSES` times.
 
         Raises:
-            CheckpointError: A weight does not fit float16, what it sees is not finite, or a Hessian has no factor.
+            CheckpointError: A weight does not fit float16.
         """
         for key, tensor in layer.items():
             require_float16(f"{name}.{key}", tensor)
-        done = QuantizedLayer()
-        pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
+        self.name, self.config, self.settings, self.advance = name, config, settings, advance
+        self.device = torch.device(settings.device)
+        self.pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
         layer.clear()
-        state = _State(name=name, pending=pending, done=done, weights=[w.to(self.device) for w in weights])
-        self._attention(state, inputs, outputs, advance)
-        self._mlp(state, outputs, advance)
-        return done
+        self.norms: dict[str, Tensor] = {}  # float16
+        self.linears: dict[str, Quantized] = {}
+        self.errors: dict[str, float] = {}  # of each linear's outputs: see `relative_error`
 
-    def _attention(
-        self, state: _State, inputs: HiddenStates, outputs: HiddenStates, advance: Callable[[], object]
+    @torch.inference_mode()
+    def quantize(self, inputs: HiddenStates, outputs: HiddenStates, weights: Sequence[Tensor]) -> None:
+        """Round the layer.
+
+        Args:
+            inputs: The hidden states it reads.
+            outputs: The same sequences in another file; receives what the rounded layer makes of them.
+            weights: λ of each token of each sequence; a sequence of zeros is passed on and not calibrated on.
+
+        Raises:
+            CheckpointError: What it sees is not finite, or a Hessian has no factor.
+        """
+        by_token = [(place, w.to(self.device)) for place, w in enumerate(weights) if bool(w.any())]
+        self._round_half(_ATTENTION, inputs, outputs, by_token)
+        self._round_half(_MLP, outputs, outputs, by_token)
+
+    def _round_half(
+        self, half: _Half, inputs: HiddenStates, outputs: HiddenStates, by_token: list[tuple[int, Tensor]]
     ) -> None:
+        def hidden(index: int) -> Tensor:
+            return inputs.read(index).to(self.device)
+
         def normed(index: int) -> Tensor:
-            return self._norm(state, NORMS[0], self._read(inputs, index))
+            weight = self.norms[half.norm] if half.norm in self.norms else self.pending[half.norm]
+            return forward.rms_norm(hidden(index), weight, self.config.rms_norm_eps)
+
+        def between(linear: forward.Linear, index: int) -> Tensor:
+            x = normed(index)
+            return forward.attended(self.config, linear, x) if half is _ATTENTION else forward.gated(linear, x)
 
         if self.settings.gptq.fold_scales:
-            source = state.linear(rounded=False)
-            self._fold(state, "self_attn.v_proj.weight", ("self_attn.o_proj",),
-                       lambda index: forward.attended(self.config, source, normed(index)))  # fmt: skip
-            self._fold(state, NORMS[0], QKV, normed)
-        self._keep_norm(state, NORMS[0])
-        self._round(state, QKV, normed)
-        advance()
-        rounded = state.linear(rounded=True)
-        self._round(state, ("self_attn.o_proj",), lambda index: forward.attended(self.config, rounded, normed(index)))
-        rounded = state.linear(rounded=True)
+            self._fold(half.producer, (half.last,), lambda index: between(self._source_linear, index), by_token)
+            self._fold(half.norm, half.readers, normed, by_token)
+        self._keep_norm(half.norm)
+        self._round(half.readers, normed, by_token)
+        linear = self._rounded_linear()
+        self._round((half.last,), lambda index: between(linear, index), by_token)
+        linear = self._rounded_linear()
         for index in range(len(inputs)):
-            hidden = self._read(inputs, index)
-            x = forward.attended(self.config, rounded, self._norm(state, NORMS[0], hidden))
-            outputs.write(index, hidden + rounded("self_attn.o_proj", x))
-        advance()
+            outputs.write(index, hidden(index) + linear(half.last, between(linear, index)))
+        self.advance()
 
-    def _mlp(self, state: _State, states: HiddenStates, advance: Callable[[], object]) -> None:
-        def normed(index: int) -> Tensor:
-            return self._norm(state, NORMS[1], self._read(states, index))
-
-        if self.settings.gptq.fold_scales:
-            source = state.linear(rounded=False)
-            self._fold(state, "mlp.up_proj.weight", ("mlp.down_proj",),
-                       lambda index: forward.gated(source, normed(index)))  # fmt: skip
-            self._fold(state, NORMS[1], GATE_UP, normed)
-        self._keep_norm(state, NORMS[1])
-        self._round(state, GATE_UP, normed)
-        advance()
-        rounded = state.linear(rounded=True)
-        self._round(state, ("mlp.down_proj",), lambda index: forward.gated(rounded, normed(index)))
-        advance()
-        rounded = state.linear(rounded=True)
-        for index in range(len(states)):
-            hidden = self._read(states, index)
-            x = forward.gated(rounded, self._norm(state, NORMS[1], hidden))
-            states.write(index, hidden + rounded("mlp.down_proj", x))
-        advance()
-
-    def _read(self, states: HiddenStates, index: int) -> Tensor:
-        return states.read(index).to(self.device)
-
-    def _norm(self, state: _State, name: str, hidden: Tensor) -> Tensor:
-        weight = state.done.norms[name] if name in state.done.norms else state.pending[name]
-        return forward.rms_norm(hidden, weight, self.config.rms_norm_eps)
-
-    def _keep_norm(self, state: _State, name: str) -> None:
+    def _keep_norm(self, name: str) -> None:
         """Round a norm to what will be stored, before anything is calibrated behind it."""
-        rounded = state.pending.pop(name).half()
-        _require_finite(rounded, f"{state.name}.{name}", "a norm that fits float16")
-        state.done.norms[name] = rounded
+        rounded = self.pending.pop(name).half()
+        _require_finite(rounded, f"{self.name}.{name}", "a norm that fits float16")
+        self.norms[name] = rounded
 
-    def _grid(self, in_features: int) -> Grid:
-        return grid_of(self.settings, in_features, bits=self.settings.bits)
-
-    def _fold(self, state: _State, producer: str, consumers: tuple[str, ...], inputs: Callable[[int], Tensor]) -> None:
+    def _fold(
+        self,
+        producer: str,
+        consumers: tuple[str, ...],
+        inputs: Callable[[int], Tensor],
+        by_token: list[tuple[int, Tensor]],
+    ) -> None:
         """Balance the channels between what makes them and what reads them."""
         total, count = torch.zeros((), device=self.device), 0.0
-        for index, weights in enumerate(state.weights):
-            if bool(weights.any()):
-                total = total + weights @ inputs(index).square()
-                count += float(weights.sum())
+        for index, weights in by_token:
+            total = total + weights @ inputs(index).square()
+            count += float(weights.sum())
         names = tuple(f"{consumer}.weight" for consumer in consumers)
         mean_square = total / (count or 1.0)
-        _require_finite(mean_square, f"{state.name}.{consumers[0]}", "finite inputs from the calibration data")
+        _require_finite(mean_square, f"{self.name}.{consumers[0]}", "finite inputs from the calibration data")
         group = self.config.num_attention_heads // self.config.num_key_value_heads
-        heads = (group, self.config.head_dim) if producer.endswith("v_proj.weight") else None
-        grid = self._grid(state.pending[names[0]].shape[1])
-        state.pending |= fold(state.pending, producer, names, mean_square, grid, heads=heads)
+        heads = (group, self.config.head_dim) if producer == _ATTENTION.producer else None
+        grid = grid_of(self.settings, self.pending[names[0]].shape[1], bits=self.settings.bits)
+        self.pending |= fold(self.pending, producer, names, mean_square, grid, heads=heads)
 
-    def _round(self, state: _State, names: tuple[str, ...], inputs: Callable[[int], Tensor]) -> None:
+    def _round(
+        self, names: tuple[str, ...], inputs: Callable[[int], Tensor], by_token: list[tuple[int, Tensor]]
+    ) -> None:
         """Gather the Hessian of some linears that read the same inputs, and round them."""
-        hessian = Hessian(state.pending[f"{names[0]}.weight"].shape[1], self.device)
-        for index, weights in enumerate(state.weights):
-            if bool(weights.any()):
-                hessian.add(inputs(index), weights)
-        H = hessian.take(f"{state.name}.{names[0]}")
+        hessian = Hessian(self.pending[f"{names[0]}.weight"].shape[1], self.device)
+        for index, weights in by_token:
+            hessian.add(inputs(index), weights)
+        H = hessian.take(f"{self.name}.{names[0]}")
+        grid = grid_of(self.settings, len(H), bits=self.settings.bits)
         for name in names:
-            weight = state.pending.pop(f"{name}.weight")
-            rounded = gptq(weight, H, self._grid(weight.shape[1]), self.options, name=f"{state.name}.{name}")
-            state.done.errors[name] = relative_error(weight, rounded.dequantized(), H)
-            state.done.linears[name] = rounded
+            weight = self.pending.pop(f"{name}.weight")
+            self.linears[name] = gptq(weight, H, grid, self.settings.gptq, name=f"{self.name}.{name}")
+            self.errors[name] = relative_error(weight, self.linears[name].dequantized(), H)
+        self.advance()
 
+    def _source_linear(self, name: str, x: Tensor) -> Tensor:
+        return functional.linear(x, self.pending[f"{name}.weight"])
 
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _State:
-    """A layer half-way: what is still float32, and what is done."""
-
-    name: str
-    pending: dict[str, Tensor]
-    done: QuantizedLayer
-    weights: list[Tensor]
-
-    def linear(self, *, rounded: bool) -> forward.Linear:
-        """Return the linears as they are now: rounded ones expanded once, or the source's."""
-        if not rounded:
-            return lambda name, x: functional.linear(x, self.pending[f"{name}.weight"])
+    def _rounded_linear(self) -> forward.Linear:
+        """Return the linears that are rounded, each expanded once."""
         expanded: dict[str, Tensor] = {}
 
         def apply(name: str, x: Tensor) -> Tensor:
             if name not in expanded:
-                expanded[name] = self.done.linears[name].dequantized()
+                expanded[name] = self.linears[name].dequantized()
             return functional.linear(x, expanded[name])
 
         return apply
@@ -213,8 +192,5 @@ class _State:
 
 def _require_finite(tensor: Tensor, name: str, expected: str) -> None:
     if not bool(tensor.isfinite().all()):
-        msg = (
-            f"{name}: got values that are not finite · expected {expected} · check the films of --calibration-data, "
-            "and that the base model is the one the adapter was trained on"
-        )
-        raise CheckpointError(msg)
+        msg = f"{name}: got values that are not finite · expected {expected} · check the films of --calibration-data"
+        raise CheckpointError(f"{msg}, and that the base model is the one the adapter was trained on")

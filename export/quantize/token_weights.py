@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn import functional
 
+from export.progress import progress_bar
 from export.quantize.calibration import HiddenStates, start_states, token_weights
-from export.quantize.layerwise import LayerQuantizer
+from export.quantize.layerwise import PASSES, LayerQuantizer
 from export.settings import TokenWeights
 from export.source import forward
 
@@ -45,40 +46,30 @@ def search_token_weights(
     features: Callable[[EncodedStudy], Tensor],
     folder: Path,
     settings: ExportSettings,
-    *,
-    advance: Callable[[], object] = lambda: None,
 ) -> tuple[TokenWeights, dict[str, float]]:
-    """Try each candidate.
+    """Return the best candidate, and the mean KL of each in nats per token.
 
-    Args:
-        checkpoint: The source.
-        calibration: Studies to round by, and studies to judge by.
-        features: Runs the tower on a study's film, [P, hidden_size].
-        folder: For hidden states, which are deleted in the end.
-        settings: How to round, and where to compute.
-        advance: Called `num_search_steps` times.
-
-    Returns:
-        The best, and the mean KL of each in nats per token.
+    `features` runs the tower on a study's film: [P, hidden_size]. `folder` is for hidden states, deleted in the end.
     """
     fitted, judged = calibration.studies[:SEARCH_STUDIES], calibration.held_out
+    P, layers, show = checkpoint.tower.num_patches, checkpoint.decoder.num_hidden_layers, settings.show_progress
     embeddings = checkpoint.read_base("model.embed_tokens.weight")
-    P = checkpoint.tower.num_patches
-    inputs = start_states(folder / "search-inputs", [*fitted, *judged], features, embeddings, P)
+    inputs = start_states(folder / "search-inputs", [*fitted, *judged], features, embeddings, P, show=show)
     del embeddings
     source = _last_of(inputs, len(judged), folder / "search-source")
     rounded = {}
-    for weights in CANDIDATES:
-        by_token = [token_weights(study, P, weights) for study in fitted]
-        by_token += [torch.zeros(inputs.lengths[len(fitted) + place]) for place in range(len(judged))]
-        file = folder / f"search-{weights}"
-        rounded[weights] = _rounded_ahead(checkpoint, inputs, by_token, len(judged), file, settings, advance)
+    passes = len(CANDIDATES) * min(SEARCH_LAYERS, layers) * PASSES
+    with progress_bar("choosing λ", total=passes, unit="pass", show=show) as bar:
+        for weights in CANDIDATES:
+            by_token = [token_weights(study, P, weights) for study in fitted]
+            by_token += [torch.zeros(inputs.lengths[len(fitted) + place]) for place in range(len(judged))]
+            ahead = _rounded_ahead(checkpoint, inputs, by_token, settings, bar.update)
+            rounded[weights] = _last_of(ahead, len(judged), folder / f"search-{weights}")
+            ahead.remove()
     inputs.remove()
-    for index in range(checkpoint.decoder.num_hidden_layers):
+    for index in progress_bar("comparing them", range(layers), unit="layer", show=show):
         behind = rounded.values() if index >= SEARCH_LAYERS else ()
         _pass_through(checkpoint, index, [source, *behind], settings)
-        if behind:
-            advance()
     kl = _mean_kl(checkpoint, judged, source, rounded, settings)
     for states in (source, *rounded.values()):
         states.remove()
@@ -89,25 +80,20 @@ def _rounded_ahead(
     checkpoint: Checkpoint,
     inputs: HiddenStates,
     by_token: Sequence[Tensor],
-    num_judged: int,
-    file: Path,
     settings: ExportSettings,
     advance: Callable[[], object],
 ) -> HiddenStates:
-    """Round the first layers; return what they make of the judged sequences."""
-    quantizer = LayerQuantizer(checkpoint.decoder, settings)
+    """Return what the first layers, rounded, make of the sequences."""
     states = inputs
     for index in range(min(SEARCH_LAYERS, checkpoint.decoder.num_hidden_layers)):
         outputs = inputs.beside(inputs.file.with_name(f"search-layer-{index}"))
-        layer = checkpoint.read_layer(index).merged()
-        quantizer.quantize(f"model.layers.{index}", layer, states, outputs, by_token)
+        layer, name = checkpoint.read_layer(index).merged(), f"model.layers.{index}"
+        quantizer = LayerQuantizer(name, layer, checkpoint.decoder, settings, advance=advance)
+        quantizer.quantize(states, outputs, by_token)
         if states is not inputs:
             states.remove()
         states = outputs
-        advance()
-    judged = _last_of(states, num_judged, file)
-    states.remove()
-    return judged
+    return states
 
 
 def _last_of(states: HiddenStates, count: int, file: Path) -> HiddenStates:
@@ -116,12 +102,6 @@ def _last_of(states: HiddenStates, count: int, file: Path) -> HiddenStates:
     last = HiddenStates(file, states.lengths[first:], states.hidden_size)
     last.fill(states.read(first + place) for place in range(count))
     return last
-
-
-def num_search_steps(checkpoint: Checkpoint) -> int:
-    """Return how often a search calls its advance."""
-    layers = checkpoint.decoder.num_hidden_layers
-    return min(SEARCH_LAYERS, layers) * len(CANDIDATES) + max(0, layers - SEARCH_LAYERS)
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ from export.source.tensors import TensorFiles, open_tensors, read_json
 from export.source.tower import TowerConfig, open_tower, trunk_shapes
 from lite.config import DecoderConfig, DecodingDefaults, Preprocessing
 from lite.errors import ArtifactError, CheckpointError
+from lite.prompt import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,17 +44,8 @@ _LLAVA_REQUIRED: Final[dict[str, tuple[Any, str]]] = {
     "mm_use_im_start_end": (False, "it adds tokens to the vocabulary, which is not implemented"),
     "mm_use_im_patch_token": (False, "it adds a token to the vocabulary, which is not implemented"),
 }
-_SAME_IN_BASE: Final = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-)
+_MAY_DIFFER: Final = {"dtype", "quantization", "tie_word_embeddings"}
+"""Of the decoder's fields, which LLaVA's config repeats: any other difference means another base model."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,24 +95,28 @@ class Checkpoint:
         }
         return SourceLayer(weights=weights, lora=lora)
 
+    def read_part(self, part: int) -> dict[str, Tensor]:
+        """Read the embeddings (part 0), layer `part - 1`, or the last norm and the head; in float32, LoRA merged."""
+        layer = part - 1
+        if 0 <= layer < self.decoder.num_hidden_layers:
+            return {f"model.layers.{layer}.{name}": tensor for name, tensor in self.read_layer(layer).merged().items()}
+        names = ["model.norm.weight", "lm_head.weight"] if part else ["model.embed_tokens.weight"]
+        return {name: tensor.float() for name, tensor in self.base.read(names).items()}
+
     def read_base(self, name: str) -> Tensor:
         """Read one tensor of the base model: the embeddings, the final norm or the head."""
         return self.base.read([name])[name]
 
     def read_tower(self) -> dict[str, Tensor]:
         """Read the tensors of the tower that are run, and the projector's as `projector.0.weight` and so on."""
-        tensors = self.trunk.read(trunk_shapes(self.tower, num_blocks=self.tower.num_blocks))
+        tensors = self.trunk.read(trunk_shapes(self.tower))
         for name, tensor in self.projector.read(self.projector.entries).items():
             tensors[f"projector.{name.removeprefix(PROJECTOR_PREFIX)}"] = tensor
         return tensors
 
 
 def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
-    """Open a checkpoint in the published layout and check it, without reading its weights.
-
-    Args:
-        checkpoint: Folder of the LLaVA-Rad download: LoRA, projector, tower.
-        base: Folder of the language model it was trained from: `lmsys/vicuna-7b-v1.5` for the published one.
+    """Open a LLaVA-Rad download and its base model's, and check them, without reading their weights.
 
     Raises:
         CheckpointError: A folder or file is not what it should be; the message says which, and what to do.
@@ -143,17 +139,18 @@ def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
     projector.require(projector_shapes(decoder, tower.config))
 
     tokenizer = base / "tokenizer.model"
-    _check_tokenizer(tokenizer, decoder.vocab_size)
+    ids = {key: llava[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if type(llava.get(key)) is int}
+    decoding = DecodingDefaults(**ids)
+    _check_tokenizer(tokenizer, decoding, decoder.vocab_size)
     in_checkpoint = [checkpoint / "config.json", adapter_file, *tower.files, *adapter.files, *projector.files]
     notice = _notice(checkpoint / NOTICE_NAME)
     in_checkpoint += [checkpoint / NOTICE_NAME] if notice is not None else []
     files = {f"checkpoint/{file.name}": file for file in in_checkpoint}
     files |= {f"base/{file.name}": file for file in (base / "config.json", tokenizer, *base_tensors.files)}
-    ids = {key: llava[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if type(llava.get(key)) is int}
     return Checkpoint(
         name=_model_name(checkpoint),
         decoder=decoder,
-        decoding=DecodingDefaults(**ids),
+        decoding=decoding,
         adapter_config=adapter_config,
         tower=tower.config,
         preprocessing=tower.preprocessing,
@@ -180,17 +177,11 @@ def _require_folders(checkpoint: Path, base: Path) -> None:
             got = "a file" if folder.exists() else "a path that does not exist"
             raise CheckpointError(f"{option} {folder}: got {got} · expected a folder · check the path")
         if not (folder / "config.json").exists() and (folder / "snapshots").is_dir():
-            msg = (
-                f"{option} {folder}: got a Hugging Face cache entry · expected the folder with the files · "
-                f"give one of {folder / 'snapshots'}/*"
-            )
-            raise CheckpointError(msg)
+            msg = f"{option} {folder}: got a Hugging Face cache entry · expected the folder with the files"
+            raise CheckpointError(f"{msg} · give one of {folder / 'snapshots'}/*")
     if (base / "adapter_config.json").exists() and not (checkpoint / "adapter_config.json").exists():
-        msg = (
-            f"--checkpoint {checkpoint}: got no adapter_config.json, while --base {base} has one · expected the LoRA "
-            "in --checkpoint and the plain Llama in --base · the two look swapped"
-        )
-        raise CheckpointError(msg)
+        msg = f"--checkpoint {checkpoint}: got no adapter_config.json, while --base {base} has one · expected the LoRA"
+        raise CheckpointError(f"{msg} in --checkpoint and the plain Llama in --base · the two look swapped")
 
 
 def _notice(file: Path) -> str | None:
@@ -229,11 +220,10 @@ def _check_llava_config(llava: dict[str, Any], where: Path) -> None:
 
 def _refuse_quantised(config: dict[str, Any], where: Path) -> None:
     if config.get("quantization_config"):
-        msg = (
+        raise CheckpointError(
             f"{where}: got a quantization_config · expected 16-bit weights · if the weights are the original download, "
             "the entry is stale: delete it from the file; if they are quantised, download the original"
         )
-        raise CheckpointError(msg)
 
 
 def _decoder_config(
@@ -246,18 +236,16 @@ def _decoder_config(
         raise CheckpointError(f"{msg}, {adapter.base_model_name_or_path}")
     try:
         decoder = DecoderConfig.from_hf(base_config, where=str(where))
-        # LLaVA's config repeats the decoder's fields; a difference means another base model.
         theirs = DecoderConfig.from_hf({**llava, "model_type": "llama"}, where=str(checkpoint / "config.json"))
     except ArtifactError as error:
         raise CheckpointError(str(error).replace("export the artifact again", "fetch the file again")) from error
-    for name in _SAME_IN_BASE:
+    for name in {field.name for field in dataclasses.fields(decoder)} - _MAY_DIFFER:
         if getattr(decoder, name) != getattr(theirs, name):
-            msg = (
+            raise CheckpointError(
                 f"{where}: got {name}={getattr(decoder, name)} · expected {getattr(theirs, name)}, as in "
                 f"{checkpoint / 'config.json'} · use the base model the adapter was trained on: "
                 f"{adapter.base_model_name_or_path}"
             )
-            raise CheckpointError(msg)
     if decoder.tie_word_embeddings:
         raise CheckpointError(
             f"{where}: got tie_word_embeddings=true · expected false · tied heads are not implemented"
@@ -265,22 +253,12 @@ def _decoder_config(
     return decoder
 
 
-def _check_tokenizer(tokenizer: Path, vocab_size: int) -> None:
-    import sentencepiece
-
-    if not tokenizer.is_file():
-        msg = f"{tokenizer}: got no such file · expected the base model's SentencePiece model · fetch it"
-        raise CheckpointError(msg)
+def _check_tokenizer(tokenizer: Path, decoding: DecodingDefaults, vocab_size: int) -> None:
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)).get_piece_size()
-    except (RuntimeError, OSError) as error:
-        msg = (
-            f"{tokenizer}: got a file SentencePiece cannot read ({error}) · expected a tokenizer.model · fetch it again"
-        )
-        raise CheckpointError(msg) from error
+        pieces = Tokenizer(tokenizer, decoding).vocab_size
+    except ArtifactError as error:
+        said = str(error).replace("the manifest", "config.json").replace("export it again", "fetch it again")
+        raise CheckpointError(said) from error
     if pieces != vocab_size:
-        msg = (
-            f"{tokenizer}: got {pieces} pieces · expected {vocab_size}, as vocab_size in config.json · "
-            "take tokenizer.model from the same download as the weights"
-        )
-        raise CheckpointError(msg)
+        msg = f"{tokenizer}: got {pieces} pieces · expected {vocab_size}, as vocab_size in config.json"
+        raise CheckpointError(f"{msg} · take tokenizer.model from the same download as the weights")

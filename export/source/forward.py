@@ -36,10 +36,10 @@ def image_features(tensors: Mapping[str, Tensor], tower: TowerConfig, pixel_valu
     Args:
         tensors: As `Checkpoint.read_tower` returns them.
         tower: The tower's shape.
-        pixel_values: [B, 3, S, S], float32.
+        pixel_values: float32 [B, 3, S, S].
 
     Returns:
-        [B, P, C], float32.
+        float32 [B, P, C].
     """
     weights = {name: tensor.float() for name, tensor in tensors.items()}
     # The patch embedding is a linear map of each patch. Not conv2d: cuDNN computes that in TF32 unless told otherwise,
@@ -78,10 +78,7 @@ def decoder_layer(config: DecoderConfig, norms: Mapping[str, Tensor], linear: Li
         config: The decoder's shape.
         norms: `input_layernorm.weight` and `post_attention_layernorm.weight`.
         linear: Applies a named linear; what observes or replaces weights is a function of this form.
-        hidden: [T, C], float32: one sequence, positions 0 to T-1.
-
-    Returns:
-        [T, C], float32.
+        hidden: float32 [T, C]: one sequence, positions 0 to T-1. So is what is returned.
     """
     x = rms_norm(hidden, norms["input_layernorm.weight"], config.rms_norm_eps)
     hidden = hidden + linear("self_attn.o_proj", attended(config, linear, x))

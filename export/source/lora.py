@@ -84,11 +84,8 @@ class AdapterConfig:
             raise CheckpointError(msg)
         for name in _UNSUPPORTED:
             if config.get(name):
-                msg = (
-                    f"{where}: got {name}={config[name]!r} · expected a plain LoRA without it · "
-                    "merging it as one would be wrong: merge it with PEFT first"
-                )
-                raise CheckpointError(msg)
+                msg = f"{where}: got {name}={config[name]!r} · expected a plain LoRA without it"
+                raise CheckpointError(f"{msg} · merging it as one would be wrong: merge it with PEFT first")
         r, lora_alpha = config.get("r"), config.get("lora_alpha")
         if (
             type(r) is not int
@@ -102,11 +99,8 @@ class AdapterConfig:
         known = {name.rpartition(".")[2] for name in LINEARS}
         targets = config.get("target_modules")
         if not isinstance(targets, list) or not targets or any(target not in known for target in map(str, targets)):
-            msg = (
-                f"{where}: got target_modules={targets!r} · expected a list out of {sorted(known)} · "
-                "this adapter is for another architecture"
-            )
-            raise CheckpointError(msg)
+            msg = f"{where}: got target_modules={targets!r} · expected a list out of {sorted(known)}"
+            raise CheckpointError(f"{msg} · this adapter is for another architecture")
         return cls(
             r=r,
             lora_alpha=float(lora_alpha),
@@ -133,21 +127,12 @@ def merge(weight: Tensor, pair: LoraPair | None) -> Tensor:
 
     Args:
         weight: [out, in], any floating dtype.
-        pair: The update, or None for a linear that has none.
+        pair: The update, or None for a linear that has none. (Its shapes are those of `export.source.shapes`.)
 
     Returns:
         A new float32 tensor `W + s · B A`; rounding it is up to the caller, once.
-
-    Raises:
-        CheckpointError: The factors do not fit the weight.
     """
     merged = weight.to(torch.float32, copy=True)
     if pair is None:
         return merged
-    if pair.b.shape[0] != weight.shape[0] or pair.a.shape[1] != weight.shape[1] or pair.a.shape[0] != pair.b.shape[1]:
-        msg = (
-            f"LoRA: got A {list(pair.a.shape)} and B {list(pair.b.shape)} for a weight {list(weight.shape)} · "
-            "expected A [r, in] and B [out, r] · the adapter belongs to another base model"
-        )
-        raise CheckpointError(msg)
     return merged.addmm_(pair.b.to(torch.float32), pair.a.to(torch.float32), alpha=pair.scale)

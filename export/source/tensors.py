@@ -60,20 +60,13 @@ class TensorEntry:
 
     file: Path
     key: str  # its name inside the file
-    group: str = (
-        ""  # the dict inside the file that holds it: a training checkpoint's "state_dict"; "" is the file's own
-    )
+    group: str = ""  # the dict inside the file that holds it, such as a training checkpoint's "state_dict"
     shape: tuple[int, ...]
     dtype: str
 
 
 class TensorFiles:
-    """The tensors of one or several files, by name.
-
-    Args:
-        entries: Every tensor of the files, by the name callers use.
-        what: The role of the files in a sentence, for messages: "the base model".
-    """
+    """The tensors of one or several files, by the name callers use; messages say `what` they are: "the base model"."""
 
     def __init__(self, entries: Mapping[str, TensorEntry], *, what: str) -> None:
         """Keep the entries; nothing is read."""
@@ -97,35 +90,25 @@ class TensorFiles:
         """
         missing = [name for name in expected if name not in self.entries]
         if missing:
-            msg = (
-                f"{self.what}: got no tensor {missing[0]!r}{_and_more(missing)} · expected {len(expected)} tensors · "
-                "the download is incomplete or of another model: fetch it again"
-            )
-            raise CheckpointError(msg)
+            msg = f"{self.what}: got no tensor {missing[0]!r}{_and_more(missing)} · expected {len(expected)} tensors"
+            raise CheckpointError(f"{msg} · the download is incomplete or of another model: fetch it again")
         patterns = [re.compile(pattern) for pattern in unneeded]
         for name, entry in self.entries.items():
             if name in expected:
                 self._require_form(name, entry, expected[name])
             elif not any(pattern.fullmatch(name) for pattern in patterns):
-                msg = (
+                raise CheckpointError(
                     f"{entry.file}: got the tensor {name!r} {list(entry.shape)}, which this exporter does not know · "
                     f"expected only the tensors of {self.what} · check that this is the right model"
                 )
-                raise CheckpointError(msg)
 
     def _require_form(self, name: str, entry: TensorEntry, shape: tuple[int, ...]) -> None:
         if entry.shape != shape:
-            msg = (
-                f"{entry.file}: got {name!r} of shape {list(entry.shape)} · expected {list(shape)} · "
-                "its config.json belongs to another model, or the file is damaged"
-            )
-            raise CheckpointError(msg)
+            msg = f"{entry.file}: got {name!r} of shape {list(entry.shape)} · expected {list(shape)}"
+            raise CheckpointError(f"{msg} · its config.json belongs to another model, or the file is damaged")
         if entry.dtype not in {str(dtype).removeprefix("torch.") for dtype in _FLOAT_DTYPES}:
-            msg = (
-                f"{entry.file}: got {name!r} as {entry.dtype} · expected floating point · "
-                "quantised checkpoints cannot be exported: use the original download"
-            )
-            raise CheckpointError(msg)
+            msg = f"{entry.file}: got {name!r} as {entry.dtype} · expected floating point"
+            raise CheckpointError(f"{msg} · quantised checkpoints cannot be exported: use the original download")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors into memory, in the dtype they are stored in.
@@ -142,11 +125,8 @@ class TensorFiles:
                     tensors[name] = get(entry)
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
-                msg = (
-                    f"{self.entries[name].file}: got NaN or infinity in {name!r} · expected finite weights · "
-                    "the file is damaged: fetch it again"
-                )
-                raise CheckpointError(msg)
+                msg = f"{self.entries[name].file}: got NaN or infinity in {name!r} · expected finite weights"
+                raise CheckpointError(f"{msg} · the file is damaged: fetch it again")
         return {name: tensors[name] for name in wanted}
 
 
@@ -172,15 +152,12 @@ def open_tensors(folder: Path, stem: str, *, what: str) -> TensorFiles:
         if path.is_file():
             entries = _index_shards(path, what) if name.endswith(".index.json") else _index_file(path, what)
             return TensorFiles(entries, what=what)
-    msg = (
-        f"{folder}: got none of {', '.join(candidates)} · expected the weights of {what} · "
-        "the download is incomplete, or this is the wrong folder"
-    )
-    raise CheckpointError(msg)
+    msg = f"{folder}: got none of {', '.join(candidates)} · expected the weights of {what}"
+    raise CheckpointError(f"{msg} · the download is incomplete, or this is the wrong folder")
 
 
 def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle holds anything
-    """Load a pickled checkpoint with its tensors memory-mapped and every non-tensor type refused.
+    """Load a pickled checkpoint with its tensors memory-mapped.
 
     Raises:
         CheckpointError: The file is a git-lfs pointer, damaged, or asks for a type that is not allow-listed.
@@ -195,13 +172,12 @@ def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle hol
                 return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = _unsafe_globals(file, error)
+        msg = f"{file}: got bytes that are no checkpoint · expected the weights of {what} · fetch the file again"
         if names:
             msg = (
                 f"{file}: got a pickle that asks for {', '.join(names)} · expected tensors and numbers only · "
                 "loading it could run code: do not use this file unless you trust it and have removed them"
             )
-        else:
-            msg = f"{file}: got bytes that are no checkpoint · expected the weights of {what} · fetch the file again"
         raise CheckpointError(msg) from error
     except _DAMAGED_PICKLE as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -210,13 +186,7 @@ def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle hol
 
 
 def entries_of(file: Path, tensors: Mapping[Any, Any], *, group: str = "") -> dict[str, TensorEntry]:
-    """List the tensors of an unpickled state dict; anything in it that is not a tensor with a name is refused.
-
-    Args:
-        file: Where it was read from.
-        tensors: The state dict.
-        group: The name of the state dict inside the file, where it is not the whole of it.
-    """
+    """List the tensors of an unpickled state dict, a file's or a group in it; what is no named tensor is refused."""
     entries = {}
     for key, tensor in tensors.items():
         where = f"{key!r} in {group}" if group else repr(key)
@@ -232,11 +202,7 @@ def entries_of(file: Path, tensors: Mapping[Any, Any], *, group: str = "") -> di
 
 
 def read_json(file: Path, *, what: str) -> dict[str, Any]:
-    """Read a JSON object of the checkpoint.
-
-    Raises:
-        CheckpointError: Missing, unreadable, or not a JSON object.
-    """
+    """Read a JSON object of the checkpoint, or raise CheckpointError."""
     if not file.is_file():
         msg = f"{file}: got no such file · expected {what} · the download is incomplete, or this is the wrong folder"
         raise CheckpointError(msg)
@@ -253,11 +219,7 @@ def read_json(file: Path, *, what: str) -> dict[str, Any]:
 
 
 def refuse_lfs_pointer(file: Path, what: str) -> None:
-    """Raise when a file is the few lines git leaves in place of a large file it has not fetched.
-
-    Raises:
-        CheckpointError: It is, or it cannot be read at all.
-    """
+    """Raise CheckpointError for the few lines that git leaves in place of a large file it has not fetched."""
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_LFS_MAGIC))
@@ -270,11 +232,7 @@ def refuse_lfs_pointer(file: Path, what: str) -> None:
 
 
 def plain_file_name(name: object, *, where: str) -> str:
-    """Return a file name that stays in its folder.
-
-    Raises:
-        CheckpointError: It is not a plain name: a path could lead anywhere on the machine.
-    """
+    """Return a file name that stays in its folder, or raise CheckpointError: a path could lead anywhere."""
     if not isinstance(name, str) or not name or name != Path(name).name or "\\" in name or name in {".", ".."}:
         msg = f"{where}: got the file name {name!r} · expected a plain name in the same folder · do not use this file"
         raise CheckpointError(msg)
@@ -294,10 +252,8 @@ def _index_shards(index: Path, what: str) -> dict[str, TensorEntry]:
             raise CheckpointError(msg)
         for name, entry in _index_file(file, what).items():
             if name in entries:
-                msg = (
-                    f"{file}: got {name!r}, which {entries[name].file.name} holds too · expected it once · fetch again"
-                )
-                raise CheckpointError(msg)
+                msg = f"{file}: got {name!r}, which {entries[name].file.name} holds too · expected it once"
+                raise CheckpointError(f"{msg} · fetch again")
             entries[name] = entry
     for name, shard in weight_map.items():
         if name not in entries or entries[name].file.name != shard:

@@ -61,11 +61,7 @@ class Tower:
 
 
 def open_tower(checkpoint: Path, llava: dict[str, Any]) -> Tower:
-    """Open the tower and check it, without reading its weights.
-
-    Args:
-        checkpoint: Folder of the LLaVA-Rad download.
-        llava: Its config.json.
+    """Open the tower of a LLaVA-Rad download with that config.json, and check it, without reading its weights.
 
     Raises:
         CheckpointError: A file is missing, or is not what it should be.
@@ -75,21 +71,15 @@ def open_tower(checkpoint: Path, llava: dict[str, Any]) -> Tower:
     trunk = _open_trunk(tower_file)
     config, preprocessing = _tower_config(tower_json, trunk, tower_file, int(llava["mm_vision_select_layer"]))
     unused_blocks = "|".join(str(block) for block in range(config.num_blocks, config.depth))
-    trunk.require(
-        trunk_shapes(config, num_blocks=config.num_blocks),
-        unneeded=(*UNNEEDED_TRUNK, rf"blocks\.({unused_blocks})\..*"),
-    )
+    trunk.require(trunk_shapes(config), unneeded=(*UNNEEDED_TRUNK, rf"blocks\.({unused_blocks})\..*"))
     if llava.get("mm_hidden_size", config.dim) != config.dim:
-        msg = (
-            f"{checkpoint / 'config.json'}: got mm_hidden_size={llava['mm_hidden_size']} · expected the tower's "
-            f"{config.dim} · config.json and {tower_file.name} belong to different models"
-        )
-        raise CheckpointError(msg)
+        msg = f"{checkpoint / 'config.json'}: got mm_hidden_size={llava['mm_hidden_size']} · expected the tower's"
+        raise CheckpointError(f"{msg} {config.dim} · config.json and {tower_file.name} belong to different models")
     return Tower(config=config, preprocessing=preprocessing, trunk=trunk, files=(tower_json, tower_file))
 
 
-def trunk_shapes(tower: TowerConfig, *, num_blocks: int) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the trunk's tensors up to a number of blocks."""
+def trunk_shapes(tower: TowerConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the trunk's tensors that are run."""
     dim, mlp_dim = tower.dim, tower.mlp_dim
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, dim),
@@ -97,18 +87,17 @@ def trunk_shapes(tower: TowerConfig, *, num_blocks: int) -> dict[str, tuple[int,
         "patch_embed.proj.weight": (dim, 3, tower.patch_size, tower.patch_size),
         "patch_embed.proj.bias": (dim,),
     }
-    in_block: dict[str, tuple[int, ...]] = {}
+    vectors = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma")
+    in_block: dict[str, tuple[int, ...]] = dict.fromkeys(vectors, (dim,))
     linears = {
         "attn.qkv": (3 * dim, dim),
         "attn.proj": (dim, dim),
         "mlp.fc1": (mlp_dim, dim),
         "mlp.fc2": (dim, mlp_dim),
     }
-    for linear, (rows, columns) in linears.items():
-        in_block |= {f"{linear}.weight": (rows, columns), f"{linear}.bias": (rows,)}
-    vectors = ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma")
-    in_block |= dict.fromkeys(vectors, (dim,))
-    for block in range(num_blocks):
+    for linear, shape in linears.items():
+        in_block |= {f"{linear}.weight": shape, f"{linear}.bias": shape[:1]}
+    for block in range(tower.num_blocks):
         shapes |= {f"blocks.{block}.{name}": shape for name, shape in in_block.items()}
     return shapes
 
@@ -123,18 +112,14 @@ def _find_tower_json(checkpoint: Path, llava: dict[str, Any]) -> Path:
             return path
     ours = {"config.json", "adapter_config.json"}
     others = sorted(path for path in checkpoint.glob("*.json") if path.name not in ours)
-    towers = [
-        path
-        for path in others
-        if not path.name.endswith(".index.json") and "vision_cfg" in read_json(path, what="json")
-    ]
+    others = [path for path in others if not path.name.endswith(".index.json")]
+    towers = [path for path in others if "vision_cfg" in read_json(path, what="json")]
     if len(towers) != 1:
-        msg = (
+        raise CheckpointError(
             f"{checkpoint}: got {named!r} named in config.json but not there, and {len(towers)} other json files with "
             f"a vision_cfg{': ' + ', '.join(p.name for p in towers) if towers else ''} · expected exactly one · "
             "fetch biomedclipcxr_518.json, or remove the ones that are not this tower's"
         )
-        raise CheckpointError(msg)
     return towers[0]
 
 
@@ -156,13 +141,10 @@ def _open_trunk(file: Path) -> TensorFiles:
         msg = f"{file}: got no state_dict · expected an open_clip training checkpoint · fetch the file again"
         raise CheckpointError(msg)
     for key, value in content.items():
-        if key not in {"state_dict", *_TRAINING_EXTRAS} and not isinstance(
-            value, str | int | float | np.generic | None
-        ):
-            msg = (
-                f"{file}: got an entry {key!r} of type {type(value).__name__} · expected state_dict and training state"
-            )
-            raise CheckpointError(f"{msg} · check that this is the right file")
+        scalar = isinstance(value, str | int | float | np.generic | None)
+        if key not in {"state_dict", *_TRAINING_EXTRAS} and not scalar:
+            msg = f"{file}: got an entry {key!r} of type {type(value).__name__} · expected state_dict and training "
+            raise CheckpointError(f"{msg}state · check that this is the right file")
     entries = entries_of(file, state, group="state_dict")
     known = [re.compile(pattern) for pattern in UNNEEDED_TOWER]
     trunk = {}
@@ -183,11 +165,8 @@ def _tower_config(
     timm_name = vision.get("timm_model_name") if isinstance(vision, dict) else None
     image_size = vision.get("image_size") if isinstance(vision, dict) else None
     if not isinstance(timm_name, str) or "dinov2" not in timm_name or "reg" in timm_name or type(image_size) is not int:
-        msg = (
-            f"{tower_json}: got timm_model_name={timm_name!r} image_size={image_size!r} · expected a DINOv2 ViT "
-            "without registers and a size in pixels · other towers are not implemented"
-        )
-        raise CheckpointError(msg)
+        msg = f"{tower_json}: got timm_model_name={timm_name!r} image_size={image_size!r} · expected a DINOv2 ViT"
+        raise CheckpointError(f"{msg} without registers and a size in pixels · other towers are not implemented")
     blocks = [int(name.split(".")[1]) for name in trunk.entries if re.match(r"blocks\.\d+\.", name)]
     for name, dimensions in {"cls_token": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}.items():
         shape = trunk.entries[name].shape if name in trunk.entries else None
@@ -206,12 +185,11 @@ def _tower_config(
         mlp_dim=trunk.entries["blocks.0.mlp.fc1.weight"].shape[0],
     )
     if tower.dim % VIT_HEAD_DIM or tower.num_blocks < 1 or not tower.patch_size or image_size % tower.patch_size:
-        msg = (
+        raise CheckpointError(
             f"{tower_file}: got dim {tower.dim}, {depth} blocks, patch {tower.patch_size} for {image_size=} and select "
             f"layer {select_layer} · expected heads of {VIT_HEAD_DIM}, whole patches and a block to select · "
             f"{tower_json.name} belongs to another tower"
         )
-        raise CheckpointError(msg)
     return tower, _preprocessing(config, image_size, tower_json)
 
 

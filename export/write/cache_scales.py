@@ -29,15 +29,9 @@ _SMALLEST: Final = 1e-8
 def find_cache_scales(
     decoder: OnnxDecoder, studies: Iterable[EncodedStudy], features: Callable[[EncodedStudy], Array]
 ) -> tuple[Array, Array]:
-    """Run studies with a float cache and look at what is in it.
+    """Return the scales of keys and values, each float32 [num_hidden_layers, kv_heads, head_dim].
 
-    Args:
-        decoder: with a float cache.
-        studies: at least one.
-        features: runs the tower on a study's film, [P, hidden_size].
-
-    Returns:
-        The scales of keys and values, each float32 [num_hidden_layers, kv_heads, head_dim].
+    `decoder` has a float cache, of at least one study; `features` runs the tower on a film: [P, hidden_size].
     """
     config = decoder.config
     shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from export.quantize.bnb import quantization_config as bnb_quantization_config
 from export.quantize.bnb import quantize_int8, quantize_nf4
 from export.quantize.gptq import FIRST_DAMPING, Grid, Quantized, round_to_nearest
-from export.source.lora import LINEARS
+from kernels.bnb import NF4_BLOCK_SIZE
 from kernels.gptq import to_tensors
 from kernels.packing import pack_factor
 from lite.errors import CheckpointError
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from lite.config import DecoderConfig, DecodingDefaults
 
 CONFIG_NAME: Final = "decoder/config.json"
-EMBEDDINGS: Final = "model.embed_tokens.weight"
-FINAL_NORM: Final = "model.norm.weight"
 HEAD: Final = "lm_head"
 HEAD_BITS: Final = 8
 
@@ -69,11 +67,13 @@ class PartReport:
     def add(self, name: str, exact: Tensor, rounded: Tensor) -> None:
         """Count one tensor's rounding."""
         difference = rounded.float() - exact
-        largest = float(difference.abs().max())
-        if largest >= self.max_abs:
-            self.max_abs, self.max_abs_tensor = largest, name
-        self.squared_error += float(difference.square().sum(dtype=torch.float64))
-        self.squared_norm += float(exact.square().sum(dtype=torch.float64))
+        tensor = PartReport(
+            max_abs=float(difference.abs().max()),
+            max_abs_tensor=name,
+            squared_error=float(difference.square().sum(dtype=torch.float64)),
+            squared_norm=float(exact.square().sum(dtype=torch.float64)),
+        )
+        self.merge(tensor)
 
     def merge(self, other: PartReport) -> None:
         """Count another part as well."""
@@ -88,12 +88,7 @@ class DecoderFolder:
     """`decoder/` while it is written: numbered parts, each a file that is there whole or not at all."""
 
     def __init__(self, folder: Path, num_hidden_layers: int) -> None:
-        """Describe the folder; it need not exist.
-
-        Args:
-            folder: Where the files go.
-            num_hidden_layers: Of the decoder: part 0 is the embeddings, part i + 1 layer i, the last norm and head.
-        """
+        """Describe it; it need not exist. Part 0 is the embeddings, part i + 1 layer i, the last the head."""
         self.folder = folder
         self.num_parts = num_hidden_layers + 2
 
@@ -138,50 +133,29 @@ class DecoderFolder:
         _write_json(self.folder / "model.safetensors.index.json", index)
 
 
-def embeddings_part(checkpoint: Checkpoint, report: PartReport) -> dict[str, Tensor]:
-    """Return the tensors of the first part, in float16."""
-    return {EMBEDDINGS: _rounded(EMBEDDINGS, checkpoint.read_base(EMBEDDINGS).float(), report)}
-
-
-def head_part(checkpoint: Checkpoint, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
-    """Return the tensors of the last part: the final norm in float16, and the head in its form."""
-    tensors = {FINAL_NORM: _rounded(FINAL_NORM, checkpoint.read_base(FINAL_NORM).float(), report)}
-    head = checkpoint.read_base(f"{HEAD}.weight").float()
-    if settings.gptq.lm_head == "int8":
-        grid = grid_of(settings, head.shape[1], bits=HEAD_BITS)
-        return tensors | gptq_tensors(HEAD, round_to_nearest(head, grid, clip="mse"))
-    return tensors | {f"{HEAD}.weight": _rounded(f"{HEAD}.weight", head, report)}
-
-
-def layer_part(checkpoint: Checkpoint, index: int, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
-    """Return the tensors of a layer in the forms that take no calibration: fp16, bitsandbytes, rounding to nearest."""
-    prefix = f"model.layers.{index}."
+def plain_part(checkpoint: Checkpoint, part: int, settings: ExportSettings, report: PartReport) -> dict[str, Tensor]:
+    """Return the tensors of a part in the forms that take no calibration: fp16, bitsandbytes, rounding to nearest."""
     tensors: dict[str, Tensor] = {}
-    for key, exact in checkpoint.read_layer(index).merged().items():
-        name = prefix + key
-        linear = key.removesuffix(".weight")
-        if linear not in LINEARS or settings.decoder_format == "fp16":
-            tensors[name] = _rounded(name, exact, report)
-            continue
-        if settings.decoder_format.startswith("gptq"):
-            require_float16(name, exact)
-            stored = round_to_nearest(exact, grid_of(settings, exact.shape[1], bits=settings.bits))
-            tensors |= gptq_tensors(prefix + linear, stored)
-            continue
-        try:
+    for name, exact in checkpoint.read_part(part).items():
+        require_float16(name, exact)
+        bits, owner = _bits(name, settings), name.removesuffix(".weight")
+        if bits == 16:
+            tensors[name] = exact.half()
+            report.add(name, exact, tensors[name])
+        elif settings.decoder_format.startswith("gptq"):
+            grid = grid_of(settings, exact.shape[1], bits=bits)
+            tensors |= gptq_tensors(owner, round_to_nearest(exact, grid, clip="mse" if owner == HEAD else "none"))
+        else:
             parts = quantize_nf4(exact.half()) if settings.decoder_format == "bnb-nf4" else quantize_int8(exact)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-        tensors |= {f"{prefix}{linear}.{part}": tensor for part, tensor in parts.items()}
+            tensors |= {f"{owner}.{key}": tensor for key, tensor in parts.items()}
     return tensors
 
 
-def calibrated_part(index: int, norms: Mapping[str, Tensor], linears: Mapping[str, Quantized]) -> dict[str, Tensor]:
+def calibrated_part(layer: str, norms: Mapping[str, Tensor], linears: Mapping[str, Quantized]) -> dict[str, Tensor]:
     """Return the tensors of a layer that GPTQ has rounded."""
-    prefix = f"model.layers.{index}."
-    tensors = {prefix + name: norm.cpu() for name, norm in norms.items()}
+    tensors = {f"{layer}.{name}": norm.cpu() for name, norm in norms.items()}
     for linear, rounded in linears.items():
-        tensors |= gptq_tensors(prefix + linear, rounded)
+        tensors |= gptq_tensors(f"{layer}.{linear}", rounded)
     return tensors
 
 
@@ -198,28 +172,22 @@ def grid_of(settings: ExportSettings, in_features: int, *, bits: int) -> Grid:
 
 
 def require_divisible(shapes: Mapping[str, tuple[int, ...]], settings: ExportSettings) -> None:
-    """Refuse a group size that does not fit, before the work.
-
-    Args:
-        shapes: Name and shape of the tensors of the base model.
-        settings: With the group size.
+    """Refuse, before the work, a group size or a format that does not fit tensors of these names and shapes.
 
     Raises:
-        CheckpointError: A linear's inputs are not whole groups, or do not fill whole words.
+        CheckpointError: A linear's inputs are not whole groups or blocks, or do not fill whole words.
     """
-    if not settings.decoder_format.startswith("gptq"):
-        return
-    quantized = {
-        name: shape
-        for name, shape in shapes.items()
-        if "_proj." in name or (name == f"{HEAD}.weight" and settings.gptq.lm_head == "int8")
-    }
-    size = settings.gptq.group_size
+    quantized = {name: shape for name, shape in shapes.items() if _bits(name, settings) < 16}
+    size, nf4 = settings.gptq.group_size, settings.decoder_format == "bnb-nf4"
     for name, (out_features, in_features) in quantized.items():
-        head = name == f"{HEAD}.weight"
-        factor = pack_factor(HEAD_BITS if head else settings.bits)
+        head, factor = name == f"{HEAD}.weight", pack_factor(_bits(name, settings))
         fits = [str(other) for other in (32, 64, 128) if all(shape[1] % other == 0 for shape in quantized.values())]
-        if out_features % factor:
+        if nf4 and in_features % NF4_BLOCK_SIZE:
+            wrong = f"{in_features} inputs · expected a multiple of {NF4_BLOCK_SIZE}, the block of NF4"
+            todo = "choose bnb-int8 or fp16"
+        elif settings.decoder_format.startswith("bnb"):
+            continue
+        elif out_features % factor:
             wrong = f"{out_features} outputs · expected a multiple of {factor}"
             todo = "choose --lm-head fp16" if head else "choose a bnb format"
         elif in_features % (factor if size == -1 else size):
@@ -230,34 +198,26 @@ def require_divisible(shapes: Mapping[str, tuple[int, ...]], settings: ExportSet
         raise CheckpointError(f"{name}: got {wrong} · {todo}")
 
 
-def decoder_bytes(decoder_shapes: Mapping[str, tuple[int, ...]], settings: ExportSettings) -> int:
+def decoder_bytes(shapes: Mapping[str, tuple[int, ...]], settings: ExportSettings) -> int:
     """Return about how many bytes `decoder/` will take."""
-    total = 0.0
-    for name, shape in decoder_shapes.items():
-        count = math.prod(shape)
-        quantized = "_proj." in name or (name == f"{HEAD}.weight" and settings.gptq.lm_head == "int8")
-        bits = 16.0
-        if quantized and settings.decoder_format != "fp16":
-            size = settings.gptq.group_size
-            bits = HEAD_BITS if name == f"{HEAD}.weight" else settings.bits
+    total, size = 0.0, settings.gptq.group_size
+    for name, shape in shapes.items():
+        bits: float = _bits(name, settings)
+        if bits < 16:
             bits += (16 + bits) / (shape[1] if size == -1 else size)  # scales and zeros of a group
-        total += count * bits / 8
+        total += math.prod(shape) * bits / 8
     return int(total)
 
 
-def _rounded(name: str, exact: Tensor, report: PartReport) -> Tensor:
-    require_float16(name, exact)
-    rounded = exact.to(torch.float16)
-    report.add(name, exact, rounded)
-    return rounded
+def _bits(name: str, settings: ExportSettings) -> int:
+    """Return the bits of a tensor's values."""
+    if name == f"{HEAD}.weight":
+        return HEAD_BITS if settings.gptq.lm_head == "int8" else 16
+    return settings.bits if "_proj." in name else 16
 
 
 def require_float16(name: str, exact: Tensor) -> None:
-    """Refuse a weight that float16 cannot hold: no model that was trained in 16 bit has one.
-
-    Raises:
-        CheckpointError: It holds one, or NaN.
-    """
+    """Refuse a weight that float16 cannot hold, or NaN: no model that was trained in 16 bit has one."""
     if not bool(exact.half().isfinite().all()):
         msg = f"{name}: got a merged weight of {float(exact.abs().max()):.3g} · expected one that fits float16 (65504)"
         raise CheckpointError(f"{msg} · the checkpoint is damaged, or of a model this exporter does not support")

@@ -38,6 +38,7 @@ from safetensors import safe_open
 
 from export.quantize.gptq import Grid, round_to_nearest
 from export.write.decoder import HEAD, HEAD_BITS
+from export.write.onnx_graph import CONTRIB, Graph
 from kernels.gptq import TENSORS, GptqWeight
 from kernels.packing import to_blocks
 from kernels.reference import rotary_table
@@ -58,9 +59,6 @@ if TYPE_CHECKING:
 GRAPH_NAME: Final = "decoder.onnx"
 DATA_NAME: Final = "decoder.onnx.data"
 EMBEDDINGS_NAME: Final = "embed_tokens.npy"
-OPSET: Final = 20
-IR_VERSION: Final = 9
-CONTRIB: Final = "com.microsoft"
 ACCURACY_LEVEL: Final = 4
 """Inputs of MatMulNBits are rounded to int8. Without it (level 0 or 1) a 4-bit product of one row takes four times as
 long (2 cores, AVX2, ONNX Runtime 1.32, November 2026)."""
@@ -69,20 +67,11 @@ _ALIGNMENT: Final = 1 << 16
 _HEAD_ROWS: Final = 4096
 """Of the head, rounded at a time."""
 _NUMPY: Final[Mapping[OnnxFloat, Any]] = {"float32": np.float32, "float16": np.float16}
-_ONNX: Final[Mapping[str, int]] = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-}
+_ONNX: Final[Mapping[str, int]] = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 def write_decoder_onnx(folder: Path, files: Sequence[Path], config: DecoderConfig, *, dtype: OnnxFloat) -> None:
-    """Write decoder.onnx, its data and the embeddings.
-
-    Args:
-        folder: where to.
-        files: the safetensors of `decoder/`.
-        config: its config.json. The weights have to be GPTQ.
-        dtype: what activations and cache are: float32 for CPUs, float16 for the GPUs' providers.
+    """Write decoder.onnx, its data and the embeddings from the safetensors of `decoder/`.
 
     Raises:
         ArtifactError: the decoder is not GPTQ, or a tensor is missing or damaged.
@@ -98,11 +87,7 @@ def write_decoder_onnx(folder: Path, files: Sequence[Path], config: DecoderConfi
 
 
 def require_gptq(config: DecoderConfig) -> None:
-    """Refuse a decoder that has no integers for decoder.onnx.
-
-    Raises:
-        ArtifactError: it is not GPTQ.
-    """
+    """Raise ArtifactError for a decoder that has no integers for decoder.onnx."""
     if config.quantization is None or not config.quantization.format.startswith("gptq"):
         stored = config.quantization.format if config.quantization else "fp16"
         msg = f"got a decoder in {stored} · expected gptq-int4 or gptq-int8, whose integers decoder.onnx takes over"
@@ -131,7 +116,9 @@ def _decoder(graph: _Graph, source: _Source, config: DecoderConfig) -> None:
         after = source.vector(f"{stored}.post_attention_layernorm.weight")
         x, residual = norm(x, residual, f"{name}.post_attention_layernorm", after)
         parts = [source.linear(f"{stored}.mlp.{part}_proj") for part in ("gate", "up")]
-        gate, up = graph.split(graph.linear(x, f"{name}.gate_up", parts), f"{name}.gate_up")
+        gate_up = graph.linear(x, f"{name}.gate_up", parts)
+        halves = [f"{name}.gate_up.first", f"{name}.gate_up.second"]
+        gate, up = graph.split(gate_up, halves, axis=-1, name=f"{name}.gate_up.split")
         silu = graph.add("QuickGelu", gate, domain=CONTRIB, alpha=1.0, name=f"{name}.silu")
         x = graph.linear(
             graph.add("Mul", silu, up, name=f"{name}.gated"), f"{name}.down", [source.linear(f"{stored}.mlp.down_proj")]
@@ -140,57 +127,39 @@ def _decoder(graph: _Graph, source: _Source, config: DecoderConfig) -> None:
         following_name = "norm" if last else f"layers.{layer + 1}.input_layernorm"
         x, residual = norm(x, residual, following_name, source.vector(following))
     logits = graph.linear(x, "lm_head", [source.head()])
-    graph.add("Cast", logits, to=TensorProto.FLOAT, output="logits")
+    graph.add("Cast", logits, to=TensorProto.FLOAT, outputs=["logits"])
 
 
 def _attention(graph: _Graph, qkv: str, rotary: tuple[str, str], config: DecoderConfig, layer: int) -> str:
-    cache = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
-    name = f"layers.{layer}.attention"
-    graph.nodes.append(
-        helper.make_node(
-            "GroupQueryAttention",
-            # Keys and values come with the queries: two inputs stay empty.
-            [qkv, "", "", *cache, "seqlens_k", "total_sequence_length", *rotary],
-            [f"{name}.out", f"present.{layer}.key", f"present.{layer}.value"],
-            name=name,
-            domain=CONTRIB,
-            num_heads=config.num_attention_heads,
-            kv_num_heads=config.num_key_value_heads,
-            do_rotary=1,
-            rotary_interleaved=0,
-        )
+    name, past, present = f"layers.{layer}.attention", f"past_key_values.{layer}", f"present.{layer}"
+    return graph.add(
+        "GroupQueryAttention",
+        # Keys and values come with the queries: two inputs stay empty.
+        *[qkv, "", "", f"{past}.key", f"{past}.value", "seqlens_k", "total_sequence_length", *rotary],
+        name=name,
+        outputs=[f"{name}.out", f"{present}.key", f"{present}.value"],
+        domain=CONTRIB,
+        num_heads=config.num_attention_heads,
+        kv_num_heads=config.num_key_value_heads,
+        do_rotary=1,
+        rotary_interleaved=0,
     )
-    return f"{name}.out"
 
 
-class _Graph:
-    """Nodes and constants as they are added. Every method that adds a node returns the name of its output."""
+class _Graph(Graph):
+    """The decoder's, whose constants go to the data file as they are added."""
 
     def __init__(self, data: BinaryIO, dtype: OnnxFloat) -> None:
+        super().__init__()
         self.data = data
         self.dtype = dtype
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[TensorProto] = []
-
-    def add(self, op_type: str, *inputs: str, name: str = "", output: str = "", **attributes: Any) -> str:
-        name = name or f"{op_type}_{len(self.nodes)}"
-        output = output or f"{name}.out"
-        self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=name, **attributes))
-        return output
-
-    def split(self, x: str, name: str) -> list[str]:
-        halves = [f"{name}.first", f"{name}.second"]
-        self.nodes.append(helper.make_node("Split", [x], halves, name=f"{name}.split", axis=-1, num_outputs=2))
-        return halves
 
     def skip_norm(self, x: str, residual: str, name: str, weight: Array, *, epsilon: float) -> tuple[str, str]:
         """Add x to the residual stream and norm that; return the normed and the sum."""
         outputs = [f"{name}.out", "", "", f"{name}.sum"]
         inputs = [x, residual, self.constant(name, weight)]
-        node = helper.make_node(
-            "SkipSimplifiedLayerNormalization", inputs, outputs, name=f"{name}.norm", domain=CONTRIB, epsilon=epsilon
-        )
-        self.nodes.append(node)
+        operator = "SkipSimplifiedLayerNormalization"
+        self.add(operator, *inputs, name=f"{name}.norm", outputs=outputs, domain=CONTRIB, epsilon=epsilon)
         return outputs[0], outputs[3]
 
     def linear(self, x: str, name: str, parts: list[_Blocks]) -> str:
@@ -252,9 +221,7 @@ def _model(graph: _Graph, config: DecoderConfig) -> onnx.ModelProto:
         for kind in ("key", "value"):
             inputs.append(value(f"past_key_values.{layer}.{kind}", dtype, shape))
             outputs.append(value(f"present.{layer}.{kind}", dtype, shape))
-    proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, graph.constants)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-    return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="llava-rad-lite")
+    return graph.model("decoder", inputs, outputs, ("", CONTRIB))
 
 
 # -- The weights -----------------------------------------------------------------------------------------------------

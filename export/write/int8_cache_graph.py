@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.write.cache_scales import STEPS
 from export.write.decoder_onnx import GRAPH_NAME
+from export.write.onnx_graph import Graph
 from lite.engines.onnx_engine.decoder import PREFILL_INPUT
 
 if TYPE_CHECKING:
@@ -37,12 +38,9 @@ _SCALES_AT: Final = 12
 
 
 def write_int8_cache_graph(folder: Path, k_scales: Array, v_scales: Array) -> None:
-    """Write the graph with an int8 cache: decoder.onnx in all but attention.
+    """Write the graph with an int8 cache: decoder.onnx, in the same folder, in all but attention.
 
-    Args:
-        folder: where decoder.onnx is.
-        k_scales: what a step of the keys stands for, float32 [num_hidden_layers, kv_heads, head_dim].
-        v_scales: of the values.
+    `k_scales` and `v_scales` are those of `find_cache_scales`.
     """
     model = onnx.load(folder / GRAPH_NAME, load_external_data=False)
     graph = model.graph
@@ -133,35 +131,35 @@ class _Layer:
 
     def _prompt(self) -> onnx.GraphProto:
         """Attend in float32 over the cache and the new tokens, and round what is new."""
-        name = f"{self.node.name}.prompt"
-        nodes: list[onnx.NodeProto] = []
+        name, graph = f"{self.node.name}.prompt", Graph()
 
-        def add(op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        def add(op_type: str, *inputs: str, output: str, **attributes: Any) -> str:
             output = f"{name}.{output}"
-            nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
-            return output
+            return graph.add(op_type, *inputs, name=output, outputs=[output], **attributes)
 
         old: dict[str, str] = {}
         past: list[str] = []
         for kind, cache in self.past.items():
-            old[kind] = add("Slice", [cache, "first", "num_past", "of_tokens"], f"{kind}_old")
-            values = add("Cast", [old[kind]], f"{kind}_old.float", to=TensorProto.FLOAT)
-            past.append(add("Mul", [values, self._scale(kind)], f"{kind}_past"))
+            old[kind] = add("Slice", cache, "first", "num_past", "of_tokens", output=f"{kind}_old")
+            values = add("Cast", old[kind], output=f"{kind}_old.float", to=TensorProto.FLOAT)
+            past.append(add("Mul", values, self._scale(kind), output=f"{kind}_past"))
         attention = onnx.NodeProto()
         attention.CopyFrom(self.node)
         attention.name = f"{name}.attention"
         attention.input[3:5] = past
         attention.output[:] = [f"{name}.out", f"{name}.k_all", f"{name}.v_all"]
-        nodes.append(attention)
+        graph.nodes.append(attention)
         for kind, cache in self.past.items():
-            new = add("Slice", [f"{name}.{kind}_all", "num_past", "end", "of_tokens"], f"{kind}_new")
-            steps = add("Round", [add("Div", [new, self._scale(kind)], f"{kind}_steps")], f"{kind}_round")
-            clipped = add("Clip", [steps, "least", "most"], f"{kind}_clipped")
-            rounded = add("Cast", [clipped], f"{kind}_int8", to=TensorProto.INT8)
+            new = add("Slice", f"{name}.{kind}_all", "num_past", "end", "of_tokens", output=f"{kind}_new")
+            steps = add("Div", new, self._scale(kind), output=f"{kind}_steps")
+            clipped = add(
+                "Clip", add("Round", steps, output=f"{kind}_round"), "least", "most", output=f"{kind}_clipped"
+            )
+            rounded = add("Cast", clipped, output=f"{kind}_int8", to=TensorProto.INT8)
             # The buffer that is written is the one that is read: all of it is copied before.
-            rest = add("Slice", [cache, "num_total", "end", "of_tokens"], f"{kind}_rest")
-            add("Concat", [old[kind], rounded, rest], kind, axis=2)
-        return _way(name, nodes)
+            rest = add("Slice", cache, "num_total", "end", "of_tokens", output=f"{kind}_rest")
+            add("Concat", old[kind], rounded, rest, output=kind, axis=2)
+        return _way(name, graph.nodes)
 
 
 def _way(name: str, nodes: list[onnx.NodeProto]) -> onnx.GraphProto:

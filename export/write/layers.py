@@ -9,15 +9,13 @@ import torch
 
 from export.progress import progress_bar
 from export.quantize.calibration import HiddenStates, start_states, token_weights
-from export.quantize.layerwise import STAGES, LayerQuantizer, QuantizedLayer
-from export.quantize.token_weights import num_search_steps, search_token_weights
+from export.quantize.layerwise import PASSES, LayerQuantizer
+from export.quantize.token_weights import search_token_weights
 from export.settings import TokenWeights
 from export.write.decoder import (
     PartReport,
     calibrated_part,
-    embeddings_part,
-    head_part,
-    layer_part,
+    plain_part,
     quantization_config,
     write_configs,
 )
@@ -47,27 +45,19 @@ def write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> No
     """Write vision.onnx, unless an earlier run has."""
     if file.is_file():
         return
-    with progress_bar("writing vision.onnx", 2, unit="step", show=settings.show_progress) as bar:
-        model = build_vision_onnx(
-            source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
-        )
-        bar.update()
-        with whole_file(file) as partial:
-            write_vision_onnx(model, partial)
-        bar.update()
+    model = build_vision_onnx(
+        source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
+    )
+    with whole_file(file) as partial:
+        write_vision_onnx(model, partial)
 
 
-def write_layers(source: Checkpoint, work: WorkFolder, settings: ExportSettings) -> None:
-    """Write the embeddings and all layers in a form that takes no calibration."""
-    parts = range(work.decoder.num_finished(), source.decoder.num_hidden_layers + 1)
-    with progress_bar(
-        "writing the decoder", work.decoder.num_parts, initial=parts.start, unit="part", show=settings.show_progress
-    ) as bar:
-        for part in parts:
-            report = PartReport()
-            tensors = layer_part(source, part - 1, settings, report) if part else embeddings_part(source, report)
-            work.finish_part(part, tensors, report)
-            bar.update()
+def write_parts(source: Checkpoint, work: WorkFolder, settings: ExportSettings, *, end: int | None = None) -> None:
+    """Write the parts that are not there yet, all or up to an end, in forms that take no calibration."""
+    done, end, show = work.decoder.num_finished(), end or work.decoder.num_parts, settings.show_progress
+    for part in progress_bar("writing the decoder", range(done, end), total=end, initial=done, unit="part", show=show):
+        report = PartReport()
+        work.finish_part(part, plain_part(source, part, settings, report), report)
 
 
 def write_calibrated_layers(
@@ -78,7 +68,7 @@ def write_calibrated_layers(
     settings: ExportSettings,
 ) -> CalibrationRecord:
     """Write the embeddings and all layers, each rounded by what it sees behind those before it."""
-    P, layers = source.tower.num_patches, source.decoder.num_hidden_layers
+    P, layers, show = source.tower.num_patches, source.decoder.num_hidden_layers, settings.show_progress
     weights = _token_weights(source, work, manifest, calibration, settings)
     lengths = [study.num_tokens(P) for study in calibration.studies]
 
@@ -86,24 +76,20 @@ def write_calibrated_layers(
         return HiddenStates(work.path / f"hidden-{index:04d}", lengths, source.decoder.hidden_size)
 
     if work.decoder.num_finished() == 0:
-        embeddings = source.read_base("model.embed_tokens.weight")
-        with progress_bar(
-            "reading the films", len(calibration.studies), unit="film", show=settings.show_progress
-        ) as bar:
-            features = _features(work, manifest)
-            start_states(states(0).file, calibration.studies, features, embeddings, P, advance=bar.update)
+        embeddings, features = source.read_base("model.embed_tokens.weight"), _features(work, manifest)
+        start_states(states(0).file, calibration.studies, features, embeddings, P, show=show)
         del embeddings, features
-        work.finish_part(0, embeddings_part(source, report := PartReport()), report)
+        write_parts(source, work, settings, end=1)
     by_token = [token_weights(study, P, weights) for study in calibration.studies]
-    quantizer, passes = LayerQuantizer(source.decoder, settings), layers * len(STAGES)
     first = min(work.decoder.num_finished() - 1, layers)
-    with progress_bar(
-        "rounding the decoder", passes, initial=first * len(STAGES), unit="pass", show=settings.show_progress
-    ) as bar:
+    total, done = layers * PASSES, first * PASSES
+    with progress_bar("rounding the decoder", total=total, initial=done, unit="pass", show=show) as bar:
         for index in range(first, layers):
-            layer = source.read_layer(index).merged()
-            rounded = _round_layer(work, quantizer, index, layer, states, by_token, advance=bar.update)
-            bar.set_postfix_str(_errors_shown(index, rounded.errors))
+            layer, name = source.read_layer(index).merged(), f"model.layers.{index}"
+            quantizer = LayerQuantizer(name, layer, source.decoder, settings, advance=bar.update)
+            _round_layer(work, quantizer, index, states(index), states(index + 1), by_token)
+            bar.set_postfix_str(_errors_shown(index, quantizer.errors))
+    found = work.read(SEARCH_NAME)
     return CalibrationRecord(
         data=calibration.data,
         sha256=calibration.sha256,
@@ -111,8 +97,8 @@ def write_calibrated_layers(
         tokens=sum(lengths),
         image_weight=weights.image,
         prompt_weight=weights.prompt,
-        search=_search_record(work),
-        errors=_whole_report(work).errors,
+        search=found and TokenWeightSearch(held_out_studies=found["held_out_studies"], mean_kl=found["mean_kl"]),
+        errors=work.whole_report().errors,
     )
 
 
@@ -120,42 +106,21 @@ def _round_layer(
     work: WorkFolder,
     quantizer: LayerQuantizer,
     index: int,
-    layer: dict[str, Tensor],
-    states: Callable[[int], HiddenStates],
+    inputs: HiddenStates,
+    outputs: HiddenStates,
     by_token: list[Tensor],
-    *,
-    advance: Callable[[], object],
-) -> QuantizedLayer:
+) -> None:
     """Round a layer, and write it and the hidden states behind it."""
-    inputs, outputs = states(index), states(index + 1)
     if not inputs.complete:
-        msg = (
-            f"{inputs.file}: got no hidden states to go on from · expected those before layer {index} · "
-            f"remove {work.path} to begin anew"
-        )
-        raise ArtifactError(msg)
-    name = f"model.layers.{index}"
+        msg = f"{inputs.file}: got no hidden states to go on from · expected those before layer {index}"
+        raise ArtifactError(f"{msg} · remove {work.path} to begin anew")
     # In a spare file until the layer is done: what is called outputs is complete.
     spare = outputs.beside(work.path / "hidden.partial")
-    rounded = quantizer.quantize(name, layer, inputs, spare, by_token, advance=advance)
+    quantizer.quantize(inputs, spare, by_token)
     give_name(spare.file, outputs.file)
-    report = PartReport(errors={f"{name}.{linear}": error for linear, error in rounded.errors.items()})
-    work.finish_part(index + 1, calibrated_part(index, rounded.norms, rounded.linears), report)
+    report = PartReport(errors={f"{quantizer.name}.{linear}": error for linear, error in quantizer.errors.items()})
+    work.finish_part(index + 1, calibrated_part(quantizer.name, quantizer.norms, quantizer.linears), report)
     inputs.remove()
-    return rounded
-
-
-def _search_record(work: WorkFolder) -> TokenWeightSearch | None:
-    found = work.read(SEARCH_NAME)
-    return found and TokenWeightSearch(held_out_studies=found["held_out_studies"], mean_kl=found["mean_kl"])
-
-
-def _whole_report(work: WorkFolder) -> PartReport:
-    """Add up the reports of the parts that are finished."""
-    whole = PartReport()
-    for part in range(work.decoder.num_finished()):
-        whole.merge(work.report(part))
-    return whole
 
 
 def _token_weights(
@@ -170,9 +135,7 @@ def _token_weights(
         return settings.gptq.token_weights
     chosen = work.read(SEARCH_NAME)
     if chosen is None:
-        with progress_bar("choosing λ", num_search_steps(source), unit="step", show=settings.show_progress) as bar:
-            features = _features(work, manifest)
-            best, kl = search_token_weights(source, calibration, features, work.path, settings, advance=bar.update)
+        best, kl = search_token_weights(source, calibration, _features(work, manifest), work.path, settings)
         chosen = {"chosen": dataclasses.asdict(best), "held_out_studies": len(calibration.held_out), "mean_kl": kl}
         work.write(SEARCH_NAME, chosen)
     return TokenWeights(**chosen["chosen"])
@@ -190,10 +153,8 @@ def _errors_shown(index: int, errors: dict[str, float]) -> str:
 
 
 def finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, settings: ExportSettings) -> None:
-    """Write the final norm, the head, and the small files."""
-    last = work.decoder.num_parts - 1
-    if work.decoder.num_finished() == last:
-        work.finish_part(last, head_part(source, settings, report := PartReport()), report)
+    """Write the parts that are left, the final norm and the head at least, and the small files."""
+    write_parts(source, work, settings)
     work.decoder.write_index()
     write_configs(
         work.decoder.folder,
@@ -206,7 +167,7 @@ def finish_decoder(source: Checkpoint, work: WorkFolder, manifest: Manifest, set
 
 def merge_record(source: Checkpoint, work: WorkFolder) -> MergeRecord:
     """Say what merging and storing the parts in 16 bits has rounded."""
-    whole = _whole_report(work)
+    whole = work.whole_report()
     return MergeRecord(
         lora_scale=source.adapter_config.scale,
         max_abs_rounding=whole.max_abs,

@@ -5,10 +5,8 @@
        └────────────────────────────────────────────────────┘└──────────────────────────────┘
     x ─drop CLS─ Linear ─Gelu─ Linear ─▶ image_features [B,P,C]
 
-The graph is written node by node instead of traced: it is the same on every torch version, holds no operator the
-runtime has to optimise away, and every name in it says what it is. Three short cuts, all exact up to rounding: CLS and
-its position are one row of the table added after padding, LayerScale is multiplied into the linear before it, and
-the softmax scale 1/√64 into the query weights.
+Three short cuts, all exact up to rounding: CLS and its position are one row of the table added after padding,
+LayerScale is multiplied into the linear before it, and the softmax scale 1/√64 into the query weights.
 
 With `int8` the linears of the blocks, three quarters of the tower's operations, multiply integers: weights int8 with
 one scale for an output channel, activations uint8 with one scale for a token, found as the graph runs:
@@ -31,7 +29,6 @@ stored as float16. All operators are plain ONNX. What decides the accuracy:
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -41,6 +38,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.source.forward import LAYER_NORM_EPS
 from export.source.tower import VIT_HEAD_DIM
+from export.write.onnx_graph import Graph
 from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -54,9 +52,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-OPSET: Final = 20
-"""The first opset with Gelu; ONNX Runtime reads it since 1.17."""
-IR_VERSION: Final = 9
 GELU_MIN: Final = -0.17
 """A bound from below of Gelu, which has its minimum of -0.16997 at -0.75."""
 
@@ -75,15 +70,13 @@ def build_vision_onnx(
     Args:
         tensors: As `Checkpoint.read_tower` returns them.
         tower: The tower's shape.
-        vision_format: What weights and arithmetic are in; input and output are float32 either way. With "int8" the
-            blocks' linears are int8, the other weights stored as float16, and the other arithmetic is float32.
+        vision_format: What weights and arithmetic are in; input and output are float32 either way.
         model_name: Name of the graph.
 
     Raises:
-        CheckpointError: A weight does not fit into float16, or (int8) is not finite.
+        CheckpointError: A weight does not fit into float16.
     """
     if vision_format == "int8":
-        _require_finite(tensors)
         tensors = rotate_residual(tensors, tower)
     graph = _Graph(tensors, vision_format)
     dim, tokens = tower.dim, 1 + tower.num_patches
@@ -110,10 +103,17 @@ def build_vision_onnx(
     x = graph.add("Gelu", graph.linear(x, "projector.0"))
     x = graph.linear(x, "projector.2")
     if vision_format == "fp16":
-        graph.add("Cast", x, output="image_features", to=TensorProto.FLOAT)
+        graph.add("Cast", x, outputs=["image_features"], to=TensorProto.FLOAT)
     else:
-        graph.add("Identity", x, output="image_features")
-    return _model(graph, tower, hidden_size=tensors["projector.2.weight"].shape[0], name=model_name)
+        graph.add("Identity", x, outputs=["image_features"])
+    hidden_size = tensors["projector.2.weight"].shape[0]
+    pixels: list[str | int | None] = ["batch", 3, tower.image_size, tower.image_size]
+    features: list[str | int | None] = ["batch", tower.num_patches, hidden_size]
+    return graph.model(
+        model_name,
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, pixels)],
+        [helper.make_tensor_value_info("image_features", TensorProto.FLOAT, features)],
+    )
 
 
 def write_vision_onnx(model: onnx.ModelProto, path: Path) -> None:
@@ -123,11 +123,8 @@ def write_vision_onnx(model: onnx.ModelProto, path: Path) -> None:
         CheckpointError: The weights pass the 2 GB that one protobuf file can hold, or the graph is not valid.
     """
     if model.ByteSize() >= 2**31:
-        msg = (
-            f"got a vision tower of {model.ByteSize() / 2**30:.1f} GiB · expected less than 2 GiB, the limit of one "
-            "ONNX file · export it with --vision fp16"
-        )
-        raise CheckpointError(msg)
+        msg = f"got a vision tower of {model.ByteSize() / 2**30:.1f} GiB · expected less than 2 GiB,"
+        raise CheckpointError(f"{msg} the limit of one ONNX file · export it with --vision fp16")
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -148,12 +145,7 @@ def rotate_residual(tensors: Mapping[str, Tensor], tower: TowerConfig) -> dict[s
     orthonormal cosine transform, whose first column is constant, and fixed random signs, the first a plus: orthogonal
     by construction, the same on every machine, and with no row along an axis.
 
-    Args:
-        tensors: As `Checkpoint.read_tower` returns them.
-        tower: The tower's shape.
-
-    Returns:
-        Tensors under the same names, float64.
+    The tensors keep their names, and become float64.
 
     Source:
         QuaRot (arXiv 2404.00456) rotates the stream of a model with RMSNorm; SliceGPT (arXiv 2401.15024) moves
@@ -188,17 +180,11 @@ def rotate_residual(tensors: Mapping[str, Tensor], tower: TowerConfig) -> dict[s
 
 
 def quantise_linear(weight: Array) -> tuple[Array, Array]:
-    """Round a weight to int8 with one symmetric scale for an output channel, for uint8 × int8 products.
+    """Round a weight [N, K] to q int8 [N, K] and scales float32 [N] for uint8 × int8 products: weight ≈ q · scales.
 
     The scale is the finest with which a channel's largest weight is within ±127, and the largest sum of two neighbours
     (inputs 2j and 2j+1) of one sign too: 255 · 128 is below 2¹⁵, so that `vpmaddubsw`, which adds the products of two
     neighbours in 16 bits and clips, has nothing to clip whatever the activations are. Rounding adds at most 1 to a sum.
-
-    Args:
-        weight: [N, K], finite.
-
-    Returns:
-        q int8 [N, K] and scales float32 [N]; weight ≈ q · scales[:, None].
     """
     num_outputs, num_inputs = weight.shape
     pairs = np.pad(weight, ((0, 0), (0, num_inputs % 2))).reshape(num_outputs, -1, 2)
@@ -220,13 +206,6 @@ def _rotation(dim: int) -> Array:
     return rotation
 
 
-def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            msg = f"vision tower: got NaN or infinity in {name} · expected finite weights"
-            raise CheckpointError(f"{msg} · check the file, or download it again")
-
-
 def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> str:
     """Add one pre-norm block: attention, then MLP."""
     scale = np.ones(3 * dim)
@@ -235,7 +214,7 @@ def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> str:
     normed = graph.layer_norm(x, f"{prefix}.norm1")
     qkv = graph.add("Reshape", graph.linear(normed, f"{prefix}.attn.qkv", row_scale=scale), heads)
     parts = [f"{prefix}.{name}" for name in ("q", "k", "v")]
-    split = graph.split(graph.add("Transpose", qkv, perm=[2, 0, 3, 1, 4]), parts)
+    split = graph.split(graph.add("Transpose", qkv, perm=[2, 0, 3, 1, 4]), parts, axis=0)
     q, k, v = (graph.add("Squeeze", part, graph.shape("part_axis", [0])) for part in split)
     scores = graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), name=f"{prefix}.attn.scores")
     attended = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v, name=f"{prefix}.attn.attend")
@@ -248,26 +227,15 @@ def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> str:
     return graph.add("Add", x, out, name=f"{prefix}.mlp.residual")
 
 
-class _Graph:
-    """Nodes and constants as they are added. Every method that adds a node returns the name of its output."""
+class _Graph(Graph):
+    """The tower's, with the linears and constants of a format."""
 
     def __init__(self, tensors: Mapping[str, Tensor], vision_format: VisionFormat) -> None:
+        super().__init__()
         self.tensors = tensors
         self.vision_format = vision_format
         self.dtype = np.dtype(np.float16 if vision_format == "fp16" else np.float32)
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
-
-    def add(self, op_type: str, *inputs: str, name: str = "", output: str = "", **attributes: Any) -> str:
-        name = name or f"{op_type}_{len(self.nodes)}"
-        output = output or f"{name}.out"
-        self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=name, **attributes))
-        return output
-
-    def split(self, x: str, outputs: list[str]) -> list[str]:
-        name = f"Split_{len(self.nodes)}"
-        self.nodes.append(helper.make_node("Split", [x], outputs, name=name, axis=0, num_outputs=len(outputs)))
-        return outputs
+        self.named: set[str] = set()
 
     def linear(self, x: str, name: str, *, row_scale: Array | None = None, after_gelu: bool = False) -> str:
         """Add x Wᵀ + b, with output channels multiplied by row_scale; after_gelu says that x is at least GELU_MIN."""
@@ -319,29 +287,23 @@ class _Graph:
         return self.add("Cast", self.constant(name, values, np.dtype(np.float16)), to=TensorProto.FLOAT)
 
     def integers(self, name: str, values: Array) -> str:
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return self.once(name, np.ascontiguousarray(values))
+
+    def once(self, name: str, values: Array) -> str:
+        """Add a constant as it is, unless it is there: shapes and zero points are those of all blocks."""
+        if name not in self.named:
+            self.named.add(name)
+            self.constants.append(numpy_helper.from_array(values, name))
         return name
 
     def constant(self, name: str, values: Array, dtype: np.dtype[Any] | None = None) -> str:
         dtype = dtype or self.dtype
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # an overflow is reported below, with the tensor's name
+        with np.errstate(over="ignore"):  # it is reported below, with the tensor's name
             rounded = values.astype(dtype, order="C")
         if not np.isfinite(rounded).all():
             msg = f"vision tower: got {name} up to {np.abs(values).max():.3g} · expected values that fit {dtype}"
             raise CheckpointError(f"{msg} · export it with --vision fp32")
-        self.constants[name] = numpy_helper.from_array(rounded, name)
-        return name
+        return self.once(name, rounded)
 
     def shape(self, name: str, values: list[int]) -> str:
         return self.integers(name, np.array(values, np.int64))
-
-
-def _model(graph: _Graph, tower: TowerConfig, *, hidden_size: int, name: str) -> onnx.ModelProto:
-    size = tower.image_size
-    pixel_values = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, size, size])
-    shape: list[str | int | None] = ["batch", tower.num_patches, hidden_size]
-    image_features = helper.make_tensor_value_info("image_features", TensorProto.FLOAT, shape)
-    proto = helper.make_graph(graph.nodes, name, [pixel_values], [image_features], list(graph.constants.values()))
-    opset = helper.make_opsetid("", OPSET)
-    return helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION, producer_name="llava-rad-lite")

@@ -63,11 +63,7 @@ class WorkFolder:
         return any(self.path.glob(PARTS)) or (self.path / SEARCH_NAME).is_file()
 
     def require_same(self, arguments: dict[str, Any]) -> None:
-        """Refuse to go on with parts that were made with other arguments; note the arguments where there are none.
-
-        Raises:
-            ArtifactError: They differ; the message says in what.
-        """
+        """Refuse to go on with parts that were made with other arguments; note the arguments where there are none."""
         before = self.read("arguments.json")
         if before is None or not self.worth_keeping:
             self.vision.unlink(missing_ok=True)
@@ -80,24 +76,26 @@ class WorkFolder:
             if now.get(name) != before.get(name)
         ]
         if changed:
-            msg = (
+            raise ArtifactError(
                 f"{self.path}: got {', '.join(changed)} · expected the arguments of the export that was stopped there, "
                 f"{len(list(self.path.glob(PARTS)))} parts of its decoder finished · repeat those to go on, or remove "
                 "the folder to begin anew"
             )
-            raise ArtifactError(msg)
 
     def report(self, part: int) -> PartReport:
-        """Return the report of a finished part.
-
-        Raises:
-            ArtifactError: It is gone.
-        """
+        """Return the report of a finished part."""
         values = self.read(f"reports/{part:04d}.json")
         if values is None:
             msg = f"{self.path}: got no report of part {part} · expected one, as the part is there"
             raise ArtifactError(f"{msg} · remove the folder to begin anew")
         return PartReport(**values)
+
+    def whole_report(self) -> PartReport:
+        """Add up the reports of the parts that are finished."""
+        whole = PartReport()
+        for part in range(self.decoder.num_finished()):
+            whole.merge(self.report(part))
+        return whole
 
     def finish_part(self, part: int, tensors: Mapping[str, Tensor], report: PartReport) -> None:
         """Write the report of a part, and then the part itself, which says that all is there."""
@@ -133,15 +131,11 @@ class WorkFolder:
 
 @contextlib.contextmanager
 def work_folder(out: Path, num_hidden_layers: int) -> Iterator[WorkFolder]:
-    """Lock the folder that an export to `out` works in.
+    """Lock the folder that an export to `out`, the artifact to be, works in.
 
     Left without an error, or by one that would come again (a bad checkpoint or calibration), the folder is removed;
     what an earlier export has left there is not this one's to throw away, though. Left by anything else, as an
     interrupt or a full disk, it stays if there is something in it to go on from.
-
-    Args:
-        out: The artifact to be.
-        num_hidden_layers: Of the decoder.
 
     Raises:
         ArtifactError: Another export is at work there, or the folder cannot be made.

@@ -150,18 +150,8 @@ def decode(
 ) -> None:  # fmt: skip
     """Launch `partial_products_kernel`, and `sum_partials_kernel` where there is more than one split.
 
-    Args:
-        x: [M, K], its last axis without gaps.
-        tiles: from `packing.to_tiles`.
-        scales: float16 [groups, N].
-        out: [M, N].
-        partials: float32 [splits, M, N]; `out` where splits is 1.
-        bits: 4 or 8.
-        group_size: a power of two from 32 on, or a multiple of the span that covers K.
-        rows: of x in a program: 1, 2 or 4.
-        block_n: outputs of a program, a multiple of TILE_OUTPUTS.
-        splits: parts of K.
-        num_warps: of a program.
+    x [M, K] has no gaps in its last axis; `partials` is float32 [splits, M, N], or `out` where splits is 1. A group is
+    a power of two from 32 on, or a multiple of the span that covers K. The rest is a `DecodePlan`.
     """
     (M, K), N, spans = x.shape, scales.shape[1], tiles.shape[1]
     grid = (triton.cdiv(M, rows), triton.cdiv(N, block_n), splits)

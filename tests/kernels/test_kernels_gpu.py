@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_weights import random_gptq
 from within import assert_within
 
 from kernels import reference
 from kernels.decode_attention import decode_attention
-from kernels.gptq import GptqWeight, to_tensors
 from kernels.quant_matmul import QuantWeight, quant_matmul
 from kernels.rotary_and_cache import rotary_and_cache
 
@@ -17,19 +17,11 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 
-def random_weight(bits: int, N: int, K: int) -> QuantWeight:
-    generator = torch.Generator().manual_seed(0)
-    half = 1 << (bits - 1)
-    values = torch.randint(-half, half, (N, K), generator=generator)
-    scales = ((torch.rand(N, K // 128, generator=generator) + 0.5) / half / K**0.5).half()
-    return QuantWeight.from_gptq(GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits))
-
-
 @pytest.mark.parametrize("M", [1, 8, 100])
 @pytest.mark.parametrize("shape", [(12288, 4096), (4096, 11008)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_real_shapes(bits: int, shape: tuple[int, int], M: int) -> None:
-    weight = random_weight(bits, *shape)
+    weight = QuantWeight.from_gptq(random_gptq(bits, *shape, 128))
     x = torch.randn(M, shape[1], generator=torch.Generator().manual_seed(1)).half()
     got = quant_matmul(x.cuda(), weight.to("cuda"))
     op = "quant_matmul decode" if M <= 16 else "quant_matmul prefill"
@@ -41,7 +33,7 @@ def test_a_cuda_graph_serves_every_token(*, quantized: bool) -> None:
     """Captured once, replayed with other inputs, slots and lengths: the same as without a graph."""
     B, heads, head_dim, slots = 2, 4, 128, 300
     hidden = heads * head_dim
-    weight = random_weight(4, 3 * hidden, hidden).to("cuda")
+    weight = QuantWeight.from_gptq(random_gptq(4, 3 * hidden, hidden, 128)).to("cuda")
     kind = torch.int8 if quantized else torch.float16
     cache = dict(zip(("k_cache", "v_cache"), torch.zeros(2, B, heads, slots, head_dim, dtype=kind).cuda(), strict=True))
     if quantized:

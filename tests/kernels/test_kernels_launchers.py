@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_weights import random_gptq
 
 from kernels import backend as backend_module
 from kernels import quant_matmul as quant_matmul_module
@@ -15,7 +16,7 @@ from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
 from kernels.backend import Card, Selection, require_backend, select_backend
 from kernels.decode_attention import decode_attention
-from kernels.gptq import GptqWeight, gptq_matmul, to_tensors
+from kernels.gptq import gptq_matmul
 from kernels.packing import from_tiles, pack, span_size, to_tiles, unpack
 from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul
 from kernels.rotary_and_cache import rotary_and_cache
@@ -24,13 +25,6 @@ from kernels.silu_mul import silu_mul
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
-
-
-def random_gptq(bits: int, N: int, K: int, group_size: int, *, seed: int = 0) -> GptqWeight:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (N, K), generator=generator)
-    scales = torch.rand(N, K // group_size, generator=generator).half() + 0.01
-    return GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits)
 
 
 # ---- the backend
@@ -71,21 +65,17 @@ def test_a_gpu_gets_the_kernels(card: dict[str, Any]) -> None:
         ({"capability": (6, 1)}, "Card, compute capability 6.1, and the kernels need 7.0"),
         ({"triton": "triton does not load (no): pip install triton"}, "triton does not load (no): pip install triton"),
         ({"probe": True}, "Card, compute capability 8.6: no"),
+        ({"hip": "6.4"}, "a ROCm build of torch, and the kernels are written for NVIDIA"),
     ],
 )
 def test_a_gpu_without_kernels_falls_back_and_says_why(
-    card: dict[str, Any], change: dict[str, Any], reason: str
+    card: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str
 ) -> None:
     card.update(change)
+    monkeypatch.setattr(torch.version, "hip", card["hip"])
     assert select_backend(CUDA) == Selection(backend="reference", reason=reason, is_fallback=True)
     with pytest.raises(ValueError, match="got backend 'triton' on cuda:0"):
         require_backend(CUDA, "triton")
-
-
-def test_rocm_falls_back(card: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in select_backend(CUDA).reason
-    assert select_backend(CUDA).is_fallback
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,19 +160,18 @@ def test_a_weight_in_tiles_is_the_same_weight(bits: int, group_size: int) -> Non
     expected = gptq_matmul(x, gptq)
     # Sums of 512 products in float32, in whatever order the threads take them.
     torch.testing.assert_close(product, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-
-
-def test_weights_side_by_side() -> None:
-    parts = [random_gptq(4, N, 96, 32, seed=N) for N in (8, 24, 40)]
-    weight = QuantWeight.from_gptq(*parts)
-    assert weight.shape == (72, 96)
-    assert torch.equal(weight.dequantize(torch.float32), torch.cat([part.dequantize(torch.float32) for part in parts]))
+    # And side by side with others.
+    parts = [random_gptq(bits, N, 512, gptq.group_size, seed=N) for N in (8, 24)]
+    whole = QuantWeight.from_gptq(gptq, *parts)
+    assert whole.shape == (72, 512)
+    separate = [part.dequantize(torch.float32) for part in (gptq, *parts)]
+    assert torch.equal(whole.dequantize(torch.float32), torch.cat(separate))
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([], "got no weights"),
+        ([], "got weights of none"),
         ([(4, 8, 64, 32), (8, 8, 64, 32)], "got weights of 64 inputs, 4 bits, .* and 64 inputs, 8 bits"),
         ([(4, 8, 64, 32), (4, 8, 128, 32)], "expected one form"),
         ([(4, 8, 64, 32), (4, 8, 64, 64)], "groups of 32 on cpu and .* groups of 64"),

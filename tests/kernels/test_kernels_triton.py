@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_here
+from random_weights import random_gptq
 from triton_here import DEVICE, MARKS, NAN, Launches, full, names, poison, randn
 from within import assert_within
 
@@ -31,16 +32,6 @@ WEIGHTS = [
     pytest.param(56, 640, 128, marks=pytest.mark.full),
     (8, 1032, 1032),
 ]
-
-
-def random_gptq(bits: int, N: int, K: int, group_size: int, *, seed: int = 0) -> GptqWeight:
-    """A weight whose products with values of order 1 are of order 1."""
-    generator = torch.Generator().manual_seed(seed)
-    half = 1 << (bits - 1)
-    values = torch.randint(-half, half, (N, K), generator=generator)
-    values[0, 0], values[-1, -1] = -half, half - 1
-    scales = (torch.rand(N, K // group_size, generator=generator) + 0.5) / half / K**0.5
-    return GptqWeight.from_tensors(to_tensors(values, scales.half(), bits=bits), bits=bits)
 
 
 def test_the_backend_is_triton() -> None:
