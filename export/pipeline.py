@@ -87,7 +87,7 @@ def export_artifact(
     # A wrong device should not show only when everything is written.
     settings = dataclasses.replace(settings, device=check_device(settings.device))
     check_target(out.absolute(), overwrite=settings.overwrite)
-    source = open_checkpoint(Path(checkpoint), Path(base))
+    source = open_checkpoint(Path(checkpoint), Path(base), other_base=settings.other_base)
     require_divisible(base_shapes(source.decoder), settings)
     with _system_errors_explained(out, settings), work_folder(out, source.decoder.num_hidden_layers) as work:
         manifest = _manifest(source, work.decoder, settings)
@@ -180,7 +180,7 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     """Return all that the bytes of decoder/ and vision.onnx depend on, by the names a user knows."""
     given: dict[str, Any] = dataclasses.asdict(settings)
     # How it is measured, and what is made of decoder/, changes no weight.
-    not_decoder = ("onnx", "activations", "overwrite", "show_progress")
+    not_decoder = ("onnx", "activations", "other_base", "overwrite", "show_progress")
     for name in (*not_decoder, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")
