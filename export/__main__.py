@@ -130,11 +130,9 @@ def _check(options: argparse.Namespace) -> int:
     from export.source.checkpoint import open_checkpoint
 
     source = open_checkpoint(options.checkpoint, options.base, other_base=options.other_base)
-    base = source.adapter_config.base_model_name_or_path
-    print_line(
-        f"{source.name} on {base or 'a base without a name'}: whole, {source.decoder.num_hidden_layers} decoder layers, "
-        f"{source.tower.num_patches} image tokens"
-    )
+    base = source.adapter_config.base_model_name_or_path or "a base without a name"
+    shape = f"{source.decoder.num_hidden_layers} decoder layers, {source.tower.num_patches} image tokens"
+    print_line(f"{source.name} on {base}: whole, {shape}")
     return 0
 
 
