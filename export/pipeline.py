@@ -28,6 +28,7 @@ from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
 from export.studies import NamedStudies, read_judged
 from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, require_divisible
+from export.write.decoder_onnx import require_head_dim
 from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
 from export.write.onnx_part import write_onnx_part
 from export.write.work import VISION_NAME, work_folder, work_path
@@ -89,6 +90,8 @@ def export_artifact(
     check_target(out.absolute(), overwrite=settings.overwrite)
     source = open_checkpoint(Path(checkpoint), Path(base), other_base=settings.other_base)
     require_divisible(base_shapes(source.decoder), settings)
+    if settings.onnx:
+        require_head_dim(source.decoder)
     with _system_errors_explained(out, settings), work_folder(out, source.decoder.num_hidden_layers) as work:
         manifest = _manifest(source, work.decoder, settings)
         # Texts and films are read before the long part: a wrong path should not cost hours.

@@ -49,9 +49,25 @@ def test_shapes_that_do_not_fit_are_refused_before_the_work(
 ) -> None:
     source = open_checkpoint(*folders)
     odd = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, **changes))
-    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_: odd)
+    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_, **__: odd)
     settings = ExportSettings(decoder_format="bnb-nf4") if gptq is None else settings_for(listed, **gptq)
     fails(folders, tmp_path / "artifact", settings, CheckpointError, match)
+
+
+def test_heads_that_the_onnx_engine_does_not_take_are_refused_before_the_work(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(*folders)
+    odd = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, head_dim=40))
+    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_, **__: odd)
+    settings = ExportSettings(decoder_format="gptq-int4", gptq=GptqSettings(**RTN, group_size=-1), onnx=True)
+    fails(
+        folders,
+        tmp_path / "artifact",
+        settings,
+        ArtifactError,
+        "head_dim=40 · expected a multiple of 16.*--engine onnx",
+    )
 
 
 def test_a_study_that_cannot_be_used_is_left_out_and_said(
