@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from export.write.work import WorkFolder
 
 
+_LOG = logging.getLogger(__name__)
 LICENCE_NOTICE: Final = (
     "The weights keep the licence of the checkpoint they were converted from. microsoft/llava-rad: Microsoft Research "
     "License, for non-commercial research only, no clinical use, no redistribution of the model (converted or "
@@ -97,6 +99,7 @@ def export_artifact(
         # Texts and films are read before the long part: a wrong path should not cost hours.
         judged = read_judged(source.tokenizer, manifest, source.decoder.max_position_embeddings, settings)
         calibration = read_calibration(source, manifest, settings.gptq) if settings.calibrates else None
+        _say_what_is_judged_twice(judged, calibration)
         _require_space(source, work.path, calibration, settings)
         manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
         work.require_same(_arguments(manifest, calibration, settings))
@@ -108,6 +111,15 @@ def export_artifact(
         manifest = _with_decoder(manifest, files=unhashed(*work.decoder.files()), merge=merge_record(source, work))
         _keep_measured(out, source, work, manifest, judged, calibration or judged, settings)
     return load_artifact(out)
+
+
+def _say_what_is_judged_twice(judged: NamedStudies, calibration: CalibrationStudies | None) -> None:
+    both = {study.film_sha256[:16] for study in judged.studies} & {*(calibration.films if calibration else ())}
+    if both:
+        _LOG.warning(
+            "%s: %d of %d films are those of the calibration: what is lost on them flatters",
+            judged.data, len(both), len(judged.studies),
+        )  # fmt: skip
 
 
 def _keep_measured(
