@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["onnx"]:
         return _add_onnx(given[1:])
+    if given[:1] == ["check"]:
+        options = _check_parser().parse_args(given[1:])
+        return run_command(lambda: _check(options))
     options = _parser().parse_args(given)
     return run_command(lambda: _export(options), interrupted=lambda: _what_an_interrupt_leaves(options))
 
@@ -123,6 +126,16 @@ def _export_onnx(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> int:
+    from export.source.checkpoint import open_checkpoint
+
+    source = open_checkpoint(options.checkpoint, options.base, other_base=options.other_base)
+    base = source.adapter_config.base_model_name_or_path or "a base without a name"
+    shape = f"{source.decoder.num_hidden_layers} decoder layers, {source.tower.num_patches} image tokens"
+    print_line(f"{source.name} on {base}: whole, {shape}")
+    return 0
+
+
 # -- The options -----------------------------------------------------------------------------------------------------
 
 
@@ -146,9 +159,16 @@ _LIST: Final[dict[str, Any]] = {"type": Path, "metavar": "LIST.json"}
 _FOLDER: Final[dict[str, Any]] = {"type": Path, "metavar": "DIR"}
 _NUMBER: Final[dict[str, Any]] = {"type": positive, "metavar": "N"}
 _IMAGES: Final = _FOLDER | {"help": "where its images are (default: beside the list)"}
-_REQUIRED: Final[_Options] = {
+_SOURCES: Final[_Options] = {
     "--checkpoint": _FOLDER | {"required": True, "help": "the LLaVA-Rad download"},
     "--base": _FOLDER | {"required": True, "help": "its base language model"},
+    "--other-base": {
+        "action": "store_true",
+        "help": "take a base that calls itself otherwise than the adapter calls its own",
+    },
+}
+_REQUIRED: Final[_Options] = {
+    **_SOURCES,
     "--out": _FOLDER | {"required": True, "help": "the artifact to make; must not exist"},
     "--overwrite": {"action": "store_true", "help": "replace an artifact that is at --out"},
 }
@@ -241,6 +261,17 @@ def _parser() -> argparse.ArgumentParser:
     _add(parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)"), _GPTQ, DEFAULTS.gptq)
     _add(parser.add_argument_group("measuring parity with the checkpoint"), _PARITY, DEFAULTS)
     _add(parser, _MACHINE, DEFAULTS)
+    return parser
+
+
+def _check_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export check",
+        description="Say whether a checkpoint and its base are whole and can be exported: every file that an export "
+        "reads is opened, and the names, shapes and types of all tensors are checked. Nothing is written.",
+        epilog="exit status: 0 they can be exported, 1 they cannot, 2 wrong use.",
+    )
+    _add(parser, _SOURCES)
     return parser
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
 from export.studies import NamedStudies, read_judged
 from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, require_divisible
+from export.write.decoder_onnx import require_head_dim
 from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
 from export.write.onnx_part import write_onnx_part
 from export.write.work import VISION_NAME, work_folder, work_path
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from export.write.work import WorkFolder
 
 
+_LOG = logging.getLogger(__name__)
 LICENCE_NOTICE: Final = (
     "The weights keep the licence of the checkpoint they were converted from. microsoft/llava-rad: Microsoft Research "
     "License, for non-commercial research only, no clinical use, no redistribution of the model (converted or "
@@ -87,13 +90,16 @@ def export_artifact(
     # A wrong device should not show only when everything is written.
     settings = dataclasses.replace(settings, device=check_device(settings.device))
     check_target(out.absolute(), overwrite=settings.overwrite)
-    source = open_checkpoint(Path(checkpoint), Path(base))
+    source = open_checkpoint(Path(checkpoint), Path(base), other_base=settings.other_base)
     require_divisible(base_shapes(source.decoder), settings)
+    if settings.onnx:
+        require_head_dim(source.decoder)
     with _system_errors_explained(out, settings), work_folder(out, source.decoder.num_hidden_layers) as work:
         manifest = _manifest(source, work.decoder, settings)
         # Texts and films are read before the long part: a wrong path should not cost hours.
         judged = read_judged(source.tokenizer, manifest, source.decoder.max_position_embeddings, settings)
         calibration = read_calibration(source, manifest, settings.gptq) if settings.calibrates else None
+        _say_what_is_judged_twice(judged, calibration)
         _require_space(source, work.path, calibration, settings)
         manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
         work.require_same(_arguments(manifest, calibration, settings))
@@ -105,6 +111,15 @@ def export_artifact(
         manifest = _with_decoder(manifest, files=unhashed(*work.decoder.files()), merge=merge_record(source, work))
         _keep_measured(out, source, work, manifest, judged, calibration or judged, settings)
     return load_artifact(out)
+
+
+def _say_what_is_judged_twice(judged: NamedStudies, calibration: CalibrationStudies | None) -> None:
+    both = {study.film_sha256[:16] for study in judged.studies} & {*(calibration.films if calibration else ())}
+    if both:
+        _LOG.warning(
+            "%s: %d of %d films are those of the calibration: what is lost on them flatters",
+            judged.data, len(both), len(judged.studies),
+        )  # fmt: skip
 
 
 def _keep_measured(
@@ -180,7 +195,7 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     """Return all that the bytes of decoder/ and vision.onnx depend on, by the names a user knows."""
     given: dict[str, Any] = dataclasses.asdict(settings)
     # How it is measured, and what is made of decoder/, changes no weight.
-    not_decoder = ("onnx", "activations", "overwrite", "show_progress")
+    not_decoder = ("onnx", "activations", "other_base", "overwrite", "show_progress")
     for name in (*not_decoder, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")

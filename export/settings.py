@@ -131,6 +131,8 @@ class ExportSettings(ParitySettings):
     """Write decoder.onnx too, with which a decoder in GPTQ runs without torch."""
     activations: OnnxFloat = DEFAULT_ACTIVATIONS
     """See `OnnxSettings`."""
+    other_base: bool = False
+    """Take a base that calls itself otherwise than the adapter calls its own."""
     overwrite: bool = False
     """Replace an artifact that is there, once the new one is complete."""
 

@@ -77,6 +77,13 @@ class EncodedStudy:
         values: Array = preprocess(load_image(self.film).image, self.preprocessing)
         return values
 
+    @property
+    def film_sha256(self) -> str:
+        """The hash of the film's bytes."""
+        return hashlib.sha256(
+            self.film.read_bytes() if isinstance(self.film, Path) else self.film.tobytes()
+        ).hexdigest()
+
     def num_tokens(self, num_patches: int) -> int:
         """Return the tokens the decoder reads: prompt, image, and all targets but the last, which is only predicted."""
         return len(self.input_ids) - 1 + num_patches + len(self.target_ids) - 1
@@ -93,6 +100,7 @@ class NamedStudies:
 
     data: str
     studies: list[EncodedStudy]
+    left_out: int = 0  # studies of the list that could not be used
 
 
 class StudyReader:
@@ -169,7 +177,7 @@ class StudyReader:
         if not studies:
             msg = f"{file}: got {count} studies, none of which can be used ({problem}) · expected films with findings"
             raise LiteError(f"{msg} · correct the list") from problem
-        return NamedStudies(data=file.name, studies=studies)
+        return NamedStudies(data=file.name, studies=studies, left_out=len(chosen) - len(studies))
 
     def _study(self, film: Path | Array, reason: str | None, findings: str) -> EncodedStudy:
         input_ids = self.prompts.encode(reason)
@@ -190,7 +198,6 @@ def sha256_of_studies(studies: list[EncodedStudy]) -> str:
     """Hash what a calibration depends on: the films' bytes and the tokens."""
     digest = hashlib.sha256()
     for study in studies:
-        film = study.film.read_bytes() if isinstance(study.film, Path) else study.film.tobytes()
-        digest.update(hashlib.sha256(film).digest())
+        digest.update(bytes.fromhex(study.film_sha256))
         digest.update(repr((study.input_ids, study.target_ids)).encode())
     return digest.hexdigest()

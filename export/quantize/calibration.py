@@ -49,6 +49,11 @@ class CalibrationStudies(NamedStudies):
     held_out: list[EncodedStudy]
     sha256: str
 
+    @property
+    def films(self) -> tuple[str, ...]:
+        """What tells the films apart from others: the first 16 hex digits of each one's hash, sorted."""
+        return tuple(sorted({study.film_sha256[:16] for study in (*self.studies, *self.held_out)}))
+
 
 def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqSettings) -> CalibrationStudies:
     """Read the studies to calibrate on.
@@ -79,7 +84,7 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqS
     fitted = [study for place, study in enumerate(studies) if place not in judged][:wanted]
     held = [studies[place] for place in judged]
     sha256 = sha256_of_studies([*fitted, *held])
-    return CalibrationStudies(data=listed.data, studies=fitted, held_out=held, sha256=sha256)
+    return CalibrationStudies(data=listed.data, studies=fitted, left_out=listed.left_out, held_out=held, sha256=sha256)
 
 
 class HiddenStates:

@@ -115,8 +115,13 @@ class Checkpoint:
         return tensors
 
 
-def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
+def open_checkpoint(checkpoint: Path, base: Path, *, other_base: bool = False) -> Checkpoint:
     """Open a LLaVA-Rad download and its base model's, and check them, without reading their weights.
+
+    Args:
+        checkpoint: Folder of the download.
+        base: Folder of its base.
+        other_base: Take a base that calls itself otherwise than the adapter calls its own.
 
     Raises:
         CheckpointError: A folder or file is not what it should be; the message says which, and what to do.
@@ -126,6 +131,8 @@ def open_checkpoint(checkpoint: Path, base: Path) -> Checkpoint:
     base_config = read_json(base / "config.json", what="the base model's configuration")
     adapter_file = checkpoint / "adapter_config.json"
     adapter_config = AdapterConfig.from_json(read_json(adapter_file, what="the LoRA"), where=str(adapter_file))
+    if not other_base:
+        _require_base(base, base_config, adapter_config)
     _check_llava_config(llava, checkpoint / "config.json")
     decoder = _decoder_config(llava, checkpoint, base_config, base, adapter_config)
 
@@ -223,6 +230,17 @@ def _refuse_quantised(config: dict[str, Any], where: Path) -> None:
         raise CheckpointError(
             f"{where}: got a quantization_config · expected 16-bit weights · if the weights are the original download, "
             "the entry is stale: delete it from the file; if they are quantised, download the original"
+        )
+
+
+def _require_base(base: Path, config: dict[str, Any], adapter: AdapterConfig) -> None:
+    """Tell the base by its own name or its folder's: another one of the same shape would be merged without a word."""
+    own = str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    names = {own.lower(), base.resolve().name.lower()}
+    if own and adapter.base_name and adapter.base_name.lower() not in names:
+        raise CheckpointError(
+            f"{base}: got a base that calls itself {own} · expected {adapter.base_model_name_or_path}, on which the "
+            "adapter was trained · name that one, or give --other-base if it is the same under another name"
         )
 
 

@@ -28,28 +28,18 @@ LINEARS: Final = (
 )
 """The linear maps of one Llama layer, in the order they are run."""
 
-# PEFT features that change the maths of a merge; each must be absent, empty or at its default.
-_UNSUPPORTED: Final = (
-    "alpha_pattern",
-    "arrow_config",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_bias",
-    "megatron_config",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "use_rslora",
-)
+_HARMLESS: Final = frozenset({
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core", "peft_version"),
+    *("qalora_group_size", "revision", "runtime_config", "task_type"),
+})  # fmt: skip
+"""Settings of PEFT that change no merge, whatever they say; any other must be off: null, false or empty."""
+_READ: Final = frozenset({"peft_type", "bias", "r", "lora_alpha", "target_modules", "init_lora_weights"})
+_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin a training that leave the base as it is.
+
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take out of it what they put into the factors: the adapter is wrong on the base
+as published.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +61,11 @@ class AdapterConfig:
         """The adapted linears of each layer, named as in `LINEARS`."""
         return tuple(name for name in LINEARS if name.rpartition(".")[2] in self.target_modules)
 
+    @property
+    def base_name(self) -> str:
+        """What the base calls itself, without the folder or the account before it; "" where that is not said."""
+        return self.base_model_name_or_path.rstrip("/").rpartition("/")[2]
+
     @classmethod
     def from_json(cls, config: dict[str, Any], *, where: str) -> AdapterConfig:
         """Read a PEFT configuration.
@@ -82,10 +77,15 @@ class AdapterConfig:
         if peft_type != "LORA" or bias != "none":
             msg = f"{where}: got {peft_type=} {bias=} · expected peft_type 'LORA' and bias 'none' · merge it with PEFT"
             raise CheckpointError(msg)
-        for name in _UNSUPPORTED:
-            if config.get(name):
-                msg = f"{where}: got {name}={config[name]!r} · expected a plain LoRA without it"
-                raise CheckpointError(f"{msg} · merging it as one would be wrong: merge it with PEFT first")
+        for name in sorted(config.keys() - _HARMLESS - _READ):
+            if config[name] not in (None, False, "", [], {}):
+                msg = f"{where}: got {name}={config[name]!r} · expected a plain LoRA: beside what it is made of, only "
+                msg += f"{', '.join(sorted(_HARMLESS))} may be set"
+                raise CheckpointError(f"{msg} · merging it as a plain one would be wrong: merge it with PEFT first")
+        if (init := config.get("init_lora_weights")) not in _INITS:
+            msg = f"{where}: got init_lora_weights={init!r}, which has changed the base it was trained on · expected "
+            msg += f"one of {', '.join(map(str, _INITS))} · convert it with PEFT (save_pretrained with "
+            raise CheckpointError(f"{msg}path_initial_model_for_weight_conversion), or merge it with PEFT first")
         r, lora_alpha = config.get("r"), config.get("lora_alpha")
         if (
             type(r) is not int

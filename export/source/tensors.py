@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
 _LFS_MAGIC: Final = b"version https://git-lfs"
 _GLOBAL_IN_MESSAGE: Final = re.compile(r"GLOBAL ([\w.]+)")
 _SAFETENSORS_DTYPES: Final = {
@@ -147,11 +149,14 @@ def open_tensors(folder: Path, stem: str, *, what: str) -> TensorFiles:
         f"{stem}.bin",
         f"{stem}.bin.index.json",
     ]
-    for name in candidates:
-        path = folder / name
-        if path.is_file():
-            entries = _index_shards(path, what) if name.endswith(".index.json") else _index_file(path, what)
-            return TensorFiles(entries, what=what)
+    there = [folder / name for name in candidates if (folder / name).is_file()]
+    for path in there:
+        listed = path.name.endswith(".index.json")
+        # A mirror's index whose shards were not downloaded is in the way of weights that are whole.
+        if listed and path != there[-1] and not _has_shards(path):
+            _LOG.warning("%s: left aside: none of its shards is there", path)
+            continue
+        return TensorFiles(_index_shards(path, what) if listed else _index_file(path, what), what=what)
     msg = f"{folder}: got none of {', '.join(candidates)} · expected the weights of {what}"
     raise CheckpointError(f"{msg} · the download is incomplete, or this is the wrong folder")
 
@@ -237,6 +242,12 @@ def plain_file_name(name: object, *, where: str) -> str:
         msg = f"{where}: got the file name {name!r} · expected a plain name in the same folder · do not use this file"
         raise CheckpointError(msg)
     return name
+
+
+def _has_shards(index: Path) -> bool:
+    weight_map = read_json(index, what="an index of shards").get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    return any((index.parent / plain_file_name(name, where=str(index))).is_file() for name in set(map(str, names)))
 
 
 def _index_shards(index: Path, what: str) -> dict[str, TensorEntry]:

@@ -67,6 +67,7 @@ _ALIGNMENT: Final = 1 << 16
 _HEAD_ROWS: Final = 4096
 """Of the head, rounded at a time."""
 _NUMPY: Final[Mapping[OnnxFloat, Any]] = {"float32": np.float32, "float16": np.float16}
+_HEAD_DIM_FACTOR: Final = 16
 _ONNX: Final[Mapping[str, int]] = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
@@ -84,6 +85,13 @@ def write_decoder_onnx(folder: Path, files: Sequence[Path], config: DecoderConfi
         _decoder(graph, source, config)
     model = _model(graph, config)
     (folder / GRAPH_NAME).write_bytes(model.SerializeToString())
+
+
+def require_head_dim(config: DecoderConfig) -> None:
+    """Raise ArtifactError for heads that ONNX Runtime's GroupQueryAttention, with rotary embeddings, does not take."""
+    if config.head_dim % _HEAD_DIM_FACTOR:
+        msg = f"got head_dim={config.head_dim} · expected a multiple of {_HEAD_DIM_FACTOR}, as ONNX Runtime's attention"
+        raise ArtifactError(f"{msg} takes no other · use the torch engine: leave out --engine onnx")
 
 
 def require_gptq(config: DecoderConfig) -> None:

@@ -93,7 +93,9 @@ def write_calibrated_layers(
     return CalibrationRecord(
         data=calibration.data,
         sha256=calibration.sha256,
+        films=calibration.films,
         studies=len(calibration.studies),
+        left_out=calibration.left_out,
         tokens=sum(lengths),
         image_weight=weights.image,
         prompt_weight=weights.prompt,

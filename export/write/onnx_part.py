@@ -19,6 +19,7 @@ from export.write.decoder_onnx import (
     EMBEDDINGS_NAME,
     GRAPH_NAME,
     require_gptq,
+    require_head_dim,
     write_decoder_onnx,
 )
 from export.write.int8_cache_graph import INT8_CACHE_GRAPH_NAME, write_int8_cache_graph
@@ -112,6 +113,7 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
     source = Path(path).resolve()
     artifact = load_artifact(source)
     require_gptq(artifact.decoder_config())
+    require_head_dim(artifact.decoder_config())
     artifact.verify()
     target = source if out is None else Path(out).resolve()
     if out is not None and target.is_relative_to(source):

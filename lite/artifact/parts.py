@@ -148,7 +148,9 @@ class CalibrationRecord:
 
     data: str  # the list's file name
     sha256: str  # of the films and tokens that were used, those held out for a search included
+    films: tuple[str, ...] = ()  # of each film the first 16 hex digits of its sha256, sorted
     studies: int
+    left_out: int = 0  # studies of the list that could not be used
     tokens: int
     image_weight: float  # what an image token counts in the Hessian; a findings token counts 1
     prompt_weight: float  # and a token of the prompt's text

@@ -14,6 +14,7 @@ import torch
 from random_checkpoint import edit_json, edit_tensors
 from small_export import Folders
 
+from export.__main__ import main
 from export.source.checkpoint import open_checkpoint
 from export.source.shapes import base_shapes
 from export.source.tower import trunk_shapes
@@ -189,6 +190,25 @@ def test_other_models_are_refused_by_the_setting_that_differs(
         open_checkpoint(*own)
 
 
+def test_a_base_under_another_name_is_taken_only_where_that_is_said(own: Folders, tmp_path: Path) -> None:
+    checkpoint, base = own
+    edit_json(base / "config.json", _name_or_path="lmsys/vicuna-7b-v1.3")
+    edit_json(checkpoint / "adapter_config.json", base_model_name_or_path="lmsys/vicuna-7b-v1.5")
+    with pytest.raises(CheckpointError, match=r"itself vicuna-7b-v1\.3 · expected lmsys/vicuna-7b-v1\.5.*--other-base"):
+        open_checkpoint(checkpoint, base)
+    assert open_checkpoint(checkpoint, base, other_base=True).name == "llava-rad-phantom"
+    # A folder's name will do, and a base that does not say what it is cannot be told from another.
+    named = tmp_path / "Vicuna-7B-v1.5"
+    named.symlink_to(base)
+    with pytest.raises(CheckpointError, match="itself"):
+        open_checkpoint(checkpoint, named)
+    named.unlink()
+    shutil.copytree(base, named)
+    open_checkpoint(checkpoint, named)
+    edit_json(base / "config.json", _name_or_path="")
+    open_checkpoint(checkpoint, base)
+
+
 def test_the_named_tower_json_comes_first_and_no_choice_is_made_between_two(own: Folders) -> None:
     checkpoint, _ = own
     tower = checkpoint / "biomedclipcxr_42.json"
@@ -267,3 +287,14 @@ def test_a_notice_that_is_no_short_text_is_refused(own: Folders, content: bytes)
     (own[0] / "NOTICE").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"NOTICE: got .* remove it"):
         open_checkpoint(*own)
+
+
+def test_a_checkpoint_is_looked_at_without_an_export(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = ["check", "--checkpoint", str(folders[0]), "--base", str(folders[1])]
+    assert main(sources) == 0
+    assert (
+        capsys.readouterr().out
+        == "llava-rad-phantom on llava-rad-phantom/base: whole, 2 decoder layers, 9 image tokens\n"
+    )
+    assert main([*sources[:-1], str(folders[0])]) == 1
+    assert "expected 'llama'" in capsys.readouterr().err

@@ -71,6 +71,10 @@ def test_config_gives_scale_and_linears() -> None:
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"something_of_next_year": 1}, r"something_of_next_year=1 .* only auto_mapping, base_model"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16', which has changed the base"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights"),
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"r": 0}, "r=0"),
@@ -86,3 +90,15 @@ def test_config_gives_scale_and_linears() -> None:
 def test_other_adapters_are_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         AdapterConfig.from_json({**PLAIN, **change}, where="adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_dropout": 0.1, "peft_version": "0.18.0", "qalora_group_size": 16, "task_type": "CAUSAL_LM"},
+        {"something_of_next_year": None, "use_dora": False, "loftq_config": {}},
+        *({"init_lora_weights": init} for init in (True, False, None, "gaussian", "eva", "orthogonal")),
+    ],
+)
+def test_settings_that_change_no_merge_are_taken(change: dict[str, Any]) -> None:
+    assert AdapterConfig.from_json({**PLAIN, **change}, where="adapter_config.json").r == 8

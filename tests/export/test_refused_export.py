@@ -49,9 +49,25 @@ def test_shapes_that_do_not_fit_are_refused_before_the_work(
 ) -> None:
     source = open_checkpoint(*folders)
     odd = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, **changes))
-    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_: odd)
+    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_, **__: odd)
     settings = ExportSettings(decoder_format="bnb-nf4") if gptq is None else settings_for(listed, **gptq)
     fails(folders, tmp_path / "artifact", settings, CheckpointError, match)
+
+
+def test_heads_that_the_onnx_engine_does_not_take_are_refused_before_the_work(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(*folders)
+    odd = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, head_dim=40))
+    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_, **__: odd)
+    settings = ExportSettings(decoder_format="gptq-int4", gptq=GptqSettings(**RTN, group_size=-1), onnx=True)
+    fails(
+        folders,
+        tmp_path / "artifact",
+        settings,
+        ArtifactError,
+        "head_dim=40 · expected a multiple of 16.*--engine onnx",
+    )
 
 
 def test_a_study_that_cannot_be_used_is_left_out_and_said(
@@ -69,11 +85,30 @@ def test_a_study_that_cannot_be_used_is_left_out_and_said(
     settings = settings_for(data, calibration_images=listed.parent, calibration_studies=len(entries) + 3)
     calibration = export_artifact(*folders, tmp_path / "artifact", settings).manifest.parts.decoder.calibration
     assert calibration is not None
-    assert calibration.studies == len(entries)
+    assert (calibration.studies, calibration.left_out) == (len(entries), 3)
     left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert len(left_out) == 3
     for line, said in zip(left_out, ("damaged.png", "silent: got no findings", "got a prompt"), strict=True):
         assert said in line
+
+
+def test_films_that_are_calibrated_on_and_judged_are_told_by_their_bytes(
+    folders: Folders, listed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = json.loads(listed.read_text())
+    # One film under another name, beside one that the calibration does not have.
+    (tmp_path / "copy.png").write_bytes((listed.parent / entries[0]["image"]).read_bytes())
+    (tmp_path / "other.png").write_bytes((listed.parent / entries[1]["image"]).read_bytes())
+    calibrated = tmp_path / "calibrated.json"
+    calibrated.write_text(json.dumps([entries[0], *entries[2:]]))
+    judged = tmp_path / "judged.json"
+    judged.write_text(json.dumps([entries[0] | {"image": "copy.png"}, entries[1] | {"image": "other.png"}]))
+    settings = dataclasses.replace(settings_for(calibrated, calibration_images=listed.parent), verify_data=judged)
+    artifact = export_artifact(*folders, tmp_path / "artifact", settings)
+    assert "judged.json: 1 of 2 films are those of the calibration" in caplog.text
+    calibration = artifact.manifest.parts.decoder.calibration
+    assert calibration is not None
+    assert len(calibration.films) == len(entries) - 1
 
 
 def test_calibration_data_that_cannot_be_used_is_named(folders: Folders, listed: Path, tmp_path: Path) -> None:

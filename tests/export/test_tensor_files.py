@@ -106,6 +106,20 @@ def test_safetensors_are_read_as_well(own: Folders) -> None:
     assert source.base.entries.keys() == before.base.entries.keys()
 
 
+def test_an_index_without_its_shards_gives_way_to_weights_that_are_whole(
+    own: Folders, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint, base = own
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    whole = open_checkpoint(checkpoint, base)
+    assert {file.suffix for file in whole.base.files} == {".bin"}
+    assert "model.safetensors.index.json: left aside: none of its shards is there" in caplog.text
+    (base / "pytorch_model.bin.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: got no such file"):
+        open_checkpoint(checkpoint, base)
+
+
 @pytest.mark.parametrize(
     ("tensor", "shard", "match"),
     [
