@@ -11,7 +11,7 @@ import torch
 from export.quantize.gptq import Grid, round_to_nearest
 from kernels.bnb import Int8Weight, Nf4Weight
 from kernels.gptq import GptqWeight, to_tensors
-from kernels.quant_matmul import QuantWeight
+from kernels.quant_weight import QuantWeight
 from lite.config import Quantization
 from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
 from lite.errors import ArtifactError

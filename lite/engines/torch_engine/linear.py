@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from kernels.bnb import Int8Weight, Nf4Weight, int8_matmul, nf4_matmul
 from kernels.gptq import GptqWeight, gptq_matmul
-from kernels.quant_matmul import GROUP_SIZES, QuantWeight, quant_matmul
+from kernels.quant_matmul import quant_matmul
+from kernels.quant_weight import GROUP_SIZES, QuantWeight
 from lite.errors import ArtifactError
 
 if TYPE_CHECKING:
