@@ -445,6 +445,7 @@ def draft(
     studies = [Progress(asked) for _ in range(num_rows + ahead)]
     waiting = list(studies)
     while waiting or loop.is_busy:
+        waiting[:0], loop.lost = loop.lost, []
         for study in waiting[: max(1, ahead)]:
             study.features = see() if study.features is None else study.features
         if waiting and loop.admit(waiting[0]):

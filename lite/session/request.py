@@ -128,23 +128,26 @@ class Progress(Outcome, Generic[F]):
         self.features: F | None = None  # between the tower and the prompt
         self.cancelled = False
 
-    def add(self, chosen: ChosenTokens, now: float) -> None:
-        """Take the next token."""
-        with self._changed:
-            self.token_ids.append(chosen.token_ids[0])
-            self.logprobs.append(chosen.logprobs[0])
-            if self.request.sampling.num_top:
-                self.top.append(chosen.top[0][: self.request.sampling.num_top])
-            self.tick(now)
-            self._changed.notify_all()
+    def begin(self, *, num_reused_tokens: int) -> None:
+        """Note that it has a row, which holds so many tokens of its prompt."""
+        self.num_reused_tokens = num_reused_tokens
+        self.since = time.perf_counter()
+        self.queued_s = max(0.0, self.since - self.submitted - self.vision_s)
 
-    def tick(self, now: float) -> None:
-        """Note how long the newest token has taken."""
-        if self.prefill_peaks is None:
-            self.prefill_s = now - self.since
-        else:
-            self.decode_steps_s.append(now - self.since)
-        self.since = now
+    def add(self, chosen: ChosenTokens | None, now: float) -> None:
+        """Take the next token and note how long it has taken; None: it was the end."""
+        with self._changed:
+            if chosen is not None:
+                self.token_ids.append(chosen.token_ids[0])
+                self.logprobs.append(chosen.logprobs[0])
+                if self.request.sampling.num_top:
+                    self.top.append(chosen.top[0][: self.request.sampling.num_top])
+            if self.prefill_peaks is None:
+                self.prefill_s = now - self.since
+            else:
+                self.decode_steps_s.append(now - self.since)
+            self.since = now
+            self._changed.notify_all()
 
     def end(self, reason: FinishReason | Exception) -> None:
         """Say that nothing more comes. It keeps no film."""

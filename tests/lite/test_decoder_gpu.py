@@ -176,6 +176,7 @@ def run(loop: Loop[KVCache, Any], lengths: Sequence[int]) -> list[Progress[Any]]
     studies = [Progress(one) for one in asked]
     waiting = list(studies)
     while waiting or loop.is_busy:
+        waiting[:0], loop.lost = loop.lost, []
         if waiting:
             waiting[0].features = waiting[0].request.see()
             if loop.admit(waiting[0]):

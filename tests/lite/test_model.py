@@ -436,7 +436,7 @@ def test_running_ahead_and_making_room_change_no_text(
     results = list(model.findings_batch(studies, batch_size=batch_size))
     # Another thread's than that which decodes: no text waits for a tower.
     assert {"lite-eyes"} <= set(noted.threads) <= {"lite-eyes", "lite-decoder"}
-    assert model.session.num_rows == (4 if full else 8)
+    assert model.session.loop.num_rows == (4 if full else 8)
     for got, one in zip(results, expected, strict=True):
         if isinstance(one, StudyError):
             assert isinstance(got, StudyError)
