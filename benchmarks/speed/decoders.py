@@ -23,7 +23,8 @@ from kernels.reference import attention, rms_norm, rotary, rotary_table, silu_mu
 from lite.config import DecoderConfig
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.device import DTYPES
-from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
+from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.load import parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -33,6 +33,7 @@ from lite.engines.resolve import resolve
 from lite.engines.segments import divide, expand_image
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.load import fill_linear
 from lite.errors import LiteError, MemoryBudgetError
 from lite.loading import load
 from lite.memory.counts import (
@@ -114,7 +115,7 @@ def test_every_format_is_counted_to_the_byte(stored: str, lm_head_bits: int | No
         tensors = {
             name: random_tensors((outputs, linear.in_features), linear) for name, outputs in linear.parts.items()
         }
-        linear.take(tensors, device="cpu", dtype=torch.float32)
+        fill_linear(linear, tensors, device="cpu", dtype=torch.float32)
     assert decoder_bytes(config, itemsize=4) == decoder.nbytes
 
 

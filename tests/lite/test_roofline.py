@@ -42,6 +42,7 @@ from lite.engines.options import LoadOptions
 from lite.engines.resolve import resolve
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
+from lite.engines.torch_engine.load import fill_linear
 from lite.errors import ArtifactError, LiteError
 from lite.eval.figures import Missing
 from lite.memory.counts import cache_bytes_per_token
@@ -107,7 +108,7 @@ def test_operations_of_the_decoder_are_those_torch_counts() -> None:
         nn.init.normal_(weight, std=0.1)
     for linear in linears_of(decoder).values():
         drawn = {name: {"weight": torch.randn(size, linear.in_features) / 10} for name, size in linear.parts.items()}
-        linear.take(drawn, device="cpu", dtype=torch.float32)
+        fill_linear(linear, drawn, device="cpu", dtype=torch.float32)
     cache = decoder.new_cache(1, length + 1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         read_prompt(decoder, [3] * length, None, cache)

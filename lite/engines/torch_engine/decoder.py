@@ -128,21 +128,17 @@ class LlamaDecoder(nn.Module):
 
     @property
     def run_ahead(self) -> int:
-        """How many steps may be under way before the host looks at a token: 1 where the device works by itself."""
+        """How many steps may be under way: 1 where the device works by itself."""
         return 1 if self.device.type == "cuda" else 0
 
     def peak_vram_bytes(self) -> int | None:
         """Return the most memory torch's allocator has held on the GPU since the process began; None on the CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
-    # -- The engine's verb -------------------------------------------------------------------------------------------
+    # -- The engine's verb: see `lite.engines.protocol`, also for errors ---------------------------------------------
 
     def new_cache(self, num_rows: int, max_seq_len: int) -> KVCache:
-        """Return an empty cache for `num_rows` studies of up to `max_seq_len` tokens each.
-
-        Raises:
-            MemoryBudgetError: there is no memory for it.
-        """
+        """Return an empty cache."""
         # Not in inference mode, whoever asks: its tensors could be changed there only.
         with torch.inference_mode(mode=False), memory_explained("the cache"):
             return KVCache(
@@ -155,11 +151,7 @@ class LlamaDecoder(nn.Module):
             )
 
     def image_buffer(self, num_image_tokens: int) -> Tensor:
-        """Return memory for the features of one image, float32 [1, P, hidden_size], that another library may write.
-
-        Raises:
-            MemoryBudgetError: there is none.
-        """
+        """Return memory for the features of one image, that another library may write."""
         shape = 1, num_image_tokens, self.config.hidden_size
         with memory_explained("the features of a film"):
             buffer = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -169,51 +161,25 @@ class LlamaDecoder(nn.Module):
         return buffer
 
     def extend(self, segment: Segment[ImageFeatures], cache: KVCache) -> TorchChosen | None:
-        """Read some tokens of one row, and choose behind the last `num_logits`; wait for nothing.
-
-        Raises:
-            ContextLengthError: the row is shorter.
-            MemoryBudgetError: there is no memory for the activations.
-        """
+        """Read some tokens of one row, and choose behind the last `num_logits`; wait for nothing."""
         with torch.inference_mode(), memory_explained("a prompt"):
             logits = self._read(segment, cache)
-            if not segment.num_logits:
-                return None
-            return cache.begin(segment, logits)
+            return cache.begin(segment, logits) if segment.num_logits else None
 
     def logits(self, segment: Segment[ImageFeatures], cache: KVCache) -> NDArray[np.float32]:
-        """Read some tokens of one row, and return the logits of the last `num_logits`, float32 [num_logits, vocab].
-
-        Raises:
-            ContextLengthError: the row is shorter.
-            MemoryBudgetError: there is no memory for it.
-        """
+        """Read some tokens of one row, and return the logits of the last `num_logits`."""
         with torch.inference_mode(), memory_explained("a text"):
             found: NDArray[np.float32] = self._read(segment, cache).float().cpu().numpy()
             return found
 
     @torch.inference_mode()
     def decode(self, cache: KVCache) -> TorchChosen:
-        """Read the newest token of each active row, and choose the next; wait for nothing.
-
-        Raises:
-            ContextLengthError: a row is full.
-            MemoryBudgetError: there is no memory for it.
-        """
+        """Read the newest token of each active row, and choose the next; wait for nothing."""
         return self._step(cache, num_drafts=0)
 
     @torch.inference_mode()
     def verify(self, drafts: Mapping[int, Sequence[int]], cache: KVCache) -> TorchChosen:
-        """Read the newest token of each active row and K drafted ones behind it, and choose behind each.
-
-        Args:
-            drafts: for each active row the same number of tokens, K.
-            cache: the rows'.
-
-        Raises:
-            ContextLengthError: a row is full.
-            MemoryBudgetError: there is no memory for it.
-        """
+        """Read the newest token of each active row and K drafted ones behind it, and choose behind each."""
         (num_drafts,) = {len(tokens) for tokens in drafts.values()}
         cache.draft(drafts)
         return self._step(cache, num_drafts=num_drafts)
@@ -221,14 +187,9 @@ class LlamaDecoder(nn.Module):
     # -- How it computes ---------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: Sequence[int], image_features: ImageFeatures | None = None) -> Tensor:
-        """Look the tokens up, and put the image in place of the IMAGE_TOKEN_IDs, which lie side by side.
+        """Look the tokens up: inputs_embeds [T, hidden_size].
 
-        Args:
-            input_ids: with IMAGE_TOKEN_ID where there are image features.
-            image_features: [P, hidden_size], or None.
-
-        Returns:
-            inputs_embeds [T, hidden_size], where T counts P tokens for the image.
+        Image features [P, hidden_size] take the place of the IMAGE_TOKEN_IDs, which lie side by side.
         """
         ids = list(input_ids)
         if image_features is None:
