@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -33,24 +33,13 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.engines.plan import RunPlan
-    from lite.engines.protocol import Engine, Sampling
+    from lite.engines.protocol import Engine
     from lite.image.files import ImageSource
     from lite.image.rendering import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
+    from lite.session.prepare import Options
     from lite.studies.results import Findings, StudyError
     from lite.vision import VisionEncoder
-
-
-class Options(TypedDict, total=False):
-    """What `submit`, `stream` and `findings` take by name: the fields of `lite.session.prepare.Asked`."""
-
-    max_new_tokens: int | None
-    rendering: Rendering
-    sampling: Sampling
-    top_logprobs: int | None
-    timeout_s: float | None
-    request_id: str | None
-    reuse: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -135,11 +124,8 @@ class FindingsModel:
         """
         return self._submit(Study(image, reason, query), Asked(**options))
 
-    def stream(
-        self, image: ImageSource, reason: str | None = None, *, query: str | None = None, **options: Unpack[Options]
-    ) -> Draft:
-        """Draft the findings of one film a piece of text at a time: `submit`, for whoever iterates over the draft."""
-        return self.submit(image, reason, query=query, **options)
+    stream = submit
+    """The same, for whoever iterates over the draft: it gives the text a piece at a time."""
 
     def findings(
         self, image: ImageSource, reason: str | None = None, *, query: str | None = None, **options: Unpack[Options]

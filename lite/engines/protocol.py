@@ -19,6 +19,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
+from lite.config import IMAGE_TOKEN_ID
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -64,6 +66,11 @@ class Segment(Generic[F]):
     def end(self) -> int:
         """The position behind the last token."""
         return self.start + len(self.input_ids)
+
+    @property
+    def image_part(self) -> slice:
+        """The places of the image that are here."""
+        return slice(self.image_start, self.image_start + list(self.input_ids).count(IMAGE_TOKEN_ID))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -247,8 +247,6 @@ class Loop(Generic[C, F]):
             whose.append((row.index, progress))
             progress.num_together = max(progress.num_together, together)
             progress.cache_bytes = progress.num_together * (cache.nbytes // cache.num_rows)
-            if not row.num_chosen:
-                row.num_chosen = len(progress.token_ids)  # those that it had before it lost its row
             row.num_chosen += 1
             if row.num_chosen == self._limit(progress):
                 self._free(row)

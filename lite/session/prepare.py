@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import numpy as np
 
@@ -36,6 +36,18 @@ if TYPE_CHECKING:
 
 _FILMS_AT_A_TIME: Final = 2
 """Films that are read at a time, whatever the number of threads: a large one takes some hundred MB meanwhile."""
+
+
+class Options(TypedDict, total=False):
+    """`Asked` as keyword arguments: what `submit`, `stream` and `findings` of a model take by name."""
+
+    max_new_tokens: int | None
+    rendering: Rendering
+    sampling: Sampling
+    top_logprobs: int | None
+    timeout_s: float | None
+    request_id: str | None
+    reuse: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,8 @@ class Rows(list[Row[F]]):
 
     def take(self, row: Row[F], progress: Progress[F]) -> None:
         """Give a row to a study."""
-        row.progress, row.num_chosen, row.last_use = progress, 0, next(self._clock)
+        row.progress, row.last_use = progress, next(self._clock)
+        row.num_chosen = len(progress.token_ids)  # those that it had before it lost another row
         if progress.request.lot is not None:
             progress.request.lot.num_rows += 1
 

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from lite.engines.protocol import Cache
 from lite.errors import Cancelled, LiteError, MemoryBudgetError, QueueFull
@@ -79,7 +79,8 @@ class Session(Generic[C, F]):
             self._waiting.append(progress)
             self._eyes.start()
             self._decoder.start()
-        self._wake()
+        self._eyes.ring()
+        self._decoder.ring()
         return progress
 
     def cancel(self, progress: Progress[F]) -> None:
@@ -89,10 +90,6 @@ class Session(Generic[C, F]):
             progress.cancelled = True
             self._decoder.ring()
 
-    def _wake(self) -> None:
-        self._eyes.ring()
-        self._decoder.ring()
-
     def close(self, timeout_s: float | None = None) -> None:
         """End everything that waits or is under way, and let go of the cache; wait for the step that is being computed.
 
@@ -101,7 +98,6 @@ class Session(Generic[C, F]):
         """
         with self._lock:
             self._closed = True
-        self._wake()
         for worker in (self._eyes, self._decoder):
             worker.stop(timeout_s)
         if not self._decoder.is_alive:
@@ -249,12 +245,7 @@ class _Worker(Generic[S]):
         return session is not None and self._work(session)
 
 
-class _Closable(Protocol):
-    def close(self, timeout_s: float | None = None) -> None:
-        """End everything."""
-
-
-_SESSIONS: weakref.WeakSet[_Closable] = weakref.WeakSet()
+_SESSIONS: weakref.WeakSet[Session[Any, Any]] = weakref.WeakSet()
 
 
 @atexit.register

@@ -173,11 +173,8 @@ class OnnxDecoder:
             LiteError: ONNX Runtime fails.
         """
         row, length = segment.row, len(segment.input_ids)
-        features = segment.image_features
-        if features is not None:
-            num_places = sum(token_id == IMAGE_TOKEN_ID for token_id in segment.input_ids)
-            features = features[segment.image_start : segment.image_start + num_places]
-        inputs_embeds = self.embed(segment.input_ids, features)[None]
+        image = segment.image_features
+        inputs_embeds = self.embed(segment.input_ids, None if image is None else image[segment.image_part])[None]
         cache.is_active[row] = False
         # The graph computes logits of one token at least.
         logits_at = range(length - max(1, segment.num_logits), length)

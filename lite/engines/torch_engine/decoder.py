@@ -106,14 +106,12 @@ class LlamaDecoder(nn.Module):
     def fallbacks(self) -> tuple[str, ...]:
         """What is slower here than it has to be, each with its reason."""
         found = []
+        uses_kernels = [linear.uses_kernels for linear in linears_of(self).values()]
         if self.selection.is_fallback:
             found.append(f"plain torch in place of the GPU kernels: {self.selection.reason}")
-        elif self.selection.backend == "triton":
-            plain = sum(not linear.uses_kernels for linear in linears_of(self).values())
-            if plain:
-                found.append(
-                    f"plain torch for {plain} linears: the kernels do not know groups, or scales, of their size"
-                )
+        elif self.selection.backend == "triton" and not all(uses_kernels):
+            why = "the kernels do not know groups, or scales, of their size"
+            found.append(f"plain torch for {uses_kernels.count(False)} linears: {why}")
         if self._graph_problem is not None:
             found.append(f"no CUDA graph: {self._graph_problem}")
         return tuple(found)
@@ -220,12 +218,9 @@ class LlamaDecoder(nn.Module):
 
     def _read(self, segment: Segment[ImageFeatures], cache: KVCache) -> Tensor:
         """Return the logits behind the last tokens, [num_logits, vocab_size], in the dtype of the decoder."""
-        features = segment.image_features
-        if features is not None:
-            num_places = sum(token_id == IMAGE_TOKEN_ID for token_id in segment.input_ids)
-            features = features[segment.image_start : segment.image_start + num_places]
-        inputs_embeds = self.embed(segment.input_ids, features).unsqueeze(0)
-        del features
+        image = segment.image_features
+        inputs_embeds = self.embed(segment.input_ids, None if image is None else image[segment.image_part])[None]
+        del image
         cache.deactivate(segment.row)
         _, normed = self(inputs_embeds, cache, row=segment.row, start=segment.start, reads_cache=not segment.is_prompt)
         cache.num_cached_tokens[segment.row] = segment.end
@@ -302,21 +297,20 @@ class LlamaDecoder(nn.Module):
 
     def _step(self, cache: KVCache, *, num_drafts: int) -> TorchChosen:
         """Decode all active rows by a step that serves every token, captured if it can be."""
-        cache.check_room(cache.longest_active + 1 + num_drafts)
-        rows = _step_rows(cache.num_spanned, cache.num_rows)
+        kv_len = cache.longest_active + 1 + num_drafts
+        cache.check_room(kv_len)
         num_top = MAX_TOP if cache.tells_top else 0
         with memory_explained("a token"):
             if self.selection.backend == "triton" or self.capture is not None:
-                cache.last_logits = self._captured(cache, rows, num_drafts, num_top)
+                rows = _step_rows(cache.num_spanned, cache.num_rows)
+                cache.last_logits = self._captured(cache, (rows, num_drafts, num_top))
             else:
-                kv_len = cache.longest_active + 1 + num_drafts
                 cache.last_logits = self._decode(cache, cache.num_spanned, num_drafts, num_top, kv_len=kv_len)
         return cache.advance(1 + num_drafts)
 
-    def _captured(self, cache: KVCache, rows: int, num_drafts: int, num_top: int) -> Tensor:
-        key = rows, num_drafts, num_top
-        step = cache.steps.get(key)
-        if step is None:
+    def _captured(self, cache: KVCache, key: tuple[int, int, int]) -> Tensor:
+        """Run the step for so many rows, drafts and top tokens."""
+        if (step := cache.steps.get(key)) is None:
             # Not the cache itself, which holds the step, and not the decoder, which may hold the cache: they would keep
             # each other, and the GPU's memory.
             decoder, held = weakref.proxy(self), weakref.proxy(cache)
