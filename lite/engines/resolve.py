@@ -9,25 +9,26 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Final
 
-from lite.engines.onnx_session import CPU, CUDA, check_provider, is_at_least, provider_of_device, require_onnxruntime
-from lite.engines.plan import RunPlan
-from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudgetError
-from lite.memory.plan import (
-    CHUNK_SIZES,
-    FIXED_TEXT_TOKENS,
-    REASON_TOKENS,
-    Shapes,
-    Workload,
-    plan_memory,
-    refusal,
+from lite.engines.machine import no_such_gpu
+from lite.engines.onnx_session import (
+    CPU,
+    CUDA,
+    INT8_CACHE_SINCE,
+    check_provider,
+    is_at_least,
+    provider_of_device,
+    require_onnxruntime,
 )
+from lite.engines.plan import RunPlan
+from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
+from lite.memory.plan import CHUNK_SIZES, FIXED_TEXT_TOKENS, REASON_TOKENS, Shapes, Workload, plan_memory, refusal
 from lite.memory.sizes import shown_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import DecoderFidelity, OnnxPart
+    from lite.artifact.parts import DecoderFidelity
     from lite.engines.machine import Gpu, Machine
     from lite.engines.options import LoadOptions
     from lite.engines.protocol import EngineName
@@ -36,8 +37,6 @@ MAX_ROWS: Final = 8
 """The most studies at a time where nobody asks for more."""
 MAX_CACHE_KL: Final = 1e-3
 """The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
-OLDEST_ONNXRUNTIME: Final = (1, 22), "8-bit MatMulNBits"
-OLDEST_INT8_CACHE: Final = (1, 27), "an int8 cache in GroupQueryAttention"
 
 
 def resolve(
@@ -76,18 +75,6 @@ def resolve(
     return resolver.plan(prompt + REASON_TOKENS)
 
 
-def onnx_part(artifact: Artifact) -> OnnxPart:
-    """Return what `decoder.onnx` is.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    if artifact.manifest.parts.decoder_onnx is not None:
-        return artifact.manifest.parts.decoder_onnx
-    msg = f"{artifact.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it with "
-    raise ArtifactError(f"{msg}`python -m export onnx {artifact.path}`, or use the torch engine")
-
-
 def cache_loss(artifact: Artifact, engine: EngineName) -> float | None:
     """Return what an int8 cache loses, in nats a token, as it was measured at export; None if it was not."""
     fidelity = _fidelity(artifact, engine)
@@ -110,7 +97,7 @@ def _engine(options: LoadOptions, artifact: Artifact, machine: Machine) -> tuple
         if options.engine == "torch":
             return "torch", "asked for"
         return "torch", "a device or a dtype is asked for" if asked else "the artifact has no decoder.onnx"
-    onnx_part(artifact)
+    artifact.onnx_part()
     if asked == "onnx":
         return "onnx", "asked for" if options.engine == "onnx" else "a provider is asked for"
     if options.device == "auto" and machine.gpus:
@@ -120,17 +107,14 @@ def _engine(options: LoadOptions, artifact: Artifact, machine: Machine) -> tuple
 
 def _no_torch(artifact: Artifact) -> str:
     listed = artifact.manifest.parts.decoder.format
-    todo = "or leave out what asks for torch: a device, a dtype, or the engine"
-    if artifact.manifest.parts.decoder_onnx is None:
-        gptq = listed.startswith("gptq")
-        todo = (
-            f"or {'add decoder.onnx with `python -m export onnx`' if gptq else 'export it as gptq with --engine onnx'}"
-            " where torch is installed"
-        )
-    return (
-        f'{artifact.path}: got no torch · expected it for a decoder in {listed} · pip install "llava-rad-lite[torch]", '
-        f"{todo}"
-    )
+    if artifact.manifest.parts.decoder_onnx is not None:
+        todo = "leave out what asks for torch: a device, a dtype, or the engine"
+    elif listed.startswith("gptq"):
+        todo = "add decoder.onnx with `python -m export onnx` where torch is installed"
+    else:
+        todo = "export it as gptq with --engine onnx where torch is installed"
+    msg = f"{artifact.path}: got no torch · expected it for a decoder in {listed} · pip install"
+    return f'{msg} "llava-rad-lite[torch]", or {todo}'
 
 
 class _Resolver:
@@ -148,6 +132,9 @@ class _Resolver:
         self.loss = cache_loss(artifact, self.engine)
         self.small_loss = self.loss is not None and self.loss <= MAX_CACHE_KL
         self.place()
+        if options.fp16_accumulation and self.gpu is None:
+            msg = f"got fp16_accumulation for {self.engine} on {self.device} · expected it for torch on a GPU only"
+            raise LiteError(f"{msg} · leave it out")
 
     # What an engine says of itself.
     device: str
@@ -161,7 +148,7 @@ class _Resolver:
         raise NotImplementedError
 
     def caches(self) -> Iterator[tuple[str, str]]:
-        """Yield the caches that may be taken, the preferred first, with the reason."""
+        """Yield the caches that may be taken, the preferred first, each with the reason."""
         raise NotImplementedError
 
     @property
@@ -293,8 +280,6 @@ class _Torch(_Resolver):
         if self.device != "cpu":
             self.gpu = machine.gpus[int(self.device.partition(":")[2] or 0)]
             why = f"{why}: {self.gpu.name}"
-        elif options.fp16_accumulation:
-            raise LiteError("got fp16_accumulation on cpu · expected it for a GPU only · leave it out")
         self.choices["device"] = self.device, why
         stored = self.shapes.config.dtype
         self.computed = options.dtype or ("float32" if self.gpu is None else stored)
@@ -315,16 +300,10 @@ class _Torch(_Resolver):
                 return "cpu", f"torch does not see the GPU: {machine.gpu_problem}"
             return "cpu", "there is no GPU"
         if asked != "cpu" and int(asked.partition(":")[2] or 0) >= len(machine.gpus):
-            problem = f" ({machine.gpu_problem})" if machine.gpu_problem else ""
-            msg = (
-                f"got device {asked!r} · expected one of the {len(machine.gpus)} GPUs that torch sees{problem} · use "
-                "the CPU, or install a torch built for CUDA and the driver it needs"
-            )
-            raise BackendUnavailable(msg)
+            raise no_such_gpu(asked, len(machine.gpus), machine.gpu_problem)
         return asked, "asked for"
 
     def caches(self) -> Iterator[tuple[str, str]]:
-        """Yield the caches that may be taken, the preferred first, with the reason."""
         asked = self.options.cache_dtype
         if asked is not None:
             if asked not in ("int8", self.computed):
@@ -344,56 +323,36 @@ class _Onnx(_Resolver):
     def place(self) -> None:
         """Choose device, dtype and providers."""
         options, machine = self.options, self.machine
-        version, what = OLDEST_ONNXRUNTIME
-        require_onnxruntime(version, what=what, installed=machine.onnxruntime)
+        self.computed = self.artifact.onnx_part(options.cache_dtype).dtype
+        require_onnxruntime(int8_cache=options.cache_dtype == "int8", installed=machine.onnxruntime)
         asked = options.provider
         self.provider = self.vision_provider = check_provider(
             "cpu" if asked is None else asked, machine.providers, version=machine.onnxruntime
         )
-        if options.fp16_accumulation:
-            raise LiteError(
-                "got fp16_accumulation for the onnx engine · expected it for torch on a GPU only · leave it out"
-            )
         if options.memory_limit is not None and self.provider != CPU:
-            msg = (
-                f"got a memory limit with provider {asked!r} · expected the CPU, of whose memory alone there is a plan"
-            )
-            raise LiteError(f"{msg} · leave the limit out")
+            msg = f"got a memory limit with provider {asked!r} · expected the CPU, of whose memory alone there is a"
+            raise LiteError(f"{msg} plan · leave the limit out")
         self.device = "cpu"
         if options.device == "auto" and asked is None and machine.gpu_problem is not None:
             self.fallbacks.append(f"the CPU in place of the GPU that is there: {machine.gpu_problem}")
         self.choices["provider"] = self.provider, "asked for" if asked is not None else "as no other is asked for"
         if self.provider != CPU:
             self.notes.append(f"memory is counted as on a CPU: of that of {self.provider} there is no plan")
-        part = self.shapes.onnx
-        self.computed = part.dtype if part is not None else "float32"
         self.choices["dtype"] = self.computed, "decoder.onnx was exported so"
 
     def caches(self) -> Iterator[tuple[str, str]]:
-        """Yield the one cache that is best: the smaller is the faster, too."""
-        asked, known = self.options.cache_dtype, self.shapes.onnx.cache_dtypes if self.shapes.onnx is not None else ()
-        version, what = OLDEST_INT8_CACHE
-        if asked is not None and asked not in known:
-            msg = (
-                f"{self.artifact.path}: got cache_dtype {asked!r} · expected {' or '.join(known)}, which decoder.onnx "
-                "was exported with · choose one of them"
-            )
-            raise LiteError(msg)
-        if asked == "int8":
-            require_onnxruntime(version, what=what, installed=self.machine.onnxruntime)
-        if asked is not None:
-            yield asked, "asked for"
-        elif "int8" not in known:
+        # The one that is best: the smaller is the faster, too.
+        if self.options.cache_dtype is not None:
+            yield self.options.cache_dtype, "asked for"
+        elif "int8" not in self.artifact.onnx_part().cache_dtypes:
             yield self.computed, "decoder.onnx was exported without an int8 one"
         elif self.provider != CPU:
             yield self.computed, "an int8 one was measured on CPUs only"
         elif not self.small_loss:
             yield self.computed, self.int8_reason
-        elif not is_at_least(self.machine.onnxruntime, version):
-            newer = ".".join(map(str, version))
-            self.fallbacks.append(
-                f"a {self.computed} cache: onnxruntime {self.machine.onnxruntime} is older than {newer}"
-            )
-            yield self.computed, f"an int8 one takes onnxruntime {newer}"
+        elif not is_at_least(self.machine.onnxruntime, INT8_CACHE_SINCE):
+            old = f"onnxruntime {self.machine.onnxruntime} is older than {INT8_CACHE_SINCE}"
+            self.fallbacks.append(f"a {self.computed} cache: {old}")
+            yield self.computed, f"no int8 one: {old}"
         else:
             yield "int8", f"1.4 times as fast on a CPU, a quarter of the memory; {self.int8_reason}"

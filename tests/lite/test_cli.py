@@ -291,7 +291,7 @@ def test_what_is_slower_than_it_has_to_be_is_said_once(
     ("flags", "message"),
     [
         (["--memory-limit", "1MiB"], "got a memory limit of 1.0 MiB · expected at least "),
-        (["--fp16-accumulation"], "got fp16_accumulation on cpu · expected it for a GPU only"),
+        (["--fp16-accumulation"], "got fp16_accumulation for torch on cpu · expected it for torch on a GPU only"),
         (["--cache-dtype", "float16"], "got cache_dtype 'float16' · expected int8, or float32"),
     ],
 )

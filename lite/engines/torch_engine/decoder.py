@@ -221,7 +221,7 @@ class LlamaDecoder(nn.Module):
         image = segment.image_features
         inputs_embeds = self.embed(segment.input_ids, None if image is None else image[segment.image_part])[None]
         del image
-        cache.deactivate(segment.row)
+        cache.release(segment.row)
         _, normed = self(inputs_embeds, cache, row=segment.row, start=segment.start, reads_cache=not segment.is_prompt)
         cache.num_cached_tokens[segment.row] = segment.end
         # A copy, as a view would keep all of the segment.

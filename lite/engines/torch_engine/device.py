@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Final
 
-from lite.engines.machine import gpu_problem
+from lite.engines.machine import gpu_problem, no_such_gpu
 from lite.errors import BackendUnavailable, MemoryBudgetError
 
 try:
@@ -58,11 +58,5 @@ def check_device(device: str) -> str:
         raise BackendUnavailable(msg)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if parsed.type == "cuda" and (parsed.index or 0) >= count:
-        problem = gpu_problem()
-        msg = (
-            f"got device {device!r} · expected one of the {count} GPUs that torch {torch.__version__} sees"
-            f"{f' ({problem})' if problem else ''} · use the CPU, or install a torch built for CUDA and the driver it "
-            "needs"
-        )
-        raise BackendUnavailable(msg)
+        raise no_such_gpu(device, count, gpu_problem())
     return device
