@@ -35,7 +35,7 @@ from kernels.backend import Card, Selection
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
 from lite.engines.protocol import ChosenTokens
-from lite.engines.segments import expand_image, num_prefix_tokens
+from lite.engines.segments import expand_image
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
 from lite.memory.counts import layer_linear_shapes
@@ -439,7 +439,7 @@ def draft(
         peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None),
     )
     asked = Request(
-        id="", input_ids=input_ids, num_prefix_tokens=num_prefix_tokens(input_ids), film=None, see=see,
+        id="", input_ids=input_ids, film=None, see=see,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
     studies = [Progress(asked) for _ in range(num_rows + ahead)]

@@ -243,7 +243,6 @@ class Drafting:
                 Request(
                     id=str(number),
                     input_ids=self.input_ids,
-                    num_prefix_tokens=segments.num_prefix_tokens(self.input_ids),
                     film=None,
                     see=lambda: self.prompt.features,
                     max_new_tokens=length,

@@ -29,7 +29,7 @@ from lite.errors import LiteError, MemoryBudgetError
 from lite.session.rows import Row, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Sequence
 
     from lite.engines.protocol import Chosen, ChosenTokens, Engine
     from lite.memory.process import Peaks
@@ -160,9 +160,9 @@ class Loop(Generic[C, F]):
 
     def turn(self) -> None:
         """Read a chunk of one prompt, decode a token of every row whose prompt has been read, look at those before."""
-        for row in self._rows.taken():
-            if row.progress is not None and (why := row.progress.unwanted()) is not None:
-                row.progress.end(why)
+        for row, progress in self._rows.taken():
+            if (why := progress.unwanted()) is not None:
+                progress.end(why)
                 self._free(row)
         try:
             self._read_prompt()
@@ -172,9 +172,8 @@ class Loop(Generic[C, F]):
 
     def drop_all(self, error: Exception) -> None:
         """End everything that is under way, and let go of the cache."""
-        for progress in [*(row.progress for row in self._rows.taken()), *self.lost]:
-            if progress is not None:
-                progress.end(error)
+        for progress in [*(progress for _, progress in self._rows.taken()), *self.lost]:
+            progress.end(error)
         self._cache, self._rows = None, Rows(0)
         self.lost.clear()
         self._unread.clear()
@@ -204,7 +203,7 @@ class Loop(Generic[C, F]):
         if row.unread:
             return
         if chosen is not None:
-            self._note(chosen, [row])
+            self._note(chosen, [(row, progress)])
             self._read(at_most=self._engine.run_ahead)
         else:
             is_finite = all(np.isfinite(logits).all() for logits in progress.logits)
@@ -223,10 +222,9 @@ class Loop(Generic[C, F]):
         except LiteError as error:
             # It is not one study's own: what is being decoded ends.
             self._read(at_most=0)
-            for row in self._rows.decoding():
-                if row.progress is not None:
-                    row.progress.end(_forgetting_frames(error))
-                    self._free(row, damaged=True)
+            for row, progress in self._rows.decoding():
+                progress.end(_forgetting_frames(error))
+                self._free(row, damaged=True)
             return
         self._note(chosen, rows)
         self._read(at_most=self._engine.run_ahead)
@@ -236,21 +234,16 @@ class Loop(Generic[C, F]):
         # The newest token lies in no place yet: a context of 8 holds a prompt of 5 and 3 tokens, and predicts a fourth.
         return min(progress.request.max_new_tokens, self._context - len(progress.request.input_ids) + 1)
 
-    def _note(self, chosen: Chosen, rows: Iterable[Row[F]]) -> None:
+    def _note(self, chosen: Chosen, rows: Sequence[tuple[Row[F], Progress[F]]]) -> None:
         """Note that the engine has chosen a token for some rows; those that have enough are free."""
-        whose: list[tuple[int, Progress[F]]] = []
+        self._unread.append((chosen, [(row.index, progress) for row, progress in rows]))
         together, cache = len(self._rows.decoding()), self._the_cache
-        for row in rows:
-            progress = row.progress
-            if progress is None:
-                continue
-            whose.append((row.index, progress))
+        for row, progress in rows:
             progress.num_together = max(progress.num_together, together)
             progress.cache_bytes = progress.num_together * (cache.nbytes // cache.num_rows)
             row.num_chosen += 1
             if row.num_chosen == self._limit(progress):
                 self._free(row)
-        self._unread.append((chosen, whose))
 
     def _read(self, *, at_most: int) -> None:
         """Look at what was chosen, the oldest first, until so much is left."""
@@ -316,11 +309,10 @@ class Loop(Generic[C, F]):
             Whether there is more room now.
         """
         self._read(at_most=0)
-        interrupted = sorted(self._rows.taken(), key=lambda row: row.last_use)
-        studies = [row.progress for row in interrupted if row.progress is not None]
-        for row in interrupted:
+        rows, studies = len(self._rows), []
+        for row, progress in sorted(self._rows.taken(), key=lambda pair: pair[0].last_use):
             self._rows.give_up(row)
-        rows = len(self._rows)
+            studies.append(progress)
         self._cache, self._rows = None, Rows(0)
         _forgetting_frames(error)
         if rows <= 1:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 import numpy as np
 
 from lite.engines.protocol import GREEDY, MAX_TOP, Sampling
-from lite.engines.segments import expand_image, num_prefix_tokens
+from lite.engines.segments import expand_image
 from lite.errors import LiteError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
@@ -141,7 +141,6 @@ class Preparer:
             request=Request(
                 id=asked.request_id or study.id or str(next(self._ids)),
                 input_ids=input_ids,
-                num_prefix_tokens=num_prefix_tokens(input_ids),
                 film=hashlib.sha256(pixel_values.tobytes()).digest() if asked.reuse else None,
                 see=functools.partial(self._see, pixel_values),
                 max_new_tokens=asked.max_new_tokens or self.artifact.manifest.decoding.max_new_tokens,

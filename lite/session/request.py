@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lite.engines.protocol import GREEDY, Sampling
+from lite.engines.segments import num_prefix_tokens
 from lite.errors import Cancelled, DeadlineExceeded, LiteError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ class Request(Generic[F]):
 
     id: str
     input_ids: tuple[int, ...]  # the prompt's, IMAGE_TOKEN_ID in each place of the image
-    num_prefix_tokens: int  # of these, what comes before the question: the film and the words before it
     film: Hashable  # whatever decides the prefix; None: it is read anew each time
     see: Callable[[], F]  # makes the image's features; called when they are needed, perhaps more than once
     max_new_tokens: int  # at least 1; EOS does not count
@@ -49,6 +49,11 @@ class Request(Generic[F]):
     target_ids: tuple[int, ...] = ()  # score these instead of choosing tokens
     deadline: float | None = None  # on time.monotonic's clock
     lot: Lot | None = None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Of the prompt, what comes before the question: the film and the words before it."""
+        return num_prefix_tokens(self.input_ids)
 
     @property
     def has_room(self) -> bool:

@@ -28,11 +28,6 @@ class Row(Generic[F]):
     num_prefix_tokens: int = 0
     last_use: int = 0
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether the engine chooses a token for it in each step."""
-        return self.progress is not None and not self.unread
-
 
 class Rows(list[Row[F]]):
     """All rows of one cache."""
@@ -42,13 +37,13 @@ class Rows(list[Row[F]]):
         super().__init__(Row(index) for index in range(num_rows))
         self._clock = itertools.count(1)
 
-    def taken(self) -> list[Row[F]]:
-        """Return those that have a study."""
-        return [row for row in self if row.progress is not None]
+    def taken(self) -> list[tuple[Row[F], Progress[F]]]:
+        """Return those that have a study, and that."""
+        return [(row, row.progress) for row in self if row.progress is not None]
 
-    def decoding(self) -> list[Row[F]]:
-        """Return those whose prompt has been read."""
-        return [row for row in self if row.is_decoding]
+    def decoding(self) -> list[tuple[Row[F], Progress[F]]]:
+        """Return those for which the engine chooses a token in each step: their prompt has been read."""
+        return [(row, progress) for row, progress in self.taken() if not row.unread]
 
     def reading(self) -> Row[F] | None:
         """Return the one whose prompt is to be read next: of the study that came first."""
@@ -67,7 +62,7 @@ class Rows(list[Row[F]]):
         """
         free = [row for row in self if row.progress is None]
         held = [row for row in free if film is not None and row.film == film]
-        taken = [row.index for row in self.taken()]
+        taken = [row.index for row, _ in self.taken()]
 
         def cost(row: Row[F]) -> tuple[int, int, int]:
             span = max([*taken, row.index]) - min([*taken, row.index])

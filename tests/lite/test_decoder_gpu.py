@@ -24,7 +24,7 @@ from tiny import write_tiny_gptq_artifact
 
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID
-from lite.engines.segments import expand_image, num_prefix_tokens
+from lite.engines.segments import expand_image
 from lite.engines.torch_engine.cache import KVCache
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
@@ -169,7 +169,7 @@ def run(loop: Loop[KVCache, Any], lengths: Sequence[int]) -> list[Progress[Any]]
         see = functools.partial(features, study)
         asked.append(
             Request(
-                id=str(study), input_ids=input_ids, num_prefix_tokens=num_prefix_tokens(input_ids), film=None, see=see,
+                id=str(study), input_ids=input_ids, film=None, see=see,
                 max_new_tokens=length,
             )
         )  # fmt: skip

@@ -33,7 +33,6 @@ def request(number: int, question: Sequence[int], *, limit: int = 10, **changes:
     values: dict[str, Any] = {
         "id": f"{number} {question}",
         "input_ids": input_ids,
-        "num_prefix_tokens": 1 + NUM_PLACES,
         "film": number,
         "see": lambda: [1000 + number] * NUM_PLACES,
         "max_new_tokens": limit,
