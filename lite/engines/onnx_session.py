@@ -150,34 +150,22 @@ def open_session(
     elif name != CPU:
         providers.append(CPU)
     try:
-        session = _session(runtime, file, options, providers)
-        if whole and (got := session.get_providers()[0]) != name:
-            msg = (
-                f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries "
-            )
-            raise BackendUnavailable(f"{msg}and its device are there, or use --provider cpu")
-        return session
-    except BackendUnavailable:
-        raise
+        # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
+        session = runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
     except Exception as error:  # its errors have no common base but Exception
         if name != CPU and not whole:
             return open_session(file, provider=CPU, data=data, patterns=patterns, profile=profile)
         reason = str(error).strip().partition("\n")[0][:200]
-        if name != CPU and whole:
-            msg = (
-                f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one "
-                "with all of its operators · use --provider cpu, or for a GPU export decoder.onnx with --activations "
-                "float16"
-            )
-            raise BackendUnavailable(msg) from error
+        if name != CPU:
+            msg = f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one"
+            todo = "use --provider cpu, or for a GPU export decoder.onnx with --activations float16"
+            raise BackendUnavailable(f"{msg} with all of its operators · {todo}") from error
         msg = f"{file}: got a graph that ONNX Runtime {runtime.__version__} cannot load ({reason})"
-        msg += " · expected the graph written at export · export the artifact again"
-        raise ArtifactError(msg) from error
-
-
-def _session(runtime: types.ModuleType, file: Path, options: Any, providers: list[Any]) -> Any:  # noqa: ANN401 - its types
-    # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
-    return runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
+        raise ArtifactError(f"{msg} · expected the graph written at export · export the artifact again") from error
+    if whole and (got := session.get_providers()[0]) != name:
+        msg = f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries"
+        raise BackendUnavailable(f"{msg} and its device are there, or use --provider cpu")
+    return session
 
 
 @contextlib.contextmanager

@@ -195,17 +195,3 @@ class Engine(Protocol[C, F]):
 
     def decode(self, cache: C) -> Chosen:
         """Read the newest token of each active row, and choose the next."""
-
-
-class BatchVerifier(Engine[C, F], Protocol):
-    """An engine that reads drafted tokens of all rows in one step. Any other verifies a row at a time, by `extend`."""
-
-    def verify(self, drafts: Mapping[int, Sequence[int]], cache: C) -> Chosen:
-        """Read the newest token of each active row and K drafted ones behind it, and choose behind each.
-
-        A row keeps all that it has read, and its newest token is the last: `truncate` it to what was right.
-
-        Args:
-            drafts: for each active row the same number of tokens, K.
-            cache: the rows'.
-        """

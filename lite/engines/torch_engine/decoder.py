@@ -177,7 +177,10 @@ class LlamaDecoder(nn.Module):
 
     @torch.inference_mode()
     def verify(self, drafts: Mapping[int, Sequence[int]], cache: KVCache) -> TorchChosen:
-        """Read the newest token of each active row and K drafted ones behind it, and choose behind each."""
+        """Read the newest token of each active row and K drafted ones behind it, and choose behind each.
+
+        A row keeps all that it has read, and its newest token is the last: `truncate` it to what was right.
+        """
         (num_drafts,) = {len(tokens) for tokens in drafts.values()}
         cache.draft(drafts)
         return self._step(cache, num_drafts=num_drafts)

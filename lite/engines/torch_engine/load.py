@@ -245,7 +245,7 @@ def _tensors(
     """Yield the tensors of the decoder's files, the layers numbered from 0, each with a function that reads it."""
     places = {f"model.layers.{layer}.": f"model.layers.{place}." for place, layer in enumerate(layers)}
     others = {f"model.layers.{layer}." for layer in range(config.num_hidden_layers)} - places.keys()
-    for file in _weight_files(artifact):
+    for file in map(artifact.file, artifact.manifest.parts.decoder.weights):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -256,7 +256,3 @@ def _tensors(
         except (SafetensorError, OSError) as error:
             msg = f"{file}: got something unreadable ({error}) · expected safetensors · export the artifact again"
             raise ArtifactError(msg) from error
-
-
-def _weight_files(artifact: Artifact) -> list[Path]:
-    return [artifact.file(name) for name in artifact.manifest.parts.decoder.weights]
