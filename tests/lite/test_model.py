@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from repository import run_python
+from tiny import write_tiny_artifact
 
 from lite.artifact.open import Artifact
 from lite.engines.protocol import Sampling
@@ -222,3 +224,52 @@ def test_drafts_come_as_they_end_and_have_deadlines(tiny_model: FindingsModel, f
     assert all(draft.done() and draft.findings is draft.result() for draft in drafts)
     with pytest.raises(DeadlineExceeded, match="got no end before its deadline"):
         tiny_model.findings(films[0], timeout_s=1e-9)
+
+
+_EIGHT_CALLERS = """
+import json, sys, threading
+import lite
+from lite.artifact.open import load_artifact
+from lite.engines.machine import look
+from lite.engines.options import LoadOptions
+from lite.loading import plan_run, prompt_of
+from lite.memory.process import peak_rss_bytes
+
+path, *films = sys.argv[1:]
+artifact = load_artifact(path)
+_, prompt = prompt_of(artifact)
+reason = "cough " * 200
+num_prompt_tokens = prompt.num_tokens(prompt.encode(reason))
+options = LoadOptions(engine="torch", device="cpu")
+free = plan_run(artifact, prompt, options, look(options, artifact))
+limit = free.with_rows(3, num_prompt_tokens=num_prompt_tokens).card_bytes
+texts = {}
+
+def ask(caller):
+    texts[caller] = model.findings(films[caller % len(films)], f"{caller} {reason}").text
+
+with lite.load(path, engine="torch", device="cpu", memory_limit=limit) as model:
+    threads = [threading.Thread(target=ask, args=(caller,)) for caller in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cache = model.session.loop._cache
+    told = {"planned_rows": model.plan.rows, "rows": cache.num_rows, "row_bytes": cache.nbytes // cache.num_rows}
+print(json.dumps(told | {"limit": limit, "texts": len(texts), "peak": peak_rss_bytes()}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_eight_callers_of_one_session_stay_within_the_memory_limit(
+    tmp_path: Path, tokenizer_model: bytes, films: list[Path]
+) -> None:
+    """Each asks with a reason so long that three rows of that length fit at most, of the eight that usual ones have."""
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64}
+    changes = shape | {"max_position_embeddings": 4096}
+    path = write_tiny_artifact(tmp_path / "artifact", tokenizer_model, llama_changes=changes).path
+    told = json.loads(run_python("-c", _EIGHT_CALLERS, path, *films))
+    assert (told["texts"], told["planned_rows"]) == (8, 8)
+    assert 2 <= told["rows"] <= 3
+    assert told["peak"] <= told["limit"]
+    assert told["peak"] + 5 * told["row_bytes"] > told["limit"] + 50e6, "eight such rows would not be seen"
