@@ -19,7 +19,6 @@ from tiny import (
     tiny_llama_config,
 )
 
-from kernels.reference import attention
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import CacheDtype
 from lite.engines.torch_engine.cache import KVCache
@@ -101,17 +100,6 @@ def greedy(
         chosen.append(newest_of(cache))
         assert chosen[-1] == logits.argmax(-1).tolist()
     return [list(row) for row in zip(*chosen, strict=True)]
-
-
-def test_the_layer_attends_as_the_reference_says(decoder: LlamaDecoder) -> None:
-    """The decoder calls torch's attention; the reference is the specification."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 4, 3, 16, generator=generator)
-    k, v = torch.randn(2, 2, 2, 9, 16, generator=generator)
-    position_ids = torch.tensor([[2, 3, 4], [6, 7, 8]])
-    mask = torch.arange(9) <= position_ids[:, None, :, None]
-    got = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(got, attention(q, k, v, position_ids), atol=1e-5, rtol=1e-5)
 
 
 def test_an_int8_cache_is_close_to_a_float_one_and_not_the_same(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,17 +48,13 @@ def bnb(weight: torch.Tensor, decoder_format: str) -> Tensors:
     return (quantize_nf4 if decoder_format == "bnb-nf4" else quantize_int8)(weight)
 
 
-class Form:
+class Form(NamedTuple):
     """How a weight is stored, what it then is worth, and what holds it."""
 
-    def __init__(
-        self,
-        quantization: Quantization | None,
-        kind: type,
-        store: Callable[[torch.Tensor], Tensors],
-        values: Callable[[Tensors], torch.Tensor],
-    ) -> None:
-        self.quantization, self.kind, self.store, self.values = quantization, kind, store, values
+    quantization: Quantization | None
+    kind: type
+    store: Callable[[torch.Tensor], Tensors]
+    values: Callable[[Tensors], torch.Tensor]
 
 
 def gptq_form(bits: int, group_size: int) -> Form:

@@ -40,13 +40,6 @@ def test_a_study_says_what_follows_from_its_prompt(limit: int, run_ahead: int) -
         assert (study.prefill_peaks, study.decode_peaks, study.num_together) == (PEAKS, PEAKS, 1)
 
 
-def test_the_last_token_needs_no_decoding() -> None:
-    asked = next(r for film in range(99) if len(expected(r := request(film, (5,), limit=3))[0]) == 3)
-    engine = ScriptedEngine()
-    run(engine, [asked])
-    assert len(engine.of("decode")) == 2
-
-
 @RUN_AHEAD
 @pytest.mark.parametrize("context", [6, 8, 10])
 def test_a_full_context_ends_a_study(context: int, run_ahead: int) -> None:
