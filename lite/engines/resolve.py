@@ -208,44 +208,39 @@ class _Resolver:
         ]
         asked = self.options.rows
         if limit is None:
-            return dataclasses.replace(ways[0][0], num_rows=self._rows_without_limit(ways[0][0])), ways[0][1]
-        for rows in range(asked or 1, 0, -1):
-            for way, why in ways:
-                if self._bytes(way, rows) <= limit:
-                    most = rows if asked else self._most_rows(way, limit)
-                    if asked:
-                        self._say_rows(rows, "asked for" if rows == asked else f"{asked} do not fit")
-                    return dataclasses.replace(way, num_rows=most), why
-        raise self._refusal(ways[-1][0], limit)
+            (way, why), (rows, because) = ways[0], self._rows_without_limit(ways[0][0])
+        else:
+            each = ((rows, way, why) for rows in range(asked or 1, 0, -1) for way, why in ways)
+            found = next((one for one in each if self._bytes(one[1], one[0]) <= limit), None)
+            if found is None:
+                raise self._refusal(ways[-1][0], limit)
+            rows, way, why = found
+            because = "asked for" if rows == asked else f"{asked} do not fit"
+            if asked is None:
+                rows, because = self._most_rows(way, limit)
+        self.choices["rows"] = str(rows), because
+        if asked is not None and rows < asked:
+            self.notes.append(f"{rows} studies at a time in place of {asked}, which do not fit the memory")
+        return dataclasses.replace(way, num_rows=rows), why
 
     def _bytes(self, workload: Workload, rows: int) -> int:
         return plan_memory(self.shapes, dataclasses.replace(workload, num_rows=rows)).card_bytes
 
-    def _most_rows(self, workload: Workload, limit: int) -> int:
+    def _most_rows(self, workload: Workload, limit: int) -> tuple[int, str]:
         rows = next((n for n in range(MAX_ROWS, 1, -1) if self._bytes(workload, n) <= limit), 1)
-        self._say_rows(rows, "the most that are taken unasked" if rows == MAX_ROWS else "all that fit")
-        return rows
+        return rows, "the most that are taken unasked" if rows == MAX_ROWS else "all that fit"
 
-    def _rows_without_limit(self, workload: Workload) -> int:
+    def _rows_without_limit(self, workload: Workload) -> tuple[int, str]:
         """Return the rows on a CPU: a row takes its memory when a study first uses it, and not before."""
         if self.options.rows is not None:
-            self._say_rows(self.options.rows, "asked for")
-            return self.options.rows
+            return self.options.rows, "asked for"
         if self.provider not in (None, CPU):
-            self._say_rows(1, f"how much memory {self.provider} has is not known")
-            return 1
+            return 1, f"how much memory {self.provider} has is not known"
         memory = self.machine.memory_bytes or sys.maxsize
         if (needed := self._bytes(workload, 1)) > memory:
-            self.notes.append(
-                f"one study takes {shown_bytes(needed)}, and this machine has {shown_bytes(memory)}: it may swap, or "
-                "be killed"
-            )
+            got = f"one study takes {shown_bytes(needed)}, and this machine has {shown_bytes(memory)}"
+            self.notes.append(f"{got}: it may swap, or be killed")
         return self._most_rows(workload, memory)
-
-    def _say_rows(self, rows: int, why: str) -> None:
-        self.choices["rows"] = str(rows), why
-        if self.options.rows is not None and rows < self.options.rows:
-            self.notes.append(f"{rows} studies at a time in place of {self.options.rows}, which do not fit the memory")
 
     def _refusal(self, smallest: Workload, limit: int) -> MemoryBudgetError:
         hint = ""
@@ -258,12 +253,10 @@ class _Resolver:
 
     def _losses(self, int8: bool) -> dict[str, float | None]:
         """Return what each step from the checkpoint to what runs has lost."""
-        losses: dict[str, float | None] = {}
-        engines: tuple[EngineName, ...] = ("torch", "onnx") if self.engine == "onnx" else ("torch",)
-        for engine in engines:
-            name = "decoder.onnx, from decoder" if engine == "onnx" else "decoder, from the checkpoint"
-            fidelity = _fidelity(self.artifact, engine)
-            losses[name] = fidelity.divergence.mean_kl if fidelity is not None else None
+        of_torch, of_onnx = (_fidelity(self.artifact, engine) for engine in ("torch", "onnx"))
+        losses = {"decoder, from the checkpoint": of_torch.divergence.mean_kl if of_torch is not None else None}
+        if self.engine == "onnx":
+            losses["decoder.onnx, from decoder"] = of_onnx.divergence.mean_kl if of_onnx is not None else None
         if int8:
             losses["int8 cache, from a float one"] = self.loss
         return losses

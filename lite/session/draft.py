@@ -32,14 +32,7 @@ class Draft:
     def __init__(
         self, outcome: Outcome, text: TextStream, *, cancel: Callable[[], None], finish: Callable[[], Findings]
     ) -> None:
-        """Take what a session has given.
-
-        Args:
-            outcome: of the study.
-            text: turns its tokens into text.
-            cancel: tells the session that nobody wants it any more.
-            finish: puts its findings together once it has ended without an error.
-        """
+        """Take what a session has given: `finish` puts the findings together once it has ended without an error."""
         self._outcome = outcome
         self._text = text
         self._finish = finish

@@ -57,11 +57,6 @@ class Session(Generic[C, F]):
         self._eyes = _Worker(self, Session._see, "lite-eyes")
         _SESSIONS.add(self)
 
-    @property
-    def num_waiting(self) -> int:
-        """How many requests wait for a row."""
-        return len(self._waiting)
-
     def submit(self, request: Request[F]) -> Progress[F]:
         """Take a request; return what will come of it.
 

@@ -112,16 +112,7 @@ class KVCache:
         dtype: torch.dtype,
         quantized: bool = False,
     ) -> None:
-        """Allocate room for `num_rows` rows of `max_seq_len` tokens.
-
-        Args:
-            config: the decoder's shape.
-            num_rows: rows.
-            max_seq_len: slots of a row.
-            device: where.
-            dtype: what the decoder computes in.
-            quantized: keep keys and values as int8, half of float16.
-        """
+        """Allocate room for `num_rows` rows of `max_seq_len` tokens, in the decoder's dtype or quantized to int8."""
         shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, max_seq_len, config.head_dim)
         # Zeros, not empty: a masked slot is weighted by zero, and zero times a stray NaN is a NaN.
         stored = torch.int8 if quantized else dtype

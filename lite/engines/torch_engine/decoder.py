@@ -49,12 +49,7 @@ class LlamaDecoder(nn.Module):
     engine: EngineName = "torch"
 
     def __init__(self, config: DecoderConfig, *, cache_dtype: CacheDtype | None = None) -> None:
-        """Build the modules; `load_decoder` fills them.
-
-        Args:
-            config: the decoder's shape.
-            cache_dtype: "int8", or None for what the decoder computes in.
-        """
+        """Build the modules; `load_decoder` fills them. The cache is int8, or None: of what the decoder computes in."""
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)

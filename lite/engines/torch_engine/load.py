@@ -52,9 +52,8 @@ def load_decoder(
     Args:
         artifact: a checked artifact.
         device: "cpu", "cuda" or "cuda:N".
-        dtype: one of DTYPES. None takes the stored dtype on a GPU, and float32 on the CPU: 16-bit matrix products
-            run on few CPUs at speed (on an AVX2 CPU float16 reached 1.4 GFLOP/s against 100 in float32; 2 cores,
-            torch 2.13, November 2026).
+        dtype: one of DTYPES. None: see `lite.engines.options` (on an AVX2 CPU products in float16 reached 1.4 GFLOP/s
+            against 100 in float32; 2 cores, torch 2.13, November 2026).
         cache_dtype: "int8", or what the decoder computes in; None is the latter.
         chunk_size: tokens of a prompt that go through together: it bounds the memory of activations.
         fp16_accumulation: see `kernels.quant_matmul`.
