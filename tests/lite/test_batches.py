@@ -238,7 +238,7 @@ def test_running_ahead_and_making_room_change_no_text(
     monkeypatch: pytest.MonkeyPatch, full: bool,
 ) -> None:  # fmt: skip
     """As with a GPU: tokens are looked at a step late, and it may be full when a film is looked at."""
-    studies: list[Any] = [*all_pairs(films), "nowhere.png", films[0]]
+    studies: list[Any] = [*all_pairs(films)[:15], "nowhere.png", films[0]]
     expected = list(ending_model.findings_batch(studies, batch_size=batch_size))
     streamed = "".join(ending_model.stream(films[1], "cough"))
     monkeypatch.setattr(LlamaDecoder, "run_ahead", run_ahead)
@@ -251,7 +251,7 @@ def test_running_ahead_and_making_room_change_no_text(
     for got, one in zip(results, expected, strict=True):
         if isinstance(one, StudyError):
             assert isinstance(got, StudyError)
-            assert (got.index, str(got.error)) == (one.index, str(one.error)) == (25, str(one.error))
+            assert (got.index, str(got.error)) == (one.index, str(one.error)) == (15, str(one.error))
         else:
             assert isinstance(got, Findings)
             assert (got.text, got.token_ids, got.finish_reason) == (one.text, one.token_ids, one.finish_reason)

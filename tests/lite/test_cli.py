@@ -225,10 +225,11 @@ def test_letters_stay_letters_in_json(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_full_disk_is_one_line(generate: list[str], films: list[Path], flags: list[str]) -> None:
+def test_a_full_disk_is_one_line(tiny_onnx_artifact: Artifact, films: list[Path], flags: list[str]) -> None:
     with Path("/dev/full").open("wb") as full:
         process = subprocess.run(
-            [sys.executable, "-m", "lite", *generate, films[0], films[1], *flags, "--max-new-tokens", "2"],
+            [sys.executable, "-m", "lite", "generate", tiny_onnx_artifact.path, films[0], films[1], *flags,
+             "--max-new-tokens", "2"],
             cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False,
         )  # fmt: skip
