@@ -71,12 +71,7 @@ class Asked:
         check_count("max_new_tokens", self.max_new_tokens, "leave it out for the default")
         how = self.sampling
         for name, value, fits, expected in (
-            (
-                "temperature",
-                how.temperature,
-                0 <= how.temperature < float("inf"),
-                "0 (the most probable token) or more",
-            ),
+            ("temperature", how.temperature, 0 <= how.temperature < np.inf, "0 (the most probable token) or more"),
             ("top_p", how.top_p, 0 < how.top_p <= 1, "more than 0, at most 1"),
             ("seed", how.seed, type(how.seed) is int and -(2**63) <= how.seed < 2**63, "a whole number of 64 bits"),
             ("top_logprobs", self.top_logprobs, self.top_logprobs in (None, *range(MAX_TOP + 1)), f"0 to {MAX_TOP}"),

@@ -49,14 +49,10 @@ def check_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        parsed = None
-    if parsed is None or parsed.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         msg = f"got device {device!r} · expected auto, cpu, cuda or cuda:N · choose one of them"
         raise BackendUnavailable(msg)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if parsed.type == "cuda" and (parsed.index or 0) >= count:
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
         raise no_such_gpu(device, count, gpu_problem())
     return device
