@@ -18,14 +18,7 @@ from tiny import film
 
 from lite.artifact.open import Artifact
 from lite.engines.torch_engine.decoder import LlamaDecoder
-from lite.errors import (
-    Cancelled,
-    ContextLengthError,
-    ImageError,
-    LiteError,
-    MemoryBudgetError,
-    PromptError,
-)
+from lite.errors import Cancelled, ContextLengthError, ImageError, LiteError, MemoryBudgetError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.loading import load

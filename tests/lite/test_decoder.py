@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 import torch
 from driving import decode_token, newest_of, read_prompt, score_text
-from tiny import (
-    PROMPTS,
-    VOCAB_SIZE,
-    decoder_folder,
-    features,
-    random_llama,
-    tiny_llama_config,
-)
+from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, random_llama, tiny_llama_config
 
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import CacheDtype

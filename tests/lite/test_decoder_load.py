@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 from driving import score_text
-from tiny import (
-    PROMPTS,
-    VOCAB_SIZE,
-    decoder_folder,
-    features,
-    random_llama,
-    tiny_llama_config,
-)
+from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, random_llama, tiny_llama_config
 
 from lite.engines.torch_engine.device import check_device
 from lite.engines.torch_engine.linear import linears_of

@@ -38,30 +38,28 @@ def refuse(artifact: Artifact, error: type[LiteError], message: str, machine: Ma
     assert type(caught.value) is error
 
 
-def test_on_a_cpu_onnx_where_it_is_there(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
-    assert plan(tiny_onnx_artifact).engine == "onnx"
-    assert plan(tiny_artifact).engine == "torch"
-    assert plan(tiny_onnx_artifact, engine="torch").engine == "torch"
-    assert plan(tiny_onnx_artifact, device="cpu").engine == "onnx"
-    assert plan(tiny_onnx_artifact, device="cpu", provider="cpu").engine == "onnx"
-
-
-def test_on_a_gpu_torch_unless_something_says_otherwise(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
-    found = plan(tiny_onnx_artifact, GPU)
-    assert (found.engine, found.device, found.dtype, found.vision_provider) == (
-        "torch", "cuda", "float16", "CUDAExecutionProvider",
-    )  # fmt: skip
-    assert found.choices["device"] == ("cuda", "there is a GPU: RTX 3060")
-    assert plan(tiny_onnx_artifact, GPU, engine="onnx").engine == "onnx"
-    assert plan(tiny_onnx_artifact, GPU, device="cpu").engine == "onnx"
-    assert plan(tiny_onnx_artifact, GPU, provider="cuda").engine == "onnx"
-    assert plan(tiny_artifact, GPU).engine == "torch"
+def test_which_engine_computes(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
+    """On a CPU onnx where it is there, on a GPU torch, unless something says otherwise."""
+    cases: list[tuple[Artifact, Machine, dict[str, Any], str]] = [
+        (tiny_onnx_artifact, CPU, {}, "onnx"),
+        (tiny_artifact, CPU, {}, "torch"),
+        (tiny_onnx_artifact, CPU, {"engine": "torch"}, "torch"),
+        (tiny_onnx_artifact, CPU, {"device": "cpu"}, "onnx"),
+        (tiny_onnx_artifact, CPU, {"device": "cpu", "provider": "cpu"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"engine": "onnx"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"device": "cpu"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"provider": "cuda"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"device": "cuda:0"}, "torch"),
+        (tiny_onnx_artifact, GPU, {"dtype": "float32"}, "torch"),
+        (tiny_artifact, GPU, {}, "torch"),
+    ]
+    for artifact, machine, options, engine in cases:
+        assert plan(artifact, machine, **options).engine == engine, options
     assert plan(tiny_artifact, GPU, device="cpu").device == "cpu"
-
-
-@pytest.mark.parametrize("settings", [{"device": "cuda:0"}, {"dtype": "float32"}])
-def test_what_only_torch_has_means_torch(tiny_onnx_artifact: Artifact, settings: dict[str, Any]) -> None:
-    assert plan(tiny_onnx_artifact, GPU, **settings).engine == "torch"
+    found = plan(tiny_onnx_artifact, GPU)
+    assert (found.engine, found.device, found.dtype) == ("torch", "cuda", "float16")
+    assert found.vision_provider == "CUDAExecutionProvider"
+    assert found.choices["device"] == ("cuda", "there is a GPU: RTX 3060")
 
 
 def test_without_torch(tiny_artifact: Artifact, tiny_gptq_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:

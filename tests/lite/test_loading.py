@@ -10,20 +10,13 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
 from repository import ROOT, run_python
 from tiny import relist, write_tiny_artifact
 
 import lite
 from lite.artifact.open import Artifact, load_artifact
 from lite.engines.cores import available_cores
-from lite.errors import (
-    ArtifactError,
-    BackendUnavailable,
-    ContextLengthError,
-    LiteError,
-    PromptError,
-)
+from lite.errors import ArtifactError, ContextLengthError, LiteError, PromptError
 from lite.loading import load
 from lite.model import FindingsModel
 from lite.studies.results import StudyError
@@ -66,20 +59,6 @@ def test_what_is_no_graph_fails_at_load(own_artifact: Path) -> None:
     relist(own_artifact, "vision.onnx")
     with pytest.raises(ArtifactError, match="cannot load"):
         load(own_artifact, device="cpu")
-
-
-def test_unknown_device_and_dtype(tiny_artifact: Artifact) -> None:
-    with pytest.raises(BackendUnavailable, match="'abacus'"):
-        load(tiny_artifact.path, device="abacus")
-    with pytest.raises(LiteError, match="'int3'"):
-        load(tiny_artifact.path, device="cpu", dtype="int3")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(tiny_artifact: Artifact) -> None:
-    assert load(tiny_artifact.path, device="auto").decoder.device.type == "cpu"
-    with pytest.raises(BackendUnavailable, match="0 GPUs"):
-        load(tiny_artifact.path, device="cuda")
 
 
 def refusal(setup: str, artifact: Artifact) -> str:

@@ -16,13 +16,7 @@ from tiny import write_tiny_artifact
 
 from lite.artifact.open import Artifact
 from lite.engines.protocol import Sampling
-from lite.errors import (
-    ContextLengthError,
-    DeadlineExceeded,
-    ImageError,
-    LiteError,
-    PromptError,
-)
+from lite.errors import ContextLengthError, DeadlineExceeded, ImageError, LiteError, PromptError
 from lite.loading import load
 from lite.model import FindingsModel
 from lite.session.draft import as_completed
