@@ -75,12 +75,6 @@ def resolve(
     return resolver.plan(prompt + REASON_TOKENS)
 
 
-def cache_loss(artifact: Artifact, engine: EngineName) -> float | None:
-    """Return what an int8 cache loses, in nats a token, as it was measured at export; None if it was not."""
-    fidelity = _fidelity(artifact, engine)
-    return fidelity.int8_cache.mean_kl if fidelity is not None and fidelity.int8_cache is not None else None
-
-
 def _fidelity(artifact: Artifact, engine: EngineName) -> DecoderFidelity | None:
     parts = artifact.manifest.parts
     part = parts.decoder_onnx if engine == "onnx" else parts.decoder
@@ -129,7 +123,9 @@ class _Resolver:
         self.choices: dict[str, tuple[str, str]] = {"engine": (self.engine, why)}
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
-        self.loss = cache_loss(artifact, self.engine)
+        fidelity = _fidelity(artifact, self.engine)
+        # In nats a token, as measured at export; None if it was not.
+        self.loss = fidelity.int8_cache.mean_kl if fidelity is not None and fidelity.int8_cache is not None else None
         self.small_loss = self.loss is not None and self.loss <= MAX_CACHE_KL
         self.place()
         if options.fp16_accumulation and self.gpu is None:
