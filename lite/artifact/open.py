@@ -137,19 +137,11 @@ def _why_no_manifest(folder: Path, error: OSError) -> str:
 
 
 def _check_size(file: Path, record: FileRecord) -> None:
-    if not file.is_file():
-        msg = (
-            f"{file}: got no such file · expected {record.bytes} bytes, sha256 {record.sha256} · "
-            "copy or export the artifact again"
-        )
-        raise ArtifactError(msg)
-    size = file.stat().st_size
+    size = file.stat().st_size if file.is_file() else None
     if size != record.bytes:
-        msg = (
-            f"{file}: got {size} bytes · expected {record.bytes} bytes, sha256 {record.sha256} · the file is truncated "
-            "or was changed: copy or export the artifact again"
-        )
-        raise ArtifactError(msg)
+        got, why = ("no such file", "") if size is None else (f"{size} bytes", "the file is truncated or was changed: ")
+        msg = f"{file}: got {got} · expected {record.bytes} bytes, sha256 {record.sha256} · {why}copy or export"
+        raise ArtifactError(f"{msg} the artifact again")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
