@@ -43,15 +43,6 @@ def generate(tiny_artifact: Artifact) -> list[str]:
     return ["generate", str(tiny_artifact.path), "--device", "cpu"]
 
 
-def test_text(
-    generate: list[str], films: list[Path], tiny_model: FindingsModel, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(*generate, films[0], "--reason", "cough") == 0
-    out, err = capsys.readouterr()
-    assert out == tiny_model.findings(films[0], "cough").text + "\n"
-    assert err.count(NOTICE) == 1
-
-
 @pytest.mark.parametrize("batch_size", ["1", "3"])
 def test_several_films_are_named(
     generate: list[str],
