@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kernels.quant_matmul import QuantWeight
+    from kernels.quant_weight import QuantWeight
 
 ROWS_VALUES: Final = 2**19
 """Values of a stored weight that are expanded at a time: 2 MB of float32 stay in the cache between being written and

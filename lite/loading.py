@@ -17,13 +17,13 @@ from lite.errors import ArtifactError
 from lite.memory.process import release_free_memory
 from lite.model import FindingsModel
 from lite.prompt import PromptEncoder, Tokenizer
+from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
     from lite.engines.machine import Machine
     from lite.engines.protocol import Engine
-    from lite.vision import VisionEncoder
 
 
 _LOG: Final = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     plan = plan_run(artifact, prompt, chosen, look(chosen, artifact))
     if chosen.verify:
         artifact.verify(engine=plan.engine)
-    vision, decoder = _build(artifact, plan)
+    decoder = _decoder(artifact, plan)  # before the tower: on a GPU it wants memory in one piece
+    vision = VisionEncoder(artifact, provider=plan.vision_provider)
     release_free_memory()
     fallbacks = plan.fallbacks
     if vision.provider == CPU != plan.vision_provider:
@@ -60,7 +61,7 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     for fallback in fallbacks:
         _LOG.info("slower than it has to be: %s", fallback)
     return FindingsModel(
-        artifact,
+        artifact=artifact,
         tokenizer=tokenizer,
         prompt=prompt,
         vision=vision,
@@ -93,19 +94,16 @@ def plan_run(artifact: Artifact, prompt: PromptEncoder, options: LoadOptions, ma
     return resolve(options, artifact, machine, num_prompt_tokens=prompt.num_tokens(prompt.encode(None)))
 
 
-def _build(artifact: Artifact, plan: RunPlan) -> tuple[VisionEncoder, Engine[Any, Any]]:
-    """Load tower and decoder, as planned."""
-    from lite.vision import VisionEncoder
-
+def _decoder(artifact: Artifact, plan: RunPlan) -> Engine[Any, Any]:
+    """Load the decoder as planned."""
     cache_dtype: CacheDtype | None = "int8" if plan.cache_dtype == "int8" else None
     if plan.engine == "onnx":
         from lite.engines.onnx_engine.decoder import OnnxDecoder
 
-        vision = VisionEncoder(artifact, provider=plan.vision_provider)
-        return vision, OnnxDecoder(artifact, provider=plan.provider or CPU, cache_dtype=cache_dtype)
+        return OnnxDecoder(artifact, provider=plan.provider or CPU, cache_dtype=cache_dtype)
     from lite.engines.torch_engine.load import load_decoder
 
-    decoder = load_decoder(
+    return load_decoder(
         artifact,
         device=plan.device,
         dtype=plan.dtype,
@@ -113,7 +111,6 @@ def _build(artifact: Artifact, plan: RunPlan) -> tuple[VisionEncoder, Engine[Any
         chunk_size=plan.chunk_size,
         fp16_accumulation=plan.fp16_accumulation,
     )
-    return VisionEncoder(artifact, provider=plan.vision_provider), decoder
 
 
 def _check_parts_fit(artifact: Artifact, tokenizer_vocab_size: int) -> None:

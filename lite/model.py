@@ -9,9 +9,10 @@ rows as were planned, and one thread that decodes. `submit` is the way in; all e
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -23,7 +24,7 @@ from lite.session.draft import Draft, in_order
 from lite.session.loop import Loop
 from lite.session.prepare import Asked, Preparer, check_count
 from lite.session.request import Lot
-from lite.session.session import MAX_QUEUE, Session
+from lite.session.session import Session
 from lite.studies.study import Study, as_study
 
 if TYPE_CHECKING:
@@ -32,77 +33,58 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.engines.plan import RunPlan
-    from lite.engines.protocol import Engine, Sampling
+    from lite.engines.protocol import Engine
     from lite.image.files import ImageSource
     from lite.image.rendering import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
+    from lite.session.prepare import Options
     from lite.studies.results import Findings, StudyError
     from lite.vision import VisionEncoder
 
 
-class Options(TypedDict, total=False):
-    """What `submit`, `stream` and `findings` take by name: the fields of `lite.session.prepare.Asked`."""
-
-    max_new_tokens: int | None
-    rendering: Rendering
-    sampling: Sampling
-    top_logprobs: int | None
-    timeout_s: float | None
-    request_id: str | None
-    reuse: bool
-
-
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FindingsModel:
     """An artifact ready to draft findings. Made by `load`. Safe to use from several threads at once.
 
     It is a context manager: leaving the block closes it.
     """
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        *,
-        tokenizer: Tokenizer,
-        prompt: PromptEncoder,
-        vision: VisionEncoder,
-        decoder: Engine[Any, Any],
-        plan: RunPlan,
-        fallbacks: tuple[str, ...] = (),
-        max_queue: int = MAX_QUEUE,
-    ) -> None:
-        """Open a session.
+    artifact: Artifact
+    tokenizer: Tokenizer
+    prompt: PromptEncoder
+    vision: VisionEncoder
+    decoder: Engine[Any, Any]
+    plan: RunPlan  # what was loaded by: it says how many rows of how many places there are
+    fallbacks: tuple[str, ...] = ()  # what is slower than it has to be, each with its reason
+    session: Session[Any, Any] = dataclasses.field(init=False)
+    _preparer: Preparer = dataclasses.field(init=False)
 
-        Args:
-            artifact: what was loaded.
-            tokenizer: its part.
-            prompt: the same.
-            vision: the same.
-            decoder: the same.
-            plan: what was loaded by: it says how many rows of how many places there are.
-            fallbacks: what is slower than it has to be, each with its reason.
-            max_queue: requests that may wait for a row.
-        """
-        self.artifact = artifact
-        self.tokenizer = tokenizer
-        self.prompt = prompt
-        self.vision = vision
-        self.decoder = decoder
-        self.plan = plan
-        self.fallbacks = fallbacks
-        self._preparer = Preparer(
-            artifact, tokenizer=tokenizer, prompt=prompt, vision=vision, decoder=decoder, fallbacks=fallbacks
+    def __post_init__(self) -> None:
+        """Open a session."""
+        preparer = Preparer(
+            artifact=self.artifact,
+            tokenizer=self.tokenizer,
+            prompt=self.prompt,
+            vision=self.vision,
+            decoder=self.decoder,
+            fallbacks=self.fallbacks,
         )
         loop = Loop(
-            decoder,
-            num_rows=plan.rows,
-            max_seq_len=plan.max_seq_len,
-            context=prompt.max_seq_len,
-            eos_token_id=artifact.manifest.decoding.eos_token_id,
-            fits=plan.fits,
-            peaks=self._preparer.peaks,
+            self.decoder,
+            num_rows=self.plan.rows,
+            max_seq_len=self.plan.max_seq_len,
+            context=self.prompt.max_seq_len,
+            eos_token_id=self.artifact.manifest.decoding.eos_token_id,
+            fits=self.plan.fits,
+            peaks=preparer.peaks,
         )
-        self._num_ahead = STUDIES_AHEAD if decoder.run_ahead else 1
-        self.session = Session(loop, peaks=self._preparer.peaks, max_queue=max_queue, num_ahead=self._num_ahead)
+        object.__setattr__(self, "_preparer", preparer)
+        object.__setattr__(self, "session", Session(loop, num_ahead=self._num_ahead))
+
+    @property
+    def _num_ahead(self) -> int:
+        """How many films may be seen before there is a row for them."""
+        return STUDIES_AHEAD if self.decoder.run_ahead else 1
 
     @property
     def notice(self) -> str:
@@ -142,11 +124,8 @@ class FindingsModel:
         """
         return self._submit(Study(image, reason, query), Asked(**options))
 
-    def stream(
-        self, image: ImageSource, reason: str | None = None, *, query: str | None = None, **options: Unpack[Options]
-    ) -> Draft:
-        """Draft the findings of one film a piece of text at a time: `submit`, for whoever iterates over the draft."""
-        return self.submit(image, reason, query=query, **options)
+    stream = submit
+    """The same, for whoever iterates over the draft: it gives the text a piece at a time."""
 
     def findings(
         self, image: ImageSource, reason: str | None = None, *, query: str | None = None, **options: Unpack[Options]
@@ -178,13 +157,12 @@ class FindingsModel:
                 than fit in memory. What has ended is handed out before the next study is asked for; where studies come
                 slowly, `submit` each.
             batch_size: how many go through the decoder together, if there are as many rows (see `load`).
-            max_new_tokens: as for `submit`.
-            rendering: as for `submit`.
-            reuse: as for `submit`.
+            max_new_tokens: this and what follows: as for `submit`.
+            rendering: see there.
+            reuse: see there.
 
         Yields:
-            One result per study, in order. A study that cannot be used or computed, whatever is wrong with it, yields
-            a `StudyError` in its place; the others are not affected.
+            One result per study, in order; a `StudyError` for one that cannot be used or computed.
 
         Raises:
             LiteError: batch_size or max_new_tokens is no count, or `studies` is one study and not several.
@@ -216,11 +194,11 @@ class FindingsModel:
         This is teacher forcing: what a comparison of two artifacts on the same text needs.
 
         Args:
-            image: as for `submit`.
+            image: this, reason, query and rendering are as for `submit`.
             token_ids: an answer, such as `Findings.token_ids` of a reference, with EOS if its end counts too.
-            reason: as for `submit`.
-            query: as for `submit`.
-            rendering: as for `submit`.
+            reason: see there.
+            query: see there.
+            rendering: see there.
 
         Returns:
             logits, float32 [len(token_ids), vocab_size].

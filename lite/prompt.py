@@ -116,12 +116,6 @@ class PromptEncoder:
     ) -> None:
         """Check the template and tokenise nothing yet.
 
-        Args:
-            tokenizer: of the decoder.
-            template: from the manifest.
-            num_image_tokens: the places the image takes in the context.
-            max_seq_len: the decoder's context.
-
         Raises:
             ArtifactError: the template has not exactly one place for the image, the question and the reason.
         """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lite.engines.cuda_lock import CAPTURING
-from lite.engines.onnx_session import CPU, CUDA, errors_explained, open_session, provider_of_device
+from lite.engines.onnx_session import CPU, CUDA, errors_explained, open_session
 from lite.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -41,21 +41,20 @@ class Buffer(Protocol):
 class VisionEncoder:
     """Pixels to the embeddings that take the image's place in the prompt."""
 
-    def __init__(self, artifact: Artifact, *, device: str = "cpu", provider: str | None = None) -> None:
+    def __init__(self, artifact: Artifact, *, provider: str = CPU) -> None:
         """Load the graph.
 
         Args:
             artifact: a checked artifact.
-            device: "cpu", "cuda" or "cuda:N". Where this ONNX Runtime has no CUDA provider the CPU is used;
-                `provider` says what was.
-            provider: from `check_provider`: use this one instead. What it lacks is computed on the CPU.
+            provider: from `check_provider` or `provider_of_device`. What it lacks is computed on the CPU, and all of it
+                where it does not start; `provider` says what computes.
 
         Raises:
             ArtifactError: the file is not the graph the manifest describes.
             BackendUnavailable: onnxruntime is not installed.
         """
         file = artifact.file(artifact.manifest.parts.vision.file)
-        self._session = open_session(file, provider=provider or provider_of_device(device))
+        self._session = open_session(file, provider=provider)
         self._part = artifact.manifest.parts.vision
         self._check_signature(str(file))
 

@@ -11,12 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_engine.cache import OnnxCache
 from lite.engines.protocol import Segment
 from lite.engines.segments import divide, expand_image, score
 from lite.engines.torch_engine.cache import KVCache
+from lite.session.loop import Loop
+from lite.session.request import Progress, Request
 
 NOT_FINITE = -1
+# Three studies of a tiny artifact, and a text that one may have.
+PROMPTS = [
+    [1, 30, 31, IMAGE_TOKEN_ID, 40, 41, 42],
+    [1, IMAGE_TOKEN_ID, 50],
+    [1, 60, 61, 62, 63, IMAGE_TOKEN_ID, 70, 71, 72, 73, 74],
+]
+TARGETS = [80, 81, 82, 83, 84, 85, 2]
+IMAGES = np.random.default_rng(3).standard_normal((3, 4, 64)).astype(np.float32)
+LENGTHS = [len(prompt) + 3 for prompt in PROMPTS]
 
 
 def _noting(owner: type, name: str) -> None:
@@ -80,3 +92,19 @@ def score_text(engine: Any, input_ids: Sequence[int], target_ids: Sequence[int],
     num_image_tokens = 0 if image is None else len(image)
     logits = score(engine, input_ids, target_ids, image, num_image_tokens=num_image_tokens, **named)
     return torch.from_numpy(np.array(logits)) if engine.engine == "torch" else logits
+
+
+def drive(loop: Loop[Any, Any], asked: Sequence[Request[Any]]) -> list[Progress[Any]]:
+    """Run studies in this thread, in order, each seen when its turn comes."""
+    studies = [Progress(one) for one in asked]
+    waiting = list(studies)
+    while waiting or loop.is_busy:
+        waiting[:0], loop.lost = loop.lost, []
+        while waiting:
+            if not loop.holds(waiting[0].request.film) and waiting[0].features is None:
+                waiting[0].features = waiting[0].request.see()
+            if not loop.admit(waiting[0]):
+                break
+            waiting.pop(0)
+        loop.turn()
+    return studies

@@ -36,7 +36,7 @@ from kernels.backend import Card, Selection
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
 from lite.engines.protocol import ChosenTokens
-from lite.engines.segments import expand_image, num_prefix_tokens
+from lite.engines.segments import expand_image
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
 from lite.memory.plan import STUDIES_AHEAD, MemoryPlan, Shapes, Workload, plan_memory
@@ -332,12 +332,13 @@ def draft(
         peaks=lambda: Peaks(rss_bytes=None, vram_bytes=None),
     )
     asked = Request(
-        id="", input_ids=input_ids, num_prefix_tokens=num_prefix_tokens(input_ids), film=None, see=see,
+        id="", input_ids=input_ids, film=None, see=see,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
     studies = [Progress(asked) for _ in range(num_rows + ahead)]
     waiting = list(studies)
     while waiting or loop.is_busy:
+        waiting[:0], loop.lost = loop.lost, []
         for study in waiting[: max(1, ahead)]:
             study.features = see() if study.features is None else study.features
         if waiting and loop.admit(waiting[0]):

@@ -11,7 +11,7 @@ import torch
 from driving import decode_token, newest_of, read_prompt
 from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, gptq_llama, tiny_llama_config
 
-from kernels.quant_matmul import QuantWeight
+from kernels.quant_weight import QuantWeight
 from lite.artifact.parts import CacheDtype
 from lite.engines.torch_engine.linear import linears_of
 from lite.engines.torch_engine.load import load_decoder

@@ -14,10 +14,16 @@ import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.protocol import ChosenTokens, Segment
+from lite.memory.process import Peaks
+from lite.session.loop import Loop
+from lite.session.request import Progress, Request
 
 EOS = 2
 VOCAB = 50
 NOT_FINITE = -1
+PEAKS = Peaks(rss_bytes=7, vram_bytes=None)
+NUM_PLACES = 4  # of an image
+CONTEXT = 100
 
 
 def next_token(held: Sequence[int], *, faults: float = 0.0) -> int:
@@ -26,6 +32,35 @@ def next_token(held: Sequence[int], *, faults: float = 0.0) -> int:
     if rng.random() < faults:
         return NOT_FINITE
     return EOS if rng.random() < 0.15 else rng.randrange(3, VOCAB)
+
+
+def request(number: int, question: Sequence[int], *, limit: int = 10, **changes: Any) -> Request[list[int]]:
+    """Ask something about a film; its features are its number in each place."""
+    input_ids = (1, *[IMAGE_TOKEN_ID] * NUM_PLACES, *question)
+    values: dict[str, Any] = {
+        "id": f"{number} {question}",
+        "input_ids": input_ids,
+        "film": number,
+        "see": lambda: [1000 + number] * NUM_PLACES,
+        "max_new_tokens": limit,
+    }
+    return Request(**(values | changes))
+
+
+def expected(asked: Request[list[int]], *, context: int = CONTEXT, faults: float = 0.0) -> tuple[list[int], str | None]:
+    """Say what a study alone leads to: its tokens, and how it ends; None: with an error."""
+    held = [place if place != IMAGE_TOKEN_ID else asked.see()[0] for place in asked.input_ids]
+    said: list[int] = []
+    for _ in range(min(asked.max_new_tokens, context - len(held) + 1)):
+        token = next_token(held + said, faults=faults)
+        if token in (EOS, NOT_FINITE):
+            return said, "eos" if token == EOS else None
+        said.append(token)
+    return said, "length"
+
+
+def outcomes(studies: Sequence[Progress[list[int]]]) -> list[tuple[list[int], str | None]]:
+    return [(study.token_ids, study.finish_reason) for study in studies]
 
 
 @dataclasses.dataclass
@@ -143,3 +178,13 @@ class ScriptedEngine:
         at = self.calls[call] = self.calls.get(call, -1) + 1
         if (call, at) in self.trouble:
             raise self.trouble.pop((call, at))
+
+
+def a_loop(
+    engine: ScriptedEngine, *, rows: int = 1, places: int = 1, context: int = CONTEXT, **named: Any
+) -> Loop[Any, Any]:
+    fits = named.pop("fits", lambda *_: True)
+    return Loop(
+        engine,  # type: ignore[arg-type]
+        num_rows=rows, max_seq_len=places, context=context, eos_token_id=EOS, fits=fits, peaks=lambda: PEAKS, **named,
+    )  # fmt: skip

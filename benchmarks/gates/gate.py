@@ -45,7 +45,6 @@ from lite.artifact.open import load_artifact
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
 from lite.console import run_command, say
-from lite.engines.resolve import onnx_part
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary
 from lite.eval.labels import read_labels
@@ -126,7 +125,7 @@ def _given(name: str, folder: Path) -> Path:
 
 def _drafts_with_onnx(path: Path) -> bool:
     try:
-        onnx_part(load_artifact(path))
+        load_artifact(path).onnx_part()
     except LiteError:
         return False
     return True

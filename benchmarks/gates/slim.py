@@ -27,7 +27,6 @@ from lite.artifact.open import load_artifact
 from lite.bench.machine import machine
 from lite.bench.table import markdown_table
 from lite.console import run_command, say
-from lite.engines.resolve import onnx_part
 from lite.errors import ArtifactError, LiteError
 from lite.studies.readers import read_studies
 
@@ -281,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure_and_print(arguments: argparse.Namespace) -> int:
     try:
-        onnx_part(load_artifact(arguments.artifact))
+        load_artifact(arguments.artifact).onnx_part()
     except ArtifactError as error:
         say(f"error: {error}")
         return EXIT_WRONG_USE

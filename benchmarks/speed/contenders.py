@@ -16,7 +16,8 @@ from benchmarks.speed.linears import PEERS, bytes_of, random_gptq
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
 from kernels.decode_attention import decode_attention
-from kernels.quant_matmul import QuantWeight, quant_matmul
+from kernels.quant_matmul import quant_matmul
+from kernels.quant_weight import QuantWeight
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.sample import sample
 from kernels.silu_mul import silu_mul

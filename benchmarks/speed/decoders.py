@@ -18,12 +18,13 @@ from benchmarks.speed.harness import Unavailable
 from benchmarks.speed.linears import random_gptq
 from benchmarks.speed.peers.hugging_face import TransformersEngine
 from benchmarks.speed.weights import EMBEDDINGS, Shapes, gain_of
-from kernels.quant_matmul import QuantWeight
+from kernels.quant_weight import QuantWeight
 from kernels.reference import attention, rms_norm, rotary, rotary_table, silu_mul
 from lite.config import DecoderConfig
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.device import DTYPES
-from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
+from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.load import parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

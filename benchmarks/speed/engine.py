@@ -225,12 +225,12 @@ class Drafting:
             fits=lambda *_: True,
             peaks=lambda: peaks,
         )
-        self.session = Session(loop, peaks=lambda: peaks, max_queue=max_queue)
+        self.session = Session(loop, max_queue=max_queue)
 
     @property
     def num_rows(self) -> int:
         """How many rows are left: fewer than asked for where memory was short."""
-        return self.session.num_rows
+        return self.session.loop.num_rows
 
     def draft(self, lengths: Sequence[int]) -> None:
         """Draft texts, and wait for all of them.
@@ -243,7 +243,6 @@ class Drafting:
                 Request(
                     id=str(number),
                     input_ids=self.input_ids,
-                    num_prefix_tokens=segments.num_prefix_tokens(self.input_ids),
                     film=None,
                     see=lambda: self.prompt.features,
                     max_new_tokens=length,

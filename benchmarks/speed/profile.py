@@ -33,7 +33,6 @@ from lite.console import positive
 from lite.engines.cores import available_cores
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.onnx_session import CPU, import_onnxruntime
-from lite.engines.resolve import onnx_part
 from lite.errors import LiteError
 from lite.memory.counts import cache_bytes_per_token, onnx_linear_bytes, onnx_linear_shapes
 
@@ -287,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace, record: Record) -> int:
     artifact = load_artifact(arguments.artifact)
-    onnx_part(artifact)
+    artifact.onnx_part()
     context = artifact.decoder_config().max_position_embeddings
     prompt = arguments.prompt_tokens or max(2, min(PROMPT_TOKENS, context - arguments.new_tokens))
     if prompt < 2 or arguments.new_tokens < 2 or prompt + arguments.new_tokens > context:

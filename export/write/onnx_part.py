@@ -26,8 +26,8 @@ from export.write.int8_cache_graph import INT8_CACHE_GRAPH_NAME, write_int8_cach
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import Int8CacheGraph, OnnxFloat, OnnxPart, unhashed
 from lite.artifact.write import staged_artifact
-from lite.engines.onnx_engine.decoder import OLDEST_INT8_CACHE, OnnxDecoder
-from lite.engines.onnx_session import has_onnxruntime
+from lite.engines.onnx_engine.decoder import OnnxDecoder
+from lite.engines.onnx_session import INT8_CACHE_SINCE, import_onnxruntime, is_at_least
 from lite.engines.torch_engine.device import check_device
 from lite.errors import ArtifactError
 from lite.files import link_or_copy
@@ -59,7 +59,7 @@ def write_onnx_part(
     part = _write_float_graph(artifact, activations)
     written = artifact.with_parts(decoder_onnx=part)
     encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
-    if not has_onnxruntime(OLDEST_INT8_CACHE):
+    if not is_at_least(import_onnxruntime().__version__, INT8_CACHE_SINCE):
         return part
     studies = cache.studies[:MAX_CACHE_STUDIES]
     bar = progress_bar("finding cache scales", studies, unit="study", show=show_progress)

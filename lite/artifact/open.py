@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lite.artifact.manifest import MANIFEST_NAME, Manifest
-from lite.artifact.parts import FileRecord
+from lite.artifact.parts import FileRecord, OnnxPart
 from lite.config import DecoderConfig
-from lite.errors import ArtifactError
+from lite.errors import ArtifactError, LiteError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,22 @@ class Artifact:
         """Read the decoder's shape."""
         file = self.file(self.manifest.parts.decoder_config.file)
         return DecoderConfig.from_hf(read_json_object(file), where=str(file))
+
+    def onnx_part(self, cache_dtype: str | None = None) -> OnnxPart:
+        """Return what `decoder.onnx` is, and see that it has a graph for such a cache; None: any.
+
+        Raises:
+            ArtifactError: there is no `decoder.onnx`.
+            LiteError: there is no such graph.
+        """
+        part = self.manifest.parts.decoder_onnx
+        if part is None:
+            msg = f"{self.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it"
+            raise ArtifactError(f"{msg} with `python -m export onnx {self.path}`, or use the torch engine")
+        if cache_dtype not in (None, *part.cache_dtypes):
+            msg = f"{self.path}: got cache_dtype {cache_dtype!r} · expected {' or '.join(part.cache_dtypes)}, which"
+            raise LiteError(f"{msg} decoder.onnx was exported with · choose one of them")
+        return part
 
     def verify(self, *, engine: Literal["torch", "onnx"] | None = None) -> None:
         """Hash every listed file, or those that an engine reads.
@@ -121,19 +137,11 @@ def _why_no_manifest(folder: Path, error: OSError) -> str:
 
 
 def _check_size(file: Path, record: FileRecord) -> None:
-    if not file.is_file():
-        msg = (
-            f"{file}: got no such file · expected {record.bytes} bytes, sha256 {record.sha256} · "
-            "copy or export the artifact again"
-        )
-        raise ArtifactError(msg)
-    size = file.stat().st_size
+    size = file.stat().st_size if file.is_file() else None
     if size != record.bytes:
-        msg = (
-            f"{file}: got {size} bytes · expected {record.bytes} bytes, sha256 {record.sha256} · the file is truncated "
-            "or was changed: copy or export the artifact again"
-        )
-        raise ArtifactError(msg)
+        got, why = ("no such file", "") if size is None else (f"{size} bytes", "the file is truncated or was changed: ")
+        msg = f"{file}: got {got} · expected {record.bytes} bytes, sha256 {record.sha256} · {why}copy or export"
+        raise ArtifactError(f"{msg} the artifact again")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

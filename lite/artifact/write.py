@@ -18,8 +18,6 @@ from lite.files import StagedFolder, staged_folder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lite.artifact.parts import Part, Parts
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StagedArtifact:
@@ -50,7 +48,11 @@ class StagedArtifact:
             got = f"no file {wrong[0]}" if wrong[0] in owned else f"the file {wrong[0]}, which no part owns"
             msg = f"{self.path}: got {got} · expected the files that the parts name, and no other · report this"
             raise ArtifactError(msg)
-        text = manifest.with_parts(**self._hashed(manifest.parts)).to_json()
+        hashed = {
+            name: dataclasses.replace(part, files={file: self._record(file) for file in sorted(part.files)})
+            for name, part in manifest.parts.by_name().items()
+        }
+        text = manifest.with_parts(**hashed).to_json()
         # A manifest that could not be read back must fail here, on the exporter's machine.
         Manifest.parse(text, where=str(self.path / MANIFEST_NAME))
         (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")
@@ -58,15 +60,9 @@ class StagedArtifact:
         self.folder.finish()
         return load_artifact(self.folder.out)
 
-    def _hashed(self, parts: Parts) -> dict[str, Part]:
-        def measured(name: str) -> FileRecord:
-            file = self.path / name
-            return FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
-
-        return {
-            name: dataclasses.replace(part, files={file: measured(file) for file in sorted(part.files)})
-            for name, part in parts.by_name().items()
-        }
+    def _record(self, name: str) -> FileRecord:
+        file = self.path / name
+        return FileRecord(bytes=file.stat().st_size, sha256=sha256_of(file))
 
 
 @contextlib.contextmanager

@@ -12,12 +12,8 @@ from lite.console import EXIT_FAILED, print_line, say
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lite.model import FindingsModel
     from lite.session.draft import Draft
-    from lite.studies.results import Findings
-    from lite.studies.study import Study
 
 HELP: Final = "draft the findings of one or more films"
 DESCRIPTION: Final = (
@@ -45,11 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         # One reason for all films: if it cannot be used, say so once and not for each film.
         model.prompt.encode(arguments.reason, query=arguments.query)
         if arguments.json:
-            return _print_json(model, arguments)
+            return _print_results(model, arguments)
         say(f"note: {model.notice}")
         if arguments.batch_size == 1:
             return _print_streams(model, arguments)
-        return _print_texts(model, arguments)
+        return _print_results(model, arguments)
 
 
 def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
@@ -66,13 +62,10 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
             )
             _print_heading(image, arguments)
             _print_pieces(stream)
+            notes.tell(stream.result())
         except LiteError as error:
             report(image, error)
             status = EXIT_FAILED
-            continue
-        if (findings := stream.findings) is not None:
-            notes.cut(findings)
-            notes.fallbacks(findings)
     return status
 
 
@@ -85,39 +78,13 @@ def _print_pieces(stream: Draft) -> None:
         print_line("")
 
 
-def _print_texts(model: FindingsModel, arguments: argparse.Namespace) -> int:
-    """Print each film's text when it is done."""
-    status, notes = 0, Notes()
-    for study, result in _results(model, arguments):
-        if isinstance(result, LiteError):
-            report(study.id, result)
-            status = EXIT_FAILED
-            continue
-        _print_heading(study.id, arguments)
-        print_line(result.text)
-        notes.cut(result)
-        notes.fallbacks(result)
-    return status
-
-
-def _print_json(model: FindingsModel, arguments: argparse.Namespace) -> int:
-    """Print one JSON object per film."""
-    from lite.studies.results import Result
-
-    status = 0
-    for study, result in _results(model, arguments):
-        if isinstance(result, LiteError):
-            report(study.id, result)
-            status = EXIT_FAILED
-        print_line(Result.of(study, result).to_json())
-    return status
-
-
-def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tuple[Study, Findings | LiteError]]:
-    """Yield each film, called by its path, with its findings or what is wrong with it, in order."""
-    from lite.studies.results import StudyError
+def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
+    """Print what comes of each film, in order, when it is done: its text, or one JSON object."""
+    from lite.studies.results import Result, StudyError
     from lite.studies.study import Study
 
+    status, notes = 0, Notes()
+    # Each film is called by its path.
     studies = [Study(image, arguments.reason, arguments.query, id=image) for image in arguments.images]
     results = model.findings_batch(
         studies,
@@ -126,7 +93,17 @@ def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tu
         rendering=arguments.rendering,
     )
     for study, result in zip(studies, results, strict=True):
-        yield study, result.error if isinstance(result, StudyError) else result
+        found = result.error if isinstance(result, StudyError) else result
+        if isinstance(found, LiteError):
+            report(study.id, found)
+            status = EXIT_FAILED
+        if arguments.json:
+            print_line(Result.of(study, found).to_json())
+        elif not isinstance(found, LiteError):
+            _print_heading(study.id, arguments)
+            print_line(found.text)
+            notes.tell(found)
+    return status
 
 
 def _print_heading(image: str, arguments: argparse.Namespace) -> None:

@@ -18,18 +18,15 @@ class Notes:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def fallbacks(self, findings: Findings) -> None:
-        """Say what is slower than it has to be."""
+    def tell(self, findings: Findings, *, cut: bool = True) -> None:
+        """Say that a text is not whole, if that counts, and what is slower than it has to be."""
+        if cut and findings.finish_reason == "length":
+            count = findings.num_new_tokens
+            say(f"note: the text was cut after {count} tokens (--max-new-tokens, or the context is full)")
         for fallback in findings.fallbacks:
             if fallback not in self._said:
                 self._said.add(fallback)
                 say(f"note: {fallback}")
-
-    def cut(self, findings: Findings) -> None:
-        """Say that a text is not whole."""
-        if findings.finish_reason == "length":
-            count = findings.num_new_tokens
-            say(f"note: the text was cut after {count} tokens (--max-new-tokens, or the context is full)")
 
 
 def report(image: str, error: LiteError, *, what: str = "error") -> None:

@@ -90,6 +90,6 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
                 journal.add(study, result.error)
             else:
                 journal.add(study, result)
-                notes.fallbacks(result)
+                notes.tell(result, cut=False)
             progress.show(done)
     return failed

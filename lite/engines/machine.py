@@ -116,6 +116,14 @@ def gpu_problem() -> str | None:
     return f"torch {torch.__version__} does not see it"
 
 
+def no_such_gpu(device: str, count: int, problem: str | None) -> BackendUnavailable:
+    """Say that a device is none of the GPUs that torch sees."""
+    msg = (
+        f"got device {device!r} · expected one of the {count} GPUs that torch sees{f' ({problem})' if problem else ''}"
+    )
+    return BackendUnavailable(f"{msg} · use the CPU, or install a torch built for CUDA and the driver it needs")
+
+
 def _gpus(device: str) -> tuple[Gpu, ...]:
     """Return the GPUs that torch sees; of the one that is meant it tells what is free."""
     from lite.engines.torch_engine.device import check_device  # which says what is missing

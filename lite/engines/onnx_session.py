@@ -31,6 +31,10 @@ _SHORT: Final = {
     "rocm": "ROCMExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
+GRAPH_SINCE: Final = "1.22"
+"""The first version with all operators of `decoder.onnx`: 8-bit MatMulNBits."""
+INT8_CACHE_SINCE: Final = "1.27"
+"""The first with those of the graph with an int8 cache."""
 
 
 def import_onnxruntime() -> types.ModuleType:
@@ -51,75 +55,54 @@ def import_onnxruntime() -> types.ModuleType:
     return module
 
 
-def is_at_least(installed: str, version: tuple[int, int]) -> bool:
-    """Say whether a version of ONNX Runtime, such as "1.27.0", is that new."""
-    return tuple(int(part) for part in installed.split(".")[:2]) >= version
+def is_at_least(installed: str, since: str) -> bool:
+    """Say whether a version of ONNX Runtime, such as "1.27.0", is as new as "1.27"."""
+    return [int(part) for part in installed.split(".")[:2]] >= [int(part) for part in since.split(".")]
 
 
-def has_onnxruntime(version: tuple[int, int]) -> bool:
-    """Say whether ONNX Runtime is that new.
-
-    Raises:
-        BackendUnavailable: it is not installed.
-    """
-    return is_at_least(import_onnxruntime().__version__, version)
-
-
-def require_onnxruntime(version: tuple[int, int], *, what: str, installed: str | None = None) -> None:
-    """Refuse a version that lacks an operator.
+def require_onnxruntime(*, int8_cache: bool, installed: str | None = None) -> None:
+    """Refuse a version that lacks an operator of `decoder.onnx`.
 
     Args:
-        version: the oldest that has it.
-        what: has come with that version.
+        int8_cache: of the graph with an int8 cache.
         installed: which one to check; None asks ONNX Runtime.
 
     Raises:
         BackendUnavailable: ONNX Runtime is older, or not installed.
     """
     installed = installed or import_onnxruntime().__version__
-    if not is_at_least(installed, version):
-        wanted = ".".join(map(str, version))
+    wanted = INT8_CACHE_SINCE if int8_cache else GRAPH_SINCE
+    if not is_at_least(installed, wanted):
+        what = "an int8 cache in GroupQueryAttention" if int8_cache else "8-bit MatMulNBits"
         msg = f"got onnxruntime {installed} · expected {wanted} or newer, the first with {what} · "
         raise BackendUnavailable(f'{msg}pip install --upgrade "onnxruntime>={wanted}"')
 
 
-def provider_of_device(device: str, available: Sequence[str] | None = None) -> str:
-    """Return the provider for a device of torch's; the CPU's where this ONNX Runtime has none for CUDA.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-        available: the providers to choose from; None asks ONNX Runtime.
-    """
-    available = import_onnxruntime().get_available_providers() if available is None else available
+def provider_of_device(device: str, available: Sequence[str]) -> str:
+    """Return the provider for a device of torch's such as "cuda:1"; the CPU's where there is none for CUDA."""
     wanted = device.replace("cuda", CUDA) if device.startswith("cuda") else CPU
     return wanted if wanted.partition(":")[0] in available else CPU
 
 
-def check_provider(provider: str, available: Sequence[str] | None = None, *, version: str | None = None) -> str:
+def check_provider(provider: str, available: Sequence[str], *, version: str) -> str:
     """Return the full name of a provider, with ":N" behind it where that was given.
 
     Args:
         provider: a name of ONNX Runtime's such as "CUDAExecutionProvider", or cpu, cuda, rocm, openvino; "cuda:1" for
             the second GPU.
-        available: the providers that there are; None asks ONNX Runtime.
-        version: its version.
+        available: the providers that there are.
+        version: ONNX Runtime's.
 
     Raises:
         BackendUnavailable: this ONNX Runtime has no such provider.
     """
     name, colon, index = provider.partition(":")
     name = _SHORT.get(name.lower(), name)
-    if available is None or version is None:
-        runtime = import_onnxruntime()
-        available, version = runtime.get_available_providers(), runtime.__version__
     available = [found for found in available if found != _REMOTE]
     if name not in available or (colon and not (index.isdecimal() and name != CPU)):
-        msg = (
-            f"got provider {provider!r} · expected one that ONNX Runtime {version} has here: "
-            f"{', '.join(available)} · choose one of them, or install the build that has it (onnxruntime-gpu, "
-            "onnxruntime-directml, …)"
-        )
-        raise BackendUnavailable(msg)
+        msg = f"got provider {provider!r} · expected one that ONNX Runtime {version} has here: {', '.join(available)}"
+        todo = "choose one of them, or install the build that has it (onnxruntime-gpu, onnxruntime-directml, …)"
+        raise BackendUnavailable(f"{msg} · {todo}")
     return f"{name}{colon}{index}"
 
 
@@ -167,34 +150,22 @@ def open_session(
     elif name != CPU:
         providers.append(CPU)
     try:
-        session = _session(runtime, file, options, providers)
-        if whole and (got := session.get_providers()[0]) != name:
-            msg = (
-                f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries "
-            )
-            raise BackendUnavailable(f"{msg}and its device are there, or use --provider cpu")
-        return session
-    except BackendUnavailable:
-        raise
+        # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
+        session = runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
     except Exception as error:  # its errors have no common base but Exception
         if name != CPU and not whole:
             return open_session(file, provider=CPU, data=data, patterns=patterns, profile=profile)
         reason = str(error).strip().partition("\n")[0][:200]
-        if name != CPU and whole:
-            msg = (
-                f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one "
-                "with all of its operators · use --provider cpu, or for a GPU export decoder.onnx with --activations "
-                "float16"
-            )
-            raise BackendUnavailable(msg) from error
+        if name != CPU:
+            msg = f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one"
+            todo = "use --provider cpu, or for a GPU export decoder.onnx with --activations float16"
+            raise BackendUnavailable(f"{msg} with all of its operators · {todo}") from error
         msg = f"{file}: got a graph that ONNX Runtime {runtime.__version__} cannot load ({reason})"
-        msg += " · expected the graph written at export · export the artifact again"
-        raise ArtifactError(msg) from error
-
-
-def _session(runtime: types.ModuleType, file: Path, options: Any, providers: list[Any]) -> Any:  # noqa: ANN401 - its types
-    # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
-    return runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
+        raise ArtifactError(f"{msg} · expected the graph written at export · export the artifact again") from error
+    if whole and (got := session.get_providers()[0]) != name:
+        msg = f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries"
+        raise BackendUnavailable(f"{msg} and its device are there, or use --provider cpu")
+    return session
 
 
 @contextlib.contextmanager

@@ -97,10 +97,6 @@ class LoadOptions:
             _refuse(f"provider {self.provider!r} for the torch engine", "it for onnx only", "give a device")
         if self.provider is not None and self.device == "cpu" and not self.provider.lower().startswith("cpu"):
             _refuse(f"device 'cpu' and provider {self.provider!r}", "one of them", "leave one out")
-        if self.fp16_accumulation and self.asks_for_onnx:
-            _refuse("fp16_accumulation for the onnx engine", "it for torch on a GPU only", "leave it out")
-        if self.fp16_accumulation and self.device == "cpu":
-            _refuse("fp16_accumulation on cpu", "it for a GPU only", "leave it out")
 
     @property
     def asks_for_torch(self) -> bool:

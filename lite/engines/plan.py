@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from lite.memory.plan import MemoryPlan, Shapes, Workload, plan_memory
 
@@ -86,23 +86,15 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `python -m lite plan --json` prints."""
-        return {
-            "engine": self.engine,
-            "device": self.device,
-            "dtype": self.dtype,
-            "cache_dtype": self.cache_dtype,
-            "provider": self.provider,
-            "vision_provider": self.vision_provider,
-            "chunk_size": self.chunk_size,
-            "rows": self.rows,
-            "max_seq_len": self.max_seq_len,
-            "fp16_accumulation": self.fp16_accumulation,
-            "memory": {"peak_bytes": self.memory.card_bytes, "row_bytes": self.memory.row_bytes}
-            | dataclasses.asdict(self.memory),
-            "limit": self.limit,
-            "limit_from": self.limit_from,
-            "losses": self.losses,
-            "choices": {name: {"value": value, "why": why} for name, (value, why) in self.choices.items()},
-            "fallbacks": list(self.fallbacks),
-            "notes": list(self.notes),
+        memory = {"peak_bytes": self.memory.card_bytes, "row_bytes": self.memory.row_bytes}
+        choices = {name: {"value": value, "why": why} for name, (value, why) in self.choices.items()}
+        return {name: getattr(self, name) for name in _PRINTED} | {
+            "memory": memory | dataclasses.asdict(self.memory),
+            "choices": choices,
         }
+
+
+_PRINTED: Final = (
+    "engine", "device", "dtype", "cache_dtype", "provider", "vision_provider", "chunk_size", "rows", "max_seq_len",
+    "fp16_accumulation", "limit", "limit_from", "losses", "fallbacks", "notes",
+)  # fmt: skip

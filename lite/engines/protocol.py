@@ -19,6 +19,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
 
+from lite.config import IMAGE_TOKEN_ID
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -64,6 +66,11 @@ class Segment(Generic[F]):
     def end(self) -> int:
         """The position behind the last token."""
         return self.start + len(self.input_ids)
+
+    @property
+    def image_part(self) -> slice:
+        """The places of the image that are here."""
+        return slice(self.image_start, self.image_start + list(self.input_ids).count(IMAGE_TOKEN_ID))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -188,17 +195,3 @@ class Engine(Protocol[C, F]):
 
     def decode(self, cache: C) -> Chosen:
         """Read the newest token of each active row, and choose the next."""
-
-
-class BatchVerifier(Engine[C, F], Protocol):
-    """An engine that reads drafted tokens of all rows in one step. Any other verifies a row at a time, by `extend`."""
-
-    def verify(self, drafts: Mapping[int, Sequence[int]], cache: C) -> Chosen:
-        """Read the newest token of each active row and K drafted ones behind it, and choose behind each.
-
-        A row keeps all that it has read, and its newest token is the last: `truncate` it to what was right.
-
-        Args:
-            drafts: for each active row the same number of tokens, K.
-            cache: the rows'.
-        """

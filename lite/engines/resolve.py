@@ -9,25 +9,26 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Final
 
-from lite.engines.onnx_session import CPU, CUDA, check_provider, is_at_least, provider_of_device, require_onnxruntime
-from lite.engines.plan import RunPlan
-from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudgetError
-from lite.memory.plan import (
-    CHUNK_SIZES,
-    FIXED_TEXT_TOKENS,
-    REASON_TOKENS,
-    Shapes,
-    Workload,
-    plan_memory,
-    refusal,
+from lite.engines.machine import no_such_gpu
+from lite.engines.onnx_session import (
+    CPU,
+    CUDA,
+    INT8_CACHE_SINCE,
+    check_provider,
+    is_at_least,
+    provider_of_device,
+    require_onnxruntime,
 )
+from lite.engines.plan import RunPlan
+from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
+from lite.memory.plan import CHUNK_SIZES, FIXED_TEXT_TOKENS, REASON_TOKENS, Shapes, Workload, plan_memory, refusal
 from lite.memory.sizes import shown_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import DecoderFidelity, OnnxPart
+    from lite.artifact.parts import DecoderFidelity
     from lite.engines.machine import Gpu, Machine
     from lite.engines.options import LoadOptions
     from lite.engines.protocol import EngineName
@@ -36,8 +37,6 @@ MAX_ROWS: Final = 8
 """The most studies at a time where nobody asks for more."""
 MAX_CACHE_KL: Final = 1e-3
 """The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
-OLDEST_ONNXRUNTIME: Final = (1, 22), "8-bit MatMulNBits"
-OLDEST_INT8_CACHE: Final = (1, 27), "an int8 cache in GroupQueryAttention"
 
 
 def resolve(
@@ -76,24 +75,6 @@ def resolve(
     return resolver.plan(prompt + REASON_TOKENS)
 
 
-def onnx_part(artifact: Artifact) -> OnnxPart:
-    """Return what `decoder.onnx` is.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    if artifact.manifest.parts.decoder_onnx is not None:
-        return artifact.manifest.parts.decoder_onnx
-    msg = f"{artifact.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it with "
-    raise ArtifactError(f"{msg}`python -m export onnx {artifact.path}`, or use the torch engine")
-
-
-def cache_loss(artifact: Artifact, engine: EngineName) -> float | None:
-    """Return what an int8 cache loses, in nats a token, as it was measured at export; None if it was not."""
-    fidelity = _fidelity(artifact, engine)
-    return fidelity.int8_cache.mean_kl if fidelity is not None and fidelity.int8_cache is not None else None
-
-
 def _fidelity(artifact: Artifact, engine: EngineName) -> DecoderFidelity | None:
     parts = artifact.manifest.parts
     part = parts.decoder_onnx if engine == "onnx" else parts.decoder
@@ -110,7 +91,7 @@ def _engine(options: LoadOptions, artifact: Artifact, machine: Machine) -> tuple
         if options.engine == "torch":
             return "torch", "asked for"
         return "torch", "a device or a dtype is asked for" if asked else "the artifact has no decoder.onnx"
-    onnx_part(artifact)
+    artifact.onnx_part()
     if asked == "onnx":
         return "onnx", "asked for" if options.engine == "onnx" else "a provider is asked for"
     if options.device == "auto" and machine.gpus:
@@ -120,17 +101,14 @@ def _engine(options: LoadOptions, artifact: Artifact, machine: Machine) -> tuple
 
 def _no_torch(artifact: Artifact) -> str:
     listed = artifact.manifest.parts.decoder.format
-    todo = "or leave out what asks for torch: a device, a dtype, or the engine"
-    if artifact.manifest.parts.decoder_onnx is None:
-        gptq = listed.startswith("gptq")
-        todo = (
-            f"or {'add decoder.onnx with `python -m export onnx`' if gptq else 'export it as gptq with --engine onnx'}"
-            " where torch is installed"
-        )
-    return (
-        f'{artifact.path}: got no torch · expected it for a decoder in {listed} · pip install "llava-rad-lite[torch]", '
-        f"{todo}"
-    )
+    if artifact.manifest.parts.decoder_onnx is not None:
+        todo = "leave out what asks for torch: a device, a dtype, or the engine"
+    elif listed.startswith("gptq"):
+        todo = "add decoder.onnx with `python -m export onnx` where torch is installed"
+    else:
+        todo = "export it as gptq with --engine onnx where torch is installed"
+    msg = f"{artifact.path}: got no torch · expected it for a decoder in {listed} · pip install"
+    return f'{msg} "llava-rad-lite[torch]", or {todo}'
 
 
 class _Resolver:
@@ -145,9 +123,14 @@ class _Resolver:
         self.choices: dict[str, tuple[str, str]] = {"engine": (self.engine, why)}
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
-        self.loss = cache_loss(artifact, self.engine)
+        fidelity = _fidelity(artifact, self.engine)
+        # In nats a token, as measured at export; None if it was not.
+        self.loss = fidelity.int8_cache.mean_kl if fidelity is not None and fidelity.int8_cache is not None else None
         self.small_loss = self.loss is not None and self.loss <= MAX_CACHE_KL
         self.place()
+        if options.fp16_accumulation and self.gpu is None:
+            msg = f"got fp16_accumulation for {self.engine} on {self.device} · expected it for torch on a GPU only"
+            raise LiteError(f"{msg} · leave it out")
 
     # What an engine says of itself.
     device: str
@@ -161,7 +144,7 @@ class _Resolver:
         raise NotImplementedError
 
     def caches(self) -> Iterator[tuple[str, str]]:
-        """Yield the caches that may be taken, the preferred first, with the reason."""
+        """Yield the caches that may be taken, the preferred first, each with the reason."""
         raise NotImplementedError
 
     @property
@@ -221,44 +204,39 @@ class _Resolver:
         ]
         asked = self.options.rows
         if limit is None:
-            return dataclasses.replace(ways[0][0], num_rows=self._rows_without_limit(ways[0][0])), ways[0][1]
-        for rows in range(asked or 1, 0, -1):
-            for way, why in ways:
-                if self._bytes(way, rows) <= limit:
-                    most = rows if asked else self._most_rows(way, limit)
-                    if asked:
-                        self._say_rows(rows, "asked for" if rows == asked else f"{asked} do not fit")
-                    return dataclasses.replace(way, num_rows=most), why
-        raise self._refusal(ways[-1][0], limit)
+            (way, why), (rows, because) = ways[0], self._rows_without_limit(ways[0][0])
+        else:
+            each = ((rows, way, why) for rows in range(asked or 1, 0, -1) for way, why in ways)
+            found = next((one for one in each if self._bytes(one[1], one[0]) <= limit), None)
+            if found is None:
+                raise self._refusal(ways[-1][0], limit)
+            rows, way, why = found
+            because = "asked for" if rows == asked else f"{asked} do not fit"
+            if asked is None:
+                rows, because = self._most_rows(way, limit)
+        self.choices["rows"] = str(rows), because
+        if asked is not None and rows < asked:
+            self.notes.append(f"{rows} studies at a time in place of {asked}, which do not fit the memory")
+        return dataclasses.replace(way, num_rows=rows), why
 
     def _bytes(self, workload: Workload, rows: int) -> int:
         return plan_memory(self.shapes, dataclasses.replace(workload, num_rows=rows)).card_bytes
 
-    def _most_rows(self, workload: Workload, limit: int) -> int:
+    def _most_rows(self, workload: Workload, limit: int) -> tuple[int, str]:
         rows = next((n for n in range(MAX_ROWS, 1, -1) if self._bytes(workload, n) <= limit), 1)
-        self._say_rows(rows, "the most that are taken unasked" if rows == MAX_ROWS else "all that fit")
-        return rows
+        return rows, "the most that are taken unasked" if rows == MAX_ROWS else "all that fit"
 
-    def _rows_without_limit(self, workload: Workload) -> int:
+    def _rows_without_limit(self, workload: Workload) -> tuple[int, str]:
         """Return the rows on a CPU: a row takes its memory when a study first uses it, and not before."""
         if self.options.rows is not None:
-            self._say_rows(self.options.rows, "asked for")
-            return self.options.rows
+            return self.options.rows, "asked for"
         if self.provider not in (None, CPU):
-            self._say_rows(1, f"how much memory {self.provider} has is not known")
-            return 1
+            return 1, f"how much memory {self.provider} has is not known"
         memory = self.machine.memory_bytes or sys.maxsize
         if (needed := self._bytes(workload, 1)) > memory:
-            self.notes.append(
-                f"one study takes {shown_bytes(needed)}, and this machine has {shown_bytes(memory)}: it may swap, or "
-                "be killed"
-            )
+            got = f"one study takes {shown_bytes(needed)}, and this machine has {shown_bytes(memory)}"
+            self.notes.append(f"{got}: it may swap, or be killed")
         return self._most_rows(workload, memory)
-
-    def _say_rows(self, rows: int, why: str) -> None:
-        self.choices["rows"] = str(rows), why
-        if self.options.rows is not None and rows < self.options.rows:
-            self.notes.append(f"{rows} studies at a time in place of {self.options.rows}, which do not fit the memory")
 
     def _refusal(self, smallest: Workload, limit: int) -> MemoryBudgetError:
         hint = ""
@@ -271,12 +249,10 @@ class _Resolver:
 
     def _losses(self, int8: bool) -> dict[str, float | None]:
         """Return what each step from the checkpoint to what runs has lost."""
-        losses: dict[str, float | None] = {}
-        engines: tuple[EngineName, ...] = ("torch", "onnx") if self.engine == "onnx" else ("torch",)
-        for engine in engines:
-            name = "decoder.onnx, from decoder" if engine == "onnx" else "decoder, from the checkpoint"
-            fidelity = _fidelity(self.artifact, engine)
-            losses[name] = fidelity.divergence.mean_kl if fidelity is not None else None
+        of_torch, of_onnx = (_fidelity(self.artifact, engine) for engine in ("torch", "onnx"))
+        losses = {"decoder, from the checkpoint": of_torch.divergence.mean_kl if of_torch is not None else None}
+        if self.engine == "onnx":
+            losses["decoder.onnx, from decoder"] = of_onnx.divergence.mean_kl if of_onnx is not None else None
         if int8:
             losses["int8 cache, from a float one"] = self.loss
         return losses
@@ -293,8 +269,6 @@ class _Torch(_Resolver):
         if self.device != "cpu":
             self.gpu = machine.gpus[int(self.device.partition(":")[2] or 0)]
             why = f"{why}: {self.gpu.name}"
-        elif options.fp16_accumulation:
-            raise LiteError("got fp16_accumulation on cpu · expected it for a GPU only · leave it out")
         self.choices["device"] = self.device, why
         stored = self.shapes.config.dtype
         self.computed = options.dtype or ("float32" if self.gpu is None else stored)
@@ -315,16 +289,10 @@ class _Torch(_Resolver):
                 return "cpu", f"torch does not see the GPU: {machine.gpu_problem}"
             return "cpu", "there is no GPU"
         if asked != "cpu" and int(asked.partition(":")[2] or 0) >= len(machine.gpus):
-            problem = f" ({machine.gpu_problem})" if machine.gpu_problem else ""
-            msg = (
-                f"got device {asked!r} · expected one of the {len(machine.gpus)} GPUs that torch sees{problem} · use "
-                "the CPU, or install a torch built for CUDA and the driver it needs"
-            )
-            raise BackendUnavailable(msg)
+            raise no_such_gpu(asked, len(machine.gpus), machine.gpu_problem)
         return asked, "asked for"
 
     def caches(self) -> Iterator[tuple[str, str]]:
-        """Yield the caches that may be taken, the preferred first, with the reason."""
         asked = self.options.cache_dtype
         if asked is not None:
             if asked not in ("int8", self.computed):
@@ -344,56 +312,36 @@ class _Onnx(_Resolver):
     def place(self) -> None:
         """Choose device, dtype and providers."""
         options, machine = self.options, self.machine
-        version, what = OLDEST_ONNXRUNTIME
-        require_onnxruntime(version, what=what, installed=machine.onnxruntime)
+        self.computed = self.artifact.onnx_part(options.cache_dtype).dtype
+        require_onnxruntime(int8_cache=options.cache_dtype == "int8", installed=machine.onnxruntime)
         asked = options.provider
         self.provider = self.vision_provider = check_provider(
             "cpu" if asked is None else asked, machine.providers, version=machine.onnxruntime
         )
-        if options.fp16_accumulation:
-            raise LiteError(
-                "got fp16_accumulation for the onnx engine · expected it for torch on a GPU only · leave it out"
-            )
         if options.memory_limit is not None and self.provider != CPU:
-            msg = (
-                f"got a memory limit with provider {asked!r} · expected the CPU, of whose memory alone there is a plan"
-            )
-            raise LiteError(f"{msg} · leave the limit out")
+            msg = f"got a memory limit with provider {asked!r} · expected the CPU, of whose memory alone there is a"
+            raise LiteError(f"{msg} plan · leave the limit out")
         self.device = "cpu"
         if options.device == "auto" and asked is None and machine.gpu_problem is not None:
             self.fallbacks.append(f"the CPU in place of the GPU that is there: {machine.gpu_problem}")
         self.choices["provider"] = self.provider, "asked for" if asked is not None else "as no other is asked for"
         if self.provider != CPU:
             self.notes.append(f"memory is counted as on a CPU: of that of {self.provider} there is no plan")
-        part = self.shapes.onnx
-        self.computed = part.dtype if part is not None else "float32"
         self.choices["dtype"] = self.computed, "decoder.onnx was exported so"
 
     def caches(self) -> Iterator[tuple[str, str]]:
-        """Yield the one cache that is best: the smaller is the faster, too."""
-        asked, known = self.options.cache_dtype, self.shapes.onnx.cache_dtypes if self.shapes.onnx is not None else ()
-        version, what = OLDEST_INT8_CACHE
-        if asked is not None and asked not in known:
-            msg = (
-                f"{self.artifact.path}: got cache_dtype {asked!r} · expected {' or '.join(known)}, which decoder.onnx "
-                "was exported with · choose one of them"
-            )
-            raise LiteError(msg)
-        if asked == "int8":
-            require_onnxruntime(version, what=what, installed=self.machine.onnxruntime)
-        if asked is not None:
-            yield asked, "asked for"
-        elif "int8" not in known:
+        # The one that is best: the smaller is the faster, too.
+        if self.options.cache_dtype is not None:
+            yield self.options.cache_dtype, "asked for"
+        elif "int8" not in self.artifact.onnx_part().cache_dtypes:
             yield self.computed, "decoder.onnx was exported without an int8 one"
         elif self.provider != CPU:
             yield self.computed, "an int8 one was measured on CPUs only"
         elif not self.small_loss:
             yield self.computed, self.int8_reason
-        elif not is_at_least(self.machine.onnxruntime, version):
-            newer = ".".join(map(str, version))
-            self.fallbacks.append(
-                f"a {self.computed} cache: onnxruntime {self.machine.onnxruntime} is older than {newer}"
-            )
-            yield self.computed, f"an int8 one takes onnxruntime {newer}"
+        elif not is_at_least(self.machine.onnxruntime, INT8_CACHE_SINCE):
+            old = f"onnxruntime {self.machine.onnxruntime} is older than {INT8_CACHE_SINCE}"
+            self.fallbacks.append(f"a {self.computed} cache: {old}")
+            yield self.computed, f"no int8 one: {old}"
         else:
             yield "int8", f"1.4 times as fast on a CPU, a quarter of the memory; {self.int8_reason}"

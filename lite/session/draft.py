@@ -32,19 +32,11 @@ class Draft:
     def __init__(
         self, outcome: Outcome, text: TextStream, *, cancel: Callable[[], None], finish: Callable[[], Findings]
     ) -> None:
-        """Take what a session has given.
-
-        Args:
-            outcome: of the study.
-            text: turns its tokens into text.
-            cancel: tells the session that nobody wants it any more.
-            finish: puts its findings together once it has ended without an error.
-        """
+        """Take what a session has given: `finish` puts the findings together once it has ended without an error."""
         self._outcome = outcome
         self._text = text
         self._finish = finish
         self._num_tokens = 0  # that were turned into text
-        self._findings: Findings | None = None
         self._cancel = weakref.finalize(self, cancel)
         self._cancel.atexit = False  # then the session is closed anyway
 
@@ -56,10 +48,11 @@ class Draft:
     @property
     def findings(self) -> Findings | None:
         """The findings; None while it goes on, or where an error ended it."""
-        outcome = self._outcome
-        if self._findings is None and outcome.has_ended and outcome.error is None:
-            self._findings = self._finish()
-        return self._findings
+        return self._made if self._outcome.has_ended and self._outcome.error is None else None
+
+    @functools.cached_property
+    def _made(self) -> Findings:
+        return self._finish()
 
     @property
     def error(self) -> Exception | None:
@@ -103,9 +96,7 @@ class Draft:
             raise DeadlineExceeded(msg)
         if self._outcome.error is not None:
             raise self._outcome.error
-        if self._findings is None:
-            self._findings = self._finish()
-        return self._findings
+        return self._made
 
     def cancel(self) -> None:
         """Have it end at the next step. What it has said already stays."""

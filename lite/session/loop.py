@@ -9,6 +9,9 @@ does. Nothing here knows of threads; `Session` does.
 An engine may run ahead: the next token is under way when the host looks at the last one, so that the device never waits
 for the host. A study that has ended is then found out one step late, and that step was for nothing; one that ends by
 its length is known before.
+
+Where memory is short, the rows become half as many. Studies that lose their row so are *lost*: whoever drives the loop
+lets them in again before all others. They go on where they were: what they have said is read again behind the prompt.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from lite.errors import LiteError, MemoryBudgetError
 from lite.session.rows import Row, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Callable, Hashable, Sequence
 
-    from lite.engines.protocol import Chosen, ChosenTokens, Engine, Segment
+    from lite.engines.protocol import Chosen, ChosenTokens, Engine
     from lite.memory.process import Peaks
     from lite.session.request import Progress
+    from lite.studies.results import FinishReason
 
 F = TypeVar("F")
 C = TypeVar("C", bound=Cache)
@@ -63,30 +67,21 @@ class Loop(Generic[C, F]):
         """
         self.num_rows = num_rows
         self.max_seq_len = max_seq_len
+        self.peaks = peaks
+        self.lost: list[Progress[F]] = []  # had a row, and have to begin again before all others
         self._engine = engine
         self._context = context
         self._eos_token_id = eos_token_id
         self._fits = fits
-        self._peaks = peaks
         self._cache: C | None = None
         self._rows: Rows[F] = Rows(0)
-        self._lost: list[Progress[F]] = []  # had a row, and have to begin again before all others
         # What the engine has chosen and nobody has looked at: tokens, and whose they are.
         self._unread: collections.deque[tuple[Chosen, list[tuple[int, Progress[F]]]]] = collections.deque()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a turn has something to do."""
-        return bool(self._rows.taken() or self._unread or self._lost)
-
-    @property
-    def num_under_way(self) -> int:
-        """How many studies have a row."""
-        return len(self._rows.taken())
-
-    def row_bytes(self) -> int:
-        """Return the bytes of one row's cache."""
-        return 0 if self._cache is None else self._cache.nbytes // self._cache.num_rows
+        """Whether something is under way, or lost."""
+        return bool(self._rows.taken() or self._unread or self.lost)
 
     def holds(self, film: Hashable) -> bool:
         """Say whether a film need not be looked at: a row holds it, or is reading it."""
@@ -99,9 +94,6 @@ class Loop(Generic[C, F]):
 
     def admit(self, progress: Progress[F]) -> bool:
         """Give a study a row; say whether it has one, or has ended. If not, it stays the caller's."""
-        return not self._lost and self._admit(progress)
-
-    def _admit(self, progress: Progress[F]) -> bool:
         request = progress.request
         needed = min(self._context, request.num_places)
         if self._cache is None or needed > self._cache.max_seq_len:
@@ -121,9 +113,7 @@ class Loop(Generic[C, F]):
             if held is not row:
                 self._the_cache.copy_prefix(held.index, row.index, start)
         row.film, row.num_prefix_tokens = (request.film, start) if held is not None else (None, 0)
-        progress.num_reused_tokens = start
-        progress.since = time.perf_counter()
-        progress.queued_s = max(0.0, progress.since - progress.submitted - progress.vision_s)
+        progress.begin(num_reused_tokens=start)
         self._rows.take(row, progress)
         row.unread.extend(
             divide(
@@ -170,8 +160,10 @@ class Loop(Generic[C, F]):
 
     def turn(self) -> None:
         """Read a chunk of one prompt, decode a token of every row whose prompt has been read, look at those before."""
-        self._drop_unwanted()
-        self._readmit()
+        for row, progress in self._rows.taken():
+            if (why := progress.unwanted()) is not None:
+                progress.end(why)
+                self._free(row)
         try:
             self._read_prompt()
             self._decode()
@@ -180,37 +172,11 @@ class Loop(Generic[C, F]):
 
     def drop_all(self, error: Exception) -> None:
         """End everything that is under way, and let go of the cache."""
-        for progress in [*(row.progress for row in self._rows.taken()), *self._lost]:
-            if progress is not None:
-                progress.end(error)
+        for progress in [*(progress for _, progress in self._rows.taken()), *self.lost]:
+            progress.end(error)
         self._cache, self._rows = None, Rows(0)
-        self._lost.clear()
+        self.lost.clear()
         self._unread.clear()
-
-    def _drop_unwanted(self) -> None:
-        for row in self._rows.taken():
-            if row.progress is not None and (why := row.progress.unwanted()) is not None:
-                row.progress.end(why)
-                self._free(row)
-        for progress in list(self._lost):
-            if (why := progress.unwanted()) is not None:
-                progress.end(why)
-                self._lost.remove(progress)
-
-    def _readmit(self) -> None:
-        """Give those a row that have lost theirs."""
-        while self._lost:
-            progress = self._lost[0]
-            try:
-                if progress.features is None and self._rows.holding(progress.request.film) is None:
-                    progress.features = progress.request.see()
-            except MemoryBudgetError as error:
-                if self._rows.taken():
-                    return
-                progress.end(_forgetting_frames(error))
-            if not progress.has_ended and not self._admit(progress):
-                return
-            self._lost.remove(progress)
 
     def _read_prompt(self) -> None:
         row = self._rows.reading()
@@ -218,10 +184,11 @@ class Loop(Generic[C, F]):
             return
         progress, segment = row.progress, row.unread[0]
         request = progress.request
+        chosen: Chosen | None = None
         try:
             if request.target_ids:
-                self._score(progress, segment)
-                chosen = None
+                logits = self._engine.logits(segment, self._the_cache)
+                progress.logits += [logits] if segment.num_logits else []
             else:
                 chosen = self._engine.extend(segment, self._the_cache)
         except MemoryBudgetError:
@@ -235,24 +202,15 @@ class Loop(Generic[C, F]):
             row.film, row.num_prefix_tokens = request.film, segment.end
         if row.unread:
             return
-        if request.target_ids:
-            self._end_score(row, progress)
-        elif chosen is not None:
-            self._note(chosen, [row])
+        if chosen is not None:
+            self._note(chosen, [(row, progress)])
             self._read(at_most=self._engine.run_ahead)
-
-    def _score(self, progress: Progress[F], segment: Segment[F]) -> None:
-        logits = self._engine.logits(segment, self._the_cache)
-        if segment.num_logits:
-            progress.logits.append(logits)
-
-    def _end_score(self, row: Row[F], progress: Progress[F]) -> None:
-        finite = all(np.isfinite(logits).all() for logits in progress.logits)
-        progress.end("length" if finite else LiteError(self._engine.overflow))
-        self._free(row, damaged=not finite)
+        else:
+            is_finite = all(np.isfinite(logits).all() for logits in progress.logits)
+            progress.end("length" if is_finite else LiteError(self._engine.overflow))
+            self._free(row, damaged=not is_finite)
 
     def _decode(self) -> None:
-        """Decode a token of every row whose prompt has been read; look at those before it."""
         self._read(at_most=self._engine.run_ahead if self._rows.decoding() else 0)
         rows = self._rows.decoding()
         if not rows:
@@ -262,7 +220,11 @@ class Loop(Generic[C, F]):
         except MemoryBudgetError:
             raise
         except LiteError as error:
-            self._fail(error)
+            # It is not one study's own: what is being decoded ends.
+            self._read(at_most=0)
+            for row, progress in self._rows.decoding():
+                progress.end(_forgetting_frames(error))
+                self._free(row, damaged=True)
             return
         self._note(chosen, rows)
         self._read(at_most=self._engine.run_ahead)
@@ -272,23 +234,16 @@ class Loop(Generic[C, F]):
         # The newest token lies in no place yet: a context of 8 holds a prompt of 5 and 3 tokens, and predicts a fourth.
         return min(progress.request.max_new_tokens, self._context - len(progress.request.input_ids) + 1)
 
-    def _note(self, chosen: Chosen, rows: Iterable[Row[F]]) -> None:
+    def _note(self, chosen: Chosen, rows: Sequence[tuple[Row[F], Progress[F]]]) -> None:
         """Note that the engine has chosen a token for some rows; those that have enough are free."""
-        whose: list[tuple[int, Progress[F]]] = []
-        together = len(self._rows.decoding())
-        for row in rows:
-            progress = row.progress
-            if progress is None:
-                continue
-            whose.append((row.index, progress))
+        self._unread.append((chosen, [(row.index, progress) for row, progress in rows]))
+        together, cache = len(self._rows.decoding()), self._the_cache
+        for row, progress in rows:
             progress.num_together = max(progress.num_together, together)
-            progress.cache_bytes = progress.num_together * self.row_bytes()
-            if not row.num_chosen:
-                row.num_chosen = len(progress.token_ids)  # those that it had before it lost its row
+            progress.cache_bytes = progress.num_together * (cache.nbytes // cache.num_rows)
             row.num_chosen += 1
             if row.num_chosen == self._limit(progress):
                 self._free(row)
-        self._unread.append((chosen, whose))
 
     def _read(self, *, at_most: int) -> None:
         """Look at what was chosen, the oldest first, until so much is left."""
@@ -298,32 +253,31 @@ class Loop(Generic[C, F]):
             now = time.perf_counter()
             for index, progress in whose:
                 if not progress.has_ended:
-                    self._take(progress, index, tokens[index], now)
+                    self._take(progress, self._rows[index], tokens[index], now)
                 elif not tokens[index].is_finite:  # it ran ahead, and may have left that behind
-                    self._clear(index)
+                    self._clear(self._rows[index])
 
-    def _take(self, progress: Progress[F], index: int, tokens: ChosenTokens, now: float) -> None:
-        """Give a study its newest token, or end it."""
-        end: LiteError | str | None = None
+    def _take(self, progress: Progress[F], row: Row[F], tokens: ChosenTokens, now: float) -> None:
+        """Give a study its newest token, or end it; its row may be another's by now."""
+        end: FinishReason | LiteError | None = None
         if not tokens.is_finite:
             end = LiteError(self._engine.overflow)
         elif tokens.token_ids[0] == self._eos_token_id:
             end = "eos"
-        if end is None:
-            progress.add(tokens, now)
-        else:
-            progress.tick(now)
+        elif len(progress.token_ids) + 1 == self._limit(progress):
+            end = "length"
+        progress.add(None if isinstance(end, LiteError) or end == "eos" else tokens, now)
         if progress.prefill_peaks is None:
-            progress.prefill_peaks = self._peaks()
-        if end is None and len(progress.token_ids) < self._limit(progress):
+            progress.prefill_peaks = self.peaks()
+        if end is None:
             return
-        progress.decode_peaks = self._peaks()
-        row = next((row for row in self._rows if row.index == index and row.progress is progress), None)
-        if row is not None:
-            self._free(row, damaged=isinstance(end, LiteError))
-        progress.end(end if isinstance(end, LiteError) else "eos" if end else "length")
-        if row is None and isinstance(end, LiteError):
-            self._clear(index)
+        progress.decode_peaks = self.peaks()
+        damaged, has_row = isinstance(end, LiteError), row.progress is progress
+        if has_row:
+            self._free(row, damaged=damaged)
+        progress.end(end)
+        if damaged and not has_row:
+            self._clear(row)
 
     def _free(self, row: Row[F], *, damaged: bool = False) -> None:
         """Take a row from its study; what it holds of the film stays, unless it may not be finite."""
@@ -336,33 +290,29 @@ class Loop(Generic[C, F]):
 
     # -- When something fails ----------------------------------------------------------------------------------------
 
-    def _clear(self, index: int) -> None:
+    def _clear(self, row: Row[F]) -> None:
         """Clear a row whose study is found out to have damaged it when it is free already, or another study's.
 
         Whatever was chosen there since then may be wrong, and nobody has looked at it yet: it is chosen again.
         """
-        row = next(row for row in self._rows if row.index == index)
-        later = [theirs for _, whose in self._unread for other, theirs in whose if other == index]
+        later = [theirs for _, whose in self._unread for index, theirs in whose if index == row.index]
         later += [row.progress] if row.progress is not None else []
         self._free(row, damaged=True)
         for _, whose in self._unread:
-            whose[:] = [(other, theirs) for other, theirs in whose if other != index]
-        self._lost[:0] = [progress for progress in dict.fromkeys(later) if not progress.has_ended]
+            whose[:] = [(index, theirs) for index, theirs in whose if index != row.index]
+        self.lost[:0] = [progress for progress in dict.fromkeys(later) if not progress.has_ended]
 
     def make_room(self, error: MemoryBudgetError) -> bool:
         """Begin again with half the rows. With one alone there is nothing to halve: its study ends with the error.
-
-        What has been written stays: it is read again behind the prompt, as the same tokens would be chosen once more.
 
         Returns:
             Whether there is more room now.
         """
         self._read(at_most=0)
-        interrupted = sorted((row for row in self._rows.taken()), key=lambda row: row.last_use)
-        studies = [row.progress for row in interrupted if row.progress is not None]
-        for row in interrupted:
+        rows, studies = len(self._rows), []
+        for row, progress in sorted(self._rows.taken(), key=lambda pair: pair[0].last_use):
             self._rows.give_up(row)
-        rows = len(self._rows)
+            studies.append(progress)
         self._cache, self._rows = None, Rows(0)
         _forgetting_frames(error)
         if rows <= 1:
@@ -371,16 +321,8 @@ class Loop(Generic[C, F]):
                 progress.end(error)
             return rows == 1
         self.num_rows = rows // 2
-        self._lost[:0] = studies
+        self.lost[:0] = studies
         return True
-
-    def _fail(self, error: LiteError) -> None:
-        """End what is being decoded with an error that is not one study's own."""
-        self._read(at_most=0)
-        for row in self._rows.decoding():
-            if row.progress is not None:
-                row.progress.end(_forgetting_frames(error))
-                self._free(row, damaged=True)
 
 
 def _forgetting_frames(error: LiteError) -> LiteError:

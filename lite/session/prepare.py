@@ -8,12 +8,12 @@ import hashlib
 import itertools
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import numpy as np
 
 from lite.engines.protocol import GREEDY, MAX_TOP, Sampling
-from lite.engines.segments import expand_image, num_prefix_tokens
+from lite.engines.segments import expand_image
 from lite.errors import LiteError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
@@ -22,7 +22,7 @@ from lite.session.request import Lot, Request
 from lite.studies.results import Findings, Memory, Timings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,6 +36,18 @@ if TYPE_CHECKING:
 
 _FILMS_AT_A_TIME: Final = 2
 """Films that are read at a time, whatever the number of threads: a large one takes some hundred MB meanwhile."""
+
+
+class Options(TypedDict, total=False):
+    """`Asked` as keyword arguments: what `submit`, `stream` and `findings` of a model take by name."""
+
+    max_new_tokens: int | None
+    rendering: Rendering
+    sampling: Sampling
+    top_logprobs: int | None
+    timeout_s: float | None
+    request_id: str | None
+    reuse: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +71,7 @@ class Asked:
         check_count("max_new_tokens", self.max_new_tokens, "leave it out for the default")
         how = self.sampling
         for name, value, fits, expected in (
-            (
-                "temperature",
-                how.temperature,
-                0 <= how.temperature < float("inf"),
-                "0 (the most probable token) or more",
-            ),
+            ("temperature", how.temperature, 0 <= how.temperature < np.inf, "0 (the most probable token) or more"),
             ("top_p", how.top_p, 0 < how.top_p <= 1, "more than 0, at most 1"),
             ("seed", how.seed, type(how.seed) is int and -(2**63) <= how.seed < 2**63, "a whole number of 64 bits"),
             ("top_logprobs", self.top_logprobs, self.top_logprobs in (None, *range(MAX_TOP + 1)), f"0 to {MAX_TOP}"),
@@ -85,32 +92,24 @@ class Prepared:
     tells_logprobs: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Preparer:
     """What stands between a study and the session: prompt, film and tower, and the words of the result."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        *,
-        tokenizer: Tokenizer,
-        prompt: PromptEncoder,
-        vision: VisionEncoder,
-        decoder: Engine[Any, Any],
-        fallbacks: tuple[str, ...],
-    ) -> None:
-        """Take the parts of a model."""
-        self._artifact = artifact
-        self._tokenizer = tokenizer
-        self._prompt = prompt
-        self._vision = vision
-        self._decoder = decoder
-        self._fallbacks = fallbacks
-        self._ids = itertools.count(1)
-        self._films = threading.BoundedSemaphore(_FILMS_AT_A_TIME)
+    artifact: Artifact
+    tokenizer: Tokenizer
+    prompt: PromptEncoder
+    vision: VisionEncoder
+    decoder: Engine[Any, Any]
+    fallbacks: tuple[str, ...]
+    _ids: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
+    _films: threading.Semaphore = dataclasses.field(
+        default_factory=lambda: threading.BoundedSemaphore(_FILMS_AT_A_TIME)
+    )
 
     def peaks(self) -> Peaks:
         """Return the memory peaks of the process so far."""
-        return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=self._decoder.peak_vram_bytes())
+        return Peaks(rss_bytes=peak_rss_bytes(), vram_bytes=self.decoder.peak_vram_bytes())
 
     def request(
         self, study: Study, asked: Asked, *, target_ids: Sequence[int] = (), lot: Lot | None = None
@@ -123,13 +122,13 @@ class Preparer:
         """
         asked.check()
         deadline = None if asked.timeout_s is None else time.monotonic() + asked.timeout_s
-        input_ids = expand_image(self._prompt.encode(study.reason, query=study.query), self._prompt.num_image_tokens)
+        input_ids = expand_image(self.prompt.encode(study.reason, query=study.query), self.prompt.num_image_tokens)
         if target_ids:
             self._check_answer(target_ids, len(input_ids))
         started = time.perf_counter()
         with self._films:
             loaded = load_image(study.image, rendering=asked.rendering)
-            pixel_values = preprocess(loaded.image, self._artifact.manifest.preprocessing)
+            pixel_values = preprocess(loaded.image, self.artifact.manifest.preprocessing)
         sampling = asked.sampling
         if asked.top_logprobs is not None:
             sampling = dataclasses.replace(sampling, num_top=asked.top_logprobs)
@@ -137,10 +136,9 @@ class Preparer:
             request=Request(
                 id=asked.request_id or study.id or str(next(self._ids)),
                 input_ids=input_ids,
-                num_prefix_tokens=num_prefix_tokens(input_ids),
                 film=hashlib.sha256(pixel_values.tobytes()).digest() if asked.reuse else None,
                 see=functools.partial(self._see, pixel_values),
-                max_new_tokens=asked.max_new_tokens or self._artifact.manifest.decoding.max_new_tokens,
+                max_new_tokens=asked.max_new_tokens or self.artifact.manifest.decoding.max_new_tokens,
                 sampling=sampling,
                 target_ids=tuple(target_ids),
                 deadline=deadline,
@@ -153,18 +151,18 @@ class Preparer:
         )
 
     def _check_answer(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
-        vocab_size = self._decoder.config.vocab_size
+        vocab_size = self.decoder.config.vocab_size
         if not all(0 <= token_id < vocab_size for token_id in token_ids):
             msg = f"got token_ids {list(token_ids)[:8]} · expected ids from 0 to {vocab_size - 1}, at least one · check"
             raise PromptError(f"{msg} that they come from the same tokenizer")
-        self._prompt.check_length(num_prompt_tokens + len(token_ids) - 1, what="prompt and answer", shorten="answer")
+        self.prompt.check_length(num_prompt_tokens + len(token_ids) - 1, what="prompt and answer", shorten="answer")
 
     def _see(self, pixel_values: NDArray[np.float32]) -> Any:  # noqa: ANN401 - the engine's own
         """Run the tower on a film: image_features [P, hidden_size], where the decoder computes if possible."""
         out = None
-        if self._vision.writes_to(self._decoder.device):
-            out = self._decoder.image_buffer(self._prompt.num_image_tokens)
-        features = self._vision(pixel_values[None], out)[0]
+        if self.vision.writes_to(self.decoder.device):
+            out = self.decoder.image_buffer(self.prompt.num_image_tokens)
+        features = self.vision(pixel_values[None], out)[0]
         # An int8 cache of ONNX Runtime's would make numbers of them. torch keeps what is none, up to the logits.
         if isinstance(features, np.ndarray) and not np.isfinite(features).all():
             msg = "got image features that are not finite · expected numbers · the tower overflowed: export it in fp32"
@@ -173,9 +171,9 @@ class Preparer:
 
     def findings(self, prepared: Prepared, outcome: Outcome) -> Findings:
         """Put the findings of a study that has ended together."""
-        decoder, peaks = self._decoder, outcome.decode_peaks or self.peaks()
+        decoder, peaks = self.decoder, outcome.decode_peaks or self.peaks()
         return Findings(
-            text=self._tokenizer.decode(outcome.token_ids),
+            text=self.tokenizer.decode(outcome.token_ids),
             finish_reason=outcome.finish_reason or "length",
             token_ids=tuple(outcome.token_ids),
             token_logprobs=tuple(outcome.logprobs) if prepared.tells_logprobs else None,
@@ -198,15 +196,15 @@ class Preparer:
                 cache_bytes=outcome.cache_bytes,
             ),
             rendering=prepared.rendering,
-            artifact_id=self._artifact.id,
+            artifact_id=self.artifact.id,
             engine=decoder.engine,
             device=str(decoder.device),
             dtype=str(decoder.dtype).removeprefix("torch."),
             cache_dtype=decoder.cache_dtype,
-            provider=self._vision.provider,
+            provider=self.vision.provider,
             backend=decoder.backend,
-            fallbacks=self._fallbacks + decoder.fallbacks,
-            notice=self._artifact.manifest.notice,
+            fallbacks=self.fallbacks + decoder.fallbacks,
+            notice=self.artifact.manifest.notice,
         )
 
 

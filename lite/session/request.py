@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lite.engines.protocol import GREEDY, Sampling
+from lite.engines.segments import num_prefix_tokens
 from lite.errors import Cancelled, DeadlineExceeded, LiteError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ class Request(Generic[F]):
 
     id: str
     input_ids: tuple[int, ...]  # the prompt's, IMAGE_TOKEN_ID in each place of the image
-    num_prefix_tokens: int  # of these, what comes before the question: the film and the words before it
     film: Hashable  # whatever decides the prefix; None: it is read anew each time
     see: Callable[[], F]  # makes the image's features; called when they are needed, perhaps more than once
     max_new_tokens: int  # at least 1; EOS does not count
@@ -49,6 +49,11 @@ class Request(Generic[F]):
     target_ids: tuple[int, ...] = ()  # score these instead of choosing tokens
     deadline: float | None = None  # on time.monotonic's clock
     lot: Lot | None = None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Of the prompt, what comes before the question: the film and the words before it."""
+        return num_prefix_tokens(self.input_ids)
 
     @property
     def has_room(self) -> bool:
@@ -128,23 +133,26 @@ class Progress(Outcome, Generic[F]):
         self.features: F | None = None  # between the tower and the prompt
         self.cancelled = False
 
-    def add(self, chosen: ChosenTokens, now: float) -> None:
-        """Take the next token."""
-        with self._changed:
-            self.token_ids.append(chosen.token_ids[0])
-            self.logprobs.append(chosen.logprobs[0])
-            if self.request.sampling.num_top:
-                self.top.append(chosen.top[0][: self.request.sampling.num_top])
-            self.tick(now)
-            self._changed.notify_all()
+    def begin(self, *, num_reused_tokens: int) -> None:
+        """Note that it has a row, which holds so many tokens of its prompt."""
+        self.num_reused_tokens = num_reused_tokens
+        self.since = time.perf_counter()
+        self.queued_s = max(0.0, self.since - self.submitted - self.vision_s)
 
-    def tick(self, now: float) -> None:
-        """Note how long the newest token has taken."""
-        if self.prefill_peaks is None:
-            self.prefill_s = now - self.since
-        else:
-            self.decode_steps_s.append(now - self.since)
-        self.since = now
+    def add(self, chosen: ChosenTokens | None, now: float) -> None:
+        """Take the next token and note how long it has taken; None: it was the end."""
+        with self._changed:
+            if chosen is not None:
+                self.token_ids.append(chosen.token_ids[0])
+                self.logprobs.append(chosen.logprobs[0])
+                if self.request.sampling.num_top:
+                    self.top.append(chosen.top[0][: self.request.sampling.num_top])
+            if self.prefill_peaks is None:
+                self.prefill_s = now - self.since
+            else:
+                self.decode_steps_s.append(now - self.since)
+            self.since = now
+            self._changed.notify_all()
 
     def end(self, reason: FinishReason | Exception) -> None:
         """Say that nothing more comes. It keeps no film."""

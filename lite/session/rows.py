@@ -8,7 +8,7 @@ import itertools
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable
 
     from lite.engines.protocol import Segment
     from lite.session.request import Progress
@@ -28,41 +28,30 @@ class Row(Generic[F]):
     num_prefix_tokens: int = 0
     last_use: int = 0
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether the engine chooses a token for it in each step."""
-        return self.progress is not None and not self.unread
 
-
-class Rows(Generic[F]):
+class Rows(list[Row[F]]):
     """All rows of one cache."""
 
     def __init__(self, num_rows: int) -> None:
         """Begin with free rows that hold nothing."""
-        self._rows: list[Row[F]] = [Row(index) for index in range(num_rows)]
+        super().__init__(Row(index) for index in range(num_rows))
         self._clock = itertools.count(1)
 
-    def __iter__(self) -> Iterator[Row[F]]:
-        return iter(self._rows)
+    def taken(self) -> list[tuple[Row[F], Progress[F]]]:
+        """Return those that have a study, and that."""
+        return [(row, row.progress) for row in self if row.progress is not None]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def taken(self) -> list[Row[F]]:
-        """Return those that have a study."""
-        return [row for row in self._rows if row.progress is not None]
-
-    def decoding(self) -> list[Row[F]]:
-        """Return those whose prompt has been read."""
-        return [row for row in self._rows if row.is_decoding]
+    def decoding(self) -> list[tuple[Row[F], Progress[F]]]:
+        """Return those for which the engine chooses a token in each step: their prompt has been read."""
+        return [(row, progress) for row, progress in self.taken() if not row.unread]
 
     def reading(self) -> Row[F] | None:
         """Return the one whose prompt is to be read next: of the study that came first."""
-        return min((row for row in self._rows if row.unread), key=lambda row: row.last_use, default=None)
+        return min((row for row in self if row.unread), key=lambda row: row.last_use, default=None)
 
     def holding(self, film: Hashable) -> Row[F] | None:
         """Return a row that holds a film's prefix: a free one if there is one."""
-        holds = [row for row in self._rows if film is not None and row.film == film]
+        holds = [row for row in self if film is not None and row.film == film]
         return min(holds, key=lambda row: row.progress is not None, default=None)
 
     def free(self, film: Hashable) -> Row[F] | None:
@@ -71,9 +60,9 @@ class Rows(Generic[F]):
         Decoding runs over the rows from the first to the last that is taken, so it is the one that leaves the fewest
         between them, and of these the one whose film was used the longest ago.
         """
-        free = [row for row in self._rows if row.progress is None]
+        free = [row for row in self if row.progress is None]
         held = [row for row in free if film is not None and row.film == film]
-        taken = [row.index for row in self.taken()]
+        taken = [row.index for row, _ in self.taken()]
 
         def cost(row: Row[F]) -> tuple[int, int, int]:
             span = max([*taken, row.index]) - min([*taken, row.index])
@@ -83,7 +72,8 @@ class Rows(Generic[F]):
 
     def take(self, row: Row[F], progress: Progress[F]) -> None:
         """Give a row to a study."""
-        row.progress, row.num_chosen, row.last_use = progress, 0, next(self._clock)
+        row.progress, row.last_use = progress, next(self._clock)
+        row.num_chosen = len(progress.token_ids)  # those that it had before it lost another row
         if progress.request.lot is not None:
             progress.request.lot.num_rows += 1
 

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from lite.engines.protocol import Cache
 from lite.errors import Cancelled, LiteError, MemoryBudgetError, QueueFull
@@ -23,7 +23,6 @@ from lite.session.request import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lite.memory.process import Peaks
     from lite.session.loop import Loop
     from lite.session.request import Request
 
@@ -39,20 +38,16 @@ _CLOSED: Final = "got a session that is closed · expected an open one · load t
 class Session(Generic[C, F]):
     """Requests waiting and under way. Safe to use from several threads at once."""
 
-    def __init__(
-        self, loop: Loop[C, F], *, peaks: Callable[[], Peaks], max_queue: int = MAX_QUEUE, num_ahead: int = 1
-    ) -> None:
+    def __init__(self, loop: Loop[C, F], *, max_queue: int = MAX_QUEUE, num_ahead: int = 1) -> None:
         """Prepare; threads start with the first request.
 
         Args:
-            loop: of this session alone.
-            peaks: tells the memory peaks so far.
+            loop: of this session alone. It belongs to the decoder's thread: others may look at it, no more.
             max_queue: requests that may wait.
             num_ahead: how many of these the tower may be run for before there is a row.
         """
-        self.max_queue = max_queue
-        self._loop = loop
-        self._peaks = peaks
+        self.loop = loop
+        self._max_queue = max_queue
         self._num_ahead = num_ahead
         self._waiting: list[Progress[F]] = []
         self._pressure: tuple[MemoryBudgetError, Progress[F]] | None = None  # of the tower, for the loop to make room
@@ -61,21 +56,6 @@ class Session(Generic[C, F]):
         self._decoder = _Worker(self, Session._step, "lite-decoder")
         self._eyes = _Worker(self, Session._see, "lite-eyes")
         _SESSIONS.add(self)
-
-    @property
-    def num_rows(self) -> int:
-        """How many studies can be under way at a time."""
-        return self._loop.num_rows
-
-    @property
-    def loop(self) -> Loop[C, F]:
-        """What is under way. It belongs to the decoder's thread: others may look at it, no more."""
-        return self._loop
-
-    @property
-    def num_waiting(self) -> int:
-        """How many requests wait for a row."""
-        return len(self._waiting)
 
     def submit(self, request: Request[F]) -> Progress[F]:
         """Take a request; return what will come of it.
@@ -87,16 +67,15 @@ class Session(Generic[C, F]):
         progress = Progress(request)
         with self._lock:
             if self._closed:
-                raise LiteError(
-                    f"{request.id}: got a session that is closed · expected an open one · load the model again"
-                )
-            if len(self._waiting) >= self.max_queue:
-                msg = f"{request.id}: got a request while {len(self._waiting)} wait · expected at most {self.max_queue}"
-                raise QueueFull(f"{msg} waiting · try again when some have ended, or load it with a longer queue")
+                raise LiteError(f"{request.id}: {_CLOSED}")
+            if len(self._waiting) >= self._max_queue:
+                msg = f"{request.id}: got a request while {len(self._waiting)} wait · expected at most"
+                raise QueueFull(f"{msg} {self._max_queue} waiting · try again when some have ended")
             self._waiting.append(progress)
             self._eyes.start()
             self._decoder.start()
-        self.wake()
+        self._eyes.ring()
+        self._decoder.ring()
         return progress
 
     def cancel(self, progress: Progress[F]) -> None:
@@ -106,11 +85,6 @@ class Session(Generic[C, F]):
             progress.cancelled = True
             self._decoder.ring()
 
-    def wake(self) -> None:
-        """Let both threads look at what there is to do."""
-        self._eyes.ring()
-        self._decoder.ring()
-
     def close(self, timeout_s: float | None = None) -> None:
         """End everything that waits or is under way, and let go of the cache; wait for the step that is being computed.
 
@@ -119,7 +93,6 @@ class Session(Generic[C, F]):
         """
         with self._lock:
             self._closed = True
-        self.wake()
         for worker in (self._eyes, self._decoder):
             worker.stop(timeout_s)
         if not self._decoder.is_alive:
@@ -130,7 +103,7 @@ class Session(Generic[C, F]):
             waiting, self._waiting = self._waiting, []
         for progress in waiting:
             progress.end(error)
-        self._loop.drop_all(error)
+        self.loop.drop_all(error)
 
     # -- The decoder's thread ----------------------------------------------------------------------------------------
 
@@ -142,23 +115,24 @@ class Session(Generic[C, F]):
         try:
             self._make_room()
             self._admit()
-            if not self._loop.is_busy:
+            if not self.loop.is_busy:
                 return False
-            self._loop.turn()
+            self.loop.turn()
         except Exception as error:  # noqa: BLE001 - whoever waits is told, whatever it is
             self._end_all(error)
         return True
 
     def _admit(self) -> None:
-        """Give rows to those that wait, the first first."""
+        """Give rows to those that wait: first those that have lost theirs, then by the order in which they came."""
         with self._lock:
+            self._waiting[:0], self.loop.lost = self.loop.lost, []
             waiting = list(self._waiting)
         left = False
         for progress in waiting:
             if (why := progress.unwanted()) is not None:
                 progress.end(why)
             has_room = progress.request.has_room
-            if progress.has_ended or (has_room and not left and self._loop.admit(progress)):
+            if progress.has_ended or (has_room and not left and self.loop.admit(progress)):
                 with self._lock:
                     self._waiting.remove(progress)
             elif has_room:
@@ -172,7 +146,7 @@ class Session(Generic[C, F]):
         if pressure is None:
             return
         error, progress = pressure
-        if not self._loop.make_room(error):
+        if not self.loop.make_room(error):
             progress.end(error)
         self._eyes.ring()
 
@@ -194,7 +168,7 @@ class Session(Generic[C, F]):
             progress.end(error)
         else:
             progress.vision_s = time.perf_counter() - started
-            progress.vision_peaks = self._peaks()
+            progress.vision_peaks = self.loop.peaks()
             progress.features = features
         self._decoder.ring()
         return True
@@ -210,7 +184,7 @@ class Session(Generic[C, F]):
                 wanted = progress.features is None and not progress.has_ended and not progress.cancelled
                 wanted = wanted and (seen[has_room] < self._num_ahead or progress is self._waiting[0])
                 # What another is about to read, or holds, need not be looked at again.
-                if wanted and film not in films and not self._loop.holds(film):
+                if wanted and film not in films and not self.loop.holds(film):
                     return progress
                 if film is not None:
                     films.add(film)
@@ -266,12 +240,7 @@ class _Worker(Generic[S]):
         return session is not None and self._work(session)
 
 
-class _Closable(Protocol):
-    def close(self, timeout_s: float | None = None) -> None:
-        """End everything."""
-
-
-_SESSIONS: weakref.WeakSet[_Closable] = weakref.WeakSet()
+_SESSIONS: weakref.WeakSet[Session[Any, Any]] = weakref.WeakSet()
 
 
 @atexit.register

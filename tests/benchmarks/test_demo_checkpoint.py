@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -72,8 +73,7 @@ def mean_kl(
     config = json.loads((model.artifact.path / "decoder" / "config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         decoder = load_decoder(decoder_folder(Path(folder), config, change(stored(model))), device="cpu")
-    parts = {"tokenizer": model.tokenizer, "prompt": model.prompt, "vision": model.vision}
-    changed = FindingsModel(model.artifact, decoder=decoder, plan=model.plan, **parts)
+    changed = dataclasses.replace(model, decoder=decoder)
     total, count = 0.0, 0
     for path, reason, token_ids, expected in scored:
         got = log_probs(changed, path, reason, token_ids)

@@ -9,7 +9,8 @@ from within import assert_within
 
 from kernels import reference
 from kernels.decode_attention import decode_attention
-from kernels.quant_matmul import QuantWeight, quant_matmul
+from kernels.quant_matmul import quant_matmul
+from kernels.quant_weight import QuantWeight
 from kernels.rotary_and_cache import rotary_and_cache
 
 if not torch.cuda.is_available():

@@ -18,7 +18,8 @@ from kernels.backend import Card, Selection, require_backend, select_backend
 from kernels.decode_attention import decode_attention
 from kernels.gptq import gptq_matmul
 from kernels.packing import from_tiles, pack, span_size, to_tiles, unpack
-from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul
+from kernels.quant_matmul import decode_plan, quant_matmul
+from kernels.quant_weight import QuantWeight
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.sample import sample
 from kernels.silu_mul import silu_mul

@@ -18,7 +18,8 @@ from kernels.add_rms_norm import add_rms_norm
 from kernels.backend import card_of, select_backend
 from kernels.decode_attention import decode_attention
 from kernels.gptq import GptqWeight, to_tensors
-from kernels.quant_matmul import QuantWeight, decode_plan, quant_matmul
+from kernels.quant_matmul import decode_plan, quant_matmul
+from kernels.quant_weight import QuantWeight
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.silu_mul import silu_mul
 

@@ -203,6 +203,12 @@ def write_minimal(folder: Path) -> None:
         (folder / name).write_text(name)
 
 
+def finished(out: Path, **changes: Any) -> Artifact:
+    with staged_artifact(out) as staged:
+        write_minimal(staged.path)
+        return staged.finish(tiny_manifest(**changes))
+
+
 def test_nothing_is_there_until_it_is_finished(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "artifact"
     with staged_artifact(out) as staged:
@@ -255,9 +261,7 @@ def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path) -> Non
 
 def test_something_there_is_refused_and_kept(tmp_path: Path) -> None:
     out = tmp_path / "artifact"
-    with staged_artifact(out) as staged:
-        write_minimal(staged.path)
-        staged.finish(tiny_manifest())
+    finished(out)
     with pytest.raises(ArtifactError, match="a path that exists"), staged_artifact(out):
         pass
     with staged_artifact(out, overwrite=True) as staged:
@@ -294,9 +298,7 @@ def test_overwriting_that_fails_half_way_keeps_one_whole_artifact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, before: bool, left: str, error: BaseException
 ) -> None:
     out = tmp_path / "artifact"
-    with staged_artifact(out) as staged:
-        write_minimal(staged.path)
-        staged.finish(tiny_manifest(model="first"))
+    finished(out, model="first")
 
     def overwrite() -> None:
         with staged_artifact(out, overwrite=True) as staged, monkeypatch.context() as patch:
@@ -336,12 +338,6 @@ def test_overwriting_never_deletes_what_is_not_an_artifact(tmp_path: Path) -> No
     with pytest.raises(ArtifactError, match="not an artifact"), staged_artifact(home, overwrite=True):
         pass
     assert (home / "thesis.tex").read_text() == "years of work"
-
-
-def finished(out: Path, **changes: Any) -> Artifact:
-    with staged_artifact(out) as staged:
-        write_minimal(staged.path)
-        return staged.finish(tiny_manifest(**changes))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "mine/figures.csv", "decoder/other.safetensors"])

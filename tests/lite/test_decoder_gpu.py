@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from driving import decode_token, newest_of, read_prompt, score_text
+from driving import decode_token, drive, newest_of, read_prompt, score_text
 from repository import ROOT
 from tiny import write_tiny_gptq_artifact
 
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID
-from lite.engines.segments import expand_image, num_prefix_tokens
+from lite.engines.segments import expand_image
 from lite.engines.torch_engine.cache import KVCache
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
@@ -117,7 +117,7 @@ def test_captured_steps_in_float16_are_launched_ones(artifact: Artifact, cache_d
         got, expected = (decode_token(d, cache) for d, cache in zip((captured, plain), caches, strict=True))
         # The kernels add up in the same order every time; cuBLAS, which has the head, all but promises it.
         torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
-        assert caches[0].newest().tolist() == caches[1].newest().tolist()
+        assert newest_of(caches[0]) == newest_of(caches[1])
     assert all(step.is_captured for step in caches[0].steps.values())
 
 
@@ -169,19 +169,11 @@ def run(loop: Loop[KVCache, Any], lengths: Sequence[int]) -> list[Progress[Any]]
         see = functools.partial(features, study)
         asked.append(
             Request(
-                id=str(study), input_ids=input_ids, num_prefix_tokens=num_prefix_tokens(input_ids), film=None, see=see,
+                id=str(study), input_ids=input_ids, film=None, see=see,
                 max_new_tokens=length,
             )
         )  # fmt: skip
-    studies = [Progress(one) for one in asked]
-    waiting = list(studies)
-    while waiting or loop.is_busy:
-        if waiting:
-            waiting[0].features = waiting[0].request.see()
-            if loop.admit(waiting[0]):
-                waiting.pop(0)
-        loop.turn()
-    return studies
+    return drive(loop, asked)
 
 
 def test_a_capture_that_is_refused_leaves_the_ordinary_way(artifact: Artifact) -> None:

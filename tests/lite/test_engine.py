@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from repository import ROOT
+from repository import run_python
 from tiny import cache_fidelity, write_tiny_gptq_artifact
 
 import lite
 from export import OnnxSettings, add_onnx
 from lite.artifact.open import Artifact
-from lite.engines import machine as machines
-from lite.engines.machine import Gpu, Machine, has_gpu, look
+from lite.engines.machine import Gpu, Machine
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.options import LoadArguments, LoadOptions
 from lite.engines.plan import RunPlan
-from lite.engines.resolve import MAX_ROWS, cache_loss, resolve
+from lite.engines.resolve import MAX_ROWS, resolve
 from lite.errors import ArtifactError, BackendUnavailable, LiteError
 
 CPU = Machine(has_torch=True, onnxruntime="1.32.0", providers=("CPUExecutionProvider",))
@@ -42,29 +38,28 @@ def refuse(artifact: Artifact, error: type[LiteError], message: str, machine: Ma
     assert type(caught.value) is error
 
 
-def test_on_a_cpu_onnx_where_it_is_there(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
-    assert plan(tiny_onnx_artifact).engine == "onnx"
-    assert plan(tiny_artifact).engine == "torch"
-    assert plan(tiny_onnx_artifact, engine="torch").engine == "torch"
-    assert plan(tiny_onnx_artifact, device="cpu").engine == "onnx"
-
-
-def test_on_a_gpu_torch_unless_something_says_otherwise(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
-    found = plan(tiny_onnx_artifact, GPU)
-    assert (found.engine, found.device, found.dtype, found.vision_provider) == (
-        "torch", "cuda", "float16", "CUDAExecutionProvider",
-    )  # fmt: skip
-    assert found.choices["device"] == ("cuda", "there is a GPU: RTX 3060")
-    assert plan(tiny_onnx_artifact, GPU, engine="onnx").engine == "onnx"
-    assert plan(tiny_onnx_artifact, GPU, device="cpu").engine == "onnx"
-    assert plan(tiny_onnx_artifact, GPU, provider="cuda").engine == "onnx"
-    assert plan(tiny_artifact, GPU).engine == "torch"
+def test_which_engine_computes(tiny_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
+    """On a CPU onnx where it is there, on a GPU torch, unless something says otherwise."""
+    cases: list[tuple[Artifact, Machine, dict[str, Any], str]] = [
+        (tiny_onnx_artifact, CPU, {}, "onnx"),
+        (tiny_artifact, CPU, {}, "torch"),
+        (tiny_onnx_artifact, CPU, {"engine": "torch"}, "torch"),
+        (tiny_onnx_artifact, CPU, {"device": "cpu"}, "onnx"),
+        (tiny_onnx_artifact, CPU, {"device": "cpu", "provider": "cpu"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"engine": "onnx"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"device": "cpu"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"provider": "cuda"}, "onnx"),
+        (tiny_onnx_artifact, GPU, {"device": "cuda:0"}, "torch"),
+        (tiny_onnx_artifact, GPU, {"dtype": "float32"}, "torch"),
+        (tiny_artifact, GPU, {}, "torch"),
+    ]
+    for artifact, machine, options, engine in cases:
+        assert plan(artifact, machine, **options).engine == engine, options
     assert plan(tiny_artifact, GPU, device="cpu").device == "cpu"
-
-
-@pytest.mark.parametrize("settings", [{"device": "cuda:0"}, {"dtype": "float32"}])
-def test_what_only_torch_has_means_torch(tiny_onnx_artifact: Artifact, settings: dict[str, Any]) -> None:
-    assert plan(tiny_onnx_artifact, GPU, **settings).engine == "torch"
+    found = plan(tiny_onnx_artifact, GPU)
+    assert (found.engine, found.device, found.dtype) == ("torch", "cuda", "float16")
+    assert found.vision_provider == "CUDAExecutionProvider"
+    assert found.choices["device"] == ("cuda", "there is a GPU: RTX 3060")
 
 
 def test_without_torch(tiny_artifact: Artifact, tiny_gptq_artifact: Artifact, tiny_onnx_artifact: Artifact) -> None:
@@ -109,13 +104,17 @@ def test_an_artifact_without_decoder_onnx(tiny_artifact: Artifact) -> None:
         ({"device": "abacus"}, "got device 'abacus' · expected auto, cpu, cuda or cuda:N"),
         ({"dtype": "int8"}, "got dtype 'int8' · expected float32, float16, bfloat16 or None"),
         *(({"rows": rows}, "got rows .* expected a whole number from 1") for rows in (0, -1, True, 1.0, "2")),
-        ({"fp16_accumulation": True}, "got fp16_accumulation for the onnx engine .* torch on a GPU only"),
-        ({"fp16_accumulation": True, "engine": "torch"}, "got fp16_accumulation on cpu · expected it for a GPU"),
-        ({"fp16_accumulation": True, "device": "cpu"}, "got fp16_accumulation on cpu · expected it for a GPU"),
-        ({"fp16_accumulation": True, "provider": "cpu"}, "got fp16_accumulation for the onnx engine"),
+        ({"fp16_accumulation": True}, "got fp16_accumulation for onnx on cpu · expected it for torch on a GPU only"),
+        ({"fp16_accumulation": True, "engine": "torch"}, "got fp16_accumulation for torch on cpu"),
         ({"engine": "onnx", "device": "cuda"}, "got device 'cuda' for the onnx engine .* give a provider"),
         ({"engine": "onnx", "dtype": "float16"}, "got dtype 'float16' for the onnx engine .*--activations"),
         ({"engine": "torch", "provider": "cpu"}, "got provider 'cpu' for the torch engine .* give a device"),
+        # Neither of two is dropped without a word.
+        ({"provider": "cpu", "device": "cuda"}, "for the onnx engine · expected it for the torch engine only"),
+        ({"provider": "cpu", "dtype": "float32"}, "for the onnx engine · expected it for the torch engine only"),
+        ({"device": "cpu", "provider": "cuda"}, "got device 'cpu' and provider 'cuda' · expected one of them"),
+        ({"engine": "onnx", "device": "cpu", "provider": "cuda"}, "got device 'cpu' and provider 'cuda'"),
+        *(({"provider": one}, "got provider .* expected one name") for one in (1, ["cpu"], [("CPU", {})])),
         ({"engine": "torch", "cache_dtype": "int4"}, "got cache_dtype 'int4' · expected int8, or float32, which"),
         ({"engine": "torch", "cache_dtype": "float16"}, "got cache_dtype 'float16' · expected int8, or float32, which"),
         ({"engine": "onnx", "cache_dtype": "int4"}, "got cache_dtype 'int4' · expected float32 or int8"),
@@ -127,22 +126,10 @@ def test_settings_that_exclude_each_other(tiny_onnx_artifact: Artifact, settings
         lite.load(tiny_onnx_artifact.path, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"provider": "cpu", "device": "cuda"}, {"provider": "cpu", "dtype": "float32"}])
-def test_a_provider_and_what_only_torch_has(tiny_onnx_artifact: Artifact, settings: dict[str, Any]) -> None:
-    """Neither is dropped without a word."""
-    refuse(tiny_onnx_artifact, LiteError, "for the onnx engine · expected it for the torch engine only", **settings)
-
-
 @pytest.mark.parametrize("provider", ["abacus", "", "cuda:x", "cpu:", "cpu:1", "CUDAExecutionProvider", "dml"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, perhaps with its provider")
 def test_a_provider_that_is_not_there(tiny_onnx_artifact: Artifact, provider: str) -> None:
     with pytest.raises(BackendUnavailable, match=r"got provider .* expected one that ONNX Runtime .*CPUExecution"):
-        lite.load(tiny_onnx_artifact.path, engine="onnx", provider=provider)
-
-
-@pytest.mark.parametrize("provider", [1, ["cpu"], [("CPUExecutionProvider", {})]])
-def test_a_provider_that_is_no_name(tiny_onnx_artifact: Artifact, provider: Any) -> None:
-    with pytest.raises(LiteError, match="got provider .* expected one name"):
         lite.load(tiny_onnx_artifact.path, engine="onnx", provider=provider)
 
 
@@ -186,13 +173,6 @@ def test_directml_is_refused_for_the_decoder(tiny_onnx_artifact: Artifact) -> No
         OnnxDecoder(tiny_onnx_artifact, provider="DmlExecutionProvider")
 
 
-def test_a_device_and_a_provider_that_contradict_each_other(tiny_onnx_artifact: Artifact) -> None:
-    for settings in ({"engine": "onnx"}, {}):
-        with pytest.raises(LiteError, match="got device 'cpu' and provider 'cuda' · expected one of them"):
-            lite.load(tiny_onnx_artifact.path, device="cpu", provider="cuda", **settings)
-    assert plan(tiny_onnx_artifact, device="cpu", provider="cpu").engine == "onnx"
-
-
 @pytest.mark.parametrize("provider", ["cpu", "CPU", "CPUExecutionProvider"])
 def test_names_of_the_cpu(tiny_onnx_artifact: Artifact, films: list[Path], provider: str) -> None:
     found = lite.load(tiny_onnx_artifact.path, provider=provider).findings(films[0], max_new_tokens=1)
@@ -230,15 +210,9 @@ assert not {"torch", "safetensors", "onnx", "transformers"} & {name.partition(".
 
 
 def test_findings_in_a_process_that_cannot_import_torch(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _BLOCKED + _NO_TORCH, tiny_onnx_artifact.path, films[0]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    printed = run_python("-c", _BLOCKED + _NO_TORCH, tiny_onnx_artifact.path, films[0])
     expected = lite.load(tiny_onnx_artifact.path, engine="onnx").findings(films[0]).text
-    assert done.stdout.split() == ["onnx", expected.encode().hex()]
+    assert printed.split() == ["onnx", expected.encode().hex()]
 
 
 def test_torch_is_installed_and_not_loaded(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
@@ -248,88 +222,7 @@ def test_torch_is_installed_and_not_loaded(tiny_onnx_artifact: Artifact, films: 
         "found = lite.load(sys.argv[1], engine='onnx').findings(sys.argv[2], max_new_tokens=2)\n"
         "print(found.engine, 'torch' in sys.modules, 'kernels' in sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tiny_onnx_artifact.path, films[0]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["onnx", "False", "False"]
-
-
-def test_a_driver_is_asked_for_before_torch(tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing torch takes seconds: not where there can be no GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("torch was asked"))
-    # No such library, and one that is no driver: the process itself.
-    for driver in ("libnosuchdriver.so.1", None):
-        monkeypatch.setattr(machines, "_CUDA_DRIVER", driver)
-        has_gpu.cache_clear()
-        found = look(LoadOptions(), tiny_onnx_artifact)
-        assert (found.gpus, found.gpu_problem) == ((), None)
-    has_gpu.cache_clear()  # of what has just been answered
-    monkeypatch.setattr(machines, "has_gpu", lambda: True)
-    # Nor where the engine is another one.
-    for options in ({"engine": "onnx"}, {"provider": "cpu"}, {"device": "cpu"}):
-        assert look(LoadOptions(**options), tiny_onnx_artifact).gpus == ()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "built without CUDA" in (look(LoadOptions(), tiny_onnx_artifact).gpu_problem or "")
-
-
-def test_a_torch_that_cannot_be_imported_is_a_problem_of_who_needs_it(
-    tiny_artifact: Artifact, tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(_: str) -> tuple[Gpu, ...]:
-        raise BackendUnavailable("got no torch (libcudart)")
-
-    monkeypatch.setattr(machines, "_gpus", broken)
-    monkeypatch.setattr(machines, "has_gpu", lambda: True)
-    for artifact, options in ((tiny_artifact, {}), (tiny_onnx_artifact, {"engine": "torch"})):
-        with pytest.raises(BackendUnavailable, match="libcudart"):
-            look(LoadOptions(**options), artifact)  # type: ignore[arg-type]
-    machine = look(LoadOptions(), tiny_onnx_artifact)
-    found = resolve(LoadOptions(), tiny_onnx_artifact, machine)
-    assert (found.engine, found.fallbacks) == (
-        "onnx", ("the CPU in place of the GPU that is there: got no torch (libcudart)",)
-    )  # fmt: skip
-
-
-def test_what_is_free_is_asked_of_the_gpu_that_is_meant(
-    tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card = SimpleNamespace(name="T4", major=7, minor=5, total_memory=16 << 30)
-    for name, value in {
-        "is_available": lambda: True,
-        "device_count": lambda: 2,
-        "current_device": lambda: 0,
-        "empty_cache": lambda: None,
-        "get_device_properties": lambda _: card,
-        "mem_get_info": lambda index: (index << 30, 16 << 30),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(machines, "has_gpu", lambda: True)
-    gpus = look(LoadOptions(device="cuda:1"), tiny_onnx_artifact).gpus
-    assert [gpu.free_bytes for gpu in gpus] == [None, 1 << 30]
-    assert (gpus[0].name, gpus[0].capability, gpus[0].total_bytes) == ("T4", (7, 5), 16 << 30)
-    assert [gpu.free_bytes for gpu in look(LoadOptions(), tiny_onnx_artifact).gpus] == [0, None]
-
-
-def test_why_torch_does_not_see_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_old() -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 9000).\nPlease update")
-
-    monkeypatch.setattr(machines, "has_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert machines.gpu_problem() == f"torch {torch.__version__} is built without CUDA"
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "init", too_old)
-    assert machines.gpu_problem() == "The NVIDIA driver on your system is too old (found version 9000)."
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    assert machines.gpu_problem() == f"torch {torch.__version__} does not see it"
-    monkeypatch.setattr(machines, "has_torch", lambda: False)
-    assert machines.gpu_problem() == "torch is not installed"
+    assert run_python("-c", code, tiny_onnx_artifact.path, films[0]).split() == ["onnx", "False", "False"]
 
 
 def test_an_old_onnxruntime_is_named(tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,7 +276,8 @@ def test_a_cpu_takes_the_int8_cache_that_loses_little(tiny_onnx_artifact: Artifa
 
 def test_what_the_cache_loses_is_that_of_the_engine(tiny_onnx_artifact: Artifact) -> None:
     artifact = with_cache_kl(tiny_onnx_artifact, 0.0, onnx=2e-3)
-    assert (cache_loss(artifact, "torch"), cache_loss(artifact, "onnx")) == (0.0, 2e-3)
+    for engine, lost in (("torch", 0.0), ("onnx", 2e-3)):
+        assert plan(artifact, engine=engine, cache_dtype="int8").losses["int8 cache, from a float one"] == lost
 
 
 def test_what_is_planned_is_what_is_built(
@@ -417,11 +311,8 @@ machine = Machine(gpus=(gpu,), has_torch=True, onnxruntime="1.32.0", providers=(
 plan = resolve(LoadOptions(), load_artifact(sys.argv[1]), machine)
 print(plan.engine, plan.device, plan.rows, "onnxruntime" in sys.modules)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", _BLOCKED + code, tiny_onnx_artifact.path],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.split() == ["torch", "cuda", str(MAX_ROWS), "False"]
+    printed = run_python("-c", _BLOCKED + code, tiny_onnx_artifact.path)
+    assert printed.split() == ["torch", "cuda", str(MAX_ROWS), "False"]
 
 
 # ---- the limit on memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ import torch
 from export.quantize.gptq import Grid, round_to_nearest
 from kernels.bnb import Int8Weight, Nf4Weight
 from kernels.gptq import GptqWeight, to_tensors
-from kernels.quant_matmul import QuantWeight
+from kernels.quant_weight import QuantWeight
 from lite.config import Quantization
-from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
+from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.load import fill_linear, parts_of
 from lite.errors import ArtifactError
 
 IN = 192
@@ -47,17 +48,13 @@ def bnb(weight: torch.Tensor, decoder_format: str) -> Tensors:
     return (quantize_nf4 if decoder_format == "bnb-nf4" else quantize_int8)(weight)
 
 
-class Form:
+class Form(NamedTuple):
     """How a weight is stored, what it then is worth, and what holds it."""
 
-    def __init__(
-        self,
-        quantization: Quantization | None,
-        kind: type,
-        store: Callable[[torch.Tensor], Tensors],
-        values: Callable[[Tensors], torch.Tensor],
-    ) -> None:
-        self.quantization, self.kind, self.store, self.values = quantization, kind, store, values
+    quantization: Quantization | None
+    kind: type
+    store: Callable[[torch.Tensor], Tensors]
+    values: Callable[[Tensors], torch.Tensor]
 
 
 def gptq_form(bits: int, group_size: int) -> Form:
@@ -94,7 +91,7 @@ def filled(form: Form, parts: dict[str, int] | None = None, **named: Any) -> tup
     parts = parts or PARTS
     linear = Linear(IN, parts, form.quantization)
     stored = {name: form.store(weight) for name, weight in matrices(parts).items()}
-    linear.take(stored, device="cpu", dtype=torch.float32, **named)
+    fill_linear(linear, stored, device="cpu", dtype=torch.float32, **named)
     return linear, stored
 
 
@@ -112,7 +109,7 @@ def test_the_parts_are_side_by_side_in_their_order(name: str, x: torch.Tensor) -
     for product, part in zip(got.split(list(PARTS.values()), dim=-1), PARTS, strict=True):
         torch.testing.assert_close(product, x @ form.values(stored[part]).t(), atol=1e-5, rtol=1e-5)
         alone = Linear(IN, {part: PARTS[part]}, form.quantization)
-        alone.take({part: stored[part]}, device="cpu", dtype=torch.float32)
+        fill_linear(alone, {part: stored[part]}, device="cpu", dtype=torch.float32)
         assert torch.equal(product, alone(x))
     assert [type(weight) for weight in linear.weights] == [form.kind] * 3
 
@@ -137,7 +134,7 @@ def test_rows_that_float16_cannot_scale_stay_as_they_are_stored(x: torch.Tensor)
     stored = {name: form.store(weight) for name, weight in matrices().items()}
     stored["k_proj"]["SCB"][5] = 1e-6
     linear = Linear(IN, PARTS, form.quantization)
-    linear.take(stored, device="cpu", dtype=torch.float32, backend="triton")
+    fill_linear(linear, stored, device="cpu", dtype=torch.float32, backend="triton")
     assert [type(weight) for weight in linear.weights] == [Int8Weight] * 3
     expected = torch.cat([x @ form.values(tensors).t() for tensors in stored.values()], dim=-1)
     torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-5)
@@ -148,16 +145,6 @@ def test_what_the_kernels_do_not_know_stays_as_it_is_stored(name: str, x: torch.
     linear, _ = filled(FORMS[name], backend="triton")
     assert [type(weight) for weight in linear.weights] == [FORMS[name].kind] * 3
     assert torch.equal(linear(x), filled(FORMS[name])[0](x))
-
-
-def test_which_groups_fit_the_kernels() -> None:
-    sizes = (-1, 8, 16, 32, 64, 96, 128, 192, 256, 1024)
-    fitting = [
-        size for size in sizes if Linear(IN, PARTS, Quantization(format="gptq-int4", group_size=size)).fits_kernels
-    ]
-    assert fitting == [-1, 32, 64, 128, 192, 256, 1024]
-    for stored in (None, Quantization(format="bnb-nf4"), Quantization(format="bnb-int8")):
-        assert Linear(IN, PARTS, stored).fits_kernels, "no kernel of ours is for that"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +164,9 @@ def test_a_mapped_weight_is_not_copied() -> None:
     """On a CPU: what lies on the disk in the dtype of the decoder is used from there."""
     linear = Linear(IN, PARTS)
     weights = {name: weight.float() for name, weight in matrices().items()}
-    linear.take({name: {"weight": weight} for name, weight in weights.items()}, device="cpu", dtype=torch.float32)
+    fill_linear(
+        linear, {name: {"weight": weight} for name, weight in weights.items()}, device="cpu", dtype=torch.float32
+    )
     got = [weight.data_ptr() for weight in linear.weights if isinstance(weight, torch.Tensor)]
     assert got == [weight.data_ptr() for weight in weights.values()]
 
@@ -215,7 +204,7 @@ def test_what_is_no_weight_of_this_form_is_refused(name: str, damage: Callable[[
     damage(stored["q_proj"])
     linear = Linear(IN, PARTS, form.quantization)
     with pytest.raises(ValueError, match=message):
-        linear.take(stored, device="cpu", dtype=torch.float32)
+        fill_linear(linear, stored, device="cpu", dtype=torch.float32)
 
 
 def test_a_linear_without_weights_computes_nothing(x: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from lite.artifact.open import Artifact
 from lite.config import DecoderConfig, Quantization
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.load import fill_linear
 from lite.errors import LiteError, MemoryBudgetError
 from lite.loading import load
 from lite.memory.counts import (
@@ -64,7 +65,7 @@ def test_every_format_is_counted_to_the_byte(stored: str, lm_head_bits: int | No
         tensors = {
             name: random_tensors((outputs, linear.in_features), linear) for name, outputs in linear.parts.items()
         }
-        linear.take(tensors, device="cpu", dtype=torch.float32)
+        fill_linear(linear, tensors, device="cpu", dtype=torch.float32)
     assert decoder_bytes(config, itemsize=4) == decoder.nbytes
 
 

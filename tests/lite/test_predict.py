@@ -196,14 +196,6 @@ def test_a_forgotten_image_folder_is_named_and_nothing_is_written(
     assert "note: 1 of 3 films are not there, and will be skipped" in capsys.readouterr().err
 
 
-def test_a_list_of_one_null_entry_is_one_line(place: Place, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    place.list.write_text('[{"image": "1.png"}, null]')
-    assert place.run() == 1
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: {place.list}: got an entry 2 that is no study (it is null)")
-    assert err.count("\n") == 1
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_is_one_line(place: Place, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.run(out=Path("/dev/full")) == 1

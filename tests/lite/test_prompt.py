@@ -118,14 +118,23 @@ def test_bos_once_and_image_once(prompt: PromptEncoder) -> None:
     assert prompt.num_tokens(input_ids) == len(input_ids) - 1 + 64
 
 
-def test_words_of_the_template(prompt: PromptEncoder, tokenizer: Tokenizer) -> None:
-    input_ids = prompt.encode("cough\nfever\r\nchills")
+ASKS = "\nProvide a description of the findings in the radiology image given the following indication: "
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"reason": "cough\nfever\r\nchills"}, f"{ASKS}cough fever chills ASSISTANT:"),
+        ({"reason": "{question} {reason} {0} %s"}, ASKS + "{question} {reason} {0} %s ASSISTANT:"),
+        ({"query": "Describe the chest x-ray.\n"}, "\nDescribe the chest x-ray.\n ASSISTANT:"),
+    ],
+)
+def test_words_of_the_template(prompt: PromptEncoder, tokenizer: Tokenizer, asked: Any, said: str) -> None:
+    """Line breaks of a reason become spaces, those of a query stay; braces are text."""
+    input_ids = prompt.encode(**asked)
     at = input_ids.index(IMAGE_TOKEN_ID)
     assert tokenizer.decode_unstripped(input_ids[:at]) == HEAD
-    assert tokenizer.decode_unstripped(input_ids[at + 1 :]) == (
-        "\nProvide a description of the findings in the radiology image given the following indication: "
-        "cough fever chills ASSISTANT:"
-    )
+    assert tokenizer.decode_unstripped(input_ids[at + 1 :]) == said
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t "])
@@ -145,18 +154,6 @@ def test_control_characters_are_refused_by_name(prompt: PromptEncoder, char: str
         prompt.encode(f"cough{char}fever")
     assert repr(char) in str(refused.value)
     prompt.encode("a tab\tis none")
-
-
-def test_query_keeps_its_newline(prompt: PromptEncoder, tokenizer: Tokenizer) -> None:
-    input_ids = prompt.encode(query="Describe the findings of the chest x-ray.\n")
-    text = tokenizer.decode_unstripped(input_ids[input_ids.index(IMAGE_TOKEN_ID) + 1 :])
-    assert text == "\nDescribe the findings of the chest x-ray.\n ASSISTANT:"
-
-
-def test_braces_in_a_reason_are_text(prompt: PromptEncoder, tokenizer: Tokenizer) -> None:
-    input_ids = prompt.encode("{question} {reason} {0} %s")
-    text = tokenizer.decode(input_ids[input_ids.index(IMAGE_TOKEN_ID) + 1 :])
-    assert text.endswith("indication: {question} {reason} {0} %s ASSISTANT:")
 
 
 @pytest.mark.parametrize("token", ["<image>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:"])

@@ -38,6 +38,7 @@ from lite.engines.options import LoadOptions
 from lite.engines.resolve import resolve
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
+from lite.engines.torch_engine.load import fill_linear
 from lite.errors import ArtifactError
 from lite.memory.counts import cache_bytes_per_token, decode_weight_bytes, decoder_bytes, layer_linear_shapes
 from lite.memory.plan import REASON_TOKENS, Shapes
@@ -98,7 +99,7 @@ def test_operations_of_the_decoder_are_those_torch_counts() -> None:
         nn.init.normal_(weight, std=0.1)
     for linear in linears_of(decoder).values():
         drawn = {name: {"weight": torch.randn(size, linear.in_features) / 10} for name, size in linear.parts.items()}
-        linear.take(drawn, device="cpu", dtype=torch.float32)
+        fill_linear(linear, drawn, device="cpu", dtype=torch.float32)
     cache = decoder.new_cache(1, length + 1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         read_prompt(decoder, [3] * length, None, cache)

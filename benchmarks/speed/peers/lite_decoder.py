@@ -22,7 +22,8 @@ from kernels.gptq import to_tensors
 from lite.config import DecoderConfig
 from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 from lite.engines.torch_engine.decoder import LlamaDecoder
-from lite.engines.torch_engine.linear import Linear, linears_of, parts_of
+from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.load import fill_linear, parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,7 @@ def build(order: Order) -> LiteEngine:
             decoder.set_submodule(owner, make(torch.cat([parts[name] for name in linear.parts])))
         else:
             tensors = {name: _stored(linear, weight) for name, weight in parts.items()}
-            linear.take(tensors, device=device, dtype=dtype, backend=select_backend(device).backend)
+            fill_linear(linear, tensors, device=device, dtype=dtype, backend=select_backend(device).backend)
         parts.clear()
     # Not strict: what a linear holds is not in the state.
     decoder.load_state_dict(state, strict=False, assign=True)

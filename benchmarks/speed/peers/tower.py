@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.speed.peers.worker import serve
 from lite.artifact.open import load_artifact
+from lite.engines.onnx_session import import_onnxruntime, provider_of_device
 from lite.vision import VisionEncoder
 
 
@@ -19,7 +20,9 @@ class Tower:
     def __init__(self, path: str, device: str) -> None:
         """Load the tower, and run it once untimed."""
         artifact = load_artifact(path)
-        self.encoder = VisionEncoder(artifact, device=device)
+        self.encoder = VisionEncoder(
+            artifact, provider=provider_of_device(device, import_onnxruntime().get_available_providers())
+        )
         size = artifact.manifest.parts.vision.image_size
         self.pixel_values = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
         self.look()

@@ -103,12 +103,9 @@ class OnnxCache:
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give a row that is not active the first `length` tokens of another."""
         for buffer in self.buffers.values():
-            if self.device[0] == "cpu":
-                values = buffer.numpy()  # a view
-                values[target, :, :length] = values[source, :, :length]
-            else:
-                values = buffer.numpy()  # a copy, on the host
-                values[target, :, :length] = values[source, :, :length]
+            values = buffer.numpy()  # a view on a CPU, or else a copy on the host
+            values[target, :, :length] = values[source, :, :length]
+            if self.device[0] != "cpu":
                 buffer.update_inplace(values)
         self.num_cached_tokens[target] = length
 

@@ -20,22 +20,15 @@ import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_engine.cache import DTYPES, OnnxCache, OnnxChosen
-from lite.engines.onnx_session import (
-    CPU,
-    CUDA,
-    DML,
-    errors_explained,
-    open_session,
-    require_onnxruntime,
-)
-from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError
+from lite.engines.onnx_session import CPU, CUDA, DML, errors_explained, open_session, require_onnxruntime
+from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError
 from lite.memory.counts import ONNX_CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import CacheDtype, OnnxPart
+    from lite.artifact.parts import CacheDtype
     from lite.config import DecoderConfig
     from lite.engines.protocol import EngineName, Segment
 
@@ -43,14 +36,11 @@ if TYPE_CHECKING:
 
 PREFILL_INPUT: Final = "is_prefill"
 """Of a graph in float32 with an int8 cache: whether a prompt is read (see `export.write.int8_cache_graph`)."""
-_OLDEST: Final = (1, 22), "8-bit MatMulNBits"
-OLDEST_INT8_CACHE: Final = (1, 27)
-_OLDEST_INT8_CACHE: Final = OLDEST_INT8_CACHE, "an int8 cache in GroupQueryAttention"
 _DEVICES: Final = {CPU: "cpu", CUDA: "cuda"}
 
 
 class OnnxDecoder:
-    """A Llama decoder that reads images, computed by ONNX Runtime."""
+    """A Llama decoder that reads images, computed by ONNX Runtime: an `Engine`, whose methods `protocol` describes."""
 
     engine: EngineName = "onnx"
     backend = "onnxruntime"
@@ -79,15 +69,13 @@ class OnnxDecoder:
             BackendUnavailable: ONNX Runtime is missing or too old, or the provider lacks an operator.
             LiteError: there is no such cache.
         """
-        self._part = _part(artifact)
+        self._part = artifact.onnx_part(cache_dtype)
         self.config = artifact.decoder_config()
-        check_cache_dtype(artifact, cache_dtype)
         self.cache_dtype: CacheDtype = cache_dtype or self._part.dtype
         self.dtype: str = self._part.dtype
         self.chunk_size = ONNX_CHUNK_SIZE
         int8 = self.cache_dtype == "int8"
-        version, what = _OLDEST_INT8_CACHE if int8 else _OLDEST
-        require_onnxruntime(version, what=what)
+        require_onnxruntime(int8_cache=int8)
         self.provider, _, index = provider.partition(":")
         if self.provider == DML:
             msg = (
@@ -126,20 +114,15 @@ class OnnxDecoder:
         """Say that features are taken from the host."""
 
     def new_cache(self, num_rows: int, max_seq_len: int) -> OnnxCache:
-        """Allocate a cache for `num_rows` studies of up to `max_seq_len` tokens each."""
+        """Return an empty cache."""
         return OnnxCache(
             self.config, num_rows=num_rows, max_seq_len=max_seq_len, dtype=self.cache_dtype, device=self._place
         )
 
     def embed(self, input_ids: Sequence[int], image_features: Array | None = None) -> Array:
-        """Look the tokens up, and put the image in place of the IMAGE_TOKEN_IDs, which lie side by side.
+        """Look the tokens up: inputs_embeds [T, hidden_size], in the dtype of the activations.
 
-        Args:
-            input_ids: with IMAGE_TOKEN_ID where there are image features.
-            image_features: [P, hidden_size], or None.
-
-        Returns:
-            inputs_embeds [T, hidden_size] in the dtype of the activations, where T counts P tokens for the image.
+        Image features [P, hidden_size] take the place of the IMAGE_TOKEN_IDs, which lie side by side.
         """
         dtype, ids = DTYPES[self.dtype], list(input_ids)
         if image_features is None:
@@ -151,12 +134,7 @@ class OnnxDecoder:
         return np.concatenate((before, np.asarray(image_features).astype(dtype), after))
 
     def extend(self, segment: Segment[Array], cache: OnnxCache) -> OnnxChosen | None:
-        """Read some tokens of one row, and choose behind the last `num_logits`.
-
-        Raises:
-            ContextLengthError: the row is shorter.
-            LiteError: ONNX Runtime fails.
-        """
+        """Read some tokens of one row, and choose behind the last `num_logits`."""
         logits = self.logits(segment, cache)
         if not segment.num_logits:
             return None
@@ -166,18 +144,10 @@ class OnnxDecoder:
         return OnnxChosen(cache.choose([row] * segment.num_logits, logits, positions))
 
     def logits(self, segment: Segment[Array], cache: OnnxCache) -> Array:
-        """Read some tokens of one row, and return the logits of the last `num_logits`, float32 [num_logits, vocab].
-
-        Raises:
-            ContextLengthError: the row is shorter.
-            LiteError: ONNX Runtime fails.
-        """
+        """Read some tokens of one row, and return the logits of the last `num_logits`."""
         row, length = segment.row, len(segment.input_ids)
-        features = segment.image_features
-        if features is not None:
-            num_places = sum(token_id == IMAGE_TOKEN_ID for token_id in segment.input_ids)
-            features = features[segment.image_start : segment.image_start + num_places]
-        inputs_embeds = self.embed(segment.input_ids, features)[None]
+        image = segment.image_features
+        inputs_embeds = self.embed(segment.input_ids, None if image is None else image[segment.image_part])[None]
         cache.is_active[row] = False
         # The graph computes logits of one token at least.
         logits_at = range(length - max(1, segment.num_logits), length)
@@ -190,12 +160,7 @@ class OnnxDecoder:
         return found[0, len(logits_at) - segment.num_logits :]
 
     def decode(self, cache: OnnxCache) -> OnnxChosen:
-        """Read the newest token of each active row, and choose the next.
-
-        Raises:
-            ContextLengthError: a row is full.
-            LiteError: ONNX Runtime fails.
-        """
+        """Read the newest token of each active row, and choose the next."""
         rows = cache.active
         first, count = rows.start, len(rows)
         # A row between them that is not active writes the slot behind what it holds, which it will write again.
@@ -277,33 +242,9 @@ class OnnxDecoder:
             raise ArtifactError(msg)
 
 
-def check_cache_dtype(artifact: Artifact, cache_dtype: str | None) -> None:
-    """Refuse a cache that `decoder.onnx` has no graph for.
-
-    Raises:
-        LiteError: there is none.
-    """
-    known = _part(artifact).cache_dtypes
-    if cache_dtype is not None and cache_dtype not in known:
-        msg = (
-            f"{artifact.path}: got cache_dtype {cache_dtype!r} · expected {' or '.join(known)}, which decoder.onnx was "
-        )
-        raise LiteError(f"{msg}exported with · choose one of them")
-
-
-def _part(artifact: Artifact) -> OnnxPart:
-    part = artifact.manifest.parts.decoder_onnx
-    if part is None:
-        msg = (
-            f"{artifact.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it with "
-        )
-        raise ArtifactError(f"{msg}`python -m export onnx {artifact.path}`")
-    return part
-
-
 def _embeddings(artifact: Artifact, config: DecoderConfig) -> Array:
     """Map the embeddings into memory: what is not looked up is never read."""
-    file = artifact.file(_part(artifact).embeddings)
+    file = artifact.file(artifact.onnx_part().embeddings)
     try:
         table: Array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -90,13 +90,11 @@ class TorchChosen:
 
 
 def _chosen_tokens(told: Sequence[Sequence[float]]) -> ChosenTokens:
-    top = tuple(
-        tuple((int(token), logprob) for token, logprob in zip(line[3::2], line[4::2], strict=True)) for line in told
-    )
+    top = [zip(map(int, line[3::2]), line[4::2], strict=True) for line in told if len(line) > 3]
     return ChosenTokens(
         token_ids=tuple(int(line[0]) for line in told),
         logprobs=tuple(line[1] for line in told),
-        top=top if top and top[0] else (),
+        top=tuple(tuple(pairs) for pairs in top),
         is_finite=all(line[2] for line in told),
     )
 
@@ -114,26 +112,15 @@ class KVCache:
         dtype: torch.dtype,
         quantized: bool = False,
     ) -> None:
-        """Allocate room for `num_rows` rows of `max_seq_len` tokens.
-
-        Args:
-            config: the decoder's shape.
-            num_rows: rows.
-            max_seq_len: slots of a row.
-            device: where.
-            dtype: what the decoder computes in.
-            quantized: keep keys and values as int8, half of float16.
-        """
+        """Allocate room for `num_rows` rows of `max_seq_len` tokens, in the decoder's dtype or quantized to int8."""
         shape = (config.num_hidden_layers, num_rows, config.num_key_value_heads, max_seq_len, config.head_dim)
         # Zeros, not empty: a masked slot is weighted by zero, and zero times a stray NaN is a NaN.
         stored = torch.int8 if quantized else dtype
         self.k_cache = torch.zeros(shape, device=device, dtype=stored)
         self.v_cache = torch.zeros(shape, device=device, dtype=stored)
-        self.k_scales: Tensor | None = None
-        self.v_scales: Tensor | None = None
-        if quantized:
-            self.k_scales = torch.zeros(shape[:-1], device=device, dtype=SCALES_DTYPE)
-            self.v_scales = torch.zeros(shape[:-1], device=device, dtype=SCALES_DTYPE)
+        self.k_scales, self.v_scales = (
+            torch.zeros(shape[:-1], device=device, dtype=SCALES_DTYPE) if quantized else None for _ in range(2)
+        )
         self.input_ids = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.position_ids = torch.full((num_rows,), -1, dtype=torch.long, device=device)
         self.drafts = torch.zeros(num_rows, MAX_DRAFTS, dtype=torch.long, device=device)
@@ -164,8 +151,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """2 (keys, values) x layers x rows x kv_heads x max_seq_len x bytes of a vector, its scale included."""
-        scales = 0 if self.k_scales is None else self.k_scales.nbytes
-        return 2 * (self.k_cache.nbytes + scales)
+        return sum(tensor.nbytes for tensor in self._tensors())
 
     @property
     def num_spanned(self) -> int:
@@ -175,9 +161,8 @@ class KVCache:
     @property
     def longest_active(self) -> int:
         """The most tokens that an active row holds."""
-        return max(
-            (count for count, active in zip(self.num_cached_tokens, self.is_active, strict=True) if active), default=0
-        )
+        held = zip(self.num_cached_tokens, self.is_active, strict=True)
+        return max((count for count, active in held if active), default=0)
 
     @property
     def tells_top(self) -> bool:
@@ -186,11 +171,8 @@ class KVCache:
 
     def layer(self, layer: int, rows: slice) -> LayerCache:
         """Return a layer's keys and values, of some rows."""
-        if self.k_scales is None or self.v_scales is None:
-            return LayerCache(self.k_cache[layer, rows], self.v_cache[layer, rows], None, None)
-        return LayerCache(
-            self.k_cache[layer, rows], self.v_cache[layer, rows], self.k_scales[layer, rows], self.v_scales[layer, rows]
-        )
+        scales = [None if of_all is None else of_all[layer, rows] for of_all in (self.k_scales, self.v_scales)]
+        return LayerCache(self.k_cache[layer, rows], self.v_cache[layer, rows], *scales)
 
     def _tensors(self) -> list[Tensor]:
         return [t for t in (self.k_cache, self.v_cache, self.k_scales, self.v_scales) if t is not None]
@@ -198,11 +180,7 @@ class KVCache:
     # -- Rows --------------------------------------------------------------------------------------------------------
 
     def check_room(self, end: int) -> None:
-        """Refuse tokens up to a position that no row has.
-
-        Raises:
-            ContextLengthError: the rows are shorter.
-        """
+        """Refuse tokens up to a position that no row has."""
         if end > self.max_seq_len:
             msg = f"got tokens up to position {end} · expected at most {self.max_seq_len}, the cache's max_seq_len"
             raise ContextLengthError(f"{msg} · allocate a longer cache")
@@ -222,23 +200,14 @@ class KVCache:
         self.num_cached_tokens[target] = length
 
     def release(self, row: int, *, damaged: bool = False) -> None:
-        """Let `decode` leave a row out. It keeps what it holds.
-
-        Args:
-            row: which.
-            damaged: what it holds may not be finite, and is cleared: it might be weighted by zero later on.
-        """
-        self.deactivate(row)
-        if damaged:
-            self.num_cached_tokens[row] = 0
-            for tensor in self._tensors():
-                tensor[:, row].zero_()
-
-    def deactivate(self, row: int) -> None:
-        """Let `decode` leave a row out."""
+        """Let `decode` leave a row out. It keeps what it holds, unless that may not be finite."""
         if self.is_active[row]:
             self.is_active[row] = False
             self.position_ids[row].fill_(-1)
+        if damaged:
+            self.num_cached_tokens[row] = 0
+            for tensor in self._tensors():
+                tensor[:, row].zero_()  # a NaN would not go away when it is weighted by zero
 
     # -- Choosing ----------------------------------------------------------------------------------------------------
 

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 
 
 def capture_cuda_graph(step: Step, *, device: torch.device) -> Step:
-    """Capture a step that has run at least once.
-
-    Args:
-        step: what to capture.
-        device: the GPU that its tensors are on.
+    """Capture a step that has run at least once, and whose tensors are on that GPU.
 
     Raises:
         RuntimeError: the step does what a graph cannot hold, or the driver is too old.

@@ -49,12 +49,7 @@ class LlamaDecoder(nn.Module):
     engine: EngineName = "torch"
 
     def __init__(self, config: DecoderConfig, *, cache_dtype: CacheDtype | None = None) -> None:
-        """Build the modules; `load_decoder` fills them.
-
-        Args:
-            config: the decoder's shape.
-            cache_dtype: "int8", or None for what the decoder computes in.
-        """
+        """Build the modules; `load_decoder` fills them. The cache is int8, or None: of what the decoder computes in."""
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
@@ -106,14 +101,12 @@ class LlamaDecoder(nn.Module):
     def fallbacks(self) -> tuple[str, ...]:
         """What is slower here than it has to be, each with its reason."""
         found = []
+        uses_kernels = [linear.uses_kernels for linear in linears_of(self).values()]
         if self.selection.is_fallback:
             found.append(f"plain torch in place of the GPU kernels: {self.selection.reason}")
-        elif self.selection.backend == "triton":
-            plain = sum(not linear.uses_kernels for linear in linears_of(self).values())
-            if plain:
-                found.append(
-                    f"plain torch for {plain} linears: the kernels do not know groups, or scales, of their size"
-                )
+        elif self.selection.backend == "triton" and not all(uses_kernels):
+            why = "the kernels do not know groups, or scales, of their size"
+            found.append(f"plain torch for {uses_kernels.count(False)} linears: {why}")
         if self._graph_problem is not None:
             found.append(f"no CUDA graph: {self._graph_problem}")
         return tuple(found)
@@ -128,21 +121,17 @@ class LlamaDecoder(nn.Module):
 
     @property
     def run_ahead(self) -> int:
-        """How many steps may be under way before the host looks at a token: 1 where the device works by itself."""
+        """How many steps may be under way: 1 where the device works by itself."""
         return 1 if self.device.type == "cuda" else 0
 
     def peak_vram_bytes(self) -> int | None:
         """Return the most memory torch's allocator has held on the GPU since the process began; None on the CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
-    # -- The engine's verb -------------------------------------------------------------------------------------------
+    # -- The engine's verb: see `lite.engines.protocol`, also for errors ---------------------------------------------
 
     def new_cache(self, num_rows: int, max_seq_len: int) -> KVCache:
-        """Return an empty cache for `num_rows` studies of up to `max_seq_len` tokens each.
-
-        Raises:
-            MemoryBudgetError: there is no memory for it.
-        """
+        """Return an empty cache."""
         # Not in inference mode, whoever asks: its tensors could be changed there only.
         with torch.inference_mode(mode=False), memory_explained("the cache"):
             return KVCache(
@@ -155,11 +144,7 @@ class LlamaDecoder(nn.Module):
             )
 
     def image_buffer(self, num_image_tokens: int) -> Tensor:
-        """Return memory for the features of one image, float32 [1, P, hidden_size], that another library may write.
-
-        Raises:
-            MemoryBudgetError: there is none.
-        """
+        """Return memory for the features of one image, that another library may write."""
         shape = 1, num_image_tokens, self.config.hidden_size
         with memory_explained("the features of a film"):
             buffer = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -169,50 +154,27 @@ class LlamaDecoder(nn.Module):
         return buffer
 
     def extend(self, segment: Segment[ImageFeatures], cache: KVCache) -> TorchChosen | None:
-        """Read some tokens of one row, and choose behind the last `num_logits`; wait for nothing.
-
-        Raises:
-            ContextLengthError: the row is shorter.
-            MemoryBudgetError: there is no memory for the activations.
-        """
+        """Read some tokens of one row, and choose behind the last `num_logits`; wait for nothing."""
         with torch.inference_mode(), memory_explained("a prompt"):
             logits = self._read(segment, cache)
-            if not segment.num_logits:
-                return None
-            return cache.begin(segment, logits)
+            return cache.begin(segment, logits) if segment.num_logits else None
 
     def logits(self, segment: Segment[ImageFeatures], cache: KVCache) -> NDArray[np.float32]:
-        """Read some tokens of one row, and return the logits of the last `num_logits`, float32 [num_logits, vocab].
-
-        Raises:
-            ContextLengthError: the row is shorter.
-            MemoryBudgetError: there is no memory for it.
-        """
+        """Read some tokens of one row, and return the logits of the last `num_logits`."""
         with torch.inference_mode(), memory_explained("a text"):
             found: NDArray[np.float32] = self._read(segment, cache).float().cpu().numpy()
             return found
 
     @torch.inference_mode()
     def decode(self, cache: KVCache) -> TorchChosen:
-        """Read the newest token of each active row, and choose the next; wait for nothing.
-
-        Raises:
-            ContextLengthError: a row is full.
-            MemoryBudgetError: there is no memory for it.
-        """
+        """Read the newest token of each active row, and choose the next; wait for nothing."""
         return self._step(cache, num_drafts=0)
 
     @torch.inference_mode()
     def verify(self, drafts: Mapping[int, Sequence[int]], cache: KVCache) -> TorchChosen:
         """Read the newest token of each active row and K drafted ones behind it, and choose behind each.
 
-        Args:
-            drafts: for each active row the same number of tokens, K.
-            cache: the rows'.
-
-        Raises:
-            ContextLengthError: a row is full.
-            MemoryBudgetError: there is no memory for it.
+        A row keeps all that it has read, and its newest token is the last: `truncate` it to what was right.
         """
         (num_drafts,) = {len(tokens) for tokens in drafts.values()}
         cache.draft(drafts)
@@ -221,14 +183,9 @@ class LlamaDecoder(nn.Module):
     # -- How it computes ---------------------------------------------------------------------------------------------
 
     def embed(self, input_ids: Sequence[int], image_features: ImageFeatures | None = None) -> Tensor:
-        """Look the tokens up, and put the image in place of the IMAGE_TOKEN_IDs, which lie side by side.
+        """Look the tokens up: inputs_embeds [T, hidden_size].
 
-        Args:
-            input_ids: with IMAGE_TOKEN_ID where there are image features.
-            image_features: [P, hidden_size], or None.
-
-        Returns:
-            inputs_embeds [T, hidden_size], where T counts P tokens for the image.
+        Image features [P, hidden_size] take the place of the IMAGE_TOKEN_IDs, which lie side by side.
         """
         ids = list(input_ids)
         if image_features is None:
@@ -259,13 +216,10 @@ class LlamaDecoder(nn.Module):
 
     def _read(self, segment: Segment[ImageFeatures], cache: KVCache) -> Tensor:
         """Return the logits behind the last tokens, [num_logits, vocab_size], in the dtype of the decoder."""
-        features = segment.image_features
-        if features is not None:
-            num_places = sum(token_id == IMAGE_TOKEN_ID for token_id in segment.input_ids)
-            features = features[segment.image_start : segment.image_start + num_places]
-        inputs_embeds = self.embed(segment.input_ids, features).unsqueeze(0)
-        del features
-        cache.deactivate(segment.row)
+        image = segment.image_features
+        inputs_embeds = self.embed(segment.input_ids, None if image is None else image[segment.image_part])[None]
+        del image
+        cache.release(segment.row)
         _, normed = self(inputs_embeds, cache, row=segment.row, start=segment.start, reads_cache=not segment.is_prompt)
         cache.num_cached_tokens[segment.row] = segment.end
         # A copy, as a view would keep all of the segment.
@@ -341,21 +295,20 @@ class LlamaDecoder(nn.Module):
 
     def _step(self, cache: KVCache, *, num_drafts: int) -> TorchChosen:
         """Decode all active rows by a step that serves every token, captured if it can be."""
-        cache.check_room(cache.longest_active + 1 + num_drafts)
-        rows = _step_rows(cache.num_spanned, cache.num_rows)
+        kv_len = cache.longest_active + 1 + num_drafts
+        cache.check_room(kv_len)
         num_top = MAX_TOP if cache.tells_top else 0
         with memory_explained("a token"):
             if self.selection.backend == "triton" or self.capture is not None:
-                cache.last_logits = self._captured(cache, rows, num_drafts, num_top)
+                rows = _step_rows(cache.num_spanned, cache.num_rows)
+                cache.last_logits = self._captured(cache, (rows, num_drafts, num_top))
             else:
-                kv_len = cache.longest_active + 1 + num_drafts
                 cache.last_logits = self._decode(cache, cache.num_spanned, num_drafts, num_top, kv_len=kv_len)
         return cache.advance(1 + num_drafts)
 
-    def _captured(self, cache: KVCache, rows: int, num_drafts: int, num_top: int) -> Tensor:
-        key = rows, num_drafts, num_top
-        step = cache.steps.get(key)
-        if step is None:
+    def _captured(self, cache: KVCache, key: tuple[int, int, int]) -> Tensor:
+        """Run the step for so many rows, drafts and top tokens."""
+        if (step := cache.steps.get(key)) is None:
             # Not the cache itself, which holds the step, and not the decoder, which may hold the cache: they would keep
             # each other, and the GPU's memory.
             decoder, held = weakref.proxy(self), weakref.proxy(cache)

@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Final
 
-from lite.engines.machine import gpu_problem
+from lite.engines.machine import gpu_problem, no_such_gpu
 from lite.errors import BackendUnavailable, MemoryBudgetError
 
 try:
@@ -49,20 +49,10 @@ def check_device(device: str) -> str:
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        parsed = None
-    if parsed is None or parsed.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         msg = f"got device {device!r} · expected auto, cpu, cuda or cuda:N · choose one of them"
         raise BackendUnavailable(msg)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if parsed.type == "cuda" and (parsed.index or 0) >= count:
-        problem = gpu_problem()
-        msg = (
-            f"got device {device!r} · expected one of the {count} GPUs that torch {torch.__version__} sees"
-            f"{f' ({problem})' if problem else ''} · use the CPU, or install a torch built for CUDA and the driver it "
-            "needs"
-        )
-        raise BackendUnavailable(msg)
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+        raise no_such_gpu(device, count, gpu_problem())
     return device

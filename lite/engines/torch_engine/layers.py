@@ -40,14 +40,6 @@ class Tokens:
     reads_cache: bool  # the tokens see each other as the cache keeps them, as when each had been decoded by itself
 
 
-class RMSNorm(nn.Module):
-    """The learned scale of a root-mean-square normalisation, which the decoder fuses with the addition before it."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-
-
 class Attention(nn.Module):
     """Grouped-query attention over the cache."""
 
@@ -111,14 +103,14 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then feed-forward; between them the decoder adds and norms."""
+    """Attention, then feed-forward; between them the decoder adds and norms in one, by the norms' weights."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class LlamaModel(nn.Module):
@@ -128,4 +120,4 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from kernels.bnb import import_bitsandbytes
+from kernels.bnb import Int8Weight, Nf4Weight, import_bitsandbytes
+from kernels.gptq import GptqWeight
+from kernels.quant_weight import GROUP_SIZES, QuantWeight
 from lite.engines.cores import available_cores
 from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.device import DTYPES, memory_explained
-from lite.engines.torch_engine.linear import linears_of, parts_of
+from lite.engines.torch_engine.linear import Linear, linears_of
 from lite.errors import ArtifactError, BackendUnavailable
 from lite.memory.counts import decoder_bytes
 
@@ -22,11 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from torch import Tensor
-
+    from kernels.backend import Backend
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
     from lite.config import DecoderConfig
+    from lite.engines.torch_engine.linear import Weight
 
 
 def load_decoder(
@@ -48,9 +52,8 @@ def load_decoder(
     Args:
         artifact: a checked artifact.
         device: "cpu", "cuda" or "cuda:N".
-        dtype: one of DTYPES. None takes the stored dtype on a GPU, and float32 on the CPU: 16-bit matrix products
-            run on few CPUs at speed (on an AVX2 CPU float16 reached 1.4 GFLOP/s against 100 in float32; 2 cores,
-            torch 2.13, November 2026).
+        dtype: one of DTYPES. None: see `lite.engines.options` (on an AVX2 CPU products in float16 reached 1.4 GFLOP/s
+            against 100 in float32; 2 cores, torch 2.13, November 2026).
         cache_dtype: "int8", or what the decoder computes in; None is the latter.
         chunk_size: tokens of a prompt that go through together: it bounds the memory of activations.
         fp16_accumulation: see `kernels.quant_matmul`.
@@ -134,12 +137,82 @@ def _fill(
     decoder.load_state_dict(state, assign=True)
     for name, module in linears.items():
         try:
-            module.take(found.pop(name), device=device, dtype=dtype, backend=decoder.selection.backend)
+            fill_linear(module, found.pop(name), device=device, dtype=dtype, backend=decoder.selection.backend)
         except ValueError as error:
             msg = f"{artifact.path / 'decoder'}: {name}: {error} · export the artifact again"
             raise ArtifactError(msg) from error
     if config.tie_word_embeddings:
         decoder.lm_head.weights = (decoder.model.embed_tokens.weight.detach(),)
+
+
+def fill_linear(
+    linear: Linear,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    backend: Backend = "reference",
+) -> None:
+    """Give a linear its weights.
+
+    Args:
+        linear: without any.
+        tensors: for each of its parts all tensors, by what their names have behind the part's.
+        device: where to put them.
+        dtype: of a weight that is not quantised.
+        backend: what will compute with them there: for "triton" integers, not NF4, are repacked into tiles.
+
+    Raises:
+        ValueError: they are not weights of this form and shape.
+    """
+    weights = [_weight(linear, name, tensors[name], dtype).to(device) for name in linear.parts]
+    dense = [weight for weight in weights if isinstance(weight, Tensor)]
+    if len(dense) > 1 and torch.device(device).type == "cuda":
+        weights = [torch.cat(dense)]
+    linear.weights = tuple(_in_tiles(linear, weights) if backend == "triton" else weights)
+
+
+def _weight(linear: Linear, part: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Weight:
+    stored, shape = linear.quantization, (linear.parts[part], linear.in_features)
+    weight: Weight
+    if stored is None:
+        if set(tensors) != {"weight"}:
+            raise ValueError(f"got the tensors {', '.join(sorted(tensors))} · expected weight")
+        weight = tensors["weight"].to(dtype)
+    elif stored.format == "bnb-nf4":
+        weight = Nf4Weight.from_tensors(tensors)
+    elif stored.format == "bnb-int8":
+        weight = Int8Weight.from_tensors(tensors)
+    else:
+        weight = GptqWeight.from_tensors(tensors, bits=stored.bits)
+        group_size = linear.in_features if stored.group_size == -1 else stored.group_size
+        if weight.group_size != group_size:
+            raise ValueError(f"got groups of {weight.group_size} inputs · expected {group_size} by config.json")
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"got a weight {list(weight.shape)} · expected {list(shape)} by config.json")
+    return weight
+
+
+def _in_tiles(linear: Linear, weights: list[Weight]) -> list[Weight]:
+    """Put integers side by side in the tiles of the GPU kernels, where these know their form."""
+    gptq = [weight for weight in weights if isinstance(weight, GptqWeight)]
+    int8 = [weight for weight in weights if isinstance(weight, Int8Weight)]
+    # Groups of another size, and rows that the kernels cannot scale, stay as they are: right, and slower.
+    if gptq and gptq[0].group_size in (linear.in_features, *GROUP_SIZES):
+        return [QuantWeight.from_gptq(*gptq)]
+    if int8:
+        with contextlib.suppress(ValueError):
+            return [QuantWeight.from_int8(*int8)]
+    return weights
+
+
+def parts_of(linears: Mapping[str, Linear]) -> dict[str, tuple[str, str]]:
+    """Return what a checkpoint calls each part, in the place of its linear's name, with that name and the part's."""
+    return {
+        f"{name.rpartition('.')[0]}.{part}".removeprefix("."): (name, part)
+        for name, linear in linears.items()
+        for part in linear.parts
+    }
 
 
 def _check_backend(config: DecoderConfig, device: torch.device) -> None:
@@ -171,7 +244,7 @@ def _tensors(
     """Yield the tensors of the decoder's files, the layers numbered from 0, each with a function that reads it."""
     places = {f"model.layers.{layer}.": f"model.layers.{place}." for place, layer in enumerate(layers)}
     others = {f"model.layers.{layer}." for layer in range(config.num_hidden_layers)} - places.keys()
-    for file in _weight_files(artifact):
+    for file in map(artifact.file, artifact.manifest.parts.decoder.weights):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -182,7 +255,3 @@ def _tensors(
         except (SafetensorError, OSError) as error:
             msg = f"{file}: got something unreadable ({error}) · expected safetensors · export the artifact again"
             raise ArtifactError(msg) from error
-
-
-def _weight_files(artifact: Artifact) -> list[Path]:
-    return [artifact.file(name) for name in artifact.manifest.parts.decoder.weights]
