@@ -107,6 +107,11 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     folder = Path(path)
     manifest_path = folder / MANIFEST_NAME
     try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        msg = f"{os.fsencode(folder)!r}: got a path that is not UTF-8 · expected one, as ONNX Runtime opens no other"
+        raise ArtifactError(f"{msg} · rename the folder, or link to it under another name") from error
+    try:
         raw = manifest_path.read_bytes()
     except OSError as error:
         msg = (

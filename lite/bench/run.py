@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
-from lite.artifact.open import load_artifact
+from lite.artifact.open import load_artifact, sha256_of
 from lite.bench.costs import out_of_memory
 from lite.bench.machine import machine, versions
 from lite.bench.measure import Job, Progress, measure
@@ -35,6 +35,7 @@ from lite.eval.figures import RESAMPLES, Missing
 from lite.eval.record import check_studies
 from lite.eval.record_file import read_record
 from lite.studies.readers import sha256_of_studies
+from lite.studies.study import Study
 
 _REHEARSAL: Final = Draft(id="rehearsal", text="Small left pleural effusion. No pneumothorax.")
 
@@ -109,6 +110,15 @@ def _has_onnx(path: Path) -> bool:
         return False
 
 
+def _calibrated_on(path: Path, studies: Sequence[Study]) -> int:
+    """Count the films that an artifact's weights were rounded by, told by their bytes."""
+    with contextlib.suppress(LiteError):  # told of where it is measured
+        calibration = load_artifact(path).manifest.parts.decoder.calibration
+        films = {*(calibration.films if calibration is not None else ())}
+        return sum(sha256_of(study.path)[:16] in films for study in studies if films and study.path.is_file())
+    return 0
+
+
 def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
     """Return how to get the figures that are missing, each once."""
     notes: dict[str, None] = {}
@@ -119,6 +129,9 @@ def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
             notes["By onnx alone, as torch is not installed."] = None
     if any(isinstance(row, Row) and row.engine == "onnx" and is_modelled(row.plan.decoder_bytes) for row in rows):
         notes["Other cards are modelled for the torch engine only: --engine torch, or both."] = None
+    for name, path in job.artifacts:
+        if both := _calibrated_on(path, job.studies):
+            notes[f"{name}: was calibrated on {both} of these {len(job.studies)} films: what it loses flatters."] = None
     for row in rows:
         if isinstance(row, FailedRow):
             continue

@@ -123,7 +123,7 @@ def _others(
             lines.append((name, "refused", got))
             continue
         lost = other.losses.get("int8 cache, from a float one")
-        loses = "" if lost is None else f", loses {lost:.1g} nats a token more"
+        loses = "" if lost is None else f", loses {lost:.2g} nats a token more"
         what = f"{other.rows} row{'s' * (other.rows > 1)}, {other.cache_dtype} cache{loses}"
         lines.append((name, shown_bytes(other.memory.card_bytes), what))
     yield "\nwith another option"

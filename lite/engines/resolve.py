@@ -152,7 +152,7 @@ class _Resolver:
         """What speaks for an int8 cache, or against it."""
         if self.loss is None:
             return "an int8 one was not measured at export"
-        return f"int8 lost {self.loss:.1g} nats a token at export, {'no more' if self.small_loss else 'more'} than 1e-3"
+        return f"int8 lost {self.loss:.2g} nats a token at export, {'no more' if self.small_loss else 'more'} than 1e-3"
 
     def limit(self) -> tuple[int | None, str]:
         """Return the memory limit, and where it comes from."""

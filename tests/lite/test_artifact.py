@@ -185,6 +185,13 @@ def test_a_manifest_that_is_not_one(own_artifact: Path, content: bytes, message:
         load_artifact(own_artifact)
 
 
+def test_a_folder_that_onnx_runtime_could_not_open_is_refused_by_its_name(own_artifact: Path, tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/artifact-\xe4")
+    own_artifact.rename(folder)
+    with pytest.raises(ArtifactError, match=r"artifact-\\xe4'.*not UTF-8.*rename the folder"):
+        load_artifact(folder)
+
+
 def test_what_is_not_an_artifact(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()

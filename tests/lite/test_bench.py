@@ -179,6 +179,28 @@ def test_bytes_on_disk_are_those_that_the_engine_reads(
     assert 0 < disk_bytes(tiny_onnx_artifact, engine) < tiny_onnx_artifact.nbytes
 
 
+def test_films_that_an_artifact_was_calibrated_on_are_told_by_their_bytes(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "calibrated"
+    shutil.copytree(tiny_artifact.path, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    record = {
+        "data": "a.json",
+        "sha256": "0" * 64,
+        "studies": 1,
+        "tokens": 9,
+        "image_weight": 1.0,
+        "prompt_weight": 1.0,
+    }
+    # The first film, whatever it is called, and one that is not judged.
+    record["films"] = [artifact_module.sha256_of(films[0])[:16], "0" * 16]
+    manifest["parts"]["decoder"]["calibration"] = record
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    job = job_of(tiny_artifact.path, other, "--data", write_list(tmp_path, films[:2]))
+    assert _notes(job, []) == ("calibrated: was calibrated on 1 of these 2 films: what it loses flatters.",)
+
+
 def test_an_artifact_without_decoder_onnx_is_measured_by_torch_alone(
     tiny_artifact: Artifact, tiny_onnx_artifact: Artifact, films: list[Path], tmp_path: Path
 ) -> None:
