@@ -38,10 +38,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from lite.eval.labels.mentions import classify, name_findings, read_structures
-from lite.eval.labels.places import SIZES, attribute, share_places, union
+from lite.eval.labels.decisions import decide
+from lite.eval.labels.mentions import name_findings, read_structures
+from lite.eval.labels.places import attribute, share_places
 from lite.eval.labels.readings import LABELS, Found, Label, Mention, Reading, Side, Size, Status, Zone
-from lite.eval.labels.sentences import clauses, sentences
+from lite.eval.labels.scopes import classify, clauses
+from lite.eval.labels.sentences import sentences
 from lite.eval.labels.vocabulary import phrase
 
 __all__ = [
@@ -49,7 +51,6 @@ __all__ = [
 ]  # fmt: skip
 
 _EXTUBATED = phrase("extubated")
-_STATUS_ORDER: tuple[Status, ...] = ("positive", "uncertain", "negative")
 
 
 def read_mentions(text: str | None) -> list[Mention]:
@@ -85,11 +86,7 @@ def read_labels(text: str | None) -> dict[Label, Reading]:
         One reading per label, in CheXpert's order. The side is the union over the deciding mentions (left and right
         make bilateral), the size their largest, the zone theirs if they agree on one.
     """
-    found = list(_read_report(text or ""))
-    readings = {label: _aggregate([mention for mention in found if mention.label == label]) for label in LABELS}
-    abnormal = any(f.status in ("positive", "uncertain") and f.label != "Support Devices" for f in found)
-    readings["No Finding"] = Reading(status="absent" if abnormal else "positive")
-    return readings
+    return decide(list(_read_report(text or "")))
 
 
 def _read_report(text: str) -> Iterator[Found]:
@@ -148,22 +145,3 @@ def _read_sentence(sentence: str) -> tuple[Found, ...]:
         read += states
     read.sort(key=lambda item: (item.start, item.end))
     return tuple(share_places(sentence, read))
-
-
-def _aggregate(found: list[Found]) -> Reading:
-    """Make one reading of a label's mentions: positive wins over uncertain, uncertain over negative."""
-    for status in _STATUS_ORDER:
-        deciding = [mention for mention in found if mention.status == status]
-        if not deciding:
-            continue
-        if status == "negative":
-            return Reading(status=status)
-        zones = {mention.zone for mention in deciding if mention.zone}
-        sizes = [mention.size for mention in deciding if mention.size]
-        return Reading(
-            status=status,
-            side=union(mention.side for mention in deciding if mention.side),
-            zone=zones.pop() if len(zones) == 1 else None,
-            size=max(sizes, key=SIZES.index) if sizes else None,
-        )
-    return Reading(status="absent")

@@ -1,10 +1,4 @@
-"""The findings that a clause mentions, and whether each is affirmed, denied or doubted.
-
-A mention is a phrase that names a finding, or a piece of anatomy with a state: "the heart is enlarged". The cues around
-it decide its status. Reading left to right, "no" opens a denial and "may represent" a doubt, and both reach as far as
-the list that they govern; "has resolved" and "cannot be excluded" act backwards, on the subject and what is joined to
-it.
-"""
+"""What a clause mentions: phrases that name a finding, and anatomy with a state, "the heart is enlarged"."""
 
 from __future__ import annotations
 
@@ -15,8 +9,8 @@ from typing import cast
 
 from lite.eval.labels.places import last_size
 from lite.eval.labels.readings import Found, Label, Size, Status
-from lite.eval.labels.sentences import FINITE
-from lite.eval.labels.vocabulary import WORDS, cues, phrase, table
+from lite.eval.labels.scopes import FINITE
+from lite.eval.labels.vocabulary import WORDS, phrase, table
 
 _FINDINGS = [
     (cast("Label", label), doubtful, pattern)
@@ -51,126 +45,6 @@ def name_findings(sentence: str) -> list[Found]:
         if not _overlaps(*match.span(), spans)
     ]
     return sorted(found, key=lambda item: (item.start, item.end))
-
-
-# --- Status -----------------------------------------------------------------------------------------------------------
-
-_CUE = cues("cues")
-_FOLLOWING_CUE = cues("following_cues")
-_NEW_ITEM = re.compile(rf"(?P<item>(?:,(?: and)?|\band)(?= {WORDS['descriptor']}\b))|(?P<comma>,)")
-_OR = re.compile(r"\b(?:or|nor|and/or|versus|vs)\b")
-
-
-def _open_cues(clause: str) -> list[tuple[int, str]]:
-    """List where denial, doubt and the like begin and end in a clause, as (position, kind)."""
-    events = [(match.start(), str(match.lastgroup)) for match in _CUE.finditer(clause)]
-    # "No effusion, edema or small pneumothorax" is one list, "no effusion, small pneumothorax" is not.
-    events += [
-        (item.start(), str(item.lastgroup)) for item in _NEW_ITEM.finditer(clause) if not _OR.search(clause, item.end())
-    ]
-    return sorted(events)
-
-
-def classify(clause: str, offset: int, found: list[Found]) -> list[Found]:
-    """Give every finding of a clause its status.
-
-    Args:
-        clause: the text of the clause.
-        offset: where the clause begins in its sentence.
-        found: its findings in order, positions in the sentence.
-    """
-    events = _open_cues(clause)
-    classified: list[Found] = []
-    state, upcoming = "", 0
-    for item in found:
-        while upcoming < len(events) and events[upcoming][0] < item.start - offset:
-            state = _next_state(state, events[upcoming][1])
-            upcoming += 1
-        classified.append(replace(item, status=_status_under(state, item.label == "Support Devices")))
-    classified = _classify_backwards(clause, offset, classified)
-    classified = _doubt_alternatives(clause, offset, classified)
-    return [replace(f, status="uncertain") if f.doubtful and f.status == "positive" else f for f in classified]
-
-
-def _next_state(state: str, event: str) -> str:
-    """Follow one cue: what is open after it, given what was open before."""
-    if event in ("keep", "stop", "item"):
-        return ""
-    if event == "setting":
-        return "" if state == "deny" else state
-    if event == "comma":
-        # A denial runs on through a bare list, a doubt or a removal does not.
-        return state if state == "deny" else ""
-    if event == "doubt" and state in ("deny", "strong_doubt"):
-        return state
-    return event
-
-
-def _status_under(state: str, device: bool) -> Status:
-    if state in ("deny", "instead") or (state == "removed" and device) or (state == "resolved" and not device):
-        return "negative"
-    return "uncertain" if state in ("doubt", "strong_doubt") else "positive"
-
-
-# A tip that is not seen is that of a tube that is there.
-_PART_OF_DEVICE = re.compile(r"\b(?:tip|end|course|side ?holes?|side port|portion|position|terminus)\b")
-
-
-def _classify_backwards(clause: str, offset: int, found: list[Found]) -> list[Found]:
-    """Apply cues that follow their finding: "has resolved", "is unlikely", "cannot be excluded"."""
-    for cue in _FOLLOWING_CUE.finditer(clause):
-        kind = cue.lastgroup
-        for index in _subjects(clause, offset, found, cue.start() + offset):
-            device = found[index].label == "Support Devices"
-            if device and kind == "deny" and _PART_OF_DEVICE.search(clause, 0, cue.start()):
-                continue
-            if kind == "deny" or (kind == "removed" and device) or (kind in ("resolved", "normal") and not device):
-                found[index] = replace(found[index], status="negative")
-            elif kind == "doubt" and found[index].status == "positive":
-                found[index] = replace(found[index], status="uncertain")
-    return found
-
-
-def _subjects(clause: str, offset: int, found: list[Found], before: int) -> Iterator[int]:
-    """Yield the finding in front of a position, and those joined to it by "and" or a list."""
-    indices = [index for index, item in enumerate(found) if item.end <= before]
-    joined = False
-    for index in reversed(indices):
-        if index == indices[-1]:
-            gap = clause[found[index].end - offset : before - offset]
-            if ("," in gap and gap.strip(" ,")) or " with " in gap:
-                return
-            yield index
-            continue
-        gap = clause[found[index].end - offset : max(found[index + 1].start, found[index].end) - offset]
-        joined = joined or bool(re.search(r"\b(?:and|or|rather than|instead of)\b|/", gap))
-        same_words = found[index].end > found[index + 1].start or not gap.strip()
-        if not same_words and (not joined or len(gap) > 60 or _APART.search(gap)):
-            return
-        yield index
-
-
-_APART = re.compile(
-    r"\bwith\b|\bin\b.*,|\b(?:may|might|could|would|likely|represent\w*|reflect\w*)\b|" + FINITE.pattern
-)
-_ALTERNATIVE = re.compile(r"[^,;]*,? ?\b(?:or|versus|vs|and/or)\b[^,;]*")
-
-
-def _doubt_alternatives(clause: str, offset: int, found: list[Found]) -> list[Found]:
-    """Doubt both of two different findings joined by "or" or "versus"."""
-    for index in range(len(found) - 1):
-        first, second = found[index], found[index + 1]
-        gap = clause[first.end - offset : second.start - offset]
-        if (
-            first.label != second.label
-            and "Support Devices" not in (first.label, second.label)
-            and len(gap) <= 60
-            and _ALTERNATIVE.fullmatch(gap)
-        ):
-            for place in (index, index + 1):
-                if found[place].status == "positive":
-                    found[place] = replace(found[place], status="uncertain")
-    return found
 
 
 # --- Structures: "the heart is enlarged", "lungs are clear" -----------------------------------------------------------
