@@ -75,6 +75,8 @@ _SEPARATOR = re.compile(
 )
 _MODIFIER_ONLY = re.compile(rf"(?:[\s>,/]|\b{WORDS['modifier']}\b)*")
 _PLACE_OPENS = re.compile(rf"\s*{WORDS['place_opener']}\b")
+# "and a smaller one at the right base"
+_ANOTHER = re.compile(rf"(?:\s|\b{WORDS['modifier']}\b)*(?:focus|foci|areas?|ones?|patch|component) (?:in|at|on)\b")
 
 
 def _stretches_before(gap: str) -> list[str]:
@@ -102,6 +104,9 @@ def _stretch_after(gap: str, *, last: bool) -> str:
     for index in range(1, len(texts)):
         listed, other = pieces[3 * index - 2], pieces[3 * index - 1]
         text = texts[index]
+        if _ANOTHER.match(text):
+            kept.append(text)
+            continue
         if other in ("with", "without", "may", "could", "might", "that", "from", "given", "there", ";"):
             break
         if other is None and not (_PLACE_OPENS.match(text) or _MODIFIER_ONLY.fullmatch(text)):
@@ -155,7 +160,7 @@ def share_places(sentence: str, found: list[Found]) -> list[Found]:
         first, second = found[index - 1], found[index]
         gap = sentence[first.end : second.start]
         pair = {first.label, second.label}
-        if not (pair <= _IN_THE_LUNG or pair == {"", "Fracture"}) or len(gap) > 90:
+        if not (pair <= {*_IN_THE_LUNG, ""} or pair == {"", "Fracture"}) or len(gap) > 90:
             continue
         joined = _PLAIN_AND.fullmatch(gap) is not None
         if first.side and not second.side and (joined or _SAME_PLACE.search(gap)):

@@ -27,7 +27,9 @@ _HARD_BREAK = re.compile(
     r"\b(?:but(?! (?:persists?|remains?)\b)(?!(?: \w+ly| otherwise| now| still| is| are| remains?)* (?:clear|normal"
     r"|stable|unchanged|unremarkable|improved)\b)"
     r"|however|although|though|nevertheless|nonetheless|whereas|while|except(?:\s+for|\s+that|ing)?"
-    r"|apart\s+from|aside\s+from|other\s+than|with\s+the\s+exception\s+of|besides|albeit)\b|[();]"
+    r"|apart\s+from|aside\s+from|other\s+than|with\s+the\s+exception\s+of|besides|albeit)\b|[);]"
+    # "(on the left)" only says where.
+    r"|\((?! ?(?:on|in|at|left|right|bilateral|both|l|r)\b[^()]*\))"
 )
 _JOINT = re.compile(r",(?: and| or| with)?(?= )|\band\b|\bwith\b")
 _DENIAL_OPENS = re.compile(r"\s*(?:there (?:is|are) )?(?:no|not|without)\b")
@@ -152,13 +154,13 @@ def classify(clause: str, offset: int, found: list[Found]) -> list[Found]:
 
 # Which states run on through the items of a list; what is no descriptor opens a comma's item.
 _RUN_ON = {
-    "comma": {"deny", "aside", "differential"},
-    "bare comma": {"deny", "aside", "differential", "removed"},
-    "item": {"differential"},
-    "bare item": {"differential", "removed", "resolved"},
+    "comma": {"deny", "history", "method", "differential"},
+    "bare comma": {"deny", "history", "method", "differential", "removed"},
+    "item": {"method", "differential"},
+    "bare item": {"method", "differential", "removed", "resolved"},
 }
 # What a doubt cannot change.
-_FIRM = {"deny", "strong_doubt", "aside", "differential"}
+_FIRM = {"deny", "strong_doubt", "history", "method", "differential"}
 
 
 def _next_state(state: str, event: str) -> str:
@@ -177,7 +179,7 @@ def _next_state(state: str, event: str) -> str:
 def _status_under(state: str, device: bool) -> Status:
     if state in ("deny", "instead") or (state == "removed" and device) or (state == "resolved" and not device):
         return "negative"
-    if state == "aside":
+    if state in ("history", "method"):
         return "absent"
     return "uncertain" if state in ("doubt", "strong_doubt", "differential") else "positive"
 
@@ -196,7 +198,7 @@ def _classify_backwards(clause: str, offset: int, found: list[Found]) -> list[Fo
                 continue
             if kind == "deny" or (kind == "removed" and device) or (kind in ("resolved", "normal") and not device):
                 found[index] = replace(found[index], status="negative")
-            elif kind == "aside":
+            elif kind == "method":
                 found[index] = replace(found[index], status="absent")
             elif kind == "doubt" and found[index].status == "positive":
                 found[index] = replace(found[index], status="uncertain")

@@ -35,7 +35,8 @@ _ABBREVIATION = re.compile(
 _ANSWER = re.compile(r"\s*(?:yes|no|none|negative|positive|absent|present|nil)\b\s*(?:[.,;]|$)", re.IGNORECASE)
 _BULLET = r"[-*•–—·▪●◦‣]"
 _STOP = re.compile(
-    rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|[•▪●◦‣]|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z])"
+    rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>|[•▪●◦‣]|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])"
+    r"|(?<=[A-Za-z] )\d{1,2}[.)](?= [A-Z])"
 )
 
 
@@ -111,12 +112,12 @@ _FULL_STOP = re.compile(r"[.!?][\s\"')\]]*$")
 _INNER_STOP = re.compile(r"[a-z]{2}[.!?;] ", re.IGNORECASE)
 # Words that no statement ends with, and words that none begins with.
 _GOES_ON = re.compile(
-    r"(?:[,:]|\b(?:a|an|and|are|at|be|by|for|from|in|is|may|no|of|on|or|the|to|was|were|with|without))[ \t\r]*$", re.IGNORECASE
+    r"(?:[,:]|\b(?:a|an|and|are|at|be|by|for|from|in|is|may|(?<![:?=-] )(?<![:?=-])no|of|on|or|the|to|was|were|with|without))[ \t\r]*$", re.IGNORECASE
 )
 _WENT_ON = re.compile(
     r"[ \t]*(?:and|are|at|been|by|for|from|has|have|is|may|of|on|or|seen|than|that|to|was|were|which|with)\b", re.IGNORECASE
 )
-_SHORT_LINE, _WRAPPED_WIDTH = 45, 60
+_SHORT_LINE = 45
 
 
 def _statement_ends(text: str) -> Iterator[int]:
@@ -156,7 +157,8 @@ def _statement_ends_of(paragraph: list[tuple[int, str]]) -> Iterator[int]:
         elif listed:
             ends = True
         else:
-            ends = _fits(line, following, width) and (len(line) < _SHORT_LINE or not punctuated)
+            narrow = has_case and width < _SHORT_LINE
+            ends = (narrow or _fits(line, following, width)) and (len(line) < _SHORT_LINE or not punctuated)
         if ends:
             yield start + len(raw)
 
@@ -167,7 +169,7 @@ def _fits(line: str, following: str, width: int) -> bool:
 
 
 def _is_list(lines: list[str], width: int, has_case: bool) -> bool:
-    """Tell a list without full stops from one long sentence."""
-    if has_case:
-        return all(not line.lstrip()[0].islower() for line in lines) or width < _SHORT_LINE
-    return width < _WRAPPED_WIDTH or any(_fits(line, following, width) for line, following in pairwise(lines))
+    """Tell a list without full stops from one long sentence, which has one at its end and fills its lines."""
+    if has_case and width >= _SHORT_LINE and any(line.lstrip()[0].islower() for line in lines):
+        return False
+    return not _FULL_STOP.search(lines[-1]) or any(_fits(line, following, width) for line, following in pairwise(lines))
