@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias, cast
 
 from lite.eval.labels.places import last_size
 from lite.eval.labels.readings import Found, Label, Size, Status
@@ -50,8 +49,7 @@ def name_findings(sentence: str) -> list[Found]:
 # --- Structures: "the heart is enlarged", "lungs are clear" -----------------------------------------------------------
 
 _STRUCTURES = {cast("Label", label): pattern for label, pattern in table("structures").items()}
-_CLEAR, _ENLARGED, _PROMINENT = phrase("clear"), phrase("enlarged"), phrase("prominent")
-_NORMAL, _UNCHANGED = phrase("normal"), phrase("unchanged")
+_STATES = {name: phrase(name) for name in ("clear", "enlarged", "prominent", "normal", "unchanged")}
 _PLACE_BEFORE = re.compile(phrase("only_a_place").pattern.removesuffix(r"(?!\w)") + r"$")
 _BETWEEN_STATE_AND_STRUCTURE = re.compile(rf"(?:[ ,/]|\b{WORDS['between_state_and_structure']}\b)*")
 _AFTER_STATE = re.compile(rf"\s*(?:$|[,;:.)/]|{WORDS['after_state']}\b)")
@@ -70,11 +68,7 @@ def _is_said_of(clause: str, structure: re.Match[str], state: re.Match[str]) -> 
     return not comma or bool(FINITE.search(tail)) or bool(_ADVERBS.fullmatch(tail))
 
 
-def _states(clause: str, structure: re.Match[str], pattern: re.Pattern[str]) -> list[re.Match[str]]:
-    return [state for state in pattern.finditer(clause) if _is_said_of(clause, structure, state)]
-
-
-_DENIED_STATE = re.compile(r"\b(?:no|not|without|nor|never|isn't|aren't|rather than)(?: \w+){0,3} ?$")
+_DENIED_STATE = re.compile(r"\b(?:no|not|without|n?either|nor|never|isn't|aren't|rather than)(?: \w+){0,3} ?$")
 _DOUBTED_STATE = re.compile(
     r"\b(?:borderline|may|might|could|possib\w+|probab\w+|likely|question\w*|suspect\w*|suggest\w*|perhaps|equivocal\w*"
     r"|top normal (?:to|or)|upper (?:limits of )?normal (?:to|or)|normal (?:to|or))(?: \w+){0,3} ?$"
@@ -83,38 +77,52 @@ _DOUBTED_STATE = re.compile(
 
 def read_structures(clause: str, offset: int) -> Iterator[Found]:
     """Yield what a clause says of the heart, the mediastinum, the lungs, the pleura and the vessels."""
-    for label, pattern in _STRUCTURES.items():
-        for structure in pattern.finditer(clause):
-            if _PLACE_BEFORE.search(clause, 0, structure.start()):
-                continue
-            found = Found(label=label, start=structure.start() + offset, end=structure.end() + offset)
-            if label not in ("Cardiomegaly", "Enlarged Cardiomediastinum"):
-                clear = _states(clause, structure, _CLEAR)
-                if clear and not all(_DENIED_STATE.search(clause, 0, state.start()) for state in clear):
-                    yield replace(found, status="negative")
-                continue
-            status, size = _heart_state(clause, structure)
-            if status:
-                yield replace(found, status=status, size=size)
+    structures = [(label, match) for label, pattern in _STRUCTURES.items() for match in pattern.finditer(clause)]
+    named = {name: list(pattern.finditer(clause)) for name, pattern in _STATES.items()} if structures else {}
+    for label, structure in structures:
+        if _PLACE_BEFORE.search(clause, max(0, structure.start() - 80), structure.start()):
+            continue
+        states = {
+            name: [state for state in matches if _is_said_of(clause, structure, state)]
+            for name, matches in named.items()
+        }
+        of_heart = label in ("Cardiomegaly", "Enlarged Cardiomediastinum")
+        status, size = _heart_state(clause, states) if of_heart else (_lung_state(clause, label, states), None)
+        if status:
+            start, end = structure.start() + offset, structure.end() + offset
+            yield Found(label=label, start=start, end=end, status=status, size=size)
 
 
-def _heart_state(clause: str, structure: re.Match[str]) -> tuple[Status | None, Size | None]:
+_States: TypeAlias = Mapping[str, list[re.Match[str]]]
+
+
+def _is_denied(clause: str, state: re.Match[str]) -> bool:
+    return bool(_DENIED_STATE.search(clause, max(0, state.start() - 40), state.start()))
+
+
+def _lung_state(clause: str, label: Label, states: _States) -> Status | None:
+    """Decide whether lungs, pleura or vessels are said to be clear, or vessels not to be wide."""
+    clear = states["clear"]
+    if clear and not all(_is_denied(clause, state) for state in clear):
+        return "negative"
+    wide = [*states["enlarged"], *states["prominent"]] if label == "Edema" else []
+    return "negative" if wide and all(_is_denied(clause, state) for state in wide) else None
+
+
+def _heart_state(clause: str, states: _States) -> tuple[Status | None, Size | None]:
     """Decide what is said of the size of the heart or the mediastinum, and how much."""
-    enlarged = _states(clause, structure, _ENLARGED)
+    enlarged, normal = states["enlarged"], states["normal"]
     for state in enlarged:
         before = clause[max(0, state.start() - 40) : state.start()]
-        if _DENIED_STATE.search(before):
+        if _is_denied(clause, state):
             return "negative", None
         if _DOUBTED_STATE.search(before):
             return "uncertain", last_size(before)
     if enlarged:
         return "positive", last_size(clause[max(0, enlarged[0].start() - 30) : enlarged[0].start()])
-    if _states(clause, structure, _PROMINENT):
+    if states["prominent"]:
         return "uncertain", None
-    normal = _states(clause, structure, _NORMAL)
     if normal:
-        denied = _DENIED_STATE.search(clause, 0, normal[0].start()) and not normal[0][0].startswith("no")
+        denied = _is_denied(clause, normal[0]) and not normal[0][0].startswith("no")
         return ("uncertain" if denied else "negative"), None
-    if _states(clause, structure, _UNCHANGED):
-        return "uncertain", None
-    return None, None
+    return ("uncertain" if states["unchanged"] else None), None

@@ -66,8 +66,8 @@ def _soft_clauses(sentence: str, start: int, end: int) -> Iterator[tuple[int, in
             _DENIAL_OPENS.match(chunk)
             or (":" in said and _FIELD.match(chunk))
             or (
-                _has_predicate(said)
-                and _has_predicate(chunk)
+                _has_predicate(chunk)
+                and _has_predicate(said)
                 and not (_PREDICATE_ONLY.match(chunk) or _ADJECTIVE_ONLY.fullmatch(said))
             )
             or (joint[0] == "," and FINITE.search(chunk) and _COMPLETE_WITHOUT_VERB.match(said))
@@ -102,16 +102,15 @@ _FOLLOWING_CUE = cues("following_cues")
 _NEW_ITEM = re.compile(rf"(?P<item>(?:,(?: and)?|\band)(?= {WORDS['descriptor']}\b))|(?P<comma>,)")
 _OR = re.compile(r"\b(?:or|nor|and/or|versus|vs)\b|(?<=\w\w)/")
 _SIDED = re.compile(r" (?:the|left|right|both|bilateral)\b")
-_UP_TO_COMMA = re.compile(r"[^,]*")
+_UP_TO_COMMA = re.compile(r"[^,]{0,80}")
 
 
 def _open_cues(clause: str) -> list[tuple[int, str]]:
     """List where denial, doubt and the like begin and end in a clause, as (position, kind)."""
     events = [(match.start(), str(match.lastgroup)) for match in _CUE.finditer(clause)]
-    for item in _NEW_ITEM.finditer(clause):
-        # "No effusion, edema or small pneumothorax" is one list, "no effusion, small pneumothorax" is not.
-        if _OR.search(clause, item.end()):
-            continue
+    # "No effusion, edema or small pneumothorax" is one list, "no effusion, small pneumothorax" is not.
+    last_or = max((match.start() for match in _OR.finditer(clause)), default=0)
+    for item in _NEW_ITEM.finditer(clause, last_or):
         kind = str(item.lastgroup)
         rest = _UP_TO_COMMA.match(clause, item.end())
         # "Removal of the tube, left line and right drain" is one list, "removal of the tube, left line in place" is not.
