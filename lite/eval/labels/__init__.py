@@ -39,6 +39,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from lite.eval.labels.decisions import decide
+from lite.eval.labels.language import unreadable
 from lite.eval.labels.mentions import name_findings, read_structures
 from lite.eval.labels.places import attribute, share_places
 from lite.eval.labels.readings import LABELS, Found, Label, Mention, Reading, Side, Size, Status, Zone
@@ -48,18 +49,19 @@ from lite.eval.labels.vocabulary import phrase
 
 __all__ = [
     "LABELS", "Label", "Mention", "Reading", "Side", "Size", "Status", "Zone", "read_labels", "read_mentions",
+    "unreadable",
 ]  # fmt: skip
 
 _EXTUBATED = phrase("extubated")
 
 
 def read_mentions(text: str | None) -> list[Mention]:
-    """List every mention of a label in a report, in reading order.
+    """List every mention of a label in a report, in reading order; none in one that is not in English.
 
     Args:
         text: a findings section, an impression, or a whole report; None counts as empty.
     """
-    report = text or ""
+    report = "" if unreadable(text) else text or ""
     return [
         Mention(
             label=found.label,
@@ -77,7 +79,7 @@ def read_mentions(text: str | None) -> list[Mention]:
 
 
 def read_labels(text: str | None) -> dict[Label, Reading]:
-    """Read the fourteen labels from a report.
+    """Read the fourteen labels from a report; one that is not in English has none, not even No Finding.
 
     Args:
         text: a findings section, an impression, or a whole report; None counts as empty.
@@ -86,6 +88,8 @@ def read_labels(text: str | None) -> dict[Label, Reading]:
         One reading per label, in CheXpert's order. The side is the union over the deciding mentions (left and right
         make bilateral), the size their largest, the zone theirs if they agree on one.
     """
+    if unreadable(text) == "not in English":
+        return {label: Reading(status="absent") for label in LABELS}
     return decide(list(_read_report(text or "")))
 
 

@@ -119,7 +119,9 @@ def attribute(sentence: str, start: int, end: int, found: list[Found]) -> list[F
     """Give the findings of a clause their side, zone and size from the words around them."""
     described: list[Found] = []
     for index, item in enumerate(found):
-        before = max((other.end for other in found[max(0, index - 8) : index] if other.end <= item.start), default=start)
+        before = max(
+            (other.end for other in found[max(0, index - 8) : index] if other.end <= item.start), default=start
+        )
         after = next((other.start for other in found[index + 1 :] if other.start >= item.end), end)
         stretches = _stretches_before(sentence[before : item.start])
         stretches[0] += " " + sentence[item.start : item.end]

@@ -95,7 +95,7 @@ def _has_predicate(text: str) -> bool:
     return bool(FINITE.search(text) or _ADJECTIVE.search(text))
 
 
-# --- Cues ---------------------------------------------------------------------------------------------------------------
+# --- Cues -------------------------------------------------------------------------------------------------------------
 
 _CUE = cues("cues")
 _FOLLOWING_CUE = cues("following_cues")
@@ -113,7 +113,7 @@ def _open_cues(clause: str) -> list[tuple[int, str]]:
     for item in _NEW_ITEM.finditer(clause, last_or):
         kind = str(item.lastgroup)
         rest = _UP_TO_COMMA.match(clause, item.end())
-        # "Removal of the tube, left line and right drain" is one list, "removal of the tube, left line in place" is not.
+        # "Removal of the tube, left line and right drain" is one list, "of the tube, left line in place" is not.
         if rest and not _has_predicate(rest[0]) and (kind == "comma" or _SIDED.match(rest[0])):
             kind = f"bare {kind}"
         events.append((item.start(), kind))

@@ -112,10 +112,13 @@ _FULL_STOP = re.compile(r"[.!?][\s\"')\]]*$")
 _INNER_STOP = re.compile(r"[a-z]{2}[.!?;] ", re.IGNORECASE)
 # Words that no statement ends with, and words that none begins with.
 _GOES_ON = re.compile(
-    r"(?:[,:]|\b(?:a|an|and|are|at|be|by|for|from|in|is|may|(?<![:?=-] )(?<![:?=-])no|of|on|or|the|to|was|were|with|without))[ \t\r]*$", re.IGNORECASE
+    r"(?:[,:]|\b(?:a|an|and|are|at|be|by|for|from|in|is|may|of|on|or|the|to|was|were|with|without"
+    r"|(?<![:?=-] )(?<![:?=-])no))[ \t\r]*$",  # "Edema: no" is an answer
+    re.IGNORECASE,
 )
 _WENT_ON = re.compile(
-    r"[ \t]*(?:and|are|at|been|by|for|from|has|have|is|may|of|on|or|seen|than|that|to|was|were|which|with)\b", re.IGNORECASE
+    r"[ \t]*(?:and|are|at|been|by|for|from|has|have|is|may|of|on|or|seen|than|that|to|was|were|which|with)\b",
+    re.IGNORECASE,
 )
 _SHORT_LINE = 45
 
