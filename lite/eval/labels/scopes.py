@@ -24,7 +24,7 @@ FINITE = re.compile(
 _ADJECTIVE = re.compile(rf"\b{WORDS['adjective']}\b")
 # Words after which a new assertion begins.
 _HARD_BREAK = re.compile(
-    r"\b(?:but(?! (?:persists?|remains?)\b)(?!(?: \w+ly| otherwise| now| still| is| are| remains?)* (?:clear|normal"
+    r"\b(?:but(?! (?:persists?|remains?|is new|are new)\b)(?!(?: \w+ly| otherwise| now| still| is| are| remains?)* (?:clear|normal"
     r"|stable|unchanged|unremarkable|improved)\b)"
     r"|however|although|though|nevertheless|nonetheless|whereas|while|except(?:\s+for|\s+that|ing)?"
     r"|apart\s+from|aside\s+from|other\s+than|with\s+the\s+exception\s+of|besides|albeit)\b|[);]"
