@@ -20,10 +20,11 @@ _LEAST_SHARE = 0.25
 def unreadable(text: str | None) -> Literal["empty", "not in English"] | None:
     """Say why a text cannot be read as a report, if it cannot: it has no words, or they are not English ones.
 
-    At least a quarter of the words of an English report are among 270 listed ones, and no more are words of other
+    At least a quarter of the different words of an English report are among 270 listed ones, and no more are words of other
     languages; text that is mostly in another script is not English. Too few words to tell by are taken for English.
     """
-    words = _WORD.findall(_PLACEHOLDER.sub(" ", (text or "").lower()))
+    # Each word counts once: a draft that repeats itself stays in its language.
+    words = set(_WORD.findall(_PLACEHOLDER.sub(" ", (text or "").lower())))
     if not words:
         return "empty"
     if sum(len(word) for word in words if word[0] > _LAST_LATIN) * 2 > sum(map(len, words)):
