@@ -28,8 +28,8 @@ _HARD_BREAK = re.compile(
     r"|stable|unchanged|unremarkable|improved)\b)"
     r"|however|although|though|nevertheless|nonetheless|whereas|while|except(?:\s+for|\s+that|ing)?"
     r"|apart\s+from|aside\s+from|other\s+than|with\s+the\s+exception\s+of|besides|albeit)\b|[);]"
-    # "(on the left)" only says where.
-    r"|\((?! ?(?:on|in|at|left|right|bilateral|both|l|r)\b[^()]*\))"
+    # "(on the left)" only says where, "(none)" whether.
+    r"|\((?! ?(?:on|in|at|left|right|bilateral|both|l|r|no|none|absent)\b[^()]*\))"
 )
 _JOINT = re.compile(r",(?: and| or| with)?(?= )|\band\b|\bwith\b")
 _DENIAL_OPENS = re.compile(r"\s*(?:there (?:is|are) )?(?:no|not|without)\b")

@@ -15,13 +15,14 @@ _LONGEST_SENTENCE = 1000
 
 # Fields that ask a question or describe the exam; what they mention is not on the film.
 _HEADING = re.compile(
-    r"(?:^|(?<=[.\n;:]))[ \t\r]*(?:"
+    r"(?:^|(?<=[.\n;:]))[ \t\r]*(?:(?:"
     r"(?P<skip>indications?|(?:clinical |patient |relevant )?history(?: of present illness)?|clinical (?:information"
-    r"|indication|data|question|details|statement)|reason for (?:the )?(?:exam(?:ination)?|study|request)|techniques?"
-    r"|comparisons?|exam(?:ination)?|procedure|study|views?|type of exam|order|notifications?|recommendations?|date)"
-    r"|(?P<read>findings(?: and impression| ?/ ?impression)?|impressions?|conclusions?|opinion|report|final report"
-    r"|wet read"
-    r"|interpretation|summary|addendum|chest(?: [\w ,]{0,40})?))[ \t\r]*:",
+    r"|indication|data|question|details|statement)|reason for (?:the )?(?:exam(?:ination)?|study|request))"
+    r"|(?P<skip_line>techniques?|comparisons?|exam(?:ination)?|procedure|study|views?|type of exam|order"
+    r"|notifications?|recommendations?|date)"
+    r"|(?P<read>findings and impression|findings ?/ ?impression|final report|report|wet read|interpretation|summary"
+    r"|addendum|chest(?: [\w ,]{0,40})?))[ \t\r]*:"
+    r"|(?:findings|impressions?|conclusions?|opinion)[ \t\r]*(?::|$))",
     re.IGNORECASE | re.MULTILINE,
 )
 _NOT_SPACE = re.compile(r"\S")
@@ -32,10 +33,11 @@ _ABBREVIATION = re.compile(
     r"|sup|etc|e\.g|i\.e|a\.m|p\.m|\w\.\w|[a-z])|\d)$",
     re.IGNORECASE,
 )
+_NO = re.compile(r"(?:\bnos?|[:=] ?[ny])$", re.IGNORECASE)
 _ANSWER = re.compile(r"\s*(?:yes|no|none|negative|positive|absent|present|nil)\b\s*(?:[.,;]|$)", re.IGNORECASE)
 _BULLET = r"[-*•–—·▪●◦‣]"
 _STOP = re.compile(
-    rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>|[•▪●◦‣]|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])"
+    rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>| (?:\||--) |[•▪●◦‣]|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])"
     r"|(?<=[A-Za-z] )\d{1,2}[.)](?= [A-Z])"
 )
 
@@ -43,7 +45,7 @@ _STOP = re.compile(
 def sentences(text: str) -> Iterator[tuple[int, int]]:
     """Yield the (start, end) of each sentence in the sections that describe the film."""
     line_ends = set(_statement_ends(text))
-    for section_start, section_end in _sections(text):
+    for section_start, section_end in _sections(text, line_ends):
         start = section_start
         for stop in _STOP.finditer(text, section_start, section_end):
             if stop.start() in line_ends or (stop[0] != "\n" and _ends_sentence(text, start, stop)):
@@ -52,7 +54,7 @@ def sentences(text: str) -> Iterator[tuple[int, int]]:
         yield from _pieces(start, section_end)
 
 
-def _sections(text: str) -> Iterator[tuple[int, int]]:
+def _sections(text: str, line_ends: set[int]) -> Iterator[tuple[int, int]]:
     """Yield the (start, end) of the text after each heading worth reading, and of text under no heading."""
     start = 0
     headings = list(_HEADING.finditer(text))
@@ -61,8 +63,13 @@ def _sections(text: str) -> Iterator[tuple[int, int]]:
             continue
         yield start, max(start, heading.start())
         start = heading.end()
-        if heading["skip"]:
-            start = _end_of_skipped(text, start, following.start() if following else None)
+        if heading["skip"] or heading["skip_line"]:
+            end = following.start() if following else None
+            line = text.find("\n", start, end)
+            if heading["skip_line"] and line in line_ends and text[start:line].strip():
+                start = line
+            else:
+                start = _end_of_skipped(text, start, end)
     yield start, len(text)
 
 
@@ -92,7 +99,7 @@ def _ends_sentence(text: str, start: int, stop: re.Match[str]) -> bool:
         return True
     before = text[max(start, stop.start() - 12) : stop.start()]
     after = text[stop.end() : stop.end() + 3].lstrip()[:1]
-    if before[-3:].lower().strip() in ("no", "nos"):
+    if _NO.search(before):
         return not after.isdigit()
     if not _ABBREVIATION.search(before):
         return True
@@ -113,7 +120,7 @@ _INNER_STOP = re.compile(r"[a-z]{2}[.!?;] ", re.IGNORECASE)
 # Words that no statement ends with, and words that none begins with.
 _GOES_ON = re.compile(
     r"(?:[,:]|\b(?:a|an|and|are|at|be|by|for|from|in|is|may|of|on|or|the|to|was|were|with|without"
-    r"|(?<![:?=-] )(?<![:?=-])no))[ \t\r]*$",  # "Edema: no" is an answer
+    r"|(?<![:?=-] )(?<![:?=\t-])(?<!  )no))[ \t\r]*$",  # "Edema: no" is an answer
     re.IGNORECASE,
 )
 _WENT_ON = re.compile(
