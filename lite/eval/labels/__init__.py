@@ -1,33 +1,13 @@
 """CheXpert-14 labels, with side, zone and size, read from the findings text of a radiology report by rules.
 
-The pipeline, one short function per arrow (the vocabulary is in `phrases.toml`):
+    report ──► sentences ──► mentions, in clauses ──► status ──► side, zone, size ──► one reading a label
+               sentences.py  mentions.py, scopes.py   scopes.py  places.py            decisions.py
 
-    report ──► sections ──► sentences ──► clauses ──► mentions ──► status ──► side, zone, size ──► one reading a label
-
-1. Sections that say why or how the exam was done (indication, technique, comparison) are left out.
-2. A sentence is cut into clauses wherever a new assertion begins: after "but", "except for", and at a comma, "and" or
-   "with" that has a predicate of its own on both sides. Nothing said in one clause denies anything in another.
-3. A mention is a phrase that names a finding, or a piece of anatomy with a state: "the heart is enlarged".
-4. Its status comes from the cues around it. Reading left to right, "no" opens a denial and "may represent" a doubt, and
-   both reach as far as the list that they govern; "has resolved" and "cannot be excluded" act backwards, on the
-   subject and what is joined to it. "No change in" only looks like a denial.
-5. Side, zone and size come from the words that modify the mention: "small left effusion", "effusion on the left".
-
-Conventions are those of CheXpert (Irvin et al. 2019) where that paper, its rules or its annotators' directions say
-something. What may surprise:
-
-* Among the mentions of a label positive wins over uncertain, uncertain over negative; none at all is "absent".
-* Labels are mention-based: no label implies its parent. "Opacity, possibly pneumonia" is Lung Opacity positive and
-  Pneumonia uncertain; a consolidation alone is no Lung Opacity.
-* A normal heart or mediastinum is a negative mention; one that is only "stable", "unchanged", borderline, prominent or
-  obscured is uncertain. "Cardiac and mediastinal contours" speaks of both labels, "cardiomediastinal silhouette" of
-  Enlarged Cardiomediastinum alone.
-* Clear lungs are Lung Opacity negative, sharp costophrenic angles Pleural Effusion negative, blunted ones uncertain,
-  normal vessels Edema negative, congested ones uncertain. Heart failure is Edema positive and Cardiomegaly uncertain.
-* "No new X", "X or Y" outside a denial, "X versus Y" and "likely X" are uncertain; "consistent with X" is positive,
-  "X is unlikely" negative. "No acute osseous abnormality" does not mention fractures.
-* No Finding is positive when nothing else but Support Devices is positive or uncertain, abnormalities without a label
-  of their own (emphysema, scoliosis, calcification) included; otherwise it is absent.
+The vocabulary is in `phrases.toml`. `docs/labels.md` has the conventions, what is read how, and how well; they are those
+of CheXpert (Irvin et al. 2019) where that paper, its rules or its annotators' directions say something. Labels are
+mention-based: no label implies its parent. Among the mentions of a label positive wins over uncertain, uncertain over
+negative; none at all is "absent". No Finding is positive when nothing else but Support Devices is positive or
+uncertain, abnormalities without a label of their own (emphysema, scoliosis, a tortuous aorta) included.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def _statement_ends_of(paragraph: list[tuple[int, str]]) -> Iterator[int]:
         elif _GOES_ON.search(line[-10:]) or _WENT_ON.match(following) or (has_case and opening[0].islower()):
             ends = False
         elif inside_item:
-            # The next line of an item is indented, or there is no telling it from a new statement.
-            ends = has_case and opening == following
+            # The next line of an item is indented, or the line before it is full.
+            ends = has_case and opening == following and _fits(line, following, width)
             inside_item = not ends
         elif listed:
             ends = True
