@@ -3,11 +3,10 @@
     report ──► sentences ──► mentions, in clauses ──► status ──► side, zone, size ──► one reading a label
                sentences.py  mentions.py, scopes.py   scopes.py  places.py            decisions.py
 
-The vocabulary is in `phrases.toml`. `docs/labels.md` has the conventions, what is read how, and how well; they are those
-of CheXpert (Irvin et al. 2019) where that paper, its rules or its annotators' directions say something. Labels are
-mention-based: no label implies its parent. Among the mentions of a label positive wins over uncertain, uncertain over
-negative; none at all is "absent". No Finding is positive when nothing else but Support Devices is positive or
-uncertain, abnormalities without a label of their own (emphysema, scoliosis, a tortuous aorta) included.
+The vocabulary is in `phrases.toml`; `docs/labels.md` has the conventions, those of CheXpert (Irvin et al. 2019), and how
+well it reads. Among the mentions of a label positive wins over uncertain, uncertain over negative; none at all is
+"absent". No Finding is positive when nothing else but Support Devices is positive or uncertain, abnormalities without a
+label of their own (emphysema, scoliosis, a tortuous aorta) included.
 """
 
 from __future__ import annotations

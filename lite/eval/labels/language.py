@@ -20,7 +20,7 @@ _LEAST_SHARE = 0.25
 def unreadable(text: str | None) -> Literal["empty", "not in English"] | None:
     """Say why a text cannot be read as a report, if it cannot: it has no words, or they are not English ones.
 
-    At least a quarter of the different words of an English report are among 270 listed ones, and no more are words of other
+    At least a quarter of the different words of an English report are listed ones, and no more are words of other
     languages; text that is mostly in another script is not English. Too few words to tell by are taken for English.
     """
     # Each word counts once: a draft that repeats itself stays in its language.

@@ -24,8 +24,8 @@ FINITE = re.compile(
 _ADJECTIVE = re.compile(rf"\b{WORDS['adjective']}\b")
 # Words after which a new assertion begins.
 _HARD_BREAK = re.compile(
-    r"\b(?:but(?! (?:persists?|remains?|is new|are new)\b)(?!(?: \w+ly| otherwise| now| still| is| are| remains?)* (?:clear|normal"
-    r"|stable|unchanged|unremarkable|improved)\b)"
+    r"\b(?:but(?! (?:persists?|remains?|is new|are new)\b)(?!(?: \w+ly| otherwise| now| still| is| are| remains?)*"
+    r" (?:clear|normal|stable|unchanged|unremarkable|improved)\b)"
     r"|however|although|though|nevertheless|nonetheless|whereas|while|except(?:\s+for|\s+that|ing)?"
     r"|apart\s+from|aside\s+from|other\s+than|with\s+the\s+exception\s+of|besides|albeit)\b|[);]"
     # "(on the left)" only says where, "(none)" whether.
@@ -38,7 +38,7 @@ _COMPLETE_WITHOUT_VERB = re.compile(r"\s*(?!in\b|on\b|at\b|as\b|since\b|compared
 _PREDICATE_ONLY = re.compile(
     r"\s*(?:(?:is|are|was|were|has|have|remains?|appears?|cannot|ends?|terminates?|extends?|projects?)\b"
     r"|(?:\w+ly )*(?:normal|enlarged|stable|unchanged|clear|intact|unremarkable|widened|resolved|removed|in place"
-    r"|in situ)"
+    r"|in situ|within (?:the )?(?:normal )?(?:limits|range)(?: of normal)?)"
     r"(?: (?:in|from|compared|since|given|with|on|for|at|by|to)\b.*)?\s*$)"
 )
 # "Normal and stable heart size" is one thought, "effusion: no, edema: yes" are two.
@@ -153,13 +153,13 @@ def classify(clause: str, offset: int, found: list[Found]) -> list[Found]:
 
 # Which states run on through the items of a list; what is no descriptor opens a comma's item.
 _RUN_ON = {
-    "comma": {"deny", "history", "method", "differential"},
-    "bare comma": {"deny", "history", "method", "differential", "removed"},
+    "comma": {"deny", "history", "method", "differential", "explanation"},
+    "bare comma": {"deny", "history", "method", "differential", "explanation", "removed"},
     "item": {"method", "differential"},
     "bare item": {"method", "differential", "removed", "resolved"},
 }
 # What a doubt cannot change.
-_FIRM = {"deny", "strong_doubt", "history", "method", "differential"}
+_FIRM = {"deny", "strong_doubt", "history", "method", "differential", "explanation"}
 
 
 def _next_state(state: str, event: str) -> str:
@@ -180,7 +180,7 @@ def _status_under(state: str, device: bool) -> Status:
         return "negative"
     if state in ("history", "method"):
         return "absent"
-    return "uncertain" if state in ("doubt", "strong_doubt", "differential") else "positive"
+    return "uncertain" if state in ("doubt", "strong_doubt", "differential", "explanation") else "positive"
 
 
 # A tip that is not seen is that of a tube that is there.

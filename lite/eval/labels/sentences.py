@@ -34,11 +34,16 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )
 _NO = re.compile(r"(?:\bnos?|[:=] ?[ny])$", re.IGNORECASE)
-_ANSWER = re.compile(r"\s*(?:yes|no|none|negative|positive|absent|present|nil)\b\s*(?:[.,;]|$)", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"\s*(?:(?:yes|no|none|negative|positive|absent|present|nil)\b\s*(?:[.,;]|$)"
+    r"|(?:(?:tiny|trace|small|mild|moderate|large|left|right|bilateral)\b[\s,]*)+(?:[.;]|$))",
+    re.IGNORECASE,
+)
 _BULLET = r"[-*•–—·▪●◦‣]"
 _STOP = re.compile(
-    rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>| (?:\||--) |[•▪●◦‣]|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])"
-    r"|(?<=[A-Za-z] )\d{1,2}[.)](?= [A-Z])"
+    rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>| (?:\||--) |[•▪●◦‣]"
+    # Bullets and numbers within a line.
+    rf"|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])|(?<=[A-Za-z] )\d{1, 2}[.)](?= [A-Z])"
 )
 
 
@@ -94,7 +99,7 @@ def _ends_sentence(text: str, start: int, stop: re.Match[str]) -> bool:
     if mark[0] == "?":
         # "? small effusion" asks about what follows, "Effusion? No." has its answer behind.
         asked = start < stop.start() and not text[stop.start() - 1].isspace()
-        return asked and not _ANSWER.match(text, stop.end(), stop.end() + 20)
+        return asked and not _ANSWER.match(text, stop.end(), stop.end() + 40)
     if mark != ".":
         return True
     before = text[max(start, stop.start() - 12) : stop.start()]
