@@ -117,6 +117,24 @@ LAYOUTS: dict[str, Callable[[list[str]], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("COMPARISON: None\nLines: left PICC\nLungs: no edema\nHeart: normal", "devices+ left, edema-, heart-"),
+        ("Indication: edema\nFindings\nSmall left effusion\nImpression\nNo edema", "effusion+ left small, edema-"),
+        ("Pneumothorax: N. Effusion: Y. Fracture: no.", "pneumothorax-, effusion+, fracture-"),
+        ("Pneumothorax (no), effusion (left), edema (none).", "pneumothorax-, effusion+ left, edema-"),
+        ("[x] Effusion, left\n[ ] Pneumothorax\n[ ] Edema", "effusion+ left, pneumothorax-, edema-"),
+        ("Edema\t\tNo\nEffusion\t\tYes", "edema-, effusion+"),
+        ("Edema? No. Effusion? Small, right. Left fracture? Left effusion.", "edema-, effusion+ bilateral, fracture+"),
+        ("LUNGS CLEAR. SMALL LEFT\nEFFUSION IS UNCHANGED.", "opacity-, effusion+ left small"),
+        ("No edema | Left effusion<br>No fracture", "edema-, effusion+ left, fracture-"),
+    ],
+)
+def test_forms_and_short_fields(text: str, expected: str) -> None:
+    assert misread(text, expected) == []
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_report_reads_the_same_in_every_layout(layout: str) -> None:
     for seed in range(9_000_000, 9_000_200):
@@ -137,6 +155,7 @@ def test_a_report_reads_the_same_in_every_layout(layout: str) -> None:
         "Akciğerler temiz, kalp boyutu olağan sınırlarda, plevral efüzyon izlenmedi, mediasten orta hatta.",
         "心臓は正常",
         "Пневмоторакса нет.",
+        "Mushkëritë të pastra, zemra me madhësi normale, nuk shihet pneumotoraks, sinuset kostofrenike të lira.",
     ],
 )
 def test_a_report_in_another_language_says_nothing_not_even_that_nothing_was_found(text: str) -> None:

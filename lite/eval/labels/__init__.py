@@ -3,8 +3,8 @@
     report ──► sentences ──► mentions, in clauses ──► status ──► side, zone, size ──► one reading a label
                sentences.py  mentions.py, scopes.py   scopes.py  places.py            decisions.py
 
-The vocabulary is in `phrases.toml`; `docs/labels.md` has the conventions, those of CheXpert (Irvin et al. 2019), and how
-well it reads. Among the mentions of a label positive wins over uncertain, uncertain over negative; none at all is
+The vocabulary is in `phrases.toml`; `docs/labels.md` has the conventions, those of CheXpert (Irvin et al. 2019), and
+how well it reads. Among the mentions of a label positive wins over uncertain, uncertain over negative; none at all is
 "absent". No Finding is positive when nothing else but Support Devices is positive or uncertain, abnormalities without a
 label of their own (emphysema, scoliosis, a tortuous aorta) included.
 """

@@ -43,7 +43,8 @@ _BULLET = r"[-*•–—·▪●◦‣]"
 _STOP = re.compile(
     rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>| (?:\||--) |[•▪●◦‣]"
     # Bullets and numbers within a line.
-    rf"|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])|(?<=[A-Za-z] )\d{1, 2}[.)](?= [A-Z])"
+    rf"|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])"
+    r"|(?<=[A-Za-z] )\d{1,2}[.)](?= [A-Z])"
 )
 
 
