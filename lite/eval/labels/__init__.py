@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 
 from lite.eval.labels.decisions import decide
 from lite.eval.labels.language import unreadable
@@ -81,11 +82,7 @@ def _read_report(text: str) -> Iterator[Found]:
         found_in_sentence = _read_sentence(normalised)
         if not found_in_sentence:
             continue
-        starts: list[int] = []
-        position = 0
-        for word in words:
-            starts.append(position)
-            position += len(word[0]) + 1
+        starts = [0, *accumulate(len(word[0]) + 1 for word in words[:-1])]
         for found in found_in_sentence:
             first, last = bisect_right(starts, found.start) - 1, bisect_right(starts, found.end - 1) - 1
             yield replace(

@@ -7,24 +7,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import cast, get_args
 
-from lite.eval.labels.readings import Found, Label, Side, Size, Zone
+from lite.eval.labels.readings import LABELS, Found, Label, Side, Size, Zone
 from lite.eval.labels.vocabulary import SIZE_IN_THE_NAME, WORDS, phrase, table
 
 SIZES: tuple[Size, ...] = get_args(Size)
 _WITHOUT_SIDE: frozenset[Label] = frozenset({"Enlarged Cardiomediastinum", "Cardiomegaly", "Edema"})
 _WITHOUT_ZONE: frozenset[Label] = _WITHOUT_SIDE | {"Support Devices"}
-_IN_THE_LUNG: frozenset[Label] = frozenset(
-    {
-        "Lung Lesion",
-        "Lung Opacity",
-        "Consolidation",
-        "Pneumonia",
-        "Atelectasis",
-        "Pleural Effusion",
-        "Pneumothorax",
-        "Pleural Other",
-    }
-)
+_IN_THE_LUNG: frozenset[Label] = frozenset(LABELS) - _WITHOUT_SIDE - {"No Finding", "Fracture", "Support Devices"}
 _SIDE, _ZONE, _SIZE = table("sides"), table("zones"), table("sizes")
 _SIDE_OF_SOMETHING_ELSE, _SIZE_OF_CHANGE = phrase("side_of_something_else"), phrase("size_of_change")
 

@@ -17,10 +17,7 @@ from lite.eval.labels.vocabulary import WORDS, cues
 
 # --- Clauses ----------------------------------------------------------------------------------------------------------
 
-FINITE = re.compile(
-    rf"(?<!that )(?<!which )(?<!who )(?<!as )\b{WORDS['finite']}\b"
-    r"|\b(?:there['’]s)\b"
-)
+FINITE = re.compile(rf"(?<!that )(?<!which )(?<!who )(?<!as )\b{WORDS['finite']}\b|\bthere['’]s\b")
 _ADJECTIVE = re.compile(rf"\b{WORDS['adjective']}\b")
 # Words after which a new assertion begins.
 _HARD_BREAK = re.compile(
