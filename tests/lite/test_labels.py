@@ -85,9 +85,9 @@ def test_reads_what_a_radiologist_reads(text: str, expected: str) -> None:
 def test_sentences_that_no_rule_was_made_for_are_read_right() -> None:
     """The held-out half: 84 of 113 before the rules of 2026-11 were written on the other half, 110 after."""
     cases = cases_of(ANNOTATED["held_out"])
-    wrong = [case for case in cases if misread(*case)]
+    num_wrong = sum(bool(misread(*case)) for case in cases)  # not which: they stay held out
     assert len(cases) == 113
-    assert len(wrong) <= 3
+    assert num_wrong <= 3
 
 
 def test_reads_the_grammar_of_the_phantom_without_a_single_error() -> None:
@@ -128,10 +128,18 @@ LAYOUTS: dict[str, Callable[[list[str]], str]] = {
         ("Edema\t\tNo\nEffusion\t\tYes", "edema-, effusion+"),
         ("Edema? No. Effusion? Small, right. Left fracture? Left effusion.", "edema-, effusion+ bilateral, fracture+"),
         ("LUNGS CLEAR. SMALL LEFT\nEFFUSION IS UNCHANGED.", "opacity-, effusion+ left small"),
+        ("In the right lung, there is a mass, and in the left, small nodules.", "lesion+ bilateral"),
+        ("Patchy opacity left mid lung zone, right lung clear.", "opacity+ left"),
+        ("Opacity at the right base, not seen on the lateral view.", "opacity+ right"),
+        ("Could represent atelectasis, aspiration, early pneumonia.", "atelectasis?, pneumonia?"),
+        (
+            "Suspicious nodule on the left. Right effusion and atelectasis have both improved.",
+            "lesion+ left, effusion+ right, atelectasis+ right",
+        ),
         ("No edema | Left effusion<br>No fracture", "edema-, effusion+ left, fracture-"),
     ],
 )
-def test_forms_and_short_fields(text: str, expected: str) -> None:
+def test_forms_short_fields_and_places(text: str, expected: str) -> None:
     assert misread(text, expected) == []
 
 

@@ -64,6 +64,8 @@ _SEPARATOR = re.compile(
 )
 _MODIFIER_ONLY = re.compile(rf"(?:[\s>,/]|\b{WORDS['modifier']}\b)*")
 _PLACE_OPENS = re.compile(rf"\s*{WORDS['place_opener']}\b")
+# "In the right lung, there is a mass, and in the left, small nodules"
+_PLACE_FIRST = re.compile(r"(?:^|\band)\s*(?:in|on|at|within) [^,]*,[^,]*$")
 # "and a smaller one at the right base"
 _ANOTHER = re.compile(rf"(?:\s|\b{WORDS['modifier']}\b)*(?:focus|foci|areas?|ones?|patch|component) (?:in|at|on)\b")
 
@@ -117,6 +119,9 @@ def attribute(sentence: str, start: int, end: int, found: list[Found]) -> list[F
         front = " ".join(reversed(stretches))
         behind = _stretch_after(sentence[item.end : after], last=after == end)
         sides = _sides(front)
+        opening = None if sides else _PLACE_FIRST.search(sentence[before : item.start])
+        if opening and (before == start or opening[0].startswith("and")):
+            sides = _sides(opening[0])
         side_follows = False
         if not sides or re.match(r",?\s*(?:\w+ )?(?:greater|larger|more|>|right and left|left and right)", behind):
             sides |= _sides(behind)

@@ -32,6 +32,10 @@ _JOINT = re.compile(r",(?: and| or| with)?(?= )|\band\b|\bwith\b")
 _DENIAL_OPENS = re.compile(r"\s*(?:there (?:is|are) )?(?:no|not|without)\b")
 # "Opacity in the left base, right lung is clear."
 _COMPLETE_WITHOUT_VERB = re.compile(r"\s*(?!in\b|on\b|at\b|as\b|since\b|compared\b|after\b|within\b).*\b(?:in|at|on)\b")
+_CLEAR_ELSEWHERE = re.compile(
+    r"\s*(?:the )?(?:left|right|other)(?: (?:lung|side|base|hemithorax|costophrenic angle))?(?: is| remains?)?"
+    r"(?: \w+ly)? (?:clear|normal|sharp|unremarkable|spared)\b"
+)
 _PREDICATE_ONLY = re.compile(
     r"\s*(?:(?:is|are|was|were|has|have|remains?|appears?|cannot|ends?|terminates?|extends?|projects?)\b"
     r"|(?:\w+ly )*(?:normal|enlarged|stable|unchanged|clear|intact|unremarkable|widened|resolved|removed|in place"
@@ -61,6 +65,7 @@ def _soft_clauses(sentence: str, start: int, end: int) -> Iterator[tuple[int, in
         cut: re.Match[str] | None = None
         if (
             _DENIAL_OPENS.match(chunk)
+            or _CLEAR_ELSEWHERE.match(chunk)
             or (":" in said and _FIELD.match(chunk))
             or (
                 _has_predicate(chunk)
