@@ -261,6 +261,8 @@ def test_no_finding_ignores_devices_but_not_abnormalities_without_a_label() -> N
     assert read_labels("No emphysema. Heart size is normal.")["No Finding"].status == "positive"
     assert read_labels("Emphysema. Heart size is normal.")["No Finding"].status == "absent"
     assert read_labels("Possible pneumonia.")["No Finding"].status == "absent"
+    assert read_labels("Stable heart size. Lungs are clear.")["No Finding"].status == "positive"
+    assert read_labels("Borderline heart size. Lungs are clear.")["No Finding"].status == "absent"
 
 
 def test_every_table_of_phrases_is_keyed_by_labels() -> None:

@@ -11,7 +11,10 @@ _STATUS_ORDER: tuple[Status, ...] = ("positive", "uncertain", "negative")
 def decide(found: list[Found]) -> dict[Label, Reading]:
     """Make one reading of each label, in CheXpert's order."""
     readings = {label: _decide([item for item in found if item.label == label]) for label in LABELS}
-    abnormal = any(f.status in ("positive", "uncertain") and f.label != "Support Devices" for f in found)
+    abnormal = any(
+        item.status in ("positive", "uncertain") and item.label != "Support Devices" and not item.unchanged
+        for item in found
+    )
     readings["No Finding"] = Reading(status="absent" if abnormal else "positive")
     return readings
 

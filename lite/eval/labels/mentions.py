@@ -90,7 +90,8 @@ def read_structures(clause: str, offset: int) -> Iterator[Found]:
         status, size = _heart_state(clause, states) if of_heart else (_lung_state(clause, label, states), None)
         if status:
             start, end = structure.start() + offset, structure.end() + offset
-            yield Found(label=label, start=start, end=end, status=status, size=size)
+            unchanged = of_heart and not any(states[name] for name in ("enlarged", "prominent", "normal"))
+            yield Found(label=label, start=start, end=end, status=status, size=size, unchanged=unchanged)
 
 
 _States: TypeAlias = Mapping[str, list[re.Match[str]]]
