@@ -12,14 +12,16 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lite.console import say
 from lite.errors import LiteError
 from lite.eval.figures import Estimate
-from lite.eval.labels import LABELS, Label, Reading
+from lite.eval.labels import LABELS, Label, Reading, unreadable
 from lite.eval.metrics import FindingsScores, Readings, score_findings
 from lite.studies.readers import read_studies
 from lite.studies.results import Result, read_results
@@ -49,6 +51,8 @@ def _readings(labels: dict[str, dict[str, Any]]) -> dict[Label, Reading]:
 def score(predictions: Path, *, truth: Path | None = None) -> FindingsScores:
     """Score a predictions file.
 
+    A reference that says nothing (empty, or not in English where its labels would have to be read) is in no figure.
+
     Args:
         predictions: JSONL, as `read_results` takes it. Studies that failed count for nothing.
         truth: the JSON list of the films. The labels drawn there take the place of those read from the references,
@@ -59,23 +63,25 @@ def score(predictions: Path, *, truth: Path | None = None) -> FindingsScores:
             a text with.
     """
     rows = [row for row in read_results(predictions) if row.prediction is not None]
-    readings = None
+    drawn = None if truth is None else read_truth(truth)
     if truth is not None:
-        drawn = read_truth(truth)
         rows = _with_references(rows, truth, predictions)
-        readings = [drawn[row.study.id] for row in rows]
-    bare = [row.study.id for row in rows if not row.study.reference]
-    if bare or not rows:
+    flaws = [unreadable(row.study.reference) for row in rows]
+    if drawn:  # then only the texts are compared, in whatever language
+        flaws = [flaw if flaw == "empty" else None for flaw in flaws]
+    usable = [row for row, flaw in zip(rows, flaws, strict=True) if not flaw]
+    if not usable:
         msg = (
-            f"{predictions}: got {len(bare)} of {len(rows)} predictions without a reference · expected the findings to "
+            f"{predictions}: got {len(rows)} predictions, none with a reference in English · expected the findings to "
             "compare each with · name the list of the films with --truth"
         )
         raise LiteError(msg)
-    return score_findings(
-        [row.study.reference for row in rows],
-        [row.prediction or "" for row in rows],
-        truth=readings,
+    scores = score_findings(
+        [row.study.reference for row in usable],
+        [row.prediction or "" for row in usable],
+        truth=[drawn[row.study.id] for row in usable] if drawn else None,
     )
+    return replace(scores, left_out=dict(Counter(flaw for flaw in flaws if flaw)))
 
 
 def _with_references(rows: Sequence[Result], truth: Path, predictions: Path) -> list[Result]:
@@ -131,6 +137,7 @@ def to_json(scores: FindingsScores) -> dict[str, object]:
     }
     return {
         "count": scores.count,
+        "left_out": dict(scores.left_out),
         **{name: _number(estimate.value) for name, estimate in estimates.items()},
         "per_label": per_label,
         "intervals": {name: _interval(estimate) for name, estimate in estimates.items()},
@@ -152,6 +159,10 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     for name, *numbers in rows:
         cells = [name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))]
         yield "  ".join(cells).rstrip()
+
+
+def _counts(scores: FindingsScores) -> str:
+    return ", ".join(f"{count} studies whose reference is {flaw}" for flaw, count in scores.left_out.items())
 
 
 def format_table(scores: FindingsScores) -> str:
@@ -176,6 +187,8 @@ def format_table(scores: FindingsScores) -> str:
         for row in labels.per_label
     ]
     note = "Uncertain labels count as negative; a dash is a figure with nothing to measure it on."
+    if scores.left_out:
+        note += f" In no figure: {_counts(scores)}."
     return "\n".join([*_aligned(figures), "", *_aligned(by_label), "", note])
 
 
@@ -200,6 +213,8 @@ def run(args: argparse.Namespace) -> int:
         LiteError: a file is not what it should be.
     """
     scores = score(args.predictions, truth=args.truth)
+    if scores.left_out:
+        say(f"{args.predictions}: left out {_counts(scores)}")
     text = json.dumps(to_json(scores), ensure_ascii=False) if args.json else format_table(scores)
     sys.stdout.write(f"{text}\n")
     return 0

@@ -10,7 +10,7 @@ predicted has F1 0. An uncertain label counts as negative.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -51,6 +51,7 @@ class FindingsScores:
     """Everything this module measures, on one set of studies."""
 
     count: int
+    left_out: Mapping[str, int] = field(default_factory=dict)  # studies that are in no figure, by what is wrong
     label_f1: LabelF1
     side_accuracy: Estimate
     size_accuracy: Estimate

@@ -116,13 +116,32 @@ def test_a_bad_file_is_refused(tmp_path: Path) -> None:
             scoring.score(write_rows(tmp_path / "p.jsonl", *lines))
 
 
-def test_a_prediction_without_a_reference_is_refused_and_one_that_failed_counts_for_nothing(tmp_path: Path) -> None:
+FLAWED: dict[str, dict[str, object]] = {
+    "none": {"id": "4", "prediction": "Lungs are clear.", "reference": None},
+    "blank": {"id": "5", "prediction": "Lungs are clear.", "reference": " \n"},
+    "placeholder": {"id": "6", "prediction": "Lungs are clear.", "reference": "NaN"},
+    "German": {"id": "7", "prediction": "Lungs are clear.", "reference": "Kein Pneumothorax. Herz normal groß."},
+}
+
+
+def test_what_has_no_reference_is_in_no_figure_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failed = {"id": "3", "image": "3.png", "error": "got noise"}
-    assert scoring.score(write_rows(tmp_path / "p.jsonl", *ROWS, failed)).count == 2
-    bare = {"id": "4", "prediction": "Clear.", "reference": None}
-    for rows, counts in (((*ROWS, bare), "got 1 of 3 predictions"), ((failed,), "got 0 of 0 predictions")):
-        with pytest.raises(LiteError, match=f"{counts} without a reference .* with --truth"):
-            scoring.score(write_rows(tmp_path / "p.jsonl", *rows))
+    whole = scoring.to_json(scoring.score(write_rows(tmp_path / "p.jsonl", *ROWS)))
+    flawed = write_rows(tmp_path / "p.jsonl", *ROWS, failed, *FLAWED.values())
+    scores = scoring.to_json(scoring.score(flawed))
+    assert scores.pop("left_out") == {"empty": 3, "not in English": 1}
+    assert whole.pop("left_out") == {}
+    assert scores == whole
+    scoring.run(argparse.Namespace(predictions=flawed, truth=None, json=False))
+    said = "3 studies whose reference is empty, 1 studies whose reference is not in English"
+    assert all(said in text for text in capsys.readouterr())
+
+
+@pytest.mark.parametrize("rows", [(), *FLAWED.values()])
+def test_predictions_without_any_reference_are_refused(tmp_path: Path, rows: dict[str, object] | tuple[()]) -> None:
+    failed = {"id": "3", "image": "3.png", "error": "got noise"}
+    with pytest.raises(LiteError, match="none with a reference in English .* with --truth"):
+        scoring.score(write_rows(tmp_path / "p.jsonl", failed, *([rows] if rows else [])))
 
 
 @pytest.mark.parametrize("named", ["id", "image"])

@@ -1,33 +1,12 @@
 """CheXpert-14 labels, with side, zone and size, read from the findings text of a radiology report by rules.
 
-The pipeline, one short function per arrow (the vocabulary is in `phrases.toml`):
+    report ──► sentences ──► mentions, in clauses ──► status ──► side, zone, size ──► one reading a label
+               sentences.py  mentions.py, scopes.py   scopes.py  places.py            decisions.py
 
-    report ──► sections ──► sentences ──► clauses ──► mentions ──► status ──► side, zone, size ──► one reading a label
-
-1. Sections that say why or how the exam was done (indication, technique, comparison) are left out.
-2. A sentence is cut into clauses wherever a new assertion begins: after "but", "except for", and at a comma, "and" or
-   "with" that has a predicate of its own on both sides. Nothing said in one clause denies anything in another.
-3. A mention is a phrase that names a finding, or a piece of anatomy with a state: "the heart is enlarged".
-4. Its status comes from the cues around it. Reading left to right, "no" opens a denial and "may represent" a doubt, and
-   both reach as far as the list that they govern; "has resolved" and "cannot be excluded" act backwards, on the
-   subject and what is joined to it. "No change in" only looks like a denial.
-5. Side, zone and size come from the words that modify the mention: "small left effusion", "effusion on the left".
-
-Conventions are those of CheXpert (Irvin et al. 2019) where that paper, its rules or its annotators' directions say
-something. What may surprise:
-
-* Among the mentions of a label positive wins over uncertain, uncertain over negative; none at all is "absent".
-* Labels are mention-based: no label implies its parent. "Opacity, possibly pneumonia" is Lung Opacity positive and
-  Pneumonia uncertain; a consolidation alone is no Lung Opacity.
-* A normal heart or mediastinum is a negative mention; one that is only "stable", "unchanged", borderline, prominent or
-  obscured is uncertain. "Cardiac and mediastinal contours" speaks of both labels, "cardiomediastinal silhouette" of
-  Enlarged Cardiomediastinum alone.
-* Clear lungs are Lung Opacity negative, sharp costophrenic angles Pleural Effusion negative, blunted ones uncertain,
-  normal vessels Edema negative, congested ones uncertain. Heart failure is Edema positive and Cardiomegaly uncertain.
-* "No new X", "X or Y" outside a denial, "X versus Y" and "likely X" are uncertain; "consistent with X" is positive,
-  "X is unlikely" negative. "No acute osseous abnormality" does not mention fractures.
-* No Finding is positive when nothing else but Support Devices is positive or uncertain, abnormalities without a label
-  of their own (emphysema, scoliosis, calcification) included; otherwise it is absent.
+The vocabulary is in `phrases.toml`; `docs/labels.md` has the conventions, those of CheXpert (Irvin et al. 2019), and
+how well it reads. Among the mentions of a label positive wins over uncertain, uncertain over negative; none at all is
+"absent". No Finding is positive when nothing else but Support Devices is positive or uncertain, abnormalities without a
+label of their own (emphysema, scoliosis, a tortuous aorta) included.
 """
 
 from __future__ import annotations
@@ -37,28 +16,32 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate
 
-from lite.eval.labels.mentions import classify, name_findings, read_structures
-from lite.eval.labels.places import SIZES, attribute, share_places, union
+from lite.eval.labels.decisions import decide
+from lite.eval.labels.language import unreadable
+from lite.eval.labels.mentions import name_findings, read_structures
+from lite.eval.labels.places import attribute, share_places
 from lite.eval.labels.readings import LABELS, Found, Label, Mention, Reading, Side, Size, Status, Zone
-from lite.eval.labels.sentences import clauses, sentences
+from lite.eval.labels.scopes import classify, clauses
+from lite.eval.labels.sentences import sentences
 from lite.eval.labels.vocabulary import phrase
 
 __all__ = [
     "LABELS", "Label", "Mention", "Reading", "Side", "Size", "Status", "Zone", "read_labels", "read_mentions",
+    "unreadable",
 ]  # fmt: skip
 
 _EXTUBATED = phrase("extubated")
-_STATUS_ORDER: tuple[Status, ...] = ("positive", "uncertain", "negative")
 
 
 def read_mentions(text: str | None) -> list[Mention]:
-    """List every mention of a label in a report, in reading order.
+    """List every mention of a label in a report, in reading order; none in one that is not in English.
 
     Args:
         text: a findings section, an impression, or a whole report; None counts as empty.
     """
-    report = text or ""
+    report = "" if unreadable(text) else text or ""
     return [
         Mention(
             label=found.label,
@@ -76,7 +59,7 @@ def read_mentions(text: str | None) -> list[Mention]:
 
 
 def read_labels(text: str | None) -> dict[Label, Reading]:
-    """Read the fourteen labels from a report.
+    """Read the fourteen labels from a report; one that is not in English has none, not even No Finding.
 
     Args:
         text: a findings section, an impression, or a whole report; None counts as empty.
@@ -85,11 +68,9 @@ def read_labels(text: str | None) -> dict[Label, Reading]:
         One reading per label, in CheXpert's order. The side is the union over the deciding mentions (left and right
         make bilateral), the size their largest, the zone theirs if they agree on one.
     """
-    found = list(_read_report(text or ""))
-    readings = {label: _aggregate([mention for mention in found if mention.label == label]) for label in LABELS}
-    abnormal = any(f.status in ("positive", "uncertain") and f.label != "Support Devices" for f in found)
-    readings["No Finding"] = Reading(status="absent" if abnormal else "positive")
-    return readings
+    if unreadable(text) == "not in English":
+        return {label: Reading(status="absent") for label in LABELS}
+    return decide(list(_read_report(text or "")))
 
 
 def _read_report(text: str) -> Iterator[Found]:
@@ -101,11 +82,7 @@ def _read_report(text: str) -> Iterator[Found]:
         found_in_sentence = _read_sentence(normalised)
         if not found_in_sentence:
             continue
-        starts: list[int] = []
-        position = 0
-        for word in words:
-            starts.append(position)
-            position += len(word[0]) + 1
+        starts = [0, *accumulate(len(word[0]) + 1 for word in words[:-1])]
         for found in found_in_sentence:
             first, last = bisect_right(starts, found.start) - 1, bisect_right(starts, found.end - 1) - 1
             yield replace(
@@ -148,22 +125,3 @@ def _read_sentence(sentence: str) -> tuple[Found, ...]:
         read += states
     read.sort(key=lambda item: (item.start, item.end))
     return tuple(share_places(sentence, read))
-
-
-def _aggregate(found: list[Found]) -> Reading:
-    """Make one reading of a label's mentions: positive wins over uncertain, uncertain over negative."""
-    for status in _STATUS_ORDER:
-        deciding = [mention for mention in found if mention.status == status]
-        if not deciding:
-            continue
-        if status == "negative":
-            return Reading(status=status)
-        zones = {mention.zone for mention in deciding if mention.zone}
-        sizes = [mention.size for mention in deciding if mention.size]
-        return Reading(
-            status=status,
-            side=union(mention.side for mention in deciding if mention.side),
-            zone=zones.pop() if len(zones) == 1 else None,
-            size=max(sizes, key=SIZES.index) if sizes else None,
-        )
-    return Reading(status="absent")

@@ -7,24 +7,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import cast, get_args
 
-from lite.eval.labels.readings import Found, Label, Side, Size, Zone
+from lite.eval.labels.readings import LABELS, Found, Label, Side, Size, Zone
 from lite.eval.labels.vocabulary import SIZE_IN_THE_NAME, WORDS, phrase, table
 
 SIZES: tuple[Size, ...] = get_args(Size)
 _WITHOUT_SIDE: frozenset[Label] = frozenset({"Enlarged Cardiomediastinum", "Cardiomegaly", "Edema"})
 _WITHOUT_ZONE: frozenset[Label] = _WITHOUT_SIDE | {"Support Devices"}
-_IN_THE_LUNG: frozenset[Label] = frozenset(
-    {
-        "Lung Lesion",
-        "Lung Opacity",
-        "Consolidation",
-        "Pneumonia",
-        "Atelectasis",
-        "Pleural Effusion",
-        "Pneumothorax",
-        "Pleural Other",
-    }
-)
+_IN_THE_LUNG: frozenset[Label] = frozenset(LABELS) - _WITHOUT_SIDE - {"No Finding", "Fracture", "Support Devices"}
 _SIDE, _ZONE, _SIZE = table("sides"), table("zones"), table("sizes")
 _SIDE_OF_SOMETHING_ELSE, _SIZE_OF_CHANGE = phrase("side_of_something_else"), phrase("size_of_change")
 
@@ -75,6 +64,10 @@ _SEPARATOR = re.compile(
 )
 _MODIFIER_ONLY = re.compile(rf"(?:[\s>,/]|\b{WORDS['modifier']}\b)*")
 _PLACE_OPENS = re.compile(rf"\s*{WORDS['place_opener']}\b")
+# "In the right lung, there is a mass, and in the left, small nodules"
+_PLACE_FIRST = re.compile(r"(?:^|\band)\s*(?:in|on|at|within) [^,]*,[^,]*$")
+# "and a smaller one at the right base"
+_ANOTHER = re.compile(rf"(?:\s|\b{WORDS['modifier']}\b)*(?:focus|foci|areas?|ones?|patch|component) (?:in|at|on)\b")
 
 
 def _stretches_before(gap: str) -> list[str]:
@@ -102,6 +95,9 @@ def _stretch_after(gap: str, *, last: bool) -> str:
     for index in range(1, len(texts)):
         listed, other = pieces[3 * index - 2], pieces[3 * index - 1]
         text = texts[index]
+        if _ANOTHER.match(text):
+            kept.append(text)
+            continue
         if other in ("with", "without", "may", "could", "might", "that", "from", "given", "there", ";"):
             break
         if other is None and not (_PLACE_OPENS.match(text) or _MODIFIER_ONLY.fullmatch(text)):
@@ -114,13 +110,18 @@ def attribute(sentence: str, start: int, end: int, found: list[Found]) -> list[F
     """Give the findings of a clause their side, zone and size from the words around them."""
     described: list[Found] = []
     for index, item in enumerate(found):
-        before = max([start, *(other.end for other in found[:index] if other.end <= item.start)])
-        after = min([end, *(other.start for other in found[index + 1 :] if other.start >= item.end)])
+        before = max(
+            (other.end for other in found[max(0, index - 8) : index] if other.end <= item.start), default=start
+        )
+        after = next((other.start for other in found[index + 1 :] if other.start >= item.end), end)
         stretches = _stretches_before(sentence[before : item.start])
         stretches[0] += " " + sentence[item.start : item.end]
         front = " ".join(reversed(stretches))
         behind = _stretch_after(sentence[item.end : after], last=after == end)
         sides = _sides(front)
+        opening = None if sides else _PLACE_FIRST.search(sentence[before : item.start])
+        if opening and (before == start or opening[0].startswith("and")):
+            sides = _sides(opening[0])
         side_follows = False
         if not sides or re.match(r",?\s*(?:\w+ )?(?:greater|larger|more|>|right and left|left and right)", behind):
             sides |= _sides(behind)
@@ -155,7 +156,7 @@ def share_places(sentence: str, found: list[Found]) -> list[Found]:
         first, second = found[index - 1], found[index]
         gap = sentence[first.end : second.start]
         pair = {first.label, second.label}
-        if not (pair <= _IN_THE_LUNG or pair == {"", "Fracture"}) or len(gap) > 90:
+        if not (pair <= {*_IN_THE_LUNG, ""} or pair == {"", "Fracture"}) or len(gap) > 90:
             continue
         joined = _PLAIN_AND.fullmatch(gap) is not None
         if first.side and not second.side and (joined or _SAME_PLACE.search(gap)):

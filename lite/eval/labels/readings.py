@@ -63,6 +63,7 @@ class Found:
     end: int
     status: Status = "positive"
     doubtful: bool = False  # affirmed, it is still only uncertain
+    unchanged: bool = False  # nothing is said but that it is as it was: "stable heart size"
     side: Side | None = None
     zone: Zone | None = None
     size: Size | None = None

@@ -1,52 +1,66 @@
-"""From a report to its sentences, and from a sentence to clauses that each hold about one assertion."""
+"""From a report to its sentences: which sections describe the film, and where a statement ends in them.
+
+Reports come as prose, wrapped at some column, and as lists of a statement a line, with or without bullets, numbers,
+full stops and small letters. What the end of a line means is told from its paragraph, see `_statement_ends`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import zip_longest
-
-from lite.eval.labels.vocabulary import WORDS
+from itertools import groupby, pairwise, zip_longest
 
 # Longer runs without a full stop are cut, which bounds the work on text that is no report.
 _LONGEST_SENTENCE = 1000
 
 # Fields that ask a question or describe the exam; what they mention is not on the film.
 _HEADING = re.compile(
-    r"(?:^|(?<=[.\n;:]))[ \t\r]*(?:"
+    r"(?:^|(?<=[.\n;:]))[ \t\r]*(?:(?:"
     r"(?P<skip>indications?|(?:clinical |patient |relevant )?history(?: of present illness)?|clinical (?:information"
-    r"|indication|data|question|details|statement)|reason for (?:the )?(?:exam(?:ination)?|study|request)|techniques?"
-    r"|comparisons?|exam(?:ination)?|procedure|study|views?|type of exam|order|notifications?|recommendations?|date)"
-    r"|(?P<read>findings(?: and impression| ?/ ?impression)?|impressions?|conclusions?|opinion|report|final report"
-    r"|wet read"
-    r"|interpretation|summary|addendum|chest(?: [\w ,]{0,40})?))[ \t\r]*:",
+    r"|indication|data|question|details|statement)|reason for (?:the )?(?:exam(?:ination)?|study|request))"
+    r"|(?P<skip_line>techniques?|comparisons?|exam(?:ination)?|procedure|study|views?|type of exam|order"
+    r"|notifications?|recommendations?|date)"
+    r"|(?P<read>findings and impression|findings ?/ ?impression|final report|report|wet read|interpretation|summary"
+    r"|addendum|chest(?: [\w ,]{0,40})?))[ \t\r]*:"
+    r"|(?:findings|impressions?|conclusions?|opinion)[ \t\r]*(?::|$))",
     re.IGNORECASE | re.MULTILINE,
 )
 _NOT_SPACE = re.compile(r"\S")
 _BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 _SENTENCE_END = re.compile(r"[.?]\s")
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:dr|drs|mr|mrs|ms|vs|approx|no|nos|fig|st|cf|ca|resp|prob|incl|excl|esp|dept|pt|prev|lat|temp|ant|post|inf"
+    r"(?:\b(?:dr|drs|mr|mrs|ms|vs|approx|fig|st|cf|ca|resp|prob|incl|excl|esp|dept|pt|prev|lat|temp|ant|post|inf"
     r"|sup|etc|e\.g|i\.e|a\.m|p\.m|\w\.\w|[a-z])|\d)$",
     re.IGNORECASE,
 )
+_NO = re.compile(r"(?:\bnos?|[:=] ?[ny])$", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"\s*(?:(?:yes|no|none|negative|positive|absent|present|nil)\b\s*(?:[.,;]|$)"
+    r"|(?:(?:tiny|trace|small|mild|moderate|large|left|right|bilateral)\b[\s,]*)+(?:[.;]|$))",
+    re.IGNORECASE,
+)
+_BULLET = r"[-*•–—·▪●◦‣]"
 _STOP = re.compile(
-    r"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{3})\.(?=[A-Z])|;|\n[ \t\r]*\n|\n(?=[ \t\r]*(?:\d{1,2}[.)]|[-*•–]) )|\n"
+    rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>| (?:\||--) |[•▪●◦‣]"
+    # Bullets and numbers within a line.
+    rf"|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])"
+    r"|(?<=[A-Za-z] )\d{1,2}[.)](?= [A-Z])"
 )
 
 
 def sentences(text: str) -> Iterator[tuple[int, int]]:
     """Yield the (start, end) of each sentence in the sections that describe the film."""
-    for section_start, section_end in _sections(text):
+    line_ends = set(_statement_ends(text))
+    for section_start, section_end in _sections(text, line_ends):
         start = section_start
         for stop in _STOP.finditer(text, section_start, section_end):
-            if _ends_sentence(text, start, stop):
+            if stop.start() in line_ends or (stop[0] != "\n" and _ends_sentence(text, start, stop)):
                 yield from _pieces(start, stop.start())
                 start = stop.end()
         yield from _pieces(start, section_end)
 
 
-def _sections(text: str) -> Iterator[tuple[int, int]]:
+def _sections(text: str, line_ends: set[int]) -> Iterator[tuple[int, int]]:
     """Yield the (start, end) of the text after each heading worth reading, and of text under no heading."""
     start = 0
     headings = list(_HEADING.finditer(text))
@@ -55,8 +69,13 @@ def _sections(text: str) -> Iterator[tuple[int, int]]:
             continue
         yield start, max(start, heading.start())
         start = heading.end()
-        if heading["skip"]:
-            start = _end_of_skipped(text, start, following.start() if following else None)
+        if heading["skip"] or heading["skip_line"]:
+            end = following.start() if following else None
+            line = text.find("\n", start, end)
+            if heading["skip_line"] and line in line_ends and text[start:line].strip():
+                start = line
+            else:
+                start = _end_of_skipped(text, start, end)
     yield start, len(text)
 
 
@@ -76,20 +95,18 @@ def _end_of_skipped(text: str, start: int, following: int | None) -> int:
 
 
 def _ends_sentence(text: str, start: int, stop: re.Match[str]) -> bool:
-    """Tell a full stop from an abbreviation's, and the end of a line from mere wrapping."""
+    """Tell a full stop from an abbreviation's, and a question from one that is answered."""
     mark = stop[0]
-    if mark == "\n":
-        # Wrapped lines are long, or go on in lower case; lists of statements are short and start anew.
-        line_start = text.rfind("\n", start, stop.start()) + 1
-        following = text[stop.end() : stop.end() + 20].lstrip()[:1]
-        return 0 < stop.start() - max(line_start, start) < 45 and following.isupper()
     if mark[0] == "?":
-        # "? small effusion" asks about what follows.
-        return start < stop.start() and not text[stop.start() - 1].isspace()
+        # "? small effusion" asks about what follows, "Effusion? No." has its answer behind.
+        asked = start < stop.start() and not text[stop.start() - 1].isspace()
+        return asked and not _ANSWER.match(text, stop.end(), stop.end() + 40)
     if mark != ".":
         return True
     before = text[max(start, stop.start() - 12) : stop.start()]
     after = text[stop.end() : stop.end() + 3].lstrip()[:1]
+    if _NO.search(before):
+        return not after.isdigit()
     if not _ABBREVIATION.search(before):
         return True
     # A number may end a sentence ("3.4 cm" has no space); a number that opens one is an item of a list.
@@ -101,71 +118,74 @@ def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
         yield piece, min(end, piece + _LONGEST_SENTENCE)
 
 
-# --- Clauses ----------------------------------------------------------------------------------------------------------
+# --- Lines ------------------------------------------------------------------------------------------------------------
 
-FINITE = re.compile(
-    rf"(?<!that )(?<!which )(?<!who )(?<!as )\b{WORDS['finite']}\b"
-    r"|\b(?:there['’]s)\b"
+_MARK = re.compile(rf"[ \t]*(?:\(?\d{{1,2}}[.):]|{_BULLET}|[a-hA-H][.)])[ \t]+")
+_FULL_STOP = re.compile(r"[.!?][\s\"')\]]*$")
+_INNER_STOP = re.compile(r"[a-z]{2}[.!?;] ", re.IGNORECASE)
+# Words that no statement ends with, and words that none begins with.
+_GOES_ON = re.compile(
+    r"(?:[,:]|\b(?:a|an|and|are|at|be|by|for|from|in|is|may|of|on|or|the|to|was|were|with|without"
+    r"|(?<![:?=-] )(?<![:?=\t-])(?<!  )no))[ \t\r]*$",  # "Edema: no" is an answer
+    re.IGNORECASE,
 )
-_ADJECTIVE = re.compile(rf"\b{WORDS['adjective']}\b")
-# Words after which a new assertion begins.
-_HARD_BREAK = re.compile(
-    r"\b(?:but(?! (?:persists?|remains?)\b)(?!(?: \w+ly| otherwise| now| still| is| are| remains?)* (?:clear|normal"
-    r"|stable|unchanged|unremarkable|improved)\b)"
-    r"|however|although|though|nevertheless|nonetheless|whereas|while|except(?:\s+for|\s+that|ing)?"
-    r"|apart\s+from|aside\s+from|other\s+than|with\s+the\s+exception\s+of|besides|albeit)\b|[();]"
+_WENT_ON = re.compile(
+    r"[ \t]*(?:and|are|at|been|by|for|from|has|have|is|may|of|on|or|seen|than|that|to|was|were|which|with)\b",
+    re.IGNORECASE,
 )
-_JOINT = re.compile(r",(?: and| or| with)?(?= )|\band\b|\bwith\b")
-_DENIAL_OPENS = re.compile(r"\s*(?:there (?:is|are) )?(?:no|not|without)\b")
-# "Opacity in the left base, right lung is clear."
-_COMPLETE_WITHOUT_VERB = re.compile(r"\s*(?!in\b|on\b|at\b|as\b|since\b|compared\b|after\b|within\b).*\b(?:in|at|on)\b")
-_PREDICATE_ONLY = re.compile(
-    r"\s*(?:(?:is|are|was|were|has|have|remains?|appears?|cannot|ends?|terminates?|extends?|projects?)\b"
-    r"|(?:\w+ly )*(?:normal|enlarged|stable|unchanged|clear|intact|unremarkable|widened|resolved|removed|in place"
-    r"|in situ)"
-    r"(?: (?:in|from|compared|since|given|with|on|for|at|by|to)\b.*)?\s*$)"
-)
+_SHORT_LINE = 45
 
 
-def clauses(sentence: str) -> Iterator[tuple[int, int]]:
-    """Yield the (start, end) of every clause, so that each holds about one assertion."""
-    start = 0
-    for hard in [*_HARD_BREAK.finditer(sentence), None]:
-        end = hard.start() if hard else len(sentence)
-        yield from _soft_clauses(sentence, start, end)
-        start = hard.end() if hard else end
+def _statement_ends(text: str) -> Iterator[int]:
+    """Yield the line ends that also end a statement: all in a list, none in prose that was only wrapped."""
+    starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    lines = [(start, text[start : end - 1]) for start, end in pairwise([*starts, len(text) + 1])]
+    previous = 0
+    for blank, group in groupby(lines, key=lambda line: not line[1].strip()):
+        paragraph = list(group)
+        if blank:
+            continue
+        if previous:
+            yield previous
+        yield from _statement_ends_of(paragraph)
+        start, line = paragraph[-1]
+        previous = start + len(line)
 
 
-def _soft_clauses(sentence: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    joints = [*_JOINT.finditer(sentence, start, end)]
-    previous: re.Match[str] | None = None
-    for joint, after in zip_longest(joints, joints[1:]):
-        chunk = sentence[joint.end() : after.start() if after else end]
-        said = sentence[start : joint.start()]
-        cut: re.Match[str] | None = None
-        if (
-            _DENIAL_OPENS.match(chunk)
-            or (_has_predicate(said) and _has_predicate(chunk) and not _PREDICATE_ONLY.match(chunk))
-            or (joint[0] == "," and FINITE.search(chunk) and _COMPLETE_WITHOUT_VERB.match(said))
-        ):
-            cut = joint
-            # "Lungs are clear, heart and mediastinum are normal": the plural verb has two subjects.
-            if (
-                previous
-                and joint[0] == "and"
-                and re.match(r"\s*\w+(?: \w+){0,3} (?:are|were|have|remain|appear)\b", chunk)
-                and not _has_predicate(sentence[previous.end() : joint.start()])
-                and _has_predicate(sentence[start : previous.start()])
-            ):
-                cut = previous
-        if cut:
-            yield start, cut.start()
-            start, previous = cut.end(), joint if cut is previous else None
+def _statement_ends_of(paragraph: list[tuple[int, str]]) -> Iterator[int]:
+    lines = [line.rstrip() for _, line in paragraph]
+    width = max(map(len, lines))
+    whole = "".join(lines)
+    has_case = whole != whole.upper() and whole != whole.lower()
+    punctuated = any(_FULL_STOP.search(line[-4:]) or _INNER_STOP.search(line) for line in lines[:-1])
+    listed = not punctuated and not any(_MARK.match(line) for line in lines) and _is_list(lines, width, has_case)
+    inside_item = bool(_MARK.match(lines[0]))
+    for (start, raw), line, following in zip(paragraph, lines, lines[1:], strict=False):
+        opening = following.lstrip()
+        if _MARK.match(following):
+            inside_item = ends = True
+        elif _GOES_ON.search(line[-10:]) or _WENT_ON.match(following) or (has_case and opening[0].islower()):
+            ends = False
+        elif inside_item:
+            # The next line of an item is indented, or the line before it is full.
+            ends = has_case and opening == following and _fits(line, following, width)
+            inside_item = not ends
+        elif listed:
+            ends = True
         else:
-            previous = joint
-    if start < end:
-        yield start, end
+            narrow = has_case and width < _SHORT_LINE
+            ends = (narrow or _fits(line, following, width)) and (len(line) < _SHORT_LINE or not punctuated)
+        if ends:
+            yield start + len(raw)
 
 
-def _has_predicate(text: str) -> bool:
-    return bool(FINITE.search(text) or _ADJECTIVE.search(text))
+def _fits(line: str, following: str, width: int) -> bool:
+    """Say whether the next line's first word had room behind this line: whoever wraps text would have put it there."""
+    return len(line) + 1 + len(following.split(maxsplit=1)[0]) <= width
+
+
+def _is_list(lines: list[str], width: int, has_case: bool) -> bool:
+    """Tell a list without full stops from one long sentence, which has one at its end and fills its lines."""
+    if has_case and width >= _SHORT_LINE and any(line.lstrip()[0].islower() for line in lines):
+        return False
+    return not _FULL_STOP.search(lines[-1]) or any(_fits(line, following, width) for line, following in pairwise(lines))

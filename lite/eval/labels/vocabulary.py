@@ -31,6 +31,11 @@ def phrase(name: str) -> re.Pattern[str]:
     return _whole_words(_FILE["phrases"][name])
 
 
+def words_of(language: str) -> frozenset[str]:
+    """Give the words listed under `[languages]` that tell a language."""
+    return frozenset(_FILE["languages"][language].split())
+
+
 def table(name: str) -> dict[str, re.Pattern[str]]:
     """Compile a table: a pattern for each label, side, zone or size."""
     return {key: _whole_words(phrases) for key, phrases in _FILE[name].items() if phrases}
