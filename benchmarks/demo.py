@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import lite
-from benchmarks.exports import PHANTOM, ROOT, Recipe, Source
+from benchmarks.exports import FP16, PHANTOM, ROOT, Recipe, Source
 from benchmarks.phantom.write import write_studies
 from benchmarks.quality.compare import draft
 from lite.console import run_command
@@ -38,7 +38,6 @@ NUM_FILMS = 6
 SEED = 20_261_123
 NUM_CALIBRATION_FILMS = 64
 CALIBRATION_SEED = 20_261_124
-FP16 = Recipe(name="fp16", options=("--decoder", "fp16"))
 # The weights of tokens are what a search has found on such films; it would take longer than all the rest.
 GPTQ_INT4 = Recipe(
     name="gptq-int4",
@@ -278,7 +277,7 @@ def _write_films(folder: Path, *, count: int, seed: int, dicom: bool) -> Path:
 
 def _draft(artifact: Path, fp16: Path, studies: Sequence[Study]) -> tuple[list[Drafted], str]:
     models = [lite.load(path) for path in (artifact, fp16)]
-    ours, theirs = (draft(model, studies, name=model.artifact.path.name).findings for model in models)
+    ours, theirs = (draft(model, studies, name=model.artifact.path.name) for model in models)
     drafted = [Drafted(study=s, findings=f, fp16=b) for s, f, b in zip(studies, ours, theirs, strict=True)]
     return drafted, models[0].notice
 

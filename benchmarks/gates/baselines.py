@@ -31,7 +31,6 @@ class NoBaselineError(LiteError):
 class Gate:
     """One table of the gates file: what a metric was, and how far it may go in the direction that is worse."""
 
-    name: str  # "gptq-int4.mean_kl"
     baseline: Value
     # "+50 %" may rise by half, "-0.01" may fall by 0.01, "±64" neither rise nor fall by more. Of names it counts those
     # that are new, and those that are gone.
@@ -58,7 +57,7 @@ class Gate:
 class Judged:
     """A measured value beside its gate."""
 
-    name: str
+    name: str  # "gptq-int4.mean_kl"
     value: Value | None  # None: it could not be measured
     gate: Gate | None
 
@@ -137,13 +136,13 @@ def read_gates(path: Path, metrics: Mapping[str, Collection[str]]) -> dict[str, 
                 if metric not in metrics.get(subject, ()):
                     known = "; ".join(f"{subject}: {', '.join(names)}" for subject, names in metrics.items())
                     raise ValueError(f"got a gate of something that is not measured · measured are {known}")
-                gates[name] = _read_gate(name, table)
+                gates[name] = _read_gate(table)
             except ValueError as error:
                 raise WrongUseError(f"{path}: [{name}]: {error} · correct it") from error
     return gates
 
 
-def _read_gate(name: str, table: object) -> Gate:
+def _read_gate(table: object) -> Gate:
     if not isinstance(table, dict) or table.keys() != {"baseline", "tolerance"}:
         raise ValueError("got other keys, or none · expected a baseline and a tolerance")
     baseline, tolerance = table["baseline"], str(table["tolerance"])
@@ -152,7 +151,7 @@ def _read_gate(name: str, table: object) -> Gate:
     elif type(baseline) not in (int, float):
         raise ValueError(f"got the baseline {baseline!r} · expected a number, or a list of names")
     _tolerance(tolerance)
-    return Gate(name=name, baseline=baseline, tolerance=tolerance)
+    return Gate(baseline=baseline, tolerance=tolerance)
 
 
 def update_baselines(path: Path, values: Mapping[str, Value | None]) -> list[str]:

@@ -1,8 +1,8 @@
 """The slim claim, `python -m benchmarks slim`: with the base and the `cpu` extra alone, no torch, an artifact drafts.
 
     checkout ──▶ wheel ──pip──▶ build/slim-venv ─┬─▶ MB, package by package
-                                                 ├─▶ python -m lite generate: the same texts as in this environment?
-                                                 └─▶ which packages a process that drafts has loaded
+                                                 └─▶ python -m lite generate: the same texts as in this environment?
+                                                     which packages has its process loaded?
 
 What is installed is the wheel that pip builds, and it runs from another folder: nothing is read from the checkout.
 """
@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lite.artifact.open import load_artifact
 from lite.bench.machine import machine
@@ -44,10 +44,10 @@ _NOT_PACKAGED: Final = shutil.ignore_patterns("__pycache__", "checkpoint", "refe
 # Part of any environment; newer Pythons leave setuptools out.
 _EVERYWHERE: Final = ("pip", "setuptools")
 
-# The packages that a process which drafts has loaded, without Python's own modules, this project's, what the
-# environment loads into every process before the first line, and modules that come from no package.
-_PROBE: Final = """\
-import json, sys, time
+# The command line, and behind what it prints the packages that the process has loaded: without Python's own modules,
+# this project's, what the environment loads into every process before the first line, and what comes from no package.
+_GENERATE: Final = """\
+import json, sys
 before = set(sys.modules)
 def packages():
     new = [name for name, module in sys.modules.items() if name not in before and getattr(module, "__spec__", None)]
@@ -55,26 +55,22 @@ def packages():
     return sorted(name for name in names - sys.stdlib_module_names - {"kernels", "lite"} if name[0] != "_")
 import lite
 after_import = packages()
-started = time.perf_counter()
-model = lite.load(sys.argv[1], engine=sys.argv[2], device="cpu")
-load_s = time.perf_counter() - started
-findings = model.findings(sys.argv[3])
-print(json.dumps({
-    "lite": lite.__file__, "after_import": after_import, "after_findings": packages(), "load_s": load_s,
-    "peak_rss_bytes": findings.memory.peak_rss_bytes,
-}))
+from lite.__main__ import main
+status = main(["generate", *sys.argv[1:], "--json"])
+print(json.dumps({"lite": lite.__file__, "after_import": after_import, "after_findings": packages()}))
+sys.exit(status)
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
-    """A fresh process that has drafted one film."""
+class Run:
+    """What a fresh process of `python -m lite generate` has drafted and loaded."""
 
     lite: Path  # where the package comes from
     after_import: tuple[str, ...]  # packages loaded by `import lite`
     after_findings: tuple[str, ...]
-    load_s: float  # of the artifact, its hashes compared
-    peak_rss_bytes: int | None
+    engines: tuple[str, ...]  # film by film
+    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +78,7 @@ class Slim:
     """What the slim environment is and does."""
 
     sizes: dict[str, int]  # bytes of each package, the largest first
-    probe: Probe
-    engines: tuple[str, ...]  # that drafted, film by film
-    texts: tuple[str, ...]
+    run: Run
     expected: tuple[str, ...]  # by the onnx engine of this environment
 
     @property
@@ -93,20 +87,19 @@ class Slim:
         return sum(self.sizes.values())
 
     @property
-    def same_text(self) -> float:
-        """The share of texts that are equal."""
-        return sum(map(str.__eq__, self.texts, self.expected)) / len(self.expected)
+    def num_equal(self) -> int:
+        """How many texts are as expected."""
+        return sum(map(str.__eq__, self.run.texts, self.expected))
 
     def broken(self) -> list[str]:
         """Return what contradicts the claim; nothing if it holds."""
         found = []
-        if torch := [name for name in (*self.sizes, *self.probe.after_findings) if name.lower() == "torch"]:
+        if torch := [name for name in (*self.sizes, *self.run.after_findings) if name.lower() == "torch"]:
             found.append(f"got {torch[0]} in the slim environment · expected none · see who brings it")
-        if wrong := sorted({*self.engines} - {"onnx"}):
+        if wrong := sorted({*self.run.engines} - {"onnx"}):
             found.append(f"got the engine {wrong[0]} · expected onnx · see lite/engines/resolve.py")
-        if self.same_text < 1.0:
-            equal = round(self.same_text * len(self.expected))
-            found.append(f"got {equal} of {len(self.expected)} texts as in this environment · expected all · compare")
+        if self.num_equal < (total := len(self.expected)):
+            found.append(f"got {self.num_equal} of {total} texts as in this environment · expected all · compare")
         return found
 
 
@@ -125,22 +118,13 @@ def measure_slim(artifact: Path, films: Sequence[Path], venv: Path = VENV) -> Sl
     make_environment(venv)
     # Before anything runs there: that may write files of its own.
     sizes = installed_sizes(next(venv.glob("lib/python*/site-packages")))
-    # Isolated: neither PYTHONPATH nor the working directory is searched.
-    python = [str(venv / "bin" / "python"), "-I"]
     with tempfile.TemporaryDirectory(prefix="slim-") as elsewhere:
-        probe = run_probe(python, artifact, films[0], engine="auto", cwd=Path(elsewhere))
-        if not probe.lite.is_relative_to(venv.resolve()):
-            msg = f"got lite from {probe.lite.parent} · expected the copy in {venv} · see what is in its site-packages"
-            raise LiteError(msg)
-        drafts = generate(python, artifact, films, cwd=Path(elsewhere))
-    expected = generate([sys.executable], artifact, films, cwd=ROOT, more=("--engine", "onnx"))
-    return Slim(
-        sizes=sizes,
-        probe=probe,
-        engines=tuple(draft["engine"] for draft in drafts),
-        texts=tuple(draft["prediction"] for draft in drafts),
-        expected=tuple(draft["prediction"] for draft in expected),
-    )
+        # Isolated: neither PYTHONPATH nor the working directory is searched.
+        run = generate([str(venv / "bin" / "python"), "-I"], artifact, films, cwd=Path(elsewhere))
+    if not run.lite.is_relative_to(venv.resolve()):
+        msg = f"got lite from {run.lite.parent} · expected the copy in {venv} · see what is in its site-packages"
+        raise LiteError(msg)
+    return Slim(sizes=sizes, run=run, expected=generate([sys.executable], artifact, films, engine="onnx").texts)
 
 
 def make_environment(venv: Path) -> None:
@@ -185,7 +169,7 @@ def install(python: Path, pip_args: Sequence[str]) -> None:
 def installed_sizes(site_packages: Path) -> dict[str, int]:
     """Return the bytes of each installed package, the largest first; pip and setuptools are left out."""
     sizes = {
-        package.name: sum(file.stat().st_size for file in _files(package) if file.is_file())
+        package.name: sum(file.stat().st_size for file in _files(package))
         for package in importlib.metadata.distributions(path=[str(site_packages)])
         if package.name.lower() not in _EVERYWHERE
     }
@@ -193,37 +177,28 @@ def installed_sizes(site_packages: Path) -> dict[str, int]:
 
 
 def _files(package: importlib.metadata.Distribution) -> list[Path]:
-    return [Path(str(package.locate_file(file))) for file in package.files or ()]
+    located = [Path(str(package.locate_file(file))) for file in package.files or ()]
+    return [file for file in located if file.is_file()]
 
 
 def generate(
-    python: Sequence[str], artifact: Path, films: Sequence[Path], *, cwd: Path, more: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """Run `python -m lite generate --json`; return what it prints of each film.
+    python: Sequence[str], artifact: Path, films: Sequence[Path], *, engine: str = "auto", cwd: Path = ROOT
+) -> Run:
+    """Draft films by the command line, in a fresh process on the CPU.
 
     Raises:
         LiteError: it failed.
     """
-    command = [*python, "-m", "lite", "generate", str(artifact.resolve()), *map(str, films), "--json", *more]
+    options = ["--engine", engine, "--device", "cpu"]
+    command = [*python, "-c", _GENERATE, str(artifact.resolve()), *map(str, films), *options]
     printed = _run(command, cwd=cwd, what="python -m lite generate", hint="expected findings · run it by itself")
-    return [json.loads(line) for line in printed.splitlines()]
-
-
-def run_probe(python: Sequence[str], artifact: Path, film: Path, *, engine: str, cwd: Path) -> Probe:
-    """Draft one film in a fresh process on the CPU, and ask what that has loaded.
-
-    Raises:
-        LiteError: it failed.
-    """
-    command = [*python, "-c", _PROBE, str(artifact.resolve()), engine, str(film)]
-    printed = _run(command, cwd=cwd, what=f"drafting {film.name}", hint="expected findings · see there")
-    found = json.loads(printed.splitlines()[-1])
-    return Probe(
-        lite=Path(found["lite"]).resolve(),
-        after_import=tuple(found["after_import"]),
-        after_findings=tuple(found["after_findings"]),
-        load_s=found["load_s"],
-        peak_rss_bytes=found["peak_rss_bytes"],
+    *drafts, loaded = (json.loads(line) for line in printed.splitlines())
+    return Run(
+        lite=Path(loaded["lite"]).resolve(),
+        after_import=tuple(loaded["after_import"]),
+        after_findings=tuple(loaded["after_findings"]),
+        engines=tuple(draft["engine"] for draft in drafts),
+        texts=tuple(draft["prediction"] for draft in drafts),
     )
 
 
@@ -249,16 +224,14 @@ def format_report(slim: Slim) -> str:
     """Return the packages as a markdown table, and what the environment did."""
     rows = [(name, f"{size / 1e6:,.1f}") for name, size in slim.sizes.items()]
     table = markdown_table(("package", "MB"), [*rows, ("together", f"{slim.nbytes / 1e6:,.1f}")])
-    probe = slim.probe
-    peak = "–" if probe.peak_rss_bytes is None else f"{probe.peak_rss_bytes / 1e6:,.0f} MB"
-    equal = round(slim.same_text * len(slim.expected))
-    lines = (
-        f"texts as in this environment: {equal} of {len(slim.expected)}",
-        f"loaded in {probe.load_s:.2f} s, hashes compared; peak RSS {peak}",
-        f"imported: {', '.join(probe.after_findings)}",
-        f"machine: {machine()}",
+    return "\n".join(
+        (
+            f"{table}\n",
+            f"texts as in this environment: {slim.num_equal} of {len(slim.expected)}",
+            f"imported: {', '.join(slim.run.after_findings)}",
+            f"machine: {machine()}",
+        )
     )
-    return "\n".join((table, "", *lines))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +15,22 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tiny_artifact
 from torch.nn import functional as F
 
-from benchmarks.phantom.score import read_truth
+import lite
 from benchmarks.phantom.write import write_studies
-from benchmarks.quality.command import main, read_films
-from benchmarks.quality.compare import Candidate, Drafts, Films, Loss, Row, compare_artifacts, draft, keep_logits
+from benchmarks.quality.command import main
+from benchmarks.quality.compare import Candidate, Loss, Row, compare, decided_tokens, draft
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.console import short_names
-from lite.errors import ArtifactError, ImageError, LiteError
+from lite.errors import ArtifactError, ImageError
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
 from lite.eval.record import check_belongs, settings_of
 from lite.loading import load
 from lite.model import FindingsModel
 from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 NUM_FILMS = 6
 DAMAGED = "model.layers.1.self_attn.o_proj.weight"
@@ -59,32 +60,31 @@ def damaged(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact) -
 
 
 @pytest.fixture(scope="module")
-def films(listed: Path) -> Films:
-    return read_films(listed)
+def studies(listed: Path) -> Sequence[Study]:
+    return read_studies(listed)
 
 
 @pytest.fixture(scope="module")
-def rows(demo_artifact: Artifact, damaged: Path, films: Films) -> list[Row]:
+def rows(demo_model: FindingsModel, damaged: Path, studies: Sequence[Study]) -> list[Row]:
     """The demo model, itself again, and the damaged one."""
     dropped: list[str] = []
-    paths = {"fp16": demo_artifact.path, "again": demo_artifact.path, "damaged": damaged}
+    models = {"fp16": lambda: demo_model, "again": lambda: demo_model, "damaged": lambda: load(damaged, device="cpu")}
 
     def candidate(name: str) -> Candidate:
-        def make() -> tuple[Path, None]:
-            assert len(dropped) == list(paths).index(name)  # one after the other
-            return paths[name], None
+        def make() -> tuple[FindingsModel, None]:
+            assert len(dropped) == list(models).index(name)  # one after the other
+            return models[name](), None
 
-        return Candidate(name=name, make=make, drop=lambda: dropped.append(name))
+        return Candidate(name=name, load=make, drop=lambda: dropped.append(name))
 
-    rows = list(compare_artifacts(map(candidate, paths), films, batch_size=4, device="cpu"))
-    assert dropped == [row.name for row in rows] == list(paths)
+    rows = list(compare(map(candidate, models), studies, batch_size=4))
+    assert dropped == [row.name for row in rows] == list(models)
     return rows
 
 
 @pytest.fixture(scope="module")
-def reference(demo_model: FindingsModel, films: Films, tmp_path_factory: pytest.TempPathFactory) -> Drafts:
-    drafts = draft(demo_model, films.studies, name="fp16")
-    return keep_logits(demo_model, films.studies, drafts, tmp_path_factory.mktemp("logits"))
+def drafts(demo_model: FindingsModel, studies: Sequence[Study]) -> list[lite.Findings]:
+    return draft(demo_model, studies, name="fp16")
 
 
 def loss_of(row: Row) -> Loss:
@@ -101,20 +101,18 @@ def test_an_artifact_loses_nothing_against_itself(rows: list[Row], demo_artifact
     assert math.isnan(divergence.first_divergent_token.value)
     assert again.figures is not None
     assert again.figures.artifact_id == demo_artifact.id
-    # Studies that share a batch have no time of their own.
-    assert math.isnan(again.figures.total_s)
     assert first.loss is None
     assert repr(again.figures) == repr(first.figures)
 
 
 def test_divergence_is_measured_along_the_references_text(
-    reference: Drafts, rows: list[Row], demo_model: FindingsModel, damaged: Path, listed: Path
+    drafts: list[lite.Findings], rows: list[Row], demo_model: FindingsModel, damaged: Path, studies: Sequence[Study]
 ) -> None:
     candidate = load(damaged, device="cpu")
     kl, same_top, nll = [], [], []
-    for index, study in enumerate(read_studies(listed)):
-        token_ids = reference.token_ids(index)
-        assert token_ids[:-1] == demo_model.findings(study.image, study.reason).token_ids
+    for study, found in zip(studies, drafts, strict=True):
+        token_ids = decided_tokens(found, demo_model.artifact)
+        assert token_ids[:-1] == found.token_ids
         assert token_ids[-1] == demo_model.artifact.manifest.decoding.eos_token_id
         p, q = (
             torch.from_numpy(model.score(study.image, token_ids, study.reason)).double()
@@ -136,15 +134,12 @@ def test_divergence_is_measured_along_the_references_text(
     assert divergence.first_divergent_token.count == len(first)
 
 
-def test_texts_are_compared_and_scored_against_what_was_drawn(
-    rows: list[Row], demo_model: FindingsModel, damaged: Path, listed: Path
+def test_texts_are_compared_and_scored_against_the_reports(
+    rows: list[Row], drafts: list[lite.Findings], damaged: Path, studies: Sequence[Study]
 ) -> None:
-    films = [(study.image, study.reason) for study in read_studies(listed)]
-    theirs, ours = (
-        [findings.text for findings in model.findings_batch(films)]
-        for model in (demo_model, load(damaged, device="cpu"))
-    )
-    truth = list(read_truth(listed).values())
+    theirs = [found.text for found in drafts]
+    ours = [found.text for found in draft(load(damaged, device="cpu"), studies, name="damaged")]
+    truth = [read_labels(study.reference) for study in studies]
     for figures, texts in ((rows[0].figures, theirs), (rows[2].figures, ours)):
         expected = label_f1(truth, [read_labels(text) for text in texts])
         assert figures is not None
@@ -166,25 +161,11 @@ def test_a_row_says_what_was_loaded(rows: list[Row], damaged: Path) -> None:
     assert row.figures.setting == "fp16, torch, float32 cache"
 
 
-def test_the_logits_are_kept_study_by_study(reference: Drafts, demo_artifact: Artifact) -> None:
-    assert reference.logits is not None
-    kept = sorted(reference.logits.iterdir())
-    assert [file.name for file in kept] == [f"{index}.npy" for index in range(NUM_FILMS)]
-    for index, file in enumerate(kept):
-        logits = np.load(file)
-        assert logits.shape == (len(reference.token_ids(index)), demo_artifact.decoder_config().vocab_size)
-        assert logits.dtype == np.float32
-    with pytest.raises(LiteError, match="got drafts without logits"):
-        dataclasses.replace(reference, logits=None).compare(0, np.zeros((1, 1)))
-
-
-def test_a_text_that_was_cut_gets_no_end(tmp_path: Path, tokenizer_model: bytes, listed: Path) -> None:
+def test_a_text_that_was_cut_gets_no_end(tmp_path: Path, tokenizer_model: bytes, studies: Sequence[Study]) -> None:
     tiny = write_tiny_artifact(tmp_path / "tiny", tokenizer_model, decoding=DecodingDefaults(max_new_tokens=3))
-    studies = read_films(listed, limit=2).studies
-    assert len(studies) == 2
-    drafts = draft(load(tiny.path, device="cpu"), studies, name="tiny")
-    assert [len(drafts.token_ids(index)) for index in (0, 1)] == [3, 3]
-    assert all(2 not in drafts.token_ids(index) for index in (0, 1))
+    (found,) = draft(load(tiny.path, device="cpu"), studies[:1], name="tiny")
+    assert len(decided_tokens(found, tiny)) == 3
+    assert 2 not in decided_tokens(found, tiny)
 
 
 def test_artifacts_of_different_checkpoints_are_refused(
@@ -230,8 +211,7 @@ def test_the_command_prints_a_table(
     names = short_names([demo_artifact.path, damaged])
     assert [row["row"] for row in cells] == names
     assert [row["beside"] for row in cells] == ["–", names[0]]
-    # Nothing was exported here, and nothing was timed.
-    assert not {"export s", "study s"} & set(columns)
+    assert "export s" not in columns  # nothing was exported here
     assert f"- Films: 2 of {listed}.\n" in printed
     assert f"- Artifacts: {names[0]} {demo_artifact.id}, {names[1]} " in printed
     assert cells[0]["KL, nats/token"] == "–"
@@ -271,14 +251,14 @@ def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_list(
     film = read_studies(own / listed.name)[1].path
     film.write_bytes(b"noise")
     with pytest.raises(ImageError, match=film.name):
-        draft(demo_model, read_films(own / listed.name, limit=2).studies, name="fp16")
+        draft(demo_model, read_studies(own / listed.name)[:2], name="fp16")
 
 
-def test_a_full_disk_is_found_before_it_is_full(
-    reference: Drafts, films: Films, demo_model: FindingsModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_films_without_reports_are_refused(
+    listed: Path, tmp_path: Path, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(LiteError, match=r"got 0.0 GB of free disk .* --limit.*TMPDIR"):
-        keep_logits(demo_model, films.studies, reference, tmp_path)
-    assert not list(tmp_path.iterdir())
+    entries = [entry | {"conversations": []} for entry in json.loads(listed.read_text(encoding="utf-8"))]
+    (tmp_path / "bare.json").write_text(json.dumps(entries), encoding="utf-8")
+    own = str(demo_artifact.path)
+    assert main(["artifacts", str(tmp_path / "bare.json"), "--reference", own, own]) == 1
+    assert "without findings · expected the report of each film" in capsys.readouterr().err

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 
-from benchmarks.exports import PHANTOM, Recipe, Source, measured_run
+from benchmarks.exports import FP16, PHANTOM, Recipe, Source, measured_run
 from benchmarks.quality import command
 from benchmarks.quality.command import CALIBRATION_SEED, main
 from benchmarks.quality.compare import Row, format_table
-from benchmarks.quality.recipes import FORMATS, REFERENCE, TRICKS, ablation
+from benchmarks.quality.recipes import FORMATS, TRICKS, ablation
 from export.__main__ import _parser
 from lite.artifact.open import load_artifact
 from lite.errors import LiteError
@@ -52,7 +52,7 @@ def test_every_row_is_one_command_of_the_exporter(tmp_path: Path) -> None:
         calibration=tmp_path / "calibration.json",
         device="cpu",
     )
-    recipes = (REFERENCE, *FORMATS, *ablation())
+    recipes = (FP16, *FORMATS, *ablation())
     assert len({recipe.name for recipe in recipes}) == len(recipes)
     assert len({recipe.options for recipe in FORMATS}) == len(FORMATS)
     for recipe in recipes:

@@ -19,13 +19,11 @@ from benchmarks.exports import Source
 from benchmarks.gates import gate, slim
 from benchmarks.gates.baselines import Judged, read_gates
 from benchmarks.gates.gate import METRICS, main
-from benchmarks.quality.compare import Films, draft
-from benchmarks.quality.engines import compare_engines, load_engines
+from benchmarks.quality.engines import compare_engines
 from export.__main__ import _parser
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.write import staged_artifact
 from lite.errors import LiteError
-from lite.eval.labels import read_labels
 from lite.loading import load
 from lite.studies.readers import read_studies
 from lite.studies.results import Findings
@@ -81,8 +79,11 @@ def test_a_regression_names_metric_old_new_and_tolerance(
     written = json.loads((tmp_path / "gate.json").read_text(encoding="utf-8"))
     assert [row["verdict"] for row in written["gates"]] == expected
     assert written["gates"][1] == {
-        "name": "fp16.mean_kl", "baseline": 2.6e-5, "value": 0.004, "tolerance": "+50 %", "verdict": "REGRESSION",
-    }  # fmt: skip
+        "name": "fp16.mean_kl",
+        "value": 0.004,
+        "gate": {"baseline": 2.6e-5, "tolerance": "+50 %"},
+        "verdict": "REGRESSION",
+    }
     assert written["gates"][2]["value"] == ["cv2", "numpy"]
     assert {"machine", "versions", "command"} < written.keys()
 
@@ -173,26 +174,6 @@ def test_an_export_that_fails_is_a_regression(
     assert {row["value"] for row in json.loads((tmp_path / "gate.json").read_text())["gates"]} == {None}
 
 
-def test_imports_alone_export_nothing_where_an_artifact_lies(
-    onnx_artifact: Artifact, tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exported: list[list[str]] = []
-
-    def export(names: list[str], _: Path) -> dict[str, Path]:
-        exported.append(names)
-        return dict.fromkeys(names, tmp_path)
-
-    monkeypatch.setattr(gate, "export_candidates", export)
-    monkeypatch.setattr(gate, "OUT", tmp_path)
-    monkeypatch.setattr(gate, "ARTIFACT", onnx_artifact.path)
-    assert gate.find_artifacts(["imports", "slim"], None) == {"gptq-int4": onnx_artifact.path}
-    # One without decoder.onnx does not do, and what is judged of an export is judged of today's.
-    monkeypatch.setattr(gate, "ARTIFACT", tiny_artifact.path)
-    gate.find_artifacts(["imports"], None)
-    gate.find_artifacts(["imports", "gptq-int4-engines"], None)
-    assert exported == [["gptq-int4"], ["gptq-int4"]]
-
-
 def test_what_failed_is_no_baseline(gates: Path, measured: dict[str, Any]) -> None:
     measured |= {"fp16.mean_kl": None, "fp16.bytes": 2000}
     assert main(["--gates", str(gates), "--update"]) == 1
@@ -206,11 +187,6 @@ def onnx_artifact(demo_onnx_artifact: Artifact, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("onnx") / "gptq-int4"
     out.symlink_to(demo_onnx_artifact.path)
     return load_artifact(out)
-
-
-def judged(count: int) -> Films:
-    studies = read_studies(gate.STUDIES)[:count]
-    return Films(studies, [read_labels(study.reference) for study in studies])
 
 
 def off_by_5_percent(artifact: Artifact, out: Path) -> Path:
@@ -252,9 +228,8 @@ def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
     # By far: not what another CPU would do.
     assert float(line[2]) > 10 * float(old)
     # decoder.onnx has kept its weights: the engines no longer compute the same, and the caches of each of them do.
-    models, films = load_engines(damaged / "gptq-int4"), judged(3)
-    drafts = {name: draft(model, films.studies, name=name) for name, model in models.items()}
-    losses = compare_engines(models, drafts, films)
+    tables = compare_engines(damaged / "gptq-int4", read_studies(gate.STUDIES)[:3])
+    losses = {(row.name, row.loss.reference): row.loss for rows in tables.values() for row in rows if row.loss}
     for candidate, yardstick, metric, passes in (
         ("onnx", "torch", "onnx_kl_to_torch", False),
         ("onnx-int8-cache", "onnx", "onnx_kl_of_int8_cache", True),
@@ -288,31 +263,31 @@ def test_bytes_held_are_those_of_the_tensors(
 @pytest.mark.full
 def test_a_package_too_many_is_named_and_no_other_is(onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has loaded one package more than the committed baselines know."""
-    monkeypatch.setattr(slim, "_PROBE", slim._PROBE.replace("import lite\n", "import lite, pluggy\n"))
+    monkeypatch.setattr(slim, "_GENERATE", slim._GENERATE.replace("import lite\n", "import lite, pluggy\n", 1))
     gates = read_gates(gate.GATES, METRICS)
     found = gate.measure_imports(onnx_artifact.path, read_studies(gate.STUDIES)[0].path)
-    judged = {name: Judged(name=name, value=value, gate=gates[f"imports.{name}"]) for name, value in found.items()}
-    assert str(judged["lite"]) == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
-    assert str(judged["onnx"]) == "REGRESSION: onnx was 4 packages, is 5 packages +pluggy, tolerance +0"
-    assert re.findall(r"\+(\w+)", str(judged["findings"])) == ["pluggy", "0"]
-
-
-def test_a_process_that_cannot_draft_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LiteError, match=r"drafting none\.png: .*\(lite\.errors\.ArtifactError: .*\) · expected"):
-        gate.measure_imports(tmp_path / "none", tmp_path / "none.png")
+    names = METRICS["imports"]
+    lite_, findings, onnx = (
+        str(Judged(name=name, value=value, gate=gates[f"imports.{name}"]))
+        for name, value in zip(names, found, strict=True)
+    )
+    assert lite_ == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
+    assert onnx == "REGRESSION: onnx was 4 packages, is 5 packages +pluggy, tolerance +0"
+    assert re.findall(r"\+(\w+)", findings) == ["pluggy", "0"]
 
 
 def test_an_environment_without_torch_is_measured_in_megabytes_texts_and_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gptq-int4").mkdir()
-    packages = "PIL", "numpy", "onnxruntime", "sentencepiece"
-    probe = slim.Probe(lite=tmp_path, after_import=(), after_findings=packages, load_s=0.1, peak_rss_bytes=1)
-    texts = tuple("abcd")
-    measured = slim.Slim(
-        sizes={"numpy": 150_000_000, "pillow": 50_000_000},
-        probe=probe, engines=("onnx",) * 4, texts=(*texts[:3], "e"), expected=texts,
-    )  # fmt: skip
+    run = slim.Run(
+        lite=tmp_path,
+        after_import=(),
+        after_findings=("PIL", "numpy", "onnxruntime", "sentencepiece"),
+        engines=("onnx",) * 24,
+        texts=("a",) * 23 + ("b",),
+    )
+    measured = slim.Slim(sizes={"numpy": 150_000_000, "pillow": 50_000_000}, run=run, expected=("a",) * 24)
     asked: list[tuple[Path, int]] = []
 
     def measure(artifact: Path, films: list[Path]) -> slim.Slim:
@@ -369,10 +344,6 @@ def test_ratios_are_of_medians_and_the_artifacts_take_turns(monkeypatch: pytest.
 
     monkeypatch.setattr(lite, "load", fake)
     paths = {name: Path(name) for name in gate.NEEDS["timed"]}
-    ratios = gate.measure_ratios(paths, judged(5))
-    assert ratios == {
-        "int4_over_fp16_decode": pytest.approx(3),
-        "int8_over_fp32_vision": pytest.approx(0.5),
-        "onnx_over_torch_decode": pytest.approx(0.1),
-    }
+    ratios = gate.measure_ratios(paths, read_studies(gate.STUDIES)[:5])
+    assert ratios == (pytest.approx(3), pytest.approx(0.5), pytest.approx(0.1))
     assert turns == list(pace) * 6
