@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from kernels.bnb import Int8Weight, Nf4Weight
 from kernels.gptq import GptqWeight
 from lite.bench.table import markdown_table, to_json
+from lite.config import DecoderConfig, Quantization
 from lite.console import say
 from lite.errors import LiteError
 from lite.eval.divergence import compare_logits
@@ -46,6 +47,14 @@ MAX_KL: Final = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "int8": 5e-
 and from how sharp a model is: at most 4e-7, 3e-6, 2e-4 and 2e-2 were seen on the phantom model, and in bfloat16 3e-3 on
 random weights. It is there for all that is not a linear's weight (norms, rotary embedding, head), and GPTQ folders have
 a reader in float32. int8 is bitsandbytes' LLM.int8(), which rounds activations to 8 bit."""
+# The ends of the names by which linears of a format are known.
+_MARKS: Final[dict[str | None, tuple[str, ...]]] = {
+    None: ("_proj.weight", "lm_head.weight"),
+    "gptq-int4": (".qweight",),
+    "gptq-int8": (".qweight",),
+    "bnb-nf4": (".weight.quant_state.bitsandbytes__nf4",),
+    "bnb-int8": (".SCB",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +80,14 @@ class Folder:
 
     path: Path
     config: dict[str, Any]
-    format: str  # "gptq", "nf4", "int8", or the dtype of weights that are not quantised
-    bits: int
-    group_size: int | None  # of GPTQ: inputs that share a scale, -1 for all
+    quantization: Quantization | None
     linears: dict[str, Linear]  # by module name
     others: dict[str, Tensor]
+
+    @property
+    def format(self) -> str:
+        """How the linears are stored."""
+        return "16 bits" if self.quantization is None else self.quantization.format
 
     def input_ids(self) -> Tensor:
         """Return the ids that every model is asked about, int64 [NUM_SEQUENCES, SEQUENCE_LENGTH]."""
@@ -130,56 +142,35 @@ def read_folder(path: Path) -> Folder:
         msg = f"{path}: got no config.json with *.safetensors there or in its decoder/ · expected an artifact or a "
         raise LiteError(f"{msg}decoder folder · `make interop` exports some, or: python -m export --help")
     config = json.loads(config_file.read_text(encoding="utf-8"))
+    quantization = DecoderConfig.from_hf(config, where=str(config_file)).quantization
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    quantization = config.get("quantization_config") or {}
-    match quantization.get("quant_method"):
-        case None:
-            name, bits = (
-                str(config.get("dtype") or config.get("torch_dtype")),
-                8 * next(iter(tensors.values())).itemsize,
-            )
-            marks: tuple[str, ...] = ("_proj.weight", "lm_head.weight")
-        case "gptq":
-            name, bits, marks = "gptq", int(quantization["bits"]), (".qweight",)
-            if (stored_as := quantization.get("checkpoint_format", "gptq")) != "gptq":
-                msg = f"{folder}: got checkpoint_format {stored_as!r} · expected 'gptq' (version 1) · export it as that"
-                raise LiteError(msg)
-        case "bitsandbytes":
-            name, bits = ("nf4", 4) if quantization.get("load_in_4bit") else ("int8", 8)
-            marks = (".weight.quant_state.bitsandbytes__nf4",) if bits == 4 else (".SCB",)
-        case method:
-            msg = f"{folder}: got quant_method {method!r} · expected gptq, bitsandbytes or none · export it as such"
-            raise LiteError(msg)
+    marks = _MARKS[quantization.format if quantization is not None else None]
     modules = sorted(key.rpartition(".weight")[0] or key.rpartition(".")[0] for key in tensors if key.endswith(marks))
     if not modules:
-        raise LiteError(f"{folder}: got no linear in the format {name} · expected some · export it again")
+        raise LiteError(f"{folder}: got no linear in the format of its config.json · expected some · export it again")
     try:
-        linears = {module: _expand(name, module, tensors) for module in modules}
+        linears = {module: _expand(quantization, module, tensors) for module in modules}
     except ValueError as error:
         raise LiteError(f"{folder}: {error} · export it again") from error
-    group_size = int(quantization["group_size"]) if name == "gptq" else None
     others = {key: tensor.float() for key, tensor in tensors.items()}
-    return Folder(
-        path=folder, config=config, format=name, bits=bits, group_size=group_size, linears=linears, others=others
-    )
+    return Folder(path=folder, config=config, quantization=quantization, linears=linears, others=others)
 
 
-def _expand(name: str, module: str, tensors: dict[str, Tensor]) -> Linear:
+def _expand(quantization: Quantization | None, module: str, tensors: dict[str, Tensor]) -> Linear:
     """Take a linear's tensors out of `tensors`, and expand them."""
-    own = {key: tensors.pop(key) for key in [key for key in tensors if key.startswith(f"{module}.")]}
-    own = {key.removeprefix(f"{module}."): tensor for key, tensor in own.items()}
-    if name == "gptq":
-        # How many bits a linear has is told by its shapes: lm_head may have more than the rest.
-        bits = 32 * len(own["qweight"]) // max(1, len(own.get("g_idx", ())))
-        gptq = GptqWeight.from_tensors(own, bits=bits if bits in (4, 8) else 4)
-        rounded = dataclasses.replace(gptq, scales=gptq.scales.bfloat16())
-        return Linear(weight=gptq.dequantize(torch.float32), rounded_scales=rounded.dequantize(torch.float32))
-    if name == "nf4":
+    prefix = f"{module}."
+    own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+    stored = quantization.lm_head if quantization is not None and module == "lm_head" else quantization
+    if stored is None:
+        return Linear(weight=own["weight"].float())
+    if stored.format == "bnb-nf4":
         return Linear(weight=Nf4Weight.from_tensors(own).dequantize(torch.float32))
-    if name == "int8":
+    if stored.format == "bnb-int8":
         # The kernel multiplies three float32 numbers, then rounds to float16: at times to the neighbour of ours.
         return Linear(weight=Int8Weight.from_tensors(own).dequantize(torch.float32), last_bit=2**-10)
-    return Linear(weight=own["weight"].float())
+    gptq = GptqWeight.from_tensors(own, bits=stored.bits)
+    rounded = dataclasses.replace(gptq, scales=gptq.scales.bfloat16())
+    return Linear(weight=gptq.dequantize(torch.float32), rounded_scales=rounded.dequantize(torch.float32))
 
 
 # -- Comparing -------------------------------------------------------------------------------------------------------
@@ -190,8 +181,7 @@ def request_of(folder: Folder) -> dict[str, Any]:
     return {
         "folder": str(folder.path.resolve()),
         "format": folder.format,
-        "bits": folder.bits,
-        "group_size": folder.group_size,
+        "group_size": folder.quantization.group_size if folder.quantization is not None else None,
         "linears": list(folder.linears),
         "input_ids": folder.input_ids().tolist(),
     }
@@ -221,14 +211,15 @@ def check(folder: Folder, python: Path) -> tuple[list[Comparison], dict[str, str
             raise LiteError(msg) from error
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-            raise LiteError(
-                f"{python}: got exit status {done.returncode} ({said}) · expected answers · run it by itself"
-            )
+            msg = f"{python}: got exit status {done.returncode} ({said}) · expected answers · run it by itself"
+            raise LiteError(msg)
         document = json.loads((Path(work) / "answers.json").read_text(encoding="utf-8"))
         rows = [
             compare(folder, ours, reader, answer, Path(work) / f"{reader}.safetensors")
             for reader, answer in document["answers"].items()
         ]
+    if any("failed" in answer for answer in document["answers"].values()):
+        say(textwrap.indent(done.stderr.strip(), "  | "))
     if all(row.skipped for row in rows):  # a gate that nothing went through is not passed
         rows[-1] = dataclasses.replace(rows[-1], wrong="no peer read this folder")
     return rows, document["versions"]
@@ -247,7 +238,6 @@ def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str]
     if "skipped" in answer:
         return Comparison(reader=reader, skipped=answer["skipped"])
     if "failed" in answer:
-        say(textwrap.indent(answer["said"], "  | "))
         return Comparison(reader=reader, wrong=f"cannot read it: {answer['failed']}")
     found = load_file(file)
     theirs, dtype = found.pop("logits"), answer["dtype"]
@@ -324,8 +314,7 @@ def run(arguments: argparse.Namespace) -> int:
         document["folders"][str(folder.path)] = [to_json(row) for row in rows]
         every += rows
         if not arguments.json:
-            about = f"{folder.path}: {folder.format}, {folder.bits} bits, {len(folder.linears)} linears"
-            sys.stdout.write(f"{about}\n\n{table(rows)}\n\n")
+            sys.stdout.write(f"{folder.path}: {folder.format}, {len(folder.linears)} linears\n\n{table(rows)}\n\n")
             sys.stdout.flush()
     compared = [row for row in every if not row.skipped]
     if arguments.json:
