@@ -24,7 +24,6 @@ from repository import ROOT
 from tiny import relist, write_tiny_gptq_artifact
 
 import lite
-from benchmarks.phantom.score import read_truth
 from benchmarks.phantom.write import write_studies
 from export import OnnxSettings, add_onnx
 from export.__main__ import main as export_main
@@ -312,11 +311,11 @@ def demo_pair(demo_onnx_artifact: Artifact) -> tuple[FindingsModel, FindingsMode
 @pytest.mark.full
 def test_the_demo_says_the_same(demo_pair: tuple[FindingsModel, FindingsModel], tmp_path: Path) -> None:
     listed = write_studies(tmp_path / "films", count=12, seed=20261124, dicom=False)
-    studies, truth = read_studies(listed), read_truth(listed)
+    studies = read_studies(listed)
     texts = [[model.findings(study.image, study.reason).text for study in studies] for model in demo_pair]
     assert len(set(texts[0])) > 8
     assert sum(one == other for one, other in zip(*texts, strict=True)) >= 11
-    drawn = [truth[study.id] for study in studies]
+    drawn = [read_labels(study.reference) for study in studies]
     f1 = [label_f1(drawn, [read_labels(text) for text in found]).micro.value for found in texts]
     assert abs(f1[0] - f1[1]) <= 0.005
     small = lite.load(demo_pair[1].artifact.path, engine="onnx", cache_dtype="int8")
