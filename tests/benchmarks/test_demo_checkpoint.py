@@ -19,7 +19,7 @@ from repository import CHECKPOINT, ROOT
 from safetensors.torch import load_file
 from tiny import decoder_folder
 
-from benchmarks.phantom.publish import unfold_channel_scales
+from benchmarks.phantom.publish import fold_channel_scales
 from benchmarks.phantom.write import write_studies
 from lite.artifact.open import Artifact
 from lite.engines.torch_engine.load import load_decoder
@@ -102,7 +102,7 @@ def test_the_channel_scales_leave_the_function_unchanged(demo_model: FindingsMod
     config = json.loads((CHECKPOINT / "base" / "config.json").read_text(encoding="utf-8"))
 
     def unfold(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return unfold_channel_scales(state, config, sigma=plan["scale_sigma"], seed=plan["seed"])
+        return fold_channel_scales(state, config, sigma=-plan["scale_sigma"], seed=plan["seed"])
 
     before = stored(demo_model)
     unfolded = unfold(before)

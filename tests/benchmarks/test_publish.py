@@ -16,7 +16,6 @@ from benchmarks.phantom.publish import (
     publish,
     random_weights,
     split_lora,
-    unfold_channel_scales,
 )
 from export.source import forward
 from lite.config import DecoderConfig
@@ -193,10 +192,10 @@ def test_channel_scales_come_out_again() -> None:
     _, _, llama = random_checkpoint.weights()
     config = random_checkpoint.llama_config()
     folded = fold_channel_scales(llama, config, sigma=0.9, seed=1)
-    back = unfold_channel_scales(folded, config, sigma=0.9, seed=1)
+    back = fold_channel_scales(folded, config, sigma=-0.9, seed=1)
     for name, tensor in llama.items():
         torch.testing.assert_close(back[name], tensor, rtol=1e-6, atol=1e-7)
-    other = unfold_channel_scales(folded, config, sigma=0.9, seed=2)
+    other = fold_channel_scales(folded, config, sigma=-0.9, seed=2)
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.allclose(other[name], llama[name], rtol=0.1)
 
