@@ -321,7 +321,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     out: Path = parser.parse_args(argv).out
     return run_command(lambda: _run(out))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -54,7 +54,7 @@ from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
 GATES: Final = Path(__file__).with_name("gates.toml")
-STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
+STUDIES: Final = slim.STUDIES
 RECORD: Final = ROOT / "benchmarks" / "references" / "phantom_fp16.json"
 OUT: Final = ROOT / "build" / "gate"
 
@@ -308,12 +308,7 @@ def _json(judged: Sequence[Judged], command: str) -> str:
 
 def _run(arguments: argparse.Namespace, command: str) -> int:
     gates = read_gates(arguments.gates, METRICS)
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise WrongUseError(f"{arguments.json}: got no such folder · expected one to write to · make it first")
     check_writable(arguments.json)
-    if not RECORD.is_file():
-        msg = f"{RECORD}: got no such file · expected the fp16 reference record · check out the whole repository"
-        raise NoBaselineError(msg)
     subjects = [subject for subject in METRICS if subject in arguments.only or (subject == TIMED and arguments.timed)]
     values = measure(subjects, arguments.artifacts)
     if arguments.update:
@@ -336,7 +331,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     statuses = {NoBaselineError: EXIT_NO_BASELINE, WrongUseError: EXIT_WRONG_USE}
     return run_command(lambda: _run(arguments, command_line("gate", argv)), statuses=statuses)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

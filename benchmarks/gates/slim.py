@@ -23,19 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lite.artifact.open import load_artifact
+from benchmarks.exports import ROOT
 from lite.bench.machine import machine
 from lite.bench.table import markdown_table
 from lite.console import run_command, say
-from lite.engines.resolve import onnx_part
-from lite.errors import ArtifactError, LiteError
+from lite.errors import LiteError
 from lite.studies.readers import read_studies
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 VENV: Final = Path("build", "slim-venv").absolute()
 ARTIFACT: Final = Path("build", "demo", "artifact").absolute()
 STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
-EXIT_WRONG_USE: Final = 2
 
 # What the wheel is built from. Beside it a checkout may hold an old build/, which would get into the wheel.
 _SOURCES: Final = ("lite", "export", "kernels", "benchmarks")
@@ -69,8 +66,7 @@ class Run:
     lite: Path  # where the package comes from
     after_import: tuple[str, ...]  # packages loaded by `import lite`
     after_findings: tuple[str, ...]
-    engines: tuple[str, ...]  # film by film
-    texts: tuple[str, ...]
+    texts: tuple[str, ...]  # film by film
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,49 +92,40 @@ class Slim:
         found = []
         if torch := [name for name in (*self.sizes, *self.run.after_findings) if name.lower() == "torch"]:
             found.append(f"got {torch[0]} in the slim environment · expected none · see who brings it")
-        if wrong := sorted({*self.run.engines} - {"onnx"}):
-            found.append(f"got the engine {wrong[0]} · expected onnx · see lite/engines/resolve.py")
         if self.num_equal < (total := len(self.expected)):
             found.append(f"got {self.num_equal} of {total} texts as in this environment · expected all · compare")
         return found
 
 
-def measure_slim(artifact: Path, films: Sequence[Path], venv: Path = VENV) -> Slim:
+def measure_slim(artifact: Path, films: Sequence[Path]) -> Slim:
     """Make the environment anew, measure it, and let it draft.
 
     Args:
         artifact: with `decoder.onnx`.
         films: at least one.
-        venv: where the environment is made; what lies there is removed.
 
     Raises:
-        LiteError: the environment cannot be made, or cannot draft.
+        LiteError: there is no `decoder.onnx`, the environment cannot be made, or it cannot draft.
     """
-    venv = venv.absolute()
-    make_environment(venv)
+    expected = generate([sys.executable], artifact, films, engine="onnx").texts
+    make_environment(VENV)
     # Before anything runs there: that may write files of its own.
-    sizes = installed_sizes(next(venv.glob("lib/python*/site-packages")))
+    sizes = installed_sizes(next(VENV.glob("lib/python*/site-packages")))
     with tempfile.TemporaryDirectory(prefix="slim-") as elsewhere:
         # Isolated: neither PYTHONPATH nor the working directory is searched.
-        run = generate([str(venv / "bin" / "python"), "-I"], artifact, films, cwd=Path(elsewhere))
-    if not run.lite.is_relative_to(venv.resolve()):
-        msg = f"got lite from {run.lite.parent} · expected the copy in {venv} · see what is in its site-packages"
+        run = generate([str(VENV / "bin" / "python"), "-I"], artifact, films, cwd=Path(elsewhere))
+    if not run.lite.is_relative_to(VENV.resolve()):
+        msg = f"got lite from {run.lite.parent} · expected the copy in {VENV} · see what is in its site-packages"
         raise LiteError(msg)
-    return Slim(sizes=sizes, run=run, expected=generate([sys.executable], artifact, films, engine="onnx").texts)
+    return Slim(sizes=sizes, run=run, expected=expected)
 
 
 def make_environment(venv: Path) -> None:
-    """Make a virtual environment with a wheel of this checkout, its `cpu` extra, and nothing else.
-
-    Args:
-        venv: where; what lies there is removed.
+    """Make a virtual environment, in the place of an earlier one, with a wheel of this checkout and its `cpu` extra.
 
     Raises:
-        LiteError: something else lies there, Python cannot make one, or pip cannot install.
+        LiteError: Python cannot make one, or pip cannot install.
     """
-    if venv.exists() and not (venv / "pyvenv.cfg").is_file() and not (venv.is_dir() and not any(venv.iterdir())):
-        msg = f"{venv}: got something that is no virtual environment · expected one, or nothing, as what lies there is "
-        raise LiteError(f"{msg}removed · name another place")
     hint = "expected an environment · install Python's venv module (Debian: the python3-venv package)"
     _run([sys.executable, "-m", "venv", "--clear", str(venv)], cwd=ROOT, what="python -m venv", hint=hint)
     # Where the Makefile has them, too.
@@ -197,7 +184,6 @@ def generate(
         lite=Path(loaded["lite"]).resolve(),
         after_import=tuple(loaded["after_import"]),
         after_findings=tuple(loaded["after_findings"]),
-        engines=tuple(draft["engine"] for draft in drafts),
         texts=tuple(draft["prediction"] for draft in drafts),
     )
 
@@ -223,54 +209,35 @@ def _run(command: Sequence[str], *, cwd: Path, what: str, hint: str) -> str:
 def format_report(slim: Slim) -> str:
     """Return the packages as a markdown table, and what the environment did."""
     rows = [(name, f"{size / 1e6:,.1f}") for name, size in slim.sizes.items()]
-    table = markdown_table(("package", "MB"), [*rows, ("together", f"{slim.nbytes / 1e6:,.1f}")])
     return "\n".join(
         (
-            f"{table}\n",
-            f"texts as in this environment: {slim.num_equal} of {len(slim.expected)}",
+            markdown_table(("package", "MB"), [*rows, ("together", f"{slim.nbytes / 1e6:,.1f}")]),
+            f"\ntexts as in this environment: {slim.num_equal} of {len(slim.expected)}",
             f"imported: {', '.join(slim.run.after_findings)}",
             f"machine: {machine()}",
         )
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks slim",
-        description="Install the base and the cpu extra alone into an environment of their own, let it draft the films "
-        "of the phantom's reference with no torch, and say what it takes. PIP_ARGS in the environment goes to pip.",
+        description="Install the base and the cpu extra alone into build/slim-venv, let it draft the films of the "
+        "phantom's reference with no torch, and say what it takes. PIP_ARGS in the environment goes to pip.",
         epilog="exit status: 0 the claim holds, 1 it does not or could not be tried, 2 wrong use, 130 interrupted.",
     )
     parser.add_argument(
         "--artifact", type=Path, default=ARTIFACT, metavar="DIR",
         help="one of the phantom model with decoder.onnx (default: build/demo/artifact, of make demo)",
     )  # fmt: skip
-    parser.add_argument(
-        "--venv", type=Path, default=VENV, metavar="DIR",
-        help="where the environment is made; what lies there is removed (default: build/slim-venv)",
-    )  # fmt: skip
-    return parser
+    artifact: Path = parser.parse_args(argv).artifact
+    return run_command(lambda: _measure_and_print(artifact))
 
 
-def _measure_and_print(arguments: argparse.Namespace) -> int:
-    try:
-        onnx_part(load_artifact(arguments.artifact))
-    except ArtifactError as error:
-        say(f"error: {error}")
-        return EXIT_WRONG_USE
-    films = [study.path for study in read_studies(STUDIES)]
-    slim = measure_slim(arguments.artifact, films, arguments.venv)
+def _measure_and_print(artifact: Path) -> int:
+    slim = measure_slim(artifact, [study.path for study in read_studies(STUDIES)])
     sys.stdout.write(f"{format_report(slim)}\n")
     for line in slim.broken():
         say(f"error: {line}")
     return 1 if slim.broken() else 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _measure_and_print(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
