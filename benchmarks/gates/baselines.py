@@ -110,35 +110,34 @@ def _shown(value: Value | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def read_gates(path: Path, metrics: Mapping[str, Collection[str]]) -> dict[str, Gate]:
+def read_gates(path: Path, subjects: Collection[str]) -> dict[str, Gate]:
     """Read a gates file: a table for each gate, named by what is measured and the metric.
 
     Args:
         path: the file.
-        metrics: what is measured of each subject.
+        subjects: what can be measured.
 
     Raises:
         NoBaselineError: there is no such file.
         WrongUseError: it is not TOML, a table is no gate, or names something that is not measured.
     """
     try:
-        subjects = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         msg = f"{path}: got no gates file · expected baselines to compare with · check --gates"
         raise NoBaselineError(msg) from error
     except (OSError, ValueError) as error:
         raise WrongUseError(f"{path}: got a file that cannot be read ({error}) · expected TOML · correct it") from error
     gates = {}
-    for subject, tables in subjects.items():
-        for metric, table in tables.items() if isinstance(tables, dict) else (("", None),):
-            name = f"{subject}.{metric}"
+    for subject, tables in found.items():
+        if subject not in subjects or not isinstance(tables, dict):
+            msg = f"{path}: [{subject}]: got a gate of something that is not measured · measured are "
+            raise WrongUseError(f"{msg}{', '.join(subjects)} · correct it")
+        for metric, table in tables.items():
             try:
-                if metric not in metrics.get(subject, ()):
-                    known = "; ".join(f"{subject}: {', '.join(names)}" for subject, names in metrics.items())
-                    raise ValueError(f"got a gate of something that is not measured · measured are {known}")
-                gates[name] = _read_gate(table)
+                gates[f"{subject}.{metric}"] = _read_gate(table)
             except ValueError as error:
-                raise WrongUseError(f"{path}: [{name}]: {error} · correct it") from error
+                raise WrongUseError(f"{path}: [{subject}.{metric}]: {error} · correct it") from error
     return gates
 
 
@@ -154,11 +153,11 @@ def _read_gate(table: object) -> Gate:
     return Gate(baseline=baseline, tolerance=tolerance)
 
 
-def update_baselines(path: Path, values: Mapping[str, Value | None]) -> list[str]:
+def update_baselines(path: Path, values: Mapping[str, Value]) -> list[str]:
     """Put measured values into a gates file in the place of its baselines; return a line for each that changed.
 
     Only the lines `baseline = …` of the tables concerned change. A value without a table is left alone, and so is a
-    table whose value could not be measured.
+    table without a value.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     changes = []

@@ -69,26 +69,15 @@ CANDIDATES: Final = {
         Recipe(name="vision-int8", options=("--decoder", "fp16", "--vision", "int8")),
     )
 }
-ARTIFACT_METRICS: Final = ("bytes", "mean_kl", "same_top", "label_f1_micro", "plan_error")
-# What is measured beside: its metrics, and the artifacts that it needs.
+# What is measured beside, and the artifacts that it needs.
 ENGINES, IMPORTS, SLIM, TIMED = "gptq-int4-engines", "imports", "slim", "timed"
-OTHER_METRICS: Final = {
-    ENGINES: (
-        *("onnx_bytes", "onnx_mean_kl", "onnx_same_top", "onnx_label_f1_micro"),
-        *("onnx_kl_to_torch", "onnx_same_text_as_torch", "onnx_label_f1_lost_to_torch", "onnx_kl_of_int8_cache"),
-        *("torch_kl_of_int8_cache", "torch_same_text_with_int8_cache"),
-    ),
-    IMPORTS: ("lite", "findings", "onnx"),
-    SLIM: ("mb", "imports", "same_text"),
-    TIMED: ("int4_over_fp16_decode", "int8_over_fp32_vision", "onnx_over_torch_decode"),
-}
 NEEDS: Final = {
     ENGINES: ("gptq-int4",),
     IMPORTS: ("gptq-int4",),
     SLIM: ("gptq-int4",),
     TIMED: ("fp16", "gptq-int4", "vision-int8"),
 }
-METRICS: Final = dict.fromkeys(CANDIDATES, ARTIFACT_METRICS) | OTHER_METRICS
+SUBJECTS: Final = (*CANDIDATES, *NEEDS)
 
 EXIT_REGRESSION, EXIT_WRONG_USE, EXIT_NO_BASELINE = 1, 2, 3
 
@@ -130,22 +119,22 @@ def export_candidates(names: Sequence[str], folder: Path) -> dict[str, Path]:
 # -- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure_artifact(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> tuple[Value, ...]:
-    """Measure everything exact about one artifact with torch, in the order of `ARTIFACT_METRICS`."""
+def measure_artifact(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> dict[str, Value]:
+    """Measure everything exact about one artifact with torch."""
     model = lite.load(path, engine="torch", device="cpu")
     divergence = _along_record(model, studies, record)
     # In one batch: its cache is then the only one.
     findings = draft(model, studies, name=path.name, batch_size=len(studies))
-    return (
-        _bytes_of(model.artifact, "vision", "decoder_config", "decoder"),
-        divergence.mean_kl.value,
-        divergence.same_top.value,
-        figures(model.artifact, findings, studies).micro_f1.value,
-        planned_bytes(model, findings) / held_bytes(model, findings) - 1.0,
-    )
+    return {
+        "bytes": _bytes_of(model.artifact, "vision", "decoder_config", "decoder"),
+        "mean_kl": divergence.mean_kl.value,
+        "same_top": divergence.same_top.value,
+        "label_f1_micro": figures(model.artifact, findings, studies).micro_f1.value,
+        "plan_error": planned_bytes(model, findings) / held_bytes(model, findings) - 1.0,
+    }
 
 
-def measure_engines(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> tuple[Value, ...]:
+def measure_engines(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> dict[str, Value]:
     """Measure the onnx engine beside the record and beside torch, and the int8 caches of both, on one artifact."""
     onnx = lite.load(path, engine="onnx", cache_dtype="float32")
     divergence = _along_record(onnx, studies, record)
@@ -157,45 +146,45 @@ def measure_engines(path: Path, studies: Sequence[Study], record: ReferenceRecor
     f1 = {row.name: row.figures.micro_f1.value for row in rows if row.figures is not None}
     losses = {(row.name, row.loss.reference): row.loss for row in rows if row.loss is not None}
     to_torch, torch_cache = losses["onnx", "torch"], losses["torch-int8-cache", "torch"]
-    return (
-        _bytes_of(onnx.artifact, "decoder_onnx"),
-        divergence.mean_kl.value,
-        divergence.same_top.value,
-        f1["onnx"],
-        to_torch.divergence.mean_kl.value,
-        to_torch.same_text.value,
-        f1["torch"] - f1["onnx"],
-        losses["onnx-int8-cache", "onnx"].divergence.mean_kl.value,
-        torch_cache.divergence.mean_kl.value,
-        torch_cache.same_text.value,
-    )
+    return {
+        "onnx_bytes": _bytes_of(onnx.artifact, "decoder_onnx"),
+        "onnx_mean_kl": divergence.mean_kl.value,
+        "onnx_same_top": divergence.same_top.value,
+        "onnx_label_f1_micro": f1["onnx"],
+        "onnx_kl_to_torch": to_torch.divergence.mean_kl.value,
+        "onnx_same_text_as_torch": to_torch.same_text.value,
+        "onnx_label_f1_lost_to_torch": f1["torch"] - f1["onnx"],
+        "onnx_kl_of_int8_cache": losses["onnx-int8-cache", "onnx"].divergence.mean_kl.value,
+        "torch_kl_of_int8_cache": torch_cache.divergence.mean_kl.value,
+        "torch_same_text_with_int8_cache": torch_cache.same_text.value,
+    }
 
 
-def measure_imports(path: Path, film: Path) -> tuple[Value, ...]:
+def measure_imports(path: Path, film: Path) -> dict[str, Value]:
     """Return which packages a fresh process has loaded after `import lite`, and after drafting with either engine.
 
     Raises:
         LiteError: a process failed.
     """
     torch, onnx = (slim.generate([sys.executable], path, [film], engine=engine) for engine in ("torch", "onnx"))
-    return torch.after_import, torch.after_findings, onnx.after_findings
+    return {"lite": torch.after_import, "findings": torch.after_findings, "onnx": onnx.after_findings}
 
 
-def measure_slim(path: Path, studies: Sequence[Study]) -> tuple[Value, ...]:
+def measure_slim(path: Path, studies: Sequence[Study]) -> dict[str, Value]:
     """Return what an environment without torch takes and imports, and the share of texts that are as in this one.
 
     Raises:
         LiteError: there is no such environment, or it cannot draft.
     """
     measured = slim.measure_slim(path, [study.path for study in studies])
-    return measured.nbytes / 1e6, measured.run.after_findings, measured.num_equal / len(studies)
+    same_text = measured.num_equal / len(studies)
+    return {"mb": measured.nbytes / 1e6, "imports": measured.run.after_findings, "same_text": same_text}
 
 
-def measure_ratios(paths: Mapping[str, Path], studies: Sequence[Study]) -> tuple[Value, ...]:
-    """Return ratios of median times.
+def measure_ratios(paths: Mapping[str, Path], studies: Sequence[Study]) -> dict[str, Value]:
+    """Return ratios of median times: of a decoded token, and of the tower.
 
-    They are a decoded token of gptq-int4 over fp16, the tower in int8 over fp32, and a decoded token of gptq-int4 by
-    onnx over torch. Each film is drafted with each model before the next film, so that whatever slows the machine slows
+    Each film is drafted with each model before the next film, so that whatever slows the machine slows
     all of them; the first film comes twice, and once does not count.
     """
     models = {name: lite.load(paths[name], engine="torch", device="cpu") for name in NEEDS[TIMED]}
@@ -212,11 +201,11 @@ def measure_ratios(paths: Mapping[str, Path], studies: Sequence[Study]) -> tuple
     def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
         return statistics.median(seconds[one][1:]) / statistics.median(seconds[other][1:])
 
-    return (
-        ratio(decode, "gptq-int4", "fp16"),
-        ratio(vision, "vision-int8", "fp16"),
-        ratio(decode, "onnx", "gptq-int4"),
-    )
+    return {
+        "int4_over_fp16_decode": ratio(decode, "gptq-int4", "fp16"),
+        "int8_over_fp32_vision": ratio(vision, "vision-int8", "fp16"),
+        "onnx_over_torch_decode": ratio(decode, "onnx", "gptq-int4"),
+    }
 
 
 def _along_record(model: lite.FindingsModel, studies: Sequence[Study], record: ReferenceRecord) -> DivergenceSummary:
@@ -241,8 +230,8 @@ def held_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> 
     return int(decoder.nbytes) + findings[0].memory.cache_bytes
 
 
-def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value | None]:
-    """Measure subjects of `METRICS`, each metric under the name of its gate; None where that failed.
+def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value]:
+    """Measure some of `SUBJECTS`, each metric under the name of its gate. What fails has none.
 
     Args:
         subjects: what to measure.
@@ -254,22 +243,21 @@ def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value 
     """
     studies, record = read_studies(STUDIES), read_record(RECORD)
     paths = find_artifacts(subjects, artifacts)
-    special: dict[str, Callable[[], tuple[Value, ...]]] = {
+    special: dict[str, Callable[[], dict[str, Value]]] = {
         ENGINES: lambda: measure_engines(paths["gptq-int4"], studies, record),
         IMPORTS: lambda: measure_imports(paths["gptq-int4"], studies[0].path),
         SLIM: lambda: measure_slim(paths["gptq-int4"], studies),
         TIMED: lambda: measure_ratios(paths, studies),
     }
-    values: dict[str, Value | None] = {}
+    values: dict[str, Value] = {}
     for subject in subjects:
-        found: Sequence[Value | None] = [None] * len(METRICS[subject])
         try:
             found = special[subject]() if subject in special else measure_artifact(paths[subject], studies, record)
-            say(f"{subject}: measured")
         except LiteError as error:
             say(f"error: {subject}: {error}")
-        names = [f"{subject}.{metric}" for metric in METRICS[subject]]
-        values |= dict(zip(names, found, strict=True))
+            continue
+        say(f"{subject}: measured")
+        values |= {f"{subject}.{metric}": value for metric, value in found.items()}
     return values
 
 
@@ -307,15 +295,18 @@ def _json(judged: Sequence[Judged], command: str) -> str:
 
 
 def _run(arguments: argparse.Namespace, command: str) -> int:
-    gates = read_gates(arguments.gates, METRICS)
+    gates = read_gates(arguments.gates, SUBJECTS)
     check_writable(arguments.json)
-    subjects = [subject for subject in METRICS if subject in arguments.only or (subject == TIMED and arguments.timed)]
+    subjects = [subject for subject in SUBJECTS if subject in arguments.only or (subject == TIMED and arguments.timed)]
     values = measure(subjects, arguments.artifacts)
     if arguments.update:
         changes = update_baselines(arguments.gates, values)
         sys.stdout.write("".join(f"{line}\n" for line in changes or ["no baseline changed"]) + "\n")
-        gates = read_gates(arguments.gates, METRICS)
-    judged = [Judged(name=name, value=value, gate=gates.get(name)) for name, value in values.items()]
+        gates = read_gates(arguments.gates, SUBJECTS)
+    names: list[str] = []
+    for subject in subjects:  # one that has neither a value nor a gate has failed, too
+        names += dict.fromkeys(name for name in (*gates, *values) if name.startswith(f"{subject}.")) or [subject]
+    judged = [Judged(name=name, value=values.get(name), gate=gates.get(name)) for name in names]
     table = markdown_table(("gate", "baseline", "now", "tolerance", "verdict"), [entry.cells for entry in judged])
     other = "".join(f"{entry}\n" for entry in judged if entry.verdict != "pass")
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
