@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_exports(formats)
     interop = commands.add_parser("interop", help="whether other programs read decoder folders as this project does")
     interop.set_defaults(run=_interop)
-    interop.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="artifacts, or decoder folders")
+    interop.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="what the exporter has written")
     interop.add_argument("--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment")
     for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
         command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")

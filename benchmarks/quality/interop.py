@@ -1,10 +1,10 @@
 """Whether other programs read `decoder/` as this project does: `make interop`, `python -m benchmarks quality interop`.
 
-A folder in a known format is worth what other readers make of it. Each folder is read twice:
+A folder in a known format is worth what other readers make of it. Each artifact's is read twice:
 
-    decoder/ ─┬─ by `kernels`, expanded to float32 ──▶ dense Llama ─▶ logits
+    decoder/ ─┬─ by the torch engine, in float32 ─▶ logits
               └─ by a peer (transformers with gptqmodel or bitsandbytes, gptqmodel; `interop_peer` in its environment)
-                                                  ───▶ its kernels ─▶ logits
+                                                 ─▶ its kernels ─▶ logits
 
 and compared twice. *Weights*: the peer's own linears are given the identity matrix, so that what comes out are the
 weights its kernel really multiplies with. They have to be ours bit for bit, after a rounding that is named; a kernel
@@ -24,14 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from kernels.bnb import Int8Weight, Nf4Weight
 from kernels.gptq import GptqWeight
+from lite.artifact.open import Artifact, load_artifact
 from lite.bench.table import markdown_table, to_json
-from lite.config import DecoderConfig, Quantization
 from lite.console import say
+from lite.engines.protocol import Segment
+from lite.engines.torch_engine.linear import Weight, linears_of, parts_of
+from lite.engines.torch_engine.load import load_decoder
 from lite.errors import LiteError
 from lite.eval.divergence import compare_logits
 
@@ -47,31 +52,6 @@ MAX_KL: Final = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "int8": 5e-
 and from how sharp a model is: at most 4e-7, 3e-6, 2e-4 and 2e-2 were seen on the phantom model, and in bfloat16 3e-3 on
 random weights. It is there for all that is not a linear's weight (norms, rotary embedding, head), and GPTQ folders have
 a reader in float32. int8 is bitsandbytes' LLM.int8(), which rounds activations to 8 bit."""
-# The ends of the names by which linears of a format are known.
-_MARKS: Final[dict[str | None, tuple[str, ...]]] = {
-    None: ("_proj.weight", "lm_head.weight"),
-    "gptq-int4": (".qweight",),
-    "gptq-int8": (".qweight",),
-    "bnb-nf4": (".weight.quant_state.bitsandbytes__nf4",),
-    "bnb-int8": (".SCB",),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
-    """A linear's weight as this project expands it."""
-
-    weight: Tensor  # float32 [N, K]
-    rounded_scales: Tensor | None = None  # the same from scales rounded to bfloat16 first; None where nobody does that
-    last_bit: float = 0.0  # relative difference that a peer's order of multiplications makes
-
-    def roundings(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights as kernels may hold them, in float32, each with the name of its rounding."""
-        yield "float32", self.weight
-        yield "float16", self.weight.half().float()
-        if self.rounded_scales is not None:
-            yield "bfloat16, scales too", self.rounded_scales.bfloat16().float()
-        yield "bfloat16", self.weight.bfloat16().float()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,40 +59,11 @@ class Folder:
     """A decoder folder, read by this project."""
 
     path: Path
-    config: dict[str, Any]
-    quantization: Quantization | None
-    linears: dict[str, Linear]  # by module name
-    others: dict[str, Tensor]
-
-    @property
-    def format(self) -> str:
-        """How the linears are stored."""
-        return "16 bits" if self.quantization is None else self.quantization.format
-
-    def input_ids(self) -> Tensor:
-        """Return the ids that every model is asked about, int64 [NUM_SEQUENCES, SEQUENCE_LENGTH]."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.config["vocab_size"], (NUM_SEQUENCES, SEQUENCE_LENGTH), generator=generator)
-
-    def logits(self) -> Tensor:
-        """Compute logits [sequences, positions, vocabulary] with plain float32 weights and no quantisation code.
-
-        Raises:
-            LiteError: the folder's tensors are not those of its config.
-        """
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        plain = {key: value for key, value in self.config.items() if key not in ("quantization_config", "dtype")}
-        model: Any = LlamaForCausalLM(LlamaConfig(**(plain | {"attn_implementation": "eager"})))
-        weights = self.others | {f"{name}.weight": linear.weight for name, linear in self.linears.items()}
-        try:
-            model.float().load_state_dict(weights)
-        except RuntimeError as error:
-            msg = f"{self.path}: got tensors other than its config.json has ({error}) · export it again"
-            raise LiteError(msg) from error
-        with torch.inference_mode():
-            logits: Tensor = model.eval()(self.input_ids(), use_cache=False).logits
-        return logits
+    format: str  # "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8" or "16 bits"
+    group_size: int | None
+    linears: dict[str, Weight]  # by module name
+    logits: NDArray[np.float32]  # [NUM_SEQUENCES, SEQUENCE_LENGTH, vocabulary]
+    input_ids: list[list[int]]  # what they are on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,47 +81,52 @@ class Comparison:
     wrong: str = ""  # what disagrees; figures are None when there is nothing to compare
 
 
-def read_folder(path: Path) -> Folder:
-    """Read an artifact's `decoder/`, or such a folder itself.
+def read_folder(artifact: Artifact) -> Folder:
+    """Read an artifact's `decoder/` by the torch engine.
 
     Raises:
-        LiteError: it is not there, not a Llama folder, or in a format that is not known here.
+        LiteError: it cannot.
     """
-    folder = path / "decoder" if (path / "decoder").is_dir() else path
-    config_file, files = folder / "config.json", sorted(folder.glob("*.safetensors"))
-    if not config_file.is_file() or not files:
-        msg = f"{path}: got no config.json with *.safetensors there or in its decoder/ · expected an artifact or a "
-        raise LiteError(f"{msg}decoder folder · `make interop` exports some, or: python -m export --help")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    quantization = DecoderConfig.from_hf(config, where=str(config_file)).quantization
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    marks = _MARKS[quantization.format if quantization is not None else None]
-    modules = sorted(key.rpartition(".weight")[0] or key.rpartition(".")[0] for key in tensors if key.endswith(marks))
-    if not modules:
-        raise LiteError(f"{folder}: got no linear in the format of its config.json · expected some · export it again")
-    try:
-        linears = {module: _expand(quantization, module, tensors) for module in modules}
-    except ValueError as error:
-        raise LiteError(f"{folder}: {error} · export it again") from error
-    others = {key: tensor.float() for key, tensor in tensors.items()}
-    return Folder(path=folder, config=config, quantization=quantization, linears=linears, others=others)
+    decoder, quantization = load_decoder(artifact, device="cpu"), artifact.decoder_config().quantization
+    linears = linears_of(decoder)
+    by_part = {name: dict(zip(linear.parts, linear.weights, strict=True)) for name, linear in linears.items()}
+    parts = {module: by_part[name][part] for module, (name, part) in parts_of(linears).items()}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (NUM_SEQUENCES, SEQUENCE_LENGTH), generator=generator).tolist()
+    cache, logits = decoder.new_cache(NUM_SEQUENCES, SEQUENCE_LENGTH), []
+    for row, input_ids in enumerate(ids):
+        asked: Segment[Any] = Segment(
+            row=row, start=0, input_ids=tuple(input_ids), image_features=None, num_logits=SEQUENCE_LENGTH
+        )
+        logits.append(decoder.logits(asked, cache))
+    return Folder(
+        path=artifact.path / "decoder",
+        format=quantization.format if quantization is not None else "16 bits",
+        group_size=quantization.group_size if quantization is not None else None,
+        # What of a quantised decoder is in 16 bits is read as that.
+        linears={name: own for name, own in parts.items() if not quantization or not isinstance(own, torch.Tensor)},
+        logits=np.stack(logits),
+        input_ids=ids,
+    )
 
 
-def _expand(quantization: Quantization | None, module: str, tensors: dict[str, Tensor]) -> Linear:
-    """Take a linear's tensors out of `tensors`, and expand them."""
-    prefix = f"{module}."
-    own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-    stored = quantization.lm_head if quantization is not None and module == "lm_head" else quantization
-    if stored is None:
-        return Linear(weight=own["weight"].float())
-    if stored.format == "bnb-nf4":
-        return Linear(weight=Nf4Weight.from_tensors(own).dequantize(torch.float32))
-    if stored.format == "bnb-int8":
-        # The kernel multiplies three float32 numbers, then rounds to float16: at times to the neighbour of ours.
-        return Linear(weight=Int8Weight.from_tensors(own).dequantize(torch.float32), last_bit=2**-10)
-    gptq = GptqWeight.from_tensors(own, bits=stored.bits)
-    rounded = dataclasses.replace(gptq, scales=gptq.scales.bfloat16())
-    return Linear(weight=gptq.dequantize(torch.float32), rounded_scales=rounded.dequantize(torch.float32))
+def _roundings(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """Yield a weight as kernels may hold it, in float32 [N, K], each with the name of its rounding."""
+    ours = _dense(weight)
+    yield "float32", ours
+    yield "float16", ours.half().float()
+    if isinstance(weight, GptqWeight):
+        scaled = dataclasses.replace(weight, scales=weight.scales.bfloat16())
+        yield "bfloat16, scales too", _dense(scaled).bfloat16().float()
+    if isinstance(weight, Nf4Weight):  # bitsandbytes does that on a CPU that multiplies bfloat16, with the codes, too
+        rounded = dataclasses.replace(weight, quant_map=weight.quant_map.bfloat16().float())
+        scales = weight.block_scales().bfloat16().float()
+        yield "bfloat16, scales too", rounded.rows(0, len(scales), scales, torch.float32).bfloat16().float()
+    yield "bfloat16", ours.bfloat16().float()
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
 
 
 # -- Comparing -------------------------------------------------------------------------------------------------------
@@ -181,9 +137,9 @@ def request_of(folder: Folder) -> dict[str, Any]:
     return {
         "folder": str(folder.path.resolve()),
         "format": folder.format,
-        "group_size": folder.quantization.group_size if folder.quantization is not None else None,
+        "group_size": folder.group_size,
         "linears": list(folder.linears),
-        "input_ids": folder.input_ids().tolist(),
+        "input_ids": folder.input_ids,
     }
 
 
@@ -200,9 +156,8 @@ def check(folder: Folder, python: Path) -> tuple[list[Comparison], dict[str, str
     Raises:
         LiteError: there is no such environment, or it does not work.
     """
-    request, ours = request_of(folder), folder.logits()
     with tempfile.TemporaryDirectory(prefix="interop-") as work:
-        (Path(work) / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        (Path(work) / "request.json").write_text(json.dumps(request_of(folder)), encoding="utf-8")
         command = [str(python), "-I", str(Path(__file__).with_name("interop_peer.py")), work]
         try:
             done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace")
@@ -215,7 +170,7 @@ def check(folder: Folder, python: Path) -> tuple[list[Comparison], dict[str, str
             raise LiteError(msg)
         document = json.loads((Path(work) / "answers.json").read_text(encoding="utf-8"))
         rows = [
-            compare(folder, ours, reader, answer, Path(work) / f"{reader}.safetensors")
+            compare(folder, reader, answer, Path(work) / f"{reader}.safetensors")
             for reader, answer in document["answers"].items()
         ]
     if any("failed" in answer for answer in document["answers"].values()):
@@ -225,12 +180,11 @@ def check(folder: Folder, python: Path) -> tuple[list[Comparison], dict[str, str
     return rows, document["versions"]
 
 
-def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str], file: Path) -> Comparison:
+def compare(folder: Folder, reader: str, answer: Mapping[str, str], file: Path) -> Comparison:
     """Compare what a peer made of a folder with our reading.
 
     Args:
         folder: our reading.
-        ours: its logits.
         reader: the peer.
         answer: what it says of itself: see `interop_peer.read`.
         file: with its weights and logits.
@@ -240,12 +194,12 @@ def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str]
     if "failed" in answer:
         return Comparison(reader=reader, wrong=f"cannot read it: {answer['failed']}")
     found = load_file(file)
-    theirs, dtype = found.pop("logits"), answer["dtype"]
+    theirs, dtype = found.pop("logits").numpy(), answer["dtype"]
     weights, exact = _compare_weights(folder, found)
     wrong = [] if exact else ["the weights differ"]
     try:
-        flat, rows = theirs.flatten(0, 1).numpy(), ours.flatten(0, 1).numpy()
-        apart = compare_logits(rows, flat, [0] * len(flat))
+        ours = np.concatenate(folder.logits)
+        apart = compare_logits(ours, np.concatenate(theirs), [0] * len(ours))
     except LiteError as error:
         return Comparison(reader=reader, weights=weights, wrong="; ".join([*wrong, str(error)]))
     mean_kl = float(apart.kl.mean())
@@ -256,7 +210,7 @@ def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str]
         kernel=answer["kernel"],
         dtype=dtype,
         weights=weights,
-        max_abs_logits=float((theirs - ours).abs().max()),
+        max_abs_logits=float(np.abs(theirs - folder.logits).max()),
         mean_kl=mean_kl,
         same_top=float(apart.same_top.mean()),
         wrong="; ".join(wrong),
@@ -266,12 +220,13 @@ def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str]
 def _compare_weights(folder: Folder, found: Mapping[str, Tensor]) -> tuple[str, bool]:
     """Return how the peer's weights compare with ours, and whether every linear's are ours after a known rounding."""
     as_what: set[str] = set()
-    for name, ours in folder.linears.items():
+    for name, weight in folder.linears.items():
         if name not in found:
             return f"{name}: not there", False
-        candidates = [(kind, (weight - found[name]).abs()) for kind, weight in ours.roundings()]
+        candidates = [(kind, (ours - found[name]).abs()) for kind, ours in _roundings(weight)]
+        # bitsandbytes multiplies three float32 numbers, then rounds to float16: at times to the neighbour of ours.
+        allowed = (2**-10 if isinstance(weight, Int8Weight) else 0) * _dense(weight).abs()
         # Written so that NaN is a difference. The rounding meant is the one that explains most.
-        allowed = ours.last_bit * ours.weight.abs()
         counts = [(int((~(apart <= allowed)).sum()), int((apart != 0).sum())) for _, apart in candidates]
         best = counts.index(min(counts))
         (kind, apart), (different, inexact) = candidates[best], counts[best]
@@ -308,8 +263,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     document: dict[str, Any] = {"folders": {}}
     every: list[Comparison] = []
-    for path in arguments.folders:
-        folder = read_folder(path)
+    for path in arguments.artifacts:
+        folder = read_folder(load_artifact(path))
         rows, document["versions"] = check(folder, arguments.python)
         document["folders"][str(folder.path)] = [to_json(row) for row in rows]
         every += rows

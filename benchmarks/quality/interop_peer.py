@@ -88,7 +88,10 @@ def _ask(model: Any, request: Request) -> tuple[dict[str, str], dict[str, Tensor
     def note(module: Any, inputs: tuple[Tensor, ...], _: object) -> None:  # noqa: ANN401
         kernel = type(module).__name__
         kernels.add(kernel)
-        dtypes.add(_COMPUTES_IN.get(kernel, str(inputs[0].dtype).removeprefix("torch.")))
+        given = str(inputs[0].dtype).removeprefix("torch.")
+        # Linear4bit, on a CPU that multiplies bfloat16.
+        given = "bfloat16" if getattr(module, "support_avx512bf16_for_cpu", False) else given
+        dtypes.add(_COMPUTES_IN.get(kernel, given))
 
     hooks = [module.register_forward_hook(note) for module in linears.values()]
     with torch.inference_mode():

@@ -11,15 +11,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from repository import ROOT
 from safetensors.torch import load_file, save_file
-from tiny import gptq_llama, random_llama, tiny_llama_config
+from tiny import decoder_folder, gptq_llama, random_llama, tiny_llama_config
 
 from benchmarks.quality import interop_peer
 from benchmarks.quality.command import main
@@ -27,7 +26,7 @@ from benchmarks.quality.interop import Comparison, compare, read_folder, request
 from benchmarks.quality.interop_peer import Reader, Request, read, readers
 from export.quantize.gptq import Grid, round_to_nearest
 from kernels.bnb import import_bitsandbytes
-from lite.errors import LiteError
+from lite.artifact.open import Artifact
 
 VOCAB = 96
 REQUIREMENTS = ROOT / "benchmarks" / "quality" / "interop-requirements.txt"
@@ -41,31 +40,24 @@ def llama_config(**changes: Any) -> dict[str, Any]:
     ) | dict(changes)
 
 
-def write_gptq(folder: Path, bits: int = 4, group_size: int = 32, *, head: bool = False) -> dict[str, torch.Tensor]:
-    """Write a GPTQ folder, on demand with a head in 8 bits; return the weights of the plain model it stands for."""
+class Written(NamedTuple):
+    """A decoder folder, and the weights of the plain model it stands for."""
+
+    artifact: Artifact
+    plain: dict[str, torch.Tensor]
+
+
+def write_gptq(folder: Path, bits: int = 4, group_size: int = 32, *, head: bool = False) -> Written:
+    """Write a GPTQ folder, on demand with a head in 8 bits."""
     config, stored = gptq_llama(llama_config(), bits=bits, group_size=group_size, lm_head_bits=8 if head else None)
-    write(folder, config, stored)
     plain = {}
-    for name, weight in random_llama(config).items():
+    for name, weight in random_llama(llama_config()).items():
         plain[name] = weight.float()
         if name not in stored:
             size = weight.shape[1] if group_size == -1 else group_size
             rounded = round_to_nearest(plain[name], Grid(bits=bits if "_proj." in name else 8, group_size=size))
             plain[name] = rounded.values * rounded.scales.float().repeat_interleave(size, dim=1)
-    return plain
-
-
-def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def change(folder: Path, name: str, edit: Callable[[torch.Tensor], None]) -> None:
-    """Edit one tensor of a folder in place."""
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
-    edit(tensors[name])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return Written(decoder_folder(folder, config, stored), plain)
 
 
 def llama(weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Any:
@@ -81,118 +73,57 @@ def peer(weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -
     return Reader(name="peer", needs=(), load=lambda _: llama(weights, dtype))
 
 
-def compared(path: Path, reader: Reader) -> Comparison:
-    folder, file = read_folder(path), path / "answer" / "peer.safetensors"
-    file.parent.mkdir(exist_ok=True)
-    answer = read(request(path), reader, file)
-    return compare(folder, folder.logits(), reader.name, answer, file)
+def compared(artifact: Artifact, reader: Reader) -> Comparison:
+    folder, file = read_folder(artifact), artifact.path / "peer.safetensors"
+    return compare(folder, reader.name, read(request(artifact), reader, file), file)
 
 
-def request(path: Path) -> Request:
-    asked = request_of(read_folder(path))
+def request(artifact: Artifact) -> Request:
+    asked = request_of(read_folder(artifact))
     return Request(**asked | {"folder": Path(asked["folder"])})
 
 
-# --- our reading -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, -1), (8, 128)])
-def test_gptq_is_unpacked_to_the_numbers_it_was_packed_from(tmp_path: Path, bits: int, group_size: int) -> None:
-    plain = write_gptq(tmp_path, bits, group_size)
-    folder = read_folder(tmp_path)
-    assert folder.quantization is not None
-    assert (folder.format, folder.quantization.group_size, len(folder.linears)) == (f"gptq-int{bits}", group_size, 14)
-    for name, linear in folder.linears.items():
-        assert torch.equal(linear.weight, plain[f"{name}.weight"]), name
-    assert {name for name in plain if name.removesuffix(".weight") not in folder.linears} == set(folder.others)
-
-
-def test_a_head_may_have_more_bits_than_the_rest(tmp_path: Path) -> None:
-    plain = write_gptq(tmp_path, 4, 64, head=True)
-    linears = read_folder(tmp_path).linears
-    assert torch.equal(linears["lm_head"].weight, plain["lm_head.weight"])
-    assert torch.equal(linears[DOWN].weight, plain[f"{DOWN}.weight"])
-
-
-def test_our_logits_are_those_of_the_plain_model(tmp_path: Path) -> None:
-    plain = write_gptq(tmp_path)
-    folder = read_folder(tmp_path)
-    with torch.inference_mode():
-        expected = llama(plain)(folder.input_ids()).logits
-    logits = folder.logits()
-    assert logits.shape == (4, 64, VOCAB)
-    assert float((logits - expected).abs().max()) < 1e-4
-    assert float(expected.std()) > 0.5
-
-
-def library_tensors(kind: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return what bitsandbytes' own layer stores, and what its own functions make of that."""
-    modules, functions = import_bitsandbytes().nn, import_bitsandbytes().functional
+def library_tensors(kind: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what bitsandbytes' own layer stores."""
+    modules = import_bitsandbytes().nn
     out_features, in_features = weight.shape
     if kind == "nf4":
         layer = modules.Linear4bit(in_features, out_features, bias=False, quant_type="nf4", compress_statistics=True)
         layer.weight = modules.Params4bit(weight.clone(), quant_type="nf4", compress_statistics=True, module=layer)
         layer.weight = layer.weight.to("cpu")
-        back = functions.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     else:
         layer = modules.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
         layer.weight = modules.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
-        back = functions.int8_vectorwise_dequant(layer.weight.CB, layer.weight.SCB)
-    return dict(layer.state_dict()), back
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_bitsandbytes_folders_are_expanded_as_the_library_does(tmp_path: Path, kind: str) -> None:
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    quantization = {"quant_method": "bitsandbytes", **(four if kind == "nf4" else {"load_in_8bit": True})}
-    config = llama_config(quantization_config=quantization)
-    stored, plain = {}, {}
-    for name, weight in random_llama(config).items():
-        if "_proj." in name:
-            tensors, plain[name] = library_tensors(kind, weight.float() if kind == "nf4" else weight.half())
-            stored |= {f"{name.removesuffix('weight')}{key}": tensor for key, tensor in tensors.items()}
-        else:
-            stored[name] = weight.half()
-    write(tmp_path, config, stored)
-    folder = read_folder(tmp_path)
-    assert (folder.format, len(folder.linears)) == (f"bnb-{kind}", 14)
-    for name, linear in folder.linears.items():
-        torch.testing.assert_close(linear.weight, plain[f"{name}.weight"].float(), rtol=2e-6, atol=1e-7)
-    assert folder.logits().isfinite().all()
+    return dict(layer.state_dict())
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("kind", "weights", "kernel"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "got no config.json.*make interop"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "got no config.json with .*safetensors"),
-        (lambda folder: edit_config(folder, checkpoint_format="gptq_v2"), "checkpoint_format='gptq_v2'"),
-        (lambda folder: edit_config(folder, quant_method="awq"), "quant_method='awq'"),
-        (lambda folder: edit_config(folder, quant_method="bitsandbytes", load_in_8bit=True), "no linear in the format"),
-        (lambda folder: keep_all_but(folder, f"{DOWN}.qzeros"), "got the tensors g_idx, qweight, scales · expected"),
-        (lambda folder: keep_all_but(folder, "lm_head.weight"), "lm_head.weight.*export it again"),
-        (lambda folder: change(folder, f"{DOWN}.qzeros", flip_one_bit), "got other qzeros"),
+        # The latter on a CPU that multiplies bfloat16.
+        ("nf4", {"ours in float16", "ours in bfloat16, scales too"}, "Linear4bit"),
+        ("int8", {"ours in float16 but for the last bit"}, "Linear8bitLt"),
     ],
 )
-def test_a_folder_it_cannot_read_is_an_error_that_says_why(
-    tmp_path: Path, damage: Callable[[Path], None], message: str
+def test_bitsandbytes_folders_are_read_as_transformers_does(
+    tmp_path: Path, kind: str, weights: set[str], kernel: str
 ) -> None:
-    write_gptq(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(LiteError, match=re.compile(message, re.DOTALL)):
-        read_folder(tmp_path).logits()
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def keep_all_but(folder: Path, name: str) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    del tensors[name]
-    save_file(tensors, folder / "model.safetensors")
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float16"}
+    four |= {"bnb_4bit_use_double_quant": True}
+    quantization = {"quant_method": "bitsandbytes", **(four if kind == "nf4" else {"load_in_8bit": True})}
+    stored = {}
+    for name, weight in random_llama(llama_config()).items():
+        if "_proj." in name:
+            tensors = library_tensors(kind, weight.float() if kind == "nf4" else weight)
+            stored |= {f"{name.removesuffix('weight')}{key}": tensor for key, tensor in tensors.items()}
+        else:
+            stored[name] = weight
+    artifact = decoder_folder(tmp_path, llama_config(quantization_config=quantization), stored)
+    (reader,) = readers(request(artifact))
+    row = compared(artifact, reader)
+    assert (row.wrong, row.kernel, row.skipped) == ("", kernel, "")
+    assert row.weights in weights
+    assert len(read_folder(artifact).linears) == 14
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -200,7 +131,8 @@ def keep_all_but(folder: Path, name: str) -> None:
 
 @DTYPES
 def test_a_peer_that_only_rounds_agrees(tmp_path: Path, dtype: torch.dtype) -> None:
-    row = compared(tmp_path, peer(write_gptq(tmp_path), dtype))
+    artifact, plain = write_gptq(tmp_path)
+    row = compared(artifact, peer(plain, dtype))
     name = str(dtype).removeprefix("torch.")
     assert (row.wrong, row.weights, row.dtype, row.kernel) == ("", f"ours in {name}", name, "Linear")
     assert row.mean_kl is not None
@@ -211,29 +143,29 @@ def test_a_peer_that_only_rounds_agrees(tmp_path: Path, dtype: torch.dtype) -> N
 
 def test_weights_are_asked_for_a_few_inputs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interop_peer, "_PROBE_ROWS", 100)  # 128 and 256 inputs: the last few are fewer
-    row = compared(tmp_path, peer(write_gptq(tmp_path)))
+    artifact, plain = write_gptq(tmp_path)
+    row = compared(artifact, peer(plain))
     assert (row.wrong, row.weights) == ("", "ours in float32")
 
 
 def test_a_kernel_may_round_the_scales_first(tmp_path: Path) -> None:
-    plain = write_gptq(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    for name in read_folder(tmp_path).linears:
+    artifact, plain = write_gptq(tmp_path)
+    stored = load_file(tmp_path / "decoder" / "model.safetensors")
+    for name in read_folder(artifact).linears:
         scales = stored[f"{name}.scales"].float()[stored[f"{name}.g_idx"].long()].T
         plain[f"{name}.weight"] = (plain[f"{name}.weight"] / scales).round() * scales.bfloat16().float()
-    row = compared(tmp_path, peer(plain, torch.bfloat16))
+    row = compared(artifact, peer(plain, torch.bfloat16))
     assert (row.wrong, row.weights) == ("", "ours in bfloat16, scales too")
-
-
-def flip_one_bit(words: torch.Tensor) -> None:
-    words[-1, -1] ^= 1 << 28  # the lowest of the last of eight fields
 
 
 @DTYPES
 def test_one_wrong_bit_is_seen(tmp_path: Path, dtype: torch.dtype) -> None:
-    plain = write_gptq(tmp_path)
-    change(tmp_path, f"{DOWN}.qweight", flip_one_bit)
-    row = compared(tmp_path, peer(plain, dtype))
+    artifact, plain = write_gptq(tmp_path)
+    file = tmp_path / "decoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{DOWN}.qweight"][-1, -1] ^= 1 << 28  # the lowest of the last of eight fields
+    save_file(tensors, file)
+    row = compared(artifact, peer(plain, dtype))
     assert row.wrong.startswith("the weights differ")
     assert re.fullmatch(
         rf"{re.escape(DOWN)}: \d+ of 32768 weights differ from ours in {str(dtype)[6:]}, by \S+ at most", row.weights
@@ -245,25 +177,20 @@ def test_one_wrong_bit_is_seen(tmp_path: Path, dtype: torch.dtype) -> None:
     [(1.1, r"KL \S+ above 1e-05, what rounding to float32 explains"), (math.nan, ".*not finite.*")],
 )
 def test_a_peer_with_other_norms_is_seen_by_its_logits(tmp_path: Path, factor: float, wrong: str) -> None:
-    plain = write_gptq(tmp_path)
-    row = compared(tmp_path, peer(plain | {"model.norm.weight": factor * plain["model.norm.weight"]}))
+    artifact, plain = write_gptq(tmp_path)
+    row = compared(artifact, peer(plain | {"model.norm.weight": factor * plain["model.norm.weight"]}))
     assert row.weights == "ours in float32"
     assert re.fullmatch(wrong, row.wrong)
 
 
 def test_a_peer_that_fails_is_wrong(tmp_path: Path) -> None:
-    write_gptq(tmp_path)
-    row = compared(tmp_path, Reader(name="peer", needs=(), load=lambda _: 1 / 0))
+    artifact, _ = write_gptq(tmp_path)
+    row = compared(artifact, Reader(name="peer", needs=(), load=lambda _: 1 / 0))
     assert row.wrong == "cannot read it: ZeroDivisionError: division by zero"
     assert table([row]).splitlines()[-1] == f"peer WRONG: {row.wrong}"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
-
-def write_fp16(folder: Path) -> None:
-    config = llama_config()
-    write(folder, config, {name: weight.half() for name, weight in random_llama(config).items()})
 
 
 def python_that(tmp_path: Path, does: str) -> str:
@@ -275,13 +202,12 @@ def python_that(tmp_path: Path, does: str) -> str:
 
 
 def test_an_artifact_in_fp16_is_read_by_transformers_where_this_project_cannot_be_imported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_fp16(tmp_path / "decoder")
     hidden = "import sys, runpy; sys.argv = sys.argv[2:]; sys.modules |= dict.fromkeys(('lite', 'kernels', 'export', "
     hidden += "'benchmarks')); runpy.run_path(sys.argv[0], run_name='__main__')"
     python = python_that(tmp_path, f'exec {sys.executable} -I -c "{hidden}" "$@"')
-    assert main(["interop", str(tmp_path), "--python", python]) == 0
+    assert main(["interop", str(tiny_artifact.path), "--python", python]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^python 3\.\S+, torch \S+, transformers \S+", printed, re.MULTILINE)
     assert re.search(r"\| transformers \| Linear \| +float16 \| .* ours in float32 \|\n", printed)
@@ -289,23 +215,25 @@ def test_an_artifact_in_fp16_is_read_by_transformers_where_this_project_cannot_b
     assert "1 of 1 readings agree with ours" in printed
 
 
-def test_what_a_failed_peer_has_said_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_fp16(tmp_path)
+def test_what_a_failed_peer_has_said_is_shown(
+    tmp_path: Path, tiny_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
     answers = '{"versions": {}, "answers": {"peer": {"failed": "RuntimeError: 42"}}}'
     python = python_that(tmp_path, f"echo no such kernel >&2; echo '{answers}' > $3/answers.json")
-    assert main(["interop", str(tmp_path), "--python", python]) == 1
+    assert main(["interop", str(tiny_artifact.path), "--python", python]) == 1
     printed = capsys.readouterr()
     assert printed.err == "  | no such kernel\n"
     assert "peer WRONG: cannot read it: RuntimeError: 42" in printed.out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel is installed")
-def test_without_the_peers_a_gptq_folder_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_gptq(tmp_path)
-    assert main(["interop", str(tmp_path), "--python", sys.executable, "--json"]) == 1
+def test_without_the_peers_a_gptq_folder_does_not_pass(
+    tiny_gptq_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["interop", str(tiny_gptq_artifact.path), "--python", sys.executable, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["versions"]["torch"] == torch.__version__
-    rows = document["folders"][str(tmp_path)]
+    rows = document["folders"][str(tiny_gptq_artifact.path / "decoder")]
     assert [row["reader"] for row in rows] == ["transformers", "gptq_torch", "gptqmodel"]
     assert re.search(r"gptqmodel and .*not installed: run this by `make interop`", rows[1]["skipped"])
     assert rows[-1]["wrong"] == "no peer read this folder"
@@ -313,27 +241,28 @@ def test_without_the_peers_a_gptq_folder_does_not_pass(tmp_path: Path, capsys: p
 
 def test_what_a_peer_cannot_do_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())  # as if all were installed
-    plain = write_gptq(tmp_path / "row", 4, -1)
-    write_gptq(tmp_path / "head", 8, 64, head=True)
+    by_row, plain = write_gptq(tmp_path / "row", 4, -1)
+    with_head, _ = write_gptq(tmp_path / "head", 8, 64, head=True)
     monkeypatch.setattr(interop_peer, "_load_gptq_in_float32", lambda _: llama(plain))
     monkeypatch.setattr(interop_peer, "_load_by_gptqmodel", lambda _: 1 / 0)
 
-    def rows(name: str) -> dict[str, Comparison]:
-        return {reader.name: compared(tmp_path / name, reader) for reader in readers(request(tmp_path / name))}
+    def rows(artifact: Artifact) -> dict[str, Comparison]:
+        return {reader.name: compared(artifact, reader) for reader in readers(request(artifact))}
 
-    by_reader = rows("row")
+    by_reader = rows(by_row)
     assert [reader for reader, row in by_reader.items() if row.skipped] == ["transformers", "gptqmodel"]
     assert "group size -1" in by_reader["gptqmodel"].skipped
     assert by_reader["gptq_torch"].wrong == ""
-    skipped = [reader for reader, row in rows("head").items() if "lm_head" in row.skipped]
+    skipped = [reader for reader, row in rows(with_head).items() if "lm_head" in row.skipped]
     assert skipped == ["transformers", "gptq_torch"]
 
 
-def test_what_is_not_there_ends_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_ends_the_command(
+    tmp_path: Path, tiny_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["interop", str(tmp_path / "nothing")]) == 1
-    assert re.search(r"^error: .*nothing: got no config.json.* · expected an artifact", capsys.readouterr().err)
-    write_fp16(tmp_path)
-    assert main(["interop", str(tmp_path), "--python", str(tmp_path / "python")]) == 1
+    assert re.search(r"^error: .*nothing", capsys.readouterr().err)
+    assert main(["interop", str(tiny_artifact.path), "--python", str(tmp_path / "python")]) == 1
     assert "python: got No such file or directory · expected the Python of the peers'" in capsys.readouterr().err
 
 
