@@ -72,13 +72,9 @@ def channel_scales(llama_config: Mapping[str, Any], *, sigma: float, seed: int) 
         Float64 vectors keyed `{layer}.{attention_input | value | mlp_input | up}`.
     """
     rng = np.random.default_rng([seed, 0x5CA1E])
-    hidden_size = int(llama_config["hidden_size"])
-    head_dim = hidden_size // int(llama_config["num_attention_heads"])
-    value_size, intermediate_size = (
-        head_dim * int(llama_config["num_key_value_heads"]),
-        llama_config["intermediate_size"],
-    )
-    widths = (hidden_size, value_size, hidden_size, int(intermediate_size))
+    hidden_size, intermediate_size = (int(llama_config[name]) for name in ("hidden_size", "intermediate_size"))
+    value_size = hidden_size // int(llama_config["num_attention_heads"]) * int(llama_config["num_key_value_heads"])
+    widths = (hidden_size, value_size, hidden_size, intermediate_size)
     scales: dict[str, Tensor] = {}
     for layer in range(int(llama_config["num_hidden_layers"])):
         for place, width in zip(_PLACES, widths, strict=True):

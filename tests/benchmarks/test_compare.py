@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,18 +33,17 @@ from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
 NUM_FILMS = 6
-DAMAGED = "model.layers.1.self_attn.o_proj.weight"
+DAMAGED = r"model\.layers\.1\.self_attn\.o_proj\.weight"
 
 
-def scaled_copy(artifact: Artifact, out: Path, factor: float) -> Path:
-    """Copy an artifact with one matrix of its decoder scaled: a complete artifact that computes a little else."""
+def scaled_copy(artifact: Artifact, out: Path, names: str, factor: float) -> Path:
+    """Copy an artifact, the tensors of its decoder whose names match scaled: complete, and computing a little else."""
     with staged_artifact(out) as staged:
         shutil.copytree(artifact.path, staged.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
         for file in (staged.path / "decoder").glob("*.safetensors"):
-            weights = load_file(file)
-            if DAMAGED in weights:
-                weights[DAMAGED] = (weights[DAMAGED].float() * factor).half()
-                save_file(weights, file)
+            tensors = load_file(file)
+            tensors |= {name: (t.float() * factor).half() for name, t in tensors.items() if re.fullmatch(names, name)}
+            save_file(tensors, file, metadata={"format": "pt"})
         staged.finish(artifact.manifest)
     return out
 
@@ -55,7 +55,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact) -> Path:
-    return scaled_copy(demo_artifact, tmp_path_factory.mktemp("damaged") / "artifact", 2.0)
+    return scaled_copy(demo_artifact, tmp_path_factory.mktemp("damaged") / "artifact", DAMAGED, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_the_command_prints_a_table(
 def test_a_candidate_that_cannot_compute_does_not_stop_the_others(
     listed: Path, demo_artifact: Artifact, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = scaled_copy(demo_artifact, tmp_path / "broken", math.inf)
+    broken = scaled_copy(demo_artifact, tmp_path / "broken", DAMAGED, math.inf)
     # Twice in the list: folders of one name are told apart by their paths.
     itself = str(demo_artifact.path)
     command = ["artifacts", str(listed), "--reference", itself, str(broken), str(damaged), itself]
