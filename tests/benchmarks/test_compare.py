@@ -1,4 +1,4 @@
-"""The loss of an artifact against another one: real exports, one of them slightly damaged."""
+"""The loss of artifacts and engines beside others: real exports, one of them slightly damaged."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from tiny import write_tiny_artifact
 from torch.nn import functional as F
 
 import lite
+from benchmarks import demo
 from benchmarks.phantom.write import write_studies
+from benchmarks.quality import command
 from benchmarks.quality.command import main
 from benchmarks.quality.compare import Candidate, Loss, Row, compare, decided_tokens, draft
+from benchmarks.quality.engines import BESIDE
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
 from lite.config import DecodingDefaults
@@ -179,8 +182,8 @@ def test_a_candidate_is_refused_before_anything_is_computed(
     tmp_path: Path, tiny_artifact: Artifact, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     no_list = str(tmp_path / "none.json")
-    command = ["artifacts", no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
-    assert main(command) == 1
+    arguments = ["artifacts", no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
+    assert main(arguments) == 1
     assert "error: " in (err := capsys.readouterr().err)
     assert "got tokenizer sha256" in err
 
@@ -188,8 +191,8 @@ def test_a_candidate_is_refused_before_anything_is_computed(
 def test_the_command_prints_a_table(
     listed: Path, demo_artifact: Artifact, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["artifacts", str(listed), "--reference", str(demo_artifact.path), str(damaged)]
-    assert main([*command, "--limit", "2", "--device", "cpu"]) == 0
+    arguments = ["artifacts", str(listed), "--reference", str(demo_artifact.path), str(damaged)]
+    assert main([*arguments, "--limit", "2", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     header, rule, *rows = printed.partition("\n\n")[0].splitlines()
     columns = [cell.strip() for cell in header.split("|")[1:-1]]
@@ -213,8 +216,8 @@ def test_a_candidate_that_cannot_compute_does_not_stop_the_others(
     broken = scaled_copy(demo_artifact, tmp_path / "broken", DAMAGED, math.inf)
     # Twice in the list: folders of one name are told apart by their paths.
     itself = str(demo_artifact.path)
-    command = ["artifacts", str(listed), "--reference", itself, str(broken), str(damaged), itself]
-    assert main([*command, "--limit", "2", "--device", "cpu", "--json"]) == 1
+    arguments = ["artifacts", str(listed), "--reference", itself, str(broken), str(damaged), itself]
+    assert main([*arguments, "--limit", "2", "--device", "cpu", "--json"]) == 1
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
@@ -249,3 +252,46 @@ def test_films_without_reports_are_refused(
     own = str(demo_artifact.path)
     assert main(["artifacts", str(tmp_path / "bare.json"), "--reference", own, own]) == 1
     assert "without findings · expected the report of each film" in capsys.readouterr().err
+
+
+# -- Engines ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_engines_draft_films_of_their_own_and_the_table_says_how_far_they_agree(
+    demo_onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["engines", str(demo_onnx_artifact.path), "--films", "2", "--seed", "7", "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == f"python -m benchmarks quality {' '.join(arguments)}"
+    assert found["films"] == "2 of seed 7"
+    tables = {reference: found[f"beside {reference}"] for reference in BESIDE}
+    kl = {}
+    for reference, (own, *others) in tables.items():
+        assert (own["name"], own["loss"]) == (reference, None)
+        assert [(row["name"], row["loss"]["reference"]) for row in others] == [
+            (name, reference) for name in BESIDE[reference]
+        ]
+        kl |= {(row["name"], reference): row["loss"]["divergence"]["mean_kl"]["value"] for row in others}
+    # Two engines, and two caches of each: near, and not the same twice.
+    assert 0 < kl["onnx", "torch"] < 2e-3
+    assert 0 < kl["onnx-int8-cache", "onnx"] < 1e-3
+    assert 0 < kl["torch-int8-cache", "torch"] < 1e-3
+    decoder = "gptq-int4 (groups of 128, calibrated on 64 studies of studies.json)"
+    caches = ("torch, float32", "torch, int8", "onnx, float32", "onnx, int8")
+    assert [row["figures"]["setting"] for row in tables["torch"]] == [f"{decoder}, {cache} cache" for cache in caches]
+
+
+def test_an_artifact_without_decoder_onnx_is_an_error(
+    demo_int4_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["engines", str(demo_int4_artifact.path), "--films", "1"]) == 1
+    assert "got an artifact without decoder.onnx" in capsys.readouterr().err
+    for wrong in ([], ["engines"], ["engines", str(demo_int4_artifact.path), "--films", "0"]):
+        with pytest.raises(SystemExit, match="^2$"):
+            main(wrong)
+
+
+def test_no_other_set_has_these_films() -> None:
+    others = {demo.SEED, demo.CALIBRATION_SEED, command.FORMATS_SEED, command.CALIBRATION_SEED, 20_261_301}
+    assert command.ENGINES_SEED not in others
