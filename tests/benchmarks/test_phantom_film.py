@@ -67,22 +67,16 @@ def name(finding: Finding) -> str:
     return caption(finding).replace(" ", "-")
 
 
-def test_film_is_twelve_bit_and_square() -> None:
-    for number in range(4):
-        film = draw_film(sample_study(number), size=96)
-        assert film.stored.shape == (96, 96)
-        assert film.stored.dtype == np.uint16
-        assert film.stored.max() <= 4095
-        assert int(film.stored.max()) - int(film.stored.min()) > 2000
-        assert film.regions.shape == (len(DRAWN_LABELS), REGION_GRID, REGION_GRID)
-        assert film.regions.dtype == np.bool_
-
-
-def test_same_seed_same_film_and_another_seed_another() -> None:
-    first, again, other = (draw_film(sample_study(seed)) for seed in (11, 11, 12))
+def test_same_seed_same_film_of_twelve_bits_and_another_seed_another() -> None:
+    first, again, other = (draw_film(sample_study(seed), size=96) for seed in (11, 11, 12))
     np.testing.assert_array_equal(first.stored, again.stored)
     np.testing.assert_array_equal(first.regions, again.regions)
     assert np.any(first.stored != other.stored)
+    for film in (first, other):
+        assert (film.stored.shape, film.stored.dtype) == ((96, 96), np.uint16)
+        assert film.stored.max() <= 4095
+        assert int(film.stored.max()) - int(film.stored.min()) > 2000
+        assert (film.regions.shape, film.regions.dtype) == ((len(DRAWN_LABELS), REGION_GRID, REGION_GRID), np.bool_)
 
 
 def test_films_are_drawn_as_they_were_when_the_model_was_trained() -> None:
@@ -148,7 +142,7 @@ def test_zones_lie_one_below_the_other(label: str) -> None:
     rows: dict[Zone, list[float]] = {"upper": [], "mid": [], "lower": []}
     for zone, depths in rows.items():
         finding = Finding(label=label, side="right", zone=zone, size="small" if label == "Lung Lesion" else None)  # type: ignore[arg-type]
-        for seed in range(5):
+        for seed in range(3):
             depths.append(float(np.nonzero(region(draw_film(study(finding, seed=seed)), finding))[0].mean()))
     assert np.mean(rows["upper"]) + 3 < np.mean(rows["mid"])
     assert np.mean(rows["mid"]) + 3 < np.mean(rows["lower"])
@@ -159,7 +153,7 @@ def test_sizes_differ_on_every_film(label: str) -> None:
     side = None if label in ("Cardiomegaly", "Edema") else "left"
     zone = "upper" if label == "Lung Lesion" else None
     sizes = [size for size in SIZES if label != "Lung Lesion" or size != "moderate"]
-    for seed in range(4):
+    for seed in range(3):
         without = draw_film(study(seed=seed))
         changes = [
             change(draw_film(study(Finding(label=label, side=side, zone=zone, size=size), seed=seed)), without).sum()  # type: ignore[arg-type]

@@ -43,13 +43,7 @@ def linked_environment(folder: Path, *, own: Path | None = None) -> None:
 # -- Without torch ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Path:
-    linked_environment(tmp_path / "venv")
-    return tmp_path / "venv"
-
-
-def test_an_artifact_drafts_where_there_is_no_torch(
+def test_an_artifact_drafts_where_there_is_no_torch_and_torch_is_asked_for_in_words(
     demo_onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slim, "make_environment", linked_environment)
@@ -61,16 +55,12 @@ def test_an_artifact_drafts_where_there_is_no_torch(
     assert {name.lower() for name in measured.sizes} == set(PACKAGES)
     assert measured.run.after_import == ()
     assert measured.run.after_findings == ("PIL", "numpy", "onnxruntime", "sentencepiece")
-
-
-def test_torch_is_asked_for_in_words_where_it_is_missing(environment: Path, demo_onnx_artifact: Artifact) -> None:
-    python = [str(environment / "bin" / "python"), "-I"]
+    python = [str(tmp_path / "venv" / "bin" / "python"), "-I"]
     done = subprocess.run([*python, "-c", "import torch"], capture_output=True, text=True, check=False)
     assert "No module named 'torch'" in done.stderr
-    with pytest.raises(
-        LiteError, match=r"generate: got exit status 1 \(error: .*: got no torch · .* leave out what asks"
-    ):
-        slim.generate(python, demo_onnx_artifact.path, FILMS[:1], engine="torch", cwd=environment)
+    message = r"generate: got exit status 1 \(error: .*: got no torch · .* leave out what asks"
+    with pytest.raises(LiteError, match=message):
+        slim.generate(python, demo_onnx_artifact.path, FILMS[:1], engine="torch", cwd=tmp_path)
 
 
 def test_a_copy_of_the_package_from_elsewhere_proves_nothing(
