@@ -89,12 +89,6 @@ def test_a_grammar_text_against_itself_is_perfect(tmp_path: Path) -> None:
     assert scores.side_accuracy.count > 10
 
 
-def test_a_bad_file_is_refused(tmp_path: Path) -> None:
-    for lines, message in (((), "got an empty file"), ((ROWS[0], "[1, 2]"), r"p\.jsonl:2: got list")):
-        with pytest.raises(LiteError, match=message):
-            scoring.score(write_rows(tmp_path / "p.jsonl", *lines))
-
-
 def test_a_prediction_without_a_reference_is_refused_and_one_that_failed_counts_for_nothing(tmp_path: Path) -> None:
     failed = {"id": "3", "image": "3.png", "error": "got noise"}
     assert scoring.score(write_rows(tmp_path / "p.jsonl", *ROWS, failed)).count == 2
