@@ -26,12 +26,13 @@ import lite
 from lite.artifact.open import Artifact
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
+from lite.config import DecodingDefaults
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
 from lite.eval.figures import Estimate
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1, rouge_l, same_text
-from lite.eval.record import check_belongs, settings_of
+from lite.eval.record import Settings, check_belongs, settings_of
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
@@ -58,13 +59,13 @@ class Reference:
     """What a model writes about each study when it writes freely, and its logits on that."""
 
     name: str
-    artifact: Artifact
+    settings: Settings  # of its artifact, which may be gone by now
     findings: Sequence[lite.Findings]
     logits: Sequence[NDArray[np.float32]]
 
     def token_ids(self, index: int) -> tuple[int, ...]:
         """Return a text's tokens with EOS: to stop is a decision, too. A text that was cut has none."""
-        return decided_tokens(self.findings[index], self.artifact)
+        return decided_tokens(self.findings[index], self.settings.decoding)
 
     def compare(self, index: int, logits: ArrayLike) -> StudyDivergence:
         """Compare a candidate's logits on a text with the model's own."""
@@ -126,7 +127,7 @@ def compare(
         try:
             model, cost = candidate.load()
             if reference is not None:
-                check_belongs(model.artifact, settings_of(reference.artifact), reference=str(reference.artifact.path))
+                check_belongs(model.artifact, reference.settings, reference=reference.name)
             findings = draft(model, studies, name=name, batch_size=batch_size)
             if reference is None:
                 reference = as_reference(model, studies, findings, name=name)
@@ -163,21 +164,21 @@ def draft(
     return findings
 
 
-def decided_tokens(findings: lite.Findings, artifact: Artifact) -> tuple[int, ...]:
+def decided_tokens(findings: lite.Findings, decoding: DecodingDefaults) -> tuple[int, ...]:
     """Return what a model chose to write: its tokens, and EOS where it ended by itself."""
-    cut = findings.finish_reason == "length"
-    return findings.token_ids if cut else (*findings.token_ids, artifact.manifest.decoding.eos_token_id)
+    return findings.token_ids if findings.finish_reason == "length" else (*findings.token_ids, decoding.eos_token_id)
 
 
 def as_reference(
     model: lite.FindingsModel, studies: Sequence[Study], findings: Sequence[lite.Findings], *, name: str
 ) -> Reference:
     """Score a model's own texts."""
+    settings = settings_of(model.artifact)
     logits = [
-        model.score(study.image, decided_tokens(found, model.artifact), study.reason)
+        model.score(study.image, decided_tokens(found, settings.decoding), study.reason)
         for study, found in zip(_shown(studies, name), findings, strict=True)
     ]
-    return Reference(name=name, artifact=model.artifact, findings=findings, logits=logits)
+    return Reference(name=name, settings=settings, findings=findings, logits=logits)
 
 
 def diverge(

@@ -72,20 +72,27 @@ def damaged_model(damaged: Path) -> FindingsModel:
 
 
 @pytest.fixture(scope="module")
-def rows(demo_model: FindingsModel, damaged_model: FindingsModel, studies: Sequence[Study]) -> list[Row]:
-    """The demo model, itself again, and the damaged one."""
+def rows(
+    demo_artifact: Artifact, damaged: Path, studies: Sequence[Study], tmp_path_factory: pytest.TempPathFactory
+) -> list[Row]:
+    """The demo model, itself again, and the damaged one, each in a folder that is there for its turn only."""
+    folder = tmp_path_factory.mktemp("turns") / "artifact"
     dropped: list[str] = []
-    models = {"fp16": demo_model, "again": demo_model, "damaged": damaged_model}
 
-    def candidate(name: str) -> Candidate:
+    def candidate(name: str, path: Path) -> Candidate:
         def make() -> tuple[FindingsModel, None]:
-            assert len(dropped) == list(models).index(name)  # one after the other
-            return models[name], None
+            return load(Path(shutil.copytree(path, folder)), device="cpu"), None
 
-        return Candidate(name=name, load=make, drop=lambda: dropped.append(name))
+        def drop() -> None:
+            shutil.rmtree(folder)
+            dropped.append(name)
 
-    rows = list(compare(map(candidate, models), studies, batch_size=4))
-    assert dropped == [row.name for row in rows] == list(models)
+        return Candidate(name=name, load=make, drop=drop)
+
+    paths = {"fp16": demo_artifact.path, "again": demo_artifact.path, "damaged": damaged}
+    rows = list(compare((candidate(*item) for item in paths.items()), studies, batch_size=4))
+    assert dropped == [row.name for row in rows] == list(paths)
+    assert [row.error for row in rows] == [None] * 3
     return rows
 
 
@@ -121,7 +128,7 @@ def test_divergence_is_measured_along_the_references_text(
 ) -> None:
     kl, same_top, nll = [], [], []
     for study, found in zip(studies, drafts, strict=True):
-        token_ids = decided_tokens(found, demo_model.artifact)
+        token_ids = decided_tokens(found, demo_model.artifact.manifest.decoding)
         assert token_ids[:-1] == found.token_ids
         assert token_ids[-1] == demo_model.artifact.manifest.decoding.eos_token_id
         p, q = (
@@ -174,8 +181,8 @@ def test_a_row_says_what_was_loaded(rows: list[Row], damaged: Path) -> None:
 def test_a_text_that_was_cut_gets_no_end(tmp_path: Path, tokenizer_model: bytes, studies: Sequence[Study]) -> None:
     tiny = write_tiny_artifact(tmp_path / "tiny", tokenizer_model, decoding=DecodingDefaults(max_new_tokens=3))
     (found,) = draft(load(tiny.path, device="cpu"), studies[:1], name="tiny")
-    assert len(decided_tokens(found, tiny)) == 3
-    assert 2 not in decided_tokens(found, tiny)
+    assert len(decided_tokens(found, tiny.manifest.decoding)) == 3
+    assert 2 not in decided_tokens(found, tiny.manifest.decoding)
 
 
 def test_a_candidate_is_refused_before_anything_is_computed(

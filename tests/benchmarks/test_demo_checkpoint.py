@@ -50,7 +50,7 @@ def scored(demo_model: FindingsModel, tmp_path_factory: pytest.TempPathFactory) 
     studies = read_studies(write_studies(folder, count=NUM_FILMS, seed=SEED, dicom=False))
     scored = []
     for study, found in zip(studies, draft(demo_model, studies, name="demo"), strict=True):
-        token_ids = decided_tokens(found, demo_model.artifact)
+        token_ids = decided_tokens(found, demo_model.artifact.manifest.decoding)
         scored.append(Scored(study, found.text, token_ids, log_probs(demo_model, study, token_ids)))
     return scored
 
