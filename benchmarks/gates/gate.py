@@ -130,7 +130,7 @@ def measure_artifact(path: Path, studies: Sequence[Study], record: ReferenceReco
         "mean_kl": divergence.mean_kl.value,
         "same_top": divergence.same_top.value,
         "label_f1_micro": figures(model.artifact, findings, studies).micro_f1.value,
-        "plan_error": planned_bytes(model, findings) / held_bytes(model, findings) - 1.0,
+        "plan_error": plan_error(model, findings),
     }
 
 
@@ -218,16 +218,11 @@ def _bytes_of(artifact: Artifact, *names: str) -> int:
     return sum(parts[name].nbytes for name in names)
 
 
-def planned_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:
-    """Return what the memory plan says of decoder and cache, for the batch that was drafted."""
+def plan_error(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> float:
+    """Return by how much the memory plan misses what decoder and cache took for a batch, as a fraction of that."""
     plan = model.plan.with_rows(findings[0].timings.batch_size)
-    return plan.decoder_bytes + plan.cache_bytes
-
-
-def held_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:
-    """Return what the torch engine's decoder and its cache really took."""
     decoder: Any = model.decoder
-    return int(decoder.nbytes) + findings[0].memory.cache_bytes
+    return (plan.decoder_bytes + plan.cache_bytes) / (decoder.nbytes + findings[0].memory.cache_bytes) - 1.0
 
 
 def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value]:

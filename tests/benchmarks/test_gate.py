@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from test_baselines import TEXT
 from test_compare import scaled_copy
 
@@ -20,13 +19,14 @@ from benchmarks.exports import Source
 from benchmarks.gates import gate, slim
 from benchmarks.gates.baselines import Judged, read_gates
 from benchmarks.gates.gate import SUBJECTS, main
+from benchmarks.quality.compare import draft
 from benchmarks.quality.engines import compare_engines
 from export.__main__ import _parser
 from lite.artifact.open import Artifact, load_artifact
 from lite.errors import LiteError
 from lite.loading import load
 from lite.studies.readers import read_studies
-from lite.studies.results import Findings
+from lite.studies.study import Study
 
 ONLY = ("--only", "fp16", "imports")
 
@@ -210,25 +210,14 @@ def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
         assert (gates[f"gptq-int4-engines.{metric}"].judge(lost) != "REGRESSION") is passes, metric
 
 
-def test_bytes_held_are_those_of_the_tensors(
+def test_the_plan_is_what_decoder_and_cache_take(
     tiny_artifact: Artifact, demo_int4_artifact: Artifact, films: list[Path]
 ) -> None:
     for artifact, film in ((tiny_artifact, films[0]), (demo_int4_artifact, read_studies(gate.STUDIES)[0].image)):
         model = load(artifact.path, device="cpu")
-        drafts = [model.findings(film)]
-        files = (artifact.path / "decoder").glob("*.safetensors")
-        # In memory fp16 is float32, and zeros and group numbers, which the runtime can do without, are not there.
-        sizes = {
-            name: tensor.nbytes * (1 if name.endswith((".qweight", ".scales")) else 2)
-            for file in files
-            for name, tensor in load_file(file).items()
-            if not name.endswith((".qzeros", ".g_idx"))
-        }
-        held = gate.held_bytes(model, drafts)
-        assert held == sum(sizes.values()) + drafts[0].memory.cache_bytes
-        assert gate.planned_bytes(model, drafts) == held
-        batch = [draft for draft in model.findings_batch([film, film], batch_size=2) if isinstance(draft, Findings)]
-        assert gate.planned_bytes(model, batch) == gate.held_bytes(model, batch) > held
+        one, two = (draft(model, [Study(film)] * rows, name="demo", batch_size=rows) for rows in (1, 2))
+        assert gate.plan_error(model, one) == gate.plan_error(model, two) == 0
+        assert two[0].memory.cache_bytes > one[0].memory.cache_bytes > 0
 
 
 @pytest.mark.full
