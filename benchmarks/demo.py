@@ -17,15 +17,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 import lite
-from benchmarks.exports import PHANTOM, ROOT, Recipe, Source
+from benchmarks.exports import FP16, ROOT, Recipe, Source
 from benchmarks.phantom.write import write_studies
 from benchmarks.quality.compare import draft
-from lite.console import run_command
+from lite.console import print_line, run_command
 from lite.eval.labels import Label, Reading, read_labels
 from lite.image.files import load_image
 from lite.studies.readers import read_studies
@@ -38,7 +40,6 @@ NUM_FILMS = 6
 SEED = 20_261_123
 NUM_CALIBRATION_FILMS = 64
 CALIBRATION_SEED = 20_261_124
-FP16 = Recipe(name="fp16", options=("--decoder", "fp16"))
 # The weights of tokens are what a search has found on such films; it would take longer than all the rest.
 GPTQ_INT4 = Recipe(
     name="gptq-int4",
@@ -47,40 +48,23 @@ GPTQ_INT4 = Recipe(
 )
 
 # The labeller knows three sizes of everything; of these, reports say how severe they are.
+AGREES = "agrees"
 _BY_DEGREE: frozenset[Label] = frozenset({"Cardiomegaly", "Edema"})
 _DEGREES = {"small": "mild", "large": "severe"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """What draft and truth say of one label that at least one of them reports."""
-
-    label: Label
-    verdict: str  # "agrees", or what is wrong
-    right: bool
-
-    def __str__(self) -> str:
-        """Return one short line."""
-        return self.label if self.right else f"{self.label}: {self.verdict}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Drafted:
-    """A film with its drafted findings and how they agree with what was drawn."""
+    """A film with the findings that both artifacts have drafted."""
 
     study: Study
     findings: lite.Findings  # of the 4-bit artifact
     fp16: lite.Findings
 
     @property
-    def agreements(self) -> tuple[Agreement, ...]:
+    def verdicts(self) -> dict[Label, str]:
         """What the 4-bit artifact has right."""
         return compare(self.study.reference, self.findings.text)
-
-    @property
-    def fp16_agreements(self) -> tuple[Agreement, ...]:
-        """What the fp16 artifact has right."""
-        return compare(self.study.reference, self.fp16.text)
 
     @property
     def beside(self) -> str:
@@ -88,9 +72,14 @@ class Drafted:
         return "the same" if self.fp16.text == self.findings.text else self.fp16.text
 
 
-def _say(text: str = "") -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+def compare(truth: str, draft: str) -> dict[Label, str]:
+    """Return for each label that either findings text reports "agrees", or what is wrong with the draft."""
+    expected, got = read_labels(truth), read_labels(draft)
+    return {
+        label: _verdict(label, expected[label], got[label])
+        for label in expected
+        if "positive" in (expected[label].status, got[label].status)
+    }
 
 
 def _verdict(label: Label, truth: Reading, draft: Reading) -> str:
@@ -103,172 +92,142 @@ def _verdict(label: Label, truth: Reading, draft: Reading) -> str:
         if drawn and drawn != drafted:
             words = _DEGREES if label in _BY_DEGREE else {}
             return f"{words.get(drafted, drafted) or f'no {name}'}, should be {words.get(drawn, drawn)}"
-    return "agrees"
+    return AGREES
 
 
-def compare(truth: str, draft: str) -> tuple[Agreement, ...]:
-    """Compare two findings texts label by label, as far as either reports something."""
-    expected, got = read_labels(truth), read_labels(draft)
-    verdicts = {
-        label: _verdict(label, expected[label], got[label])
-        for label in expected
-        if "positive" in (expected[label].status, got[label].status)
-    }
-    return tuple(
-        Agreement(label=label, verdict=verdict, right=verdict == "agrees") for label, verdict in verdicts.items()
+def _score(drafted: Sequence[Drafted]) -> str:
+    ours = [verdict for film in drafted for verdict in film.verdicts.values()]
+    theirs = [verdict for film in drafted for verdict in compare(film.study.reference, film.fp16.text).values()]
+    same = sum(film.fp16.text == film.findings.text for film in drafted)
+    return (
+        f"{ours.count(AGREES)} of {len(ours)} findings agree in label, side, zone and size, "
+        f"{theirs.count(AGREES)} of {len(theirs)} in fp16; {same} of {len(drafted)} texts are the same."
     )
+
+
+# -- On the terminal -------------------------------------------------------------------------------------------------
 
 
 def _side_by_side(left: str, right: str, width: int) -> Iterator[str]:
     """Yield lines with two texts in columns that fill `width` characters together."""
     column = max(24, (width - 5) // 2)
-    columns = [textwrap.wrap(text, column) or [""] for text in (left, right)]
-    for index in range(max(map(len, columns))):
-        cells = [lines[index] if index < len(lines) else "" for lines in columns]
-        yield f"  {cells[0]:<{column}} │ {cells[1]}".rstrip()
+    for one, other in zip_longest(textwrap.wrap(left, column), textwrap.wrap(right, column), fillvalue=""):
+        yield f"  {one:<{column}} │ {other}".rstrip()
 
 
 def _print_film(number: int, drafted: Drafted, width: int) -> None:
-    study, findings = drafted.study, drafted.findings
-    _say(f"Film {number}  {study.path.name}  reason: {study.reason or 'none given'}")
-    for line in _side_by_side("DRAFTED in 4 bits", "TRUTH", width):
-        _say(line)
-    for line in _side_by_side(findings.text, study.reference, width):
-        _say(line)
-    for line in textwrap.wrap(f"fp16 drafts: {drafted.beside}", width - 2, subsequent_indent="  "):
-        _say(f"  {line}")
+    study = drafted.study
+    print_line(f"Film {number}  {study.path.name}  reason: {study.reason or 'none given'}")
+    for columns in (("DRAFTED in 4 bits", "TRUTH"), (drafted.findings.text, study.reference)):
+        for line in _side_by_side(*columns, width):
+            print_line(line)
     # A no-break space keeps a mark and its words on one line.
-    marks = [f"{'✓' if agreement.right else '✗'} {agreement}".replace(" ", "\xa0") for agreement in drafted.agreements]
-    for line in textwrap.wrap("   ".join(marks), width - 2, break_long_words=False):
-        _say(f"  {line}".replace("\xa0", " "))
-    _say()
+    marks = [
+        f"✓ {label}" if verdict == AGREES else f"✗ {label}: {verdict}" for label, verdict in drafted.verdicts.items()
+    ]
+    for text in (f"fp16 drafts: {drafted.beside}", "   ".join(mark.replace(" ", "\xa0") for mark in marks)):
+        for line in textwrap.wrap(text, width - 2, break_long_words=False):
+            print_line(f"  {line}".replace("\xa0", " "))
+    print_line("")
 
 
-# The picture: cards in two columns, each a film with its texts to the right.
-_FILM = 300
-_TEXT = 420
-_GAP = 24
+# -- As a picture: cards in two columns, each a film with its texts to the right -------------------------------------
+
+_FILM, _TEXT, _GAP = 300, 420, 24
 _CARD = _FILM + _GAP + _TEXT
-_COLUMNS = 2
+_WIDTH = 2 * _CARD + 6 * _GAP
 _INK, _PAPER, _QUIET = (28, 30, 34), (250, 249, 246), (110, 112, 118)
 _RIGHT, _WRONG = (22, 110, 60), (176, 32, 32)
+_CHARACTER = 0.5  # the width of one in the mean, in sizes
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+class Paragraph(NamedTuple):
+    """Text to be set."""
+
+    text: str
+    size: int = 16
+    colour: tuple[int, int, int] = _INK
 
 
-class _Column:
-    """Text set from the top down in a column of fixed width."""
-
-    def __init__(self, draw: ImageDraw.ImageDraw, x: int, y: int, width: int) -> None:
-        self.draw = draw
-        self.x = x
-        self.y = y
-        self.width = width
-
-    def write(self, text: str, *, size: int = 16, colour: tuple[int, int, int] = _INK, after: int = 4) -> None:
-        """Set a paragraph, broken between words where the column ends."""
-        font = _font(size)
-        line = ""
-        for word in text.split():
-            longer = f"{line} {word}".strip()
-            if line and self.draw.textlength(longer, font=font) > self.width:
-                self._line(line, font, size, colour)
-                longer = word
-            line = longer
-        self._line(line, font, size, colour)
-        self.y += after
-
-    def _line(
-        self,
-        text: str,
-        font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-        size: int,
-        colour: tuple[int, int, int],
-    ) -> None:
-        self.draw.text((self.x, self.y), text, font=font, fill=colour)
-        self.y += round(size * 1.3)
+def _set(paragraphs: Sequence[Paragraph], width: int) -> Image.Image:
+    """Set paragraphs one below the other, on paper as high as they need."""
+    wrapped = [textwrap.wrap(text, int(width / (_CHARACTER * size))) for text, size, _ in paragraphs]
+    heights = [round(1.3 * entry.size) * len(lines) + 4 for entry, lines in zip(paragraphs, wrapped, strict=True)]
+    paper = Image.new("RGB", (width, sum(heights)), _PAPER)
+    pen, y = ImageDraw.Draw(paper), 0
+    for (_, size, colour), lines, height in zip(paragraphs, wrapped, heights, strict=True):
+        for number, line in enumerate(lines):
+            pen.text((0, y + number * round(1.3 * size)), line, fill=colour, font_size=size)
+        y += height
+    return paper
 
 
 def _draw_card(number: int, drafted: Drafted) -> Image.Image:
-    """Draw one film and its texts, as high as they need."""
-    card = Image.new("RGB", (_CARD, 4 * _FILM), _PAPER)
-    film = load_image(drafted.study.image).image
-    card.paste(film.resize((_FILM, _FILM), Image.Resampling.LANCZOS), (0, 0))
-    column = _Column(ImageDraw.Draw(card), _FILM + _GAP, 0, _TEXT)
-    column.write(f"Film {number} · {drafted.study.reason or 'no reason given'}", size=15, colour=_QUIET, after=8)
-    column.write("DRAFTED IN 4 BITS", size=12, colour=_QUIET, after=0)
-    column.write(drafted.findings.text, after=4)
-    column.write(f"fp16: {drafted.beside}", size=14, colour=_QUIET, after=8)
-    column.write("TRUTH", size=12, colour=_QUIET, after=0)
-    column.write(drafted.study.reference, after=8)
-    for agreement in drafted.agreements:
-        colour = _RIGHT if agreement.right else _WRONG
-        column.write(f"{agreement.label}: {agreement.verdict}", size=14, colour=colour, after=0)
-    return card.crop((0, 0, _CARD, max(_FILM, column.y)))
-
-
-def _score(drafted: Sequence[Drafted]) -> str:
-    right = [agreement.right for film in drafted for agreement in film.agreements]
-    fp16_right = [agreement.right for film in drafted for agreement in film.fp16_agreements]
-    same = sum(film.fp16.text == film.findings.text for film in drafted)
-    return (
-        f"{sum(right)} of {len(right)} findings agree in label, side, zone and size, "
-        f"{sum(fp16_right)} of {len(fp16_right)} in fp16; {same} of {len(drafted)} texts are the same."
+    verdicts = [
+        Paragraph(f"{label}: {verdict}", 14, _RIGHT if verdict == AGREES else _WRONG)
+        for label, verdict in drafted.verdicts.items()
+    ]
+    text = _set(
+        [
+            Paragraph(f"Film {number} · {drafted.study.reason or 'no reason given'}", 15, _QUIET),
+            Paragraph("DRAFTED IN 4 BITS", 12, _QUIET),
+            Paragraph(drafted.findings.text),
+            Paragraph(f"fp16: {drafted.beside}", 14, _QUIET),
+            Paragraph("TRUTH", 12, _QUIET),
+            Paragraph(drafted.study.reference),
+            *verdicts,
+        ],
+        _TEXT,
     )
+    card = Image.new("RGB", (_CARD, max(_FILM, text.height)), _PAPER)
+    card.paste(load_image(drafted.study.image).image.resize((_FILM, _FILM), Image.Resampling.LANCZOS), (0, 0))
+    card.paste(text, (_FILM + _GAP, 0))
+    return card
 
 
 def draw_picture(drafted: Sequence[Drafted], notice: str) -> Image.Image:
     """Draw the films in a grid with drafted text, truth and agreement beside each."""
+    about = f"DRAFTED by the model in 4 bits, and in fp16 · TRUTH that the film was drawn from · {_score(drafted)}"
+    heading = (Paragraph("Findings drafted for synthetic chest films by the phantom model", 26), Paragraph(about))
     cards = [_draw_card(number, film) for number, film in enumerate(drafted, start=1)]
-    rows = [cards[start : start + _COLUMNS] for start in range(0, len(cards), _COLUMNS)]
-    heights = [max(card.height for card in row) for row in rows]
-    width = _COLUMNS * _CARD + (_COLUMNS + 1) * 2 * _GAP
-    # Room for any heading and notice; what is left over is cut off.
-    picture = Image.new("RGB", (width, sum(heights) + len(rows) * 2 * _GAP + width), _PAPER)
-    text = _Column(ImageDraw.Draw(picture), 2 * _GAP, _GAP, width - 4 * _GAP)
-    text.write("Findings drafted for synthetic chest films by the phantom model", size=26, after=4)
-    text.write(
-        f"DRAFTED by the model in 4 bits, and in fp16 · TRUTH that the film was drawn from · {_score(drafted)}",
-        colour=_QUIET,
-        after=_GAP,
-    )
+    rows = [
+        [_set(heading, _WIDTH - 4 * _GAP)],
+        *([left, *right] for left, *right in (cards[start : start + 2] for start in range(0, len(cards), 2))),
+        [_set([Paragraph(notice, 14, _QUIET)], _WIDTH - 4 * _GAP)],
+    ]
+    heights = [max(card.height for card in row) + 2 * _GAP for row in rows]
+    picture = Image.new("RGB", (_WIDTH, sum(heights)), _PAPER)
+    y = _GAP
     for row, height in zip(rows, heights, strict=True):
         for column, card in enumerate(row):
-            picture.paste(card, (2 * _GAP + column * (_CARD + 2 * _GAP), text.y))
-        text.y += height + 2 * _GAP
-    text.write(notice, size=14, colour=_QUIET)
-    return picture.crop((0, 0, width, text.y + _GAP))
+            picture.paste(card, (2 * _GAP + column * (_CARD + 2 * _GAP), y))
+        y += height
+    return picture
+
+
+# -- Step by step ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _step(number: int, what: str) -> Iterator[None]:
     """Announce a step, and say how long it took."""
-    _say(f"[{number}/5] {what} ...")
+    print_line(f"[{number}/5] {what} ...")
     started = time.perf_counter()
     yield
-    _say(f"      done in {time.perf_counter() - started:.1f} s\n")
-
-
-def _require_checkpoint() -> None:
-    for folder in (PHANTOM / "llava-rad-phantom", PHANTOM / "base"):
-        if not folder.is_dir():
-            msg = f"{folder}: got no such folder · expected the phantom checkpoint · check out the whole repository"
-            raise lite.CheckpointError(msg)
+    print_line(f"      done in {time.perf_counter() - started:.1f} s\n")
 
 
 def _export(recipe: Recipe, source: Source, artifact: Path) -> None:
     """Export the phantom checkpoint by the command that a user would type."""
     command = [*source.command(recipe, artifact), "--verify-studies", str(NUM_FILMS), "--overwrite"]
-    _say(f"      {_python()} " + " ".join(_shown(Path(text)) for text in command[1:]))
+    print_line(f"      {_python()} " + " ".join(_shown(Path(text)) for text in command[1:]))
     artifact.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         msg = f"got exit code {done.returncode} from the export · expected an artifact in {artifact} · see above"
         raise lite.LiteError(msg)
     # Sizes and parity; the terms and what to type next come once, at the end.
-    _say(textwrap.indent(done.stdout.partition("\n\n")[0], 6 * " "))
+    print_line(textwrap.indent(done.stdout.partition("\n\n")[0], 6 * " "))
 
 
 def _write_films(folder: Path, *, count: int, seed: int, dicom: bool) -> Path:
@@ -278,7 +237,7 @@ def _write_films(folder: Path, *, count: int, seed: int, dicom: bool) -> Path:
 
 def _draft(artifact: Path, fp16: Path, studies: Sequence[Study]) -> tuple[list[Drafted], str]:
     models = [lite.load(path) for path in (artifact, fp16)]
-    ours, theirs = (draft(model, studies, name=model.artifact.path.name).findings for model in models)
+    ours, theirs = (draft(model, studies, name=model.artifact.path.name) for model in models)
     drafted = [Drafted(study=s, findings=f, fp16=b) for s, f, b in zip(studies, ours, theirs, strict=True)]
     return drafted, models[0].notice
 
@@ -317,18 +276,17 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
         "what each format loses, on 240 films (half an hour)": "-m benchmarks quality formats",
         "the real checkpoint, from your own download": "-m export --help",
     }
-    _say("Next:")
+    print_line("Next:")
     for what, command in commands.items():
-        _say(f"  # {what}\n  {python} {command}")
+        print_line(f"  # {what}\n  {python} {command}")
     if (ROOT / "Makefile").is_file():
-        _say("  # all tests\n  make test")
+        print_line("  # all tests\n  make test")
 
 
 def _run(out: Path) -> int:
     started = time.perf_counter()
     width = min(shutil.get_terminal_size((110, 40)).columns, 160)
     artifact, fp16, picture = out / ARTIFACT.name, out / "artifact-fp16", out / "findings.png"
-    _require_checkpoint()
     with _step(1, f"Drawing {NUM_FILMS} synthetic films that the model has never seen, and others to calibrate on"):
         listed = _write_films(out / "films", count=NUM_FILMS, seed=SEED, dicom=True)
         others = _write_films(out / "calibration", count=NUM_CALIBRATION_FILMS, seed=CALIBRATION_SEED, dicom=False)
@@ -339,15 +297,15 @@ def _run(out: Path) -> int:
         _export(FP16, source, fp16)
     with _step(4, "Drafting the films' findings with both"):
         drafted, notice = _draft(artifact, fp16, read_studies(listed))
-        _say(f"      {_who_drafted(drafted)}")
+        print_line(f"      {_who_drafted(drafted)}")
     for number, film in enumerate(drafted, start=1):
         _print_film(number, film, width)
-    _say(_score(drafted))
-    _say(f"{textwrap.fill(notice, width)}\n")
+    print_line(_score(drafted))
+    print_line(f"{textwrap.fill(notice, width)}\n")
     with _step(5, f"Saving films and texts as {_shown(picture)}"):
         draw_picture(drafted, notice).save(picture)
     _say_what_next(artifact, drafted[0].study.path.with_suffix(".dcm"), listed)
-    _say(f"\nThe demo took {time.perf_counter() - started:.0f} s.")
+    print_line(f"\nThe demo took {time.perf_counter() - started:.0f} s.")
     return 0
 
 
@@ -363,7 +321,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     out: Path = parser.parse_args(argv).out
     return run_command(lambda: _run(out))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -47,6 +47,9 @@ class Recipe:
     calibrated: bool = False  # is given films to calibrate on
 
 
+FP16: Final = Recipe(name="fp16", options=("--decoder", "fp16"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """What is exported, and on which lists of films it is calibrated and checked."""

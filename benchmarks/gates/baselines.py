@@ -31,7 +31,6 @@ class NoBaselineError(LiteError):
 class Gate:
     """One table of the gates file: what a metric was, and how far it may go in the direction that is worse."""
 
-    name: str  # "gptq-int4.mean_kl"
     baseline: Value
     # "+50 %" may rise by half, "-0.01" may fall by 0.01, "±64" neither rise nor fall by more. Of names it counts those
     # that are new, and those that are gone.
@@ -58,7 +57,7 @@ class Gate:
 class Judged:
     """A measured value beside its gate."""
 
-    name: str
+    name: str  # "gptq-int4.mean_kl"
     value: Value | None  # None: it could not be measured
     gate: Gate | None
 
@@ -111,39 +110,38 @@ def _shown(value: Value | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def read_gates(path: Path, metrics: Mapping[str, Collection[str]]) -> dict[str, Gate]:
+def read_gates(path: Path, subjects: Collection[str]) -> dict[str, Gate]:
     """Read a gates file: a table for each gate, named by what is measured and the metric.
 
     Args:
         path: the file.
-        metrics: what is measured of each subject.
+        subjects: what can be measured.
 
     Raises:
         NoBaselineError: there is no such file.
         WrongUseError: it is not TOML, a table is no gate, or names something that is not measured.
     """
     try:
-        subjects = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         msg = f"{path}: got no gates file · expected baselines to compare with · check --gates"
         raise NoBaselineError(msg) from error
     except (OSError, ValueError) as error:
         raise WrongUseError(f"{path}: got a file that cannot be read ({error}) · expected TOML · correct it") from error
     gates = {}
-    for subject, tables in subjects.items():
-        for metric, table in tables.items() if isinstance(tables, dict) else (("", None),):
-            name = f"{subject}.{metric}"
+    for subject, tables in found.items():
+        if subject not in subjects or not isinstance(tables, dict):
+            msg = f"{path}: [{subject}]: got a gate of something that is not measured · measured are "
+            raise WrongUseError(f"{msg}{', '.join(subjects)} · correct it")
+        for metric, table in tables.items():
             try:
-                if metric not in metrics.get(subject, ()):
-                    known = "; ".join(f"{subject}: {', '.join(names)}" for subject, names in metrics.items())
-                    raise ValueError(f"got a gate of something that is not measured · measured are {known}")
-                gates[name] = _read_gate(name, table)
+                gates[f"{subject}.{metric}"] = _read_gate(table)
             except ValueError as error:
-                raise WrongUseError(f"{path}: [{name}]: {error} · correct it") from error
+                raise WrongUseError(f"{path}: [{subject}.{metric}]: {error} · correct it") from error
     return gates
 
 
-def _read_gate(name: str, table: object) -> Gate:
+def _read_gate(table: object) -> Gate:
     if not isinstance(table, dict) or table.keys() != {"baseline", "tolerance"}:
         raise ValueError("got other keys, or none · expected a baseline and a tolerance")
     baseline, tolerance = table["baseline"], str(table["tolerance"])
@@ -152,14 +150,14 @@ def _read_gate(name: str, table: object) -> Gate:
     elif type(baseline) not in (int, float):
         raise ValueError(f"got the baseline {baseline!r} · expected a number, or a list of names")
     _tolerance(tolerance)
-    return Gate(name=name, baseline=baseline, tolerance=tolerance)
+    return Gate(baseline=baseline, tolerance=tolerance)
 
 
-def update_baselines(path: Path, values: Mapping[str, Value | None]) -> list[str]:
+def update_baselines(path: Path, values: Mapping[str, Value]) -> list[str]:
     """Put measured values into a gates file in the place of its baselines; return a line for each that changed.
 
     Only the lines `baseline = …` of the tables concerned change. A value without a table is left alone, and so is a
-    table whose value could not be measured.
+    table without a value.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     changes = []

@@ -23,12 +23,12 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import lite
 from benchmarks.commands import command_line
-from benchmarks.demo import ARTIFACT, CALIBRATION_SEED, GPTQ_INT4, NUM_CALIBRATION_FILMS
-from benchmarks.exports import ROOT, Recipe, Source
+from benchmarks.demo import CALIBRATION_SEED, GPTQ_INT4, NUM_CALIBRATION_FILMS
+from benchmarks.exports import FP16, ROOT, Recipe, Source
 from benchmarks.gates import slim
 from benchmarks.gates.baselines import (
     Judged,
@@ -39,22 +39,22 @@ from benchmarks.gates.baselines import (
     update_baselines,
 )
 from benchmarks.phantom.write import write_studies
-from benchmarks.quality.compare import Films, diverge, draft, draft_in_turns, figures
-from benchmarks.quality.engines import compare_engines, load_engines
-from lite.artifact.open import load_artifact
+from benchmarks.quality.compare import diverge, draft, figures
+from benchmarks.quality.engines import compare_engines
+from lite.artifact.open import Artifact
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
 from lite.console import run_command, say
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary
-from lite.eval.labels import read_labels
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
 from lite.files import check_writable, write_whole
 from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 GATES: Final = Path(__file__).with_name("gates.toml")
-STUDIES: Final = ROOT / "benchmarks" / "references" / "phantom" / "studies.json"
+STUDIES: Final = slim.STUDIES
 RECORD: Final = ROOT / "benchmarks" / "references" / "phantom_fp16.json"
 OUT: Final = ROOT / "build" / "gate"
 
@@ -62,33 +62,22 @@ _WEIGHTS: Final = GPTQ_INT4.options[-2:]
 CANDIDATES: Final = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="fp16", options=("--decoder", "fp16")),
+        FP16,
         Recipe(name="gptq-int8", options=("--decoder", "gptq-int8", *_WEIGHTS), calibrated=True),
         GPTQ_INT4,
         Recipe(name="bnb-nf4", options=("--decoder", "bnb-nf4")),
         Recipe(name="vision-int8", options=("--decoder", "fp16", "--vision", "int8")),
     )
 }
-ARTIFACT_METRICS: Final = ("bytes", "mean_kl", "same_top", "label_f1_micro", "plan_error")
-# What is measured beside: its metrics, and the artifacts that it needs.
+# What is measured beside, and the artifacts that it needs.
 ENGINES, IMPORTS, SLIM, TIMED = "gptq-int4-engines", "imports", "slim", "timed"
-OTHER_METRICS: Final = {
-    ENGINES: (
-        *("onnx_bytes", "onnx_mean_kl", "onnx_same_top", "onnx_label_f1_micro"),
-        *("onnx_kl_to_torch", "onnx_same_text_as_torch", "onnx_label_f1_lost_to_torch", "onnx_kl_of_int8_cache"),
-        *("torch_kl_of_int8_cache", "torch_same_text_with_int8_cache"),
-    ),
-    IMPORTS: ("lite", "findings", "onnx"),
-    SLIM: ("mb", "imports", "same_text"),
-    TIMED: ("int4_over_fp16_decode", "int8_over_fp32_vision", "onnx_over_torch_decode"),
-}
 NEEDS: Final = {
     ENGINES: ("gptq-int4",),
     IMPORTS: ("gptq-int4",),
     SLIM: ("gptq-int4",),
     TIMED: ("fp16", "gptq-int4", "vision-int8"),
 }
-METRICS: Final = dict.fromkeys(CANDIDATES, ARTIFACT_METRICS) | OTHER_METRICS
+SUBJECTS: Final = (*CANDIDATES, *NEEDS)
 
 EXIT_REGRESSION, EXIT_WRONG_USE, EXIT_NO_BASELINE = 1, 2, 3
 
@@ -99,36 +88,18 @@ EXIT_REGRESSION, EXIT_WRONG_USE, EXIT_NO_BASELINE = 1, 2, 3
 def find_artifacts(subjects: Iterable[str], folder: Path | None) -> dict[str, Path]:
     """Return the artifacts that subjects need, by name: those that lie in `folder`, or exported anew.
 
-    Imports and the slim environment are the same with any export: for them alone nothing is exported if one is there.
-
     Raises:
         WrongUseError: an artifact is not in the folder.
     """
-    subjects = set(subjects)
     needed = {name for subject in subjects for name in NEEDS.get(subject, (subject,))}
     names = [name for name in CANDIDATES if name in needed]
-    if folder is not None:
-        return {name: _given(name, folder) for name in names}
-    if subjects <= {IMPORTS, SLIM}:
-        for path in (OUT / GPTQ_INT4.name, ARTIFACT):
-            if _drafts_with_onnx(path):
-                return {GPTQ_INT4.name: path}
-    return export_candidates(names, OUT)
-
-
-def _given(name: str, folder: Path) -> Path:
-    if not (path := folder / name).is_dir():
-        msg = f"{path}: got no such folder · expected the artifact {name} · export it, or leave it out with --only"
-        raise WrongUseError(msg)
-    return path
-
-
-def _drafts_with_onnx(path: Path) -> bool:
-    try:
-        load_artifact(path).onnx_part()
-    except LiteError:
-        return False
-    return True
+    if folder is None:
+        return export_candidates(names, OUT)
+    for path in (folder / name for name in names):
+        if not path.is_dir():
+            msg = f"{path}: got no such folder · expected the artifact {path.name} · export it, or leave it out with "
+            raise WrongUseError(f"{msg}--only")
+    return {name: folder / name for name in names}
 
 
 def export_candidates(names: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -148,70 +119,45 @@ def export_candidates(names: Sequence[str], folder: Path) -> dict[str, Path]:
 # -- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure_artifact(path: Path, films: Films, record: ReferenceRecord) -> dict[str, Value]:
-    """Measure everything exact about one artifact with torch, in the order of `ARTIFACT_METRICS`."""
+def measure_artifact(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> dict[str, Value]:
+    """Measure everything exact about one artifact with torch."""
     model = lite.load(path, engine="torch", device="cpu")
-    divergence = _along_record(model, films, record)
+    divergence = _along_record(model, studies, record)
     # In one batch: its cache is then the only one.
-    drafts = draft(model, films.studies, name=path.name, batch_size=len(films.studies))
-    values: tuple[Value, ...] = (
-        _bytes_of(model, "vision", "decoder_config", "decoder"),
-        divergence.mean_kl.value,
-        divergence.same_top.value,
-        figures(drafts, films.truth).micro_f1.value,
-        planned_bytes(model, drafts.findings) / held_bytes(model, drafts.findings) - 1.0,
-    )
-    return dict(zip(ARTIFACT_METRICS, values, strict=True))
-
-
-def measure_engines(path: Path, films: Films, record: ReferenceRecord) -> dict[str, Value]:
-    """Measure the onnx engine beside the record and beside torch, and the int8 caches of both, on one artifact."""
-    models = load_engines(path)
-    divergence = _along_record(models["onnx"], films, record)
-    # Without regard to time: each drafts all studies at once.
-    drafts = {
-        name: draft(model, films.studies, name=name, batch_size=len(films.studies)) for name, model in models.items()
+    findings = draft(model, studies, name=path.name, batch_size=len(studies))
+    return {
+        "bytes": _bytes_of(model.artifact, "vision", "decoder_config", "decoder"),
+        "mean_kl": divergence.mean_kl.value,
+        "same_top": divergence.same_top.value,
+        "label_f1_micro": figures(model.artifact, findings, studies).micro_f1.value,
+        "plan_error": plan_error(model, findings),
     }
-    losses = compare_engines(models, drafts, films)
-    onnx, onnx_cache, torch_cache = (
-        losses[pair] for pair in (("onnx", "torch"), ("onnx-int8-cache", "onnx"), ("torch-int8-cache", "torch"))
-    )
-    torch_f1, onnx_f1 = (figures(drafts[name], films.truth).micro_f1.value for name in ("torch", "onnx"))
-    values: tuple[Value, ...] = (
-        _bytes_of(models["onnx"], "decoder_onnx"),
-        divergence.mean_kl.value,
-        divergence.same_top.value,
-        onnx_f1,
-        onnx.divergence.mean_kl.value,
-        onnx.same_text.value,
-        torch_f1 - onnx_f1,
-        onnx_cache.divergence.mean_kl.value,
-        torch_cache.divergence.mean_kl.value,
-        torch_cache.same_text.value,
-    )
-    return dict(zip(OTHER_METRICS[ENGINES], values, strict=True))
 
 
-def _along_record(model: lite.FindingsModel, films: Films, record: ReferenceRecord) -> DivergenceSummary:
-    check_record(record, model.artifact, films.studies)
-    return diverge(model, films.studies, record, name=model.artifact.path.name)
-
-
-def _bytes_of(model: lite.FindingsModel, *names: str) -> int:
-    parts = model.artifact.manifest.parts.by_name()
-    return sum(parts[name].nbytes for name in names)
-
-
-def planned_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:
-    """Return what the memory plan says of decoder and cache, for the batch that was drafted."""
-    plan = model.plan.with_rows(findings[0].timings.batch_size)
-    return plan.decoder_bytes + plan.cache_bytes
-
-
-def held_bytes(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> int:
-    """Return what the torch engine's decoder and its cache really took."""
-    decoder: Any = model.decoder
-    return int(decoder.nbytes) + findings[0].memory.cache_bytes
+def measure_engines(path: Path, studies: Sequence[Study], record: ReferenceRecord) -> dict[str, Value]:
+    """Measure the onnx engine beside the record and beside torch, and the int8 caches of both, on one artifact."""
+    onnx = lite.load(path, engine="onnx", cache_dtype="float32")
+    divergence = _along_record(onnx, studies, record)
+    # Without regard to time: each drafts all studies at once.
+    tables = compare_engines(path, studies, batch_size=len(studies))
+    rows = [row for table in tables.values() for row in table]
+    if failed := [row for row in rows if row.error is not None]:
+        raise LiteError(f"{failed[0].name}: {failed[0].error}")
+    f1 = {row.name: row.figures.micro_f1.value for row in rows if row.figures is not None}
+    losses = {(row.name, row.loss.reference): row.loss for row in rows if row.loss is not None}
+    to_torch, torch_cache = losses["onnx", "torch"], losses["torch-int8-cache", "torch"]
+    return {
+        "onnx_bytes": _bytes_of(onnx.artifact, "decoder_onnx"),
+        "onnx_mean_kl": divergence.mean_kl.value,
+        "onnx_same_top": divergence.same_top.value,
+        "onnx_label_f1_micro": f1["onnx"],
+        "onnx_kl_to_torch": to_torch.divergence.mean_kl.value,
+        "onnx_same_text_as_torch": to_torch.same_text.value,
+        "onnx_label_f1_lost_to_torch": f1["torch"] - f1["onnx"],
+        "onnx_kl_of_int8_cache": losses["onnx-int8-cache", "onnx"].divergence.mean_kl.value,
+        "torch_kl_of_int8_cache": torch_cache.divergence.mean_kl.value,
+        "torch_same_text_with_int8_cache": torch_cache.same_text.value,
+    }
 
 
 def measure_imports(path: Path, film: Path) -> dict[str, Value]:
@@ -220,50 +166,68 @@ def measure_imports(path: Path, film: Path) -> dict[str, Value]:
     Raises:
         LiteError: a process failed.
     """
-    torch, onnx = (
-        slim.run_probe([sys.executable], path, film, engine=engine, cwd=ROOT) for engine in ("torch", "onnx")
-    )
-    values = torch.after_import, torch.after_findings, onnx.after_findings
-    return dict(zip(OTHER_METRICS[IMPORTS], values, strict=True))
+    torch, onnx = (slim.generate([sys.executable], path, [film], engine=engine) for engine in ("torch", "onnx"))
+    return {"lite": torch.after_import, "findings": torch.after_findings, "onnx": onnx.after_findings}
 
 
-def measure_slim(path: Path, films: Films) -> dict[str, Value]:
+def measure_slim(path: Path, studies: Sequence[Study]) -> dict[str, Value]:
     """Return what an environment without torch takes and imports, and the share of texts that are as in this one.
 
     Raises:
         LiteError: there is no such environment, or it cannot draft.
     """
-    measured = slim.measure_slim(path, [study.path for study in films.studies])
-    values: tuple[Value, ...] = measured.nbytes / 1e6, measured.probe.after_findings, measured.same_text
-    return dict(zip(OTHER_METRICS[SLIM], values, strict=True))
+    measured = slim.measure_slim(path, [study.path for study in studies])
+    same_text = measured.num_equal / len(studies)
+    return {"mb": measured.nbytes / 1e6, "imports": measured.run.after_findings, "same_text": same_text}
 
 
-def measure_ratios(paths: Mapping[str, Path], films: Films) -> dict[str, Value]:
-    """Return ratios of median times.
+def measure_ratios(paths: Mapping[str, Path], studies: Sequence[Study]) -> dict[str, Value]:
+    """Return ratios of median times: of a decoded token, and of the tower.
 
-    They are a decoded token of gptq-int4 over fp16, the tower in int8 over fp32, and a decoded token of gptq-int4 by
-    onnx over torch.
+    Each film is drafted with each model before the next film, so that whatever slows the machine slows
+    all of them; the first film comes twice, and once does not count.
     """
     models = {name: lite.load(paths[name], engine="torch", device="cpu") for name in NEEDS[TIMED]}
     models["onnx"] = lite.load(paths["gptq-int4"], engine="onnx", cache_dtype="float32")
-    drafts = draft_in_turns(models, films.studies)
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    vision: dict[str, list[float]] = {name: [] for name in models}
+    for study in (studies[0], *studies):
+        for name, model in models.items():
+            timings = model.findings(study.image, study.reason).timings
+            # A text of one token decodes nothing.
+            decode[name].append(statistics.median(timings.decode_steps_s or (0.0,)))
+            vision[name].append(timings.vision_s)
 
-    def medians(seconds: Callable[[lite.Findings], float]) -> dict[str, float]:
-        return {name: statistics.median(map(seconds, found.findings)) for name, found in drafts.items()}
+    def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
+        return statistics.median(seconds[one][1:]) / statistics.median(seconds[other][1:])
 
-    # A text of one token decodes nothing.
-    decode = medians(lambda found: statistics.median(found.timings.decode_steps_s or (0.0,)))
-    vision = medians(lambda found: found.timings.vision_s)
-    values = (
-        decode["gptq-int4"] / decode["fp16"],
-        vision["vision-int8"] / vision["fp16"],
-        decode["onnx"] / decode["gptq-int4"],
-    )
-    return dict(zip(OTHER_METRICS[TIMED], values, strict=True))
+    return {
+        "int4_over_fp16_decode": ratio(decode, "gptq-int4", "fp16"),
+        "int8_over_fp32_vision": ratio(vision, "vision-int8", "fp16"),
+        "onnx_over_torch_decode": ratio(decode, "onnx", "gptq-int4"),
+    }
 
 
-def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value | None]:
-    """Measure subjects of `METRICS`, each metric under the name of its gate; None where that failed.
+def _along_record(model: lite.FindingsModel, studies: Sequence[Study], record: ReferenceRecord) -> DivergenceSummary:
+    check_record(record, model.artifact, studies)
+    return diverge(model, studies, record, name=model.artifact.path.name)
+
+
+def _bytes_of(artifact: Artifact, *names: str) -> int:
+    parts = artifact.manifest.parts.by_name()
+    return sum(parts[name].nbytes for name in names)
+
+
+def plan_error(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> float:
+    """Return by how much the memory plan misses what decoder and cache took for a batch, as a fraction of that."""
+    plan = model.plan.with_rows(findings[0].timings.batch_size)
+    decoder: Any = model.decoder  # an engine of ours, which knows its bytes
+    took: int = decoder.nbytes + findings[0].memory.cache_bytes
+    return (plan.decoder_bytes + plan.cache_bytes) / took - 1.0
+
+
+def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value]:
+    """Measure some of `SUBJECTS`, each metric under the name of its gate. What fails has none.
 
     Args:
         subjects: what to measure.
@@ -274,22 +238,21 @@ def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value 
         LiteError: the reference cannot be read.
     """
     studies, record = read_studies(STUDIES), read_record(RECORD)
-    films = Films(studies, [read_labels(study.reference) for study in studies])
     paths = find_artifacts(subjects, artifacts)
     special: dict[str, Callable[[], dict[str, Value]]] = {
-        ENGINES: lambda: measure_engines(paths["gptq-int4"], films, record),
-        IMPORTS: lambda: measure_imports(paths["gptq-int4"], films.studies[0].path),
-        SLIM: lambda: measure_slim(paths["gptq-int4"], films),
-        TIMED: lambda: measure_ratios(paths, films),
+        ENGINES: lambda: measure_engines(paths["gptq-int4"], studies, record),
+        IMPORTS: lambda: measure_imports(paths["gptq-int4"], studies[0].path),
+        SLIM: lambda: measure_slim(paths["gptq-int4"], studies),
+        TIMED: lambda: measure_ratios(paths, studies),
     }
-    values: dict[str, Value | None] = {}
+    values: dict[str, Value] = {}
     for subject in subjects:
-        found: Mapping[str, Value | None] = dict.fromkeys(METRICS[subject])
         try:
-            found = special[subject]() if subject in special else measure_artifact(paths[subject], films, record)
-            say(f"{subject}: measured")
+            found = special[subject]() if subject in special else measure_artifact(paths[subject], studies, record)
         except LiteError as error:
             say(f"error: {subject}: {error}")
+            continue
+        say(f"{subject}: measured")
         values |= {f"{subject}.{metric}": value for metric, value in found.items()}
     return values
 
@@ -322,35 +285,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _json(judged: Sequence[Judged], command: str) -> str:
-    rows = [
-        {
-            "name": entry.name,
-            "baseline": to_json(entry.gate.baseline) if entry.gate else None,
-            "value": to_json(entry.value),
-            "tolerance": entry.gate.tolerance if entry.gate else None,
-            "verdict": entry.verdict,
-        }
-        for entry in judged
-    ]
+    rows = [to_json(entry) | {"verdict": entry.verdict} for entry in judged]
     about = {"machine": machine(), "versions": versions(), "command": command}
     return json.dumps({"gates": rows, **about}, indent=1) + "\n"
 
 
 def _run(arguments: argparse.Namespace, command: str) -> int:
-    gates = read_gates(arguments.gates, METRICS)
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise WrongUseError(f"{arguments.json}: got no such folder · expected one to write to · make it first")
+    gates = read_gates(arguments.gates, SUBJECTS)
     check_writable(arguments.json)
-    if not RECORD.is_file():
-        msg = f"{RECORD}: got no such file · expected the fp16 reference record · check out the whole repository"
-        raise NoBaselineError(msg)
-    subjects = [subject for subject in METRICS if subject in arguments.only or (subject == TIMED and arguments.timed)]
+    subjects = [subject for subject in SUBJECTS if subject in arguments.only or (subject == TIMED and arguments.timed)]
     values = measure(subjects, arguments.artifacts)
     if arguments.update:
         changes = update_baselines(arguments.gates, values)
         sys.stdout.write("".join(f"{line}\n" for line in changes or ["no baseline changed"]) + "\n")
-        gates = read_gates(arguments.gates, METRICS)
-    judged = [Judged(name=name, value=value, gate=gates.get(name)) for name, value in values.items()]
+        gates = read_gates(arguments.gates, SUBJECTS)
+    names: list[str] = []
+    for subject in subjects:  # one that has neither a value nor a gate has failed, too
+        names += dict.fromkeys(name for name in (*gates, *values) if name.startswith(f"{subject}.")) or [subject]
+    judged = [Judged(name=name, value=values.get(name), gate=gates.get(name)) for name in names]
     table = markdown_table(("gate", "baseline", "now", "tolerance", "verdict"), [entry.cells for entry in judged])
     other = "".join(f"{entry}\n" for entry in judged if entry.verdict != "pass")
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -366,7 +318,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     statuses = {NoBaselineError: EXIT_NO_BASELINE, WrongUseError: EXIT_WRONG_USE}
     return run_command(lambda: _run(arguments, command_line("gate", argv)), statuses=statuses)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,7 @@
 """The surface a film is drawn on: anti-aliased shapes in the patient's frame, soft edges, smooth curves, noise.
 
 Everything is drawn in the patient's frame: `across` runs from the midline, positive to the patient's left (the right of
-the film), `down` from the top, both in film widths. One affine map places the patient on the film, so any size gives
-the same picture.
+the film), `down` from the top, both in film widths. One affine map places the patient on the film.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SUBPIXEL_BITS = 5
 
 
 class Canvas:
-    """Draws anti-aliased shapes given in the patient's frame onto uint8 scene of one film."""
+    """Draws anti-aliased shapes given in the patient's frame onto uint8 layers of one film."""
 
     def __init__(self, size: int, *, rotation: float, scale: float, offset: tuple[float, float]) -> None:
         self.size = size
@@ -81,13 +80,11 @@ class Canvas:
     def soften(self, layer: Mask, sigma: float) -> Mask:
         """Blur a layer by a Gaussian of `sigma` film widths."""
         pixels = sigma * self.size
-        if pixels < 0.3:
-            return layer
         if pixels < 2:
             return cast("Mask", _blur(layer, pixels))
         # A wide blur costs less on a smaller copy.
         factor = 2 ** int(math.log2(pixels))
-        small = max(8, self.size // factor)
+        small = self.size // factor
         reduced = _blur(cv2.resize(layer, (small, small), interpolation=cv2.INTER_AREA), sigma * small)
         return cast("Mask", cv2.resize(reduced, (self.size, self.size), interpolation=cv2.INTER_LINEAR))
 
@@ -97,8 +94,7 @@ def noise(rng: np.random.Generator, cells: int, size: int) -> Floats:
     grid = rng.standard_normal((cells, cells), dtype=np.float32)
     if cells < 32:  # a coarse grid must not show its facets
         grid = cast("Floats", cv2.resize(grid, (64, 64), interpolation=cv2.INTER_CUBIC))
-    interpolation = cv2.INTER_AREA if size < cells else cv2.INTER_LINEAR
-    return cast("Floats", cv2.resize(grid, (size, size), interpolation=interpolation))
+    return cast("Floats", cv2.resize(grid, (size, size), interpolation=cv2.INTER_LINEAR))
 
 
 def overlap(first: Mask, second: Mask) -> Mask:

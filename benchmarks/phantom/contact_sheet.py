@@ -6,13 +6,11 @@ import math
 import textwrap
 from pathlib import Path
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from benchmarks.phantom.film import draw_film
-from benchmarks.phantom.findings import Finding, Study, sample_study
+from benchmarks.phantom.findings import Finding, sample_study
+from lite.image.rendering import mimic_cxr_jpg
 
 _TILE = 256
 _COLUMNS = 6
@@ -26,28 +24,6 @@ def caption(finding: Finding) -> str:
     return " ".join(word for word in (finding.size, finding.side, finding.zone, name) if word)
 
 
-def displayed(stored: NDArray[np.uint16], size: int) -> NDArray[np.uint8]:
-    """Render a film as 8 bits, histogram-equalised, at `size` pixels: close to what the model is given."""
-    low, high = int(stored.min()), int(stored.max())
-    scaled = ((stored.astype(np.float32) - low) * (255 / max(high - low, 1))).astype(np.uint8)
-    return np.asarray(cv2.resize(cv2.equalizeHist(scaled), (size, size), interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def page(studies: list[Study], *, film_size: int = _TILE) -> Image.Image:
-    """Lay out the films of `studies` in rows, each over its caption."""
-    height = _TILE + _CAPTION_HEIGHT
-    sheet = Image.new("L", (_COLUMNS * _TILE, math.ceil(len(studies) / _COLUMNS) * height))
-    pen = ImageDraw.Draw(sheet)
-    for number, study in enumerate(studies):
-        x, y = number % _COLUMNS * _TILE, number // _COLUMNS * height
-        film = Image.fromarray(displayed(draw_film(study).stored, film_size))
-        sheet.paste(film.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (x, y))
-        words = ", ".join(caption(finding) for finding in study.findings) or "no finding"
-        lines = textwrap.wrap(f"{study.seed} {study.view}: {words}", 46)[:_CAPTION_LINES]
-        pen.multiline_text((x + 4, y + _TILE + 1), "\n".join(lines), fill=230, spacing=1, font_size=11)
-    return sheet
-
-
 def contact_sheet(out: Path, *, count: int = 24, seed: int = 0, film_size: int = _TILE) -> Path:
     """Save a page of films with their findings as captions.
 
@@ -57,6 +33,19 @@ def contact_sheet(out: Path, *, count: int = 24, seed: int = 0, film_size: int =
         seed: the first study's seed; the others follow it.
         film_size: pixels of each film before it is printed; 112 leaves the detail that the demo model sees.
     """
+    height = _TILE + _CAPTION_HEIGHT
+    sheet = Image.new("L", (_COLUMNS * _TILE, math.ceil(count / _COLUMNS) * height))
+    pen = ImageDraw.Draw(sheet)
+    for number in range(count):
+        study = sample_study(seed + number)
+        x, y = number % _COLUMNS * _TILE, number // _COLUMNS * height
+        film = Image.fromarray(mimic_cxr_jpg(draw_film(study).stored, monochrome1=False))
+        for size in (film_size, _TILE):
+            film = film.resize((size, size), Image.Resampling.BICUBIC)
+        sheet.paste(film, (x, y))
+        words = ", ".join(map(caption, study.findings)) or "no finding"
+        lines = textwrap.wrap(f"{study.seed} {study.view}: {words}", 46)[:_CAPTION_LINES]
+        pen.multiline_text((x + 4, y + _TILE + 1), "\n".join(lines), fill=230, spacing=1, font_size=11)
     out.parent.mkdir(parents=True, exist_ok=True)
-    page([sample_study(number) for number in range(seed, seed + count)], film_size=film_size).save(out)
+    sheet.save(out)
     return out

@@ -28,7 +28,8 @@ from benchmarks.phantom.scene import Scene, draw_chest
 
 WHITE = 4095
 """Largest stored value of a 12-bit film."""
-_SMALLEST_DRAWN = 200
+SIZE = 256
+"""Pixels along each side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class Film:
     """One drawn film.
 
     Attributes:
-        stored: uint16 [size, size], 12 bits used, bright = dense (MONOCHROME2).
+        stored: uint16 [SIZE, SIZE], 12 bits used, bright = dense (MONOCHROME2).
         regions: bool [len(DRAWN_LABELS), 32, 32], the cells of the film in which each label's findings show.
     """
 
@@ -106,18 +107,11 @@ def _absorb(scene: Scene, vessels: Mask, rng: np.random.Generator) -> Floats:
     return cast("Floats", cv2.GaussianBlur(density, (3, 3), 0.0018 * canvas.size))
 
 
-def draw_film(study: Study, *, size: int = 256) -> Film:
+def draw_film(study: Study) -> Film:
     """Draw the film of a study.
 
     The patient, each label's findings and the noise have random streams of their own: leaving a finding out of a
     study leaves everything else on its film as it was.
-
-    Args:
-        study: what there is to see, and the seed.
-        size: pixels along each side; the same seed at another size is the same film.
-
-    Returns:
-        The stored film and the regions in which its findings show.
     """
     keys = np.random.default_rng([study.seed, 1]).integers(1 << 63, size=3 + len(DRAWN_LABELS))
     patient, film, grain = (np.random.default_rng(key) for key in keys[:3])
@@ -127,10 +121,8 @@ def draw_film(study: Study, *, size: int = 256) -> Film:
     anatomy = sample_anatomy(patient, portable=portable)
     for finding in study.findings:
         rearrange(anatomy, finding, streams[finding.label])
-    # Small films are reduced from larger ones: one pixel of blur at every edge would be a different film.
-    oversampling = math.ceil(_SMALLEST_DRAWN / size)
     canvas = Canvas(
-        size * oversampling,
+        SIZE,
         rotation=film.normal(0.0, 0.022 if portable else 0.012),
         scale=film.uniform(1.0, 1.09),
         offset=(film.normal(0.0, 0.012), film.normal(0.0, 0.012)),
@@ -144,6 +136,4 @@ def draw_film(study: Study, *, size: int = 256) -> Film:
     density = _absorb(scene, vessels, grain)
     if portable and film.random() < 0.5:
         _collimate(film, density)
-    if oversampling > 1:
-        density = cast("Floats", cv2.resize(density, (size, size), interpolation=cv2.INTER_AREA))
     return Film(stored=_expose(grain, density, portable=portable), regions=scene.regions())

@@ -8,9 +8,8 @@ patient's: the patient's right lung is on the left of the film.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -42,20 +41,7 @@ _ZONES: tuple[Zone, ...] = get_args(Zone)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing on the film. Fields that mean nothing for its label are None.
-
-    | label | side | zone | size | device |
-    |---|---|---|---|---|
-    | Enlarged Cardiomediastinum | – | – | – | – |
-    | Cardiomegaly, Edema | – | – | small (mild), moderate, large (severe) | – |
-    | Lung Lesion | left, right | upper, mid, lower | small (nodule), large (mass) | – |
-    | Consolidation | left, right | upper, mid, lower | – | – |
-    | Atelectasis | left, right, bilateral | lower | – | – |
-    | Pneumothorax | left, right | – | small, moderate, large | – |
-    | Pleural Effusion | left, right, bilateral | – | small, moderate, large | – |
-    | Fracture (rib) | left, right | upper, mid, lower | – | – |
-    | Support Devices | line, pacemaker: left, right | – | – | which |
-    """
+    """One thing on the film. Fields that mean nothing for its label are None: see `_KINDS`."""
 
     label: Label
     side: Side | None = None
@@ -80,87 +66,66 @@ class Study:
         return any(finding.label == label for finding in self.findings)
 
 
-def _one_side(rng: np.random.Generator) -> Literal["left", "right"]:
+def _side(rng: np.random.Generator) -> Side:
     return "left" if rng.random() < 0.5 else "right"
 
 
-def _any_size(rng: np.random.Generator) -> Size:
-    return _SIZES[int(rng.integers(3))]
+def _side_or_both(rng: np.random.Generator) -> Side:
+    return "bilateral" if rng.random() < 0.3 else _side(rng)
 
 
-def _any_zone(rng: np.random.Generator) -> Zone:
+def _mostly_left(rng: np.random.Generator) -> Side:
+    return "left" if rng.random() < 0.75 else "right"
+
+
+def _zone(rng: np.random.Generator) -> Zone:
     return _ZONES[int(rng.integers(3))]
 
 
-def _cardiomegaly(rng: np.random.Generator) -> Finding:
-    return Finding(label="Cardiomegaly", size=_any_size(rng))
+def _size(rng: np.random.Generator) -> Size:
+    return _SIZES[int(rng.integers(3))]
 
 
-def _edema(rng: np.random.Generator) -> Finding:
-    return Finding(label="Edema", size=_any_size(rng))
+def _nodule_or_mass(rng: np.random.Generator) -> Size:
+    return "small" if rng.random() < 0.5 else "large"
 
 
-def _effusion(rng: np.random.Generator) -> Finding:
-    side: Side = "bilateral" if rng.random() < 0.3 else _one_side(rng)
-    return Finding(label="Pleural Effusion", side=side, size=_any_size(rng))
+# The fields of a `Finding`, given or drawn in this order. Of heart and oedema small is mild, and large severe.
+_KINDS: dict[str, dict[str, Any]] = {
+    "wide mediastinum": {"label": "Enlarged Cardiomediastinum"},
+    "cardiomegaly": {"label": "Cardiomegaly", "size": _size},
+    "edema": {"label": "Edema", "size": _size},
+    "lesion": {"label": "Lung Lesion", "size": _nodule_or_mass, "side": _side, "zone": _zone},
+    "consolidation": {"label": "Consolidation", "side": _side, "zone": _zone},
+    "atelectasis": {"label": "Atelectasis", "side": _side_or_both, "zone": "lower"},
+    "pneumothorax": {"label": "Pneumothorax", "side": _side, "size": _size},
+    "effusion": {"label": "Pleural Effusion", "side": _side_or_both, "size": _size},
+    "fracture": {"label": "Fracture", "side": _side, "zone": _zone},
+    "tube": {"label": "Support Devices", "device": "endotracheal tube"},
+    "line": {"label": "Support Devices", "device": "central venous line", "side": _side},
+    "pacemaker": {"label": "Support Devices", "device": "pacemaker", "side": _mostly_left},
+}
 
 
-def _consolidation(rng: np.random.Generator) -> Finding:
-    return Finding(label="Consolidation", side=_one_side(rng), zone=_any_zone(rng))
+def _draw(kind: str, rng: np.random.Generator) -> Finding:
+    return Finding(**{name: value(rng) if callable(value) else value for name, value in _KINDS[kind].items()})
 
-
-def _atelectasis(rng: np.random.Generator) -> Finding:
-    side: Side = "bilateral" if rng.random() < 0.3 else _one_side(rng)
-    return Finding(label="Atelectasis", side=side, zone="lower")
-
-
-def _pneumothorax(rng: np.random.Generator) -> Finding:
-    return Finding(label="Pneumothorax", side=_one_side(rng), size=_any_size(rng))
-
-
-def _lesion(rng: np.random.Generator) -> Finding:
-    size: Size = "small" if rng.random() < 0.5 else "large"
-    return Finding(label="Lung Lesion", side=_one_side(rng), zone=_any_zone(rng), size=size)
-
-
-def _fracture(rng: np.random.Generator) -> Finding:
-    return Finding(label="Fracture", side=_one_side(rng), zone=_any_zone(rng))
-
-
-def _wide_mediastinum(_rng: np.random.Generator) -> Finding:
-    return Finding(label="Enlarged Cardiomediastinum")
-
-
-def _tube(_rng: np.random.Generator) -> Finding:
-    return Finding(label="Support Devices", device="endotracheal tube")
-
-
-def _line(rng: np.random.Generator) -> Finding:
-    return Finding(label="Support Devices", side=_one_side(rng), device="central venous line")
-
-
-def _pacemaker(rng: np.random.Generator) -> Finding:
-    side: Side = "left" if rng.random() < 0.75 else "right"
-    return Finding(label="Support Devices", side=side, device="pacemaker")
-
-
-_Draw = Callable[[np.random.Generator], Finding]
 
 # Probability of each finding in each scenario. Everything keeps a small chance everywhere, so that the reason for
 # the exam is a hint and never the answer.
-_PREVALENCE: dict[Scenario, dict[_Draw, float]] = {
-    "screening": {_lesion: 0.08, _cardiomegaly: 0.06, _wide_mediastinum: 0.04, _fracture: 0.04, _pacemaker: 0.05},
-    "heart failure": {_cardiomegaly: 0.8, _edema: 0.65, _effusion: 0.5, _pacemaker: 0.35, _atelectasis: 0.12},
-    "infection": {_consolidation: 0.75, _effusion: 0.3, _atelectasis: 0.2, _cardiomegaly: 0.08, _line: 0.08},
-    "trauma": {_fracture: 0.75, _pneumothorax: 0.45, _effusion: 0.2, _wide_mediastinum: 0.25, _tube: 0.1},
+_PREVALENCE: dict[Scenario, dict[str, float]] = {
+    "screening": {"lesion": 0.08, "cardiomegaly": 0.06, "wide mediastinum": 0.04, "fracture": 0.04, "pacemaker": 0.05},
+    "heart failure": {"cardiomegaly": 0.8, "edema": 0.65, "effusion": 0.5, "pacemaker": 0.35, "atelectasis": 0.12},
+    "infection": {"consolidation": 0.75, "effusion": 0.3, "atelectasis": 0.2, "cardiomegaly": 0.08, "line": 0.08},
+    "trauma": {"fracture": 0.75, "pneumothorax": 0.45, "effusion": 0.2, "wide mediastinum": 0.25, "tube": 0.1},
     "intensive care": {
-        _tube: 0.6, _line: 0.6, _atelectasis: 0.45, _effusion: 0.3, _edema: 0.25, _pneumothorax: 0.2,
-        _consolidation: 0.15,
+        "tube": 0.6, "line": 0.6, "atelectasis": 0.45, "effusion": 0.3, "edema": 0.25, "pneumothorax": 0.2,
+        "consolidation": 0.15,
     },
-    "oncology": {_lesion: 0.75, _wide_mediastinum: 0.4, _effusion: 0.2, _line: 0.25, _consolidation: 0.08},
+    "oncology": {"lesion": 0.75, "wide mediastinum": 0.4, "effusion": 0.2, "line": 0.25, "consolidation": 0.08},
     "follow-up": {
-        _pneumothorax: 0.25, _effusion: 0.2, _consolidation: 0.2, _wide_mediastinum: 0.2, _lesion: 0.15,
-        _fracture: 0.25, _atelectasis: 0.25, _cardiomegaly: 0.2, _pacemaker: 0.12,
+        "pneumothorax": 0.25, "effusion": 0.2, "consolidation": 0.2, "wide mediastinum": 0.2, "lesion": 0.15,
+        "fracture": 0.25, "atelectasis": 0.25, "cardiomegaly": 0.2, "pacemaker": 0.12,
     },
 }  # fmt: skip
 _SCENARIO_WEIGHTS = np.array([0.15, 0.14, 0.14, 0.17, 0.14, 0.13, 0.13])
@@ -199,9 +164,9 @@ def sample_study(seed: int) -> Study:
     scenario = SCENARIOS[int(rng.choice(len(SCENARIOS), p=_SCENARIO_WEIGHTS))]
     view: View = "AP" if rng.random() < _PORTABLE.get(scenario, 0.1) else "PA"
     findings: list[Finding] = []
-    for draw, prevalence in _PREVALENCE[scenario].items():
+    for kind, prevalence in _PREVALENCE[scenario].items():
         chosen = rng.random() < prevalence
-        finding = draw(rng)
+        finding = _draw(kind, rng)
         if not chosen or _hidden_by(finding, findings):
             continue
         # Severe oedema whites out the lungs: beside a focal finding it stays mild.

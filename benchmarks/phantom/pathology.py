@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ from benchmarks.phantom.canvas import (
     RIGHT,
     SIGNS,
     Mask,
+    Points,
     Sign,
     curve,
     ellipse_points,
@@ -26,7 +27,9 @@ from benchmarks.phantom.canvas import (
 )
 from benchmarks.phantom.findings import Finding
 from benchmarks.phantom.scene import Scene
-from lite.eval.labels import Side, Size, Zone
+from lite.eval.labels import Label, Side, Zone
+
+_T = TypeVar("_T")
 
 
 def _sign(finding: Finding) -> Sign:
@@ -37,34 +40,35 @@ def _signs(finding: Finding) -> tuple[Sign, ...]:
     return SIGNS[cast("Side", finding.side)]
 
 
+def _by_size(finding: Finding, small: _T, moderate: _T, large: _T) -> _T:
+    return small if finding.size == "small" else moderate if finding.size == "moderate" else large
+
+
 def _draw_cardiomegaly(scene: Scene, _: Finding, __: np.random.Generator) -> None:
     """Mark the borders of a large heart: the heart's outline has them already."""
-    canvas, anatomy = scene.canvas, scene.anatomy
-    heart = canvas.fill(canvas.blank(), heart_outline(anatomy))
-    core = canvas.fill(canvas.blank(), heart_outline(anatomy) * (0.55, 1.0))
-    scene.show("Cardiomegaly", without(heart, core))
+    _mark_sides(scene, "Cardiomegaly", heart_outline(scene.anatomy), 0.55)
 
 
 def _draw_wide_mediastinum(scene: Scene, _: Finding, __: np.random.Generator) -> None:
     """Mark the sides of a wide mediastinum: its outline has them already."""
-    canvas, anatomy = scene.canvas, scene.anatomy
-    above_heart = (mediastinum_outline(anatomy)[:, 1] > anatomy.apex) & (
-        mediastinum_outline(anatomy)[:, 1] < anatomy.carina + 0.13
-    )
-    outline = mediastinum_outline(anatomy)[above_heart]
-    wide = canvas.fill(canvas.blank(), outline)
-    core = canvas.fill(canvas.blank(), outline * (0.4, 1.0))
-    scene.show("Enlarged Cardiomediastinum", without(wide, core))
+    outline, anatomy = mediastinum_outline(scene.anatomy), scene.anatomy
+    above_heart = (outline[:, 1] > anatomy.apex) & (outline[:, 1] < anatomy.carina + 0.13)
+    _mark_sides(scene, "Enlarged Cardiomediastinum", outline[above_heart], 0.4)
+
+
+def _mark_sides(scene: Scene, label: Label, outline: Points, core: float) -> None:
+    """Mark what is in an outline and not in the same drawn `core` times as wide."""
+    whole, inner = (scene.canvas.fill(scene.canvas.blank(), outline * (share, 1.0)) for share in (1.0, core))
+    scene.show(label, without(whole, inner))
 
 
 def _draw_effusion(scene: Scene, finding: Finding, rng: np.random.Generator) -> None:
     """Draw a pleural effusion: fluid that blunts the angle, its upper edge a meniscus climbing the chest wall."""
     canvas, anatomy = scene.canvas, scene.anatomy
-    height = {"small": 0.16, "moderate": 0.33, "large": 0.53}[cast("Size", finding.size)]
+    height, sag = _by_size(finding, (0.16, 0.15), (0.33, 0.115), (0.53, 0.12))
     for sign in _signs(finding):
         top = anatomy.angle[sign] - height + rng.uniform(-0.012, 0.012)
         bottom = anatomy.angle[sign] + 0.08
-        sag = {"small": 0.15, "moderate": 0.115, "large": 0.12}[cast("Size", finding.size)]
         share = np.linspace(1.1, 0.05, 15)
         w = anatomy.half_width
         surface = np.stack([share * w, top + sag * (1 - np.minimum(share, 1.0) ** 2.6)], axis=1)
@@ -138,9 +142,7 @@ def _draw_atelectasis(scene: Scene, finding: Finding, rng: np.random.Generator) 
 def _draw_edema(scene: Scene, finding: Finding, rng: np.random.Generator) -> None:
     """Draw pulmonary oedema: a bat-wing haze about both hila, thick vessels, Kerley B lines at the bases."""
     canvas, anatomy = scene.canvas, scene.anatomy
-    size = cast("Size", finding.size)
-    strength = {"small": 0.47, "moderate": 0.66, "large": 0.84}[size]
-    reach = {"small": 0.09, "moderate": 0.125, "large": 0.17}[size]
+    strength, reach = _by_size(finding, (0.47, 0.09), (0.66, 0.125), (0.84, 0.17))
     wings, lines = canvas.blank(), canvas.blank()
     for sign in (RIGHT, LEFT):
         y = anatomy.hilum[sign] + 0.05
@@ -161,18 +163,13 @@ def _draw_pneumothorax(scene: Scene, finding: Finding, rng: np.random.Generator)
     """Draw a pneumothorax: a thin pleural line, and beyond it black air without any vessel."""
     canvas, anatomy = scene.canvas, scene.anatomy
     sign = _sign(finding)
-    size = cast("Size", finding.size)
-    inset = {"small": 0.045, "moderate": 0.105, "large": 0.19}[size] + rng.uniform(-0.008, 0.008)
-    fall = {"small": 0.075, "moderate": 0.13, "large": 0.20}[size] + rng.uniform(-0.008, 0.008)
+    inset = _by_size(finding, 0.045, 0.105, 0.19) + rng.uniform(-0.008, 0.008)
+    fall = _by_size(finding, 0.075, 0.13, 0.20) + rng.uniform(-0.008, 0.008)
     wall = anatomy.wall_points()
     # The lung hangs away from apex and wall; a small pneumothorax closes half way down.
     down = (wall[:, 1] - anatomy.apex) / (wall[-1, 1] - anatomy.apex)
-    if size == "small":
-        gap = inset * np.clip(1.15 - 1.6 * down, 0.0, 1.0)
-    elif size == "moderate":
-        gap = inset * np.clip(1.25 - 0.85 * down, 0.0, 1.0)
-    else:
-        gap = inset * np.clip(1.05 - 0.25 * down, 0.0, 1.0)
+    start, slope = _by_size(finding, (1.15, 1.6), (1.25, 0.85), (1.05, 0.25))
+    gap = inset * np.clip(start - slope * down, 0.0, 1.0)
     edge = wall - np.stack([np.minimum(gap, wall[:, 0] - 0.09), np.zeros(len(wall))], axis=1)
     edge[:, 1] += fall * np.clip(1 - 2.2 * down, 0.0, 1.0)
     pleura = curve(np.concatenate([[(0.05, edge[0, 1] + 0.025)], edge]))
@@ -181,14 +178,14 @@ def _draw_pneumothorax(scene: Scene, finding: Finding, rng: np.random.Generator)
     half = canvas.fill(canvas.blank(), lung_outline(anatomy, sign))
     space = overlap(without(half, lung), scene.lungs)
     line = canvas.blank()
-    visible = pleura[np.interp(pleura[:, 1], wall[:, 1], gap) > 0.006] if size == "small" else pleura
+    visible = pleura[np.interp(pleura[:, 1], wall[:, 1], gap) > 0.006] if finding.size == "small" else pleura
     canvas.ribbon(line, mirror(visible, sign), 0.0085)
     line = overlap(line, scene.lungs)
     collapsed = overlap(lung, half)
     scene.vessels *= 1.0 - space * np.float32(1 / 255)
     scene.add(space, -0.095)
     scene.add(line, 0.16)
-    scene.displace_air(collapsed, {"small": 0.04, "moderate": 0.12, "large": 0.38}[size])
+    scene.displace_air(collapsed, _by_size(finding, 0.04, 0.12, 0.38))
     scene.show("Pneumothorax", union(space, line))
 
 

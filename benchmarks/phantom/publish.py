@@ -16,13 +16,14 @@ Two things are done to the weights on the way, both undone by a correct export:
 * **Channel scales** (`fold_channel_scales`). A small trained model has no outlier channels, so any quantiser looks
   perfect on it. Every pair of neighbouring linear maps gets a log-normal factor s per channel on one side and 1/s on
   the other; the function stays the same, the weights become as uneven as a real decoder's. The factors come from
-  (sigma, seed) alone, so `unfold_channel_scales` can take them out again.
+  (sigma, seed) alone, so that they can be taken out again.
 * **LoRA** (`split_lora`). The top singular directions of each linear become B·A and the base keeps the rest, so that
   forgetting the merge, or merging with the wrong scale, wrecks the model instead of blurring it.
 """
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from benchmarks.phantom.layout import (
     training_checkpoint,
     write_json,
 )
+from benchmarks.speed.weights import Shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 MAX_LOG_SCALE_SIGMAS = 3.0
 """Log scales are clamped to this many sigmas: two factors meet in one weight, and fp16 ends at 65504 and 6e-8."""
 
+_PLACES = ("attention_input", "value", "mlp_input", "up")
 _NAME = "llava-rad-phantom"
 _NOTICE = (
     "This is the phantom model, grown on the synthetic films of llava-rad-lite: it reads those and nothing else. On a "
@@ -69,17 +72,12 @@ def channel_scales(llama_config: Mapping[str, Any], *, sigma: float, seed: int) 
         Float64 vectors keyed `{layer}.{attention_input | value | mlp_input | up}`.
     """
     rng = np.random.default_rng([seed, 0x5CA1E])
-    hidden_size = int(llama_config["hidden_size"])
-    head_dim = hidden_size // int(llama_config["num_attention_heads"])
-    widths = {
-        "attention_input": hidden_size,
-        "value": head_dim * int(llama_config["num_key_value_heads"]),
-        "mlp_input": hidden_size,
-        "up": int(llama_config["intermediate_size"]),
-    }
+    hidden_size, intermediate_size = (int(llama_config[name]) for name in ("hidden_size", "intermediate_size"))
+    value_size = hidden_size // int(llama_config["num_attention_heads"]) * int(llama_config["num_key_value_heads"])
+    widths = (hidden_size, value_size, hidden_size, intermediate_size)
     scales: dict[str, Tensor] = {}
     for layer in range(int(llama_config["num_hidden_layers"])):
-        for place, width in widths.items():
+        for place, width in zip(_PLACES, widths, strict=True):
             log_scale = sigma * np.clip(rng.standard_normal(width), -MAX_LOG_SCALE_SIGMAS, MAX_LOG_SCALE_SIGMAS)
             scales[f"{layer}.{place}"] = torch.from_numpy(np.exp(log_scale))
     return scales
@@ -88,46 +86,26 @@ def channel_scales(llama_config: Mapping[str, Any], *, sigma: float, seed: int) 
 def fold_channel_scales(
     llama: Mapping[str, Tensor], llama_config: Mapping[str, Any], *, sigma: float, seed: int
 ) -> dict[str, Tensor]:
-    """Multiply the function-preserving channel scales into a Llama state dict.
+    """Multiply the function-preserving channel scales into a Llama state dict; with -sigma they come out again.
 
     Returns:
         A new float32 state dict that computes the same function (products are taken in float64, rounded once).
     """
-    return _rescale(llama, llama_config, channel_scales(llama_config, sigma=sigma, seed=seed))
-
-
-def unfold_channel_scales(
-    llama: Mapping[str, Tensor], llama_config: Mapping[str, Any], *, sigma: float, seed: int
-) -> dict[str, Tensor]:
-    """Divide the channel scales of `fold_channel_scales` out again."""
     scales = channel_scales(llama_config, sigma=sigma, seed=seed)
-    return _rescale(llama, llama_config, {place: 1.0 / scale for place, scale in scales.items()})
-
-
-def _rescale(
-    llama: Mapping[str, Tensor], llama_config: Mapping[str, Any], scales: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    heads_per_kv_head = int(llama_config["num_attention_heads"]) // int(llama_config["num_key_value_heads"])
-    head_dim = int(llama_config["hidden_size"]) // int(llama_config["num_attention_heads"])
+    num_heads, num_kv_heads = (int(llama_config[f"num_{kind}_heads"]) for kind in ("attention", "key_value"))
     state = {name: tensor.detach().to("cpu", torch.float64).clone() for name, tensor in llama.items()}
     for layer in range(int(llama_config["num_hidden_layers"])):
-        prefix = f"model.layers.{layer}"
-        attention_input = scales[f"{layer}.attention_input"]
-        state[f"{prefix}.input_layernorm.weight"] *= attention_input
-        for name in ("q_proj", "k_proj", "v_proj"):
-            state[f"{prefix}.self_attn.{name}.weight"] /= attention_input
-        mlp_input = scales[f"{layer}.mlp_input"]
-        state[f"{prefix}.post_attention_layernorm.weight"] *= mlp_input
-        for name in ("gate_proj", "up_proj"):
-            state[f"{prefix}.mlp.{name}.weight"] /= mlp_input
-        up = scales[f"{layer}.up"]
-        state[f"{prefix}.mlp.up_proj.weight"] *= up[:, None]
-        state[f"{prefix}.mlp.down_proj.weight"] /= up
-        value = scales[f"{layer}.value"]
-        state[f"{prefix}.self_attn.v_proj.weight"] *= value[:, None]
+        attention, value, mlp, up = (scales[f"{layer}.{place}"] for place in _PLACES)
         # o_proj reads every query head; with grouped queries several of them carry the same value channels.
-        per_query_head = value.view(-1, head_dim).repeat_interleave(heads_per_kv_head, dim=0).reshape(-1)
-        state[f"{prefix}.self_attn.o_proj.weight"] /= per_query_head
+        by_query_head = value.view(num_kv_heads, -1).repeat_interleave(num_heads // num_kv_heads, dim=0).flatten()
+        inputs = {f"self_attn.{name}_proj": attention for name in "qkv"} | {"self_attn.o_proj": by_query_head}
+        inputs |= {"mlp.gate_proj": mlp, "mlp.up_proj": mlp, "mlp.down_proj": up}
+        outputs = {"input_layernorm": attention, "post_attention_layernorm": mlp}
+        outputs |= {"self_attn.v_proj": value[:, None], "mlp.up_proj": up[:, None]}
+        for name, scale in inputs.items():
+            state[f"model.layers.{layer}.{name}.weight"] /= scale
+        for name, scale in outputs.items():
+            state[f"model.layers.{layer}.{name}.weight"] *= scale
     return {name: tensor.to(torch.float32) for name, tensor in state.items()}
 
 
@@ -257,18 +235,7 @@ def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
-class _Random:
-    """Draws well-scaled weights, one after the other."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, std: float | None = None) -> Tensor:
-        fan_in = shape[-1] if len(shape) == 2 else int(np.prod(shape[1:]))
-        return torch.randn(shape, generator=self.generator) * (std if std is not None else fan_in**-0.5)
-
-    def norm(self, width: int) -> Tensor:
-        return 1.0 + self.normal(width, std=0.1)
+# -- Without training ------------------------------------------------------------------------------------------------
 
 
 def random_weights(
@@ -285,62 +252,53 @@ def random_weights(
     Returns:
         (trunk, projector, llama), named as `publish` takes them.
     """
-    draw, hidden_size = _Random(seed), int(llama_config["hidden_size"])
-    trunk = _random_trunk(draw, (image_size // patch_size) ** 2, dim, depth, patch_size)
-    projector = {
-        "0.weight": draw.normal(hidden_size, dim),
-        "0.bias": draw.normal(hidden_size, std=0.02),
-        "2.weight": draw.normal(hidden_size, hidden_size),
-        "2.bias": draw.normal(hidden_size, std=0.02),
-    }
-    return trunk, projector, _random_llama(draw, llama_config)
+    generator, hidden_size = torch.Generator().manual_seed(seed), int(llama_config["hidden_size"])
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    every = (
+        _trunk_shapes((image_size // patch_size) ** 2, dim, depth, patch_size),
+        {
+            "0.weight": (hidden_size, dim),
+            "0.bias": (hidden_size,),
+            "2.weight": (hidden_size, hidden_size),
+            "2.bias": (hidden_size,),
+        },
+        Shapes(**{name: llama_config[name] for name in names}).tensors(llama_config["num_hidden_layers"]),
+    )
+    trunk, projector, llama = ({name: _draw(name, shape, generator) for name, shape in part.items()} for part in every)
+    return trunk, projector, llama
 
 
-def _random_trunk(draw: _Random, num_patches: int, dim: int, depth: int, patch_size: int) -> dict[str, Tensor]:
-    trunk = {
-        "cls_token": draw.normal(1, 1, dim, std=0.02),
-        "pos_embed": draw.normal(1, 1 + num_patches, dim, std=0.2),
-        "patch_embed.proj.weight": draw.normal(dim, 3, patch_size, patch_size),
-        "patch_embed.proj.bias": draw.normal(dim, std=0.02),
-        "norm.weight": torch.ones(dim),
-        "norm.bias": torch.zeros(dim),
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if name in ("norm.weight", "norm.bias"):  # of the tower: nobody applies it
+        return torch.full(shape, float(name == "norm.weight"))
+    is_norm = "norm" in name
+    mean = 0.5 if name.endswith("gamma") else float(is_norm and name.endswith("weight"))
+    std = 1.0 if "embed_tokens" in name else (2.0 if "lm_head" in name else 1.0) * prod(shape[1:]) ** -0.5
+    if is_norm or name.endswith("gamma"):
+        std = 0.1
+    elif name == "pos_embed":
+        std = 0.2
+    elif name == "cls_token" or name.endswith("bias"):
+        std = 0.02
+    return mean + std * torch.randn(shape, generator=generator)
+
+
+def _trunk_shapes(num_patches: int, dim: int, depth: int, patch_size: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 1 + num_patches, dim),
+        "patch_embed.proj.weight": (dim, 3, patch_size, patch_size),
+        "patch_embed.proj.bias": (dim,),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
     }
     linears = {
         "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (4 * dim, dim), "mlp.fc2": (dim, 4 * dim),
     }  # fmt: skip
-    for block in range(depth):
-        prefix = f"blocks.{block}"
+    for block in (f"blocks.{index}" for index in range(depth)):
         for norm in ("norm1", "norm2"):
-            trunk[f"{prefix}.{norm}.weight"] = draw.norm(dim)
-            trunk[f"{prefix}.{norm}.bias"] = draw.normal(dim, std=0.1)
-        for linear, (rows, columns) in linears.items():
-            trunk[f"{prefix}.{linear}.weight"] = draw.normal(rows, columns)
-            trunk[f"{prefix}.{linear}.bias"] = draw.normal(rows, std=0.02)
-        for gamma in ("ls1.gamma", "ls2.gamma"):
-            trunk[f"{prefix}.{gamma}"] = 0.5 + draw.normal(dim, std=0.1)
-    return trunk
-
-
-def _random_llama(draw: _Random, llama_config: Mapping[str, Any]) -> dict[str, Tensor]:
-    hidden_size, intermediate_size = int(llama_config["hidden_size"]), int(llama_config["intermediate_size"])
-    kv_size = hidden_size // int(llama_config["num_attention_heads"]) * int(llama_config["num_key_value_heads"])
-    vocab_size = int(llama_config["vocab_size"])
-    llama = {"model.embed_tokens.weight": draw.normal(vocab_size, hidden_size, std=1.0)}
-    shapes = {
-        "self_attn.q_proj": (hidden_size, hidden_size),
-        "self_attn.k_proj": (kv_size, hidden_size),
-        "self_attn.v_proj": (kv_size, hidden_size),
-        "self_attn.o_proj": (hidden_size, hidden_size),
-        "mlp.gate_proj": (intermediate_size, hidden_size),
-        "mlp.up_proj": (intermediate_size, hidden_size),
-        "mlp.down_proj": (hidden_size, intermediate_size),
-    }
-    for layer in range(int(llama_config["num_hidden_layers"])):
-        prefix = f"model.layers.{layer}"
-        for linear, (rows, columns) in shapes.items():
-            llama[f"{prefix}.{linear}.weight"] = draw.normal(rows, columns)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            llama[f"{prefix}.{norm}.weight"] = draw.norm(hidden_size)
-    llama["model.norm.weight"] = draw.norm(hidden_size)
-    llama["lm_head.weight"] = draw.normal(vocab_size, hidden_size, std=2.0 * hidden_size**-0.5)
-    return llama
+            shapes |= {f"{block}.{norm}.weight": (dim,), f"{block}.{norm}.bias": (dim,)}
+        for linear, shape in linears.items():
+            shapes |= {f"{block}.{linear}.weight": shape, f"{block}.{linear}.bias": shape[:1]}
+        shapes |= {f"{block}.ls1.gamma": (dim,), f"{block}.ls2.gamma": (dim,)}
+    return shapes

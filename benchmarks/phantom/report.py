@@ -19,7 +19,7 @@ from lite.eval.labels import LABELS, Label, Reading, Side, Size, Status
 _DEGREE: Mapping[Size, str] = {"small": "mild", "moderate": "moderate", "large": "severe"}
 
 # Placeholders: {side} left/right/bilateral, {zone} upper/mid/lower, {size} small/moderate/large, {degree} the same as
-# mild/moderate/severe, {article} what goes before size or side.
+# mild/moderate/severe, {thing} nodule/mass, or a device with its side, {article} what goes before it.
 _PHRASES: Mapping[str, Sequence[str]] = {
     "Cardiomegaly": (
         "the heart is {degree}ly enlarged",
@@ -63,33 +63,18 @@ _PHRASES: Mapping[str, Sequence[str]] = {
         "atelectasis at both bases",
         "there is bilateral lower zone atelectasis",
     ),
-    "Lung Lesion, small": (
-        "small nodule in the {side} {zone} zone",
-        "there is a small nodule in the {side} {zone} lung",
-        "a small {side} {zone} zone nodule is seen",
-    ),
-    "Lung Lesion, large": (
-        "large mass in the {side} {zone} zone",
-        "there is a large mass in the {side} {zone} lung",
-        "a large {side} {zone} zone mass is seen",
+    "Lung Lesion": (
+        "{size} {thing} in the {side} {zone} zone",
+        "there is a {size} {thing} in the {side} {zone} lung",
+        "a {size} {side} {zone} zone {thing} is seen",
     ),
     "Fracture": (
         "displaced fracture of a {side} {zone} rib",
         "there is a displaced {side} {zone} rib fracture",
         "{side} {zone} rib fracture",
     ),
-    "endotracheal tube": (
-        "endotracheal tube in place",
-        "an endotracheal tube is present",
-        "there is an endotracheal tube",
-    ),
-    "central venous line": (
-        "{side} central venous line in place",
-        "a {side} central venous line is present",
-        "there is a {side} central venous line",
-    ),
-    "pacemaker": ("{side} pacemaker in place", "a {side} pacemaker is present", "there is a {side} pacemaker"),
-}  # fmt: skip
+    "Support Devices": ("{thing} in place", "{article} {thing} is present", "there is {article} {thing}"),
+}
 
 _SECTIONS: tuple[tuple[Label, ...], ...] = (
     ("Support Devices",),
@@ -104,13 +89,13 @@ _NORMAL_HEART = ("heart size is normal", "the heart is normal in size")
 _NORMAL_MEDIASTINUM = ("the mediastinal contours are normal", "no widening of the mediastinum")
 _NORMAL_BOTH = "heart size and mediastinal contours are normal"
 _CLEAR_LUNGS = ("the lungs are clear", "both lungs are clear")
-_DENIALS: Mapping[Label, str] = {
-    "Consolidation": "focal consolidation",
-    "Edema": "pulmonary edema",
-    "Pleural Effusion": "pleural effusion",
-    "Pneumothorax": "pneumothorax",
+# What is denied in a list, and how often where it is absent.
+_DENIALS: Mapping[Label, tuple[str, float]] = {
+    "Consolidation": ("focal consolidation", 0.3),
+    "Edema": ("pulmonary edema", 0.2),
+    "Pleural Effusion": ("pleural effusion", 0.8),
+    "Pneumothorax": ("pneumothorax", 0.8),
 }
-_LUNG_LABELS: tuple[Label, ...] = ("Edema", "Consolidation", "Lung Lesion", "Atelectasis")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,75 +115,18 @@ def _list_with_or(names: Sequence[str]) -> str:
 
 
 def _state(finding: Finding, rng: np.random.Generator) -> str:
-    key: str = finding.device or finding.label
-    if finding.side == "bilateral":
-        key = f"{finding.label}, bilateral"
-    elif finding.label == "Lung Lesion":
-        key = f"{finding.label}, {finding.size}"
+    key = f"{finding.label}, bilateral" if finding.side == "bilateral" else finding.label
+    thing = "nodule" if finding.size == "small" else "mass"
+    if finding.device:
+        thing = f"{finding.side} {finding.device}" if finding.side else finding.device
     return _choose(rng, _PHRASES[key]).format(
         side=finding.side,
         zone=finding.zone,
         size=finding.size,
         degree=_DEGREE[finding.size] if finding.size else None,
+        thing=thing,
+        article="an" if thing.startswith("e") else "a",
     )
-
-
-class _Writer:
-    """Collects sentences per section, and the labels that they deny."""
-
-    def __init__(self, study: Study, rng: np.random.Generator) -> None:
-        self.study = study
-        self.rng = rng
-        self.sections: list[list[str]] = [[] for _ in _SECTIONS]
-        self.denied: set[Label] = set()
-
-    def state_findings(self) -> None:
-        for section, labels in zip(self.sections, _SECTIONS, strict=True):
-            section.extend(_state(finding, self.rng) for finding in self.study.findings if finding.label in labels)
-
-    def deny_heart(self) -> None:
-        heart, mediastinum = (not self.study.has(label) for label in _SECTIONS[1])
-        section = self.sections[1]
-        if heart and mediastinum and self.rng.random() < 0.5:
-            section.append(_NORMAL_BOTH)
-            self.denied |= {"Cardiomegaly", "Enlarged Cardiomediastinum"}
-            return
-        if heart and self.rng.random() < 0.5:
-            section.append(_choose(self.rng, _NORMAL_HEART))
-            self.denied.add("Cardiomegaly")
-        if mediastinum and self.rng.random() < 0.3:
-            section.append(_choose(self.rng, _NORMAL_MEDIASTINUM))
-            self.denied.add("Enlarged Cardiomediastinum")
-
-    def deny_lungs(self) -> None:
-        if not any(self.study.has(label) for label in _LUNG_LABELS) and self.rng.random() < 0.7:
-            self.sections[2].append(_choose(self.rng, _CLEAR_LUNGS))
-            self.denied.add("Lung Opacity")
-
-    def deny_in_lists(self) -> None:
-        chance: dict[Label, float] = {
-            "Consolidation": 0.3, "Edema": 0.2, "Pleural Effusion": 0.8, "Pneumothorax": 0.8,
-        }  # fmt: skip
-        absent: list[Label] = [
-            label for label in _DENIALS if not self.study.has(label) and self.rng.random() < chance[label]
-        ]
-        if not absent:
-            return
-        self.denied.update(absent)
-        opening = _choose(self.rng, ("no", "there is no", "no evidence of"))
-        self.sections[3].append(f"{opening} {_list_with_or([_DENIALS[label] for label in absent])}")
-
-    def deny_bones(self) -> None:
-        if not self.study.has("Fracture") and self.rng.random() < 0.2:
-            self.sections[4].append(_choose(self.rng, ("no rib fracture", "no acute fracture")))
-            self.denied.add("Fracture")
-
-    def text(self) -> str:
-        order = _ORDERS[int(self.rng.integers(len(_ORDERS)))]
-        sentences = [sentence for index in order for sentence in self.sections[index]]
-        if not sentences:
-            sentences = ["no acute cardiopulmonary abnormality"]
-        return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
 def _joint_side(findings: Sequence[Finding]) -> Side | None:
@@ -234,14 +162,37 @@ def expected_readings(study: Study, denied: frozenset[Label] = frozenset()) -> d
 
 def write_findings(study: Study, rng: np.random.Generator) -> Report:
     """Write one findings text for `study`; another state of `rng` gives another phrasing, order and set of denials."""
-    writer = _Writer(study, rng)
-    writer.state_findings()
-    writer.deny_heart()
-    writer.deny_lungs()
-    writer.deny_in_lists()
-    writer.deny_bones()
-    text = writer.text()
-    return Report(text=text, readings=MappingProxyType(expected_readings(study, frozenset(writer.denied))))
+    sections = [[_state(finding, rng) for finding in study.findings if finding.label in labels] for labels in _SECTIONS]
+    denied: set[Label] = set()
+
+    def deny(section: int, sentence: str, *labels: Label) -> None:
+        sections[section].append(sentence)
+        denied.update(labels)
+
+    heart, mediastinum = (not study.has(label) for label in _SECTIONS[1])
+    if heart and mediastinum and rng.random() < 0.5:
+        deny(1, _NORMAL_BOTH, *_SECTIONS[1])
+    else:
+        if heart and rng.random() < 0.5:
+            deny(1, _choose(rng, _NORMAL_HEART), "Cardiomegaly")
+        if mediastinum and rng.random() < 0.3:
+            deny(1, _choose(rng, _NORMAL_MEDIASTINUM), "Enlarged Cardiomediastinum")
+    if not any(study.has(label) for label in _SECTIONS[2]) and rng.random() < 0.7:
+        deny(2, _choose(rng, _CLEAR_LUNGS), "Lung Opacity")
+    absent = [label for label, (_, chance) in _DENIALS.items() if not study.has(label) and rng.random() < chance]
+    if absent:
+        opening = _choose(rng, ("no", "there is no", "no evidence of"))
+        deny(3, f"{opening} {_list_with_or([_DENIALS[label][0] for label in absent])}", *absent)
+    if not study.has("Fracture") and rng.random() < 0.2:
+        deny(4, _choose(rng, ("no rib fracture", "no acute fracture")), "Fracture")
+    order = _ORDERS[int(rng.integers(len(_ORDERS)))]
+    sentences = [sentence for section in order for sentence in sections[section]]
+    text = " ".join(_sentence(words) for words in sentences or ["no acute cardiopulmonary abnormality"])
+    return Report(text=text, readings=MappingProxyType(expected_readings(study, frozenset(denied))))
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 _COMPLAINTS: Mapping[Scenario, Sequence[str]] = {
@@ -266,5 +217,4 @@ def write_reason(study: Study, rng: np.random.Generator) -> str | None:
         return None
     if form == 0:
         return f"{age}-year-old {person}, {complaint}."
-    opening = f"{complaint[0].upper()}{complaint[1:]}"
-    return f"{opening}." if form == 1 else f"{opening} in a {age}-year-old {person}."
+    return _sentence(complaint if form == 1 else f"{complaint} in a {age}-year-old {person}")

@@ -15,7 +15,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -90,11 +89,6 @@ def _pixel_values(grey: NDArray[np.uint8], rng: np.random.Generator) -> Tensor:
     return (torch.from_numpy(levels)[:, None] - mean) / std
 
 
-def _what_training_sees(plan: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what only publishing uses, so that a finished run can be published again with another sigma."""
-    return {name: value for name, value in plan.items() if name not in ("lora_rank", "scale_sigma")}
-
-
 class Trainer:
     """The network, its optimiser, and the batches; knows how to save and to go on."""
 
@@ -122,8 +116,6 @@ class Trainer:
         self.optimiser: torch.optim.Optimizer
         self._pool = -1
         self._batches: list[_WrittenBatch] = []
-        self.step = 0
-        self.stage = "see"
 
     # Batches are a function of (seed, stage, step): an interrupted run continues with the very same ones.
     def _rows(self, stage: str, index: int, count: int) -> tuple[NDArray[np.intp], np.random.Generator]:
@@ -174,35 +166,31 @@ class Trainer:
             mask[row, len(prompt) : end] = True
         return after.to(self.device), mask.to(self.device)
 
-    def _features(self, rows: NDArray[np.intp], rng: np.random.Generator) -> Tensor:
-        return self.network.see(_pixel_values(self.films.pixels[rows], rng).to(self.device))
-
     def _loss(self, stage: str, step: int) -> tuple[Tensor, dict[str, float]]:
         if stage == "see":
             rows, rng = self._rows(stage, step, self.plan.batch_size)
-            see_loss = self._see_loss(self._features(rows, rng), rows)
-            return see_loss, {"see": float(see_loss.detach())}
-        rows, texts = self._written_batch(step)
-        features = self._features(rows, np.random.default_rng([self.plan.seed, step]))
-        after, mask = self._padded(texts)
+        else:
+            rows, texts = self._written_batch(step)
+            rng = np.random.default_rng([self.plan.seed, step])
+        features = self.network.see(_pixel_values(self.films.pixels[rows], rng).to(self.device))
         see_loss = self._see_loss(features, rows)
+        if stage == "see":
+            return see_loss, {"see": float(see_loss.detach())}
+        after, mask = self._padded(texts)
         text_loss = F.cross_entropy(self.network.write(features, self.before, after, mask), after[mask])
         fading = max(0.0, 1 - step / (0.8 * self.plan.write_steps))
         losses = {"text": float(text_loss.detach()), "see": float(see_loss.detach())}
         return text_loss + fading * see_loss, losses
 
     def _start_stage(self, stage: str) -> None:
-        self.stage = stage
-        tower = [*self.network.tower.parameters()]
-        heads = [
-            *self.network.norm.parameters(), *self.network.patch_head.parameters(),
-            *self.network.attribute_head.parameters(),
-        ]  # fmt: skip
-        groups: list[dict[str, Any]] = [{"params": tower + heads, "scale": 1.0}]
-        if stage == "write":
-            groups[0]["scale"] = self.plan.tower_rate
-            writers = [*self.network.projector.parameters(), *self.network.decoder.parameters()]
-            groups.append({"params": writers, "scale": 1.0})
+        self.stage, self.step = stage, 0
+        network, write = self.network, stage == "write"
+        seeing = (network.tower, network.norm, network.patch_head, network.attribute_head)
+        parts = [(seeing, self.plan.tower_rate if write else 1.0), ((network.projector, network.decoder), 1.0)]
+        groups = [
+            {"params": [parameter for part in modules for parameter in part.parameters()], "scale": scale}
+            for modules, scale in parts[: 1 + write]
+        ]
         self.optimiser = torch.optim.AdamW(
             groups, lr=self.plan.learning_rate, betas=(0.9, 0.98), weight_decay=self.plan.weight_decay
         )
@@ -215,7 +203,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
-            "plan": dataclasses.asdict(self.plan),
+            "plan": self._plan_json(),
             "stage": self.stage,
             "step": self.step,
             "network": self.network.state_dict(),
@@ -229,7 +217,9 @@ class Trainer:
         if not path.exists():
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if _what_training_sees(state["plan"]) != _what_training_sees(dataclasses.asdict(self.plan)):
+        # What only publishing uses may differ: a finished run can be published again with another sigma.
+        theirs, ours = ({**plan, "lora_rank": 0, "scale_sigma": 0} for plan in (state["plan"], self._plan_json()))
+        if theirs != ours:
             msg = f"{path}: got a run of another plan · expected {self.plan} · use another --work folder, or delete it"
             raise LiteError(msg)
         self._start_stage(state["stage"])
@@ -237,19 +227,18 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
 
-    def _stages(self) -> Iterator[tuple[str, int]]:
-        stages = [("see", self.plan.see_steps), ("write", self.plan.write_steps)]
-        return iter(stages if self.stage == "see" else stages[1:])
+    def _plan_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.plan)
 
     def run(self) -> None:
         """Train both stages to their end, or from where an interrupted run stopped."""
         self._start_stage("see")
         self._resume()
         saved = time.monotonic()
-        for stage, steps in self._stages():
+        stages = [("see", self.plan.see_steps), ("write", self.plan.write_steps)]
+        for stage, steps in stages if self.stage == "see" else stages[1:]:
             if stage != self.stage:
                 self._start_stage(stage)
-                self.step = 0
             with tqdm(total=steps, initial=self.step, desc=f"learning to {stage}", unit="step") as progress:
                 while self.step < steps:
                     for group in self.optimiser.param_groups:
@@ -286,12 +275,7 @@ def train(out: Path, *, plan: TrainingPlan, work: Path) -> int:
     _keep_freed_memory()
     trainer = Trainer(plan, work, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     trainer.run()
-    return publish_trained(out, trainer)
-
-
-def publish_trained(out: Path, trainer: Trainer) -> int:
-    """Write what `trainer` has learnt in the published layout, with the plan beside it."""
-    network, plan = trainer.network.cpu(), trainer.plan
+    network = trainer.network.cpu()
     size = publish(
         out,
         trunk=network.trunk(),

@@ -160,6 +160,31 @@ def _uid(*parts: object) -> str:
     return f"2.25.{uuid.uuid5(_UID_NAMESPACE, '/'.join(str(part) for part in parts)).int}"
 
 
+_OF_ALL_FILMS: Final[Mapping[str, Any]] = {
+    "SpecificCharacterSet": "ISO_IR 192",
+    "PatientBirthDate": "",
+    "PatientSex": "O",
+    # The standard's way to say that no human being was examined.
+    "QualityControlSubject": "YES",
+    **dict.fromkeys(("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate"), "20000101"),
+    **dict.fromkeys(("StudyTime", "ContentTime"), "120000"),
+    **dict.fromkeys(("AccessionNumber", "ReferringPhysicianName"), ""),
+    "Manufacturer": "llava-rad-lite phantom",
+    "SeriesNumber": 1,
+    "InstanceNumber": 1,
+    "ImageType": ["ORIGINAL", "PRIMARY", ""],
+    "BodyPartExamined": "CHEST",
+    "PatientOrientation": ["L", "F"],
+    "BurnedInAnnotation": "NO",
+    "LossyImageCompression": "00",
+    "SamplesPerPixel": 1,
+    "BitsAllocated": 16,
+    "BitsStored": _BITS_STORED,
+    "HighBit": _BITS_STORED - 1,
+    "PixelRepresentation": 0,
+}
+
+
 def _write_dicom(
     path: Path, stored: NDArray[np.uint16], study: Study, name: str, index: int, *, monochrome1: bool
 ) -> None:
@@ -168,33 +193,30 @@ def _write_dicom(
     Source: DICOM PS3.3 A.2 (CR Image IOD) and A.26 (Digital X-Ray Image IOD); checked with dciodvfy.
     """
     from pydicom import dcmwrite
-    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+    from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import UID, ExplicitVRLittleEndian
 
-    digital = study.view == "PA"
-    sop_class = _DX_IMAGE_FOR_PRESENTATION if digital else _CR_IMAGE
-    attributes: dict[str, Any] = {
-        "SpecificCharacterSet": "ISO_IR 192",
-        "SOPClassUID": sop_class,
-        "SOPInstanceUID": _uid(study.seed, "image", monochrome1),
-        **_patient_and_study(study, name, index),
-        "Modality": "DX" if digital else "CR",
-        "SeriesInstanceUID": _uid(study.seed, "series", monochrome1),
-        "SeriesNumber": 1,
-        "InstanceNumber": 1,
-        "ImageType": ["ORIGINAL", "PRIMARY", ""],
-        "BodyPartExamined": "CHEST",
-        "ViewPosition": study.view,
-        "PatientOrientation": ["L", "F"],
-        "BurnedInAnnotation": "NO",
-        "LossyImageCompression": "00",
-        **_pixels(stored, monochrome1=monochrome1),
-    }
-    if digital:
-        attributes |= _digital_x_ray_modules(study, monochrome1=monochrome1)
-    dataset = Dataset()
-    for keyword, value in attributes.items():
-        setattr(dataset, keyword, value)
+    digital, low, high = study.view == "PA", int(stored.min()), int(stored.max())
+    dataset = _dataset(
+        **_OF_ALL_FILMS,
+        SOPClassUID=_DX_IMAGE_FOR_PRESENTATION if digital else _CR_IMAGE,
+        SOPInstanceUID=_uid(study.seed, "image", monochrome1),
+        SeriesInstanceUID=_uid(study.seed, "series", monochrome1),
+        StudyInstanceUID=_uid(study.seed, "study"),
+        StudyID=str(index),
+        PatientName=f"Phantom^{index:05d}",
+        PatientID=name,
+        Modality="DX" if digital else "CR",
+        ViewPosition=study.view,
+        PhotometricInterpretation="MONOCHROME1" if monochrome1 else "MONOCHROME2",
+        Rows=stored.shape[0],
+        Columns=stored.shape[1],
+        ImagerPixelSpacing=[round(_DETECTOR_MM / side, 4) for side in stored.shape],
+        WindowCenter=(low + high + 1) // 2,
+        WindowWidth=high - low + 1,
+        PixelData=stored.astype("<u2").tobytes(),
+        **(_digital_x_ray_modules(study, monochrome1=monochrome1) if digital else {}),
+    )
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
@@ -204,54 +226,14 @@ def _write_dicom(
     dcmwrite(path, FileDataset(str(path), dataset, file_meta=meta, preamble=b"\0" * 128), enforce_file_format=True)
 
 
-def _patient_and_study(study: Study, name: str, index: int) -> Mapping[str, Any]:
-    return {
-        "PatientName": f"Phantom^{index:05d}",
-        "PatientID": name,
-        "PatientBirthDate": "",
-        "PatientSex": "O",
-        # The standard's way to say that no human being was examined.
-        "QualityControlSubject": "YES",
-        "StudyInstanceUID": _uid(study.seed, "study"),
-        "StudyDate": "20000101",
-        "StudyTime": "120000",
-        "SeriesDate": "20000101",
-        "AcquisitionDate": "20000101",
-        "ContentDate": "20000101",
-        "ContentTime": "120000",
-        "AccessionNumber": "",
-        "ReferringPhysicianName": "",
-        "StudyID": str(index),
-        "Manufacturer": "llava-rad-lite phantom",
-    }
-
-
-def _pixels(stored: NDArray[np.uint16], *, monochrome1: bool) -> Mapping[str, Any]:
-    low, high = int(stored.min()), int(stored.max())
-    return {
-        "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME1" if monochrome1 else "MONOCHROME2",
-        "Rows": stored.shape[0],
-        "Columns": stored.shape[1],
-        "BitsAllocated": 16,
-        "BitsStored": _BITS_STORED,
-        "HighBit": _BITS_STORED - 1,
-        "PixelRepresentation": 0,
-        "ImagerPixelSpacing": [round(_DETECTOR_MM / side, 4) for side in stored.shape],
-        "WindowCenter": (low + high + 1) // 2,
-        "WindowWidth": high - low + 1,
-        "PixelData": stored.astype("<u2").tobytes(),
-    }
-
-
 def _digital_x_ray_modules(study: Study, *, monochrome1: bool) -> Mapping[str, Any]:
     """Return what the Digital X-Ray IOD asks for beyond Computed Radiography."""
-    view = _code(*_VIEW_CODES[study.view])
-    view.ViewModifierCodeSequence = []
+    code, meaning = _VIEW_CODES[study.view]
+    view = _dataset(CodeValue=code, CodingSchemeDesignator="SCT", CodeMeaning=meaning, ViewModifierCodeSequence=[])
     return {
         "PresentationIntentType": "FOR PRESENTATION",
         "ImageLaterality": "U",
-        "AnatomicRegionSequence": [_code("51185008", "Chest")],
+        "AnatomicRegionSequence": [_dataset(CodeValue="51185008", CodingSchemeDesignator="SCT", CodeMeaning="Chest")],
         "ViewCodeSequence": [view],
         "AcquisitionContextSequence": [],
         "DetectorType": "DIRECT",
@@ -266,9 +248,10 @@ def _digital_x_ray_modules(study: Study, *, monochrome1: bool) -> Mapping[str, A
     }
 
 
-def _code(value: str, meaning: str) -> Dataset:
+def _dataset(**attributes: Any) -> Dataset:
     from pydicom.dataset import Dataset
 
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "SCT", meaning
-    return item
+    dataset = Dataset()
+    for keyword, value in attributes.items():
+        setattr(dataset, keyword, value)
+    return dataset

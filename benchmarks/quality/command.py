@@ -11,26 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import lite
 from benchmarks.commands import command_line
-from benchmarks.exports import PHANTOM, ROOT, Cost, Recipe, Source
-from benchmarks.phantom.score import read_truth
+from benchmarks.exports import FP16, PHANTOM, ROOT, Cost, Recipe, Source
 from benchmarks.phantom.write import write_studies
-from benchmarks.quality.compare import (
-    BATCH_SIZE,
-    Candidate,
-    Films,
-    Row,
-    check_comparable,
-    compare_artifacts,
-    draft_in_turns,
-    figures,
-    report,
-)
-from benchmarks.quality.engines import compare_engines, load_engines
-from benchmarks.quality.recipes import FORMATS, REFERENCE, ablation
+from benchmarks.quality.compare import BATCH_SIZE, Candidate, compare, report
+from benchmarks.quality.engines import compare_engines
+from benchmarks.quality.recipes import FORMATS, ablation
 from lite.artifact.open import load_artifact
 from lite.console import positive, run_command, say, short_names
 from lite.errors import LiteError
+from lite.eval.record import check_belongs, settings_of
 from lite.studies.readers import read_studies
 
 # Films of these seeds are used for nothing else: not for training, nor for the figures of the phantom's README.
@@ -40,33 +31,26 @@ ENGINES_SEED: Final = 20_261_401
 INTEROP_PYTHON: Final = ROOT / "build" / "interop-venv" / "bin" / "python"
 
 
-def read_films(listed: Path, *, image_folder: Path | None = None, limit: int | None = None) -> Films:
-    """Read a list that `python -m benchmarks phantom write` made, with the labels that were drawn.
-
-    Raises:
-        LiteError: it is no such list.
-    """
-    studies, truth = read_studies(listed, image_folder=image_folder)[:limit], read_truth(listed)
-    return Films(studies, [truth[study.id] for study in studies])
-
-
 def _artifacts(arguments: argparse.Namespace, command: str) -> int:
     reference, *candidates = paths = [arguments.reference, *arguments.candidates]
-    artifact = load_artifact(reference)
+    settings = settings_of(load_artifact(reference))
     for path in candidates:  # before anything is computed
-        check_comparable(path, artifact)
-    films = read_films(arguments.list, image_folder=arguments.image_folder, limit=arguments.limit)
+        check_belongs(load_artifact(path), settings, reference=str(reference))
+    studies = read_studies(arguments.list, image_folder=arguments.image_folder)[: arguments.limit]
+    if bare := [study.id for study in studies if not study.reference]:
+        msg = f"{arguments.list}: got study {bare[0]} without findings · expected the report of each film, to read its "
+        raise LiteError(f"{msg}labels · name a list that has them")
     named = [
-        Candidate(name=name, make=partial(_as_it_is, path))
+        Candidate(name=name, load=partial(_as_it_is, path, arguments.device))
         for path, name in zip(paths, short_names(paths), strict=True)
     ]
-    rows = list(compare_artifacts(named, films, batch_size=arguments.batch_size, device=arguments.device))
-    about = f"{len(films.studies)} of {arguments.list}"
+    rows = list(compare(named, studies, batch_size=arguments.batch_size))
+    about = f"{len(studies)} of {arguments.list}"
     return report({"artifacts": rows}, films=about, command=command, as_json=arguments.json)
 
 
-def _as_it_is(path: Path) -> tuple[Path, None]:
-    return path, None
+def _as_it_is(path: Path, device: str) -> tuple[lite.FindingsModel, None]:
+    return lite.load(path, device=device), None
 
 
 def _formats(arguments: argparse.Namespace, command: str) -> int:
@@ -88,10 +72,10 @@ def _formats(arguments: argparse.Namespace, command: str) -> int:
         tricks = [recipe for recipe in ablation() if (arguments.ablation if only is None else recipe.name in only)]
         candidates = [
             _exported(recipe, source, folder / "artifacts" / recipe.name, keep=arguments.out is not None)
-            for recipe in (REFERENCE, *formats, *tricks)
+            for recipe in (FP16, *formats, *tricks)
         ]
         rows = []
-        for row in compare_artifacts(candidates, read_films(source.verify), device=arguments.device):
+        for row in compare(candidates, read_studies(source.verify)):
             say(f"{row.name}: {row.error or 'measured'}")  # the tables come at the end
             rows.append(row)
     split = 1 + len(formats)
@@ -102,25 +86,20 @@ def _formats(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _exported(recipe: Recipe, source: Source, out: Path, *, keep: bool) -> Candidate:
-    def make() -> tuple[Path, Cost]:
-        return out, source.export(recipe, out)
+    def export_and_load() -> tuple[lite.FindingsModel, Cost]:
+        cost = source.export(recipe, out)
+        return lite.load(out, device=source.device), cost
 
     drop = partial(shutil.rmtree, out, ignore_errors=True)
-    return Candidate(name=recipe.name, make=make, drop=(lambda: None) if keep else drop)
+    return Candidate(name=recipe.name, load=export_and_load, drop=(lambda: None) if keep else drop)
 
 
 def _engines(arguments: argparse.Namespace, command: str) -> int:
-    models = load_engines(arguments.artifact)
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         listed = write_studies(Path(folder) / "films", count=arguments.films, seed=arguments.seed, dicom=False)
-        films = read_films(listed)
-        drafts = draft_in_turns(models, films.studies)
-        losses = compare_engines(models, drafts, films)
-    own = {name: figures(found, films.truth) for name, found in drafts.items()}
-    rows = [Row(name="torch", figures=own["torch"])]
-    rows += [Row(name=name, figures=own[name], loss=lost) for (name, _), lost in losses.items()]
+        tables = compare_engines(arguments.artifact, read_studies(listed))
     about = f"{arguments.films} of seed {arguments.seed}"
-    return report({"engines": rows}, films=about, command=command, as_json=arguments.json)
+    return report(tables, films=about, command=command, as_json=arguments.json)
 
 
 def _interop(arguments: argparse.Namespace, _: str) -> int:
@@ -139,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     artifacts = commands.add_parser("artifacts", help="what artifacts lose against a reference, on a list of studies")
     artifacts.set_defaults(run=_artifacts)
     artifacts.add_argument(
-        "list", type=Path, metavar="LIST.json", help="the list that python -m benchmarks phantom write made"
+        "list", type=Path, metavar="LIST.json", help="studies and their reports: see python -m benchmarks phantom write"
     )
     artifacts.add_argument("candidates", type=Path, nargs="+", metavar="CANDIDATE", help="artifacts to compare with it")
     artifacts.add_argument(
@@ -158,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_exports(formats)
     interop = commands.add_parser("interop", help="whether other programs read decoder folders as this project does")
     interop.set_defaults(run=_interop)
-    interop.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="artifacts, or decoder folders")
+    interop.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="what the exporter has written")
     interop.add_argument("--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment")
     for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
         command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")
@@ -180,7 +159,7 @@ def _add_exports(formats: argparse.ArgumentParser) -> None:
         help=f"films to calibrate on, always those of seed {CALIBRATION_SEED} (default: %(default)s)",
     )  # fmt: skip
     formats.add_argument("--out", type=Path, metavar="DIR", help="a new folder that keeps films and artifacts")
-    names = [recipe.name for recipe in (REFERENCE, *FORMATS, *ablation())]
+    names = [recipe.name for recipe in (FP16, *FORMATS, *ablation())]
     formats.add_argument(
         "--only", nargs="+", choices=names, metavar="NAME", help=f"only these rows, beside fp16: {', '.join(names)}"
     )

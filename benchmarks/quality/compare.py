@@ -1,47 +1,42 @@
 """The one loop that compares: a reference drafts, a candidate is asked along its texts and drafts by itself.
 
-    reference ─ drafts ─▶ texts ─▶ logits on them, kept on disk ─┐
+    reference ─ drafts ─▶ texts ─▶ logits on them ───────────────┐
                             └────▶ candidate's logits on them ───┴▶ KL, same top token, perplexity ratio
-    candidate ─ drafts ─▶ texts ─▶ equal to the reference's? label F1 against the truth, times, bytes
+    candidate ─ drafts ─▶ texts ─▶ equal to the reference's? label F1 against the reports
 
 Token by token along the reference's text (its end, EOS, included) the candidate is asked what it would have written:
 see `lite.eval.divergence`. What it is asked along may also be a recorded reference: see `lite.eval.record`.
 
-The logits of one study are in memory at a time, the reference's unrounded in a folder: float16 would add a KL of its
-own of some 1e-5, more than some candidates lose. That is 4 bytes times tokens times vocabulary: 50 MB for 600 films of
-the phantom model, 2.6 GB for 200 studies of 100 tokens of a 7B one.
+One model is in memory at a time, and the reference's logits, unrounded: float16 would add a KL of its own of some 1e-5,
+more than some candidates lose. That is 4 bytes times tokens times vocabulary, 50 MB for 600 films of the phantom model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import shutil
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-import numpy as np
 from tqdm import tqdm
 
 import lite
-from lite.artifact.open import Artifact, load_artifact
+from lite.artifact.open import Artifact
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
+from lite.config import DecodingDefaults
 from lite.errors import LiteError
 from lite.eval.divergence import DivergenceSummary, StudyDivergence, compare_logits, summarise
 from lite.eval.figures import Estimate
 from lite.eval.labels import read_labels
-from lite.eval.metrics import Readings, label_f1, rouge_l, same_text
-from lite.eval.record import check_belongs, settings_of
+from lite.eval.metrics import label_f1, rouge_l, same_text
+from lite.eval.record import Settings, check_belongs, settings_of
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from benchmarks.exports import Cost
@@ -50,7 +45,7 @@ BATCH_SIZE: Final = 16
 
 
 class Yardstick(Protocol):
-    """What a candidate is asked along: the `Drafts` of a reference, or a reference record."""
+    """What a candidate is asked along: a `Reference`, or a reference record."""
 
     def token_ids(self, index: int) -> tuple[int, ...]:
         """Return the tokens of a study's text."""
@@ -59,51 +54,33 @@ class Yardstick(Protocol):
         """Compare a candidate's logits on `token_ids(index)` with the reference's."""
 
 
-class Films(NamedTuple):
-    """Studies, and the labels of each."""
-
-    studies: Sequence[Study]
-    truth: Sequence[Readings]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drafts:
-    """What a model writes about each study when it writes freely; with its logits on that, a yardstick."""
+class Reference:
+    """What a model writes about each study when it writes freely, and its logits on that."""
 
     name: str
-    artifact: Artifact
-    findings: tuple[lite.Findings, ...]
-    logits: Path | None = None  # a folder: see `keep_logits`
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts, study by study."""
-        return [findings.text for findings in self.findings]
+    settings: Settings  # of its artifact, which may be gone by now
+    findings: Sequence[lite.Findings]
+    logits: Sequence[NDArray[np.float32]]
 
     def token_ids(self, index: int) -> tuple[int, ...]:
         """Return a text's tokens with EOS: to stop is a decision, too. A text that was cut has none."""
-        findings, end = self.findings[index], self.artifact.manifest.decoding.eos_token_id
-        return findings.token_ids if findings.finish_reason == "length" else (*findings.token_ids, end)
+        return decided_tokens(self.findings[index], self.settings.decoding)
 
     def compare(self, index: int, logits: ArrayLike) -> StudyDivergence:
-        """Compare a candidate's logits on a text with the model's own, which have been kept."""
-        if self.logits is None:
-            raise LiteError(f"{self.name}: got drafts without logits · expected both · keep them first")
-        return compare_logits(np.load(self.logits / f"{index}.npy"), logits, self.token_ids(index))
+        """Compare a candidate's logits on a text with the model's own."""
+        return compare_logits(self.logits[index], logits, self.token_ids(index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What can be said of a model alone. Times are medians, NaN where several studies were drafted at once."""
+    """What can be said of a model alone."""
 
     setting: str  # decoder, engine and cache
     artifact_id: str
     decoder_bytes: int  # of all files below decoder/
-    micro_f1: Estimate  # of the labels read from its texts, against the truth
+    micro_f1: Estimate  # of the labels read from its texts, against those of the reports
     macro_f1: Estimate
-    decode_tokens_per_s: float
-    prefill_s: float
-    total_s: float  # of a study, from the file to the last token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,59 +106,50 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """An artifact to compare. It is made when its turn comes, and dropped after it."""
+    """A model to compare. It is loaded when its turn comes, and dropped after it."""
 
     name: str
-    make: Callable[[], tuple[Path, Cost | None]]
+    load: Callable[[], tuple[lite.FindingsModel, Cost | None]]
     drop: Callable[[], object] = lambda: None
 
 
-def compare_artifacts(
-    candidates: Iterable[Candidate], films: Films, *, batch_size: int = BATCH_SIZE, device: str = "auto"
+def compare(
+    candidates: Iterable[Candidate], studies: Sequence[Study], *, batch_size: int = BATCH_SIZE
 ) -> Iterator[Row]:
-    """Compare artifacts with the first of them, one in memory at a time. One that fails does not stop the rest.
+    """Compare models with the first of them. One that fails does not stop the rest.
 
     Raises:
-        LiteError: the first cannot be made or measured.
+        LiteError: the first cannot be loaded or measured.
     """
-    reference: Drafts | None = None
-    with tempfile.TemporaryDirectory(prefix="reference-logits-") as folder:
-        for candidate in candidates:
-            name = candidate.name
-            try:
-                path, cost = candidate.make()
-                if reference is not None:
-                    check_comparable(path, reference.artifact)
-                model = lite.load(path, device=device)
-                drafts = draft(model, films.studies, name=name, batch_size=batch_size)
-                lost = None
-                if reference is None:
-                    reference = keep_logits(model, films.studies, drafts, Path(folder))
-                else:
-                    lost = loss(drafts, reference, diverge(model, films.studies, reference, name=name))
-                del model  # makes room for the next
-                yield Row(name=name, figures=figures(drafts, films.truth), loss=lost, cost=cost)
-            except LiteError as error:
-                if reference is None:
-                    raise
-                yield Row(name=name, error=str(error))
-            finally:
-                candidate.drop()
-
-
-def check_comparable(path: Path, reference: Artifact) -> None:
-    """Refuse an artifact that reads other tokens, other words or other pixels than the reference.
-
-    Raises:
-        ArtifactError: a setting differs; it is named.
-    """
-    check_belongs(load_artifact(path), settings_of(reference), reference=str(reference.path))
+    reference: Reference | None = None
+    for candidate in candidates:
+        name, lost = candidate.name, None
+        try:
+            model, cost = candidate.load()
+            if reference is not None:
+                check_belongs(model.artifact, reference.settings, reference=reference.name)
+            findings = draft(model, studies, name=name, batch_size=batch_size)
+            if reference is None:
+                reference = as_reference(model, studies, findings, name=name)
+            else:
+                divergence = diverge(model, studies, reference, name=name)
+                lost = _loss(findings, reference, divergence)
+            yield Row(name=name, figures=figures(model.artifact, findings, studies), loss=lost, cost=cost)
+            del model  # makes room for the next
+        except LiteError as error:
+            if reference is None:
+                raise
+            yield Row(name=name, error=str(error))
+        finally:
+            candidate.drop()
 
 
 # -- Its steps -------------------------------------------------------------------------------------------------------
 
 
-def draft(model: lite.FindingsModel, studies: Sequence[Study], *, name: str, batch_size: int = BATCH_SIZE) -> Drafts:
+def draft(
+    model: lite.FindingsModel, studies: Sequence[Study], *, name: str, batch_size: int = BATCH_SIZE
+) -> list[lite.Findings]:
     """Draft every study.
 
     Raises:
@@ -193,77 +161,59 @@ def draft(model: lite.FindingsModel, studies: Sequence[Study], *, name: str, bat
         if isinstance(result, lite.StudyError):
             raise result.error
         findings.append(result)
-    return Drafts(name=name, artifact=model.artifact, findings=tuple(findings))
+    return findings
 
 
-def draft_in_turns(models: Mapping[str, lite.FindingsModel], studies: Sequence[Study]) -> dict[str, Drafts]:
-    """Draft each film with each model before the next film, so that whatever slows the machine slows all of them.
-
-    The first film comes twice, and once does not count.
-    """
-    findings: dict[str, list[lite.Findings]] = {name: [] for name in models}
-    for study in tqdm((studies[0], *studies), desc="drafting", unit=" films", disable=None):
-        for name, model in models.items():
-            findings[name].append(model.findings(study.image, study.reason))
-    return {
-        name: Drafts(name=name, artifact=models[name].artifact, findings=tuple(found[1:]))
-        for name, found in findings.items()
-    }
+def decided_tokens(findings: lite.Findings, decoding: DecodingDefaults) -> tuple[int, ...]:
+    """Return what a model chose to write: its tokens, and EOS where it ended by itself."""
+    return findings.token_ids if findings.finish_reason == "length" else (*findings.token_ids, decoding.eos_token_id)
 
 
-def keep_logits(model: lite.FindingsModel, studies: Sequence[Study], drafts: Drafts, folder: Path) -> Drafts:
-    """Score a model's own texts, and keep the logits in a folder.
-
-    Raises:
-        LiteError: the disk has no room.
-    """
-    num_tokens = sum(len(drafts.token_ids(index)) for index in range(len(studies)))
-    needed = num_tokens * model.artifact.decoder_config().vocab_size * 4
-    if needed > 0.95 * (free := shutil.disk_usage(folder).free):
-        msg = f"{folder}: got {free / 1e9:.1f} GB of free disk · expected {needed / 1e9:.1f} GB for the reference's "
-        raise LiteError(f"{msg}logits · take fewer studies with --limit, or name a larger disk in TMPDIR")
-    for index, logits in enumerate(_scored(model, studies, drafts, drafts.name)):
-        np.save(folder / f"{index}.npy", logits)
-    return dataclasses.replace(drafts, logits=folder)
+def as_reference(
+    model: lite.FindingsModel, studies: Sequence[Study], findings: Sequence[lite.Findings], *, name: str
+) -> Reference:
+    """Score a model's own texts."""
+    settings = settings_of(model.artifact)
+    logits = [
+        model.score(study.image, decided_tokens(found, settings.decoding), study.reason)
+        for study, found in zip(_shown(studies, name), findings, strict=True)
+    ]
+    return Reference(name=name, settings=settings, findings=findings, logits=logits)
 
 
 def diverge(
     model: lite.FindingsModel, studies: Sequence[Study], yardstick: Yardstick, *, name: str
 ) -> DivergenceSummary:
     """Ask a candidate along the texts of a yardstick."""
-    logits = _scored(model, studies, yardstick, name)
-    return summarise([yardstick.compare(index, found) for index, found in enumerate(logits)])
+    return summarise(
+        [
+            yardstick.compare(index, model.score(study.image, yardstick.token_ids(index), study.reason))
+            for index, study in enumerate(_shown(studies, name))
+        ]
+    )
 
 
-def _scored(
-    model: lite.FindingsModel, studies: Sequence[Study], yardstick: Yardstick, name: str
-) -> Iterator[NDArray[np.float32]]:
-    for index, study in enumerate(tqdm(studies, desc=f"{name}: scoring", unit=" films", disable=None)):
-        yield model.score(study.image, yardstick.token_ids(index), study.reason)
+def _shown(studies: Sequence[Study], name: str) -> Iterable[Study]:
+    return tqdm(studies, desc=f"{name}: scoring", unit=" films", disable=None)
 
 
-def figures(drafts: Drafts, truth: Sequence[Readings]) -> Figures:
+def figures(artifact: Artifact, findings: Sequence[lite.Findings], studies: Sequence[Study]) -> Figures:
     """Say what can be said of a model alone."""
-    artifact, first = drafts.artifact, drafts.findings[0]
-    scores = label_f1(truth, [read_labels(text) for text in drafts.texts])
-    timings = [findings.timings for findings in drafts.findings if findings.timings.batch_size == 1]
-    # A text of one token decodes nothing.
-    steps = [step for timing in timings for step in timing.decode_steps_s]
+    first = findings[0]
+    scores = label_f1(
+        [read_labels(study.reference) for study in studies], [read_labels(found.text) for found in findings]
+    )
     return Figures(
         setting=f"{artifact.manifest.parts.decoder.describe()}, {first.engine}, {first.cache_dtype} cache",
         artifact_id=artifact.id,
         decoder_bytes=sum(file.stat().st_size for file in (artifact.path / "decoder").rglob("*") if file.is_file()),
         micro_f1=scores.micro,
         macro_f1=scores.macro,
-        decode_tokens_per_s=1 / statistics.median(steps) if steps else math.nan,
-        prefill_s=statistics.median(timing.prefill_s for timing in timings) if timings else math.nan,
-        total_s=statistics.median(timing.total_s for timing in timings) if timings else math.nan,
     )
 
 
-def loss(drafts: Drafts, reference: Drafts, divergence: DivergenceSummary) -> Loss:
-    """Say what can be said of a candidate beside its reference."""
-    texts = reference.texts, drafts.texts
+def _loss(findings: Sequence[lite.Findings], reference: Reference, divergence: DivergenceSummary) -> Loss:
+    texts = [found.text for found in reference.findings], [found.text for found in findings]
     return Loss(reference=reference.name, divergence=divergence, same_text=same_text(*texts), rouge_l=rouge_l(*texts))
 
 
@@ -272,8 +222,8 @@ def loss(drafts: Drafts, reference: Drafts, divergence: DivergenceSummary) -> Lo
 COLUMNS_NOTE: Final = """\
 KL(reference ‖ candidate), the share of equal top tokens and the ratio of perplexities are taken along the reference's
 texts. "leaves at": the median token, from 0, at which the candidate first disagrees, of the texts where it does.
-"equal texts", ROUGE-L: drafted freely, beside the reference's texts. F1: the labels of the texts against the truth.
-Times are medians, of films drafted in turns. [95 % interval]."""
+"equal texts", ROUGE-L: drafted freely, beside the reference's texts. F1: the labels of the texts against the reports.
+[95 % interval]."""
 
 
 def shown(value: float, digits: str = ".3f") -> str:
@@ -299,12 +249,6 @@ def _cells(row: Row) -> dict[str, str]:
         }
     if own is not None:
         cells |= {"F1 micro": shown(own.micro_f1.value), "F1 macro": shown(own.macro_f1.value)}
-        if not math.isnan(own.total_s):
-            cells |= {
-                "tokens/s": shown(own.decode_tokens_per_s, ".0f"),
-                "prefill ms": shown(own.prefill_s * 1e3, ".1f"),
-            }
-            cells |= {"study s": shown(own.total_s)}
     if row.cost is not None:
         cells |= {"export s": f"{row.cost.seconds:.1f}", "peak RSS MB": f"{row.cost.peak_rss_bytes / 1e6:,.0f}"}
     return cells
@@ -323,7 +267,7 @@ def report(tables: Mapping[str, Sequence[Row]], *, films: str, command: str, as_
     """Print tables and what they depend on, or all of it as one JSON object; return 1 when a row failed, else 0."""
     about = {"films": films, "machine": machine(), "versions": versions(), "command": command}
     if as_json:
-        found = {name: [to_json(row) for row in rows] for name, rows in tables.items()} | about
+        found = to_json(dict(tables)) | about
         sys.stdout.write(f"{json.dumps(found, ensure_ascii=False, allow_nan=False)}\n")
     else:
         own = {row.name: row.figures.artifact_id for rows in tables.values() for row in rows if row.figures is not None}

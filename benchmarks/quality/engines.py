@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import lite
-from benchmarks.quality.compare import Drafts, Films, Loss, diverge, keep_logits, loss
+from benchmarks.quality.compare import BATCH_SIZE, Candidate, Row, compare
+from lite.studies.study import Study
 
 ENGINES: Final[dict[str, dict[str, Any]]] = {
     "torch": {"engine": "torch", "device": "cpu"},
@@ -21,24 +22,18 @@ BESIDE: Final = {"torch": ("torch-int8-cache", "onnx", "onnx-int8-cache"), "onnx
 """References, and what is asked along their texts."""
 
 
-def load_engines(path: Path) -> dict[str, lite.FindingsModel]:
-    """Load an artifact with each of `ENGINES`.
+def compare_engines(path: Path, studies: Sequence[Study], *, batch_size: int = BATCH_SIZE) -> dict[str, list[Row]]:
+    """Compare `ENGINES` on an artifact: a table for each reference of `BESIDE`.
 
     Raises:
-        LiteError: it has no `decoder.onnx`.
+        LiteError: the artifact has no `decoder.onnx`, or a reference cannot be measured.
     """
-    return {name: lite.load(path, **options) for name, options in ENGINES.items()}
+    tables = {}
+    for reference, others in reversed(BESIDE.items()):  # onnx first: an artifact without it is found at once
+        candidates = [Candidate(name=name, load=partial(_load, path, name)) for name in (reference, *others)]
+        tables[f"beside {reference}"] = list(compare(candidates, studies, batch_size=batch_size))
+    return tables
 
 
-def compare_engines(
-    models: Mapping[str, lite.FindingsModel], drafts: Mapping[str, Drafts], films: Films
-) -> dict[tuple[str, str], Loss]:
-    """Compare what `ENGINES` have drafted: the loss of each candidate and reference of `BESIDE`."""
-    losses = {}
-    for reference, candidates in BESIDE.items():
-        with tempfile.TemporaryDirectory(prefix="reference-logits-") as folder:
-            kept = keep_logits(models[reference], films.studies, drafts[reference], Path(folder))
-            for name in candidates:
-                divergence = diverge(models[name], films.studies, kept, name=name)
-                losses[name, reference] = loss(drafts[name], kept, divergence)
-    return losses
+def _load(path: Path, name: str) -> tuple[lite.FindingsModel, None]:
+    return lite.load(path, **ENGINES[name]), None

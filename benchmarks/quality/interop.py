@@ -1,10 +1,10 @@
 """Whether other programs read `decoder/` as this project does: `make interop`, `python -m benchmarks quality interop`.
 
-A folder in a known format is worth what other readers make of it. Each folder is read twice:
+A folder in a known format is worth what other readers make of it. Each artifact's is read twice:
 
-    decoder/ ─┬─ by `kernels`, expanded to float32 ──▶ dense Llama ─▶ logits
+    decoder/ ─┬─ by the torch engine, in float32 ─▶ logits
               └─ by a peer (transformers with gptqmodel or bitsandbytes, gptqmodel; `interop_peer` in its environment)
-                                                  ───▶ its kernels ─▶ logits
+                                                 ─▶ its kernels ─▶ logits
 
 and compared twice. *Weights*: the peer's own linears are given the identity matrix, so that what comes out are the
 weights its kernel really multiplies with. They have to be ours bit for bit, after a rounding that is named; a kernel
@@ -24,13 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from kernels.bnb import Int8Weight, Nf4Weight
 from kernels.gptq import GptqWeight
+from lite.artifact.open import Artifact, load_artifact
 from lite.bench.table import markdown_table, to_json
 from lite.console import say
+from lite.engines.protocol import Segment
+from lite.engines.torch_engine.linear import Weight, linears_of
+from lite.engines.torch_engine.load import load_decoder, parts_of
 from lite.errors import LiteError
 from lite.eval.divergence import compare_logits
 
@@ -49,58 +55,15 @@ a reader in float32. int8 is bitsandbytes' LLM.int8(), which rounds activations 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
-    """A linear's weight as this project expands it."""
-
-    weight: Tensor  # float32 [N, K]
-    rounded_scales: Tensor | None = None  # the same from scales rounded to bfloat16 first; None where nobody does that
-    last_bit: float = 0.0  # relative difference that a peer's order of multiplications makes
-
-    def roundings(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights as kernels may hold them, in float32, each with the name of its rounding."""
-        yield "float32", self.weight
-        yield "float16", self.weight.half().float()
-        if self.rounded_scales is not None:
-            yield "bfloat16, scales too", self.rounded_scales.bfloat16().float()
-        yield "bfloat16", self.weight.bfloat16().float()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Folder:
     """A decoder folder, read by this project."""
 
     path: Path
-    config: dict[str, Any]
-    format: str  # "gptq", "nf4", "int8", or the dtype of weights that are not quantised
-    bits: int
-    group_size: int | None  # of GPTQ: inputs that share a scale, -1 for all
-    linears: dict[str, Linear]  # by module name
-    others: dict[str, Tensor]
-
-    def input_ids(self) -> Tensor:
-        """Return the ids that every model is asked about, int64 [NUM_SEQUENCES, SEQUENCE_LENGTH]."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.config["vocab_size"], (NUM_SEQUENCES, SEQUENCE_LENGTH), generator=generator)
-
-    def logits(self) -> Tensor:
-        """Compute logits [sequences, positions, vocabulary] with plain float32 weights and no quantisation code.
-
-        Raises:
-            LiteError: the folder's tensors are not those of its config.
-        """
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        plain = {key: value for key, value in self.config.items() if key not in ("quantization_config", "dtype")}
-        model: Any = LlamaForCausalLM(LlamaConfig(**(plain | {"attn_implementation": "eager"})))
-        weights = self.others | {f"{name}.weight": linear.weight for name, linear in self.linears.items()}
-        try:
-            model.float().load_state_dict(weights)
-        except RuntimeError as error:
-            msg = f"{self.path}: got tensors other than its config.json has ({error}) · export it again"
-            raise LiteError(msg) from error
-        with torch.inference_mode():
-            logits: Tensor = model.eval()(self.input_ids(), use_cache=False).logits
-        return logits
+    format: str  # "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8" or "16 bits"
+    group_size: int | None
+    linears: dict[str, Weight]  # by module name
+    logits: NDArray[np.float32]  # [NUM_SEQUENCES, SEQUENCE_LENGTH, vocabulary]
+    input_ids: list[list[int]]  # what they are on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,68 +81,52 @@ class Comparison:
     wrong: str = ""  # what disagrees; figures are None when there is nothing to compare
 
 
-def read_folder(path: Path) -> Folder:
-    """Read an artifact's `decoder/`, or such a folder itself.
+def read_folder(artifact: Artifact) -> Folder:
+    """Read an artifact's `decoder/` by the torch engine.
 
     Raises:
-        LiteError: it is not there, not a Llama folder, or in a format that is not known here.
+        LiteError: it cannot.
     """
-    folder = path / "decoder" if (path / "decoder").is_dir() else path
-    config_file, files = folder / "config.json", sorted(folder.glob("*.safetensors"))
-    if not config_file.is_file() or not files:
-        msg = f"{path}: got no config.json with *.safetensors there or in its decoder/ · expected an artifact or a "
-        raise LiteError(f"{msg}decoder folder · `make interop` exports some, or: python -m export --help")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    quantization = config.get("quantization_config") or {}
-    match quantization.get("quant_method"):
-        case None:
-            name, bits = (
-                str(config.get("dtype") or config.get("torch_dtype")),
-                8 * next(iter(tensors.values())).itemsize,
-            )
-            marks: tuple[str, ...] = ("_proj.weight", "lm_head.weight")
-        case "gptq":
-            name, bits, marks = "gptq", int(quantization["bits"]), (".qweight",)
-            if (stored_as := quantization.get("checkpoint_format", "gptq")) != "gptq":
-                msg = f"{folder}: got checkpoint_format {stored_as!r} · expected 'gptq' (version 1) · export it as that"
-                raise LiteError(msg)
-        case "bitsandbytes":
-            name, bits = ("nf4", 4) if quantization.get("load_in_4bit") else ("int8", 8)
-            marks = (".weight.quant_state.bitsandbytes__nf4",) if bits == 4 else (".SCB",)
-        case method:
-            msg = f"{folder}: got quant_method {method!r} · expected gptq, bitsandbytes or none · export it as such"
-            raise LiteError(msg)
-    modules = sorted(key.rpartition(".weight")[0] or key.rpartition(".")[0] for key in tensors if key.endswith(marks))
-    if not modules:
-        raise LiteError(f"{folder}: got no linear in the format {name} · expected some · export it again")
-    try:
-        linears = {module: _expand(name, module, tensors) for module in modules}
-    except ValueError as error:
-        raise LiteError(f"{folder}: {error} · export it again") from error
-    group_size = int(quantization["group_size"]) if name == "gptq" else None
-    others = {key: tensor.float() for key, tensor in tensors.items()}
+    decoder, quantization = load_decoder(artifact, device="cpu"), artifact.decoder_config().quantization
+    linears = linears_of(decoder)
+    by_part = {name: dict(zip(linear.parts, linear.weights, strict=True)) for name, linear in linears.items()}
+    parts = {module: by_part[name][part] for module, (name, part) in parts_of(linears).items()}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.config.vocab_size, (NUM_SEQUENCES, SEQUENCE_LENGTH), generator=generator).tolist()
+    cache, logits = decoder.new_cache(NUM_SEQUENCES, SEQUENCE_LENGTH), []
+    for row, input_ids in enumerate(ids):
+        asked: Segment[Any] = Segment(
+            row=row, start=0, input_ids=tuple(input_ids), image_features=None, num_logits=SEQUENCE_LENGTH
+        )
+        logits.append(decoder.logits(asked, cache))
     return Folder(
-        path=folder, config=config, format=name, bits=bits, group_size=group_size, linears=linears, others=others
+        path=artifact.path / "decoder",
+        format=quantization.format if quantization is not None else "16 bits",
+        group_size=quantization.group_size if quantization is not None else None,
+        # What of a quantised decoder is in 16 bits is read as that.
+        linears={name: own for name, own in parts.items() if not quantization or not isinstance(own, torch.Tensor)},
+        logits=np.stack(logits),
+        input_ids=ids,
     )
 
 
-def _expand(name: str, module: str, tensors: dict[str, Tensor]) -> Linear:
-    """Take a linear's tensors out of `tensors`, and expand them."""
-    own = {key: tensors.pop(key) for key in [key for key in tensors if key.startswith(f"{module}.")]}
-    own = {key.removeprefix(f"{module}."): tensor for key, tensor in own.items()}
-    if name == "gptq":
-        # How many bits a linear has is told by its shapes: lm_head may have more than the rest.
-        bits = 32 * len(own["qweight"]) // max(1, len(own.get("g_idx", ())))
-        gptq = GptqWeight.from_tensors(own, bits=bits if bits in (4, 8) else 4)
-        rounded = dataclasses.replace(gptq, scales=gptq.scales.bfloat16())
-        return Linear(weight=gptq.dequantize(torch.float32), rounded_scales=rounded.dequantize(torch.float32))
-    if name == "nf4":
-        return Linear(weight=Nf4Weight.from_tensors(own).dequantize(torch.float32))
-    if name == "int8":
-        # The kernel multiplies three float32 numbers, then rounds to float16: at times to the neighbour of ours.
-        return Linear(weight=Int8Weight.from_tensors(own).dequantize(torch.float32), last_bit=2**-10)
-    return Linear(weight=own["weight"].float())
+def _roundings(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """Yield a weight as kernels may hold it, in float32 [N, K], each with the name of its rounding."""
+    ours = _dense(weight)
+    yield "float32", ours
+    yield "float16", ours.half().float()
+    if isinstance(weight, GptqWeight):
+        scaled = dataclasses.replace(weight, scales=weight.scales.bfloat16())
+        yield "bfloat16, scales too", _dense(scaled).bfloat16().float()
+    if isinstance(weight, Nf4Weight):  # bitsandbytes does that on a CPU that multiplies bfloat16, with the codes, too
+        rounded = dataclasses.replace(weight, quant_map=weight.quant_map.bfloat16().float())
+        scales = weight.block_scales().bfloat16().float()
+        yield "bfloat16, scales too", rounded.rows(0, len(scales), torch.float32, scales).bfloat16().float()
+    yield "bfloat16", ours.bfloat16().float()
+
+
+def _dense(weight: Weight) -> Tensor:
+    return weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
 
 
 # -- Comparing -------------------------------------------------------------------------------------------------------
@@ -190,10 +137,9 @@ def request_of(folder: Folder) -> dict[str, Any]:
     return {
         "folder": str(folder.path.resolve()),
         "format": folder.format,
-        "bits": folder.bits,
         "group_size": folder.group_size,
         "linears": list(folder.linears),
-        "input_ids": folder.input_ids().tolist(),
+        "input_ids": folder.input_ids,
     }
 
 
@@ -210,9 +156,8 @@ def check(folder: Folder, python: Path) -> tuple[list[Comparison], dict[str, str
     Raises:
         LiteError: there is no such environment, or it does not work.
     """
-    request, ours = request_of(folder), folder.logits()
     with tempfile.TemporaryDirectory(prefix="interop-") as work:
-        (Path(work) / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        (Path(work) / "request.json").write_text(json.dumps(request_of(folder)), encoding="utf-8")
         command = [str(python), "-I", str(Path(__file__).with_name("interop_peer.py")), work]
         try:
             done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace")
@@ -221,25 +166,25 @@ def check(folder: Folder, python: Path) -> tuple[list[Comparison], dict[str, str
             raise LiteError(msg) from error
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-            raise LiteError(
-                f"{python}: got exit status {done.returncode} ({said}) · expected answers · run it by itself"
-            )
+            msg = f"{python}: got exit status {done.returncode} ({said}) · expected answers · run it by itself"
+            raise LiteError(msg)
         document = json.loads((Path(work) / "answers.json").read_text(encoding="utf-8"))
         rows = [
-            compare(folder, ours, reader, answer, Path(work) / f"{reader}.safetensors")
+            compare(folder, reader, answer, Path(work) / f"{reader}.safetensors")
             for reader, answer in document["answers"].items()
         ]
+    if any("failed" in answer for answer in document["answers"].values()):
+        say(textwrap.indent(done.stderr.strip(), "  | "))
     if all(row.skipped for row in rows):  # a gate that nothing went through is not passed
         rows[-1] = dataclasses.replace(rows[-1], wrong="no peer read this folder")
     return rows, document["versions"]
 
 
-def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str], file: Path) -> Comparison:
+def compare(folder: Folder, reader: str, answer: Mapping[str, str], file: Path) -> Comparison:
     """Compare what a peer made of a folder with our reading.
 
     Args:
         folder: our reading.
-        ours: its logits.
         reader: the peer.
         answer: what it says of itself: see `interop_peer.read`.
         file: with its weights and logits.
@@ -247,15 +192,14 @@ def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str]
     if "skipped" in answer:
         return Comparison(reader=reader, skipped=answer["skipped"])
     if "failed" in answer:
-        say(textwrap.indent(answer["said"], "  | "))
         return Comparison(reader=reader, wrong=f"cannot read it: {answer['failed']}")
     found = load_file(file)
-    theirs, dtype = found.pop("logits"), answer["dtype"]
+    theirs, dtype = found.pop("logits").numpy(), answer["dtype"]
     weights, exact = _compare_weights(folder, found)
     wrong = [] if exact else ["the weights differ"]
     try:
-        flat, rows = theirs.flatten(0, 1).numpy(), ours.flatten(0, 1).numpy()
-        apart = compare_logits(rows, flat, [0] * len(flat))
+        ours = np.concatenate(folder.logits)
+        apart = compare_logits(ours, np.concatenate(theirs), [0] * len(ours))
     except LiteError as error:
         return Comparison(reader=reader, weights=weights, wrong="; ".join([*wrong, str(error)]))
     mean_kl = float(apart.kl.mean())
@@ -266,7 +210,7 @@ def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str]
         kernel=answer["kernel"],
         dtype=dtype,
         weights=weights,
-        max_abs_logits=float((theirs - ours).abs().max()),
+        max_abs_logits=float(np.abs(theirs - folder.logits).max()),
         mean_kl=mean_kl,
         same_top=float(apart.same_top.mean()),
         wrong="; ".join(wrong),
@@ -276,12 +220,13 @@ def compare(folder: Folder, ours: Tensor, reader: str, answer: Mapping[str, str]
 def _compare_weights(folder: Folder, found: Mapping[str, Tensor]) -> tuple[str, bool]:
     """Return how the peer's weights compare with ours, and whether every linear's are ours after a known rounding."""
     as_what: set[str] = set()
-    for name, ours in folder.linears.items():
+    for name, weight in folder.linears.items():
         if name not in found:
             return f"{name}: not there", False
-        candidates = [(kind, (weight - found[name]).abs()) for kind, weight in ours.roundings()]
+        candidates = [(kind, (ours - found[name]).abs()) for kind, ours in _roundings(weight)]
+        # bitsandbytes multiplies three float32 numbers, then rounds to float16: at times to the neighbour of ours.
+        allowed = (2**-10 if isinstance(weight, Int8Weight) else 0) * _dense(weight).abs()
         # Written so that NaN is a difference. The rounding meant is the one that explains most.
-        allowed = ours.last_bit * ours.weight.abs()
         counts = [(int((~(apart <= allowed)).sum()), int((apart != 0).sum())) for _, apart in candidates]
         best = counts.index(min(counts))
         (kind, apart), (different, inexact) = candidates[best], counts[best]
@@ -318,14 +263,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     document: dict[str, Any] = {"folders": {}}
     every: list[Comparison] = []
-    for path in arguments.folders:
-        folder = read_folder(path)
+    for path in arguments.artifacts:
+        folder = read_folder(load_artifact(path))
         rows, document["versions"] = check(folder, arguments.python)
         document["folders"][str(folder.path)] = [to_json(row) for row in rows]
         every += rows
         if not arguments.json:
-            about = f"{folder.path}: {folder.format}, {folder.bits} bits, {len(folder.linears)} linears"
-            sys.stdout.write(f"{about}\n\n{table(rows)}\n\n")
+            sys.stdout.write(f"{folder.path}: {folder.format}, {len(folder.linears)} linears\n\n{table(rows)}\n\n")
             sys.stdout.flush()
     compared = [row for row in every if not row.skipped]
     if arguments.json:

@@ -1,6 +1,6 @@
 """How other programs read a decoder folder: a script for their own environment, `python -I interop_peer.py WORK`.
 
-    WORK/request.json        folder, format, bits, group_size, linears (names), input_ids
+    WORK/request.json        folder, format, group_size, linears (names), input_ids
     WORK/answers.json        for each reader: kernel and dtype of what ran, or why it was skipped or what failed
     WORK/READER.safetensors  "logits", and by the name of each linear the weight that it really multiplies with
 
@@ -14,14 +14,11 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import io
 import json
-import logging
 import os
 import platform
 import sys
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -47,9 +44,8 @@ class Request:
     """What is to be read."""
 
     folder: Path
-    format: str  # "gptq", "nf4", "int8", or the dtype of weights that are not quantised
-    bits: int
-    group_size: int | None
+    format: str  # "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8" or "16 bits"
+    group_size: int | None  # of GPTQ: inputs that share a scale, -1 for all
     linears: list[str]
     input_ids: list[list[int]]
 
@@ -69,35 +65,19 @@ def read(request: Request, reader: Reader, out: Path) -> dict[str, str]:
     """Let a peer read the folder, and write what its linears and its logits are.
 
     Returns:
-        kernel and dtype; or "skipped", why; or "failed", with what it "said".
+        kernel and dtype, or why it was "skipped", or how it "failed".
     """
     missing = [package for package in reader.needs if importlib.util.find_spec(package) is None]
     if missing:
         return {"skipped": f"{' and '.join(missing)} not installed: run this by `make interop`"}
     if (reason := reader.refuses(request)) is not None:
         return {"skipped": reason}
-    said = io.StringIO()
     try:
-        with _listening(said):
-            model = reader.load(request.folder)
-            answer, tensors = _ask(model, request)
-            save_file(tensors, out)
+        answer, tensors = _ask(reader.load(request.folder), request)
     except Exception as error:  # noqa: BLE001 - whatever a peer raises is the answer, and the next peer is asked
-        return {"failed": f"{type(error).__name__}: {error}", "said": said.getvalue()}
+        return {"failed": f"{type(error).__name__}: {error}"}
+    save_file(tensors, out)
     return answer
-
-
-@contextlib.contextmanager
-def _listening(said: io.StringIO) -> Iterator[None]:
-    """Keep what the peers print to themselves: greetings, warnings and progress bars, of interest when they fail."""
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)
 
 
 def _ask(model: Any, request: Request) -> tuple[dict[str, str], dict[str, Tensor]]:  # noqa: ANN401 - a peer's model
@@ -108,7 +88,10 @@ def _ask(model: Any, request: Request) -> tuple[dict[str, str], dict[str, Tensor
     def note(module: Any, inputs: tuple[Tensor, ...], _: object) -> None:  # noqa: ANN401
         kernel = type(module).__name__
         kernels.add(kernel)
-        dtypes.add(_COMPUTES_IN.get(kernel, str(inputs[0].dtype).removeprefix("torch.")))
+        given = str(inputs[0].dtype).removeprefix("torch.")
+        # Linear4bit, on a CPU that multiplies bfloat16.
+        given = "bfloat16" if getattr(module, "support_avx512bf16_for_cpu", False) else given
+        dtypes.add(_COMPUTES_IN.get(kernel, given))
 
     hooks = [module.register_forward_hook(note) for module in linears.values()]
     with torch.inference_mode():
@@ -169,7 +152,7 @@ def _load_by_gptqmodel(folder: Path) -> Any:  # noqa: ANN401 - a peer's model
 
 def _beyond_its_choice(request: Request) -> str | None:
     """Say what the kernel that gptqmodel chooses by itself cannot do (7.6)."""
-    if request.bits == 4 and request.group_size == -1:
+    if request.format == "gptq-int4" and request.group_size == -1:
         return "for 4 bits and group size -1 it chooses TorchFusedLinear, which torch has no such product for"
     return None
 
@@ -183,7 +166,7 @@ def _beyond_transformers(request: Request) -> str | None:
 
 def readers(request: Request) -> list[Reader]:
     """Return the peers that read a format."""
-    if request.format == "gptq":
+    if request.format.startswith("gptq"):
         peers = ("gptqmodel", "optimum", "accelerate")
         return [
             Reader(
@@ -195,7 +178,7 @@ def readers(request: Request) -> list[Reader]:
             Reader(name="gptq_torch", needs=peers, load=_load_gptq_in_float32, refuses=_beyond_transformers),
             Reader(name="gptqmodel", needs=peers, load=_load_by_gptqmodel, refuses=_beyond_its_choice),
         ]
-    needs = ("bitsandbytes", "accelerate") if request.format in ("nf4", "int8") else ()
+    needs = ("bitsandbytes", "accelerate") if request.format.startswith("bnb") else ()
     return [Reader(name="transformers", needs=needs, load=_load_by_transformers)]
 
 

@@ -23,7 +23,6 @@ def _gptq(bits: int, group_size: int, method: str) -> Recipe:
     return Recipe(name=name if calibrated else f"{name}-{method}", options=options, calibrated=calibrated)
 
 
-REFERENCE: Final = Recipe(name="fp16", options=("--decoder", "fp16"))
 FORMATS: Final = (
     _gptq(8, 128, "gptq"),
     _gptq(8, 128, "rtn"),

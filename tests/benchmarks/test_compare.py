@@ -1,11 +1,12 @@
-"""The loss of an artifact against another one: real exports, one of them slightly damaged."""
+"""The loss of artifacts and engines beside others: real exports, one of them slightly damaged."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,35 +16,37 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tiny_artifact
 from torch.nn import functional as F
 
-from benchmarks.phantom.score import read_truth
+import lite
+from benchmarks import demo
 from benchmarks.phantom.write import write_studies
-from benchmarks.quality.command import main, read_films
-from benchmarks.quality.compare import Candidate, Drafts, Films, Loss, Row, compare_artifacts, draft, keep_logits
+from benchmarks.quality import command
+from benchmarks.quality.command import main
+from benchmarks.quality.compare import Candidate, Loss, Row, compare, decided_tokens, draft
+from benchmarks.quality.engines import BESIDE
 from lite.artifact.open import Artifact
 from lite.artifact.write import staged_artifact
-from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
+from lite.config import DecodingDefaults
 from lite.console import short_names
-from lite.errors import ArtifactError, ImageError, LiteError
+from lite.errors import ImageError
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
-from lite.eval.record import check_belongs, settings_of
 from lite.loading import load
 from lite.model import FindingsModel
 from lite.studies.readers import read_studies
+from lite.studies.study import Study
 
 NUM_FILMS = 6
-DAMAGED = "model.layers.1.self_attn.o_proj.weight"
+DAMAGED = r"model\.layers\.1\.self_attn\.o_proj\.weight"
 
 
-def scaled_copy(artifact: Artifact, out: Path, factor: float) -> Path:
-    """Copy an artifact with one matrix of its decoder scaled: a complete artifact that computes a little else."""
+def scaled_copy(artifact: Artifact, out: Path, names: str, factor: float) -> Path:
+    """Copy an artifact, the tensors of its decoder whose names match scaled: complete, and computing a little else."""
     with staged_artifact(out) as staged:
         shutil.copytree(artifact.path, staged.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
         for file in (staged.path / "decoder").glob("*.safetensors"):
-            weights = load_file(file)
-            if DAMAGED in weights:
-                weights[DAMAGED] = (weights[DAMAGED].float() * factor).half()
-                save_file(weights, file)
+            tensors = load_file(file)
+            tensors |= {name: (t.float() * factor).half() for name, t in tensors.items() if re.fullmatch(names, name)}
+            save_file(tensors, file, metadata={"format": "pt"})
         staged.finish(artifact.manifest)
     return out
 
@@ -55,36 +58,47 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact) -> Path:
-    return scaled_copy(demo_artifact, tmp_path_factory.mktemp("damaged") / "artifact", 2.0)
+    return scaled_copy(demo_artifact, tmp_path_factory.mktemp("damaged") / "artifact", DAMAGED, 2.0)
 
 
 @pytest.fixture(scope="module")
-def films(listed: Path) -> Films:
-    return read_films(listed)
+def studies(listed: Path) -> Sequence[Study]:
+    return read_studies(listed)
 
 
 @pytest.fixture(scope="module")
-def rows(demo_artifact: Artifact, damaged: Path, films: Films) -> list[Row]:
-    """The demo model, itself again, and the damaged one."""
+def damaged_model(damaged: Path) -> FindingsModel:
+    return load(damaged, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(
+    demo_artifact: Artifact, damaged: Path, studies: Sequence[Study], tmp_path_factory: pytest.TempPathFactory
+) -> list[Row]:
+    """The demo model, itself again, and the damaged one, each in a folder that is there for its turn only."""
+    folder = tmp_path_factory.mktemp("turns") / "artifact"
     dropped: list[str] = []
+
+    def candidate(name: str, path: Path) -> Candidate:
+        def make() -> tuple[FindingsModel, None]:
+            return load(Path(shutil.copytree(path, folder)), device="cpu"), None
+
+        def drop() -> None:
+            shutil.rmtree(folder)
+            dropped.append(name)
+
+        return Candidate(name=name, load=make, drop=drop)
+
     paths = {"fp16": demo_artifact.path, "again": demo_artifact.path, "damaged": damaged}
-
-    def candidate(name: str) -> Candidate:
-        def make() -> tuple[Path, None]:
-            assert len(dropped) == list(paths).index(name)  # one after the other
-            return paths[name], None
-
-        return Candidate(name=name, make=make, drop=lambda: dropped.append(name))
-
-    rows = list(compare_artifacts(map(candidate, paths), films, batch_size=4, device="cpu"))
+    rows = list(compare((candidate(*item) for item in paths.items()), studies, batch_size=4))
     assert dropped == [row.name for row in rows] == list(paths)
+    assert [row.error for row in rows] == [None] * 3
     return rows
 
 
 @pytest.fixture(scope="module")
-def reference(demo_model: FindingsModel, films: Films, tmp_path_factory: pytest.TempPathFactory) -> Drafts:
-    drafts = draft(demo_model, films.studies, name="fp16")
-    return keep_logits(demo_model, films.studies, drafts, tmp_path_factory.mktemp("logits"))
+def drafts(demo_model: FindingsModel, studies: Sequence[Study]) -> list[lite.Findings]:
+    return draft(demo_model, studies, name="fp16")
 
 
 def loss_of(row: Row) -> Loss:
@@ -101,24 +115,25 @@ def test_an_artifact_loses_nothing_against_itself(rows: list[Row], demo_artifact
     assert math.isnan(divergence.first_divergent_token.value)
     assert again.figures is not None
     assert again.figures.artifact_id == demo_artifact.id
-    # Studies that share a batch have no time of their own.
-    assert math.isnan(again.figures.total_s)
     assert first.loss is None
     assert repr(again.figures) == repr(first.figures)
 
 
 def test_divergence_is_measured_along_the_references_text(
-    reference: Drafts, rows: list[Row], demo_model: FindingsModel, damaged: Path, listed: Path
+    drafts: list[lite.Findings],
+    rows: list[Row],
+    demo_model: FindingsModel,
+    damaged_model: FindingsModel,
+    studies: Sequence[Study],
 ) -> None:
-    candidate = load(damaged, device="cpu")
     kl, same_top, nll = [], [], []
-    for index, study in enumerate(read_studies(listed)):
-        token_ids = reference.token_ids(index)
-        assert token_ids[:-1] == demo_model.findings(study.image, study.reason).token_ids
+    for study, found in zip(studies, drafts, strict=True):
+        token_ids = decided_tokens(found, demo_model.artifact.manifest.decoding)
+        assert token_ids[:-1] == found.token_ids
         assert token_ids[-1] == demo_model.artifact.manifest.decoding.eos_token_id
         p, q = (
             torch.from_numpy(model.score(study.image, token_ids, study.reason)).double()
-            for model in (demo_model, candidate)
+            for model in (demo_model, damaged_model)
         )
         kl.append(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1))
         same_top.append(p.argmax(-1) == q.argmax(-1))
@@ -136,19 +151,17 @@ def test_divergence_is_measured_along_the_references_text(
     assert divergence.first_divergent_token.count == len(first)
 
 
-def test_texts_are_compared_and_scored_against_what_was_drawn(
-    rows: list[Row], demo_model: FindingsModel, damaged: Path, listed: Path
+def test_texts_are_compared_and_scored_against_the_reports(
+    rows: list[Row], drafts: list[lite.Findings], damaged_model: FindingsModel, studies: Sequence[Study]
 ) -> None:
-    films = [(study.image, study.reason) for study in read_studies(listed)]
-    theirs, ours = (
-        [findings.text for findings in model.findings_batch(films)]
-        for model in (demo_model, load(damaged, device="cpu"))
-    )
-    truth = list(read_truth(listed).values())
+    theirs = [found.text for found in drafts]
+    ours = [found.text for found in draft(damaged_model, studies, name="damaged")]
+    truth = [read_labels(study.reference) for study in studies]
     for figures, texts in ((rows[0].figures, theirs), (rows[2].figures, ours)):
         expected = label_f1(truth, [read_labels(text) for text in texts])
         assert figures is not None
         assert (figures.micro_f1, figures.macro_f1) == (expected.micro, expected.macro)
+        assert figures.setting == "fp16, torch, float32 cache"
     same = [a == b for a, b in zip(ours, theirs, strict=True)]
     loss = loss_of(rows[2])
     assert 0 < sum(same) < NUM_FILMS
@@ -158,61 +171,19 @@ def test_texts_are_compared_and_scored_against_what_was_drawn(
     assert loss.divergence.without_divergence.value == loss.same_text.value
 
 
-def test_a_row_says_what_was_loaded(rows: list[Row], damaged: Path) -> None:
-    row = rows[2]
-    files = [file for file in (damaged / "decoder").rglob("*") if file.is_file()]
-    assert row.figures is not None
-    assert row.figures.decoder_bytes == sum(file.stat().st_size for file in files)
-    assert row.figures.setting == "fp16, torch, float32 cache"
-
-
-def test_the_logits_are_kept_study_by_study(reference: Drafts, demo_artifact: Artifact) -> None:
-    assert reference.logits is not None
-    kept = sorted(reference.logits.iterdir())
-    assert [file.name for file in kept] == [f"{index}.npy" for index in range(NUM_FILMS)]
-    for index, file in enumerate(kept):
-        logits = np.load(file)
-        assert logits.shape == (len(reference.token_ids(index)), demo_artifact.decoder_config().vocab_size)
-        assert logits.dtype == np.float32
-    with pytest.raises(LiteError, match="got drafts without logits"):
-        dataclasses.replace(reference, logits=None).compare(0, np.zeros((1, 1)))
-
-
-def test_a_text_that_was_cut_gets_no_end(tmp_path: Path, tokenizer_model: bytes, listed: Path) -> None:
+def test_a_text_that_was_cut_gets_no_end(tmp_path: Path, tokenizer_model: bytes, studies: Sequence[Study]) -> None:
     tiny = write_tiny_artifact(tmp_path / "tiny", tokenizer_model, decoding=DecodingDefaults(max_new_tokens=3))
-    studies = read_films(listed, limit=2).studies
-    assert len(studies) == 2
-    drafts = draft(load(tiny.path, device="cpu"), studies, name="tiny")
-    assert [len(drafts.token_ids(index)) for index in (0, 1)] == [3, 3]
-    assert all(2 not in drafts.token_ids(index) for index in (0, 1))
-
-
-def test_artifacts_of_different_checkpoints_are_refused(
-    tmp_path: Path, tokenizer_model: bytes, tiny_artifact: Artifact, demo_artifact: Artifact
-) -> None:
-    with pytest.raises(ArtifactError, match=r"got tokenizer sha256 '[0-9a-f]{64}' · expected '[0-9a-f]{64}', as in"):
-        check_belongs(demo_artifact, settings_of(tiny_artifact), reference=str(tiny_artifact.path))
-    for number, (changes, message) in enumerate(
-        (
-            ({"prompt": PromptTemplate(question_without_reason="What is seen?")},
-             r"got prompt.question_without_reason 'What is seen\?' · expected 'Provide a desc"),
-            ({"preprocessing": Preprocessing(image_size=28, mean=(0.5, 0.5, 0.5))}, r"got preprocessing.mean \(0.5"),
-            ({"decoding": DecodingDefaults(max_new_tokens=7)}, "got decoding.max_new_tokens 7 · expected 24"),
-        )
-    ):  # fmt: skip
-        other = write_tiny_artifact(tmp_path / str(number), tokenizer_model, **changes)
-        with pytest.raises(ArtifactError, match=message):
-            check_belongs(other, settings_of(tiny_artifact), reference=str(tiny_artifact.path))
-    same = write_tiny_artifact(tmp_path / "same", tokenizer_model)
-    check_belongs(same, settings_of(tiny_artifact), reference=str(tiny_artifact.path))
+    (found,) = draft(load(tiny.path, device="cpu"), studies[:1], name="tiny")
+    assert len(decided_tokens(found, tiny.manifest.decoding)) == 3
+    assert 2 not in decided_tokens(found, tiny.manifest.decoding)
 
 
 def test_a_candidate_is_refused_before_anything_is_computed(
     tmp_path: Path, tiny_artifact: Artifact, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     no_list = str(tmp_path / "none.json")
-    command = ["artifacts", no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
-    assert main(command) == 1
+    arguments = ["artifacts", no_list, str(demo_artifact.path), "--reference", str(tiny_artifact.path)]
+    assert main(arguments) == 1
     assert "error: " in (err := capsys.readouterr().err)
     assert "got tokenizer sha256" in err
 
@@ -220,8 +191,8 @@ def test_a_candidate_is_refused_before_anything_is_computed(
 def test_the_command_prints_a_table(
     listed: Path, demo_artifact: Artifact, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["artifacts", str(listed), "--reference", str(demo_artifact.path), str(damaged)]
-    assert main([*command, "--limit", "2", "--device", "cpu"]) == 0
+    arguments = ["artifacts", str(listed), "--reference", str(demo_artifact.path), str(damaged)]
+    assert main([*arguments, "--limit", "2", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     header, rule, *rows = printed.partition("\n\n")[0].splitlines()
     columns = [cell.strip() for cell in header.split("|")[1:-1]]
@@ -230,8 +201,7 @@ def test_the_command_prints_a_table(
     names = short_names([demo_artifact.path, damaged])
     assert [row["row"] for row in cells] == names
     assert [row["beside"] for row in cells] == ["–", names[0]]
-    # Nothing was exported here, and nothing was timed.
-    assert not {"export s", "study s"} & set(columns)
+    assert "export s" not in columns  # nothing was exported here
     assert f"- Films: 2 of {listed}.\n" in printed
     assert f"- Artifacts: {names[0]} {demo_artifact.id}, {names[1]} " in printed
     assert cells[0]["KL, nats/token"] == "–"
@@ -243,11 +213,11 @@ def test_the_command_prints_a_table(
 def test_a_candidate_that_cannot_compute_does_not_stop_the_others(
     listed: Path, demo_artifact: Artifact, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = scaled_copy(demo_artifact, tmp_path / "broken", math.inf)
+    broken = scaled_copy(demo_artifact, tmp_path / "broken", DAMAGED, math.inf)
     # Twice in the list: folders of one name are told apart by their paths.
     itself = str(demo_artifact.path)
-    command = ["artifacts", str(listed), "--reference", itself, str(broken), str(damaged), itself]
-    assert main([*command, "--limit", "2", "--device", "cpu", "--json"]) == 1
+    arguments = ["artifacts", str(listed), "--reference", itself, str(broken), str(damaged), itself]
+    assert main([*arguments, "--limit", "2", "--device", "cpu", "--json"]) == 1
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
@@ -271,14 +241,57 @@ def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_list(
     film = read_studies(own / listed.name)[1].path
     film.write_bytes(b"noise")
     with pytest.raises(ImageError, match=film.name):
-        draft(demo_model, read_films(own / listed.name, limit=2).studies, name="fp16")
+        draft(demo_model, read_studies(own / listed.name)[:2], name="fp16")
 
 
-def test_a_full_disk_is_found_before_it_is_full(
-    reference: Drafts, films: Films, demo_model: FindingsModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_films_without_reports_are_refused(
+    listed: Path, tmp_path: Path, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(LiteError, match=r"got 0.0 GB of free disk .* --limit.*TMPDIR"):
-        keep_logits(demo_model, films.studies, reference, tmp_path)
-    assert not list(tmp_path.iterdir())
+    entries = [entry | {"conversations": []} for entry in json.loads(listed.read_text(encoding="utf-8"))]
+    (tmp_path / "bare.json").write_text(json.dumps(entries), encoding="utf-8")
+    own = str(demo_artifact.path)
+    assert main(["artifacts", str(tmp_path / "bare.json"), "--reference", own, own]) == 1
+    assert "without findings · expected the report of each film" in capsys.readouterr().err
+
+
+# -- Engines ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_engines_draft_films_of_their_own_and_the_table_says_how_far_they_agree(
+    demo_onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["engines", str(demo_onnx_artifact.path), "--films", "2", "--seed", "7", "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"] == f"python -m benchmarks quality {' '.join(arguments)}"
+    assert found["films"] == "2 of seed 7"
+    tables = {reference: found[f"beside {reference}"] for reference in BESIDE}
+    kl = {}
+    for reference, (own, *others) in tables.items():
+        assert (own["name"], own["loss"]) == (reference, None)
+        assert [(row["name"], row["loss"]["reference"]) for row in others] == [
+            (name, reference) for name in BESIDE[reference]
+        ]
+        kl |= {(row["name"], reference): row["loss"]["divergence"]["mean_kl"]["value"] for row in others}
+    # Two engines, and two caches of each: near, and not the same twice.
+    assert 0 < kl["onnx", "torch"] < 2e-3
+    assert 0 < kl["onnx-int8-cache", "onnx"] < 1e-3
+    assert 0 < kl["torch-int8-cache", "torch"] < 1e-3
+    decoder = "gptq-int4 (groups of 128, calibrated on 64 studies of studies.json)"
+    caches = ("torch, float32", "torch, int8", "onnx, float32", "onnx, int8")
+    assert [row["figures"]["setting"] for row in tables["torch"]] == [f"{decoder}, {cache} cache" for cache in caches]
+
+
+def test_an_artifact_without_decoder_onnx_is_an_error(
+    demo_int4_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["engines", str(demo_int4_artifact.path), "--films", "1"]) == 1
+    assert "got an artifact without decoder.onnx" in capsys.readouterr().err
+    for wrong in ([], ["engines"], ["engines", str(demo_int4_artifact.path), "--films", "0"]):
+        with pytest.raises(SystemExit, match="^2$"):
+            main(wrong)
+
+
+def test_no_other_set_has_these_films() -> None:
+    others = {demo.SEED, demo.CALIBRATION_SEED, command.FORMATS_SEED, command.CALIBRATION_SEED, 20_261_301}
+    assert command.ENGINES_SEED not in others

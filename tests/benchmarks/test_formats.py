@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 
-from benchmarks.exports import PHANTOM, Recipe, Source, measured_run
+from benchmarks.exports import FP16, PHANTOM, Recipe, Source, measured_run
 from benchmarks.quality import command
 from benchmarks.quality.command import CALIBRATION_SEED, main
 from benchmarks.quality.compare import Row, format_table
-from benchmarks.quality.recipes import FORMATS, REFERENCE, TRICKS, ablation
+from benchmarks.quality.recipes import FORMATS, TRICKS, ablation
 from export.__main__ import _parser
 from lite.artifact.open import load_artifact
 from lite.errors import LiteError
@@ -52,7 +52,7 @@ def test_every_row_is_one_command_of_the_exporter(tmp_path: Path) -> None:
         calibration=tmp_path / "calibration.json",
         device="cpu",
     )
-    recipes = (REFERENCE, *FORMATS, *ablation())
+    recipes = (FP16, *FORMATS, *ablation())
     assert len({recipe.name for recipe in recipes}) == len(recipes)
     assert len({recipe.options for recipe in FORMATS}) == len(FORMATS)
     for recipe in recipes:
@@ -93,60 +93,35 @@ def test_a_failed_row_keeps_its_place_and_shows_its_error() -> None:
     assert lines.splitlines()[-2:] == ["- fp16 failed: out of memory", "- other failed: no such option"]
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
-    """A table of three rows, made as users make it: the reference, a row that fails, and one that cannot lose.
-
-    The checkpoint is a random one, which exports sooner than the demo's.
-    """
-    monkeypatch = pytest.MonkeyPatch()
-    recipes = (
-        Recipe(name="nonsense", options=("--decoder", "int3")),
-        Recipe(name="again", options=("--decoder", "fp16", "--verify-studies", "1")),
-    )
-    monkeypatch.setattr(command, "FORMATS", recipes)
-    folder = tmp_path_factory.mktemp("table")
-    checkpoint, base = random_checkpoint.write(folder / "random")
-    out = folder / "out"
-    places = ["--checkpoint", str(checkpoint), "--base", str(base), "--out", str(out)]
-    printed: list[str] = []
-    monkeypatch.setattr(sys.stdout, "write", printed.append)
-    try:
-        status = main(["formats", "--films", "2", "--calibration-films", "2", *places, "--device", "cpu", "--json"])
-    finally:
-        monkeypatch.undo()
-    return status, "".join(printed), out
-
-
 @pytest.mark.full
-def test_a_row_that_fails_does_not_stop_the_others(table: tuple[int, str, Path]) -> None:
-    status, text, out = table
-    assert status == 1
-    values = json.loads(text)
-    fp16, nonsense, again = values["formats"]
-    assert [row["name"] for row in (fp16, nonsense, again)] == ["fp16", "nonsense", "again"]
-    assert "exit status 2" in nonsense["error"]
-    assert "invalid choice: 'int3'" in nonsense["error"]
-    assert nonsense["figures"] is nonsense["loss"] is nonsense["cost"] is None
-    assert fp16["loss"] is None
-    assert again["loss"]["divergence"]["mean_kl"]["value"] == 0
-    assert again["loss"]["same_text"]["value"] == 1
-    for row in (fp16, again):
+def test_a_row_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference, a row that fails, and one that cannot lose, of a random checkpoint: it exports soonest."""
+    nonsense = Recipe(name="nonsense", options=("--decoder", "int3"))
+    again = Recipe(name="again", options=("--decoder", "fp16", "--verify-studies", "1"))
+    monkeypatch.setattr(command, "FORMATS", (nonsense, again))
+    checkpoint, base = random_checkpoint.write(tmp_path / "random")
+    out = tmp_path / "out"
+    places = ["--checkpoint", str(checkpoint), "--base", str(base), "--out", str(out), "--device", "cpu"]
+    assert main(["formats", "--films", "2", "--calibration-films", "2", *places, "--json"]) == 1
+    values = json.loads(capsys.readouterr().out)
+    reference, failed, same = values["formats"]
+    assert [row["name"] for row in (reference, failed, same)] == ["fp16", "nonsense", "again"]
+    assert "exit status 2" in failed["error"]
+    assert "invalid choice: 'int3'" in failed["error"]
+    assert failed["figures"] is failed["loss"] is failed["cost"] is reference["loss"] is None
+    assert same["loss"]["divergence"]["mean_kl"]["value"] == 0
+    assert same["loss"]["same_text"]["value"] == 1
+    for row in (reference, same):
         assert row["error"] is None
         artifact = load_artifact(out / "artifacts" / row["name"])
         assert row["figures"]["artifact_id"] == artifact.id
-        decoder = [file for file in (artifact.path / "decoder").iterdir() if file.is_file()]
-        assert row["figures"]["decoder_bytes"] == sum(file.stat().st_size for file in decoder)
         assert row["cost"]["seconds"] > 0.5
         # An export loads torch: the figure is bytes, not KiB.
         assert row["cost"]["peak_rss_bytes"] > 100e6
+    # It says what it was measured on.
     assert "ablation" not in values
-
-
-@pytest.mark.full
-def test_it_says_what_it_was_measured_on(table: tuple[int, str, Path]) -> None:
-    _, text, out = table
-    values = json.loads(text)
     held_out, calibration = (read_studies(out / name / "studies.json") for name in ("held-out", "calibration"))
     assert (len(held_out), len(calibration)) == (2, 2)
     assert not {study.id for study in held_out} & {study.id for study in calibration}

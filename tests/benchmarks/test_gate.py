@@ -10,25 +10,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 from test_baselines import TEXT
+from test_compare import scaled_copy
 
 import lite
 from benchmarks import exports
 from benchmarks.exports import Source
 from benchmarks.gates import gate, slim
 from benchmarks.gates.baselines import Judged, read_gates
-from benchmarks.gates.gate import METRICS, main
-from benchmarks.quality.compare import Films, draft
-from benchmarks.quality.engines import compare_engines, load_engines
+from benchmarks.gates.gate import SUBJECTS, main
+from benchmarks.quality.compare import draft
+from benchmarks.quality.engines import compare_engines
 from export.__main__ import _parser
 from lite.artifact.open import Artifact, load_artifact
-from lite.artifact.write import staged_artifact
 from lite.errors import LiteError
-from lite.eval.labels import read_labels
 from lite.loading import load
 from lite.studies.readers import read_studies
-from lite.studies.results import Findings
+from lite.studies.study import Study
+
+ONLY = ("--only", "fp16", "imports")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def gates(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the gate is made to measure: passes the gates above."""
+    """What the gate is made to measure: passes the gates above, which are of nothing else."""
     values: dict[str, Any] = {"fp16.bytes": 1000, "fp16.mean_kl": 2e-5, "imports.lite": ("numpy",)}
     monkeypatch.setattr(gate, "measure", lambda *_: values)
     return values
@@ -58,7 +58,7 @@ def verdicts(printed: str) -> dict[str, str]:
 def test_what_passes_is_listed_with_machine_and_versions(
     gates: Path, measured: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--gates", str(gates)]) == 0
+    assert main(["--gates", str(gates), *ONLY]) == 0
     printed = capsys.readouterr().out
     assert verdicts(printed) == dict.fromkeys(measured, "pass")
     assert "REGRESSION" not in printed
@@ -71,57 +71,51 @@ def test_a_regression_names_metric_old_new_and_tolerance(
 ) -> None:
     # A metric without a baseline beside a regression: the regression decides.
     measured |= {"fp16.mean_kl": 0.004, "imports.lite": ("cv2", "numpy"), "fp16.same_top": 0.5}
-    assert main(["--gates", str(gates), "--json", str(tmp_path / "gate.json")]) == 1
+    assert main(["--gates", str(gates), *ONLY, "--json", str(tmp_path / "gate.json")]) == 1
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert "REGRESSION: fp16.mean_kl was 2.6e-05, is 0.004, tolerance +50 %" in lines
     assert "REGRESSION: imports.lite was 1 package, is 2 packages +cv2, tolerance +0" in lines
-    expected = ["pass", "REGRESSION", "REGRESSION", "no baseline"]
+    expected = ["pass", "REGRESSION", "no baseline", "REGRESSION"]
     assert list(verdicts(printed).values()) == expected
     written = json.loads((tmp_path / "gate.json").read_text(encoding="utf-8"))
     assert [row["verdict"] for row in written["gates"]] == expected
     assert written["gates"][1] == {
-        "name": "fp16.mean_kl", "baseline": 2.6e-5, "value": 0.004, "tolerance": "+50 %", "verdict": "REGRESSION",
-    }  # fmt: skip
-    assert written["gates"][2]["value"] == ["cv2", "numpy"]
+        "name": "fp16.mean_kl",
+        "value": 0.004,
+        "gate": {"baseline": 2.6e-5, "tolerance": "+50 %"},
+        "verdict": "REGRESSION",
+    }
+    assert written["gates"][3]["value"] == ["cv2", "numpy"]
     assert {"machine", "versions", "command"} < written.keys()
 
 
 def test_no_baseline_is_neither_a_pass_nor_a_regression(
-    gates: Path,
-    measured: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    gates: Path, measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured["fp16.same_top"] = 0.5
-    assert main(["--gates", str(gates)]) == 3
+    assert main(["--gates", str(gates), *ONLY]) == 3
     assert "no baseline: fp16.same_top was –, is 0.5, tolerance –" in capsys.readouterr().out
+    # What has not even a value has failed.
+    assert main(["--gates", str(gates), *ONLY, "slim"]) == 1
+    assert "REGRESSION: slim was –, is failed, tolerance –" in capsys.readouterr().out
     assert main(["--gates", str(tmp_path / "none.toml")]) == 3
     assert "got no gates file" in capsys.readouterr().err
-    monkeypatch.setattr(gate, "RECORD", tmp_path / "none.json")
-    assert main(["--gates", str(gates)]) == 3
-    assert "expected the fp16 reference record" in capsys.readouterr().err
 
 
-def test_a_record_that_cannot_be_read_is_red(
-    gates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gate, "RECORD", tmp_path / "record.json")
-    gate.RECORD.write_text("{}", encoding="utf-8")
-    assert main(["--gates", str(gates)]) == 1
-    assert "got no format_version · expected a reference record" in capsys.readouterr().err
-
-
-def test_update_prints_old_and_new_and_then_passes(
+def test_update_prints_old_and_new_and_then_passes_but_for_what_failed(
     gates: Path, measured: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured["fp16.mean_kl"] = 0.004
-    assert main(["--gates", str(gates), "--update"]) == 0
+    assert main(["--gates", str(gates), *ONLY, "--update"]) == 0
     printed = capsys.readouterr().out
     assert "fp16.mean_kl: 2.600e-05 → 0.004000" in printed.splitlines()
-    assert read_gates(gates, METRICS)["fp16.mean_kl"].baseline == 0.004
     assert verdicts(printed)["fp16.mean_kl"] == "pass"
+    del measured["fp16.mean_kl"]
+    measured["fp16.bytes"] = 2000
+    assert main(["--gates", str(gates), *ONLY, "--update"]) == 1
+    updated = read_gates(gates, SUBJECTS)
+    assert (updated["fp16.mean_kl"].baseline, updated["fp16.bytes"].baseline) == (0.004, 2000)
 
 
 def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,8 +124,6 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "fp16").mkdir()
     assert main(["--artifacts", str(tmp_path), "--only", "fp16", "bnb-nf4"]) == 2
     assert f"{tmp_path / 'bnb-nf4'}: got no such folder" in capsys.readouterr().err
-    assert main(["--json", str(tmp_path / "none" / "gate.json")]) == 2
-    assert "got no such folder · expected one to write to" in capsys.readouterr().err
 
 
 # -- Exporting and measuring -----------------------------------------------------------------------------------------
@@ -163,41 +155,10 @@ def test_an_export_that_fails_is_a_regression(
     for name in ("gptq-int4", "bnb-nf4"):
         assert f"error: {name}: exit status 1: no {name}" in printed.err.splitlines()
     assert "REGRESSION: imports.lite was 0 packages, is failed, tolerance +0" in printed.out.splitlines()
-    failed = [
-        *(f"bnb-nf4.{metric}" for metric in gate.ARTIFACT_METRICS),
-        "imports.lite",
-        "imports.findings",
-        "imports.onnx",
-    ]
+    failed = [name for name in read_gates(gate.GATES, SUBJECTS) if name.startswith(("bnb-nf4.", "imports."))]
+    assert len(failed) == 8
     assert verdicts(printed.out) == dict.fromkeys(failed, "REGRESSION")
     assert {row["value"] for row in json.loads((tmp_path / "gate.json").read_text())["gates"]} == {None}
-
-
-def test_imports_alone_export_nothing_where_an_artifact_lies(
-    onnx_artifact: Artifact, tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exported: list[list[str]] = []
-
-    def export(names: list[str], _: Path) -> dict[str, Path]:
-        exported.append(names)
-        return dict.fromkeys(names, tmp_path)
-
-    monkeypatch.setattr(gate, "export_candidates", export)
-    monkeypatch.setattr(gate, "OUT", tmp_path)
-    monkeypatch.setattr(gate, "ARTIFACT", onnx_artifact.path)
-    assert gate.find_artifacts(["imports", "slim"], None) == {"gptq-int4": onnx_artifact.path}
-    # One without decoder.onnx does not do, and what is judged of an export is judged of today's.
-    monkeypatch.setattr(gate, "ARTIFACT", tiny_artifact.path)
-    gate.find_artifacts(["imports"], None)
-    gate.find_artifacts(["imports", "gptq-int4-engines"], None)
-    assert exported == [["gptq-int4"], ["gptq-int4"]]
-
-
-def test_what_failed_is_no_baseline(gates: Path, measured: dict[str, Any]) -> None:
-    measured |= {"fp16.mean_kl": None, "fp16.bytes": 2000}
-    assert main(["--gates", str(gates), "--update"]) == 1
-    updated = read_gates(gates, METRICS)
-    assert (updated["fp16.mean_kl"].baseline, updated["fp16.bytes"].baseline) == (2.6e-5, 2000)
 
 
 @pytest.fixture(scope="module")
@@ -208,43 +169,24 @@ def onnx_artifact(demo_onnx_artifact: Artifact, tmp_path_factory: pytest.TempPat
     return load_artifact(out)
 
 
-def judged(count: int) -> Films:
-    studies = read_studies(gate.STUDIES)[:count]
-    return Films(studies, [read_labels(study.reference) for study in studies])
-
-
-def off_by_5_percent(artifact: Artifact, out: Path) -> Path:
-    """Copy a GPTQ artifact with the scales of one layer's linears multiplied by 1.05, and the hashes that belong."""
-    with staged_artifact(out) as staged:
-        shutil.copytree(artifact.path, staged.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-        damaged = []
-        for file in (staged.path / "decoder").glob("*.safetensors"):
-            tensors = load_file(file)
-            found = [name for name in tensors if name.startswith("model.layers.1.") and name.endswith(".scales")]
-            tensors |= {name: (tensors[name].float() * 1.05).half() for name in found}
-            save_file(tensors, file, metadata={"format": "pt"})
-            damaged += found
-        assert len(damaged) == 7
-        staged.finish(artifact.manifest)
-    return out
-
-
 @pytest.mark.full
 def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
     onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The committed baselines, record and films; the artifact is exported as the gate would."""
     damaged = tmp_path / "damaged"
-    off_by_5_percent(onnx_artifact, damaged / "gptq-int4")
+    scaled_copy(onnx_artifact, damaged / "gptq-int4", r"model\.layers\.1\..*\.scales", 1.05)
     subjects = ("gptq-int4", "gptq-int4-engines")
     assert main(["--artifacts", str(onnx_artifact.path.parent), "--only", *subjects]) == 0
     green = capsys.readouterr().out
-    assert verdicts(green) == {f"{name}.{metric}": "pass" for name in subjects for metric in gate.METRICS[name]}
+    gates = read_gates(gate.GATES, SUBJECTS)
+    expected = [name for name in gates if name.startswith("gptq-int4")]
+    assert len(expected) == 15
+    assert verdicts(green) == dict.fromkeys(expected, "pass")
     assert main(["--artifacts", str(damaged), "--only", "gptq-int4"]) == 1
     red = capsys.readouterr().out
     assert verdicts(red)["gptq-int4.mean_kl"] == "REGRESSION"
     assert verdicts(red)["gptq-int4.bytes"] == verdicts(red)["gptq-int4.plan_error"] == "pass"
-    gates = read_gates(gate.GATES, METRICS)
     old = f"{gates['gptq-int4.mean_kl'].baseline:.4g}"
     line = re.search(r"^REGRESSION: gptq-int4\.mean_kl was (\S+), is (\S+), tolerance \+150 %$", red, re.MULTILINE)
     assert line
@@ -252,9 +194,8 @@ def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
     # By far: not what another CPU would do.
     assert float(line[2]) > 10 * float(old)
     # decoder.onnx has kept its weights: the engines no longer compute the same, and the caches of each of them do.
-    models, films = load_engines(damaged / "gptq-int4"), judged(3)
-    drafts = {name: draft(model, films.studies, name=name) for name, model in models.items()}
-    losses = compare_engines(models, drafts, films)
+    tables = compare_engines(damaged / "gptq-int4", read_studies(gate.STUDIES)[:3])
+    losses = {(row.name, row.loss.reference): row.loss for rows in tables.values() for row in rows if row.loss}
     for candidate, yardstick, metric, passes in (
         ("onnx", "torch", "onnx_kl_to_torch", False),
         ("onnx-int8-cache", "onnx", "onnx_kl_of_int8_cache", True),
@@ -264,55 +205,42 @@ def test_green_on_what_is_exported_and_red_on_a_layer_off_by_5_percent(
         assert (gates[f"gptq-int4-engines.{metric}"].judge(lost) != "REGRESSION") is passes, metric
 
 
-def test_bytes_held_are_those_of_the_tensors(
+def test_the_plan_is_what_decoder_and_cache_take(
     tiny_artifact: Artifact, demo_int4_artifact: Artifact, films: list[Path]
 ) -> None:
     for artifact, film in ((tiny_artifact, films[0]), (demo_int4_artifact, read_studies(gate.STUDIES)[0].image)):
         model = load(artifact.path, device="cpu")
-        drafts = [model.findings(film)]
-        files = (artifact.path / "decoder").glob("*.safetensors")
-        # In memory fp16 is float32, and zeros and group numbers, which the runtime can do without, are not there.
-        sizes = {
-            name: tensor.nbytes * (1 if name.endswith((".qweight", ".scales")) else 2)
-            for file in files
-            for name, tensor in load_file(file).items()
-            if not name.endswith((".qzeros", ".g_idx"))
-        }
-        held = gate.held_bytes(model, drafts)
-        assert held == sum(sizes.values()) + drafts[0].memory.cache_bytes
-        assert gate.planned_bytes(model, drafts) == held
-        batch = [draft for draft in model.findings_batch([film, film], batch_size=2) if isinstance(draft, Findings)]
-        assert gate.planned_bytes(model, batch) == gate.held_bytes(model, batch) > held
+        one, two = (draft(model, [Study(film)] * rows, name="demo", batch_size=rows) for rows in (1, 2))
+        assert gate.plan_error(model, one) == gate.plan_error(model, two) == 0
+        assert two[0].memory.cache_bytes > one[0].memory.cache_bytes > 0
 
 
 @pytest.mark.full
 def test_a_package_too_many_is_named_and_no_other_is(onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has loaded one package more than the committed baselines know."""
-    monkeypatch.setattr(slim, "_PROBE", slim._PROBE.replace("import lite\n", "import lite, pluggy\n"))
-    gates = read_gates(gate.GATES, METRICS)
+    monkeypatch.setattr(slim, "_GENERATE", slim._GENERATE.replace("import lite\n", "import lite, pluggy\n", 1))
+    gates = read_gates(gate.GATES, SUBJECTS)
     found = gate.measure_imports(onnx_artifact.path, read_studies(gate.STUDIES)[0].path)
-    judged = {name: Judged(name=name, value=value, gate=gates[f"imports.{name}"]) for name, value in found.items()}
-    assert str(judged["lite"]) == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
-    assert str(judged["onnx"]) == "REGRESSION: onnx was 4 packages, is 5 packages +pluggy, tolerance +0"
-    assert re.findall(r"\+(\w+)", str(judged["findings"])) == ["pluggy", "0"]
-
-
-def test_a_process_that_cannot_draft_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(LiteError, match=r"drafting none\.png: .*\(lite\.errors\.ArtifactError: .*\) · expected"):
-        gate.measure_imports(tmp_path / "none", tmp_path / "none.png")
+    lite_, findings, onnx = (
+        str(Judged(name=name, value=found[name], gate=gates[f"imports.{name}"]))
+        for name in ("lite", "findings", "onnx")
+    )
+    assert lite_ == "REGRESSION: lite was 0 packages, is 1 package +pluggy, tolerance +0"
+    assert onnx == "REGRESSION: onnx was 4 packages, is 5 packages +pluggy, tolerance +0"
+    assert re.findall(r"\+(\w+)", findings) == ["pluggy", "0"]
 
 
 def test_an_environment_without_torch_is_measured_in_megabytes_texts_and_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gptq-int4").mkdir()
-    packages = "PIL", "numpy", "onnxruntime", "sentencepiece"
-    probe = slim.Probe(lite=tmp_path, after_import=(), after_findings=packages, load_s=0.1, peak_rss_bytes=1)
-    texts = tuple("abcd")
-    measured = slim.Slim(
-        sizes={"numpy": 150_000_000, "pillow": 50_000_000},
-        probe=probe, engines=("onnx",) * 4, texts=(*texts[:3], "e"), expected=texts,
-    )  # fmt: skip
+    run = slim.Run(
+        lite=tmp_path,
+        after_import=(),
+        after_findings=("PIL", "numpy", "onnxruntime", "sentencepiece"),
+        texts=("a",) * 23 + ("b",),
+    )
+    measured = slim.Slim(sizes={"numpy": 150_000_000, "pillow": 50_000_000}, run=run, expected=("a",) * 24)
     asked: list[tuple[Path, int]] = []
 
     def measure(artifact: Path, films: list[Path]) -> slim.Slim:
@@ -326,20 +254,6 @@ def test_an_environment_without_torch_is_measured_in_megabytes_texts_and_imports
     assert verdicts(printed) == {"slim.mb": "pass", "slim.imports": "pass", "slim.same_text": "REGRESSION"}
     assert re.search(r"\| slim\.mb +\| +\S+ \| +200 \|", printed)
     assert asked == [(tmp_path / "gptq-int4", 24)]
-
-
-def test_an_environment_that_cannot_be_made_is_no_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: Any) -> None:
-        raise LiteError("pip install: got exit status 1")
-
-    (tmp_path / "gptq-int4").mkdir()
-    monkeypatch.setattr(slim, "make_environment", fail)
-    assert main(["--artifacts", str(tmp_path), "--only", "slim"]) == 1
-    printed = capsys.readouterr()
-    assert "error: slim: pip install: got exit status 1" in printed.err.splitlines()
-    assert verdicts(printed.out) == {f"slim.{metric}": "REGRESSION" for metric in gate.METRICS["slim"]}
 
 
 def test_ratios_are_of_medians_and_the_artifacts_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,10 +283,7 @@ def test_ratios_are_of_medians_and_the_artifacts_take_turns(monkeypatch: pytest.
 
     monkeypatch.setattr(lite, "load", fake)
     paths = {name: Path(name) for name in gate.NEEDS["timed"]}
-    ratios = gate.measure_ratios(paths, judged(5))
-    assert ratios == {
-        "int4_over_fp16_decode": pytest.approx(3),
-        "int8_over_fp32_vision": pytest.approx(0.5),
-        "onnx_over_torch_decode": pytest.approx(0.1),
-    }
+    ratios = gate.measure_ratios(paths, read_studies(gate.STUDIES)[:5])
+    assert list(ratios.values()) == [pytest.approx(3), pytest.approx(0.5), pytest.approx(0.1)]
+    assert list(ratios) == ["int4_over_fp16_decode", "int8_over_fp32_vision", "onnx_over_torch_decode"]
     assert turns == list(pace) * 6

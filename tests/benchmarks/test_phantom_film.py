@@ -1,4 +1,4 @@
-"""The films: same seed same film, at any size; each finding changes its film, where it says it does."""
+"""The films: same seed same film; each finding changes its film, where it says it does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from repository import ROOT
 
-from benchmarks.phantom.contact_sheet import caption, contact_sheet, displayed
+from benchmarks.phantom.contact_sheet import caption, contact_sheet
 from benchmarks.phantom.film import Film, draw_film
 from benchmarks.phantom.findings import DRAWN_LABELS, Finding, Study, View, sample_study
 from benchmarks.phantom.scene import REGION_GRID
@@ -67,22 +67,16 @@ def name(finding: Finding) -> str:
     return caption(finding).replace(" ", "-")
 
 
-def test_film_is_twelve_bit_and_square() -> None:
-    for number in range(4):
-        film = draw_film(sample_study(number), size=96)
-        assert film.stored.shape == (96, 96)
-        assert film.stored.dtype == np.uint16
-        assert film.stored.max() <= 4095
-        assert int(film.stored.max()) - int(film.stored.min()) > 2000
-        assert film.regions.shape == (len(DRAWN_LABELS), REGION_GRID, REGION_GRID)
-        assert film.regions.dtype == np.bool_
-
-
-def test_same_seed_same_film_and_another_seed_another() -> None:
+def test_same_seed_same_film_of_twelve_bits_and_another_seed_another() -> None:
     first, again, other = (draw_film(sample_study(seed)) for seed in (11, 11, 12))
     np.testing.assert_array_equal(first.stored, again.stored)
     np.testing.assert_array_equal(first.regions, again.regions)
     assert np.any(first.stored != other.stored)
+    for film in (first, other):
+        assert (film.stored.shape, film.stored.dtype) == ((256, 256), np.uint16)
+        assert film.stored.max() <= 4095
+        assert int(film.stored.max()) - int(film.stored.min()) > 2000
+        assert (film.regions.shape, film.regions.dtype) == ((len(DRAWN_LABELS), REGION_GRID, REGION_GRID), np.bool_)
 
 
 def test_films_are_drawn_as_they_were_when_the_model_was_trained() -> None:
@@ -97,17 +91,6 @@ def test_films_are_drawn_as_they_were_when_the_model_was_trained() -> None:
         assert apart.mean() < 0.01
     devices = {"endotracheal tube", "central venous line", "pacemaker"}
     assert seen == {*DRAWN_LABELS, *devices} - {"No Finding", "Support Devices"}
-
-
-@pytest.mark.parametrize("size", [112, 128, 384])
-def test_size_changes_resolution_only(size: int) -> None:
-    for number in (21, 22, 23):
-        reference = Image.fromarray(draw_film(sample_study(number)).stored.astype(np.float32))
-        film = draw_film(sample_study(number), size=size).stored
-        same = np.asarray(
-            reference.resize((size, size), Image.Resampling.BOX if size < 256 else Image.Resampling.BICUBIC)
-        )
-        assert np.corrcoef(same.ravel(), film.ravel())[0, 1] > 0.98
 
 
 @pytest.mark.parametrize("finding", [*ONE_SIDED, *CENTRAL], ids=name)
@@ -148,7 +131,7 @@ def test_zones_lie_one_below_the_other(label: str) -> None:
     rows: dict[Zone, list[float]] = {"upper": [], "mid": [], "lower": []}
     for zone, depths in rows.items():
         finding = Finding(label=label, side="right", zone=zone, size="small" if label == "Lung Lesion" else None)  # type: ignore[arg-type]
-        for seed in range(5):
+        for seed in range(3):
             depths.append(float(np.nonzero(region(draw_film(study(finding, seed=seed)), finding))[0].mean()))
     assert np.mean(rows["upper"]) + 3 < np.mean(rows["mid"])
     assert np.mean(rows["mid"]) + 3 < np.mean(rows["lower"])
@@ -159,7 +142,7 @@ def test_sizes_differ_on_every_film(label: str) -> None:
     side = None if label in ("Cardiomegaly", "Edema") else "left"
     zone = "upper" if label == "Lung Lesion" else None
     sizes = [size for size in SIZES if label != "Lung Lesion" or size != "moderate"]
-    for seed in range(4):
+    for seed in range(3):
         without = draw_film(study(seed=seed))
         changes = [
             change(draw_film(study(Finding(label=label, side=side, zone=zone, size=size), seed=seed)), without).sum()  # type: ignore[arg-type]
@@ -178,9 +161,8 @@ def test_findings_do_not_disturb_each_other() -> None:
 
 
 def test_contact_sheet_holds_the_films(tmp_path: Path) -> None:
-    out = contact_sheet(tmp_path / "sheet.png", count=7, seed=3, film_size=112)
+    out = contact_sheet(tmp_path / "new" / "sheet.png", count=7, seed=3, film_size=112)
     with Image.open(out) as sheet:
         assert sheet.width == 6 * 256
         assert sheet.height > 2 * 256
     assert caption(Finding(label="Pleural Effusion", side="left", size="small")) == "small left pleural effusion"
-    assert displayed(draw_film(sample_study(3)).stored, 64).shape == (64, 64)

@@ -14,7 +14,7 @@ import pytest
 from repository import ROOT
 
 from benchmarks.gates import slim
-from benchmarks.gates.slim import Probe, Slim, main
+from benchmarks.gates.slim import Run, Slim, main
 from lite.artifact.open import Artifact
 from lite.errors import LiteError
 from lite.loading import load
@@ -43,44 +43,33 @@ def linked_environment(folder: Path, *, own: Path | None = None) -> None:
 # -- Without torch ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> Path:
-    linked_environment(tmp_path / "venv")
-    return tmp_path / "venv"
-
-
-def test_an_artifact_drafts_where_there_is_no_torch(
+def test_an_artifact_drafts_where_there_is_no_torch_and_torch_is_asked_for_in_words(
     demo_onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slim, "make_environment", linked_environment)
-    measured = slim.measure_slim(demo_onnx_artifact.path, FILMS[:2], tmp_path / "venv")
+    monkeypatch.setattr(slim, "VENV", tmp_path / "venv")
+    measured = slim.measure_slim(demo_onnx_artifact.path, FILMS[:2])
     assert measured.broken() == []
     model = load(demo_onnx_artifact.path, engine="onnx")
-    assert list(measured.texts) == [model.findings(film).text for film in FILMS[:2]]
-    assert measured.engines == ("onnx", "onnx")
+    assert list(measured.run.texts) == [model.findings(film).text for film in FILMS[:2]]
     assert {name.lower() for name in measured.sizes} == set(PACKAGES)
-    assert measured.probe.after_import == ()
-    assert measured.probe.after_findings == ("PIL", "numpy", "onnxruntime", "sentencepiece")
-    assert 0 < measured.probe.load_s < 60
-    assert 20e6 < (measured.probe.peak_rss_bytes or 0) < 1e9
-
-
-def test_torch_is_asked_for_in_words_where_it_is_missing(environment: Path, demo_onnx_artifact: Artifact) -> None:
-    python = [str(environment / "bin" / "python"), "-I"]
+    assert measured.run.after_import == ()
+    assert measured.run.after_findings == ("PIL", "numpy", "onnxruntime", "sentencepiece")
+    python = [str(tmp_path / "venv" / "bin" / "python"), "-I"]
     done = subprocess.run([*python, "-c", "import torch"], capture_output=True, text=True, check=False)
     assert "No module named 'torch'" in done.stderr
-    with pytest.raises(
-        LiteError, match=r"generate: got exit status 1 \(error: .*: got no torch · .* leave out what asks"
-    ):
-        slim.generate(python, demo_onnx_artifact.path, FILMS[:1], cwd=environment, more=("--engine", "torch"))
+    message = r"generate: got exit status 1 \(error: .*: got no torch · .* leave out what asks"
+    with pytest.raises(LiteError, match=message):
+        slim.generate(python, demo_onnx_artifact.path, FILMS[:1], engine="torch", cwd=tmp_path)
 
 
 def test_a_copy_of_the_package_from_elsewhere_proves_nothing(
     demo_onnx_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slim, "make_environment", lambda folder: linked_environment(folder, own=ROOT))
+    monkeypatch.setattr(slim, "VENV", tmp_path / "venv")
     with pytest.raises(LiteError, match="got lite from .* expected the copy in .*venv"):
-        slim.measure_slim(demo_onnx_artifact.path, FILMS[:1], tmp_path / "venv")
+        slim.measure_slim(demo_onnx_artifact.path, FILMS[:1])
 
 
 # -- Its parts -------------------------------------------------------------------------------------------------------
@@ -149,84 +138,51 @@ def test_pip_gets_a_copy_of_the_sources_the_constraints_and_what_pip_args_say(
 
 # -- The verdict -----------------------------------------------------------------------------------------------------
 
-
-def a_slim(
-    *, sizes: tuple[str, ...] = ("numpy", "onnxruntime"), imported: tuple[str, ...] = ("numpy",), engine: str = "onnx",
-    texts: tuple[str, ...] = ("Clear lungs.", "Large heart."),
-) -> Slim:  # fmt: skip
-    probe = Probe(lite=Path("lite"), after_import=(), after_findings=imported, load_s=0.25, peak_rss_bytes=90_000_000)
-    return Slim(
-        sizes=dict.fromkeys(sizes, 1_250_000),
-        probe=probe,
-        engines=("onnx", engine),
-        texts=texts,
-        expected=("Clear lungs.", "Large heart."),
-    )
+EXPECTED = ("Clear lungs.", "Large heart.")
 
 
 @pytest.mark.parametrize(
-    ("measured", "message"),
+    ("sizes", "imported", "texts", "message"),
     [
-        (a_slim(imported=("numpy", "torch")), "got torch in the slim environment"),
-        (a_slim(sizes=("numpy", "torch")), "got torch in the slim environment"),
-        (a_slim(engine="torch"), "got the engine torch · expected onnx"),
-        (a_slim(texts=("Clear lungs.", "Large heart. Clear lungs.")), "got 1 of 2 texts as in this environment"),
+        (("numpy", "onnxruntime"), ("numpy",), EXPECTED, ""),
+        (("numpy",), ("numpy", "torch"), EXPECTED, "got torch in the slim environment"),
+        (("numpy", "torch"), ("numpy",), EXPECTED, "got torch in the slim environment"),
+        (("numpy",), ("numpy",), ("Clear lungs.", "Large heart. Clear lungs."), "got 1 of 2 texts as in this"),
     ],
 )
 def test_what_contradicts_the_claim_is_said_and_fails(
-    measured: Slim,
+    sizes: tuple[str, ...],
+    imported: tuple[str, ...],
+    texts: tuple[str, ...],
     message: str,
-    demo_onnx_artifact: Artifact,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert [message in line for line in measured.broken()] == [True]
+    run = Run(lite=Path("lite"), after_import=(), after_findings=imported, texts=texts)
+    measured = Slim(sizes=dict.fromkeys(sizes, 1_250_000), run=run, expected=EXPECTED)
     monkeypatch.setattr(slim, "measure_slim", lambda *_: measured)
-    assert main(["--artifact", str(demo_onnx_artifact.path)]) == 1
-    assert message in capsys.readouterr().err
+    assert main([]) == bool(message)
+    printed = capsys.readouterr()
+    assert [message in line for line in printed.err.splitlines()] == [True] * bool(message)
+    table = printed.out.splitlines()
+    assert table[2].split() == ["|", "numpy", "|", "1.2", "|"]
+    assert table[2 + len(sizes)].split() == ["|", "together", "|", f"{1.25 * len(sizes):.1f}", "|"]
+    assert f"texts as in this environment: {1 + (texts == EXPECTED)} of 2" in table
+    assert f"imported: {', '.join(imported)}" in table
 
 
-def test_what_holds_is_a_short_table(
-    demo_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_environment_that_cannot_be_made_and_an_artifact_that_cannot_draft_fail(
+    demo_onnx_artifact: Artifact,
+    tiny_artifact: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(slim, "measure_slim", lambda *_: a_slim())
-    assert main(["--artifact", str(demo_onnx_artifact.path)]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[2].split() == ["|", "numpy", "|", "1.2", "|"]
-    assert printed[4].split() == ["|", "together", "|", "2.5", "|"]
-    assert "texts as in this environment: 2 of 2" in printed
-    assert "loaded in 0.25 s, hashes compared; peak RSS 90 MB" in printed
-    assert "imported: numpy" in printed
-
-
-def test_an_environment_that_cannot_be_made_fails(
-    demo_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(folder: Path) -> None:
+    def fail(_: Path) -> None:
         raise LiteError("pip install: got exit status 1")
 
     monkeypatch.setattr(slim, "make_environment", fail)
+    assert main(["--artifact", str(tiny_artifact.path)]) == 1
+    assert "got an artifact without decoder.onnx" in capsys.readouterr().err
+    monkeypatch.setattr(slim, "read_studies", lambda path: read_studies(path)[:1])
     assert main(["--artifact", str(demo_onnx_artifact.path)]) == 1
     assert capsys.readouterr().err == "error: pip install: got exit status 1\n"
-
-
-def test_wrong_use(tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--artifact", str(tiny_artifact.path)]) == 2
-    assert "got an artifact without decoder.onnx" in capsys.readouterr().err
-    assert main(["--artifact", str(tmp_path / "none")]) == 2
-    assert str(tmp_path / "none") in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="^2$"):
-        main(["--no-such-option"])
-
-
-@pytest.mark.parametrize("content", ["thesis.txt", None])
-def test_a_folder_that_is_no_environment_is_never_removed(tmp_path: Path, content: str | None) -> None:
-    precious = tmp_path / "precious"
-    if content is None:
-        precious.write_text("a file")
-    else:
-        precious.mkdir()
-        (precious / content).write_text("years of work")
-    with pytest.raises(LiteError, match="got something that is no virtual environment .* name another place"):
-        slim.make_environment(precious)
-    assert (precious if content is None else precious / content).read_text()

@@ -19,10 +19,6 @@ from lite.errors import LiteError
 PLAN = TrainingPlan(films=32, batch_size=4, see_steps=3, write_steps=3, warm_up_steps=1)
 
 
-class _InterruptionError(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with films and tokenizer, to be copied rather than drawn again."""
@@ -57,13 +53,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
     def interrupted(self: Trainer, stage: str, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         if (stage, step) == stop_at:
-            raise _InterruptionError
+            raise KeyboardInterrupt
         return loss(self, stage, step)
 
     monkeypatch.setattr(train_module, "_SAVE_EVERY_S", -1.0)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_loss", interrupted)
-        with pytest.raises(_InterruptionError):
+        with pytest.raises(KeyboardInterrupt):
             trained(folder)
     resumed = trained(folder)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
