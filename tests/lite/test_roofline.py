@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, shapes
+from benchmarks.speed.gpu.memory import VISION
+from benchmarks.speed.weights import Shapes as Widths
 from export.source.forward import image_features
 from export.source.tower import TowerConfig
 from lite.artifact.open import Artifact
@@ -26,6 +27,7 @@ from lite.bench.cards import CARDS, Card, Figure, read_reference_card, v100_entr
 from lite.bench.results import Row
 from lite.bench.roofline import (
     MODELLED_COLUMNS,
+    SHARE_OF_BANDWIDTH,
     count_study,
     decode_flop,
     decode_weight_bytes,
@@ -45,9 +47,11 @@ from lite.engines.torch_engine.linear import linears_of
 from lite.errors import ArtifactError, LiteError
 from lite.eval.figures import Missing
 from lite.memory.counts import cache_bytes_per_token
-from lite.memory.plan import REASON_TOKENS
+from lite.memory.plan import REASON_TOKENS, Shapes
 from lite.model import FindingsModel
 
+DECODER = DecoderConfig.from_hf(Widths().config(32))
+NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 1420, 100
 W4 = dataclasses.replace(DECODER, quantization=Quantization(format="gptq-int4", group_size=128))
 W8 = dataclasses.replace(DECODER, quantization=Quantization(format="gptq-int8", group_size=128))
 CONTEXT = 1469
@@ -61,6 +65,11 @@ SMALL = dataclasses.replace(
     head_dim=24,
     vocab_size=96,
 )
+
+
+def shapes() -> Shapes:
+    """The real model, all in float16: 86.58 M parameters of the tower less a block of 7.1 M, and the projector."""
+    return Shapes(config=DECODER, vision=VISION, vision_bytes=198_566_912)
 
 
 def zeros_bytes(config: DecoderConfig, bits: int) -> float:
@@ -293,6 +302,17 @@ def test_a_figure_says_where_it_comes_from() -> None:
 
 
 # -- The V100's entry ------------------------------------------------------------------------------------------------
+
+
+def test_modelled_figures_of_the_entry_are_those_of_the_roofline() -> None:
+    """The rest of it is published: nobody here has a V100. Whoever has one writes measured figures into the file."""
+    entry, v100 = read_reference_card(cards.V100_ENTRY), card("V100 16GB")
+    model, roof = (modelled(v100, shapes(), **STUDY, share_of_bandwidth=share) for share in (SHARE_OF_BANDWIDTH, 1.0))
+    expected = model.to_json() | {"decode_tokens_per_s_at_most": roof.decode_tokens_per_s.to_json()}
+    found = {name: figure.to_json() for name, figure in entry.figures.items() if figure.kind == "modelled"}
+    assert found == {name: expected[name] for name in found}
+    assert len(found) == 7
+    assert {figure.unit for figure in entry.figures.values() if figure.kind == "published"} == {"fraction"}
 
 
 def test_the_v100_is_read_where_there_is_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
