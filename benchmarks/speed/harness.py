@@ -1,8 +1,9 @@
 """What all measurements of speed have in common: one result, one table, one document, one way to take turns.
 
 What is wrong is not timed: its row says so, and the command ends with 1. Times are medians with p20 and p80, taken in
-turns, so that whatever slows the machine down slows all of them. Where it is known what has to be read, a time stands
-beside the bytes per second, and their share of a streaming read in the same run.
+turns, so that whatever slows the machine down slows all of them, and a ratio is one of medians of the same round. Where
+it is known what has to be read, a time stands beside the bytes per second, and their share of a streaming read in the
+same run.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import itertools
 import json
 import math
 import shlex
+import statistics
 import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
+Rounds: TypeAlias = "list[list[float]]"
+"""Seconds, by round."""
 NONE: Final = "–"
 LATE: Final = "the section's time is up"
 
@@ -58,6 +62,8 @@ class Row:
     time: Quantiles | None = None  # seconds
     nbytes: int | None = None  # read and written in that time
     bandwidth: float | None = None  # bytes per second of a streaming read in this run
+    against: str = ""  # what took turns with it
+    ratio: Quantiles | None = None  # its time over that one's, round by round
     cells: dict[str, str] = field(default_factory=dict)  # further columns
     figures: dict[str, Any] = field(default_factory=dict)  # for the document
     why: str | None = None  # not measured, or not as it should be
@@ -79,6 +85,15 @@ class Row:
         """That, of a streaming read in this run."""
         return None if self.bytes_per_s is None or self.bandwidth is None else self.bytes_per_s / self.bandwidth
 
+    def took(self, rounds: Rounds | str, beside: Rounds | str = "") -> None:
+        """Fill in its times, and the ratio to those of `against`, as `in_turns` gives them."""
+        if isinstance(rounds, str):
+            self.why, self.is_wrong = rounds, True
+            return
+        self.time = quantiles([*itertools.chain.from_iterable(rounds)])
+        if not isinstance(beside, str):
+            self.ratio = ratio(rounds, beside)
+
     def line(self) -> dict[str, str]:
         """Return its line of the table, by column."""
         if self.time is None:
@@ -90,12 +105,14 @@ class Row:
             line |= {"MB": shown(self.nbytes / 1e6), "GB/s": shown(self.bytes_per_s / 1e9)}
         if self.share is not None:
             line["of bandwidth"] = f"{self.share:.0%}"
+        if self.ratio is not None:
+            line[f"× {self.against}"] = shown_ratio(self.ratio)
         return line | self.cells
 
     def document(self) -> dict[str, Any]:
         """Return it for the document."""
         own = {**asdict(self), "bytes_per_s": self.bytes_per_s, "share": self.share}
-        for name in ("names", "figures", "cells", "mark"):
+        for name in ("names", "figures", "cells", "mark", "against"):
             del own[name]
         return {**self.names, **own, **self.figures}
 
@@ -163,6 +180,11 @@ def spread(time: Quantiles, unit_s: float = 1e-3) -> str:
     return f"{shown(time.p50 / unit_s)} ({shown(time.p20 / unit_s)}–{shown(time.p80 / unit_s)})"
 
 
+def shown_ratio(value: Quantiles) -> str:
+    """Return a ratio with its p20 and p80."""
+    return f"{value.p50:.2f} ({value.p20:.2f}–{value.p80:.2f})"
+
+
 # -- Taking turns ----------------------------------------------------------------------------------------------------
 
 
@@ -219,12 +241,10 @@ def in_turns(turns: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, lis
     return found | failed
 
 
-def times_in_turns(turns: Mapping[str, Callable[[], list[float]]], rounds: int) -> dict[str, Quantiles | str]:
-    """Give each its turn; return the quantiles of all its seconds, or why there are none."""
-    return {
-        name: found if isinstance(found, str) else quantiles([*itertools.chain.from_iterable(found)])
-        for name, found in in_turns(turns, rounds).items()
-    }
+def ratio(rounds: Rounds, beside: Rounds) -> Quantiles:
+    """Divide the medians of each round."""
+    pairs = zip(rounds, beside, strict=False)  # the other may have failed in a late round
+    return quantiles([statistics.median(own) / statistics.median(other) for own, other in pairs])
 
 
 # -- The command -----------------------------------------------------------------------------------------------------

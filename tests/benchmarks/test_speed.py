@@ -20,7 +20,6 @@ from benchmarks.speed.harness import (
     in_turns,
     kept_apart,
     table,
-    times_in_turns,
 )
 from benchmarks.speed.line import fit
 from benchmarks.speed.weights import Model, Shapes
@@ -76,9 +75,13 @@ def test_turns_are_taken_and_one_that_fails_is_left_out() -> None:
     found = in_turns({"good": lambda: turn("good"), "bad": lambda: turn("bad", 4)}, 3)
     assert order == ["good", "bad", "good", "bad", "good"]
     assert found == {"good": [[1.0, 3.0]] * 3, "bad": "failed (RuntimeError: no memory)"}
-    times = times_in_turns({"good": lambda: [1.0, 3.0]}, 2)["good"]
-    assert not isinstance(times, str)
-    assert (times.p50, times.count) == (2.0, 4)
+    row = Row(names={"engine": "good"}, against="other")
+    row.took(found["good"], [[2.0, 2.0], [1.0, 1.0], [4.0, 4.0]])
+    assert row.time is not None
+    assert (row.time.p50, row.time.count) == (2.0, 6)
+    assert row.line()["× other"] == "1.00 (0.70–1.60)", "round by round"
+    row.took(found["bad"])
+    assert (row.why, row.is_wrong) == (found["bad"], True)
     clock = Clock()
     for _ in range(3):
         clock.mark()

@@ -9,7 +9,7 @@ import torch
 from recording import record
 from test_speed_gpu import CPU, SHAPES, SMALL, rig
 
-from benchmarks.speed.decoders import dequantized, part_of, random_decoder, swapped, transformers_engine, weight_bytes
+from benchmarks.speed.decoders import dequantized, part_of, random_decoder, swapped, weight_bytes
 from benchmarks.speed.engine import far, greedy, random_prompt
 from benchmarks.speed.gpu import decode
 from benchmarks.speed.harness import Unavailable
@@ -70,16 +70,6 @@ def test_a_peer_computes_our_model(name: str) -> None:
     assert far(theirs, *decode.expected_logits(ours), 1) < (1e-5 if is_dense else decode.ALLOWED["4 bits"])
     dense = 4 * 2 * (3 * 256 * 256 + 256 * 256 + 3 * 256 * 256)
     assert weight_bytes(theirs) > dense if is_dense else weight_bytes(theirs) < dense / 4
-
-
-def test_transformers_computes_our_model() -> None:
-    pytest.importorskip("transformers")
-    ours = decoder()
-    input_ids, expected = decode.expected_logits(ours)
-    engine = transformers_engine(swapped(ours, PEERS[decode.DENSE][0], torch.float32), max_seq_len=80)
-    engine.start(2)
-    got = torch.stack([engine.read(input_ids[:-1]), engine.read(input_ids[-1:])])
-    assert float((got - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_what_is_not_installed_says_so() -> None:

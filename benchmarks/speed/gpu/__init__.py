@@ -3,11 +3,9 @@
 All 32 layers at Vicuna-7B's widths, the weights drawn on the GPU:
 
     sections, the most important first, each with time of its own
-        decode       a token at 1,470 of context, ours beside other libraries' linears in the same decoder; and what
-                     an int8 cache gains and loses
+        decode       a token at 1,470 of context, ours beside other libraries' linears in the same decoder
         prefill      a prompt of 1,420 tokens beside cuBLAS alone at the same shapes
         memory       the plan of `lite.memory` beside what torch's allocator has held
-        few-sms      decode again on as many multiprocessors as a small card has
         batches      a session beside batches that wait for their longest text
         kernels      `benchmarks.speed.kernels`
 
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benchmarks.speed import kernels
-from benchmarks.speed.gpu import batches, decode, few_sms, memory, prefill
+from benchmarks.speed.gpu import batches, decode, memory, prefill
 from benchmarks.speed.gpu.rig import Rig, Setting
 from benchmarks.speed.harness import Record, Report, above_zero, kept_apart, run_main
 from lite.bench.table import to_json
@@ -51,7 +49,6 @@ SECTIONS: Final = {
     "decode": Section(title="Decoding", measure=decode.measure, share=0.45),
     "prefill": Section(title="Prefill", measure=prefill.measure, share=0.15),
     "memory": Section(title="Memory", measure=memory.measure, share=0.1),
-    "few-sms": Section(title="Few multiprocessors", measure=few_sms.measure, share=0.15),
     "batches": Section(title="Batches", measure=batches.measure, share=0.2),
     "kernels": Section(title="Kernels", measure=kernels.measure, share=1.0),
 }
@@ -74,13 +71,11 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
     )
     add("--limit-s", type=positive, default=LIMIT_S, metavar="S", help="no measurement begins later (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything there too, after each section")
-    parser.set_defaults(layers=None, few_sms=defaults.few_sms, memory_gb=12.0, skip=[], only=[only])
+    parser.set_defaults(layers=None, memory_gb=12.0, only=[only])
     if only is None:
         add("--layers", type=positive, metavar="N", help=f"decoder layers (default: {defaults.layers}, quick: 4)")
         add("--memory-gb", type=above_zero, metavar="GB", help="limit of the memory section (default: %(default)g)")
-        add("--few-sms", type=positive, metavar="N", help="multiprocessors (default: %(default)s, an RTX 3060's)")
         add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-        add("--skip", nargs="+", choices=SECTIONS, metavar="SECTION", help="not these")
         parser.set_defaults(only=list(SECTIONS))
     return parser
 
@@ -94,7 +89,6 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         layers=arguments.layers or base.layers,
         rows=rows or base.rows,
         kernel_rows=rows or base.kernel_rows,
-        few_sms=arguments.few_sms,
         memory_bytes=round(arguments.memory_gb * 1e9),
     )
 
@@ -139,7 +133,7 @@ def run(arguments: argparse.Namespace, record: Record) -> int:
         f"Kernels on {selection.reason}. Streaming read: {bandwidth / 1e9:,.0f} GB/s.",
         card=selection.reason, bandwidth_bytes_per_s=bandwidth, setting=to_json(setting),
     )  # fmt: skip
-    wanted = [name for name in SECTIONS if name in arguments.only and name not in arguments.skip]
+    wanted = [name for name in SECTIONS if name in arguments.only]
     measure_sections(rig, wanted, arguments.limit_s, record)
     return record.end()
 

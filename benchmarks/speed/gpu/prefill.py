@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from benchmarks.speed.decoders import dequantized, part_of
 from benchmarks.speed.engine import Prompt, Rows, greedy, random_prompt, score
-from benchmarks.speed.harness import Clock, Row, spread, timed, times_in_turns
+from benchmarks.speed.harness import Clock, Row, in_turns, spread, timed
 from lite.engines.torch_engine.linear import linears_of
 from lite.eval.divergence import compare_logits
 from lite.eval.figures import quantiles
@@ -50,19 +50,13 @@ def measure(rig: Rig, report: Report) -> None:
             for run in runs.values():
                 run()  # untimed
             turns = {what: functools.partial(timed, run, rig.clock()) for what, run in runs.items()}
-            found = times_in_turns(turns, setting.rounds)
-        alone = found[_ALONE]
-        for what, time in found.items():
-            row = Row(names={"what": what, "sums": "float16" if fp16 else "float32"})
+            found = in_turns(turns, setting.rounds)
+        for what, times in found.items():
+            row = Row(names={"what": what, "sums": "float16" if fp16 else "float32"}, against=_ALONE)
+            row.took(times, "" if what == _ALONE else found[_ALONE])
+            if row.time is not None:
+                row.cells["tokens/s"] = f"{setting.prompt_tokens / row.time.p50:,.0f}"
             report.add(row)
-            if isinstance(time, str):
-                row.why = time
-                report.wrong.append(f"{row.label}: {time}")
-                continue
-            row.time, row.cells["tokens/s"] = time, f"{setting.prompt_tokens / time.p50:,.0f}"
-            if what != _ALONE and not isinstance(alone, str):
-                row.figures["ratio"] = time.p50 / alone.p50
-                row.cells["× cuBLAS alone"] = f"{time.p50 / alone.p50:.2f}"
         del runs
         rig.tidy()
     if switch:

@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -43,7 +43,6 @@ class Setting:
     requests: int = 24
     batch_size: int = 8
     text_tokens: tuple[int, int] = (40, 160)  # of the shortest and the longest text of a batch
-    few_sms: int = 28
     memory_bytes: int = 12_000_000_000
 
 
@@ -58,7 +57,6 @@ class Rig:
     bandwidth: Callable[[str], float] = streaming_read_bandwidth
     now: Callable[[], float] = time.monotonic
     deadline: float = math.inf
-    kept: list[Any] = field(default_factory=list)  # alive until the end
     _decoder: LlamaDecoder | None = None
 
     @classmethod
