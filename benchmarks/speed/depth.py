@@ -21,7 +21,7 @@ from typing import Any, Final
 from benchmarks.exports import measured_run
 from benchmarks.speed.harness import NONE, Record, Report, run_main, shown
 from benchmarks.speed.line import REAL_LAYERS, fit
-from benchmarks.speed.synthetic import MAX_LAYERS, NAME, write_checkpoint
+from benchmarks.speed.synthetic import MAX_LAYERS, export_checkpoint, write_checkpoint
 from lite.console import positive, say
 
 NUM_STUDIES: Final = 2
@@ -46,9 +46,7 @@ def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dic
     """
     checkpoint, artifact, figures = folder / "checkpoint", folder / "artifact", folder / "bench.json"
     write_checkpoint(checkpoint, layers=layers, studies=NUM_STUDIES)
-    export = [executable, "-m", "export", "--checkpoint", checkpoint / NAME, "--base", checkpoint / "base"]
-    export += ["--out", artifact, "--decoder", options.decoder, "--vision", options.vision]
-    export += ["--verify-studies", "1", "--quiet"]
+    export = ["--decoder", options.decoder, "--vision", options.vision]
     if options.engine == "onnx":
         export += ["--engine", "onnx"]
     if options.decoder.startswith("gptq"):
@@ -57,7 +55,7 @@ def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dic
     bench += ["--runs", options.runs, "--max-new-tokens", options.new_tokens, "--batch-sizes", "1"]
     bench += ["--engine", options.engine, "--device", options.device, "--json", figures]
     try:
-        measured_run([str(word) for word in export])
+        export_checkpoint(checkpoint, artifact, *export)
         measured_run([str(word) for word in bench])
         row: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))["rows"][0]
     finally:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
+Key = TypeVar("Key")
 Rounds: TypeAlias = "list[list[float]]"
 """Seconds, by round."""
 NONE: Final = "–"
@@ -223,14 +224,14 @@ def timed(run: Callable[[], object], clock: Clock) -> list[float]:
     return clock.seconds()
 
 
-def in_turns(turns: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T] | str]:
+def in_turns(turns: Mapping[Key, Callable[[], T]], rounds: int) -> dict[Key, list[T] | str]:
     """Give each its turn, round after round.
 
     Returns:
         What the turns gave, by name; for one that has failed, and is left out from then on, why.
     """
-    found: dict[str, list[T]] = {name: [] for name in turns}
-    failed: dict[str, str] = {}
+    found: dict[Key, list[T]] = {name: [] for name in turns}
+    failed: dict[Key, str] = {}
     for _ in range(rounds):
         for name, turn in turns.items():
             if name not in failed:

@@ -12,15 +12,11 @@ a token takes, depends on their *shapes*. This module writes a checkpoint of tho
 What can be measured on it, and what cannot:
 
 * **Bytes and time are those of the real model.** Widths, dtypes, file formats, LoRA and the length of a prompt are the
-  published ones, and every weight is a draw of its own: nothing repeats or compresses, no matrix has low rank. All
-  layers cost the same, so two depths give the price of a layer (the difference) and of the rest (what is left at
-  depth 0). A figure for 32 layers that was reached in this way is a model of one and has to be called that.
+  published ones, and every weight is a draw of its own: nothing repeats or compresses, no matrix has low rank.
 * **Text means nothing.** Drafts are pseudo-words. The end token and the byte pieces are never chosen, so every draft
   has exactly as many tokens as were asked for, all of them printable.
-* **A quantiser's loss is not the real one.** Weights are Gaussian, and all channels alike, so that any rounding passes
-  the exporter's parity check; a trained decoder has structure that a quantiser can exploit, and outliers. Shards are of
-  about a GiB, where the published base has two of 10 and 3.5 GB; the tower's training checkpoint lacks most of the text
-  tower and optimiser state that nobody reads.
+* **A quantiser's loss is not the real one.** Weights are Gaussian, and all channels alike: any rounding passes the
+  exporter's parity check. A trained decoder has structure that a quantiser can exploit, and outliers.
 
 The draws are those of `benchmarks.speed.weights`: the first layers of a deep checkpoint are those of a shallow one with
 the same seed.
@@ -30,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import sys
 from math import prod
 from pathlib import Path
@@ -40,6 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.exports import measured_run
 from benchmarks.phantom.layout import (
     GENERATION_CONFIG,
     SPECIAL_TOKENS_MAP,
@@ -72,8 +68,6 @@ LORA_SHARE: Final = 0.3
 
 _QUIET_FACTOR: Final = 0.01
 _FIRST_WORD_ID: Final = 259  # after unk, bos, eos and the 256 bytes
-_FILM_BYTES: Final = 1 << 16  # of one study with its film, which takes 35 kB
-_TOWER_BYTES: Final = 450 << 20  # with the projector, names, indices and the tokenizer; 390 MiB at the real widths
 _NOTICE: Final = (
     "These are random weights in the shapes of LLaVA-Rad, written to measure time and memory. The text they give is "
     "random too."
@@ -105,7 +99,7 @@ def write_checkpoint(
         Bytes written, all files together.
 
     Raises:
-        LiteError: `out` exists or cannot be written, the disk is too small, or a number is out of its range.
+        LiteError: `out` exists or cannot be written, the disk is full, or a number is out of its range.
     """
     model = Model(shapes=Shapes() if shapes is None else shapes, num_layers=layers, seed=max(0, seed))
     if not 1 <= layers <= MAX_LAYERS or seed < 0 or studies < 0:
@@ -117,7 +111,6 @@ def write_checkpoint(
     out = out.absolute()
     with staged_folder(out) as staged:
         partial = staged.path
-        _require_space(partial, bytes_needed(model, studies=studies))
         (partial / NAME).mkdir()
         (partial / "base").mkdir()
         _write_small_files(partial, model)
@@ -131,6 +124,17 @@ def write_checkpoint(
         written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         staged.finish()
     return written
+
+
+def export_checkpoint(checkpoint: Path, out: Path, *options: str) -> None:
+    """Export a written checkpoint, as a user would type it.
+
+    Raises:
+        LiteError: it failed; the exporter's last words are the message.
+    """
+    command = [sys.executable, "-m", "export", "--checkpoint", str(checkpoint / NAME), "--out", str(out)]
+    command += ["--base", str(checkpoint / "base"), "--verify-studies", "1", "--quiet", *options]
+    measured_run(command)
 
 
 # -- Weights ---------------------------------------------------------------------------------------------------------
@@ -241,22 +245,6 @@ def _save(content: dict[str, Any], path: Path) -> None:
         reason = str(error).splitlines()[0]
         msg = f"{path}: got a write that failed ({reason}) · expected room for the file · free some space on this disk"
         raise LiteError(msg) from error
-
-
-def bytes_needed(model: Model, *, studies: int) -> int:
-    """Estimate what a checkpoint takes on disk: the decoder, a tower and a projector, and what is left."""
-    decoder = fp16_bytes((*model.tensor_shapes.values(), *model.shapes.lora(model.num_layers).values()))
-    return decoder + _TOWER_BYTES + studies * _FILM_BYTES
-
-
-def _require_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        msg = (
-            f"{out.parent}: got {free / 2**30:.2f} GiB free · expected at least {needed / 2**30:.2f} GiB for the "
-            "checkpoint · free some space, name a folder on another disk, or take fewer layers"
-        )
-        raise LiteError(msg)
 
 
 # -- Command line ----------------------------------------------------------------------------------------------------

@@ -169,9 +169,12 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
             "sentencepiece PIL onnx onnxruntime transformers jinja2 matplotlib cv2",
         ),
         # The peers' own environment: numpy.
-        ("benchmarks.speed.peers.worker, benchmarks.speed.peers.llamacpp", "torch safetensors sentencepiece PIL tqdm"),
+        (
+            "benchmarks.speed.peers.worker, benchmarks.speed.peers.llamacpp",
+            "torch safetensors sentencepiece PIL tqdm onnxruntime",
+        ),
         # What is measured in this process is ours without torch.
-        ("benchmarks.speed.peers.worker, benchmarks.speed.peers.lite_onnx", "torch safetensors"),
+        ("benchmarks.speed.peers.worker, benchmarks.speed.peers.lite", "torch safetensors"),
     ],
 )
 def test_what_runs_elsewhere_needs_no_more_than_is_there(modules: str, absent: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from random_checkpoint import SMALL
 
-from benchmarks.speed import depth
+from benchmarks.speed import depth, synthetic
 from benchmarks.speed.depth import main, measure_depth, report_of
 from benchmarks.speed.synthetic import write_checkpoint
 
@@ -50,7 +50,8 @@ def test_the_whole_way_at_small_widths(
 def test_the_engine_is_that_of_export_and_bench(engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(depth, "write_checkpoint", lambda *_, **__: None)
-    monkeypatch.setattr(depth, "measured_run", commands.append)
+    for module in (depth, synthetic):
+        monkeypatch.setattr(module, "measured_run", commands.append)
     (tmp_path / "bench.json").write_text('{"rows": [{}]}')
     options = depth._parser().parse_args(["--engine", engine])
     measure_depth(tmp_path, 1, options)
