@@ -146,7 +146,7 @@ def base_tensor(model: Model, name: str) -> Tensor:
     if name == "lm_head.weight":
         rows = np.ones(model.shapes.vocab_size, np.float32)
         rows[:_FIRST_WORD_ID] = _QUIET_FACTOR
-    return torch.from_numpy(model.tensor(name, rows=rows, dtype=np.float16))
+    return torch.from_numpy(model.tensor(name, rows=rows))
 
 
 def lora_tensor(model: Model, name: str, shape: tuple[int, int]) -> Tensor:
@@ -154,7 +154,7 @@ def lora_tensor(model: Model, name: str, shape: tuple[int, int]) -> Tensor:
     std = shape[1] ** -0.5
     if name.endswith("lora_B.weight"):
         std = LORA_SHARE * gain_of(name) / (2.0 * shape[1] ** 0.5)
-    return torch.from_numpy(model.matrix(name, shape, std=std, dtype=np.float16))
+    return torch.from_numpy(model.matrix(name, shape, std=std))
 
 
 # -- Files -----------------------------------------------------------------------------------------------------------

@@ -133,11 +133,7 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
     assert not np.array_equal(Model(shapes=shapes, num_layers=2, seed=1).tensor(name), drawn)
     assert drawn.std() == pytest.approx(128**-0.5, rel=0.05)
     assert deep.tensor("lm_head.weight").std() == pytest.approx(3 * 128**-0.5, rel=0.05)
-    assert np.array_equal(deep.tensor(name, dtype=np.float16), drawn.astype(np.float16))
     assert deep.tensor_shapes["model.layers.1.self_attn.v_proj.weight"] == (64, 128)
-    assert Model.from_json(json.loads(json.dumps({"shapes": {"hidden_size": 256}, "num_layers": 3}))).config[
-        "num_hidden_layers"
-    ] == 3  # fmt: skip
 
 
 def test_the_default_shapes_are_the_published_ones() -> None:
