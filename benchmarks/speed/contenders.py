@@ -87,10 +87,10 @@ def _all_of(
     inputs: Mapping[str, Tensor],
     nbytes: int,
     expected: Tensor,
+    runs: Mapping[str, Callable[..., Tensor]],
     *,
     bits: int = 16,
     dtype: str = "float16",
-    **runs: Callable[..., Tensor],
 ) -> Iterator[Contender]:
     """Yield the engines that compute an op from copies of the same tensors, which they take by name."""
 
@@ -172,10 +172,10 @@ def _attention(shapes: Shapes, tokens: int, B: int, device: torch.device) -> Ite
             {"q": q, **cache},
             2 * B * kv_heads * tokens * _vector_bytes(head_dim, quantized=quantized) + 2 * q.nbytes,
             reference.decode_attention(q.float(), lengths=lengths, **floats),
+            {"lite": functools.partial(decode_attention, lengths=lengths)}
+            | ({} if quantized else {"torch sdpa": sdpa}),
             bits=8 if quantized else 16,
             dtype="int8 cache" if quantized else "float16",
-            lite=functools.partial(decode_attention, lengths=lengths),
-            **({} if quantized else {"torch sdpa": sdpa}),
         )
 
 
@@ -201,7 +201,8 @@ def _rotary(shapes: Shapes, num_cached_tokens: int, B: int, device: torch.device
     at = torch.arange(B, device=device)[:, None]
 
     def ours(qkv: Tensor, **cache: Any) -> Tensor:
-        return rotary_and_cache(*torch.split(qkv, split, dim=2), cos, sin, slots, **cache)[0]
+        q, k, v = torch.split(qkv, split, dim=2)
+        return rotary_and_cache(q, k, v, cos, sin, slots, **cache)[0]
 
     def plain(qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         q, k, v = torch.split(qkv, split, dim=2)
@@ -218,9 +219,8 @@ def _rotary(shapes: Shapes, num_cached_tokens: int, B: int, device: torch.device
             {"qkv": qkv, **_cache(drawn, quantized=quantized)},
             qkv.nbytes + rotated + stored + 2 * cos.nbytes,
             reference.rotary(torch.split(qkv, split, dim=2)[0].float(), cos, sin),
+            {"lite": ours} if quantized else {"lite": ours, "torch": plain},
             dtype="int8 cache" if quantized else "float16",
-            lite=ours,
-            **({} if quantized else {"torch": plain}),
         )
 
 
@@ -234,8 +234,10 @@ def _pointwise(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contend
         {"x": x, "residual": residual},
         4 * x.nbytes + weight.nbytes,
         reference.rms_norm((x + residual).float(), weight.float(), 1e-5),
-        lite=lambda x, residual: add_rms_norm(x, residual, weight, 1e-5)[1],
-        torch=lambda x, residual: functional.rms_norm(x + residual, (hidden,), weight, 1e-5),
+        {
+            "lite": lambda x, residual: add_rms_norm(x, residual, weight, 1e-5)[1],
+            "torch": lambda x, residual: functional.rms_norm(x + residual, (hidden,), weight, 1e-5),
+        },
     )
     gate_up = torch.randn(M, 2 * inner, device=device, dtype=torch.float16)
     yield from _all_of(
@@ -244,8 +246,7 @@ def _pointwise(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contend
         {"gate_up": gate_up},
         gate_up.nbytes * 3 // 2,
         reference.silu_mul(gate_up.float()),
-        lite=silu_mul,
-        torch=lambda gate_up: functional.silu(gate_up[:, :inner]) * gate_up[:, inner:],
+        {"lite": silu_mul, "torch": lambda gate_up: functional.silu(gate_up[:, :inner]) * gate_up[:, inner:]},
     )
 
 
@@ -269,7 +270,7 @@ def _sampling(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contende
             expected = logits.float().log_softmax(-1).amax(-1)
             runs["torch"] = lambda logits: logits.float().log_softmax(-1).max(-1).values
         shape = f"{shapes.vocab_size} tokens, {M} rows, {how}"
-        yield from _all_of("sample", shape, {"logits": logits}, logits.nbytes, expected, **runs)
+        yield from _all_of("sample", shape, {"logits": logits}, logits.nbytes, expected, runs)
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:

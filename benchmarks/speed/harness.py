@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -37,7 +36,6 @@ Key = TypeVar("Key")
 Rounds: TypeAlias = "list[list[float]]"
 """Seconds, by round."""
 NONE: Final = "–"
-LATE: Final = "the section's time is up"
 
 
 class Unavailable(Exception):  # noqa: N818 - the name says what happened; "Error" would add nothing
@@ -297,20 +295,6 @@ class Record:
         if wrong:
             sys.stdout.write(f"{len(wrong)} of ours wrong: {'; '.join(wrong)}.\n")
         return 1 if wrong else 0
-
-
-def above_zero(text: str) -> float:
-    """Read an argument that is a number above 0.
-
-    Raises:
-        ArgumentTypeError: it is not.
-    """
-    import argparse
-
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"got {text} · expected a number above 0")
 
 
 @contextlib.contextmanager

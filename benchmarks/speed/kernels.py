@@ -10,7 +10,6 @@ GB/s counts what a call has to read and write, each byte once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -31,22 +30,8 @@ _MAX_COPIES: Final = 64
 _ROUNDS: Final = 50
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
-    """How long one call took, on the GPU."""
-
-    call: Quantiles
-    graph: bool
-
-
-def measure_one(contender: Contender, *, bandwidth: float, time: Callable[..., Timed]) -> Row:
-    """Check a contender, then time it.
-
-    Args:
-        contender: which.
-        bandwidth: of a streaming read, bytes per second.
-        time: `time_calls`, or what a test puts in its place.
-    """
+def measure_one(contender: Contender, *, bandwidth: float) -> Row:
+    """Check a contender, then time it beside a streaming read of so many bytes per second."""
     names = {name: getattr(contender, name) for name in ("op", "shape", "engine", "dtype")}
     row = Row(names=names, bandwidth=bandwidth)
     try:
@@ -57,19 +42,22 @@ def measure_one(contender: Contender, *, bandwidth: float, time: Callable[..., T
             return row
         copies = min(_MAX_COPIES, max(2, -(-_FLUSH_BYTES // first.nbytes)))
         calls = [first, *(contender.prepare() for _ in range(copies - 1))]
-        timed = time([call.run for call in calls], _ROUNDS)
+        row.time, is_captured = time_calls([call.run for call in calls])
     except Exception as error:
         if contender.is_ours and not isinstance(error, Unavailable):
             raise
         row.why = reason(error)
         return row
-    row.time, row.nbytes, row.figures["graph"] = timed.call, first.nbytes, timed.graph
-    row.mark = "" if timed.graph else "¹"
+    row.nbytes, row.figures["graph"], row.mark = first.nbytes, is_captured, "" if is_captured else "¹"
     return row
 
 
-def time_calls(calls: Sequence[Callable[[], Tensor]], rounds: int) -> Timed:
-    """Run all calls one after the other, again and again, and divide: from one CUDA graph, if they can be captured."""
+def time_calls(calls: Sequence[Callable[[], Tensor]]) -> tuple[Quantiles, bool]:
+    """Run all calls one after the other, again and again, and divide.
+
+    Returns:
+        The time of a call, and whether they could be captured in a CUDA graph.
+    """
     for call in calls:  # compiles, and whatever else happens the first time
         call()
     torch.cuda.synchronize()
@@ -86,10 +74,10 @@ def time_calls(calls: Sequence[Callable[[], Tensor]], rounds: int) -> Timed:
         run()
     clock = Clock(on_gpu=True)
     clock.mark()
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         run()
         clock.mark()
-    return Timed(call=quantiles([seconds / len(calls) for seconds in clock.seconds()]), graph=graph is not None)
+    return quantiles([seconds / len(calls) for seconds in clock.seconds()]), graph is not None
 
 
 def _captured(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph | None:
@@ -107,7 +95,7 @@ def _captured(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph | N
 
 
 def measure(rig: Rig, report: Report) -> None:
-    """Measure every contender, as far as the time goes."""
+    """Measure every contender."""
     rig.forget_decoder()
     bandwidth = report.figures["bandwidth_bytes_per_s"] = rig.measured_bandwidth()
     report.notes += [
@@ -120,10 +108,7 @@ def measure(rig: Rig, report: Report) -> None:
     setting = rig.setting
     with torch.inference_mode():
         for contender in contenders(setting.shapes, setting.kernel_rows, rig.device, setting.context):
-            if rig.is_late():
-                report.why = "the section's time was up before all were measured"
-                break
-            report.add(measure_one(contender, bandwidth=bandwidth, time=time_calls), ours=contender.is_ours)
+            report.add(measure_one(contender, bandwidth=bandwidth), ours=contender.is_ours)
             rig.tidy()
 
 

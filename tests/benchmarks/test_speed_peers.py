@@ -330,7 +330,7 @@ def test_whoever_ends_a_worker_ends_what_it_has_started(tmp_path: Path) -> None:
         (["--layers", "2", "2"], "one point gives no line"),
         (["--prompt-tokens", "4090"], "at most 4096"),
         (["--engines", "vllm"], "invalid choice: 'vllm'"),
-        (["--limit-s", "0"], "a number above 0"),
+        (["--limit-s", "0"], "expected a whole number from 1"),
     ],
 )
 def test_wrong_use_is_told_before_anything_runs(

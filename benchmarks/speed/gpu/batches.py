@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.speed.decoders import part_of
 from benchmarks.speed.engine import Drafting, random_prompt
-from benchmarks.speed.harness import LATE, Row
+from benchmarks.speed.harness import Row
 from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ def measure(rig: Rig, report: Report) -> None:
             for batching, groups in {"continuous": [lengths], "static": waiting}.items():
                 row = Row(names={"batching": batching, "cache": cache_dtype or "float16"})
                 report.add(row)
-                if rig.is_late():
-                    row.why = LATE
-                else:
-                    _measure(row, drafting, groups)
+                _measure(row, drafting, groups)
         del decoder
         rig.tidy()
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.speed.decoders import part_of, plain_logits, random_decoder, swapped, weight_bytes
 from benchmarks.speed.engine import WARM_UP, Rows, far, greedy, random_prompt, score
-from benchmarks.speed.harness import LATE, NONE, Row, Unavailable, in_turns, reason
+from benchmarks.speed.harness import NONE, Row, Unavailable, in_turns, reason
 from benchmarks.speed.linears import PEERS
 from lite.errors import MemoryBudgetError
 from lite.eval.divergence import compare_logits
@@ -111,9 +111,6 @@ def _names(name: str, cache: str, num_rows: int) -> dict[str, str]:
 
 def _measure_model(rig: Rig, one: Model) -> Iterator[Row]:
     """Make a model, check and measure each way to run it; what it holds is free when this ends."""
-    if rig.is_late():
-        yield Row(names=_names(one.name, NONE, min(rig.setting.rows)), why=LATE)
-        return
     rig.decoder()
     try:
         decoder = one.make(rig)
@@ -136,8 +133,6 @@ def _measure_model(rig: Rig, one: Model) -> Iterator[Row]:
             row.figures |= {"difference": difference, **lost}
             if problem is not None:
                 row.why, row.is_wrong = problem, True
-            elif rig.is_late():
-                row.why = LATE
             else:
                 _time(rig, row, decoder, variant, num_rows)
                 if lost:

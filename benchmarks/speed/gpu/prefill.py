@@ -1,14 +1,13 @@
 """A prompt through our int4 decoder, beside cuBLAS alone: the float16 products of the same shapes and nothing else.
 
-With `fp16_accumulation` cuBLAS may add up in float16: faster on GeForce cards, less exact. What that loses is measured
-on the same prompt, and it has a gate: a mean KL above `MAX_KL` does not pass, however fast it is.
+With `fp16_accumulation` our products add up in float16: faster on GeForce cards, less exact. What that loses is
+measured on the same prompt, and it has a gate: a mean KL above `MAX_KL` does not pass, however fast it is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -22,85 +21,68 @@ from lite.eval.divergence import compare_logits
 from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from benchmarks.speed.gpu.rig import Rig
     from benchmarks.speed.harness import Report
     from lite.engines.torch_engine.decoder import LlamaDecoder
 
 MAX_KL: Final = 1e-3
-_ALONE: Final = "cuBLAS alone"
+ALONE: Final = "cuBLAS alone"
 
 
 def measure(rig: Rig, report: Report) -> None:
     """Measure prefill at each chunk size, with either kind of sums where torch has both."""
-    setting, switch = rig.setting, accumulation_switch()
+    setting = rig.setting
     decoder = part_of(rig.decoder())
     prompt = random_prompt(decoder.config, setting.prompt_tokens, rig.device)
     report.notes.append(
-        f"{setting.prompt_tokens} tokens, the last one's logits included; random weights in 4 bits. cuBLAS alone: a "
-        "float16 product for each linear, all tokens at once."
+        f"{setting.prompt_tokens} tokens, the last one's logits included; random weights in 4 bits. {ALONE}: a float16 "
+        "product for each linear, all tokens at once, its sums in float32."
     )
-    for fp16 in (False, True) if switch else (False,):
-        runs: dict[str, Callable[[], object]] = {
-            f"lite int4, chunks of {chunk}": _prefill(decoder, prompt, chunk) for chunk in setting.chunk_sizes
-        }
-        runs[_ALONE] = _products(decoder, setting.prompt_tokens)
-        with accumulating(decoder, in_float16=fp16):
-            for run in runs.values():
-                run()  # untimed
-            turns = {what: functools.partial(timed, run, rig.clock()) for what, run in runs.items()}
-            found = in_turns(turns, setting.rounds)
-        for what, times in found.items():
-            row = Row(names={"what": what, "sums": "float16" if fp16 else "float32"}, against=_ALONE)
-            row.took(times, "" if what == _ALONE else found[_ALONE])
-            if row.time is not None:
-                row.cells["tokens/s"] = f"{setting.prompt_tokens / row.time.p50:,.0f}"
-            report.add(row)
-        del runs
-        rig.tidy()
-    if switch:
+    both = has_fp16_sums()
+    rows = Rows(decoder, 1, prompt.num_tokens)
+    runs: dict[tuple[str, str], Callable[[], None]] = {
+        (f"lite int4, chunks of {chunk}", kind): functools.partial(_prefill, rows, prompt, chunk, kind)
+        for kind in (("float32", "float16") if both else ("float32",))
+        for chunk in setting.chunk_sizes
+    }
+    runs[ALONE, "float32"] = _products(decoder, setting.prompt_tokens)
+    for run in runs.values():
+        run()  # untimed
+    found = in_turns({key: functools.partial(timed, run, rig.clock()) for key, run in runs.items()}, setting.rounds)
+    for (what, kind), times in found.items():
+        row = Row(names={"what": what, "sums": kind}, against=ALONE)
+        row.took(times, "" if what == ALONE else found[ALONE, "float32"])
+        if row.time is not None:
+            row.cells["tokens/s"] = f"{setting.prompt_tokens / row.time.p50:,.0f}"
+        report.add(row)
+    if both:
         judge_fp16_sums(rig, report, decoder, prompt)
     else:
         report.notes.append(f"float16 sums: torch {torch.__version__} cannot, 2.7 can.")
-    _first_token(rig, report, decoder, prompt)
+    add_up_in(decoder, "float32")
+    _first_token(rig, report, rows, prompt)
 
 
-def accumulation_switch() -> bool:
+def has_fp16_sums() -> bool:
     """Say whether torch can let cuBLAS add up in float16."""
     return hasattr(torch.backends.cuda.matmul, "allow_fp16_accumulation")
 
 
-@contextlib.contextmanager
-def accumulating(decoder: LlamaDecoder, *, in_float16: bool) -> Iterator[None]:
-    """Let a decoder's prompts, and torch's own products, add up in float16 meanwhile, or in float32."""
-    linears = linears_of(decoder).values()
-    switch: Any = torch.backends.cuda.matmul
-    before = switch.allow_fp16_accumulation if accumulation_switch() else None
-    for linear in linears:
-        linear.fp16_accumulation = in_float16
-    if before is not None:
-        switch.allow_fp16_accumulation = in_float16
-    try:
-        yield
-    finally:
-        for linear in linears:
-            linear.fp16_accumulation = False
-        if before is not None:
-            switch.allow_fp16_accumulation = before
+def add_up_in(decoder: LlamaDecoder, kind: str) -> None:
+    """Let a decoder's prompts add up in float16, or in float32."""
+    for linear in linears_of(decoder).values():
+        linear.fp16_accumulation = kind == "float16"
 
 
-def _prefill(decoder: LlamaDecoder, prompt: Prompt, chunk: int) -> Callable[[], object]:
-    rows = Rows(decoder, 1, prompt.num_tokens)
-
-    def run() -> None:
-        decoder.chunk_size = chunk
-        rows.read(prompt)
-
-    return run
+def _prefill(rows: Rows, prompt: Prompt, chunk: int, kind: str) -> None:
+    add_up_in(rows.engine, kind)
+    rows.engine.chunk_size = chunk
+    rows.read(prompt)
 
 
-def _products(decoder: LlamaDecoder, tokens: int) -> Callable[[], object]:
+def _products(decoder: LlamaDecoder, tokens: int) -> Callable[[], None]:
     """Prepare one float16 product for each linear of all layers; layers share their weights, larger than any cache."""
     dtype = torch.float16 if decoder.device.type == "cuda" else torch.float32
     drawn = [
@@ -125,12 +107,11 @@ def _products(decoder: LlamaDecoder, tokens: int) -> Callable[[], object]:
 def judge_fp16_sums(rig: Rig, report: Report, decoder: LlamaDecoder, prompt: Prompt) -> None:
     """Compare the logits that both kinds of sums lead to, along a text."""
     decoder.chunk_size = max(rig.setting.chunk_sizes)
+    add_up_in(decoder, "float32")
     token_ids, _ = greedy(decoder, prompt, rig.setting.scored_tokens)
-    scored = []
-    for fp16 in (False, True):
-        with accumulating(decoder, in_float16=fp16):
-            scored.append(score(decoder, prompt, token_ids))
-    divergence = compare_logits(scored[0], scored[1], token_ids)
+    exact = score(decoder, prompt, token_ids)
+    add_up_in(decoder, "float16")
+    divergence = compare_logits(exact, score(decoder, prompt, token_ids), token_ids)
     kl, same_top = float(np.mean(divergence.kl)), float(np.mean(divergence.same_top))
     passes = kl <= MAX_KL
     report.figures["fp16_accumulation"] = {"mean_kl": kl, "same_top": same_top, "passes": passes, "gate": MAX_KL}
@@ -140,10 +121,9 @@ def judge_fp16_sums(rig: Rig, report: Report, decoder: LlamaDecoder, prompt: Pro
     )
 
 
-def _first_token(rig: Rig, report: Report, decoder: LlamaDecoder, prompt: Prompt) -> None:
+def _first_token(rig: Rig, report: Report, rows: Rows, prompt: Prompt) -> None:
     """Time until the host knows the first token: by its own clock, as a user would."""
-    decoder.chunk_size = max(rig.setting.chunk_sizes)
-    rows = Rows(decoder, 1, prompt.num_tokens)
+    rows.engine.chunk_size = max(rig.setting.chunk_sizes)
 
     def run() -> None:
         rows.read(prompt)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,8 +53,6 @@ class Rig:
     clock: Callable[[], Clock] = lambda: Clock(on_gpu=True)
     capture: Capture | None = None
     bandwidth: Callable[[str], float] = streaming_read_bandwidth
-    now: Callable[[], float] = time.monotonic
-    deadline: float = math.inf
     _decoder: LlamaDecoder | None = None
 
     @classmethod
@@ -88,10 +84,6 @@ class Rig:
         """Let go of it: something larger needs the memory."""
         self._decoder = None
         self.tidy()
-
-    def is_late(self) -> bool:
-        """Say whether the section's time is up."""
-        return self.now() >= self.deadline
 
     def measured_bandwidth(self) -> float:
         """Return the bytes per second of a streaming read, now."""

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from benchmarks.speed.harness import above_zero
     from benchmarks.speed.peers.specs import PEERS_PYTHON, SPECS
     from lite.console import positive
     from lite.engines.cores import available_cores
@@ -45,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     names = [spec.name for spec in SPECS]
     engines = f"only these: {', '.join(repr(name) for name in names)}"
     prompt = "the prompt, an image of 1369 patches and a question (default: %(default)s)"
-    limit = "an engine whose prompt and tokens take longer is given up (default: %(default)g)"
+    limit = "an engine whose prompt and tokens take longer is given up (default: %(default)s)"
     python = (
         "an interpreter that has llama-cpp-python and gguf; if there is none, our own is asked for them (default: "
         "build/peers-venv/bin/python, which `make peers` makes)"
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--engines", nargs="+", choices=names, default=names, metavar="NAME", help=engines)
     add("--threads", type=positive, default=available_cores(), metavar="N", help="of each (default: %(default)s)")
     add("--rounds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
-    add("--limit-s", type=above_zero, default=120.0, metavar="S", help=limit)
+    add("--limit-s", type=positive, default=120, metavar="S", help=limit)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--peers-python", type=Path, default=PEERS_PYTHON, metavar="FILE", help=python)
     add("--json", type=Path, metavar="FILE", help="write everything to a JSON file, too")
