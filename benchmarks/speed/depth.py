@@ -2,8 +2,12 @@
 
 The real model does not fit every machine, and its weights are not here. So checkpoints of its widths with random
 weights are written at several depths, exported by the exporter's command and measured by `python -m lite.bench`, each
-as a user would do it. From three depths on, the deepest is also foretold from the others, and by how much that misses
-is printed: a line that does not hold is seen.
+as a user would do it. Layers are all alike, so a straight line goes through the depths:
+
+    figure(layers) = rest + layers × each
+
+Whatever is said in this way was computed, not measured, and is printed with a "~". From three depths on, the deepest is
+also foretold from the others, and by how much that misses is printed: a line that does not hold is seen.
 """
 
 from __future__ import annotations
@@ -11,19 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from sys import executable
 from typing import Any, Final
 
 from benchmarks.exports import measured_run
 from benchmarks.speed.harness import NONE, Record, Report, run_main, shown
-from benchmarks.speed.line import REAL_LAYERS, fit
 from benchmarks.speed.synthetic import MAX_LAYERS, export_checkpoint, write_checkpoint
 from lite.console import positive, say
 
+REAL_LAYERS: Final = 32
 NUM_STUDIES: Final = 2
 DECODERS: Final = ("fp16", "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8")
 QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
@@ -36,6 +41,26 @@ QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
     "peak memory, GB": lambda row: row["memory"]["decode_bytes"] / 1e9,
 }
 """Figures of a bench's row, in the units that they are printed in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A figure as a straight line over the depth."""
+
+    rest: float  # what is there without layers
+    each: float
+    missed: float | None  # by how much the line through the other depths misses the deepest, as a fraction of it
+
+    def at(self, layers: int) -> float:
+        """Return the figure at a depth."""
+        return self.rest + layers * self.each
+
+
+def fit(layers: Sequence[int], values: Sequence[float]) -> Line:
+    """Put a straight line through figures at two depths or more, the deepest last."""
+    each, rest = statistics.linear_regression(layers, values)
+    missed = fit(layers[:-1], values[:-1]).at(layers[-1]) / values[-1] - 1 if len(layers) > 2 else None
+    return Line(rest=rest, each=each, missed=missed)
 
 
 def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lite.config import IMAGE_TOKEN_ID, DecoderConfig
 from lite.engines import segments
 from lite.engines.segments import divide, expand_image
 from lite.errors import LiteError
+from lite.eval.divergence import compare_logits
 from lite.memory.process import Peaks
 from lite.session.loop import Loop
 from lite.session.request import Request
@@ -68,12 +69,7 @@ def random_prompt(
 def prompt_of(engine: Engine, input_ids: Sequence[int]) -> Prompt:
     """Return a prompt of tokens alone: the first takes the place of the image."""
     embed: Any = engine.embed
-    return Prompt(input_ids=[IMAGE_TOKEN_ID, *input_ids[1:]], features=_without_gradients(embed, input_ids[:1]))
-
-
-def _without_gradients(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - torch's or numpy's
-    found = function(*arguments)
-    return found.detach() if hasattr(found, "detach") else found
+    return Prompt(input_ids=[IMAGE_TOKEN_ID, *input_ids[1:]], features=embed(input_ids[:1]))
 
 
 class Rows:
@@ -174,6 +170,12 @@ def score(engine: LlamaDecoder, prompt: Prompt, token_ids: Sequence[int]) -> NDA
     return segments.score(engine, prompt.input_ids, token_ids, prompt.features, num_image_tokens=num_image_tokens)
 
 
+def loss(exact: NDArray[np.float32], got: NDArray[np.float32], token_ids: Sequence[int]) -> dict[str, float]:
+    """Compare logits along a text."""
+    divergence = compare_logits(exact, got, token_ids)
+    return {"mean_kl": float(np.mean(divergence.kl)), "same_top": float(np.mean(divergence.same_top))}
+
+
 def far(engine: LlamaDecoder, input_ids: Sequence[int], expected: torch.Tensor, num_rows: int) -> float:
     """Return how far a decoder's logits are from what they should be.
 
@@ -201,63 +203,54 @@ def _far(got: torch.Tensor, expected: torch.Tensor) -> float:
     return found if math.isfinite(found) else math.inf
 
 
-class Drafting:
-    """A session of its own, which drafts texts of given lengths behind one prompt."""
+def new_session(
+    engine: LlamaDecoder, prompt: Prompt, *, num_rows: int, longest: int, max_queue: int
+) -> Session[Any, Any]:
+    """Begin a session for texts behind one prompt.
 
-    def __init__(self, engine: LlamaDecoder, prompt: Prompt, *, num_rows: int, longest: int, max_queue: int) -> None:
-        """Begin a session.
+    Args:
+        engine: of the texts.
+        prompt: of each.
+        num_rows: studies under way at a time.
+        longest: tokens of a text, at most.
+        max_queue: texts that are asked for together, at most.
+    """
+    peaks = Peaks(rss_bytes=None, vram_bytes=None)
+    loop = Loop(
+        engine,
+        num_rows=num_rows,
+        max_seq_len=prompt.num_tokens + longest,
+        context=engine.config.max_position_embeddings,
+        eos_token_id=_NEVER,
+        fits=lambda *_: True,
+        peaks=lambda: peaks,
+    )
+    return Session(loop, peaks=lambda: peaks, max_queue=max_queue)
 
-        Args:
-            engine: of the texts.
-            prompt: of each; its film is read anew each time.
-            num_rows: studies under way at a time.
-            longest: tokens of a text, at most.
-            max_queue: texts that are asked for together, at most.
-        """
-        self.prompt, self.input_ids = prompt, expand_image(prompt.input_ids, len(prompt.features))
-        peaks = Peaks(rss_bytes=None, vram_bytes=None)
-        loop = Loop(
-            engine,
-            num_rows=num_rows,
-            max_seq_len=prompt.num_tokens + longest,
-            context=engine.config.max_position_embeddings,
-            eos_token_id=_NEVER,
-            fits=lambda *_: True,
-            peaks=lambda: peaks,
-        )
-        self.session = Session(loop, peaks=lambda: peaks, max_queue=max_queue)
 
-    @property
-    def num_rows(self) -> int:
-        """How many rows are left: fewer than asked for where memory was short."""
-        return self.session.num_rows
+def draft(session: Session[Any, Any], prompt: Prompt, lengths: Sequence[int]) -> None:
+    """Draft texts of given lengths, the film read anew for each, and wait for all of them.
 
-    def draft(self, lengths: Sequence[int]) -> None:
-        """Draft texts, and wait for all of them.
-
-        Raises:
-            LiteError: a request failed, or has not as many tokens as it should.
-        """
-        studies = [
-            self.session.submit(
-                Request(
-                    id=str(number),
-                    input_ids=self.input_ids,
-                    num_prefix_tokens=segments.num_prefix_tokens(self.input_ids),
-                    film=None,
-                    see=lambda: self.prompt.features,
-                    max_new_tokens=length,
-                )
+    Raises:
+        LiteError: a request failed, or has not as many tokens as it should.
+    """
+    input_ids = expand_image(prompt.input_ids, len(prompt.features))
+    studies = [
+        session.submit(
+            Request(
+                id=str(number),
+                input_ids=input_ids,
+                num_prefix_tokens=segments.num_prefix_tokens(input_ids),
+                film=None,
+                see=lambda: prompt.features,
+                max_new_tokens=length,
             )
-            for number, length in enumerate(lengths)
-        ]
-        for study, length in zip(studies, lengths, strict=True):
-            study.wait()
-            if study.error is not None:
-                raise study.error
-            if len(study.token_ids) != length:
-                raise LiteError(f"got {len(study.token_ids)} tokens · expected {length} · report this")
-
-    def close(self) -> None:
-        """End the session, and give its memory back."""
-        self.session.close()
+        )
+        for number, length in enumerate(lengths)
+    ]
+    for study, length in zip(studies, lengths, strict=True):
+        study.wait()
+        if study.error is not None:
+            raise study.error
+        if len(study.token_ids) != length:
+            raise LiteError(f"got {len(study.token_ids)} tokens · expected {length} · report this")

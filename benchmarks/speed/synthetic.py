@@ -54,14 +54,15 @@ from lite.errors import LiteError
 from lite.files import staged_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
 
 NAME: Final = "llava-rad-synthetic"
 MAX_LAYERS: Final = 32
-SHARD_BYTES: Final = 1 << 30
+SHARD_TENSORS: Final = 12
+"""Of a shard of the base: a GB of the real widths. As in the published one, a layer may lie in two of them."""
 
 LORA_SHARE: Final = 0.3
 """Standard deviation of a linear's update over that of its base weight: a merge left out is seen at once."""
@@ -81,7 +82,6 @@ def write_checkpoint(
     seed: int = 0,
     studies: int = 0,
     shapes: Shapes | None = None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write a random checkpoint to a new folder, whole or not at all.
 
@@ -93,7 +93,6 @@ def write_checkpoint(
         seed: Any non-negative integer.
         studies: How many synthetic studies to write beside it; 0 writes none.
         shapes: The other sizes; LLaVA-Rad's by default. Tests take small ones.
-        shard_bytes: The largest shard of the base; a tensor larger than it has a shard to itself.
 
     Returns:
         Bytes written, all files together.
@@ -115,7 +114,7 @@ def write_checkpoint(
         (partial / "base").mkdir()
         _write_small_files(partial, model)
         _write_tower(partial / NAME, model)
-        _write_decoder(partial, model, shard_bytes=shard_bytes)
+        _write_decoder(partial, model)
         if studies:
             # Drawing films takes OpenCV, which a checkpoint alone does not need.
             from benchmarks.phantom.write import write_studies
@@ -132,9 +131,12 @@ def export_checkpoint(checkpoint: Path, out: Path, *options: str) -> None:
     Raises:
         LiteError: it failed; the exporter's last words are the message.
     """
-    command = [sys.executable, "-m", "export", "--checkpoint", str(checkpoint / NAME), "--out", str(out)]
-    command += ["--base", str(checkpoint / "base"), "--verify-studies", "1", "--quiet", *options]
-    measured_run(command)
+    measured_run([sys.executable, *_export(checkpoint, out), "--verify-studies", "1", "--quiet", *options])
+
+
+def _export(checkpoint: Path, out: Path) -> list[str]:
+    command = ["-m", "export", "--checkpoint", checkpoint / NAME, "--base", checkpoint / "base", "--out", out]
+    return [str(word) for word in command]
 
 
 # -- Weights ---------------------------------------------------------------------------------------------------------
@@ -142,11 +144,10 @@ def export_checkpoint(checkpoint: Path, out: Path, *options: str) -> None:
 
 def base_tensor(model: Model, name: str) -> Tensor:
     """Return a tensor of the base model. The end token and the byte pieces are never chosen."""
-    rows = None
+    drawn = model.tensor(name)
     if name == "lm_head.weight":
-        rows = np.ones(model.shapes.vocab_size, np.float32)
-        rows[:_FIRST_WORD_ID] = _QUIET_FACTOR
-    return torch.from_numpy(model.tensor(name, rows=rows))
+        drawn[:_FIRST_WORD_ID] *= np.float16(_QUIET_FACTOR)
+    return torch.from_numpy(drawn)
 
 
 def lora_tensor(model: Model, name: str, shape: tuple[int, int]) -> Tensor:
@@ -154,7 +155,7 @@ def lora_tensor(model: Model, name: str, shape: tuple[int, int]) -> Tensor:
     std = shape[1] ** -0.5
     if name.endswith("lora_B.weight"):
         std = LORA_SHARE * gain_of(name) / (2.0 * shape[1] ** 0.5)
-    return torch.from_numpy(model.matrix(name, shape, std=std))
+    return torch.from_numpy(model.matrix(name, shape, std))
 
 
 # -- Files -----------------------------------------------------------------------------------------------------------
@@ -195,46 +196,18 @@ def _write_tower(checkpoint: Path, model: Model) -> None:
     _save(training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{shapes.image_size}_checkpoint.pt")
 
 
-def _write_decoder(folder: Path, model: Model, *, shard_bytes: int) -> None:
-    lora_shapes = model.shapes.lora(model.num_layers)
-    total = fp16_bytes(model.tensor_shapes.values())
-    every = total + fp16_bytes(lora_shapes.values())
-    with tqdm(total=every, desc="writing the decoder", unit="B", unit_scale=True, disable=None) as progress:
-        weight_map: dict[str, str] = {}
-        shards = split_into_shards(model.tensor_shapes, shard_bytes)
-        for number, names in enumerate(shards, start=1):
-            file_name = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
-            state = {}
-            for name in names:
-                state[name] = base_tensor(model, name)
-                progress.update(state[name].nbytes)
-            _save(state, folder / "base" / file_name)
-            weight_map |= dict.fromkeys(names, file_name)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "base" / "pytorch_model.bin.index.json", index)
-        adapter = {}
-        for name, shape in lora_shapes.items():
-            adapter[name] = lora_tensor(model, name, shape)
-            progress.update(adapter[name].nbytes)
-        _save(adapter, folder / NAME / "adapter_model.bin")
-
-
-def split_into_shards(shapes: dict[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:
-    """Fill shards in the order of the network; as in the published base, a layer may lie in two of them."""
-    shards: list[list[str]] = []
-    free = 0
-    for name, shape in shapes.items():
-        if not shards or fp16_bytes([shape]) > free:
-            shards.append([])
-            free = shard_bytes
-        shards[-1].append(name)
-        free -= fp16_bytes([shape])
-    return shards
-
-
-def fp16_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Return the bytes of tensors in float16."""
-    return sum(2 * prod(shape) for shape in shapes)
+def _write_decoder(folder: Path, model: Model) -> None:
+    names, weight_map = list(model.tensor_shapes), dict[str, str]()
+    starts = range(0, len(names), SHARD_TENSORS)
+    for number, start in enumerate(tqdm(starts, desc="writing the decoder", disable=None), start=1):
+        file_name, shard = f"pytorch_model-{number:05d}-of-{len(starts):05d}.bin", names[start : start + SHARD_TENSORS]
+        _save({name: base_tensor(model, name) for name in shard}, folder / "base" / file_name)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(2 * prod(shape) for shape in model.tensor_shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "base" / "pytorch_model.bin.index.json", index)
+    adapter = {name: lora_tensor(model, name, shape) for name, shape in model.shapes.lora(model.num_layers).items()}
+    _save(adapter, folder / NAME / "adapter_model.bin")
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
@@ -291,8 +264,7 @@ def _run(arguments: argparse.Namespace) -> int:
     written = write_checkpoint(out, layers=arguments.layers, seed=arguments.seed, studies=arguments.studies)
     layers = f"{arguments.layers} decoder layer{'s' if arguments.layers > 1 else ''}"
     contents = f"random weights in LLaVA-Rad's layout, {layers} of the published {MAX_LAYERS}"
-    command = ["python", "-m", "export", "--checkpoint", str(out / NAME), "--base", str(out / "base")]
-    command += ["--out", f"{out}-artifact"]
+    command = ["python", *_export(out, Path(f"{out}-artifact"))]
     if arguments.studies:
         contents += f", {arguments.studies} studies"
         command += ["--verify-data", str(out / "studies" / "studies.json")]

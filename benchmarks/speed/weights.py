@@ -10,15 +10,12 @@ from __future__ import annotations
 import functools
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.phantom.layout import llama_config_json
-
-if TYPE_CHECKING:
-    Vector = NDArray[np.float32]
 
 GROUP_SIZE: Final = 128
 """Inputs that share a scale, in the 4 bits of our own engines and of those that take our rounding."""
@@ -114,27 +111,21 @@ class Model:
         """The shape of every tensor, by its name."""
         return self.shapes.tensors(self.num_layers)
 
-    def tensor(self, name: str, *, rows: Vector | None = None) -> NDArray[np.float16]:
-        """Draw a tensor by its name in a checkpoint; `rows` is what its outputs are multiplied by."""
+    def tensor(self, name: str) -> NDArray[np.float16]:
+        """Draw a tensor by its name in a checkpoint."""
         shape = self.tensor_shapes[name]
         if len(shape) == 1:
             return (1 + np.float32(0.1) * self.rng(name).standard_normal(shape, dtype=np.float32)).astype(np.float16)
-        std = EMBEDDINGS if "embed_tokens" in name else gain_of(name) * shape[1] ** -0.5
-        return self.matrix(name, shape, std=std, rows=rows)
+        return self.matrix(name, shape, EMBEDDINGS if "embed_tokens" in name else gain_of(name) * shape[1] ** -0.5)
 
-    def matrix(
-        self, name: str, shape: tuple[int, ...], *, std: float, rows: Vector | None = None
-    ) -> NDArray[np.float16]:
+    def matrix(self, name: str, shape: tuple[int, ...], std: float) -> NDArray[np.float16]:
         """Draw any matrix by its name, a few rows at a time: it is never held in float32 as a whole."""
         height, width = shape
         matrix = np.empty(shape, dtype=np.float16)
         rng, step = self.rng(name), max(1, _CHUNK_VALUES // width)
         for start in range(0, height, step):
             part = rng.standard_normal((min(step, height - start), width), dtype=np.float32)
-            part *= np.float32(std)
-            if rows is not None:
-                part *= rows[start : start + step, None]
-            matrix[start : start + step] = part
+            matrix[start : start + step] = part * np.float32(std)
         return matrix
 
     def rng(self, name: str) -> np.random.Generator:

@@ -21,7 +21,6 @@ from benchmarks.speed.harness import (
     kept_apart,
     table,
 )
-from benchmarks.speed.line import fit
 from benchmarks.speed.weights import Model, Shapes
 from lite.errors import LiteError
 from lite.eval.figures import quantiles
@@ -113,14 +112,6 @@ def test_sections_are_kept_apart_and_written_one_by_one(tmp_path: Path, capsys: 
     assert "Not measured to the end: failed (ValueError: odd)." in printed
     assert "- A note." in printed
     assert "2 of ours wrong: Odd: failed (ValueError: odd); Ours: got." in printed
-
-
-def test_a_straight_line_is_found_and_foretells_the_deepest() -> None:
-    line = fit([1, 2, 4], [13.0, 16.0, 22.0])
-    assert (line.each, line.rest, line.at(32)) == pytest.approx((3.0, 10.0, 106.0))
-    assert line.missed == pytest.approx(0.0)
-    assert fit([1, 2, 4], [13.0, 16.0, 44.0]).missed == pytest.approx(22 / 44 - 1)
-    assert fit([1, 2], [13.0, 16.0]).missed is None
 
 
 def test_weights_depend_on_seed_and_name_alone() -> None:

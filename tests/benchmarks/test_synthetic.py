@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAYERS = 6
-SHARD_BYTES = 2_500_000
 FIRST_WORD_ID = 259
 
 
@@ -38,7 +37,7 @@ FIRST_WORD_ID = 259
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint of small widths, with studies. Read only."""
     out = tmp_path_factory.mktemp("synthetic") / "out"
-    total = write_checkpoint(out, layers=LAYERS, seed=3, studies=2, shapes=SMALL, shard_bytes=SHARD_BYTES)
+    total = write_checkpoint(out, layers=LAYERS, seed=3, studies=2, shapes=SMALL)
     assert total == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return out
 
@@ -87,26 +86,16 @@ def test_names_and_shapes_are_those_the_exporter_expects(opened: Checkpoint) -> 
 
 def test_shards_are_filled_in_order_and_stay_small(written: Path) -> None:
     index = json.loads((written / "base/pytorch_model.bin.index.json").read_text())
-    shards = sorted(path.name for path in (written / "base").glob("*.bin"))
-    count = len(shards)
-    assert count > 3
-    assert shards == [f"pytorch_model-{number:05d}-of-{count:05d}.bin" for number in range(1, count + 1)]
-    assert list(index["weight_map"]) == list(SMALL.tensors(LAYERS))
-    assert list(index["weight_map"].values()) == sorted(index["weight_map"].values())
-    sizes = {shard: sum(t.nbytes for t in load(written / "base" / shard).values()) for shard in shards}
-    assert max(sizes.values()) <= SHARD_BYTES
-    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    shards = {path.name: load(path) for path in sorted((written / "base").glob("*.bin"))}
+    assert [*shards] == [f"pytorch_model-{number:05d}-of-00005.bin" for number in range(1, 6)]
+    stored = {name: shard for shard, tensors in shards.items() for name in tensors}
+    assert list(stored.items()) == list(index["weight_map"].items())
+    assert list(stored) == list(SMALL.tensors(LAYERS))
+    assert max(map(len, shards.values())) == synthetic.SHARD_TENSORS
+    tensors = [tensor for shard in shards.values() for tensor in shard.values()]
+    assert sum(tensor.nbytes for tensor in tensors) == index["metadata"]["total_size"]
     # Some layer lies in two shards, as one of the published base does.
-    layers = {name.split(".")[2]: set[str]() for name in index["weight_map"] if "layers" in name}
-    for name, shard in index["weight_map"].items():
-        if "layers" in name:
-            layers[name.split(".")[2]].add(shard)
-    assert max(map(len, layers.values())) == 2
-
-
-def test_a_tensor_larger_than_a_shard_has_one_to_itself() -> None:
-    shapes: dict[str, tuple[int, ...]] = {"a": (2,), "big": (100,), "b": (2,), "c": (2,)}
-    assert synthetic.split_into_shards(shapes, 8) == [["a"], ["big"], ["b", "c"]]
+    assert len({shard for name, shard in stored.items() if name.startswith("model.layers.1.")}) == 2
 
 
 def test_hidden_states_and_logits_are_sane(opened: Checkpoint) -> None:
@@ -151,7 +140,7 @@ def test_no_matrix_repeats_or_has_low_rank(written: Path) -> None:
 
 def test_the_same_seed_writes_the_same_bytes_and_shallow_is_the_start_of_deep(tmp_path: Path, written: Path) -> None:
     for name, layers, seed in (("again", LAYERS, 3), ("shallow", 2, 3), ("other", 2, 4)):
-        write_checkpoint(tmp_path / name, layers=layers, seed=seed, shapes=SMALL, shard_bytes=SHARD_BYTES)
+        write_checkpoint(tmp_path / name, layers=layers, seed=seed, shapes=SMALL)
     for path in sorted((tmp_path / "again").rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (written / path.relative_to(tmp_path / "again")).read_bytes(), path.name

@@ -13,15 +13,13 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import torch
 
 from benchmarks.speed.decoders import part_of, plain_logits, random_decoder, swapped, weight_bytes
-from benchmarks.speed.engine import WARM_UP, Rows, far, greedy, random_prompt, score
+from benchmarks.speed.engine import WARM_UP, Rows, far, greedy, loss, random_prompt, score
 from benchmarks.speed.harness import NONE, Row, Unavailable, in_turns, reason
 from benchmarks.speed.linears import PEERS
 from lite.errors import MemoryBudgetError
-from lite.eval.divergence import compare_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -227,8 +225,7 @@ def _int8_loss(rig: Rig, decoder: LlamaDecoder) -> dict[str, float]:
     prompt = random_prompt(decoder.config, rig.setting.prompt_tokens, rig.device)
     exact, rounded = part_of(decoder), part_of(decoder, cache_dtype="int8")
     token_ids, _ = greedy(exact, prompt, rig.setting.scored_tokens)
-    divergence = compare_logits(score(exact, prompt, token_ids), score(rounded, prompt, token_ids), token_ids)
-    return {"mean_kl": float(np.mean(divergence.kl)), "same_top": float(np.mean(divergence.same_top))}
+    return loss(score(exact, prompt, token_ids), score(rounded, prompt, token_ids), token_ids)
 
 
 def expected_logits(decoder: LlamaDecoder) -> tuple[list[int], torch.Tensor]:

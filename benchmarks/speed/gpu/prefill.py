@@ -9,15 +9,13 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from benchmarks.speed.decoders import dequantized, part_of
-from benchmarks.speed.engine import Prompt, Rows, greedy, random_prompt, score
+from benchmarks.speed.engine import Prompt, Rows, greedy, loss, random_prompt, score
 from benchmarks.speed.harness import Clock, Row, in_turns, spread, timed
 from lite.engines.torch_engine.linear import linears_of
-from lite.eval.divergence import compare_logits
 from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
@@ -111,13 +109,13 @@ def judge_fp16_sums(rig: Rig, report: Report, decoder: LlamaDecoder, prompt: Pro
     token_ids, _ = greedy(decoder, prompt, rig.setting.scored_tokens)
     exact = score(decoder, prompt, token_ids)
     add_up_in(decoder, "float16")
-    divergence = compare_logits(exact, score(decoder, prompt, token_ids), token_ids)
-    kl, same_top = float(np.mean(divergence.kl)), float(np.mean(divergence.same_top))
-    passes = kl <= MAX_KL
-    report.figures["fp16_accumulation"] = {"mean_kl": kl, "same_top": same_top, "passes": passes, "gate": MAX_KL}
+    lost = loss(exact, score(decoder, prompt, token_ids), token_ids)
+    passes = lost["mean_kl"] <= MAX_KL
+    report.figures["fp16_accumulation"] = lost | {"passes": passes, "gate": MAX_KL}
     report.notes.append(
-        f"float16 sums {'pass' if passes else 'FAIL'} their gate: mean KL {kl:.2g} nats along {len(token_ids)} tokens, "
-        f"at most {MAX_KL:g} is allowed; same top token {same_top:.1%}. Random weights: the real ones may differ."
+        f"float16 sums {'pass' if passes else 'FAIL'} their gate: mean KL {lost['mean_kl']:.2g} nats along "
+        f"{len(token_ids)} tokens, at most {MAX_KL:g} is allowed; same top token {lost['same_top']:.1%}. Random "
+        "weights: the real ones may differ."
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.speed.depth import REAL_LAYERS, fit
 from benchmarks.speed.harness import (
     NONE,
     Report,
@@ -28,7 +29,6 @@ from benchmarks.speed.harness import (
     shown_ratio,
     spread,
 )
-from benchmarks.speed.line import REAL_LAYERS, fit
 from benchmarks.speed.peers.process import Process
 from benchmarks.speed.peers.specs import DENSE, Spec, ours
 from benchmarks.speed.peers.worker import CHECK_PROMPT, CHECK_TOKENS
