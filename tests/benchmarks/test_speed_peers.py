@@ -26,7 +26,7 @@ from tiny import HIDDEN_SIZE, write_tiny_artifact, write_tiny_gptq_artifact
 from benchmarks.speed.harness import Unavailable
 from benchmarks.speed.peers import main, measure
 from benchmarks.speed.peers.llamacpp import gguf_name
-from benchmarks.speed.peers.measure import Setting, at_real_depth
+from benchmarks.speed.peers.measure import Setting, with_real_depth
 from benchmarks.speed.peers.process import Process
 from benchmarks.speed.peers.specs import DENSE, PEERS_PYTHON, SPECS, Spec
 from benchmarks.speed.peers.worker import NotHere, Order, Worker
@@ -70,7 +70,10 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.full
 def test_engines_compute_the_same_but_for_rounding_and_are_measured(document: dict[str, Any]) -> None:
-    rows = {(row["engine"], row["layers"]): row for row in document["sections"]["measured"]["rows"]}
+    rows, prefill = (
+        {(row["engine"], row["layers"]): row for row in document["sections"][what]["rows"]}
+        for what in ("decode", "prefill")
+    )
     present = {**DIFFERENCES, **(LLAMA_CPP if PEERS_PYTHON.exists() else {})}
     for name in {*LLAMA_CPP} - {*present}:
         assert rows[name, "–"]["why"].endswith("not installed: make peers")
@@ -80,12 +83,12 @@ def test_engines_compute_the_same_but_for_rounding_and_are_measured(document: di
             row = rows[name, layers]
             assert row["why"] is None
             assert least <= row["difference"] < most, name
-            assert (row["time"]["count"], row["prefill"]["count"]) == (2 * 5, 2)
+            assert (row["time"]["count"], prefill[name, layers]["time"]["count"]) == (2 * 5, 2)
             assert (row["ratio"] is None) == (name == ONNX[0])
             assert row["bandwidth"] > 1e8
             assert 3e7 < row["peak_bytes"] < 2e9
         assert rows[name, "1"]["weight_bytes"] < rows[name, "2"]["weight_bytes"]
-        assert "decode" in document["sections"]["modelled"][name] or "float" not in name
+        assert rows[name, "~32"]["time"] or rows[name, "~32"]["why"].startswith("noise")
     # Keys and values of a layer; one token was decoded before the five that are timed: the third of them sees 28.
     assert rows[ONNX[0], "1"]["cache_bytes"] == 2 * 256 * 28 * 4
     assert rows[ONNX[1], "2"]["cache_bytes"] == 2 * 2 * 256 * 28
@@ -203,29 +206,29 @@ def test_what_goes_wrong_is_told_and_the_rest_goes_on(setting: Setting, monkeypa
     absent = named("absent", packages=("no-such-engine",), install="make peers")
     specs = [DENSE, GPTQ, named("dies"), named("slow"), named("wrong", max_difference=0.01), absent]
     found = measure.measure(specs, setting)
-    measured, modelled = found["measured"], found["modelled"]
-    rows = {row.label.removesuffix(", float32"): row for row in measured.rows}
-    assert [label for label, row in rows.items() if row.time] == [
-        "lite dense, 1", "lite dense, 2", "lite gptq-int4, 1", "lite gptq-int4, 2", "dies, 1",
-    ]  # fmt: skip
+    measured, prefill = found["decode"], found["prefill"]
+    rows = {row.label: row for row in measured.rows}
+    timed = ["lite dense, 1", "lite dense, 2", "lite gptq-int4, 1", "lite gptq-int4, 2", "dies, 1"]
+    for report in found.values():
+        assert [row.label for row in report.rows if row.time and "~" not in row.label] == timed
     assert rows["dies, 2"].why == "its process ended with signal 11: it says nothing"
     assert str(rows["wrong, –"].why).startswith("got logits that differ from those of lite dense by 0.")
     assert rows["absent, –"].why == "no-such-engine not installed: make peers"
     assert rows["slow, –"].why == "took longer than 30 s"
     # What is not there, or slow, is no failure.
-    assert [line.partition(":")[0] for line in measured.wrong] == ["dies, 2, float32", "wrong, –"]
+    assert [line.partition(":")[0] for line in measured.wrong] == ["dies, 2", "wrong, –"]
     text = measured.markdown()
     assert cells_of(text, "dies", "2")["ms"] == cells_of(text, "wrong", "–")["ms"] == "WRONG"
     assert cells_of(text, "lite dense", "2")["logits off by"] == "0.0e+00"
     assert " (" in cells_of(text, "lite dense", "2")["× lite gptq-int4"]
     assert cells_of(text, "lite gptq-int4", "2")["× lite gptq-int4"] == "–"
+    assert cells_of(prefill.markdown(), "lite dense", "2")["tokens/s"] != "–"
     row = rows["lite dense, 2"]
     assert row.time is not None
     assert row.time.count == 2 * 5
     # 2 layers, keys and values of 2 heads of 16 in float32, and 28 tokens.
     assert row.figures["cache_bytes"] == 2 * 2 * 32 * 28 * 4
-    assert modelled.figures.keys() == {"lite dense", "lite gptq-int4", "dies"}
-    assert modelled.figures["dies"] == {}
+    assert [label for label in rows if "~" in label] == ["lite dense, ~32", "lite gptq-int4, ~32"]
 
 
 def test_our_engine_that_fails_stops_everything(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,21 +263,11 @@ def test_the_tokens_that_are_timed_are_the_most_probable(
 
 
 def test_32_layers_are_a_straight_line_of_each_round() -> None:
-    assert at_real_depth({1: [[0.03], [0.02, 0.03, 0.9]], 3: [[0.07], [0.09]]}) == pytest.approx(
-        [0.65, 0.03 + 31 * 0.03]
-    )
-
-
-def test_what_noise_makes_negative_is_not_told() -> None:
-    own = {1: {"decode": [[0.9]], "prefill": [[1.0]]}, 3: {"decode": [[0.1]], "prefill": [[3.0]]}}
-    half = {1: {"decode": [[0.1]], "prefill": [[0.5]]}, 3: {"decode": [[0.3]], "prefill": [[1.5]]}}
-    line, figures = measure._modelled(own, half, "ours")
-    assert line == {
-        "~decode ms": "noise: give it more --layers",
-        "~prefill s": "~32 (32–32)",
-        "~prefill × ours": "~2.00 (2.00–2.00)",
-    }
-    assert figures.keys() == {"prefill", "prefill_ratio"}
+    found = with_real_depth({1: [[0.03], [0.02, 0.03, 0.9]], 3: [[0.07], [0.09]]})
+    assert found[32] == [[pytest.approx(0.65)], [pytest.approx(0.03 + 31 * 0.03)]]
+    assert with_real_depth({1: [[0.9]], 3: [[0.1]]})[32] == "noise: give it more --layers"
+    assert 32 not in with_real_depth({1: [[0.9]], 3: "it has died"})
+    assert with_real_depth({1: [[0.9]], 32: [[1.0]]})[32] == [[1.0]], "measured"
 
 
 def test_gguf_names() -> None:

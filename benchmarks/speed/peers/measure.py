@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -16,19 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.speed.depth import REAL_LAYERS, fit
-from benchmarks.speed.harness import (
-    NONE,
-    Report,
-    Rounds,
-    Row,
-    Unavailable,
-    in_turns,
-    ratio,
-    reason,
-    shown,
-    shown_ratio,
-    spread,
-)
+from benchmarks.speed.harness import NONE, Report, Rounds, Row, Unavailable, in_turns, reason, shown
 from benchmarks.speed.peers.process import Process
 from benchmarks.speed.peers.specs import DENSE, Spec, ours
 from benchmarks.speed.peers.worker import CHECK_PROMPT, CHECK_TOKENS
@@ -36,7 +25,6 @@ from benchmarks.speed.synthetic import export_checkpoint, write_checkpoint
 from benchmarks.speed.weights import Shapes
 from lite.console import say
 from lite.errors import LiteError
-from lite.eval.figures import quantiles
 
 SHAPES: Final = replace(Shapes(), image_size=42, tower_dim=128, tower_depth=3)
 """The real decoder's, with a small tower: nobody looks at it."""
@@ -46,9 +34,6 @@ EXPORTS: Final = {
 }
 _SETTLE_S: Final = 0.3
 """Between two engines: threads that wait for more work go on spinning for a while (OpenMP's do for up to 0.2 s)."""
-
-Times = Mapping[str, Rounds]
-"""Of prefill and decode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,13 +136,12 @@ def measure(specs: Sequence[Spec], setting: Setting) -> dict[str, Report]:
     """Measure engines, each in turns with ours. One that fails does not stop the rest.
 
     Returns:
-        What was measured, and what follows from it for REAL_LAYERS.
+        The times of a decoded token, and those of a prompt.
 
     Raises:
         LiteError: our engine fails.
     """
-    measured = Report(title=f"Measured on {setting.device}: decoder layers and the head")
-    modelled = Report(title=f"Modelled (~) for {REAL_LAYERS} layers, which nobody ran")
+    reports = {what: Report(title=f"{what.capitalize()} on {setting.device}") for what in ("decode", "prefill")}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
         try:
@@ -167,112 +151,69 @@ def measure(specs: Sequence[Spec], setting: Setting) -> dict[str, Report]:
         for spec in specs:
             say(f"measuring {spec.name}")
             try:
-                _measure_one(bench, spec, measured, modelled)
+                _measure_one(bench, spec, reports)
             except (Unavailable, LiteError) as error:
-                names = {"engine": spec.name, "layers": NONE}
-                measured.add(Row(names=names, why=reason(error), is_wrong=isinstance(error, LiteError)))
-    measured.notes += _notes(bench)
-    modelled.notes.append(
-        f"The line through the depths, round by round, continued to {REAL_LAYERS}. Where the spread is wide, more "
-        "layers or a quieter machine are needed."
-    )
-    return {"measured": measured, "modelled": modelled}
+                row = Row(names={"engine": spec.name, "layers": NONE}, why=reason(error))
+                row.is_wrong = isinstance(error, LiteError)
+                reports["decode"].add(row)
+    reports["decode"].notes += _notes(bench)
+    return reports
 
 
-def _measure_one(bench: Bench, spec: Spec, measured: Report, modelled: Report) -> None:
-    setting, is_ours = bench.setting, spec == bench.ours
+def _measure_one(bench: Bench, spec: Spec, reports: Mapping[str, Report]) -> None:
+    is_ours = spec == bench.ours
     with contextlib.ExitStack() as stack:
         loaded = bench.loaded if is_ours else bench.load(spec, stack)
-        both = {(name, layers): process for name, by_depth in ((bench.ours.name, bench.loaded), (spec.name, loaded))
-                for layers, process in by_depth.items()}  # fmt: skip
+        own = {(spec.name, layers): process for layers, process in loaded.items()}
+        both = {(bench.ours.name, layers): process for layers, process in bench.loaded.items()} | own
         turns = {key: functools.partial(bench.turn, process) for key, process in both.items()}
-        found = {key: _by_phase(rounds) for key, rounds in in_turns(turns, setting.rounds).items()}
-        peaks = {}
-        for layers, process in loaded.items():
+        found = in_turns(turns, bench.setting.rounds)
+        for process in loaded.values():
             with contextlib.suppress(LiteError):  # it has died: its times say so
-                peaks[layers] = process.ask("peak")["bytes"]
-    own = {layers: found[spec.name, layers] for layers in setting.layers}
-    beside = {layers: found[bench.ours.name, layers] for layers in setting.layers}
-    for layers, process in loaded.items():
-        measured.add(_row(bench, spec, layers, process.about, own[layers], beside[layers], peaks.get(layers)))
-    line, figures = _modelled(own, None if is_ours else beside, bench.ours.name)
-    modelled.lines.append({"engine": spec.name, **line})
-    modelled.figures[spec.name] = figures
+                process.about["peak_bytes"] = process.ask("peak")["bytes"]
+    for what, report in reports.items():
+        mine, beside = (
+            with_real_depth({layers: _phase(found[name, layers], what) for layers in loaded})
+            for name in (spec.name, bench.ours.name)
+        )
+        for layers, rounds in mine.items():
+            row = Row(names={"engine": spec.name, "layers": f"{layers}"}, against=bench.ours.name)
+            if layers in loaded:
+                row.bandwidth = bench.bandwidth
+                _describe(row, loaded[layers].about, what, bench.setting)
+            else:
+                row.names["layers"] = f"~{layers}"
+            row.took(rounds, "" if is_ours else beside.get(layers, ""))
+            row.is_wrong = row.is_wrong and layers in loaded  # noise is no fault
+            if what == "prefill" and row.time is not None:
+                row.cells["tokens/s"] = shown(bench.setting.num_prompt_tokens / row.time.p50)
+            report.add(row)
 
 
-def _by_phase(rounds: list[dict[str, list[float]]] | str) -> Times | str:
-    return rounds if isinstance(rounds, str) else {name: [one[name] for one in rounds] for name in rounds[0]}
+def _phase(rounds: list[dict[str, list[float]]] | str, what: str) -> Rounds | str:
+    return rounds if isinstance(rounds, str) else [one[what] for one in rounds]
 
 
-def _row(
-    bench: Bench,
-    spec: Spec,
-    layers: int,
-    about: dict[str, Any],
-    own: Times | str,
-    beside: Times | str,
-    peak_bytes: int | None,
-) -> Row:
-    setting, is_ours = bench.setting, spec == bench.ours
-    context = setting.num_prompt_tokens + 1 + (setting.num_new_tokens + 1) // 2  # tokens that the median token sees
-    cache_bytes = about["cache_bytes_per_token"] * context
-    row = Row(
-        names={"engine": spec.name, "layers": f"{layers}", "computes in": about["computes_in"]},
-        nbytes=about["weight_bytes"] + cache_bytes,
-        bandwidth=bench.bandwidth,
-        against=bench.ours.name,
-        figures={"versions": about["versions"], "difference": about["difference"], "peak_bytes": peak_bytes}
-        | {"weight_bytes": about["weight_bytes"], "cache_bytes": cache_bytes},
-    )
-    if isinstance(own, str):
-        row.took(own)
-        return row
-    row.took(own["decode"], "" if is_ours or isinstance(beside, str) else beside["decode"])
-    prefill = row.figures["prefill"] = quantiles([seconds for (seconds,) in own["prefill"]])
-    row.cells |= {"prefill s": spread(prefill, 1), "prefill tokens/s": shown(setting.num_prompt_tokens / prefill.p50)}
-    if not is_ours and not isinstance(beside, str):
-        row.figures["prefill_ratio"] = ratio(own["prefill"], beside["prefill"])
-        row.cells["prefill ×"] = shown_ratio(row.figures["prefill_ratio"])
-    row.cells["logits off by"] = f"{about['difference']:.1e}"
-    row.cells["peak GB"] = NONE if peak_bytes is None else f"{peak_bytes / 1e9:.2f}"
-    return row
+def with_real_depth(times: Mapping[int, Rounds | str]) -> dict[int, Rounds | str]:
+    """Add what the line through the medians says of `REAL_LAYERS`, round by round; nothing where one depth failed."""
+    measured = {layers: rounds for layers, rounds in times.items() if not isinstance(rounds, str)}
+    if REAL_LAYERS in times or len(measured) < len(times):
+        return dict(times)
+    medians = [[statistics.median(seconds) for seconds in rounds] for rounds in measured.values()]
+    real = [[fit(list(measured), values).at(REAL_LAYERS)] for values in zip(*medians, strict=True)]
+    return {**times, REAL_LAYERS: real if min(real) > [0.0] else "noise: give it more --layers"}
 
 
-# -- The real depth --------------------------------------------------------------------------------------------------
-
-
-def at_real_depth(times: Mapping[int, Rounds]) -> list[float]:
-    """Continue the line through the medians of each round to `REAL_LAYERS`."""
-    layers = list(times)
-    medians = [[float(np.median(seconds)) for seconds in rounds] for rounds in times.values()]
-    return [fit(layers, values).at(REAL_LAYERS) for values in zip(*medians, strict=True)]
-
-
-def _modelled(
-    own: Mapping[int, Times | str], beside: Mapping[int, Times | str] | None, against: str
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return an engine's line of the table, and its figures."""
-    line: dict[str, str] = {}
-    figures: dict[str, Any] = {}
-    for what, unit_s, unit in (("decode", 1e-3, "ms"), ("prefill", 1.0, "s")):
-        real = _at_real_depth(own, what)
-        if real is None:
-            continue
-        if min(real) <= 0:
-            line[f"~{what} {unit}"] = "noise: give it more --layers"
-            continue
-        figures[what] = quantiles(real)
-        line[f"~{what} {unit}"] = f"~{spread(figures[what], unit_s)}"
-        other = None if beside is None else _at_real_depth(beside, what)
-        if other is not None:
-            times = figures[f"{what}_ratio"] = quantiles([a / b for a, b in zip(real, other, strict=False)])
-            line[f"~{what} × {against}"] = f"~{shown_ratio(times)}"
-    return line, figures
-
-
-def _at_real_depth(times: Mapping[int, Times | str], what: str) -> list[float] | None:
-    rounds = {layers: found[what] for layers, found in times.items() if not isinstance(found, str)}
-    return at_real_depth(rounds) if len(rounds) == len(times) else None
+def _describe(row: Row, about: dict[str, Any], what: str, setting: Setting) -> None:
+    """Say what was read for a token, and how the engine computes."""
+    row.figures |= about
+    if what == "decode":
+        context = setting.num_prompt_tokens + 1 + (setting.num_new_tokens + 1) // 2  # that the median token sees
+        cache_bytes = row.figures["cache_bytes"] = about["cache_bytes_per_token"] * context
+        row.nbytes = about["weight_bytes"] + cache_bytes
+        row.cells |= {"computes in": about["computes_in"], "logits off by": f"{about['difference']:.1e}"}
+        peak_bytes = about.get("peak_bytes")
+        row.cells["peak GB"] = NONE if peak_bytes is None else f"{peak_bytes / 1e9:.2f}"
 
 
 def _notes(bench: Bench) -> list[str]:
@@ -281,7 +222,9 @@ def _notes(bench: Bench) -> list[str]:
     return [
         f"hidden_size {setting.shapes.hidden_size}; {setting.threads} threads; prompts of {setting.num_prompt_tokens} "
         f"tokens, then {setting.num_new_tokens} more; {setting.rounds} rounds, each engine in turns with "
-        f"{bench.ours.name}. ms is of a decoded token. ×: its time over that of {bench.ours.name} in the same round.",
+        f"{bench.ours.name}. ×: its time over that of {bench.ours.name} in the same round.",
+        f"~{REAL_LAYERS} layers, which nobody ran: the line through the depths, round by round. Where the spread is "
+        "wide, more layers or a quieter machine are needed.",
         f"Bandwidth of a streaming read by as many threads in this run: {bench.bandwidth / 1e9:.3g} GB/s. Read for a "
         "token: all weights but the embedding table, and the keys and values of the context.",
         f"logits off by: root mean square of the difference from {DENSE.name}, relative, on one short text. The "
