@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.phantom.layout import llama_config_json
+from lite.config import DecoderConfig
+from lite.memory.counts import layer_linear_shapes
 
 GROUP_SIZE: Final = 128
 """Inputs that share a scale, in the 4 bits of our own engines and of those that take our rounding."""
@@ -61,14 +63,8 @@ class Shapes:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return the linears of one layer, [out, in], in the order of the files."""
-        hidden, inner, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
-        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
-        return {
-            **{f"self_attn.{name}_proj": shape for name, shape in attention.items()},
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        shapes = layer_linear_shapes(DecoderConfig.from_hf(self.config(1)))
+        return {f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}": shape for name, shape in shapes.items()}
 
     def tensors(self, num_hidden_layers: int) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor, in the order of the files."""

@@ -34,9 +34,8 @@ from benchmarks.speed.weights import Shapes
 from lite.errors import LiteError
 
 SHAPES = dataclasses.replace(SMALL, intermediate_size=512)
-SPEC = {spec.name: spec for spec in SPECS}
 # Of 64 inputs rounding takes more away.
-GPTQ = dataclasses.replace(SPEC["lite gptq-int4"], max_difference=0.8)
+GPTQ = dataclasses.replace(SPECS["lite gptq-int4"], max_difference=0.8)
 ONNX = ["lite onnx int4", "lite onnx int4 int8-cache"]
 # How far rounding takes the logits of one layer and of two.
 DIFFERENCES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from benchmarks.phantom.report import write_findings
 from benchmarks.phantom.tokenizer import VOCAB_SIZE
 from benchmarks.speed import synthetic
 from benchmarks.speed.synthetic import main, write_checkpoint
-from benchmarks.speed.tokenizer import make_tokenizer, pseudo_words
+from benchmarks.speed.tokenizer import make_tokenizer
 from export.source import forward
 from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import adapter_shapes, base_shapes
@@ -200,12 +199,8 @@ def test_pseudo_words_leave_english_alone(tokenizer_file: Path) -> None:
     assert small.get_piece_size() == VOCAB_SIZE
     text = "A chat between a curious user and an assistant. Large left pneumothorax, measuring 3.4 cm."
     assert large.encode(text) == small.encode(text)
-    words = list(pseudo_words())
-    assert len(words) == len(set(words)) == 85**3
-    last = large.id_to_piece(31999)
-    assert re.fullmatch("▁([bcdfghjklmnprstvz][aeiou]){3}", last)
     # Each is one piece and reads as a word of its own: a draft of them has spaces.
-    assert large.decode([31999, 31998]) == f"{last[1:]} {large.id_to_piece(31998)[1:]}"
+    assert large.decode([31999, 31998]) == f"w{32000 - VOCAB_SIZE} w{31999 - VOCAB_SIZE}"
 
 
 def test_a_vocabulary_without_room_for_what_was_learnt_is_refused() -> None:

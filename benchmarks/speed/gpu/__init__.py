@@ -57,7 +57,11 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="few layers, few rounds: only to see that it works")
     add(
-        "--rows", type=positive, nargs="+", metavar="B", help="studies decoded together (default: 1 2 4 8; kernels 1 8)"
+        "--rows",
+        type=positive,
+        nargs="+",
+        metavar="B",
+        help="studies decoded together (default: 1 2 4 8; kernels fewest and most)",
     )
     add("--json", type=Path, metavar="FILE", help="write everything there too, after each section")
     parser.set_defaults(layers=None, memory_gb=12, only=[only])
@@ -77,7 +81,6 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
         base,
         layers=arguments.layers or base.layers,
         rows=rows or base.rows,
-        kernel_rows=rows or base.kernel_rows,
         memory_bytes=arguments.memory_gb * 10**9,
     )
 

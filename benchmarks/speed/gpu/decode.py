@@ -40,31 +40,18 @@ some ten places a layer. An int8 cache rounds to 7 bits. 4 bits: a peer rounds o
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """A way to run a decoder."""
-
-    cache_dtype: CacheDtype | None = None
-    captured: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A decoder to be made, and the ways to run it."""
+    """A decoder to be made, and the caches to run it with."""
 
     name: str
     make: Callable[[Rig], LlamaDecoder]
-    variants: tuple[Variant, ...] = (Variant(),)
+    cache_dtypes: tuple[CacheDtype | None, ...] = (None,)
     allowed: str = "16 bits"
     ours: bool = False
 
 
-OURS: Final = (
-    Variant(),
-    Variant(cache_dtype="int8"),
-    Variant(captured=False),
-    Variant(cache_dtype="int8", captured=False),
-)
-REFERENCE: Final = Model(name="lite int4", make=lambda rig: rig.decoder(), variants=OURS, ours=True)
+OURS: Final[tuple[CacheDtype | None, ...]] = (None, "int8")
+REFERENCE: Final = Model(name="lite int4", make=lambda rig: rig.decoder(), cache_dtypes=OURS, ours=True)
 DENSE: Final = "fp16, cuBLAS"
 
 
@@ -78,7 +65,7 @@ def _peer(name: str) -> Model:
 
 MODELS: Final = (
     REFERENCE,
-    Model(name="lite int8", make=lambda rig: random_decoder(rig.config(8), rig.device), variants=OURS, ours=True),
+    Model(name="lite int8", make=lambda rig: random_decoder(rig.config(8), rig.device), cache_dtypes=OURS, ours=True),
     *map(_peer, PEERS),
 )
 
@@ -88,8 +75,8 @@ def measure(rig: Rig, report: Report) -> None:
     bandwidth = report.figures["bandwidth_bytes_per_s"] = rig.measured_bandwidth()
     report.notes.append(
         f"Bandwidth of a streaming read just before: {bandwidth / 1e9:,.0f} GB/s. Context: {rig.setting.context} "
-        f"tokens. Random weights, {rig.setting.layers} layers. launched: without CUDA graphs. Mean KL: what an int8 "
-        "cache loses along a text; attention is flatter than a trained model's, so that is no measure of the real loss."
+        f"tokens. Random weights, {rig.setting.layers} layers. Mean KL: what an int8 cache loses along a text; "
+        "attention is flatter than a trained model's, so that is no measure of the real loss."
     )
     for one in MODELS:
         try:
@@ -117,22 +104,16 @@ def _measure_model(rig: Rig, one: Model) -> Iterator[Row]:
             raise
         rig.forget_decoder()  # the two do not fit together
         decoder = one.make(rig)
-    dtypes = dict.fromkeys(variant.cache_dtype for variant in one.variants)
-    checks = {dtype: _check(rig, one, decoder, dtype) for dtype in dtypes}
-    losses = {"int8": _int8_loss(rig, decoder)} if one is REFERENCE else {}
-    for variant in one.variants:
-        dtype = variant.cache_dtype
-        (difference, problem), lost = checks[dtype], losses.get(dtype or "", {})
+    for cache_dtype in one.cache_dtypes:
+        difference, problem = _check(rig, one, decoder, cache_dtype)
+        lost = _int8_loss(rig, decoder) if one is REFERENCE and cache_dtype == "int8" else {}
+        cache = cache_dtype or str(decoder.dtype).removeprefix("torch.")
         for num_rows in sorted(rig.setting.rows):
-            if not variant.captured and num_rows > 1:
-                continue
-            cache = dtype or str(decoder.dtype).removeprefix("torch.")
-            row = Row(names=_names(one.name if variant.captured else f"{one.name}, launched", cache, num_rows))
-            row.figures |= {"difference": difference, **lost}
+            row = Row(names=_names(one.name, cache, num_rows), figures={"difference": difference, **lost})
             if problem is not None:
                 row.why, row.is_wrong = problem, True
             else:
-                _time(rig, row, decoder, variant, num_rows)
+                _time(rig, row, decoder, cache_dtype, num_rows)
                 if lost:
                     row.cells["mean KL, nats"] = f"{lost['mean_kl']:.2g}"
             yield row
@@ -145,19 +126,18 @@ def _measure_model(rig: Rig, one: Model) -> Iterator[Row]:
 class Lane:
     """Rows of a decoder that go back to the end of the context, again and again."""
 
-    def __init__(self, rig: Rig, source: LlamaDecoder, variant: Variant, num_rows: int) -> None:
+    def __init__(self, rig: Rig, source: LlamaDecoder, cache_dtype: CacheDtype | None, num_rows: int) -> None:
         """Make a cache, fill it, compile and capture.
 
         Raises:
             MemoryBudgetError: it does not fit.
         """
         setting = self.setting = rig.setting
-        capture = rig.capture if variant.captured else None
-        decoder = part_of(source, cache_dtype=variant.cache_dtype, capture=capture)
+        decoder = part_of(source, cache_dtype=cache_dtype, capture=rig.capture)
         self.rows = Rows(decoder, num_rows, setting.context + max(setting.new_tokens + 1, WARM_UP))
         self.rows.fill(setting.context)
         self.rows.warm_up(setting.context)
-        self.is_captured = capture is not None and self.rows.problem is None
+        self.is_captured = rig.capture is not None and self.rows.problem is None
         self.clock = rig.clock
         self.weight_bytes = weight_bytes(decoder)
         # What the median of the timed tokens sees: the context, one that was not timed, half of the others.
@@ -179,17 +159,17 @@ class Lane:
         return clock.seconds()
 
 
-def _time(rig: Rig, row: Row, decoder: LlamaDecoder, variant: Variant, num_rows: int) -> None:
+def _time(rig: Rig, row: Row, decoder: LlamaDecoder, cache_dtype: CacheDtype | None, num_rows: int) -> None:
     """Time rows in turns with as many of our int4, if both fit."""
     try:
-        own = Lane(rig, decoder, variant, num_rows)
+        own = Lane(rig, decoder, cache_dtype, num_rows)
     except MemoryBudgetError as error:
         row.why = str(error)
         return
     turns = {"own": own.turn}
-    if rig.has_decoder and not (decoder is rig.decoder() and variant == Variant()):
+    if rig.has_decoder and not (decoder is rig.decoder() and cache_dtype is None):
         with contextlib.suppress(MemoryBudgetError):  # alone, then
-            turns["int4"] = Lane(rig, rig.decoder(), Variant(), num_rows).turn
+            turns["int4"] = Lane(rig, rig.decoder(), None, num_rows).turn
     found = in_turns(turns, rig.setting.rounds)
     row.against, row.nbytes = REFERENCE.name, own.weight_bytes + own.cache_bytes
     row.took(found["own"], found.get("int4", ""))

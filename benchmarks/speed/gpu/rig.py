@@ -32,7 +32,6 @@ class Setting:
     context: int = 1470  # tokens that a decoded one sees
     prompt_tokens: int = 1420
     rows: Sequence[int] = (1, 2, 4, 8)
-    kernel_rows: Sequence[int] = (1, 8)
     rounds: int = 5
     new_tokens: int = 32  # timed in a round
     checked_tokens: int = 16  # decoded with and without CUDA graphs

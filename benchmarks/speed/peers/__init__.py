@@ -41,8 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 done, 1 an engine failed (one that is not installed or slow did not), 2 wrong use, 130 "
         "interrupted.",
     )
-    names = [spec.name for spec in SPECS]
-    engines = f"only these: {', '.join(repr(name) for name in names)}"
+    engines = f"only these: {', '.join(map(repr, SPECS))}"
     prompt = "the prompt, an image of 1369 patches and a question (default: %(default)s)"
     limit = "an engine whose prompt and tokens take longer is given up (default: %(default)s)"
     python = (
@@ -53,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", type=positive, nargs="+", default=[1, 3], metavar="N", help="depths, 2 or more (1 3)")
     add("--prompt-tokens", type=positive, default=1472, metavar="T", help=prompt)
     add("--new-tokens", type=positive, default=32, metavar="T", help="timed in each round (default: %(default)s)")
-    add("--engines", nargs="+", choices=names, default=names, metavar="NAME", help=engines)
+    add("--engines", nargs="+", choices=SPECS, default=list(SPECS), metavar="NAME", help=engines)
     add("--threads", type=positive, default=available_cores(), metavar="N", help="of each (default: %(default)s)")
     add("--rounds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
     add("--limit-s", type=positive, default=120, metavar="S", help=limit)
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if setting.max_seq_len > longest:
             got = f"got {setting.max_seq_len} tokens · expected at most {longest}, the context of the model"
             parser.error(f"{got} · take fewer --prompt-tokens")
-        found = measure([spec for spec in SPECS if spec.name in arguments.engines], setting)
+        found = measure([spec for name, spec in SPECS.items() if name in arguments.engines], setting)
         about = to_json(setting)
         del about["peers_python"]
         record.begin(setting=about)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 CHECKED_LAYERS: Final = 2
 PEERS_PYTHON: Final = ROOT / "build" / "peers-venv" / "bin" / "python"
+
+
+Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,7 @@ class Spec:
     """An engine in one form."""
 
     name: str
-    module: Literal["lite", "hugging_face", "llamacpp"]
+    module: Module
     form: str
     packages: tuple[str, ...]  # distributions it cannot do without
     install: str  # how to get them
@@ -32,53 +34,43 @@ class Spec:
         return self.max_difference * math.sqrt(max(1.0, num_layers / CHECKED_LAYERS))
 
 
+_PACKAGES: Final = {
+    "lite": (("torch",), 'pip install "llava-rad-lite[torch]"'),
+    "lite onnx": (("onnxruntime",), 'pip install "llava-rad-lite[cpu]"'),
+    "transformers": (("torch", "transformers", "accelerate"), 'pip install "llava-rad-lite[bench]" accelerate'),
+    "bitsandbytes": (
+        ("torch", "transformers", "accelerate", "bitsandbytes"),
+        'pip install "llava-rad-lite[bnb,bench]" accelerate',
+    ),
+    "llama.cpp": (("llama-cpp-python", "gguf", "safetensors"), "make peers"),
+}
 # What rounding to so many bits may do.
 _EXACT, _BFLOAT16, _EIGHT, _FOUR = 0.005, 0.03, 0.06, 0.4
-
-_torch = functools.partial(Spec, module="lite", packages=("torch",), install='pip install "llava-rad-lite[torch]"')
-_onnx = functools.partial(
-    Spec,
-    module="lite",
-    packages=("onnxruntime",),
-    install='pip install "llava-rad-lite[cpu]"',
-    max_difference=_FOUR,
+_TABLE: Final[tuple[tuple[str, str, Module, str, float], ...]] = (
+    ("lite", "dense", "lite", "dense", _EXACT),
+    ("lite", "gptq-int4", "lite", "gptq-int4", _FOUR),
+    ("lite onnx", "int4", "lite", "onnx float32", _FOUR),
+    ("lite onnx", "int4 int8-cache", "lite", "onnx int8", _FOUR),
+    ("transformers", "float32", "hugging_face", "float32", _EXACT),
+    ("transformers", "bfloat16", "hugging_face", "bfloat16", _BFLOAT16),
+    ("bitsandbytes", "nf4", "hugging_face", "nf4", _FOUR),
+    ("bitsandbytes", "int8", "hugging_face", "int8", _EIGHT),
+    ("llama.cpp", "Q4_0", "llamacpp", "Q4_0", _FOUR),
+    ("llama.cpp", "Q4_0 flash", "llamacpp", "Q4_0 flash", _FOUR),
+    ("llama.cpp", "Q8_0", "llamacpp", "Q8_0", _EIGHT),
+    ("llama.cpp", "Q8_0 flash", "llamacpp", "Q8_0 flash", _EIGHT),
 )
-_hugging_face = functools.partial(
-    Spec,
-    module="hugging_face",
-    packages=("torch", "transformers", "accelerate"),
-    install='pip install "llava-rad-lite[bench]" accelerate',
-)
-_bitsandbytes = functools.partial(
-    Spec,
-    module="hugging_face",
-    packages=("torch", "transformers", "accelerate", "bitsandbytes"),
-    install='pip install "llava-rad-lite[bnb,bench]" accelerate',
-)
-_llama_cpp = functools.partial(
-    Spec, module="llamacpp", packages=("llama-cpp-python", "gguf", "safetensors"), install="make peers"
-)
-
-DENSE: Final = _torch(name="lite dense", form="dense", max_difference=_EXACT)
+SPECS: Final = {
+    f"{engine} {variant}": Spec(
+        name=f"{engine} {variant}", module=module, form=form, packages=_PACKAGES[engine][0],
+        install=_PACKAGES[engine][1], max_difference=allowed,
+    )
+    for engine, variant, module, form, allowed in _TABLE
+}  # fmt: skip
+DENSE: Final = SPECS["lite dense"]
 """The others' logits are compared with its own."""
-
-SPECS: Final = (
-    DENSE,
-    _torch(name="lite gptq-int4", form="gptq-int4", max_difference=_FOUR),
-    _onnx(name="lite onnx int4", form="onnx float32"),
-    _onnx(name="lite onnx int4 int8-cache", form="onnx int8"),
-    _hugging_face(name="transformers float32", form="float32", max_difference=_EXACT),
-    _hugging_face(name="transformers bfloat16", form="bfloat16", max_difference=_BFLOAT16),
-    _bitsandbytes(name="bitsandbytes nf4", form="nf4", max_difference=_FOUR),
-    _bitsandbytes(name="bitsandbytes int8", form="int8", max_difference=_EIGHT),
-    _llama_cpp(name="llama.cpp Q4_0", form="Q4_0", max_difference=_FOUR),
-    _llama_cpp(name="llama.cpp Q4_0 flash", form="Q4_0 flash", max_difference=_FOUR),
-    _llama_cpp(name="llama.cpp Q8_0", form="Q8_0", max_difference=_EIGHT),
-    _llama_cpp(name="llama.cpp Q8_0 flash", form="Q8_0 flash", max_difference=_EIGHT),
-)
 
 
 def ours(device: str) -> Spec:
     """Return what all engines take turns with on a device."""
-    name = "lite onnx int4" if device == "cpu" else "lite gptq-int4"
-    return next(spec for spec in SPECS if spec.name == name)
+    return SPECS["lite onnx int4" if device == "cpu" else "lite gptq-int4"]
