@@ -18,7 +18,6 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from sys import executable
 from typing import Any, Final
@@ -43,24 +42,16 @@ QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
 """Figures of a bench's row, in the units that they are printed in."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A figure as a straight line over the depth."""
-
-    rest: float  # what is there without layers
-    each: float
-    missed: float | None  # by how much the line through the other depths misses the deepest, as a fraction of it
-
-    def at(self, layers: int) -> float:
-        """Return the figure at a depth."""
-        return self.rest + layers * self.each
-
-
-def fit(layers: Sequence[int], values: Sequence[float]) -> Line:
-    """Put a straight line through figures at two depths or more, the deepest last."""
+def fit(layers: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
+    """Put a straight line through figures at two depths or more; return what each layer takes, and the rest."""
     each, rest = statistics.linear_regression(layers, values)
-    missed = fit(layers[:-1], values[:-1]).at(layers[-1]) / values[-1] - 1 if len(layers) > 2 else None
-    return Line(rest=rest, each=each, missed=missed)
+    return each, rest
+
+
+def at(num_layers: int, layers: Sequence[int], values: Sequence[float]) -> float:
+    """Return what the line through figures says of another depth."""
+    each, rest = fit(layers, values)
+    return rest + num_layers * each
 
 
 def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -96,16 +87,18 @@ def report_of(rows: dict[int, dict[str, Any]]) -> Report:
     report.figures |= {"kind": "computed", "benches": {str(depth): row for depth, row in rows.items()}, "lines": {}}
     for name, read in QUANTITIES.items():
         values = [read(rows[depth]) for depth in depths]
-        line = fit(depths, values)
-        report.figures["lines"][name] = asdict(line) | {str(REAL_LAYERS): line.at(REAL_LAYERS)}
+        (each, rest), real, missed = fit(depths, values), at(REAL_LAYERS, depths, values), None
+        if len(depths) > 2:
+            missed = at(depths[-1], depths[:-1], values[:-1]) / values[-1] - 1
+        report.figures["lines"][name] = {"each": each, "rest": rest, "missed": missed, str(REAL_LAYERS): real}
         report.lines.append(
             {
                 "": name,
                 **{f"{depth} layers": shown(value) for depth, value in zip(depths, values, strict=True)},
-                "each layer": shown(line.each),
-                "the rest": shown(line.rest),
-                f"{REAL_LAYERS} layers, computed": f"~{shown(line.at(REAL_LAYERS))}",
-                "the deepest foretold": NONE if line.missed is None else f"{line.missed:+.1%}",
+                "each layer": shown(each),
+                "the rest": shown(rest),
+                f"{REAL_LAYERS} layers, computed": f"~{shown(real)}",
+                "the deepest foretold": NONE if missed is None else f"{missed:+.1%}",
             }
         )
     return report

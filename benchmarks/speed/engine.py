@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.speed.weights import EMBEDDINGS
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
 from lite.engines import segments
 from lite.engines.segments import divide, expand_image
 from lite.errors import LiteError
-from lite.eval.divergence import compare_logits
 from lite.memory.process import Peaks
 from lite.session.loop import Loop
 from lite.session.request import Request
@@ -162,18 +160,6 @@ def greedy(engine: Engine, prompt: Prompt, count: int) -> tuple[list[int], str |
         rows.decode()
         token_ids += rows.wait()
     return token_ids, rows.problem
-
-
-def score(engine: LlamaDecoder, prompt: Prompt, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Return the logits from which each token of a text is predicted, [tokens, vocab_size]."""
-    num_image_tokens = len(prompt.features)
-    return segments.score(engine, prompt.input_ids, token_ids, prompt.features, num_image_tokens=num_image_tokens)
-
-
-def loss(exact: NDArray[np.float32], got: NDArray[np.float32], token_ids: Sequence[int]) -> dict[str, float]:
-    """Compare logits along a text."""
-    divergence = compare_logits(exact, got, token_ids)
-    return {"mean_kl": float(np.mean(divergence.kl)), "same_top": float(np.mean(divergence.same_top))}
 
 
 def far(engine: LlamaDecoder, input_ids: Sequence[int], expected: torch.Tensor, num_rows: int) -> float:

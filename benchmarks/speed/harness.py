@@ -127,7 +127,6 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)  # of ours
     why: str | None = None  # not measured, or not to its end
-    took_s: float | None = None
 
     def add(self, row: Row, *, ours: bool = True) -> None:
         """Put a row into it; what is wrong of a peer is told, and no fault of ours."""
@@ -152,13 +151,11 @@ class Report:
         notes = [*self.notes, *told, *(f"WRONG: {line}" for line in self.wrong)]
         if self.why is not None:
             notes.append(f"Not measured{' to the end' if lines else ''}: {self.why}.")
-        if self.took_s is not None:
-            notes.append(f"Took {self.took_s:.0f} s.")
         return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
 
     def document(self) -> dict[str, Any]:
         """Return it for programs."""
-        about = {"title": self.title, "took_s": self.took_s, "why": self.why, "wrong": self.wrong, "notes": self.notes}
+        about = {"title": self.title, "why": self.why, "wrong": self.wrong, "notes": self.notes}
         found: dict[str, Any] = to_json(about | self.figures | {"rows": [row.document() for row in self.rows]})
         return found
 
@@ -300,7 +297,6 @@ class Record:
 @contextlib.contextmanager
 def kept_apart(report: Report) -> Iterator[None]:
     """Note in a report why its section ends before its time; the others go on."""
-    started = time.monotonic()
     try:
         yield
     except Unavailable as error:
@@ -309,5 +305,3 @@ def kept_apart(report: Report) -> Iterator[None]:
         sys.stderr.write(traceback.format_exc())
         report.why = reason(error)
         report.wrong.append(f"{report.title}: {report.why}")
-    finally:
-        report.took_s = round(time.monotonic() - started, 2)

@@ -10,7 +10,7 @@ import pytest
 from random_checkpoint import SMALL
 
 from benchmarks.speed import depth, synthetic
-from benchmarks.speed.depth import fit, main, measure_depth, report_of
+from benchmarks.speed.depth import main, measure_depth, report_of
 from benchmarks.speed.synthetic import write_checkpoint
 
 
@@ -20,19 +20,15 @@ def test_one_depth_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert "one point gives no line" in capsys.readouterr().err
 
 
-def test_a_straight_line_is_found_and_foretells_the_deepest() -> None:
-    line = fit([1, 2, 4], [13.0, 16.0, 22.0])
-    assert (line.each, line.rest, line.at(32)) == pytest.approx((3.0, 10.0, 106.0))
-    assert line.missed == pytest.approx(0.0)
-    assert fit([1, 2, 4], [13.0, 16.0, 44.0]).missed == pytest.approx(22 / 44 - 1)
-    assert fit([1, 2], [13.0, 16.0]).missed is None
-
-
 def test_a_table_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depth, "QUANTITIES", {"load, s": lambda row: row["load_s"]})
     report = report_of({1: {"load_s": 3.0}, 2: {"load_s": 5.0}, 4: {"load_s": 9.0}})
     assert list(report.lines[0].values()) == ["load, s", "3", "5", "9", "2", "1", "~65", "+0.0%"]
     assert report.figures["lines"]["load, s"]["32"] == pytest.approx(65.0)
+    lines = [
+        report_of({1: {"load_s": 3.0}, 2: {"load_s": 5.0}, **more}).lines[0] for more in ({}, {4: {"load_s": 18.0}})
+    ]
+    assert [line["the deepest foretold"] for line in lines] == ["–", "-50.0%"]
 
 
 @pytest.mark.full

@@ -32,7 +32,7 @@ from lite.console import positive, say
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-QUICK: Final = Setting(layers=4, rounds=2, new_tokens=8, scored_tokens=16, requests=10, text_tokens=(4, 16))
+QUICK: Final = Setting(layers=4, rounds=2, new_tokens=8, requests=10, text_tokens=(4, 16))
 
 
 SECTIONS: Final[dict[str, tuple[str, Callable[[Rig, Report], None]]]] = {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from benchmarks.speed.decoders import part_of, plain_logits, random_decoder, swapped, weight_bytes
-from benchmarks.speed.engine import WARM_UP, Rows, far, greedy, loss, random_prompt, score
+from benchmarks.speed.engine import WARM_UP, Rows, far, greedy, random_prompt
 from benchmarks.speed.harness import NONE, Row, Unavailable, in_turns, reason
 from benchmarks.speed.linears import PEERS
 from lite.errors import MemoryBudgetError
@@ -75,8 +75,7 @@ def measure(rig: Rig, report: Report) -> None:
     bandwidth = report.figures["bandwidth_bytes_per_s"] = rig.measured_bandwidth()
     report.notes.append(
         f"Bandwidth of a streaming read just before: {bandwidth / 1e9:,.0f} GB/s. Context: {rig.setting.context} "
-        f"tokens. Random weights, {rig.setting.layers} layers. Mean KL: what an int8 cache loses along a text; "
-        "attention is flatter than a trained model's, so that is no measure of the real loss."
+        f"tokens. Random weights, {rig.setting.layers} layers."
     )
     for one in MODELS:
         try:
@@ -106,16 +105,13 @@ def _measure_model(rig: Rig, one: Model) -> Iterator[Row]:
         decoder = one.make(rig)
     for cache_dtype in one.cache_dtypes:
         difference, problem = _check(rig, one, decoder, cache_dtype)
-        lost = _int8_loss(rig, decoder) if one is REFERENCE and cache_dtype == "int8" else {}
         cache = cache_dtype or str(decoder.dtype).removeprefix("torch.")
         for num_rows in sorted(rig.setting.rows):
-            row = Row(names=_names(one.name, cache, num_rows), figures={"difference": difference, **lost})
+            row = Row(names=_names(one.name, cache, num_rows), figures={"difference": difference})
             if problem is not None:
                 row.why, row.is_wrong = problem, True
             else:
                 _time(rig, row, decoder, cache_dtype, num_rows)
-                if lost:
-                    row.cells["mean KL, nats"] = f"{lost['mean_kl']:.2g}"
             yield row
             rig.tidy()
 
@@ -198,14 +194,6 @@ def _check(
     if not found <= allowed:
         return found, f"its logits differ from plain float32's by {found:.2g} of their size, more than {allowed:g}"
     return found, check_graphs(rig, decoder, cache_dtype) if one.ours and rig.capture is not None else None
-
-
-def _int8_loss(rig: Rig, decoder: LlamaDecoder) -> dict[str, float]:
-    """Say what an int8 cache loses along a text, greedy with the float cache."""
-    prompt = random_prompt(decoder.config, rig.setting.prompt_tokens, rig.device)
-    exact, rounded = part_of(decoder), part_of(decoder, cache_dtype="int8")
-    token_ids, _ = greedy(exact, prompt, rig.setting.scored_tokens)
-    return loss(score(exact, prompt, token_ids), score(rounded, prompt, token_ids), token_ids)
 
 
 def expected_logits(decoder: LlamaDecoder) -> tuple[list[int], torch.Tensor]:

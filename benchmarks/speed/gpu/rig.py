@@ -35,7 +35,6 @@ class Setting:
     rounds: int = 5
     new_tokens: int = 32  # timed in a round
     checked_tokens: int = 16  # decoded with and without CUDA graphs
-    scored_tokens: int = 64
     chunk_sizes: Sequence[int] = (2048, 512)
     requests: int = 24
     batch_size: int = 8

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.speed.depth import REAL_LAYERS, fit
+from benchmarks.speed.depth import REAL_LAYERS, at
 from benchmarks.speed.harness import NONE, Report, Rounds, Row, Unavailable, in_turns, reason, shown
 from benchmarks.speed.peers.process import Process
 from benchmarks.speed.peers.specs import DENSE, Spec, ours
@@ -200,7 +200,7 @@ def with_real_depth(times: Mapping[int, Rounds | str]) -> dict[int, Rounds | str
     if REAL_LAYERS in times or len(measured) < len(times):
         return dict(times)
     medians = [[statistics.median(seconds) for seconds in rounds] for rounds in measured.values()]
-    real = [[fit(list(measured), values).at(REAL_LAYERS)] for values in zip(*medians, strict=True)]
+    real = [[at(REAL_LAYERS, list(measured), values)] for values in zip(*medians, strict=True)]
     return {**times, REAL_LAYERS: real if min(real) > [0.0] else "noise: give it more --layers"}
 
 
