@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.speed.contenders import Contender, contenders
 from benchmarks.speed.harness import Clock, Report, Row, Unavailable, reason, run_main
 from kernels.backend import Selection, select_backend
+from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 from lite.errors import BackendUnavailable
 from lite.eval.figures import Quantiles, quantiles
 
@@ -58,40 +59,26 @@ def time_calls(calls: Sequence[Callable[[], Tensor]]) -> tuple[Quantiles, bool]:
     Returns:
         The time of a call, and whether they could be captured in a CUDA graph.
     """
-    for call in calls:  # compiles, and whatever else happens the first time
-        call()
+
+    def run() -> Tensor:
+        return [call() for call in calls][-1]
+
+    run()  # compiles, and whatever else happens the first time
     torch.cuda.synchronize()
-    graph = _captured(calls)
-
-    def run() -> None:
-        if graph is not None:
-            graph.replay()
-            return
-        for call in calls:
-            call()
-
+    try:
+        repeat = capture_cuda_graph(run, device=torch.device("cuda", torch.cuda.current_device()))
+        is_captured = True
+    except RuntimeError:
+        torch.cuda.synchronize()
+        repeat, is_captured = run, False
     for _ in range(3):
-        run()
+        repeat()
     clock = Clock(on_gpu=True)
     clock.mark()
     for _ in range(_ROUNDS):
-        run()
+        repeat()
         clock.mark()
-    return quantiles([seconds / len(calls) for seconds in clock.seconds()]), graph is not None
-
-
-def _captured(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph | None:
-    """Capture the calls; None if one of them does what a graph cannot hold."""
-    graph = torch.cuda.CUDAGraph()
-    kept = []
-    try:
-        with torch.cuda.graph(graph):
-            kept = [call() for call in calls]
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    del kept
-    return graph
+    return quantiles([seconds / len(calls) for seconds in clock.seconds()]), is_captured
 
 
 def measure(rig: Rig, report: Report) -> None:
@@ -106,7 +93,7 @@ def measure(rig: Rig, report: Report) -> None:
     ]
     torch.manual_seed(0)
     setting = rig.setting
-    with torch.inference_mode():
+    with torch.no_grad():  # no inference mode: captures are made outside it
         rows = sorted({min(setting.rows), max(setting.rows)})
         for contender in contenders(setting.shapes, rows, rig.device, setting.context):
             report.add(measure_one(contender, bandwidth=bandwidth), ours=contender.is_ours)

@@ -163,7 +163,6 @@ def test_prefill() -> None:
     assert [tuple(row.names.values()) for row in report.rows] == [*ours, ("cuBLAS alone", "float32")]
     assert [row.ratio and row.ratio.p50 for row in report.rows] == [*(1 for _ in ours), None]
     assert report.rows[0].cells["tokens/s"] == "18,000"
-    assert report.figures["prefill_and_first_token_s"].count == 2
 
 
 def test_sums_that_are_wrong_have_no_time_and_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,6 @@ from tiny import HIDDEN_SIZE, write_tiny_artifact, write_tiny_gptq_artifact
 
 from benchmarks.speed.harness import Unavailable
 from benchmarks.speed.peers import main, measure
-from benchmarks.speed.peers.llamacpp import gguf_name
 from benchmarks.speed.peers.measure import Setting, with_real_depth
 from benchmarks.speed.peers.process import Process
 from benchmarks.speed.peers.specs import DENSE, PEERS_PYTHON, SPECS, Spec
@@ -267,13 +266,6 @@ def test_32_layers_are_a_straight_line_of_each_round() -> None:
     assert with_real_depth({1: [[0.9]], 3: [[0.1]]})[32] == "noise: give it more --layers"
     assert 32 not in with_real_depth({1: [[0.9]], 3: "it has died"})
     assert with_real_depth({1: [[0.9]], 32: [[1.0]]})[32] == [[1.0]], "measured"
-
-
-def test_gguf_names() -> None:
-    names = [gguf_name(name) for name in SHAPES.tensors(1)]
-    parts = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm"]
-    layer = [f"blk.0.{part}.weight" for part in parts]
-    assert names == ["token_embd.weight", *layer, "output_norm.weight", "output.weight"]
 
 
 # -- Processes -------------------------------------------------------------------------------------------------------

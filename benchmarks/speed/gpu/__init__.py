@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 QUICK: Final = Setting(layers=4, rounds=2, new_tokens=8, requests=10, text_tokens=(4, 16))
-
-
 SECTIONS: Final[dict[str, tuple[str, Callable[[Rig, Report], None]]]] = {
     "decode": ("Decoding", decode.measure),
     "prefill": ("Prefill", prefill.measure),
@@ -56,13 +54,8 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="few layers, few rounds: only to see that it works")
-    add(
-        "--rows",
-        type=positive,
-        nargs="+",
-        metavar="B",
-        help="studies decoded together (default: 1 2 4 8; kernels fewest and most)",
-    )
+    rows = "studies decoded together (default: 1 2 4 8; kernels fewest and most)"
+    add("--rows", type=positive, nargs="+", metavar="B", help=rows)
     add("--json", type=Path, metavar="FILE", help="write everything there too, after each section")
     parser.set_defaults(layers=None, memory_gb=12, only=[only])
     if only is None:
@@ -76,13 +69,8 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
 def setting_of(arguments: argparse.Namespace) -> Setting:
     """Return what the arguments ask for."""
     base = QUICK if arguments.quick else Setting()
-    rows = tuple(sorted(set(arguments.rows or ())))
-    return replace(
-        base,
-        layers=arguments.layers or base.layers,
-        rows=rows or base.rows,
-        memory_bytes=arguments.memory_gb * 10**9,
-    )
+    rows = tuple(sorted(set(arguments.rows or base.rows)))
+    return replace(base, layers=arguments.layers or base.layers, rows=rows, memory_bytes=arguments.memory_gb * 10**9)
 
 
 def measure_sections(rig: Rig, names: Sequence[str], record: Record) -> None:

@@ -14,9 +14,8 @@ from torch.nn import functional
 
 from benchmarks.speed.decoders import dequantized, part_of
 from benchmarks.speed.engine import Prompt, Rows, random_prompt
-from benchmarks.speed.harness import Clock, Row, in_turns, spread, timed
+from benchmarks.speed.harness import Row, in_turns, timed
 from lite.engines.torch_engine.linear import linears_of
-from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +64,6 @@ def measure(rig: Rig, report: Report) -> None:
     if not both:
         report.notes.append(f"float16 sums: torch {torch.__version__} cannot, 2.7 can.")
     add_up_in(decoder, "float32")
-    _first_token(rig, report, rows, prompt)
 
 
 def has_fp16_sums() -> bool:
@@ -83,7 +81,7 @@ def _prefill(rows: Rows, prompt: Prompt, chunk: int, kind: str) -> torch.Tensor:
     add_up_in(rows.engine, kind)
     rows.engine.chunk_size = chunk
     logits: torch.Tensor = rows.read(prompt)
-    return logits.float()
+    return logits.float().clone()  # the next prompt's may take its place
 
 
 def _products(decoder: LlamaDecoder, tokens: int) -> Callable[[], None]:
@@ -106,17 +104,3 @@ def _products(decoder: LlamaDecoder, tokens: int) -> Callable[[], None]:
         functional.linear(last, head)
 
     return run
-
-
-def _first_token(rig: Rig, report: Report, rows: Rows, prompt: Prompt) -> None:
-    """Time until the host knows the first token: by its own clock, as a user would."""
-    rows.engine.chunk_size = max(rig.setting.chunk_sizes)
-
-    def run() -> None:
-        rows.read(prompt)
-        rows.wait()
-
-    run()
-    first = quantiles([seconds for _ in range(rig.setting.rounds) for seconds in timed(run, Clock())])
-    report.figures["prefill_and_first_token_s"] = first
-    report.notes.append(f"TTFT without the vision tower: {spread(first)} ms from prompt to token.")

@@ -26,22 +26,6 @@ if TYPE_CHECKING:
     from benchmarks.speed.peers.worker import Order
 
 BATCH_SIZE: Final = 512  # tokens of a prompt at a time: its default
-_TENSORS: Final = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_OTHERS: Final = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
 
 
 class LlamaCppEngine(Engine):
@@ -109,6 +93,7 @@ def write_gguf(file: Path, decoder: Path, kind: str) -> None:
     config = json.loads((decoder / "config.json").read_text(encoding="utf-8"))
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
     types = gguf.GGMLQuantizationType
+    places = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     with whole_file(file) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
         writer.add_context_length(config["max_position_embeddings"])
@@ -130,7 +115,9 @@ def write_gguf(file: Path, decoder: Path, kind: str) -> None:
             if "q_proj" in name or "k_proj" in name:
                 # llama.cpp's rotary embedding pairs neighbours, Hugging Face's components half a head apart.
                 values = values.reshape(heads, 2, -1, hidden_size).swapaxes(1, 2).reshape(values.shape)
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kept), raw_dtype=kept)
+            writer.add_tensor(
+                places.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(values, kept), raw_dtype=kept
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -143,11 +130,3 @@ def _tensors(decoder: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         with safetensors.safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 yield name, opened.get_tensor(name)
-
-
-def gguf_name(name: str) -> str:
-    """Translate a tensor's name."""
-    if name in _OTHERS:
-        return _OTHERS[name]
-    _, _, layer, rest = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{_TENSORS[rest]}.weight"
