@@ -71,14 +71,10 @@ def contenders(
     for name, shape in linears.items():
         for M in rows:
             yield from _linears(f"{name} {shape[1]}→{shape[0]}, {M} rows", shape, M, device)
-    for M in rows:
-        yield from _attention(shapes, num_cached_tokens, M, device)
-    for M in rows:
-        yield from _rotary(shapes, num_cached_tokens, M, device)
-    for M in rows:
-        yield from _pointwise(shapes, M, device)
-    for M in rows:
-        yield from _sampling(shapes, M, device)
+    cached = [functools.partial(op, tokens=num_cached_tokens) for op in (_attention, _rotary)]
+    for op in (*cached, _pointwise, _sampling):
+        for M in rows:
+            yield from op(shapes, M, device)
 
 
 def _all_of(
@@ -151,7 +147,7 @@ def _linears(where: str, shape: tuple[int, int], M: int, device: torch.device) -
             yield peer(name, make, computes_in)
 
 
-def _attention(shapes: Shapes, tokens: int, B: int, device: torch.device) -> Iterator[Contender]:
+def _attention(shapes: Shapes, B: int, device: torch.device, *, tokens: int) -> Iterator[Contender]:
     heads, kv_heads, head_dim = shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim
     q = torch.randn(B, heads, head_dim, device=device, dtype=torch.float16)
     slots = tokens + 256  # those to come
@@ -191,13 +187,13 @@ def _vector_bytes(head_dim: int, *, quantized: bool) -> int:
     return head_dim + 2 if quantized else 2 * head_dim
 
 
-def _rotary(shapes: Shapes, num_cached_tokens: int, B: int, device: torch.device) -> Iterator[Contender]:
+def _rotary(shapes: Shapes, B: int, device: torch.device, *, tokens: int) -> Iterator[Contender]:
     kv_heads, head_dim = shapes.num_key_value_heads, shapes.head_dim
     split = [shapes.num_attention_heads, kv_heads, kv_heads]
     qkv = torch.randn(B, 1, sum(split), head_dim, device=device, dtype=torch.float16)
-    slots = torch.full((B, 1), num_cached_tokens, device=device)
+    slots = torch.full((B, 1), tokens, device=device)
     cos, sin = reference.rotary_table(slots, head_dim, 1e4)
-    drawn = torch.zeros(2, B, kv_heads, num_cached_tokens + 1, head_dim, device=device, dtype=torch.float16)
+    drawn = torch.zeros(2, B, kv_heads, tokens + 1, head_dim, device=device, dtype=torch.float16)
     at = torch.arange(B, device=device)[:, None]
 
     def ours(qkv: Tensor, **cache: Any) -> Tensor:

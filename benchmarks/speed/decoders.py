@@ -29,13 +29,12 @@ if TYPE_CHECKING:
     from lite.engines.torch_engine.cuda_graph import Capture
 
 
-def random_decoder(config: DecoderConfig, device: torch.device, *, capture: Capture | None = None) -> LlamaDecoder:
+def random_decoder(config: DecoderConfig, device: torch.device) -> LlamaDecoder:
     """Draw a decoder where it computes.
 
     Args:
         config: its shape; GPTQ or 16 bits.
         device: float32 on a CPU, the config's dtype elsewhere.
-        capture: how a step of decoding is captured; None launches its kernels one by one.
     """
     dtype = torch.float32 if device.type == "cpu" else DTYPES[config.dtype]
     with torch.device("meta"):
@@ -55,7 +54,6 @@ def random_decoder(config: DecoderConfig, device: torch.device, *, capture: Capt
         signs = torch.randint(0, 2, drawn.scales.shape, device=device) * 2 - 1
         drawn = dataclasses.replace(drawn, scales=(drawn.scales * signs * gains).to(drawn.scales.dtype))
         linear.weights = (QuantWeight.from_gptq(drawn) if triton else drawn,)
-    decoder.capture = capture
     return decoder.eval().requires_grad_(requires_grad=False)
 
 

@@ -67,7 +67,6 @@ class Row:
     figures: dict[str, Any] = field(default_factory=dict)  # for the document
     why: str | None = None  # not measured, or not as it should be
     is_wrong: bool = False  # it computes something else, or has failed
-    mark: str = ""  # behind the time: see the notes
 
     @property
     def label(self) -> str:
@@ -97,9 +96,8 @@ class Row:
         """Return its line of the table, by column."""
         if self.time is None:
             return {**self.names, "ms": "WRONG" if self.is_wrong else NONE, **self.cells}
-        time_ms = (shown(1e3 * value) for value in (self.time.p50, self.time.p20, self.time.p80))
-        median, low, high = time_ms
-        line = {**self.names, "ms": f"{median}{self.mark}", "p20–p80": f"{low}–{high}"}
+        median, low, high = (shown(1e3 * value) for value in (self.time.p50, self.time.p20, self.time.p80))
+        line = {**self.names, "ms": median, "p20–p80": f"{low}–{high}"}
         if self.nbytes is not None and self.bytes_per_s is not None:
             line |= {"MB": shown(self.nbytes / 1e6), "GB/s": shown(self.bytes_per_s / 1e9)}
         if self.share is not None:
@@ -111,7 +109,7 @@ class Row:
     def document(self) -> dict[str, Any]:
         """Return it for the document."""
         own = {**asdict(self), "bytes_per_s": self.bytes_per_s, "share": self.share}
-        for name in ("names", "figures", "cells", "mark", "against"):
+        for name in ("names", "figures", "cells", "against"):
             del own[name]
         return {**self.names, **own, **self.figures}
 

@@ -49,7 +49,9 @@ def measure_one(contender: Contender, *, bandwidth: float) -> Row:
             raise
         row.why = reason(error)
         return row
-    row.nbytes, row.figures["graph"], row.mark = first.nbytes, is_captured, "" if is_captured else "¹"
+    row.nbytes, row.figures["graph"] = first.nbytes, is_captured
+    if not is_captured:
+        row.cells["captured"] = "no"
     return row
 
 
@@ -89,7 +91,7 @@ def measure(rig: Rig, report: Report) -> None:
         f"Bandwidth of a streaming read just before: {bandwidth / 1e9:,.0f} GB/s. Medians of {_ROUNDS} rounds over "
         "several copies, from a CUDA graph. Copies of the small ops (add_rms_norm, silu_mul, rotary_and_cache) stay "
         "within the L2 cache, as what they read does in a decoder.",
-        "¹ cannot be captured in a CUDA graph: launched one by one, which Python may have slowed down.",
+        "captured: what cannot be, in a CUDA graph, is launched one by one, which Python may have slowed down.",
     ]
     torch.manual_seed(0)
     setting = rig.setting

@@ -162,7 +162,7 @@ def setting(
     monkeypatch.setattr(measure, "export_checkpoint", export)
     return Setting(
         layers=(1, 2), num_prompt_tokens=24, num_new_tokens=5, rounds=2, threads=1, limit_s=30, device="cpu",
-        peers_python=tmp_path, shapes=Shapes(hidden_size=HIDDEN_SIZE, vocab_size=vocab_size),
+        shapes=Shapes(hidden_size=HIDDEN_SIZE, vocab_size=vocab_size),
     )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def test_the_tokens_that_are_timed_are_the_most_probable(
 ) -> None:
     write_tiny_gptq_artifact(tmp_path / "int4", tokenizer_model)
     order = {name: getattr(GPTQ, name) for name in ("module", "form", "packages", "install")}
-    process = Worker(Order(**order, folder=tmp_path, max_seq_len=40, device="cpu", threads=1))
+    process = Worker(Order(**order, folder=tmp_path, vocab_size=vocab_size, max_seq_len=40, device="cpu", threads=1))
     seen: list[list[int]] = []
     logits: list[Any] = []
     read = process.engine.read
@@ -251,7 +251,7 @@ def test_the_tokens_that_are_timed_are_the_most_probable(
         return logits[-1]
 
     process.engine.read = noted  # type: ignore[method-assign]
-    taken = process.round(vocab_size, 24, 3)
+    taken = process.round(24, 3)
     assert [len(taken[phase]) for phase in ("prefill", "decode")] == [1, 3]
     assert [len(ids) for ids in seen] == [24, 1, 1, 1, 1]
     assert [[int(values.argmax())] for values in logits[:-1]] == seen[1:]
@@ -285,7 +285,14 @@ def test_a_process_that_dies_or_is_slow_says_so(tmp_path: Path) -> None:
 
 
 def test_a_worker_says_what_it_cannot_do(tmp_path: Path) -> None:
-    order = {"module": "lite", "form": "onnx int8", "install": "x", "folder": str(tmp_path), "max_seq_len": 8}
+    order = {
+        "module": "lite",
+        "form": "onnx int8",
+        "install": "x",
+        "folder": str(tmp_path),
+        "max_seq_len": 8,
+        "vocab_size": 8,
+    }
     order |= {"device": "cpu", "threads": 1}
     for packages, error, said in (
         (["no-such-engine"], Unavailable, "no-such-engine not installed: x"),

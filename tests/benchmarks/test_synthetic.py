@@ -253,10 +253,3 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(
     assert f"--verify-data '{out}/studies/studies.json'" in printed
     assert main([str(out), "--layers", "2"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {out}: got a path that exists")
-
-
-@pytest.mark.parametrize("layers", ["0", "33", "many"])
-def test_wrong_use_exits_with_2(tmp_path: Path, layers: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "out"), "--layers", layers])
-    assert caught.value.code == 2

@@ -70,7 +70,7 @@ class Rig:
     def decoder(self) -> LlamaDecoder:
         """Return the int4 decoder, which is made once if nobody forgets it."""
         if self._decoder is None:
-            self._decoder = random_decoder(self.config(4), self.device, capture=self.capture)
+            self._decoder = random_decoder(self.config(4), self.device)
         return self._decoder
 
     @property

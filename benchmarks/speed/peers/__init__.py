@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from benchmarks.speed.peers.specs import PEERS_PYTHON, SPECS
+    from benchmarks.speed.peers.specs import SPECS
     from lite.console import positive
     from lite.engines.cores import available_cores
 
@@ -44,10 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     engines = f"only these: {', '.join(map(repr, SPECS))}"
     prompt = "the prompt, an image of 1369 patches and a question (default: %(default)s)"
     limit = "an engine whose prompt and tokens take longer is given up (default: %(default)s)"
-    python = (
-        "an interpreter that has llama-cpp-python and gguf; if there is none, our own is asked for them (default: "
-        "build/peers-venv/bin/python, which `make peers` makes)"
-    )
     add = parser.add_argument
     add("--layers", type=positive, nargs="+", default=[1, 3], metavar="N", help="depths, 2 or more (1 3)")
     add("--prompt-tokens", type=positive, default=1472, metavar="T", help=prompt)
@@ -57,7 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
     add("--limit-s", type=positive, default=120, metavar="S", help=limit)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--peers-python", type=Path, default=PEERS_PYTHON, metavar="FILE", help=python)
     add("--json", type=Path, metavar="FILE", help="write everything to a JSON file, too")
     return parser
 
@@ -82,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=arguments.threads,
             limit_s=arguments.limit_s,
             device=check_device(arguments.device),
-            peers_python=arguments.peers_python.absolute(),
         )
         longest = setting.shapes.max_position_embeddings
         if len(setting.layers) < 2:
@@ -91,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             got = f"got {setting.max_seq_len} tokens · expected at most {longest}, the context of the model"
             parser.error(f"{got} · take fewer --prompt-tokens")
         found = measure([spec for name, spec in SPECS.items() if name in arguments.engines], setting)
-        about = to_json(setting)
-        del about["peers_python"]
-        record.begin(setting=about)
+        record.begin(setting=to_json(setting))
         for name, report in found.items():
             record.add(name, report)
         return record.end()

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.speed.depth import REAL_LAYERS, at
 from benchmarks.speed.harness import NONE, Report, Rounds, Row, Unavailable, in_turns, reason, shown
 from benchmarks.speed.peers.process import Process
-from benchmarks.speed.peers.specs import DENSE, Spec, ours
+from benchmarks.speed.peers.specs import DENSE, PEERS_PYTHON, Spec, ours
 from benchmarks.speed.peers.worker import CHECK_PROMPT, CHECK_TOKENS
 from benchmarks.speed.synthetic import export_checkpoint, write_checkpoint
 from benchmarks.speed.weights import Shapes
@@ -47,7 +48,6 @@ class Setting:
     threads: int
     limit_s: float  # for a prompt and its tokens
     device: str
-    peers_python: Path
     shapes: Shapes = SHAPES
 
     @property
@@ -67,13 +67,14 @@ class Bench:
             Unavailable: our engine cannot run here.
         """
         self.setting, self.folder = setting, folder
+        self.reference: dict[int, NDArray[np.float64]] = {}
         for layers in setting.layers:
             say(f"exporting {layers} layers")
             write_checkpoint(folder / f"{layers}", layers=layers, shapes=setting.shapes)
             for name, options in EXPORTS.items():
                 export_checkpoint(folder / f"{layers}", folder / f"{layers}" / name, *options, "--device", "cpu")
             with contextlib.closing(self.start(DENSE, layers)) as dense:
-                self.logits(dense, DENSE, layers)
+                self.reference[layers] = np.array(dense.ask("check")["logits"])
                 self.bandwidth: float = dense.ask("bandwidth")["bytes_per_s"]
         self.ours = ours(setting.device)
         self.loaded = self.load(self.ours, stack)
@@ -86,19 +87,14 @@ class Bench:
             LiteError: it failed.
         """
         setting = self.setting
-        apart = spec.module == "llamacpp" and setting.peers_python.exists()
+        apart = spec.module == "llamacpp" and PEERS_PYTHON.exists()
         order = {name: getattr(spec, name) for name in ("module", "form", "packages", "install")}
-        order |= {"folder": str(self.folder / f"{layers}"), "max_seq_len": setting.max_seq_len}
+        order |= {"folder": str(self.folder / f"{layers}"), "vocab_size": setting.shapes.vocab_size}
+        order |= {"max_seq_len": setting.max_seq_len}
         order |= {"device": setting.device, "threads": setting.threads}
-        python = str(setting.peers_python) if apart else sys.executable
+        python = str(PEERS_PYTHON) if apart else sys.executable
         command = [python, "-m", "benchmarks.speed.peers.worker", json.dumps(order)]
         return Process(command, log=self.folder / f"{spec.name}.txt", threads=setting.threads)
-
-    def logits(self, process: Process, spec: Spec, layers: int) -> Any:  # noqa: ANN401 - an array
-        """Have a short text computed; return its logits."""
-        file = self.folder / f"{layers}" / f"{spec.name}.npy"
-        process.ask("check", file=str(file), vocab_size=self.setting.shapes.vocab_size)
-        return np.load(file)
 
     def load(self, spec: Spec, stack: contextlib.ExitStack) -> dict[int, Process]:
         """Load an engine at each depth, check it and let it run once.
@@ -111,8 +107,8 @@ class Bench:
         for layers in self.setting.layers:
             process = loaded[layers] = self.start(spec, layers)
             stack.callback(process.close)
-            reference = np.load(self.folder / f"{layers}" / f"{DENSE.name}.npy")
-            difference = self.logits(process, spec, layers) - reference
+            reference = self.reference[layers]
+            difference = np.array(process.ask("check")["logits"]) - reference
             off = process.about["difference"] = float(np.linalg.norm(difference) / np.linalg.norm(reference))
             allowed = spec.allowed_difference(layers)
             if not off <= allowed:  # NaN is no agreement either
@@ -129,7 +125,7 @@ class Bench:
         setting = self.setting
         time.sleep(_SETTLE_S)
         amounts = {"num_prompt_tokens": setting.num_prompt_tokens, "num_new_tokens": setting.num_new_tokens}
-        return process.ask("round", vocab_size=setting.shapes.vocab_size, limit_s=setting.limit_s, **amounts)
+        return process.ask("round", limit_s=setting.limit_s, **amounts)
 
 
 def measure(specs: Sequence[Spec], setting: Setting) -> dict[str, Report]:

@@ -10,6 +10,7 @@ from typing import Final, Literal, TypeAlias
 ROOT: Final = Path(__file__).resolve().parents[3]
 CHECKED_LAYERS: Final = 2
 PEERS_PYTHON: Final = ROOT / "build" / "peers-venv" / "bin" / "python"
+"""Made by `make peers`. Where there is none, our own interpreter is asked for llama.cpp."""
 
 
 Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp"]

@@ -66,6 +66,7 @@ class Order:
     packages: Sequence[str]
     install: str
     folder: Path  # of the artifacts at one depth, `dense` and `int4`, and of files that workers share
+    vocab_size: int
     max_seq_len: int  # tokens that a cache has to hold
     device: str
     threads: int
@@ -83,7 +84,7 @@ class Worker:
         self.versions = {package: _version(package) for package in order.packages}
         if missing := [package for package, version in self.versions.items() if version is None]:
             raise NotHere(f"{' and '.join(missing)} not installed: {order.install}")
-        self.device = order.device
+        self.device, self.vocab_size = order.device, order.vocab_size
         self.engine: Engine = importlib.import_module(f"benchmarks.speed.peers.{order.module}").build(order)
         self.counts_peak = self._forget_peak()
 
@@ -92,14 +93,13 @@ class Worker:
         names = ("computes_in", "weight_bytes", "cache_bytes_per_token")
         return {"versions": self.versions, **{name: getattr(self.engine, name) for name in names}}
 
-    def check(self, file: str, vocab_size: int) -> dict[str, Any]:
-        """Write the logits after a prompt and after each of some tokens, [1 + CHECK_TOKENS, vocab_size]."""
-        ids = _token_ids(vocab_size, CHECK_PROMPT + CHECK_TOKENS)
+    def check(self) -> dict[str, Any]:
+        """Return the logits after a prompt and after each of some tokens, [1 + CHECK_TOKENS, vocab_size]."""
+        ids = self._token_ids(CHECK_PROMPT + CHECK_TOKENS)
         self.engine.reset()
         logits = [self.engine.read(ids[:CHECK_PROMPT]).tolist()]
         logits += [self.engine.read([token_id]).tolist() for token_id in ids[CHECK_PROMPT:]]
-        np.save(file, np.array(logits, dtype=np.float32))
-        return {}
+        return {"logits": logits}
 
     def bandwidth(self) -> dict[str, Any]:
         """Measure a streaming read."""
@@ -107,10 +107,10 @@ class Worker:
 
         return {"bytes_per_s": streaming_read_bandwidth(self.device)}
 
-    def round(self, vocab_size: int, num_prompt_tokens: int, num_new_tokens: int) -> dict[str, Any]:
+    def round(self, num_prompt_tokens: int, num_new_tokens: int) -> dict[str, Any]:
         """Time a prompt, then tokens, one by one: the most probable ones, so that the host waits for each."""
         self.engine.reset()
-        newest = _token_ids(vocab_size, num_prompt_tokens)
+        newest = self._token_ids(num_prompt_tokens)
         seconds = []
         for _ in range(2 + num_new_tokens):  # the first after the prompt does not count
             started = time.perf_counter()
@@ -127,6 +127,10 @@ class Worker:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
         return {"bytes": next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))}
 
+    def _token_ids(self, count: int) -> list[int]:
+        drawn: list[int] = np.random.default_rng(0).integers(self.vocab_size, size=count).tolist()
+        return drawn
+
     def _forget_peak(self) -> bool:
         """Begin to count anew, as loading takes more than running; say whether it worked."""
         if self.device != "cpu":
@@ -138,11 +142,6 @@ class Worker:
         except OSError:
             return False
         return True
-
-
-def _token_ids(vocab_size: int, count: int) -> list[int]:
-    drawn: list[int] = np.random.default_rng(0).integers(vocab_size, size=count).tolist()
-    return drawn
 
 
 def _version(package: str) -> str | None:
