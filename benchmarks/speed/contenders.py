@@ -71,8 +71,13 @@ def contenders(
     for name, shape in linears.items():
         for M in rows:
             yield from _linears(f"{name} {shape[1]}→{shape[0]}, {M} rows", shape, M, device)
-    cached = [functools.partial(op, tokens=num_cached_tokens) for op in (_attention, _rotary)]
-    for op in (*cached, _pointwise, _sampling):
+    ops: list[Callable[[Shapes, int, torch.device], Iterator[Contender]]] = [
+        functools.partial(_attention, tokens=num_cached_tokens),
+        functools.partial(_rotary, tokens=num_cached_tokens),
+        _pointwise,
+        _sampling,
+    ]
+    for op in ops:
         for M in rows:
             yield from op(shapes, M, device)
 
