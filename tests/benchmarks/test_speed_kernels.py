@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from test_speed_gpu import SMALL, measured, rig
 from torch import Tensor
 
 from benchmarks.speed import kernels
-from benchmarks.speed.contenders import Call, Contender, contenders
+from benchmarks.speed.contenders import Call, Contender
 from benchmarks.speed.harness import Unavailable
 from benchmarks.speed.kernels import main, measure_one
 from benchmarks.speed.weights import Shapes
 from lite.eval.figures import Quantiles, quantiles
 
-SMALL = Shapes(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)
+SHAPES = Shapes(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)
 OPS = {"quant_matmul", "decode_attention", "rotary_and_cache", "add_rms_norm", "silu_mul", "sample"}
 
 
@@ -35,7 +37,8 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_is_right_beside_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU the references compute, and what is checked and counted is the same."""
     monkeypatch.setattr(kernels, "_MAX_COPIES", 2)
-    rows = [measure_one(contender, bandwidth=1e9) for contender in contenders(SMALL, [1, 3], torch.device("cpu"), 70)]
+    setting = dataclasses.replace(SMALL, shapes=SHAPES, rows=(1, 2, 3), context=70)
+    rows = measured(kernels.measure, rig(setting)).rows
     assert {row.names["op"] for row in rows} == OPS
     assert [row.why for row in rows if row.why is not None] == []
     for op in OPS:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from random_checkpoint import SMALL
 from repository import ROOT
 from tiny import HIDDEN_SIZE, write_tiny_artifact, write_tiny_gptq_artifact
@@ -144,9 +145,7 @@ class Here:
 
 
 @pytest.fixture
-def setting(
-    tmp_path: Path, tokenizer_model: bytes, vocab_size: int, monkeypatch: pytest.MonkeyPatch
-) -> Setting:  # fmt: skip
+def setting(tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch) -> Setting:
     """Of tiny artifacts, with our torch engine as the one that all take turns with."""
     monkeypatch.setattr("os.environ", dict(os.environ))
     monkeypatch.setattr(measure, "Process", Here)
@@ -161,17 +160,9 @@ def setting(
 
     monkeypatch.setattr(measure, "export_checkpoint", export)
     return Setting(
-        layers=(1, 2), num_prompt_tokens=24, num_new_tokens=5, rounds=2, threads=1, limit_s=30, device="cpu",
-        shapes=Shapes(hidden_size=HIDDEN_SIZE, vocab_size=vocab_size),
+        layers=(1, 2), num_prompt_tokens=24, num_new_tokens=5, rounds=2, threads=torch.get_num_threads(), limit_s=30, device="cpu",
+        shapes=Shapes(hidden_size=HIDDEN_SIZE, vocab_size=300),
     )  # fmt: skip
-
-
-@pytest.fixture
-def vocab_size(tokenizer_model: bytes) -> int:
-    import sentencepiece
-
-    size: int = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
-    return size
 
 
 def test_what_goes_wrong_is_told_and_the_rest_goes_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +226,12 @@ def test_our_engine_that_fails_stops_everything(setting: Setting, monkeypatch: p
         measure.measure([DENSE], setting)
 
 
-def test_the_tokens_that_are_timed_are_the_most_probable(
-    setting: Setting, vocab_size: int, tmp_path: Path, tokenizer_model: bytes
-) -> None:
+def test_the_tokens_that_are_timed_are_the_most_probable(tmp_path: Path, tokenizer_model: bytes) -> None:
     write_tiny_gptq_artifact(tmp_path / "int4", tokenizer_model)
     order = {name: getattr(GPTQ, name) for name in ("module", "form", "packages", "install")}
-    process = Worker(Order(**order, folder=tmp_path, vocab_size=vocab_size, max_seq_len=40, device="cpu", threads=1))
+    process = Worker(
+        Order(**order, folder=tmp_path, vocab_size=300, max_seq_len=40, device="cpu", threads=torch.get_num_threads())
+    )
     seen: list[list[int]] = []
     logits: list[Any] = []
     read = process.engine.read

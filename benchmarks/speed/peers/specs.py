@@ -27,7 +27,7 @@ class Spec:
     install: str  # how to get them
     max_difference: float
     """Root mean square of the difference of its logits from ours, relative to ours, for up to CHECKED_LAYERS. Rounding
-    our random weights to 4 bits gives 0.26 or 0.27; a rotary embedding that pairs the wrong components gives 0.67, and
+    our random weights to 4 bits gives 0.2 to 0.32; a rotary embedding that pairs the wrong components gives 0.67, and
     logits that have nothing to do with ours 1.4."""
 
     def allowed_difference(self, num_layers: int) -> float:
