@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.speed.engine import off_by
 from benchmarks.speed.linears import PEERS, bytes_of, random_gptq
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
@@ -102,7 +102,7 @@ def _all_of(
         return worst(got, expected, op, bits)
 
     def theirs(got: Tensor) -> float:
-        return _relative(got, expected) / _PEER_TOLERANCES["16 bits"]
+        return off_by(got, expected) / _PEER_TOLERANCES["16 bits"]
 
     for engine, run in runs.items():
         yield Contender(
@@ -144,7 +144,7 @@ def _linears(where: str, shape: tuple[int, int], M: int, device: torch.device) -
         rule = "16 bits" if "fp16" in name else "4 bits"
         return Contender(
             op="quant_matmul", shape=where, engine=name, dtype=str(computes_in).removeprefix("torch."),
-            prepare=prepare, wrong=lambda got: _relative(got, right) / _PEER_TOLERANCES[rule],
+            prepare=prepare, wrong=lambda got: off_by(got, right) / _PEER_TOLERANCES[rule],
         )  # fmt: skip
 
     for name, (make, computes_in) in PEERS.items():
@@ -272,9 +272,3 @@ def _sampling(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contende
             runs["torch"] = lambda logits: logits.float().log_softmax(-1).max(-1).values
         shape = f"{shapes.vocab_size} tokens, {M} rows, {how}"
         yield from _all_of("sample", shape, {"logits": logits}, logits.nbytes, expected, runs)
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    """Return the root mean square of the difference, relative; infinite if there is a NaN."""
-    difference = float((got.float() - expected).norm() / expected.norm())
-    return difference if math.isfinite(difference) else math.inf

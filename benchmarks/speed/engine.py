@@ -121,18 +121,6 @@ class Rows:
             self.cache.is_active[row] = True
             self.cache.truncate(row, num_tokens, newest=1)
 
-    def fill(self, num_tokens: int) -> None:
-        """Draw keys and values of torch's cache for every row, as if prompts of that length had been read."""
-        for tensor in (self.cache.k_cache, self.cache.v_cache):
-            if tensor.is_floating_point():
-                tensor.normal_()
-            else:
-                tensor.random_(-127, 128)
-        for scales in (self.cache.k_scales, self.cache.v_scales):
-            if scales is not None:
-                scales.fill_(1 / 64)  # of integers up to 127: values of order 1
-        self.rewind(num_tokens)
-
     def warm_up(self, num_tokens: int) -> None:
         """Compile and capture."""
         for _ in range(WARM_UP):
@@ -176,14 +164,15 @@ def far(engine: LlamaDecoder, input_ids: Sequence[int], expected: torch.Tensor, 
     """
     rows = Rows(engine, num_rows, len(input_ids))
     prompt = prompt_of(engine, input_ids[:-1])
-    behind = [_far(rows.read(prompt, row), expected[0]) for row in range(num_rows)]
+    behind = [off_by(rows.read(prompt, row), expected[0]) for row in range(num_rows)]
     for _ in range(2):  # the second one is a captured one, where steps are captured
         rows.rewind(len(input_ids) - 1)
-        decoded = [_far(logits, expected[1]) for logits in rows.decode_given(input_ids[-1])]
+        decoded = [off_by(logits, expected[1]) for logits in rows.decode_given(input_ids[-1])]
     return max(behind + decoded)
 
 
-def _far(got: torch.Tensor, expected: torch.Tensor) -> float:
+def off_by(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square of a difference, relative; infinite where something is not finite."""
     expected = expected.to(got.device)
     found = float((got.float() - expected).norm() / expected.norm())
     return found if math.isfinite(found) else math.inf

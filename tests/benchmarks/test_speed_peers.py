@@ -160,8 +160,8 @@ def setting(tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch) -> Setting:
 
     monkeypatch.setattr(measure, "export_checkpoint", export)
     return Setting(
-        layers=(1, 2), num_prompt_tokens=24, num_new_tokens=5, rounds=2, threads=torch.get_num_threads(), limit_s=30, device="cpu",
-        shapes=Shapes(hidden_size=HIDDEN_SIZE, vocab_size=300),
+        layers=(1, 2), num_prompt_tokens=24, num_new_tokens=5, rounds=2, threads=torch.get_num_threads(), limit_s=30,
+        device="cpu", shapes=Shapes(hidden_size=HIDDEN_SIZE, vocab_size=300),
     )  # fmt: skip
 
 

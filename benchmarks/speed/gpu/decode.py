@@ -123,7 +123,7 @@ class Lane:
     """Rows of a decoder that go back to the end of the context, again and again."""
 
     def __init__(self, rig: Rig, source: LlamaDecoder, cache_dtype: CacheDtype | None, num_rows: int) -> None:
-        """Make a cache, fill it, compile and capture.
+        """Read a prompt for each row, compile and capture.
 
         Raises:
             MemoryBudgetError: it does not fit.
@@ -131,7 +131,10 @@ class Lane:
         setting = self.setting = rig.setting
         decoder = part_of(source, cache_dtype=cache_dtype, capture=rig.capture)
         self.rows = Rows(decoder, num_rows, setting.context + max(setting.new_tokens + 1, WARM_UP))
-        self.rows.fill(setting.context)
+        prompt = random_prompt(decoder.config, setting.context, rig.device)
+        for row in range(num_rows):
+            self.rows.read(prompt, row)
+        self.rows.rewind(setting.context)
         self.rows.warm_up(setting.context)
         self.is_captured = rig.capture is not None and self.rows.problem is None
         self.clock = rig.clock

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.speed.decoders import dequantized, part_of
-from benchmarks.speed.engine import Prompt, Rows, random_prompt
+from benchmarks.speed.engine import Prompt, Rows, off_by, random_prompt
 from benchmarks.speed.harness import Row, in_turns, timed
 from lite.engines.torch_engine.linear import linears_of
 
@@ -56,7 +56,7 @@ def measure(rig: Rig, report: Report) -> None:
         if row.time is not None:
             row.cells["tokens/s"] = f"{setting.prompt_tokens / row.time.p50:,.0f}"
         if what != ALONE:
-            off = row.figures["difference"] = float((first[what, kind] - exact).norm() / exact.norm())
+            off = row.figures["difference"] = off_by(first[what, kind], exact)
             row.cells["logits off by"] = f"{off:.1e}"
             if not off <= MAX_DIFFERENCE:
                 row.why, row.is_wrong, row.time = f"off by {off:.2g}, more than {MAX_DIFFERENCE:g}", True, None
