@@ -18,8 +18,7 @@ What can be measured on it, and what cannot:
 * **A quantiser's loss is not the real one.** Weights are Gaussian, and all channels alike: any rounding passes the
   exporter's parity check. A trained decoder has structure that a quantiser can exploit, and outliers.
 
-The draws are those of `benchmarks.speed.weights`: the first layers of a deep checkpoint are those of a shallow one with
-the same seed.
+The draws are those of `benchmarks.speed.weights`: the first layers of a deep checkpoint are those of a shallow one.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from benchmarks.phantom.layout import (
 from benchmarks.phantom.publish import random_weights
 from benchmarks.speed.tokenizer import make_tokenizer
 from benchmarks.speed.weights import Model, Shapes, gain_of
-from lite.console import run_command
+from lite.console import positive, run_command
 from lite.errors import LiteError
 from lite.files import staged_folder
 
@@ -75,22 +74,14 @@ _NOTICE: Final = (
 )
 
 
-def write_checkpoint(
-    out: Path,
-    *,
-    layers: int,
-    seed: int = 0,
-    studies: int = 0,
-    shapes: Shapes | None = None,
-) -> int:
+def write_checkpoint(out: Path, *, layers: int, studies: int = 0, shapes: Shapes | None = None) -> int:
     """Write a random checkpoint to a new folder, whole or not at all.
 
     Memory holds one shard and the adapter (10 MB a layer), whatever the depth.
 
     Args:
         out: The folder; must not exist.
-        layers: Decoder layers, 1 to 32.
-        seed: Any non-negative integer.
+        layers: Decoder layers, at least 1.
         studies: How many synthetic studies to write beside it; 0 writes none.
         shapes: The other sizes; LLaVA-Rad's by default. Tests take small ones.
 
@@ -98,15 +89,9 @@ def write_checkpoint(
         Bytes written, all files together.
 
     Raises:
-        LiteError: `out` exists or cannot be written, the disk is full, or a number is out of its range.
+        LiteError: `out` exists or cannot be written, or the disk is full.
     """
-    model = Model(shapes=Shapes() if shapes is None else shapes, num_layers=layers, seed=max(0, seed))
-    if not 1 <= layers <= MAX_LAYERS or seed < 0 or studies < 0:
-        msg = (
-            f"got {layers} layers, seed {seed}, {studies} studies · expected 1 to {MAX_LAYERS} layers and no negative "
-            "numbers · choose others"
-        )
-        raise LiteError(msg)
+    model = Model(shapes=Shapes() if shapes is None else shapes, num_layers=layers)
     out = out.absolute()
     with staged_folder(out) as staged:
         partial = staged.path
@@ -119,7 +104,7 @@ def write_checkpoint(
             # Drawing films takes OpenCV, which a checkpoint alone does not need.
             from benchmarks.phantom.write import write_studies
 
-            write_studies(partial / "studies", count=studies, seed=seed, dicom=False)
+            write_studies(partial / "studies", count=studies, seed=0, dicom=False)
         written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         staged.finish()
     return written
@@ -189,7 +174,6 @@ def _write_tower(checkpoint: Path, model: Model) -> None:
         image_size=shapes.image_size,
         dim=shapes.tower_dim,
         depth=shapes.tower_depth,
-        seed=model.seed,
     )
     prefix = "base_model.model.model.mm_projector."
     _save({prefix + key: t.to(torch.float16) for key, t in projector.items()}, checkpoint / "non_lora_trainables.bin")
@@ -242,10 +226,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=range(1, MAX_LAYERS + 1),
         help=f"decoder layers, 1 to {MAX_LAYERS}; the published model has {MAX_LAYERS}",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of every weight (default: %(default)s)")
     parser.add_argument(
         "--studies",
-        type=int,
+        type=positive,
         default=0,
         metavar="N",
         help="also write OUT/studies/: N synthetic films and a JSON list, for calibration (default: none)",
@@ -261,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
-    written = write_checkpoint(out, layers=arguments.layers, seed=arguments.seed, studies=arguments.studies)
+    written = write_checkpoint(out, layers=arguments.layers, studies=arguments.studies)
     layers = f"{arguments.layers} decoder layer{'s' if arguments.layers > 1 else ''}"
     contents = f"random weights in LLaVA-Rad's layout, {layers} of the published {MAX_LAYERS}"
     command = ["python", *_export(out, Path(f"{out}-artifact"))]

@@ -1,8 +1,7 @@
 """A Llama of random weights: its shapes, and what a synthetic checkpoint holds.
 
-A tensor depends on the seed and on its name only: the first layers of a deep model are those of a shallow one. Linears
-keep the size of what goes through them, but for `GAINS`, so that hidden states and logits stay of order 1 to 10 at any
-depth.
+A tensor depends on its name only: the first layers of a deep model are those of a shallow one. Linears keep the size of
+what goes through them, but for `GAINS`, so that hidden states and logits stay of order 1 to 10 at any depth.
 """
 
 from __future__ import annotations
@@ -95,7 +94,6 @@ class Model:
 
     shapes: Shapes
     num_layers: int
-    seed: int = 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -126,7 +124,7 @@ class Model:
 
     def rng(self, name: str) -> np.random.Generator:
         """Return the generator of a tensor."""
-        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        return np.random.default_rng(zlib.crc32(name.encode()))
 
 
 def gain_of(name: str) -> float:

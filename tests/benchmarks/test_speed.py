@@ -114,14 +114,13 @@ def test_sections_are_kept_apart_and_written_one_by_one(tmp_path: Path, capsys: 
     assert "2 of ours wrong: Odd: failed (ValueError: odd); Ours: got." in printed
 
 
-def test_weights_depend_on_seed_and_name_alone() -> None:
+def test_weights_depend_on_their_names_alone() -> None:
     shapes = Shapes(hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
     shallow, deep = (Model(shapes=shapes, num_layers=layers) for layers in (1, 2))
     name = "model.layers.0.mlp.up_proj.weight"
     drawn = deep.tensor(name)
     assert np.array_equal(shallow.tensor(name), drawn)
     assert not np.array_equal(deep.tensor(name.replace("up", "gate")), drawn)
-    assert not np.array_equal(Model(shapes=shapes, num_layers=2, seed=1).tensor(name), drawn)
     assert drawn.std() == pytest.approx(128**-0.5, rel=0.05)
     assert deep.tensor("lm_head.weight").std() == pytest.approx(3 * 128**-0.5, rel=0.05)
     assert deep.tensor_shapes["model.layers.1.self_attn.v_proj.weight"] == (64, 128)

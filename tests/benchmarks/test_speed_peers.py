@@ -155,7 +155,7 @@ def setting(tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch) -> Setting:
 
     def export(checkpoint: Path, out: Path, *options: str) -> None:
         write: Any = write_tiny_gptq_artifact if "gptq-int4" in options else write_tiny_artifact
-        changes = {"num_hidden_layers": int(checkpoint.name)}
+        changes = {"num_hidden_layers": int(checkpoint.name.removeprefix("checkpoint-"))}
         write(out, tokenizer_model, **(changes if "gptq-int4" in options else {"llama_changes": changes}))
 
     monkeypatch.setattr(measure, "export_checkpoint", export)

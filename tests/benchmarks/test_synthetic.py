@@ -36,7 +36,7 @@ FIRST_WORD_ID = 259
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint of small widths, with studies. Read only."""
     out = tmp_path_factory.mktemp("synthetic") / "out"
-    total = write_checkpoint(out, layers=LAYERS, seed=3, studies=2, shapes=SMALL)
+    total = write_checkpoint(out, layers=LAYERS, studies=2, shapes=SMALL)
     assert total == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return out
 
@@ -138,17 +138,15 @@ def test_no_matrix_repeats_or_has_low_rank(written: Path) -> None:
         assert float(singular[-1] / singular[0]) > 0.02
 
 
-def test_the_same_seed_writes_the_same_bytes_and_shallow_is_the_start_of_deep(tmp_path: Path, written: Path) -> None:
-    for name, layers, seed in (("again", LAYERS, 3), ("shallow", 2, 3), ("other", 2, 4)):
-        write_checkpoint(tmp_path / name, layers=layers, seed=seed, shapes=SMALL)
+def test_it_is_written_again_byte_for_byte_and_shallow_is_the_start_of_deep(tmp_path: Path, written: Path) -> None:
+    for name, layers in (("again", LAYERS), ("shallow", 2)):
+        write_checkpoint(tmp_path / name, layers=layers, shapes=SMALL)
     for path in sorted((tmp_path / "again").rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (written / path.relative_to(tmp_path / "again")).read_bytes(), path.name
-    deep, shallow, other = (base_tensors(out) for out in (written, tmp_path / "shallow", tmp_path / "other"))
+    deep, shallow = base_tensors(written), base_tensors(tmp_path / "shallow")
     assert len(shallow) == 2 * 9 + 3
-    for name, tensor in shallow.items():
-        assert torch.equal(tensor, deep[name]), name
-        assert not torch.equal(tensor, other[name]), name
+    assert all(torch.equal(tensor, deep[name]) for name, tensor in shallow.items())
     adapters = [load(out / "llava-rad-synthetic/adapter_model.bin") for out in (tmp_path / "shallow", written)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 
@@ -205,13 +203,6 @@ def test_a_vocabulary_without_room_for_what_was_learnt_is_refused() -> None:
 # -- Whole or not at all ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"layers": 0}, {"layers": 33}, {"seed": -1}, {"studies": -1}])
-def test_numbers_out_of_range_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
-    with pytest.raises(LiteError, match=r"expected 1 to 32 layers and no negative numbers"):
-        write_checkpoint(tmp_path / "out", **{"layers": 1, "shapes": SMALL, **changes})  # type: ignore[arg-type]
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_write_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(LiteError, match=r"a\.bin: got a write that failed \(Parent directory .*\) · expected room"):
         synthetic._save({}, tmp_path / "nowhere" / "a.bin")
@@ -239,7 +230,7 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(
 ) -> None:
     monkeypatch.setattr(synthetic, "Shapes", lambda: SMALL)
     out = tmp_path / "a folder" / "out"
-    assert main([str(out), "--layers", "2", "--studies", "1", "--seed", "7"]) == 0
+    assert main([str(out), "--layers", "2", "--studies", "1"]) == 0
     printed = capsys.readouterr().out
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert f"{total:,} bytes: random weights in LLaVA-Rad's layout, 2 decoder layers of the published 32" in printed

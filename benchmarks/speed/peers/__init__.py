@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from benchmarks.speed.depth import REAL_LAYERS
     from benchmarks.speed.peers.specs import SPECS
     from lite.console import positive
     from lite.engines.cores import available_cores
@@ -45,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     prompt = "the prompt, an image of 1369 patches and a question (default: %(default)s)"
     limit = "an engine whose prompt and tokens take longer is given up (default: %(default)s)"
     add = parser.add_argument
-    add("--layers", type=positive, nargs="+", default=[1, 3], metavar="N", help="depths, 2 or more (1 3)")
+    depths = range(1, REAL_LAYERS + 1)
+    add("--layers", type=int, nargs="+", default=[1, 3], metavar="N", choices=depths, help="2 depths or more (1 3)")
     add("--prompt-tokens", type=positive, default=1472, metavar="T", help=prompt)
     add("--new-tokens", type=positive, default=32, metavar="T", help="timed in each round (default: %(default)s)")
     add("--engines", nargs="+", choices=SPECS, default=list(SPECS), metavar="NAME", help=engines)

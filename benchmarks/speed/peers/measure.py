@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -70,9 +71,12 @@ class Bench:
         self.reference: dict[int, NDArray[np.float64]] = {}
         for layers in setting.layers:
             say(f"exporting {layers} layers")
-            write_checkpoint(folder / f"{layers}", layers=layers, shapes=setting.shapes)
+            checkpoint = folder / f"checkpoint-{layers}"
+            write_checkpoint(checkpoint, layers=layers, shapes=setting.shapes)
+            (folder / f"{layers}").mkdir()
             for name, options in EXPORTS.items():
-                export_checkpoint(folder / f"{layers}", folder / f"{layers}" / name, *options, "--device", "cpu")
+                export_checkpoint(checkpoint, folder / f"{layers}" / name, *options, "--device", "cpu")
+            shutil.rmtree(checkpoint)
             with contextlib.closing(self.start(DENSE, layers)) as dense:
                 self.reference[layers] = np.array(dense.ask("check")["logits"])
                 self.bandwidth: float = dense.ask("bandwidth")["bytes_per_s"]
@@ -89,8 +93,8 @@ class Bench:
         setting = self.setting
         apart = spec.module == "llamacpp" and PEERS_PYTHON.exists()
         order = {name: getattr(spec, name) for name in ("module", "form", "packages", "install")}
-        order |= {"folder": str(self.folder / f"{layers}"), "vocab_size": setting.shapes.vocab_size}
-        order |= {"max_seq_len": setting.max_seq_len}
+        order |= {"folder": str(self.folder / f"{layers}"), "max_seq_len": setting.max_seq_len}
+        order |= {"vocab_size": setting.shapes.vocab_size}
         order |= {"device": setting.device, "threads": setting.threads}
         python = str(PEERS_PYTHON) if apart else sys.executable
         command = [python, "-m", "benchmarks.speed.peers.worker", json.dumps(order)]
