@@ -24,10 +24,9 @@ from typing import Any, Final
 
 from benchmarks.exports import measured_run
 from benchmarks.speed.harness import NONE, Record, Report, run_main, shown
-from benchmarks.speed.synthetic import MAX_LAYERS, export_checkpoint, write_checkpoint
+from benchmarks.speed.synthetic import REAL_LAYERS, export_checkpoint, write_checkpoint
 from lite.console import positive, say
 
-REAL_LAYERS: Final = 32
 NUM_STUDIES: Final = 2
 DECODERS: Final = ("fp16", "gptq-int4", "gptq-int8", "bnb-nf4", "bnb-int8")
 QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
@@ -42,15 +41,9 @@ QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
 """Figures of a bench's row, in the units that they are printed in."""
 
 
-def fit(layers: Sequence[int], values: Sequence[float]) -> tuple[float, float]:
-    """Put a straight line through figures at two depths or more; return what each layer takes, and the rest."""
-    each, rest = statistics.linear_regression(layers, values)
-    return each, rest
-
-
 def at(num_layers: int, layers: Sequence[int], values: Sequence[float]) -> float:
     """Return what the line through figures says of another depth."""
-    each, rest = fit(layers, values)
+    each, rest = statistics.linear_regression(layers, values)
     return rest + num_layers * each
 
 
@@ -87,9 +80,9 @@ def report_of(rows: dict[int, dict[str, Any]]) -> Report:
     report.figures |= {"kind": "computed", "benches": {str(depth): row for depth, row in rows.items()}, "lines": {}}
     for name, read in QUANTITIES.items():
         values = [read(rows[depth]) for depth in depths]
-        (each, rest), real, missed = fit(depths, values), at(REAL_LAYERS, depths, values), None
-        if len(depths) > 2:
-            missed = at(depths[-1], depths[:-1], values[:-1]) / values[-1] - 1
+        each, rest = statistics.linear_regression(depths, values)
+        real = at(REAL_LAYERS, depths, values)
+        missed = at(depths[-1], depths[:-1], values[:-1]) / values[-1] - 1 if len(depths) > 2 else None
         report.figures["lines"][name] = {"each": each, "rest": rest, "missed": missed, str(REAL_LAYERS): real}
         report.lines.append(
             {
@@ -110,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure random weights of the real widths at a few depths; compute what all layers take.",
         epilog="exit status: 0 done, 1 it failed, 2 wrong use, 130 interrupted.",
     )
-    add, depths = parser.add_argument, range(1, MAX_LAYERS + 1)
+    add, depths = parser.add_argument, range(1, REAL_LAYERS + 1)
     add("--layers", type=int, nargs="+", default=[1, 2, 4], metavar="N", choices=depths, help="2 or more (1 2 4)")
     add("--decoder", choices=DECODERS, default="gptq-int4", help="its format (default: %(default)s)")
     add("--engine", choices=("torch", "onnx"), default="torch", help="onnx: of GPTQ (default: %(default)s)")

@@ -103,7 +103,7 @@ class Row:
         if self.share is not None:
             line["of bandwidth"] = f"{self.share:.0%}"
         if self.ratio is not None:
-            line[f"× {self.against}"] = shown_ratio(self.ratio)
+            line[f"× {self.against}"] = f"{self.ratio.p50:.2f} ({self.ratio.p20:.2f}–{self.ratio.p80:.2f})"
         return line | self.cells
 
     def document(self) -> dict[str, Any]:
@@ -167,16 +167,6 @@ def table(lines: Sequence[Mapping[str, str]], *, left: int = 1) -> str:
 def shown(value: float) -> str:
     """Return four digits, more before the point if it takes them."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def spread(time: Quantiles, unit_s: float = 1e-3) -> str:
-    """Return a median with its p20 and p80."""
-    return f"{shown(time.p50 / unit_s)} ({shown(time.p20 / unit_s)}–{shown(time.p80 / unit_s)})"
-
-
-def shown_ratio(value: Quantiles) -> str:
-    """Return a ratio with its p20 and p80."""
-    return f"{value.p50:.2f} ({value.p20:.2f}–{value.p80:.2f})"
 
 
 # -- Taking turns ----------------------------------------------------------------------------------------------------

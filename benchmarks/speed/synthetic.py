@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 
 NAME: Final = "llava-rad-synthetic"
-MAX_LAYERS: Final = 32
+REAL_LAYERS: Final = 32
 SHARD_TENSORS: Final = 12
 """Of a shard of the base: a GB of the real widths. As in the published one, a layer may lie in two of them."""
 
@@ -223,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         required=True,
         metavar="N",
-        choices=range(1, MAX_LAYERS + 1),
-        help=f"decoder layers, 1 to {MAX_LAYERS}; the published model has {MAX_LAYERS}",
+        choices=range(1, REAL_LAYERS + 1),
+        help=f"decoder layers, 1 to {REAL_LAYERS}; the published model has {REAL_LAYERS}",
     )
     parser.add_argument(
         "--studies",
@@ -246,7 +246,7 @@ def _run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     written = write_checkpoint(out, layers=arguments.layers, studies=arguments.studies)
     layers = f"{arguments.layers} decoder layer{'s' if arguments.layers > 1 else ''}"
-    contents = f"random weights in LLaVA-Rad's layout, {layers} of the published {MAX_LAYERS}"
+    contents = f"random weights in LLaVA-Rad's layout, {layers} of the published {REAL_LAYERS}"
     command = ["python", *_export(out, Path(f"{out}-artifact"))]
     if arguments.studies:
         contents += f", {arguments.studies} studies"

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from benchmarks.speed.depth import REAL_LAYERS
     from benchmarks.speed.peers.specs import SPECS
+    from benchmarks.speed.synthetic import REAL_LAYERS
     from lite.console import positive
     from lite.engines.cores import available_cores
 

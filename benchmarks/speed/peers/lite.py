@@ -40,8 +40,18 @@ def build(order: Order) -> LiteEngine:
     """
     kind, _, cache_dtype = order.form.partition(" ")
     artifact = load_artifact(order.folder / ("dense" if kind == "dense" else "int4"))
+    decoder: Any
     if kind == "onnx":
-        return _onnx(order, artifact, cache_dtype)
+        from lite.engines.onnx_engine.decoder import OnnxDecoder
+        from lite.engines.resolve import onnx_part
+        from lite.memory.counts import onnx_read_bytes
+
+        if order.device != "cpu":
+            raise NotHere("measured on CPUs only")
+        dtype: Any = cache_dtype
+        decoder = OnnxDecoder(artifact, cache_dtype=dtype)
+        read = onnx_read_bytes(decoder.config, onnx_part(artifact))
+        return LiteEngine(decoder, order.max_seq_len, read, f"4-bit blocks × int8, cache {cache_dtype}")
     import torch
 
     from benchmarks.speed.decoders import weight_bytes
@@ -49,17 +59,4 @@ def build(order: Order) -> LiteEngine:
 
     torch.set_num_threads(order.threads)
     decoder = load_decoder(artifact, device=order.device)
-    computes_in = str(decoder.dtype).removeprefix("torch.")
-    return LiteEngine(decoder, order.max_seq_len, weight_bytes(decoder), computes_in)
-
-
-def _onnx(order: Order, artifact: Any, cache_dtype: Any) -> LiteEngine:  # noqa: ANN401 - an Artifact and a CacheDtype
-    from lite.engines.onnx_engine.decoder import OnnxDecoder
-    from lite.engines.resolve import onnx_part
-    from lite.memory.counts import onnx_read_bytes
-
-    if order.device != "cpu":
-        raise NotHere("measured on CPUs only")
-    decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype)
-    read = onnx_read_bytes(decoder.config, onnx_part(artifact))
-    return LiteEngine(decoder, order.max_seq_len, read, f"4-bit blocks × int8, cache {cache_dtype}")
+    return LiteEngine(decoder, order.max_seq_len, weight_bytes(decoder), str(decoder.dtype).removeprefix("torch."))

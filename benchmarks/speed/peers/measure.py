@@ -18,12 +18,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.speed.depth import REAL_LAYERS, at
+from benchmarks.speed.depth import at
 from benchmarks.speed.harness import NONE, Report, Rounds, Row, Unavailable, in_turns, reason, shown
 from benchmarks.speed.peers.process import Process
 from benchmarks.speed.peers.specs import DENSE, PEERS_PYTHON, Spec, ours
 from benchmarks.speed.peers.worker import CHECK_PROMPT, CHECK_TOKENS
-from benchmarks.speed.synthetic import export_checkpoint, write_checkpoint
+from benchmarks.speed.synthetic import REAL_LAYERS, export_checkpoint, write_checkpoint
 from benchmarks.speed.weights import Shapes
 from lite.console import say
 from lite.errors import LiteError
