@@ -181,15 +181,7 @@ def off_by(got: torch.Tensor, expected: torch.Tensor) -> float:
 def new_session(
     engine: LlamaDecoder, prompt: Prompt, *, num_rows: int, longest: int, max_queue: int
 ) -> Session[Any, Any]:
-    """Begin a session for texts behind one prompt.
-
-    Args:
-        engine: of the texts.
-        prompt: of each.
-        num_rows: studies under way at a time.
-        longest: tokens of a text, at most.
-        max_queue: texts that are asked for together, at most.
-    """
+    """Begin a session for texts of up to `longest` tokens behind one prompt, `num_rows` under way at a time."""
     peaks = Peaks(rss_bytes=None, vram_bytes=None)
     loop = Loop(
         engine,

@@ -85,7 +85,7 @@ def profile_decoder(decoder: OnnxDecoder, num_prompt_tokens: int, num_new_tokens
         num_new_tokens: at least 2.
 
     Raises:
-        LiteError: the context is too short.
+        LiteError: the profile has other runs than were made.
     """
     rows = Rows(decoder, 1, num_prompt_tokens + num_new_tokens)
     prompt = random_prompt(decoder.config, num_prompt_tokens)

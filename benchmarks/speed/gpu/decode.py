@@ -180,9 +180,7 @@ def _time(rig: Rig, row: Row, decoder: LlamaDecoder, cache_dtype: CacheDtype | N
 # -- Right first -----------------------------------------------------------------------------------------------------
 
 
-def _check(
-    rig: Rig, one: Model, decoder: LlamaDecoder, cache_dtype: CacheDtype | None
-) -> tuple[float, str | None]:  # fmt: skip
+def _check(rig: Rig, one: Model, decoder: LlamaDecoder, cache_dtype: CacheDtype | None) -> tuple[float, str | None]:
     """Compare the logits of the first layers with what they should be; for ours also captured with launched steps.
 
     Returns:
