@@ -75,10 +75,10 @@ def test_turns_are_taken_and_one_that_fails_is_left_out() -> None:
     assert order == ["good", "bad", "good", "bad", "good"]
     assert found == {"good": [[1.0, 3.0]] * 3, "bad": "failed (RuntimeError: no memory)"}
     row = Row(names={"engine": "good"}, against="other")
-    row.took(found["good"], [[2.0, 2.0], [1.0, 1.0], [4.0, 4.0]])
+    row.took(found["good"], [[2.0, 2.0], [1.0, 1.0], [1.0, 1.0]])
     assert row.time is not None
     assert (row.time.p50, row.time.count) == (2.0, 6)
-    assert row.line()["× other"] == "1.00 (0.70–1.60)", "round by round"
+    assert row.line()["× other"] == "2.00 (1.40–2.00)", "round by round"
     row.took(found["bad"])
     assert (row.why, row.is_wrong) == (found["bad"], True)
     clock = Clock()
