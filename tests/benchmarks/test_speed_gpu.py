@@ -230,8 +230,6 @@ def test_the_setting() -> None:
     quick = gpu.setting_of(parse(["--quick", "--rows", "2", "1", "2", "--memory-gb", "6"]))
     assert (quick.layers, quick.rows, quick.memory_bytes) == (QUICK.layers, (1, 2), 6_000_000_000)
     assert gpu.setting_of(parse(["--quick", "--layers", "2"])).layers == 2
-    # Everything that is decoded has a place in the context.
-    assert whole.context + whole.new_tokens < 4096
 
 
 @pytest.mark.parametrize("arguments", [["--rows", "0"], ["odd"], ["--memory-gb", "0"], ["--only", "odd"]])
