@@ -75,7 +75,7 @@ interop: $(STAMP) $(INTEROP_STAMP)  ## let transformers and gptqmodel read expor
 PEERS_VENV := build/peers-venv
 PEERS_STAMP := $(PEERS_VENV)/.installed
 
-peers: $(STAMP) $(PEERS_STAMP)  ## time other engines at the same shapes: make peers ARGS="--layers 4"
+peers: $(STAMP) $(PEERS_STAMP)  ## time other engines at the same shapes: make peers ARGS="--layers 1 4"
 	@$(BIN)/python -m benchmarks speed peers $(ARGS)
 
 $(PEERS_STAMP): benchmarks/speed/peers-requirements.txt

@@ -20,7 +20,6 @@ COMMANDS: Final = {
     "slim": ("benchmarks.gates.slim", "install the base and the cpu extra alone, without torch, and draft with them"),
     "speed": ("benchmarks.speed", "time and memory: kernels, gpu, peers, profile, depth"),
     "synthetic": ("benchmarks.speed.synthetic", "write a checkpoint of the real shapes with random weights"),
-    "v100": ("benchmarks.speed.v100", "the fp16 figures of a V100, each measured, published or modelled"),
 }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.speed.engine import off_by
 from benchmarks.speed.linears import PEERS, bytes_of, random_gptq
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
@@ -45,7 +45,7 @@ class Contender:
     op: str
     shape: str
     engine: str
-    dtype: str
+    dtype: str = "float16"
     prepare: Callable[[], Call]  # makes a copy, in memory of its own; Unavailable where this machine cannot run it
     wrong: Callable[[Tensor], float]
     """The difference of what it computes from the reference, as a share of what is allowed: above 1 is wrong."""
@@ -72,14 +72,44 @@ def contenders(
     for name, shape in linears.items():
         for M in rows:
             yield from _linears(f"{name} {shape[1]}→{shape[0]}, {M} rows", shape, M, device)
-    for M in rows:
-        yield from _attention(shapes, num_cached_tokens, M, device)
-    for M in rows:
-        yield from _rotary(shapes, num_cached_tokens, M, device)
-    for M in rows:
-        yield from _pointwise(shapes, M, device)
-    for M in rows:
-        yield from _sampling(shapes, M, device)
+    ops: list[Callable[[Shapes, int, torch.device], Iterator[Contender]]] = [
+        functools.partial(_attention, tokens=num_cached_tokens),
+        functools.partial(_rotary, tokens=num_cached_tokens),
+        _pointwise,
+        _sampling,
+    ]
+    for op in ops:
+        for M in rows:
+            yield from op(shapes, M, device)
+
+
+def _all_of(
+    op: str,
+    shape: str,
+    inputs: Mapping[str, Tensor],
+    nbytes: int,
+    expected: Tensor,
+    runs: Mapping[str, Callable[..., Tensor]],
+    *,
+    bits: int = 16,
+    dtype: str = "float16",
+) -> Iterator[Contender]:
+    """Yield the engines that compute an op from copies of the same tensors, which they take by name."""
+
+    def prepare(run: Callable[..., Tensor]) -> Call:
+        return Call(run=functools.partial(run, **{name: t.clone() for name, t in inputs.items()}), nbytes=nbytes)
+
+    def ours(got: Tensor) -> float:
+        return worst(got, expected, op, bits)
+
+    def theirs(got: Tensor) -> float:
+        return off_by(got, expected) / _PEER_TOLERANCES["16 bits"]
+
+    for engine, run in runs.items():
+        yield Contender(
+            op=op, shape=shape, engine=engine, dtype=dtype, prepare=functools.partial(prepare, run),
+            wrong=ours if engine == "lite" else theirs,
+        )  # fmt: skip
 
 
 def _linears(where: str, shape: tuple[int, int], M: int, device: torch.device) -> Iterator[Contender]:
@@ -97,7 +127,7 @@ def _linears(where: str, shape: tuple[int, int], M: int, device: torch.device) -
             return Call(run=lambda: quant_matmul(x, weight), nbytes=weight.nbytes + moved)
 
         return Contender(
-            op="quant_matmul", shape=where, engine=f"lite int{bits}", dtype="float16", prepare=prepare,
+            op="quant_matmul", shape=where, engine=f"lite int{bits}", prepare=prepare,
             wrong=lambda got: worst(got, expected, rule, bits),
         )  # fmt: skip
 
@@ -115,7 +145,7 @@ def _linears(where: str, shape: tuple[int, int], M: int, device: torch.device) -
         rule = "16 bits" if "fp16" in name else "4 bits"
         return Contender(
             op="quant_matmul", shape=where, engine=name, dtype=str(computes_in).removeprefix("torch."),
-            prepare=prepare, wrong=lambda got: _relative(got, right) / _PEER_TOLERANCES[rule],
+            prepare=prepare, wrong=lambda got: off_by(got, right) / _PEER_TOLERANCES[rule],
         )  # fmt: skip
 
     for name, (make, computes_in) in PEERS.items():
@@ -123,51 +153,32 @@ def _linears(where: str, shape: tuple[int, int], M: int, device: torch.device) -
             yield peer(name, make, computes_in)
 
 
-def _attention(shapes: Shapes, tokens: int, B: int, device: torch.device) -> Iterator[Contender]:
-    slots, heads, kv_heads, head_dim = (
-        tokens + 256,  # those to come
-        shapes.num_attention_heads,
-        shapes.num_key_value_heads,
-        shapes.head_dim,
-    )
+def _attention(shapes: Shapes, B: int, device: torch.device, *, tokens: int) -> Iterator[Contender]:
+    heads, kv_heads, head_dim = shapes.num_attention_heads, shapes.num_key_value_heads, shapes.head_dim
     q = torch.randn(B, heads, head_dim, device=device, dtype=torch.float16)
+    slots = tokens + 256  # those to come
     drawn = torch.randn(2, B, kv_heads, slots, head_dim, device=device, dtype=torch.float16)
     lengths = torch.full((B,), tokens, dtype=torch.int32, device=device)
-    vectors = 2 * B * kv_heads * tokens
 
-    def contender(engine: str, dtype: str, prepare: Callable[[], Call], wrong: Callable[[Tensor], float]) -> Contender:
-        where = f"{tokens} tokens, {B} rows"
-        return Contender(op="decode_attention", shape=where, engine=engine, dtype=dtype, prepare=prepare, wrong=wrong)
+    def sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        k, v = k_cache[:, :, :tokens], v_cache[:, :, :tokens]
+        attend = functional.scaled_dot_product_attention
+        return attend(q.unsqueeze(2), k, v, enable_gqa=heads > kv_heads).squeeze(2)
 
-    def ours(*, quantized: bool) -> Contender:
+    for quantized in (False, True):
         cache = _cache(drawn, quantized=quantized)
-        expected = reference.decode_attention(q.float(), lengths=lengths, **_floats(cache))
-
-        def prepare() -> Call:
-            copies: dict[str, Any] = {name: tensor.clone() for name, tensor in cache.items()}
-            return Call(
-                run=lambda: decode_attention(q, lengths=lengths, **copies),
-                nbytes=vectors * (head_dim + 2 if quantized else 2 * head_dim) + 2 * q.nbytes,
-            )
-
-        bits = 8 if quantized else 16
-        dtype = "int8 cache" if quantized else "float16"
-        return contender("lite", dtype, prepare, lambda got: worst(got, expected, "decode_attention", bits))
-
-    yield ours(quantized=False)
-    yield ours(quantized=True)
-    right = reference.decode_attention(q.float(), lengths=lengths, **_floats(_cache(drawn, quantized=False)))
-
-    def sdpa() -> Call:
-        k, v = drawn.clone()[:, :, :, :tokens]
-
-        def run() -> Tensor:
-            attend = functional.scaled_dot_product_attention
-            return attend(q.unsqueeze(2), k, v, enable_gqa=heads > kv_heads).squeeze(2)
-
-        return Call(run=run, nbytes=vectors * 2 * head_dim + 2 * q.nbytes)
-
-    yield contender("torch sdpa", "float16", sdpa, lambda got: _relative(got, right) / _PEER_TOLERANCES["16 bits"])
+        floats = {name: tensor if tensor.dtype == torch.int8 else tensor.float() for name, tensor in cache.items()}
+        yield from _all_of(
+            "decode_attention",
+            f"{tokens} tokens, {B} rows",
+            {"q": q, **cache},
+            2 * B * kv_heads * tokens * _vector_bytes(head_dim, quantized=quantized) + 2 * q.nbytes,
+            reference.decode_attention(q.float(), lengths=lengths, **floats),
+            {"lite": functools.partial(decode_attention, lengths=lengths)}
+            | ({} if quantized else {"torch sdpa": sdpa}),
+            bits=8 if quantized else 16,
+            dtype="int8 cache" if quantized else "float16",
+        )
 
 
 def _cache(drawn: Tensor, *, quantized: bool) -> dict[str, Any]:
@@ -178,108 +189,74 @@ def _cache(drawn: Tensor, *, quantized: bool) -> dict[str, Any]:
     return {"k_cache": values[0], "v_cache": values[1], "k_scales": scales[0], "v_scales": scales[1]}
 
 
-def _floats(cache: dict[str, Any]) -> dict[str, Any]:
-    return {name: tensor if tensor.dtype == torch.int8 else tensor.float() for name, tensor in cache.items()}
+def _vector_bytes(head_dim: int, *, quantized: bool) -> int:
+    return head_dim + 2 if quantized else 2 * head_dim
 
 
-def _rotary(shapes: Shapes, num_cached_tokens: int, B: int, device: torch.device) -> Iterator[Contender]:
+def _rotary(shapes: Shapes, B: int, device: torch.device, *, tokens: int) -> Iterator[Contender]:
     kv_heads, head_dim = shapes.num_key_value_heads, shapes.head_dim
     split = [shapes.num_attention_heads, kv_heads, kv_heads]
     qkv = torch.randn(B, 1, sum(split), head_dim, device=device, dtype=torch.float16)
-    slots = torch.full((B, 1), num_cached_tokens, device=device)
+    slots = torch.full((B, 1), tokens, device=device)
     cos, sin = reference.rotary_table(slots, head_dim, 1e4)
-    expected = reference.rotary(torch.split(qkv, split, dim=2)[0].float(), cos, sin)
-    drawn = torch.zeros(2, B, kv_heads, num_cached_tokens + 1, head_dim, device=device, dtype=torch.float16)
+    drawn = torch.zeros(2, B, kv_heads, tokens + 1, head_dim, device=device, dtype=torch.float16)
+    at = torch.arange(B, device=device)[:, None]
 
-    def contender(engine: str, dtype: str, prepare: Callable[[], Call]) -> Contender:
-        return Contender(
-            op="rotary_and_cache", shape=f"{B} rows", engine=engine, dtype=dtype, prepare=prepare,
-            wrong=lambda got: worst(got, expected, "rotary_and_cache", 16),
-        )  # fmt: skip
-
-    def ours(*, quantized: bool) -> Contender:
-        def prepare() -> Call:
-            q, k, v = torch.split(qkv.clone(), split, dim=2)
-            cache: dict[str, Any] = {
-                name: tensor.clone() for name, tensor in _cache(drawn, quantized=quantized).items()
-            }
-
-            def run() -> Tensor:
-                return rotary_and_cache(q, k, v, cos, sin, slots, **cache)[0]
-
-            stored = 2 * B * kv_heads * (head_dim + 2 if quantized else 2 * head_dim)
-            return Call(run=run, nbytes=qkv.nbytes + (q.numel() + k.numel()) * 2 + stored + 2 * cos.nbytes)
-
-        return contender("lite", "int8 cache" if quantized else "float16", prepare)
-
-    yield ours(quantized=False)
-    yield ours(quantized=True)
-
-    def plain() -> Call:
+    def ours(qkv: Tensor, **cache: Any) -> Tensor:
         q, k, v = torch.split(qkv, split, dim=2)
-        k_cache, v_cache = drawn.clone()
-        at = torch.arange(B, device=device)[:, None]
+        return rotary_and_cache(q, k, v, cos, sin, slots, **cache)[0]
 
-        def run() -> Tensor:
-            k_cache[at, :, slots] = reference.rotary(k, cos, sin)
-            v_cache[at, :, slots] = v
-            return reference.rotary(q, cos, sin)
+    def plain(qkv: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        q, k, v = torch.split(qkv, split, dim=2)
+        k_cache[at, :, slots] = reference.rotary(k, cos, sin)
+        v_cache[at, :, slots] = v
+        return reference.rotary(q, cos, sin)
 
-        return Call(run=run, nbytes=2 * qkv.nbytes + k.numel() * 2 + 2 * cos.nbytes)
-
-    yield contender("torch", "float16", plain)
+    rotated = qkv.nbytes - qkv.nbytes * kv_heads // sum(split)  # q and k
+    for quantized in (False, True):
+        stored = 2 * B * kv_heads * _vector_bytes(head_dim, quantized=quantized)
+        yield from _all_of(
+            "rotary_and_cache",
+            f"{B} rows",
+            {"qkv": qkv, **_cache(drawn, quantized=quantized)},
+            qkv.nbytes + rotated + stored + 2 * cos.nbytes,
+            reference.rotary(torch.split(qkv, split, dim=2)[0].float(), cos, sin),
+            {"lite": ours} if quantized else {"lite": ours, "torch": plain},
+            dtype="int8 cache" if quantized else "float16",
+        )
 
 
 def _pointwise(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contender]:
     hidden, inner = shapes.hidden_size, shapes.intermediate_size
     x, residual = torch.randn(2, M, hidden, device=device, dtype=torch.float16)
     weight = torch.ones(hidden, device=device, dtype=torch.float16)
+    yield from _all_of(
+        "add_rms_norm",
+        f"{hidden}, {M} rows",
+        {"x": x, "residual": residual},
+        4 * x.nbytes + weight.nbytes,
+        reference.rms_norm((x + residual).float(), weight.float(), 1e-5),
+        {
+            "lite": lambda x, residual: add_rms_norm(x, residual, weight, 1e-5)[1],
+            "torch": lambda x, residual: functional.rms_norm(x + residual, (hidden,), weight, 1e-5),
+        },
+    )
     gate_up = torch.randn(M, 2 * inner, device=device, dtype=torch.float16)
-    normed = reference.rms_norm((x + residual).float(), weight.float(), 1e-5)
-    gated = reference.silu_mul(gate_up.float())
-
-    def norm(*, is_ours: bool) -> Call:
-        own_x, own_residual = x.clone(), residual.clone()
-
-        def run() -> Tensor:
-            if is_ours:
-                return add_rms_norm(own_x, own_residual, weight, 1e-5)[1]
-            return functional.rms_norm(own_x + own_residual, (hidden,), weight, 1e-5)
-
-        return Call(run=run, nbytes=4 * x.nbytes + weight.nbytes)
-
-    def gate(*, is_ours: bool) -> Call:
-        own = gate_up.clone()
-
-        def run() -> Tensor:
-            return silu_mul(own) if is_ours else functional.silu(own[:, :inner]) * own[:, inner:]
-
-        return Call(run=run, nbytes=own.nbytes * 3 // 2)
-
-    def contender(op: str, shape: str, make: Callable[..., Call], expected: Tensor, *, is_ours: bool) -> Contender:
-        return Contender(
-            op=op, shape=f"{shape}, {M} rows", engine="lite" if is_ours else "torch", dtype="float16",
-            prepare=lambda: make(is_ours=is_ours), wrong=lambda got: _judged(got, expected, op, is_ours=is_ours),
-        )  # fmt: skip
-
-    for is_ours in (True, False):
-        yield contender("add_rms_norm", str(hidden), norm, normed, is_ours=is_ours)
-        yield contender("silu_mul", f"2 × {inner}", gate, gated, is_ours=is_ours)
+    yield from _all_of(
+        "silu_mul",
+        f"2 × {inner}, {M} rows",
+        {"gate_up": gate_up},
+        gate_up.nbytes * 3 // 2,
+        reference.silu_mul(gate_up.float()),
+        {"lite": silu_mul, "torch": lambda gate_up: functional.silu(gate_up[:, :inner]) * gate_up[:, inner:]},
+    )
 
 
 def _sampling(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contender]:
     logits = torch.randn(M, shapes.vocab_size, device=device, dtype=torch.float16) * 4
-    greedy = logits.float().log_softmax(-1).amax(-1)
 
-    def contender(engine: str, how: str, expected: Tensor, run: Callable[[Tensor], Tensor]) -> Contender:
-        def prepare() -> Call:
-            own = logits.clone()
-            return Call(run=lambda: run(own), nbytes=own.nbytes)
-
-        return Contender(
-            op="sample", shape=f"{shapes.vocab_size} tokens, {M} rows, {how}", engine=engine, dtype="float16",
-            prepare=prepare, wrong=lambda got: _judged(got, expected, "sample", is_ours=engine == "lite"),
-        )  # fmt: skip
+    def ours(logits: Tensor, **given: Any) -> Tensor:
+        return sample(logits, **given).logprobs
 
     for how, temperature in (("greedy", 0.0), ("nucleus of 0.9", 1.0)):
         given: dict[str, Any] = {
@@ -288,20 +265,11 @@ def _sampling(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contende
             "seeds": torch.arange(M, device=device),
             "positions": torch.arange(M, device=device),
         }
-        expected = reference.sample(logits, **given).logprobs if temperature else greedy
-        yield contender("lite", how, expected, functools.partial(_logprobs, given))
-    yield contender("torch", "greedy", greedy, lambda own: own.float().log_softmax(-1).max(-1).values)
-
-
-def _logprobs(given: dict[str, Any], logits: Tensor) -> Tensor:
-    return sample(logits, **given).logprobs
-
-
-def _judged(got: Tensor, expected: Tensor, op: str, *, is_ours: bool) -> float:
-    return worst(got, expected, op, 16) if is_ours else _relative(got, expected) / _PEER_TOLERANCES["16 bits"]
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    """Return the root mean square of the difference, relative; infinite if there is a NaN."""
-    difference = float((got.float() - expected).norm() / expected.norm())
-    return difference if math.isfinite(difference) else math.inf
+        runs: dict[str, Callable[..., Tensor]] = {"lite": functools.partial(ours, **given)}
+        if temperature:
+            expected = reference.sample(logits, **given).logprobs
+        else:
+            expected = logits.float().log_softmax(-1).amax(-1)
+            runs["torch"] = lambda logits: logits.float().log_softmax(-1).max(-1).values
+        shape = f"{shapes.vocab_size} tokens, {M} rows, {how}"
+        yield from _all_of("sample", shape, {"logits": logits}, logits.nbytes, expected, runs)

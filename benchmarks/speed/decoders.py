@@ -7,24 +7,20 @@ are those of the real model. What the model writes means nothing.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.speed.harness import Unavailable
 from benchmarks.speed.linears import random_gptq
-from benchmarks.speed.peers.hugging_face import TransformersEngine
-from benchmarks.speed.weights import EMBEDDINGS, Shapes, gain_of
+from benchmarks.speed.weights import EMBEDDINGS, gain_of
 from kernels.quant_weight import QuantWeight
 from kernels.reference import attention, rms_norm, rotary, rotary_table, silu_mul
 from lite.config import DecoderConfig
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.device import DTYPES
 from lite.engines.torch_engine.linear import Linear, linears_of
-from lite.engines.torch_engine.load import parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,13 +29,12 @@ if TYPE_CHECKING:
     from lite.engines.torch_engine.cuda_graph import Capture
 
 
-def random_decoder(config: DecoderConfig, device: torch.device, *, capture: Capture | None = None) -> LlamaDecoder:
+def random_decoder(config: DecoderConfig, device: torch.device) -> LlamaDecoder:
     """Draw a decoder where it computes.
 
     Args:
         config: its shape; GPTQ or 16 bits.
         device: float32 on a CPU, the config's dtype elsewhere.
-        capture: how a step of decoding is captured; None launches its kernels one by one.
     """
     dtype = torch.float32 if device.type == "cpu" else DTYPES[config.dtype]
     with torch.device("meta"):
@@ -59,7 +54,6 @@ def random_decoder(config: DecoderConfig, device: torch.device, *, capture: Capt
         signs = torch.randint(0, 2, drawn.scales.shape, device=device) * 2 - 1
         drawn = dataclasses.replace(drawn, scales=(drawn.scales * signs * gains).to(drawn.scales.dtype))
         linear.weights = (QuantWeight.from_gptq(drawn) if triton else drawn,)
-    decoder.capture = capture
     return decoder.eval().requires_grad_(requires_grad=False)
 
 
@@ -110,42 +104,6 @@ def swapped(decoder: LlamaDecoder, make: Callable[[Tensor], nn.Module], dtype: t
     # Not strict: the new linears may have a state of their own.
     new.load_state_dict(state, strict=False, assign=True)
     return new.eval().requires_grad_(requires_grad=False)
-
-
-def transformers_engine(decoder: LlamaDecoder, *, max_seq_len: int) -> TransformersEngine:
-    """Let transformers compute the weights of a dense decoder, in the same memory.
-
-    Raises:
-        Unavailable: it is not installed.
-    """
-    try:
-        transformers: Any = importlib.import_module("transformers")
-        rotary_embedding = importlib.import_module("transformers.models.llama.modeling_llama").LlamaRotaryEmbedding
-    except (ImportError, RuntimeError) as error:
-        raise Unavailable(f"not installed ({error})") from error
-    ours = decoder.config
-    shapes = Shapes(**{name: getattr(ours, name) for name in Shapes.__dataclass_fields__ if hasattr(ours, name)})
-    config = transformers.LlamaConfig(
-        **shapes.config(ours.num_hidden_layers), attn_implementation="sdpa", dtype=decoder.dtype
-    )
-    state: dict[str, Tensor] = {"lm_head.weight": dequantized(decoder.lm_head, decoder.dtype)}
-    with torch.device("meta"):  # for the names that a checkpoint gives to the parts of our linears
-        linears = linears_of(LlamaDecoder(dataclasses.replace(ours, quantization=None)))
-    ours_by_name = linears_of(decoder)
-    for part, (name, inner) in parts_of(linears).items():
-        if name != "lm_head":
-            sizes = linears[name].parts
-            split = torch.split(dequantized(ours_by_name[name], decoder.dtype), list(sizes.values()))
-            state[f"{part}.weight"] = dict(zip(sizes, split, strict=True))[inner]
-    state |= {name: tensor for name, tensor in decoder.state_dict().items() if tensor.dim() == 1 or "embed" in name}
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(state, assign=True)
-    with decoder.device:  # its angles are a buffer that no state has
-        model.model.rotary_emb = rotary_embedding(config)
-    return TransformersEngine(
-        model.eval(), max_seq_len=max_seq_len, computes_in=str(decoder.dtype).removeprefix("torch.")
-    )
 
 
 def weight_bytes(decoder: LlamaDecoder) -> int:

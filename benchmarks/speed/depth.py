@@ -2,8 +2,12 @@
 
 The real model does not fit every machine, and its weights are not here. So checkpoints of its widths with random
 weights are written at several depths, exported by the exporter's command and measured by `python -m lite.bench`, each
-as a user would do it. From three depths on, the deepest is also foretold from the others, and by how much that misses
-is printed: a line that does not hold is seen.
+as a user would do it. Layers are all alike, so a straight line goes through the depths:
+
+    figure(layers) = rest + layers × each
+
+Whatever is said in this way was computed, not measured, and is printed with a "~". From three depths on, the deepest is
+also foretold from the others, and by how much that misses is printed: a line that does not hold is seen.
 """
 
 from __future__ import annotations
@@ -11,17 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from sys import executable
 from typing import Any, Final
 
 from benchmarks.exports import measured_run
 from benchmarks.speed.harness import NONE, Record, Report, run_main, shown
-from benchmarks.speed.line import REAL_LAYERS, fit
-from benchmarks.speed.synthetic import MAX_LAYERS, NAME, write_checkpoint
+from benchmarks.speed.synthetic import REAL_LAYERS, export_checkpoint, write_checkpoint
 from lite.console import positive, say
 
 NUM_STUDIES: Final = 2
@@ -38,6 +41,12 @@ QUANTITIES: Final[dict[str, Callable[[dict[str, Any]], float]]] = {
 """Figures of a bench's row, in the units that they are printed in."""
 
 
+def at(num_layers: int, layers: Sequence[int], values: Sequence[float]) -> float:
+    """Return what the line through figures says of another depth."""
+    each, rest = statistics.linear_regression(layers, values)
+    return rest + num_layers * each
+
+
 def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dict[str, Any]:
     """Write, export and bench a checkpoint of so many layers; return the bench's row. Nothing is left on disk.
 
@@ -46,9 +55,7 @@ def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dic
     """
     checkpoint, artifact, figures = folder / "checkpoint", folder / "artifact", folder / "bench.json"
     write_checkpoint(checkpoint, layers=layers, studies=NUM_STUDIES)
-    export = [executable, "-m", "export", "--checkpoint", checkpoint / NAME, "--base", checkpoint / "base"]
-    export += ["--out", artifact, "--decoder", options.decoder, "--vision", options.vision]
-    export += ["--verify-studies", "1", "--quiet"]
+    export = ["--decoder", options.decoder, "--vision", options.vision]
     if options.engine == "onnx":
         export += ["--engine", "onnx"]
     if options.decoder.startswith("gptq"):
@@ -57,7 +64,7 @@ def measure_depth(folder: Path, layers: int, options: argparse.Namespace) -> dic
     bench += ["--runs", options.runs, "--max-new-tokens", options.new_tokens, "--batch-sizes", "1"]
     bench += ["--engine", options.engine, "--device", options.device, "--json", figures]
     try:
-        measured_run([str(word) for word in export])
+        export_checkpoint(checkpoint, artifact, *export)
         measured_run([str(word) for word in bench])
         row: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8"))["rows"][0]
     finally:
@@ -73,16 +80,18 @@ def report_of(rows: dict[int, dict[str, Any]]) -> Report:
     report.figures |= {"kind": "computed", "benches": {str(depth): row for depth, row in rows.items()}, "lines": {}}
     for name, read in QUANTITIES.items():
         values = [read(rows[depth]) for depth in depths]
-        line = fit(depths, values)
-        report.figures["lines"][name] = asdict(line) | {str(REAL_LAYERS): line.at(REAL_LAYERS)}
+        each, rest = statistics.linear_regression(depths, values)
+        real = at(REAL_LAYERS, depths, values)
+        missed = at(depths[-1], depths[:-1], values[:-1]) / values[-1] - 1 if len(depths) > 2 else None
+        report.figures["lines"][name] = {"each": each, "rest": rest, "missed": missed, str(REAL_LAYERS): real}
         report.lines.append(
             {
                 "": name,
                 **{f"{depth} layers": shown(value) for depth, value in zip(depths, values, strict=True)},
-                "each layer": shown(line.each),
-                "the rest": shown(line.rest),
-                f"{REAL_LAYERS} layers, computed": f"~{shown(line.at(REAL_LAYERS))}",
-                "the deepest foretold": NONE if line.missed is None else f"{line.missed:+.1%}",
+                "each layer": shown(each),
+                "the rest": shown(rest),
+                f"{REAL_LAYERS} layers, computed": f"~{shown(real)}",
+                "the deepest foretold": NONE if missed is None else f"{missed:+.1%}",
             }
         )
     return report
@@ -94,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure random weights of the real widths at a few depths; compute what all layers take.",
         epilog="exit status: 0 done, 1 it failed, 2 wrong use, 130 interrupted.",
     )
-    add, depths = parser.add_argument, range(1, MAX_LAYERS + 1)
+    add, depths = parser.add_argument, range(1, REAL_LAYERS + 1)
     add("--layers", type=int, nargs="+", default=[1, 2, 4], metavar="N", choices=depths, help="2 or more (1 2 4)")
     add("--decoder", choices=DECODERS, default="gptq-int4", help="its format (default: %(default)s)")
     add("--engine", choices=("torch", "onnx"), default="torch", help="onnx: of GPTQ (default: %(default)s)")

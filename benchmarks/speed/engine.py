@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.speed.weights import EMBEDDINGS
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.engines import segments
 from lite.engines.segments import divide, expand_image
 from lite.errors import LiteError
 from lite.memory.process import Peaks
@@ -68,12 +66,7 @@ def random_prompt(
 def prompt_of(engine: Engine, input_ids: Sequence[int]) -> Prompt:
     """Return a prompt of tokens alone: the first takes the place of the image."""
     embed: Any = engine.embed
-    return Prompt(input_ids=[IMAGE_TOKEN_ID, *input_ids[1:]], features=_without_gradients(embed, input_ids[:1]))
-
-
-def _without_gradients(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - torch's or numpy's
-    found = function(*arguments)
-    return found.detach() if hasattr(found, "detach") else found
+    return Prompt(input_ids=[IMAGE_TOKEN_ID, *input_ids[1:]], features=embed(input_ids[:1]))
 
 
 class Rows:
@@ -127,18 +120,6 @@ class Rows:
             self.cache.is_active[row] = True
             self.cache.truncate(row, num_tokens, newest=1)
 
-    def fill(self, num_tokens: int) -> None:
-        """Draw keys and values of torch's cache for every row, as if prompts of that length had been read."""
-        for tensor in (self.cache.k_cache, self.cache.v_cache):
-            if tensor.is_floating_point():
-                tensor.normal_()
-            else:
-                tensor.random_(-127, 128)
-        for scales in (self.cache.k_scales, self.cache.v_scales):
-            if scales is not None:
-                scales.fill_(1 / 64)  # of integers up to 127: values of order 1
-        self.rewind(num_tokens)
-
     def warm_up(self, num_tokens: int) -> None:
         """Compile and capture."""
         for _ in range(WARM_UP):
@@ -168,12 +149,6 @@ def greedy(engine: Engine, prompt: Prompt, count: int) -> tuple[list[int], str |
     return token_ids, rows.problem
 
 
-def score(engine: LlamaDecoder, prompt: Prompt, token_ids: Sequence[int]) -> NDArray[np.float32]:
-    """Return the logits from which each token of a text is predicted, [tokens, vocab_size]."""
-    num_image_tokens = len(prompt.features)
-    return segments.score(engine, prompt.input_ids, token_ids, prompt.features, num_image_tokens=num_image_tokens)
-
-
 def far(engine: LlamaDecoder, input_ids: Sequence[int], expected: torch.Tensor, num_rows: int) -> float:
     """Return how far a decoder's logits are from what they should be.
 
@@ -188,75 +163,59 @@ def far(engine: LlamaDecoder, input_ids: Sequence[int], expected: torch.Tensor, 
     """
     rows = Rows(engine, num_rows, len(input_ids))
     prompt = prompt_of(engine, input_ids[:-1])
-    behind = [_far(rows.read(prompt, row), expected[0]) for row in range(num_rows)]
+    behind = [off_by(rows.read(prompt, row), expected[0]) for row in range(num_rows)]
     for _ in range(2):  # the second one is a captured one, where steps are captured
         rows.rewind(len(input_ids) - 1)
-        decoded = [_far(logits, expected[1]) for logits in rows.decode_given(input_ids[-1])]
+        decoded = [off_by(logits, expected[1]) for logits in rows.decode_given(input_ids[-1])]
     return max(behind + decoded)
 
 
-def _far(got: torch.Tensor, expected: torch.Tensor) -> float:
+def off_by(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the root mean square of a difference, relative; infinite where something is not finite."""
     expected = expected.to(got.device)
     found = float((got.float() - expected).norm() / expected.norm())
     return found if math.isfinite(found) else math.inf
 
 
-class Drafting:
-    """A session of its own, which drafts texts of given lengths behind one prompt."""
+def new_session(
+    engine: LlamaDecoder, prompt: Prompt, *, num_rows: int, longest: int, max_queue: int
+) -> Session[Any, Any]:
+    """Begin a session for texts of up to `longest` tokens behind one prompt, `num_rows` under way at a time."""
+    peaks = Peaks(rss_bytes=None, vram_bytes=None)
+    loop = Loop(
+        engine,
+        num_rows=num_rows,
+        max_seq_len=prompt.num_tokens + longest,
+        context=engine.config.max_position_embeddings,
+        eos_token_id=_NEVER,
+        fits=lambda *_: True,
+        peaks=lambda: peaks,
+    )
+    return Session(loop, max_queue=max_queue)
 
-    def __init__(self, engine: LlamaDecoder, prompt: Prompt, *, num_rows: int, longest: int, max_queue: int) -> None:
-        """Begin a session.
 
-        Args:
-            engine: of the texts.
-            prompt: of each; its film is read anew each time.
-            num_rows: studies under way at a time.
-            longest: tokens of a text, at most.
-            max_queue: texts that are asked for together, at most.
-        """
-        self.prompt, self.input_ids = prompt, expand_image(prompt.input_ids, len(prompt.features))
-        peaks = Peaks(rss_bytes=None, vram_bytes=None)
-        loop = Loop(
-            engine,
-            num_rows=num_rows,
-            max_seq_len=prompt.num_tokens + longest,
-            context=engine.config.max_position_embeddings,
-            eos_token_id=_NEVER,
-            fits=lambda *_: True,
-            peaks=lambda: peaks,
-        )
-        self.session = Session(loop, max_queue=max_queue)
+def draft(session: Session[Any, Any], prompt: Prompt, lengths: Sequence[int]) -> None:
+    """Draft texts of given lengths, the film read anew for each, and wait for all of them.
 
-    @property
-    def num_rows(self) -> int:
-        """How many rows are left: fewer than asked for where memory was short."""
-        return self.session.loop.num_rows
-
-    def draft(self, lengths: Sequence[int]) -> None:
-        """Draft texts, and wait for all of them.
-
-        Raises:
-            LiteError: a request failed, or has not as many tokens as it should.
-        """
-        studies = [
-            self.session.submit(
-                Request(
-                    id=str(number),
-                    input_ids=self.input_ids,
-                    film=None,
-                    see=lambda: self.prompt.features,
-                    max_new_tokens=length,
-                )
+    Raises:
+        LiteError: a request failed, or has not as many tokens as it should.
+    """
+    input_ids = expand_image(prompt.input_ids, len(prompt.features))
+    studies = [
+        session.submit(
+            Request(
+                id=str(number),
+                input_ids=input_ids,
+                film=None,
+                see=lambda: prompt.features,
+                max_new_tokens=length,
             )
-            for number, length in enumerate(lengths)
-        ]
-        for study, length in zip(studies, lengths, strict=True):
-            study.wait()
-            if study.error is not None:
-                raise study.error
-            if len(study.token_ids) != length:
-                raise LiteError(f"got {len(study.token_ids)} tokens · expected {length} · report this")
-
-    def close(self) -> None:
-        """End the session, and give its memory back."""
-        self.session.close()
+        )
+        for number, length in enumerate(lengths)
+    ]
+    for study, length in zip(studies, lengths, strict=True):
+        study.wait()
+        if study.error is not None:
+            raise study.error
+        if len(study.token_ids) != length:
+            raise LiteError(f"got {len(study.token_ids)} tokens · expected {length} · report this")

@@ -1,8 +1,9 @@
 """What all measurements of speed have in common: one result, one table, one document, one way to take turns.
 
 What is wrong is not timed: its row says so, and the command ends with 1. Times are medians with p20 and p80, taken in
-turns, so that whatever slows the machine down slows all of them. Where it is known what has to be read, a time stands
-beside the bytes per second, and their share of a streaming read in the same run.
+turns, so that whatever slows the machine down slows all of them, and a ratio is one of medians of the same round. Where
+it is known what has to be read, a time stands beside the bytes per second, and their share of a streaming read in the
+same run.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import shlex
+import statistics
 import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from lite.bench.machine import machine, versions
 from lite.bench.table import markdown_table, to_json
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
+Key = TypeVar("Key")
+Rounds: TypeAlias = "list[list[float]]"
+"""Seconds, by round."""
 NONE: Final = "–"
-LATE: Final = "the section's time is up"
 
 
 class Unavailable(Exception):  # noqa: N818 - the name says what happened; "Error" would add nothing
@@ -58,11 +61,12 @@ class Row:
     time: Quantiles | None = None  # seconds
     nbytes: int | None = None  # read and written in that time
     bandwidth: float | None = None  # bytes per second of a streaming read in this run
+    against: str = ""  # what took turns with it
+    ratio: Quantiles | None = None  # its time over that one's, round by round
     cells: dict[str, str] = field(default_factory=dict)  # further columns
     figures: dict[str, Any] = field(default_factory=dict)  # for the document
     why: str | None = None  # not measured, or not as it should be
     is_wrong: bool = False  # it computes something else, or has failed
-    mark: str = ""  # behind the time: see the notes
 
     @property
     def label(self) -> str:
@@ -79,23 +83,33 @@ class Row:
         """That, of a streaming read in this run."""
         return None if self.bytes_per_s is None or self.bandwidth is None else self.bytes_per_s / self.bandwidth
 
+    def took(self, rounds: Rounds | str, beside: Rounds | str = "") -> None:
+        """Fill in its times, and the ratio to those of `against`, as `in_turns` gives them."""
+        if isinstance(rounds, str):
+            self.why, self.is_wrong = rounds, True
+            return
+        self.time = quantiles([*itertools.chain.from_iterable(rounds)])
+        if not isinstance(beside, str):
+            self.ratio = ratio(rounds, beside)
+
     def line(self) -> dict[str, str]:
         """Return its line of the table, by column."""
         if self.time is None:
             return {**self.names, "ms": "WRONG" if self.is_wrong else NONE, **self.cells}
-        time_ms = (shown(1e3 * value) for value in (self.time.p50, self.time.p20, self.time.p80))
-        median, low, high = time_ms
-        line = {**self.names, "ms": f"{median}{self.mark}", "p20–p80": f"{low}–{high}"}
+        median, low, high = (shown(1e3 * value) for value in (self.time.p50, self.time.p20, self.time.p80))
+        line = {**self.names, "ms": median, "p20–p80": f"{low}–{high}"}
         if self.nbytes is not None and self.bytes_per_s is not None:
             line |= {"MB": shown(self.nbytes / 1e6), "GB/s": shown(self.bytes_per_s / 1e9)}
         if self.share is not None:
             line["of bandwidth"] = f"{self.share:.0%}"
+        if self.ratio is not None:
+            line[f"× {self.against}"] = f"{self.ratio.p50:.2f} ({self.ratio.p20:.2f}–{self.ratio.p80:.2f})"
         return line | self.cells
 
     def document(self) -> dict[str, Any]:
         """Return it for the document."""
         own = {**asdict(self), "bytes_per_s": self.bytes_per_s, "share": self.share}
-        for name in ("names", "figures", "cells", "mark"):
+        for name in ("names", "figures", "cells", "against"):
             del own[name]
         return {**self.names, **own, **self.figures}
 
@@ -111,7 +125,6 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)  # of ours
     why: str | None = None  # not measured, or not to its end
-    took_s: float | None = None
 
     def add(self, row: Row, *, ours: bool = True) -> None:
         """Put a row into it; what is wrong of a peer is told, and no fault of ours."""
@@ -136,13 +149,11 @@ class Report:
         notes = [*self.notes, *told, *(f"WRONG: {line}" for line in self.wrong)]
         if self.why is not None:
             notes.append(f"Not measured{' to the end' if lines else ''}: {self.why}.")
-        if self.took_s is not None:
-            notes.append(f"Took {self.took_s:.0f} s.")
         return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
 
     def document(self) -> dict[str, Any]:
         """Return it for programs."""
-        about = {"title": self.title, "took_s": self.took_s, "why": self.why, "wrong": self.wrong, "notes": self.notes}
+        about = {"title": self.title, "why": self.why, "wrong": self.wrong, "notes": self.notes}
         found: dict[str, Any] = to_json(about | self.figures | {"rows": [row.document() for row in self.rows]})
         return found
 
@@ -156,11 +167,6 @@ def table(lines: Sequence[Mapping[str, str]], *, left: int = 1) -> str:
 def shown(value: float) -> str:
     """Return four digits, more before the point if it takes them."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def spread(time: Quantiles, unit_s: float = 1e-3) -> str:
-    """Return a median with its p20 and p80."""
-    return f"{shown(time.p50 / unit_s)} ({shown(time.p20 / unit_s)}–{shown(time.p80 / unit_s)})"
 
 
 # -- Taking turns ----------------------------------------------------------------------------------------------------
@@ -201,14 +207,14 @@ def timed(run: Callable[[], object], clock: Clock) -> list[float]:
     return clock.seconds()
 
 
-def in_turns(turns: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T] | str]:
+def in_turns(turns: Mapping[Key, Callable[[], T]], rounds: int) -> dict[Key, list[T] | str]:
     """Give each its turn, round after round.
 
     Returns:
         What the turns gave, by name; for one that has failed, and is left out from then on, why.
     """
-    found: dict[str, list[T]] = {name: [] for name in turns}
-    failed: dict[str, str] = {}
+    found: dict[Key, list[T]] = {name: [] for name in turns}
+    failed: dict[Key, str] = {}
     for _ in range(rounds):
         for name, turn in turns.items():
             if name not in failed:
@@ -219,12 +225,10 @@ def in_turns(turns: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, lis
     return found | failed
 
 
-def times_in_turns(turns: Mapping[str, Callable[[], list[float]]], rounds: int) -> dict[str, Quantiles | str]:
-    """Give each its turn; return the quantiles of all its seconds, or why there are none."""
-    return {
-        name: found if isinstance(found, str) else quantiles([*itertools.chain.from_iterable(found)])
-        for name, found in in_turns(turns, rounds).items()
-    }
+def ratio(rounds: Rounds, beside: Rounds) -> Quantiles:
+    """Divide the medians of each round."""
+    pairs = zip(rounds, beside, strict=False)  # the other may have failed in a late round
+    return quantiles([statistics.median(own) / statistics.median(other) for own, other in pairs])
 
 
 # -- The command -----------------------------------------------------------------------------------------------------
@@ -278,24 +282,9 @@ class Record:
         return 1 if wrong else 0
 
 
-def above_zero(text: str) -> float:
-    """Read an argument that is a number above 0.
-
-    Raises:
-        ArgumentTypeError: it is not.
-    """
-    import argparse
-
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"got {text} · expected a number above 0")
-
-
 @contextlib.contextmanager
 def kept_apart(report: Report) -> Iterator[None]:
     """Note in a report why its section ends before its time; the others go on."""
-    started = time.monotonic()
     try:
         yield
     except Unavailable as error:
@@ -304,5 +293,3 @@ def kept_apart(report: Report) -> Iterator[None]:
         sys.stderr.write(traceback.format_exc())
         report.why = reason(error)
         report.wrong.append(f"{report.title}: {report.why}")
-    finally:
-        report.took_s = round(time.monotonic() - started, 2)

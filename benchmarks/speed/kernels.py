@@ -10,7 +10,6 @@ GB/s counts what a call has to read and write, each byte once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from benchmarks.speed.contenders import Contender, contenders
 from benchmarks.speed.harness import Clock, Report, Row, Unavailable, reason, run_main
 from kernels.backend import Selection, select_backend
+from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 from lite.errors import BackendUnavailable
 from lite.eval.figures import Quantiles, quantiles
 
@@ -31,22 +31,8 @@ _MAX_COPIES: Final = 64
 _ROUNDS: Final = 50
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timed:
-    """How long one call took, on the GPU."""
-
-    call: Quantiles
-    graph: bool
-
-
-def measure_one(contender: Contender, *, bandwidth: float, time: Callable[..., Timed]) -> Row:
-    """Check a contender, then time it.
-
-    Args:
-        contender: which.
-        bandwidth: of a streaming read, bytes per second.
-        time: `time_calls`, or what a test puts in its place.
-    """
+def measure_one(contender: Contender, *, bandwidth: float) -> Row:
+    """Check a contender, then time it beside a streaming read of so many bytes per second."""
     names = {name: getattr(contender, name) for name in ("op", "shape", "engine", "dtype")}
     row = Row(names=names, bandwidth=bandwidth)
     try:
@@ -57,73 +43,62 @@ def measure_one(contender: Contender, *, bandwidth: float, time: Callable[..., T
             return row
         copies = min(_MAX_COPIES, max(2, -(-_FLUSH_BYTES // first.nbytes)))
         calls = [first, *(contender.prepare() for _ in range(copies - 1))]
-        timed = time([call.run for call in calls], _ROUNDS)
+        row.time, is_captured = time_calls([call.run for call in calls])
     except Exception as error:
         if contender.is_ours and not isinstance(error, Unavailable):
             raise
         row.why = reason(error)
         return row
-    row.time, row.nbytes, row.figures["graph"] = timed.call, first.nbytes, timed.graph
-    row.mark = "" if timed.graph else "¹"
+    row.nbytes, row.figures["graph"] = first.nbytes, is_captured
+    if not is_captured:
+        row.cells["captured"] = "no"
     return row
 
 
-def time_calls(calls: Sequence[Callable[[], Tensor]], rounds: int) -> Timed:
-    """Run all calls one after the other, again and again, and divide: from one CUDA graph, if they can be captured."""
-    for call in calls:  # compiles, and whatever else happens the first time
-        call()
+def time_calls(calls: Sequence[Callable[[], Tensor]]) -> tuple[Quantiles, bool]:
+    """Run all calls one after the other, again and again, and divide.
+
+    Returns:
+        The time of a call, and whether they could be captured in a CUDA graph.
+    """
+
+    def run() -> Tensor:
+        return [call() for call in calls][-1]
+
+    run()  # compiles, and whatever else happens the first time
     torch.cuda.synchronize()
-    graph = _captured(calls)
-
-    def run() -> None:
-        if graph is not None:
-            graph.replay()
-            return
-        for call in calls:
-            call()
-
-    for _ in range(3):
-        run()
-    clock = Clock(on_gpu=True)
-    clock.mark()
-    for _ in range(rounds):
-        run()
-        clock.mark()
-    return Timed(call=quantiles([seconds / len(calls) for seconds in clock.seconds()]), graph=graph is not None)
-
-
-def _captured(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph | None:
-    """Capture the calls; None if one of them does what a graph cannot hold."""
-    graph = torch.cuda.CUDAGraph()
-    kept = []
     try:
-        with torch.cuda.graph(graph):
-            kept = [call() for call in calls]
+        repeat = capture_cuda_graph(run, device=torch.device("cuda", torch.cuda.current_device()))
+        is_captured = True
     except RuntimeError:
         torch.cuda.synchronize()
-        return None
-    del kept
-    return graph
+        repeat, is_captured = run, False
+    for _ in range(3):
+        repeat()
+    clock = Clock(on_gpu=True)
+    clock.mark()
+    for _ in range(_ROUNDS):
+        repeat()
+        clock.mark()
+    return quantiles([seconds / len(calls) for seconds in clock.seconds()]), is_captured
 
 
 def measure(rig: Rig, report: Report) -> None:
-    """Measure every contender, as far as the time goes."""
+    """Measure every contender."""
     rig.forget_decoder()
     bandwidth = report.figures["bandwidth_bytes_per_s"] = rig.measured_bandwidth()
     report.notes += [
         f"Bandwidth of a streaming read just before: {bandwidth / 1e9:,.0f} GB/s. Medians of {_ROUNDS} rounds over "
         "several copies, from a CUDA graph. Copies of the small ops (add_rms_norm, silu_mul, rotary_and_cache) stay "
         "within the L2 cache, as what they read does in a decoder.",
-        "¹ cannot be captured in a CUDA graph: launched one by one, which Python may have slowed down.",
+        "captured: what cannot be, in a CUDA graph, is launched one by one, which Python may have slowed down.",
     ]
     torch.manual_seed(0)
     setting = rig.setting
-    with torch.inference_mode():
-        for contender in contenders(setting.shapes, setting.kernel_rows, rig.device, setting.context):
-            if rig.is_late():
-                report.why = "the section's time was up before all were measured"
-                break
-            report.add(measure_one(contender, bandwidth=bandwidth, time=time_calls), ours=contender.is_ours)
+    with torch.no_grad():  # no inference mode: captures are made outside it
+        rows = sorted({min(setting.rows), max(setting.rows)})
+        for contender in contenders(setting.shapes, rows, rig.device, setting.context):
+            report.add(measure_one(contender, bandwidth=bandwidth), ours=contender.is_ours)
             rig.tidy()
 
 

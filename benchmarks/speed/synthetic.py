@@ -12,25 +12,19 @@ a token takes, depends on their *shapes*. This module writes a checkpoint of tho
 What can be measured on it, and what cannot:
 
 * **Bytes and time are those of the real model.** Widths, dtypes, file formats, LoRA and the length of a prompt are the
-  published ones, and every weight is a draw of its own: nothing repeats or compresses, no matrix has low rank. All
-  layers cost the same, so two depths give the price of a layer (the difference) and of the rest (what is left at
-  depth 0). A figure for 32 layers that was reached in this way is a model of one and has to be called that.
+  published ones, and every weight is a draw of its own: nothing repeats or compresses, no matrix has low rank.
 * **Text means nothing.** Drafts are pseudo-words. The end token and the byte pieces are never chosen, so every draft
   has exactly as many tokens as were asked for, all of them printable.
-* **A quantiser's loss is not the real one.** Weights are Gaussian, and all channels alike, so that any rounding passes
-  the exporter's parity check; a trained decoder has structure that a quantiser can exploit, and outliers. Shards are of
-  about a GiB, where the published base has two of 10 and 3.5 GB; the tower's training checkpoint lacks most of the text
-  tower and optimiser state that nobody reads.
+* **A quantiser's loss is not the real one.** Weights are Gaussian, and all channels alike: any rounding passes the
+  exporter's parity check. A trained decoder has structure that a quantiser can exploit, and outliers.
 
-The draws are those of `benchmarks.speed.weights`: the first layers of a deep checkpoint are those of a shallow one with
-the same seed.
+The draws are those of `benchmarks.speed.weights`: the first layers of a deep checkpoint are those of a shallow one.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import sys
 from math import prod
 from pathlib import Path
@@ -40,6 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.exports import measured_run
 from benchmarks.phantom.layout import (
     GENERATION_CONFIG,
     SPECIAL_TOKENS_MAP,
@@ -53,84 +48,80 @@ from benchmarks.phantom.layout import (
 from benchmarks.phantom.publish import random_weights
 from benchmarks.speed.tokenizer import make_tokenizer
 from benchmarks.speed.weights import Model, Shapes, gain_of
-from lite.console import run_command
+from lite.console import positive, run_command
 from lite.errors import LiteError
 from lite.files import staged_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
 
 NAME: Final = "llava-rad-synthetic"
-MAX_LAYERS: Final = 32
-SHARD_BYTES: Final = 1 << 30
+REAL_LAYERS: Final = 32
+SHARD_TENSORS: Final = 12
+"""Of a shard of the base: a GB of the real widths. As in the published one, a layer may lie in two of them."""
 
 LORA_SHARE: Final = 0.3
 """Standard deviation of a linear's update over that of its base weight: a merge left out is seen at once."""
 
 _QUIET_FACTOR: Final = 0.01
 _FIRST_WORD_ID: Final = 259  # after unk, bos, eos and the 256 bytes
-_FILM_BYTES: Final = 1 << 16  # of one study with its film, which takes 35 kB
-_TOWER_BYTES: Final = 450 << 20  # with the projector, names, indices and the tokenizer; 390 MiB at the real widths
 _NOTICE: Final = (
     "These are random weights in the shapes of LLaVA-Rad, written to measure time and memory. The text they give is "
     "random too."
 )
 
 
-def write_checkpoint(
-    out: Path,
-    *,
-    layers: int,
-    seed: int = 0,
-    studies: int = 0,
-    shapes: Shapes | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> int:
+def write_checkpoint(out: Path, *, layers: int, studies: int = 0, shapes: Shapes | None = None) -> int:
     """Write a random checkpoint to a new folder, whole or not at all.
 
     Memory holds one shard and the adapter (10 MB a layer), whatever the depth.
 
     Args:
         out: The folder; must not exist.
-        layers: Decoder layers, 1 to 32.
-        seed: Any non-negative integer.
+        layers: Decoder layers, at least 1.
         studies: How many synthetic studies to write beside it; 0 writes none.
         shapes: The other sizes; LLaVA-Rad's by default. Tests take small ones.
-        shard_bytes: The largest shard of the base; a tensor larger than it has a shard to itself.
 
     Returns:
         Bytes written, all files together.
 
     Raises:
-        LiteError: `out` exists or cannot be written, the disk is too small, or a number is out of its range.
+        LiteError: `out` exists or cannot be written, or the disk is full.
     """
-    model = Model(shapes=Shapes() if shapes is None else shapes, num_layers=layers, seed=max(0, seed))
-    if not 1 <= layers <= MAX_LAYERS or seed < 0 or studies < 0:
-        msg = (
-            f"got {layers} layers, seed {seed}, {studies} studies · expected 1 to {MAX_LAYERS} layers and no negative "
-            "numbers · choose others"
-        )
-        raise LiteError(msg)
+    model = Model(shapes=Shapes() if shapes is None else shapes, num_layers=layers)
     out = out.absolute()
     with staged_folder(out) as staged:
         partial = staged.path
-        _require_space(partial, bytes_needed(model, studies=studies))
         (partial / NAME).mkdir()
         (partial / "base").mkdir()
         _write_small_files(partial, model)
         _write_tower(partial / NAME, model)
-        _write_decoder(partial, model, shard_bytes=shard_bytes)
+        _write_decoder(partial, model)
         if studies:
             # Drawing films takes OpenCV, which a checkpoint alone does not need.
             from benchmarks.phantom.write import write_studies
 
-            write_studies(partial / "studies", count=studies, seed=seed, dicom=False)
+            write_studies(partial / "studies", count=studies, seed=0, dicom=False)
         written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         staged.finish()
     return written
+
+
+def export_checkpoint(checkpoint: Path, out: Path, *options: str) -> None:
+    """Export a written checkpoint, as a user would type it.
+
+    Raises:
+        LiteError: it failed; the exporter's last words are the message.
+    """
+    measured_run([sys.executable, *_export(checkpoint, out), "--verify-studies", "1", "--quiet", *options])
+
+
+def _export(checkpoint: Path, out: Path) -> list[str]:
+    command = ["-m", "export", "--checkpoint", checkpoint / NAME, "--base", checkpoint / "base", "--out", out]
+    return [str(word) for word in command]
 
 
 # -- Weights ---------------------------------------------------------------------------------------------------------
@@ -138,11 +129,10 @@ def write_checkpoint(
 
 def base_tensor(model: Model, name: str) -> Tensor:
     """Return a tensor of the base model. The end token and the byte pieces are never chosen."""
-    rows = None
+    drawn = model.tensor(name)
     if name == "lm_head.weight":
-        rows = np.ones(model.shapes.vocab_size, np.float32)
-        rows[:_FIRST_WORD_ID] = _QUIET_FACTOR
-    return torch.from_numpy(model.tensor(name, rows=rows, dtype=np.float16))
+        drawn[:_FIRST_WORD_ID] *= np.float16(_QUIET_FACTOR)
+    return torch.from_numpy(drawn)
 
 
 def lora_tensor(model: Model, name: str, shape: tuple[int, int]) -> Tensor:
@@ -150,7 +140,7 @@ def lora_tensor(model: Model, name: str, shape: tuple[int, int]) -> Tensor:
     std = shape[1] ** -0.5
     if name.endswith("lora_B.weight"):
         std = LORA_SHARE * gain_of(name) / (2.0 * shape[1] ** 0.5)
-    return torch.from_numpy(model.matrix(name, shape, std=std, dtype=np.float16))
+    return torch.from_numpy(model.matrix(name, shape, std))
 
 
 # -- Files -----------------------------------------------------------------------------------------------------------
@@ -184,53 +174,24 @@ def _write_tower(checkpoint: Path, model: Model) -> None:
         image_size=shapes.image_size,
         dim=shapes.tower_dim,
         depth=shapes.tower_depth,
-        seed=model.seed,
     )
     prefix = "base_model.model.model.mm_projector."
     _save({prefix + key: t.to(torch.float16) for key, t in projector.items()}, checkpoint / "non_lora_trainables.bin")
     _save(training_checkpoint(trunk), checkpoint / f"biomedclipcxr_{shapes.image_size}_checkpoint.pt")
 
 
-def _write_decoder(folder: Path, model: Model, *, shard_bytes: int) -> None:
-    lora_shapes = model.shapes.lora(model.num_layers)
-    total = fp16_bytes(model.tensor_shapes.values())
-    every = total + fp16_bytes(lora_shapes.values())
-    with tqdm(total=every, desc="writing the decoder", unit="B", unit_scale=True, disable=None) as progress:
-        weight_map: dict[str, str] = {}
-        shards = split_into_shards(model.tensor_shapes, shard_bytes)
-        for number, names in enumerate(shards, start=1):
-            file_name = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
-            state = {}
-            for name in names:
-                state[name] = base_tensor(model, name)
-                progress.update(state[name].nbytes)
-            _save(state, folder / "base" / file_name)
-            weight_map |= dict.fromkeys(names, file_name)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "base" / "pytorch_model.bin.index.json", index)
-        adapter = {}
-        for name, shape in lora_shapes.items():
-            adapter[name] = lora_tensor(model, name, shape)
-            progress.update(adapter[name].nbytes)
-        _save(adapter, folder / NAME / "adapter_model.bin")
-
-
-def split_into_shards(shapes: dict[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:
-    """Fill shards in the order of the network; as in the published base, a layer may lie in two of them."""
-    shards: list[list[str]] = []
-    free = 0
-    for name, shape in shapes.items():
-        if not shards or fp16_bytes([shape]) > free:
-            shards.append([])
-            free = shard_bytes
-        shards[-1].append(name)
-        free -= fp16_bytes([shape])
-    return shards
-
-
-def fp16_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Return the bytes of tensors in float16."""
-    return sum(2 * prod(shape) for shape in shapes)
+def _write_decoder(folder: Path, model: Model) -> None:
+    names, weight_map = list(model.tensor_shapes), dict[str, str]()
+    starts = range(0, len(names), SHARD_TENSORS)
+    for number, start in enumerate(tqdm(starts, desc="writing the decoder", disable=None), start=1):
+        file_name, shard = f"pytorch_model-{number:05d}-of-{len(starts):05d}.bin", names[start : start + SHARD_TENSORS]
+        _save({name: base_tensor(model, name) for name in shard}, folder / "base" / file_name)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(2 * prod(shape) for shape in model.tensor_shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "base" / "pytorch_model.bin.index.json", index)
+    adapter = {name: lora_tensor(model, name, shape) for name, shape in model.shapes.lora(model.num_layers).items()}
+    _save(adapter, folder / NAME / "adapter_model.bin")
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
@@ -241,22 +202,6 @@ def _save(content: dict[str, Any], path: Path) -> None:
         reason = str(error).splitlines()[0]
         msg = f"{path}: got a write that failed ({reason}) · expected room for the file · free some space on this disk"
         raise LiteError(msg) from error
-
-
-def bytes_needed(model: Model, *, studies: int) -> int:
-    """Estimate what a checkpoint takes on disk: the decoder, a tower and a projector, and what is left."""
-    decoder = fp16_bytes((*model.tensor_shapes.values(), *model.shapes.lora(model.num_layers).values()))
-    return decoder + _TOWER_BYTES + studies * _FILM_BYTES
-
-
-def _require_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        msg = (
-            f"{out.parent}: got {free / 2**30:.2f} GiB free · expected at least {needed / 2**30:.2f} GiB for the "
-            "checkpoint · free some space, name a folder on another disk, or take fewer layers"
-        )
-        raise LiteError(msg)
 
 
 # -- Command line ----------------------------------------------------------------------------------------------------
@@ -278,13 +223,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         required=True,
         metavar="N",
-        choices=range(1, MAX_LAYERS + 1),
-        help=f"decoder layers, 1 to {MAX_LAYERS}; the published model has {MAX_LAYERS}",
+        choices=range(1, REAL_LAYERS + 1),
+        help=f"decoder layers, 1 to {REAL_LAYERS}; the published model has {REAL_LAYERS}",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of every weight (default: %(default)s)")
     parser.add_argument(
         "--studies",
-        type=int,
+        type=positive,
         default=0,
         metavar="N",
         help="also write OUT/studies/: N synthetic films and a JSON list, for calibration (default: none)",
@@ -300,11 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
-    written = write_checkpoint(out, layers=arguments.layers, seed=arguments.seed, studies=arguments.studies)
+    written = write_checkpoint(out, layers=arguments.layers, studies=arguments.studies)
     layers = f"{arguments.layers} decoder layer{'s' if arguments.layers > 1 else ''}"
-    contents = f"random weights in LLaVA-Rad's layout, {layers} of the published {MAX_LAYERS}"
-    command = ["python", "-m", "export", "--checkpoint", str(out / NAME), "--base", str(out / "base")]
-    command += ["--out", f"{out}-artifact"]
+    contents = f"random weights in LLaVA-Rad's layout, {layers} of the published {REAL_LAYERS}"
+    command = ["python", *_export(out, Path(f"{out}-artifact"))]
     if arguments.studies:
         contents += f", {arguments.studies} studies"
         command += ["--verify-data", str(out / "studies" / "studies.json")]

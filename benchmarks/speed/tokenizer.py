@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
 from benchmarks.phantom.tokenizer import train_tokenizer
 from lite.errors import LiteError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def make_tokenizer(vocab_size: int) -> bytes:
@@ -29,12 +26,10 @@ def make_tokenizer(vocab_size: int) -> bytes:
     if vocab_size < count:
         msg = f"got a vocabulary of {vocab_size} · expected at least the {count} learnt pieces · choose a larger one"
         raise LiteError(msg)
-    taken = {piece.piece for piece in pieces}
     # Below all learnt scores: no pseudo-word is preferred to a learnt piece.
     score = min(piece.score for piece in pieces)
-    new = (word for word in pseudo_words() if word not in taken)
-    for index in range(vocab_size - count):
-        pieces.add(piece=next(new), score=score - 1.0 - index)
+    for index in range(1, vocab_size - count + 1):
+        pieces.add(piece=f"▁w{index}", score=score - index)
     model.trainer_spec.vocab_size = vocab_size
     written: bytes = model.SerializeToString()
     return written
@@ -44,13 +39,3 @@ def make_tokenizer(vocab_size: int) -> bytes:
 def _learnt_tokenizer() -> bytes:
     # One for every seed, so that a text has the same length on all checkpoints. A thousand studies hold every word.
     return train_tokenizer(seed=0, sentence_count=1000)
-
-
-def pseudo_words() -> Iterator[str]:
-    """Yield the 614,125 words of three open syllables, a space before each, in an order that goes to and fro."""
-    syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvz" for vowel in "aeiou"]
-    base = len(syllables)
-    for index in range(base**3):
-        # The factor is prime, and the number of words is made of 5 and 17: every word comes once.
-        word = index * 224_743 % base**3
-        yield f"▁{syllables[word // base**2]}{syllables[word // base % base]}{syllables[word % base]}"

@@ -1,10 +1,7 @@
-"""A Llama of random weights: what every engine computes, and what a synthetic checkpoint holds.
+"""A Llama of random weights: its shapes, and what a synthetic checkpoint holds.
 
-A tensor depends on the seed and on its name only: it is the same in every process, and the first layers of a deep model
-are those of a shallow one. Linears keep the size of what goes through them, but for `GAINS`, so that hidden states and
-logits stay of order 1 to 10 at any depth.
-
-The peers' own environment has numpy and nothing else of what this project needs, so this module imports no more.
+A tensor depends on its name only: the first layers of a deep model are those of a shallow one. Linears keep the size of
+what goes through them, but for `GAINS`, so that hidden states and logits stay of order 1 to 10 at any depth.
 """
 
 from __future__ import annotations
@@ -12,19 +9,14 @@ from __future__ import annotations
 import functools
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.phantom.layout import llama_config_json
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import DTypeLike
-
-    Vector = NDArray[np.float32]
+from lite.config import DecoderConfig
+from lite.memory.counts import layer_linear_shapes
 
 GROUP_SIZE: Final = 128
 """Inputs that share a scale, in the 4 bits of our own engines and of those that take our rounding."""
@@ -61,23 +53,17 @@ class Shapes:
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
         fields = {name: getattr(self, name) for name in (*names, "max_position_embeddings")}
         plain = llama_config_json({**fields, "num_hidden_layers": num_hidden_layers})
-        return plain if bits is None else plain | {"quantization_config": gptq_config(bits, self.group_size)}
-
-    @property
-    def group_size(self) -> int:
-        """Inputs of a group; -1, all of them, where small shapes are not made of whole groups."""
-        return GROUP_SIZE if self.hidden_size % GROUP_SIZE == self.intermediate_size % GROUP_SIZE == 0 else -1
+        if bits is None:
+            return plain
+        # Small shapes are not made of whole groups: all inputs are one.
+        whole = self.hidden_size % GROUP_SIZE == self.intermediate_size % GROUP_SIZE == 0
+        gptq = {"quant_method": "gptq", "checkpoint_format": "gptq", "sym": True, "desc_act": False, "bits": bits}
+        return plain | {"quantization_config": {**gptq, "group_size": GROUP_SIZE if whole else -1}}
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return the linears of one layer, [out, in], in the order of the files."""
-        hidden, inner, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
-        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
-        return {
-            **{f"self_attn.{name}_proj": shape for name, shape in attention.items()},
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        shapes = layer_linear_shapes(DecoderConfig.from_hf(self.config(1)))
+        return {f"{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}": shape for name, shape in shapes.items()}
 
     def tensors(self, num_hidden_layers: int) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor, in the order of the files."""
@@ -102,30 +88,12 @@ class Shapes:
         return shapes
 
 
-def gptq_config(bits: int, group_size: int = GROUP_SIZE) -> dict[str, Any]:
-    """Return the `quantization_config` of symmetric GPTQ."""
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        "bits": bits,
-        "group_size": group_size,
-        "sym": True,
-        "desc_act": False,
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A plain Llama of random weights."""
 
     shapes: Shapes
     num_layers: int
-    seed: int = 0
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Model:
-        """Return the model that `dataclasses.asdict` was given."""
-        return cls(**{**content, "shapes": Shapes(**content["shapes"])})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -137,60 +105,26 @@ class Model:
         """The shape of every tensor, by its name."""
         return self.shapes.tensors(self.num_layers)
 
-    def tensor(
-        self, name: str, *, rows: Vector | None = None, columns: Vector | None = None, dtype: DTypeLike = np.float32
-    ) -> NDArray[Any]:
-        """Draw a tensor.
-
-        Args:
-            name: as a checkpoint has it.
-            rows: what its outputs are multiplied by.
-            columns: what its inputs are multiplied by; a norm has these alone.
-            dtype: float32 or float16. It is never held in float32 as a whole, where it is not that.
-        """
+    def tensor(self, name: str) -> NDArray[np.float16]:
+        """Draw a tensor by its name in a checkpoint."""
         shape = self.tensor_shapes[name]
         if len(shape) == 1:
-            norm = 1 + np.float32(0.1) * self.rng(name).standard_normal(shape, dtype=np.float32)
-            return (norm if columns is None else norm * columns).astype(dtype)
-        std = EMBEDDINGS if "embed_tokens" in name else gain_of(name) * shape[1] ** -0.5
-        return self.matrix(name, shape, std=std, rows=rows, columns=columns, dtype=dtype)
+            return (1 + np.float32(0.1) * self.rng(name).standard_normal(shape, dtype=np.float32)).astype(np.float16)
+        return self.matrix(name, shape, EMBEDDINGS if "embed_tokens" in name else gain_of(name) * shape[1] ** -0.5)
 
-    def matrix(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        *,
-        std: float,
-        rows: Vector | None = None,
-        columns: Vector | None = None,
-        dtype: DTypeLike = np.float32,
-    ) -> NDArray[Any]:
-        """Draw any matrix by its name, a few rows at a time."""
+    def matrix(self, name: str, shape: tuple[int, ...], std: float) -> NDArray[np.float16]:
+        """Draw any matrix by its name, a few rows at a time: it is never held in float32 as a whole."""
         height, width = shape
-        matrix = np.empty(shape, dtype=dtype)
-        factor = np.float32(std) * (np.ones(width, np.float32) if columns is None else columns)
+        matrix = np.empty(shape, dtype=np.float16)
         rng, step = self.rng(name), max(1, _CHUNK_VALUES // width)
         for start in range(0, height, step):
             part = rng.standard_normal((min(step, height - start), width), dtype=np.float32)
-            part *= factor
-            if rows is not None:
-                part *= rows[start : start + step, None]
-            matrix[start : start + step] = part
+            matrix[start : start + step] = part * np.float32(std)
         return matrix
-
-    def tensors(self) -> Iterator[tuple[str, Vector]]:
-        """Draw all tensors, one at a time."""
-        for name in self.tensor_shapes:
-            yield name, self.tensor(name)
-
-    def token_ids(self, count: int) -> list[int]:
-        """Draw a prompt of `count` tokens; a shorter one is the beginning of a longer one."""
-        drawn: list[int] = np.random.default_rng(self.seed).integers(self.shapes.vocab_size, size=count).tolist()
-        return drawn
 
     def rng(self, name: str) -> np.random.Generator:
         """Return the generator of a tensor."""
-        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        return np.random.default_rng(zlib.crc32(name.encode()))
 
 
 def gain_of(name: str) -> float:

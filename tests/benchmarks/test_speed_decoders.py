@@ -9,11 +9,11 @@ import torch
 from recording import record
 from test_speed_gpu import CPU, SHAPES, SMALL, rig
 
-from benchmarks.speed.decoders import dequantized, part_of, random_decoder, swapped, transformers_engine, weight_bytes
+from benchmarks.speed.decoders import dequantized, part_of, random_decoder, swapped, weight_bytes
 from benchmarks.speed.engine import far, greedy, random_prompt
 from benchmarks.speed.gpu import decode
 from benchmarks.speed.harness import Unavailable
-from benchmarks.speed.linears import PEERS, gemlite
+from benchmarks.speed.linears import PEERS, Tinygemm, gemlite, round_to_groups
 from benchmarks.speed.weights import Shapes
 from kernels.gptq import GptqWeight
 from lite.engines.torch_engine.decoder import LlamaDecoder
@@ -72,14 +72,15 @@ def test_a_peer_computes_our_model(name: str) -> None:
     assert weight_bytes(theirs) > dense if is_dense else weight_bytes(theirs) < dense / 4
 
 
-def test_transformers_computes_our_model() -> None:
-    pytest.importorskip("transformers")
-    ours = decoder()
-    input_ids, expected = decode.expected_logits(ours)
-    engine = transformers_engine(swapped(ours, PEERS[decode.DENSE][0], torch.float32), max_seq_len=80)
-    engine.start(2)
-    got = torch.stack([engine.read(input_ids[:-1]), engine.read(input_ids[-1:])])
-    assert float((got - expected).norm() / expected.norm()) < 1e-5
+def test_tinygemm_multiplies_with_the_integers_of_gptq() -> None:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    values, scales = round_to_groups(weight)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rounded = values.float().view(256, 2, 128) * scales.bfloat16().float().unsqueeze(-1)
+    expected = x.float() @ rounded.flatten(1).T
+    product = Tinygemm(weight)(x).float()
+    assert float((product - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    assert float((rounded.flatten(1) - weight).abs().max()) < 0.6 * float(scales.max())
 
 
 def test_what_is_not_installed_says_so() -> None:

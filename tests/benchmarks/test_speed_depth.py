@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from random_checkpoint import SMALL
 
-from benchmarks.speed import depth
+from benchmarks.speed import depth, synthetic
 from benchmarks.speed.depth import main, measure_depth, report_of
 from benchmarks.speed.synthetic import write_checkpoint
 
@@ -25,6 +25,10 @@ def test_a_table_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of({1: {"load_s": 3.0}, 2: {"load_s": 5.0}, 4: {"load_s": 9.0}})
     assert list(report.lines[0].values()) == ["load, s", "3", "5", "9", "2", "1", "~65", "+0.0%"]
     assert report.figures["lines"]["load, s"]["32"] == pytest.approx(65.0)
+    lines = [
+        report_of({1: {"load_s": 3.0}, 2: {"load_s": 5.0}, **more}).lines[0] for more in ({}, {4: {"load_s": 18.0}})
+    ]
+    assert [line["the deepest foretold"] for line in lines] == ["–", "-50.0%"]
 
 
 @pytest.mark.full
@@ -50,7 +54,8 @@ def test_the_whole_way_at_small_widths(
 def test_the_engine_is_that_of_export_and_bench(engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(depth, "write_checkpoint", lambda *_, **__: None)
-    monkeypatch.setattr(depth, "measured_run", commands.append)
+    for module in (depth, synthetic):
+        monkeypatch.setattr(module, "measured_run", commands.append)
     (tmp_path / "bench.json").write_text('{"rows": [{}]}')
     options = depth._parser().parse_args(["--engine", engine])
     measure_depth(tmp_path, 1, options)

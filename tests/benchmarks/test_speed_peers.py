@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed peers`, on a model of a few thousand weights: engines that are installed, and not.
+"""`python -m benchmarks speed peers`, on models of a few thousand weights: engines that are installed, and not.
 
 llama.cpp lives in an environment of its own; where there is none, its rows say so.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -14,242 +15,290 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_checkpoint import SMALL
 from repository import ROOT
+from tiny import HIDDEN_SIZE, write_tiny_artifact, write_tiny_gptq_artifact
 
-from benchmarks.speed.peers import main, measure, process, worker
-from benchmarks.speed.peers.measure import Runner, Setting, groups, needed_bytes
-from benchmarks.speed.peers.specs import PEERS_PYTHON, REFERENCE, SPECS
-from benchmarks.speed.weights import Model, Shapes
-from lite.artifact.open import Artifact
+from benchmarks.speed.harness import Unavailable
+from benchmarks.speed.peers import main, measure
+from benchmarks.speed.peers.measure import Setting, with_real_depth
+from benchmarks.speed.peers.process import Process
+from benchmarks.speed.peers.specs import DENSE, PEERS_PYTHON, SPECS, Spec
+from benchmarks.speed.peers.worker import NotHere, Order, Worker
+from benchmarks.speed.weights import Shapes
 from lite.errors import LiteError
 
-# A vocabulary as large as the tokenizer that an artifact gets.
-SHAPES = Shapes(
-    hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2, vocab_size=1024
-)  # fmt: skip
-TINY = ("--widths", "128", "256", "2", "1024", "--layers", "2", "--prompt-tokens", "24", "--new-tokens", "5")
-QUICK = (*TINY, "--rounds", "2", "--threads", "1")
-SPEC = {spec.name: spec for spec in SPECS}
-
-
-def tiny_model(layers: int = 2) -> Model:
-    return Model(shapes=SHAPES, num_layers=layers)
-
-
-def tiny_order(form: str, layers: int = 2, folder: Path = Path(), **changes: Any) -> worker.Order:
-    values: dict[str, Any] = {
-        "module": "", "form": form, "packages": (), "install": "", "model": tiny_model(layers), "max_seq_len": 40,
-        "device": "cpu", "threads": torch.get_num_threads(), "folder": folder,
-    }  # fmt: skip
-    return worker.Order(**(values | changes))
-
-
-def tiny_setting(**changes: Any) -> Setting:
-    values: dict[str, Any] = {
-        "model": tiny_model(), "num_prompt_tokens": 24, "num_new_tokens": 5, "rounds": 2, "threads": 1, "limit_s": 30.0,
-        "device": "cpu", "peers_python": PEERS_PYTHON,
-    }  # fmt: skip
-    return Setting(**(values | changes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hurried() -> Iterator[None]:
-    """Leave out what is only there for true times."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_SETTLE_S", 0.0)
-        # What an engine sets in its own process is undone here.
-        patch.setattr("os.environ", dict(os.environ))
-        yield
-
-
-class Ran:
-    """One run of the command: exit status, table, and the rows of its JSON document."""
-
-    def __init__(self, out: Path, *arguments: str) -> None:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            self.status = main([*QUICK, *arguments, "--json", str(out)])
-        self.files = out.parent
-        self.table = printed.getvalue()
-        self.document = json.loads(out.read_text(encoding="utf-8"))
-        self.sections = self.document["sections"]
-        self.rows: dict[str, dict[str, Any]] = {row["engine"]: row for row in self.sections["measured"]["rows"]}
-
-    def cells(self, name: str) -> dict[str, str]:
-        """Return an engine's row in the first table."""
-        return cells_of(self.table, name)
-
-
-def cells_of(table: str, name: str) -> dict[str, str]:
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
-    return dict(zip(lines[0], next(line for line in lines if line[0] == name), strict=True))
-
-
+SHAPES = dataclasses.replace(SMALL, intermediate_size=512)
+# Of 64 inputs rounding takes more away.
+GPTQ = dataclasses.replace(SPECS["lite gptq-int4"], max_difference=0.8)
 ONNX = ["lite onnx int4", "lite onnx int4 int8-cache"]
-MEASURED = ["lite dense", *ONNX]
-LLAMA_CPP = ["llama.cpp Q4_0", "llama.cpp Q8_0 flash"]
-LINEARS, HEAD, NORMS = 2 * (4 * 128 * 128 + 3 * 128 * 256), 128 * 1024, 5 * 128
+# How far rounding takes the logits of one layer and of two.
+DIFFERENCES = {
+    "transformers float32": (0, 1e-5),
+    "transformers bfloat16": (1e-3, 0.03),
+    "bitsandbytes nf4": (0.1, 0.4),
+    "bitsandbytes int8": (1e-3, 0.06),
+}
+LLAMA_CPP = {"llama.cpp Q4_0": (1e-3, 0.4), "llama.cpp Q8_0 flash": (1e-3, 0.06)}
+
+
+def cells_of(table: str, name: str, layers: str) -> dict[str, str]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return dict(zip(lines[0], next(line for line in lines if line[:2] == [name, layers]), strict=True))
+
+
+# -- All of it, in processes of their own ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, tiny_artifact: Artifact) -> Ran:
-    files = tmp_path_factory.mktemp("ran")
-    vision = "--vision", str(tiny_artifact.path)
-    with pytest.MonkeyPatch.context() as patch:
-        # The engines' files stay.
-        patch.setattr(measure.tempfile, "TemporaryDirectory", lambda **_: contextlib.nullcontext(files))
-        out = files / "peers.json"
-        return Ran(out, "--device", "cpu", *vision, "--engines", *MEASURED, *LLAMA_CPP)
-
-
-@pytest.fixture(scope="module")
-def troubled(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """One engine dies in a round, one computes something else, one is not installed, and no prefill is worth it."""
-    ask = process.Process.ask
-
-    def die_in_a_round(self: process.Process, what: str, **arguments: Any) -> dict[str, Any]:
-        is_round = what == "round" and arguments["num_new_tokens"] > 1
-        if is_round and self.about["computes_in"].startswith("bfloat16"):
-            self._process.send_signal(signal.SIGSEGV)
-        return ask(self, what, **arguments)
-
-    wrong = dataclasses.replace(SPEC["lite gptq-int4"], max_difference=0.01)
-    absent = dataclasses.replace(SPEC["llama.cpp Q8_0"], packages=("no-such-engine",))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process.Process, "ask", die_in_a_round)
-        patch.setattr(measure, "measured_bandwidth", lambda *_: 1e9)
-        patch.setattr("benchmarks.speed.peers.specs.SPECS", (REFERENCE, SPEC["tinygemm int4"], wrong, absent))
-        out = tmp_path_factory.mktemp("troubled") / "peers.json"
-        return Ran(out, "--limit-s", "1e-9", "--engines", "tinygemm int4", wrong.name, absent.name)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("ran") / "peers.json"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(measure, "Setting", functools.partial(Setting, shapes=SHAPES))
+        sizes = ["--layers", "1", "2", "--prompt-tokens", "24", "--new-tokens", "5", "--rounds", "2", "--threads", "1"]
+        engines = [*ONNX, *DIFFERENCES, *LLAMA_CPP]
+        assert main([*sizes, "--device", "cpu", "--engines", *engines, "--json", str(out)]) == 0
+    read: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return read
 
 
 @pytest.mark.full
-def test_engines_are_measured_or_have_a_reason(ran: Ran) -> None:
-    assert ran.status == 0
-    assert list(ran.rows) == [spec.name for spec in SPECS if spec.name in {*MEASURED, *LLAMA_CPP}]
-    assert [ran.rows[name]["why"] for name in MEASURED] == [None] * len(MEASURED)
-    for name in LLAMA_CPP:
-        assert PEERS_PYTHON.exists() or ran.rows[name]["why"].endswith("not installed: make peers")
-    vision = ran.sections["measured"]["vision_s"]
-    assert vision["count"] == 2
-    for name in MEASURED:
-        row, depth = ran.rows[name], "1" if name in ONNX else "0"
-        prefill = row["times"]["2"]["prefill"]
-        assert (row["time"]["count"], prefill["count"]) == (2 * 5, 2)
-        assert row["times"]["2"]["decode"] == row["time"]
-        assert row["times"][depth]["decode"]["p50"] > 0
-        assert row["bandwidth"] > 1e8
-        assert 3e7 < row["peak_bytes"] < 2e9
-        # One token was decoded before the five that are timed: the third of these attends over 24 + 1 + 3.
-        assert row["cache_bytes"] == 2 * 2 * 128 * 28 * (1 if "int8-cache" in name else 4)
-        assert row["end_to_end_s"] == pytest.approx(vision["p50"] + prefill["p50"] + 100 * row["time"]["p50"], rel=1e-4)
-        cells = ran.cells(name)
-        assert float(cells["end to end s"]) == pytest.approx(row["end_to_end_s"], rel=0.01)
-        assert float(cells["prefill tokens/s"].split()[0].replace(",", "")) == pytest.approx(
-            24 / prefill["p50"], rel=0.01
-        )
-
-
-@pytest.mark.full
-def test_our_onnx_engine_computes_what_the_reference_does(ran: Ran) -> None:
-    float32, int8 = (ran.rows[name] for name in ONNX)
-    for row in (float32, int8):
-        assert 0.1 < row["difference"] < 0.4
-        # Integers, a float32 scale for a block of 128; the head in 8 bits.
-        assert row["weight_bytes"] == LINEARS // 2 + HEAD + (LINEARS + HEAD) // 128 * 4 + 4 * NORMS
-        assert row["load_s"] > 0
-        # torch wrote the artifact in another process.
-        assert row["peak_bytes"] < 0.5 * ran.rows["lite dense"]["peak_bytes"]
-    assert float32["difference"] != int8["difference"] == pytest.approx(float32["difference"], rel=0.1)
-    assert [row["computes in"].rpartition(" ")[2] for row in (float32, int8)] == ["float32", "int8"]
-    assert ran.rows["lite dense"]["load_s"] is None
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="no build/peers-venv: make peers")
-def test_llama_cpp_reads_the_file_written_for_it(ran: Ran) -> None:
-    for name, most in zip(LLAMA_CPP, (0.4, 0.06), strict=True):
-        assert 1e-3 < ran.rows[name]["difference"] < most
-        assert "1" in ran.rows[name]["times"]
-    assert ran.rows["llama.cpp Q4_0"]["weight_bytes"] == LINEARS // 32 * 18 + HEAD // 32 * 34 + 4 * NORMS
-    assert list(ran.sections["ratios"]["measured"]) == ONNX
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------------------
-
-
-def test_what_goes_wrong_is_told_and_the_rest_goes_on(troubled: Ran) -> None:
-    assert troubled.status == 1
-    rows, table = troubled.rows, troubled.table
-    assert rows["tinygemm int4"]["why"].startswith("its process ended with signal 11")
-    assert rows["lite gptq-int4"]["why"].startswith("got logits that differ from those of lite dense by 0.")
-    assert [troubled.cells(name)["ms"] for name in ("tinygemm int4", "lite gptq-int4")] == ["WRONG", "WRONG"]
-    assert set(troubled.cells("lite gptq-int4").values()) == {"lite gptq-int4", "WRONG", "–"}
-    # What is not there is no failure.
-    assert (rows["llama.cpp Q8_0"]["why"], rows["llama.cpp Q8_0"]["is_wrong"]) == (
-        "no-such-engine not installed: make peers", False,
-    )  # fmt: skip
-    # A prefill beyond the limit is not waited for; the cache is as long as after one.
-    row = rows["lite dense"]
-    assert row["no_prefill"].startswith("slower than 1e-09 s, probe of 24 tokens: ")
-    assert row["time"]["count"] == 2 * measure.MIN_NEW_TOKENS
-    assert "¹ lite dense: prefill slower than 1e-09 s" in table
-    assert row["cache_bytes"] == 2 * 2 * 128 * 4 * 27
-
-
-def test_the_document_says_what_the_figures_depend_on(troubled: Ran) -> None:
-    document = troubled.document
-    assert document["setting"]["threads"] == 1
-    assert document["setting"]["model"]["shapes"]["hidden_size"] == 128
+def test_engines_compute_the_same_but_for_rounding_and_are_measured(document: dict[str, Any]) -> None:
+    rows, prefill = (
+        {(row["engine"], row["layers"]): row for row in document["sections"][what]["rows"]}
+        for what in ("decode", "prefill")
+    )
+    present = {**DIFFERENCES, **(LLAMA_CPP if PEERS_PYTHON.exists() else {})}
+    for name in {*LLAMA_CPP} - {*present}:
+        assert rows[name, "–"]["why"].endswith("not installed: make peers")
+    for name in (*ONNX, *present):
+        least, most = present.get(name, (0.1, 0.4))
+        for layers in ("1", "2"):
+            row = rows[name, layers]
+            assert row["why"] is None
+            assert least <= row["difference"] < most, name
+            assert (row["time"]["count"], prefill[name, layers]["time"]["count"]) == (2 * 5, 2)
+            assert (row["ratio"] is None) == (name == ONNX[0])
+            assert row["bandwidth"] > 1e8
+            assert 3e7 < row["peak_bytes"] < 2e9
+        assert rows[name, "1"]["weight_bytes"] < rows[name, "2"]["weight_bytes"]
+        assert rows[name, "~32"]["time"] or rows[name, "~32"]["why"].startswith("noise")
+    # Keys and values of a layer; one token was decoded before the five that are timed: the third of them sees 28.
+    assert rows[ONNX[0], "1"]["cache_bytes"] == 2 * 256 * 28 * 4
+    assert rows[ONNX[1], "2"]["cache_bytes"] == 2 * 2 * 256 * 28
+    # torch is not in the process.
+    assert rows[ONNX[0], "2"]["peak_bytes"] < 0.5 * rows["transformers float32", "2"]["peak_bytes"]
+    head, layer = 1200 * 256, 4 * 256**2 + 3 * 256 * 512
+    assert rows["transformers float32", "1"]["weight_bytes"] == 4 * (head + layer + 3 * 256)
+    assert document["setting"]["layers"] == [1, 2]
     assert {"torch", "onnxruntime"} <= document["versions"].keys()
-    assert document["command"].startswith("python -m benchmarks speed peers --widths 128")
-    assert f"- Command: `{document['command']}`." in troubled.table
-    assert "lite dense" in troubled.sections["modelled"]
     del document["command"]
     assert str(ROOT) not in json.dumps(document)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--widths", "100", "256", "2", "256"], "multiples of 128"),
-        (["--widths", "128", "256", "3", "256"], "multiples of 128"),
-        (["--prompt-tokens", "4090"], "at most 4096"),
-        (["--engines", "vllm"], "invalid choice: 'vllm'"),
-        (["--limit-s", "0"], "a number above 0"),
-    ],
-)
-def test_wrong_use_is_told_before_anything_runs(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="^2$"):
-        main(arguments)
-    assert said in capsys.readouterr().err
+@pytest.mark.full
+def test_ctrl_c_ends_the_workers() -> None:
+    code = f"""
+import functools, sys
+from benchmarks.speed.peers import main, measure
+from benchmarks.speed.weights import Shapes
+measure.Setting = functools.partial(measure.Setting, shapes={SHAPES!r})
+sys.exit(main(["--rounds", "100000", "--prompt-tokens", "8", "--engines", "{DENSE.name}"]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8") as started:
+        assert started.stderr is not None
+        assert any(line.startswith("measuring ") for line in started.stderr)
+        listed = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text(encoding="ascii")
+        workers = [int(child) for child in listed.split()]
+        assert workers
+        os.kill(started.pid, signal.SIGINT)
+        assert started.wait(timeout=300) == 130
+    deadline = time.monotonic() + 60  # one that was just being started ends as nobody writes to it any more
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_a_broken_tower_is_told_before_anything_is_measured(
-    own_artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = own_artifact / "vision.onnx"
-    file.write_bytes(file.read_bytes()[:-1])
-    monkeypatch.setattr(measure, "start_engine", lambda *_: pytest.fail("an engine was started"))
-    assert main([*QUICK, "--engines", REFERENCE.name, "--vision", str(own_artifact)]) == 1
-    said = capsys.readouterr().err
-    assert str(file) in said
-    assert "export the artifact again" in said
+# -- The loop, with workers in this process --------------------------------------------------------------------------
+
+
+class Here:
+    """A worker in this process, which is asked as one of its own is."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        order = json.loads(command[-1])
+        try:
+            self.worker = Worker(Order(**{**order, "folder": Path(order["folder"])}))
+        except NotHere as error:
+            raise Unavailable(str(error)) from error
+        self.about = json.loads(json.dumps(self.worker.about()))
+
+    def ask(self, what: str, *, limit_s: float | None = None, **arguments: Any) -> Any:  # noqa: ARG002 - as a process has it
+        if what == "bandwidth":
+            return {"bytes_per_s": 1e9}
+        return json.loads(json.dumps(getattr(self.worker, what)(**arguments)))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def setting(tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    """Of tiny artifacts, with our torch engine as the one that all take turns with."""
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr(measure, "Process", Here)
+    monkeypatch.setattr(measure, "ours", lambda _: GPTQ)
+    monkeypatch.setattr(measure, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(measure, "write_checkpoint", lambda out, **_: out.mkdir())
+
+    def export(checkpoint: Path, out: Path, *options: str) -> None:
+        write: Any = write_tiny_gptq_artifact if "gptq-int4" in options else write_tiny_artifact
+        changes = {"num_hidden_layers": int(checkpoint.name.removeprefix("checkpoint-"))}
+        write(out, tokenizer_model, **(changes if "gptq-int4" in options else {"llama_changes": changes}))
+
+    monkeypatch.setattr(measure, "export_checkpoint", export)
+    return Setting(
+        layers=(1, 2), num_prompt_tokens=24, num_new_tokens=5, rounds=2, threads=torch.get_num_threads(), limit_s=30,
+        device="cpu", shapes=Shapes(hidden_size=HIDDEN_SIZE, vocab_size=300),
+    )  # fmt: skip
+
+
+def test_what_goes_wrong_is_told_and_the_rest_goes_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine dies in a round, one computes something else, one is not installed, one takes too long."""
+
+    def named(name: str, spec: Spec = GPTQ, **changes: Any) -> Spec:
+        return dataclasses.replace(spec, name=name, **changes)
+
+    rounds: dict[str, int] = {}
+    turn = measure.Bench.turn
+
+    def troubled(bench: measure.Bench, process: Any) -> Any:
+        form = process.worker.engine.computes_in
+        rounds[form] = rounds.get(form, 0) + 1
+        if form == "dies" and rounds[form] == 4:  # two untimed, and the first timed
+            raise LiteError("its process ended with signal 11: it says nothing")
+        if form == "slow":
+            raise Unavailable("took longer than 30 s")
+        return turn(bench, process)
+
+    def start(bench: measure.Bench, spec: Spec, layers: int) -> Any:
+        process = real_start(bench, spec, layers)
+        if spec.name in ("dies", "slow"):
+            process.worker.engine.computes_in = spec.name
+        return process
+
+    real_start = measure.Bench.start
+    monkeypatch.setattr(measure.Bench, "start", start)
+    monkeypatch.setattr(measure.Bench, "turn", troubled)
+    absent = named("absent", packages=("no-such-engine",), install="make peers")
+    specs = [DENSE, GPTQ, named("dies"), named("slow"), named("wrong", max_difference=0.01), absent]
+    found = measure.measure(specs, setting)
+    measured, prefill = found["decode"], found["prefill"]
+    rows = {row.label: row for row in measured.rows}
+    timed = ["lite dense, 1", "lite dense, 2", "lite gptq-int4, 1", "lite gptq-int4, 2", "dies, 1"]
+    for report in found.values():
+        assert [row.label for row in report.rows if row.time and "~" not in row.label] == timed
+    assert rows["dies, 2"].why == "its process ended with signal 11: it says nothing"
+    assert str(rows["wrong, –"].why).startswith("got logits that differ from those of lite dense by 0.")
+    assert rows["absent, –"].why == "no-such-engine not installed: make peers"
+    assert rows["slow, –"].why == "took longer than 30 s"
+    # What is not there, or slow, is no failure.
+    assert [line.partition(":")[0] for line in measured.wrong] == ["dies, 2", "wrong, –"]
+    text = measured.markdown()
+    assert cells_of(text, "dies", "2")["ms"] == cells_of(text, "wrong", "–")["ms"] == "WRONG"
+    assert cells_of(text, "lite dense", "2")["logits off by"] == "0.0e+00"
+    assert " (" in cells_of(text, "lite dense", "2")["× lite gptq-int4"]
+    assert cells_of(text, "lite gptq-int4", "2")["× lite gptq-int4"] == "–"
+    assert cells_of(prefill.markdown(), "lite dense", "2")["tokens/s"] != "–"
+    row = rows["lite dense, 2"]
+    assert row.time is not None
+    assert row.time.count == 2 * 5
+    # 2 layers, keys and values of 2 heads of 16 in float32, and 28 tokens.
+    assert row.figures["cache_bytes"] == 2 * 2 * 32 * 28 * 4
+    assert [label for label in rows if "~" in label] == ["lite dense, ~32", "lite gptq-int4, ~32"]
+
+
+def test_our_engine_that_fails_stops_everything(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ours", lambda _: dataclasses.replace(GPTQ, packages=("no-such-engine",)))
+    with pytest.raises(LiteError, match="lite gptq-int4: no-such-engine not installed"):
+        measure.measure([DENSE], setting)
+
+
+def test_the_tokens_that_are_timed_are_the_most_probable(tmp_path: Path, tokenizer_model: bytes) -> None:
+    write_tiny_gptq_artifact(tmp_path / "int4", tokenizer_model)
+    order = {name: getattr(GPTQ, name) for name in ("module", "form", "packages", "install")}
+    process = Worker(
+        Order(**order, folder=tmp_path, vocab_size=300, max_seq_len=40, device="cpu", threads=torch.get_num_threads())
+    )
+    seen: list[list[int]] = []
+    logits: list[Any] = []
+    read = process.engine.read
+
+    def noted(input_ids: list[int]) -> Any:
+        seen.append(input_ids)
+        logits.append(read(input_ids).clone())
+        return logits[-1]
+
+    process.engine.read = noted  # type: ignore[method-assign]
+    taken = process.round(24, 3)
+    assert [len(taken[phase]) for phase in ("prefill", "decode")] == [1, 3]
+    assert [len(ids) for ids in seen] == [24, 1, 1, 1, 1]
+    assert [[int(values.argmax())] for values in logits[:-1]] == seen[1:]
+
+
+# -- What follows from the times -------------------------------------------------------------------------------------
+
+
+def test_32_layers_are_a_straight_line_of_each_round() -> None:
+    found = with_real_depth({1: [[0.03], [0.02, 0.03, 0.9]], 3: [[0.07], [0.09]]})
+    assert found[32] == [[pytest.approx(0.65)], [pytest.approx(0.03 + 31 * 0.03)]]
+    assert with_real_depth({1: [[0.9]], 3: [[0.1]]})[32] == "noise: give it more --layers"
+    assert 32 not in with_real_depth({1: [[0.9]], 3: "it has died"})
+    assert with_real_depth({1: [[0.9]], 32: [[1.0]]})[32] == [[1.0]], "measured"
+
+
+# -- Processes -------------------------------------------------------------------------------------------------------
+
+
+def shell(script: str, folder: Path) -> Process:
+    return Process(["sh", "-c", script], log=folder / "log.txt", threads=1)
+
+
+def test_a_process_that_dies_or_is_slow_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LiteError, match="its process ended with signal 11: a word"):
+        shell("echo a word >&2; kill -SEGV $$", tmp_path)
+    with contextlib.closing(shell("echo '{}'; read line; echo '{\"said\": 1}'; sleep 60", tmp_path)) as started:
+        assert started.ask("anything", limit_s=60) == {"said": 1}
+        with pytest.raises(Unavailable, match=r"took longer than 0\.01 s"):
+            started.ask("more", limit_s=0.01)
+
+
+def test_a_worker_says_what_it_cannot_do(tmp_path: Path) -> None:
+    order = {
+        "module": "lite",
+        "form": "onnx int8",
+        "install": "x",
+        "folder": str(tmp_path),
+        "max_seq_len": 8,
+        "vocab_size": 8,
+    }
+    order |= {"device": "cpu", "threads": 1}
+    for packages, error, said in (
+        (["no-such-engine"], Unavailable, "no-such-engine not installed: x"),
+        ([], LiteError, "ArtifactError: .*int4"),
+    ):
+        command = [sys.executable, "-m", "benchmarks.speed.peers.worker", json.dumps(order | {"packages": packages})]
+        with pytest.raises(error, match=said):
+            Process(command, log=tmp_path / "log.txt", threads=1)
 
 
 def test_whoever_ends_a_worker_ends_what_it_has_started(tmp_path: Path) -> None:
-    command = ["sh", "-c", 'sleep 60 & echo "{\\"child\\": $!}"; wait']
-    started = process.Process(command, name="a worker", threads=1, folder=tmp_path)
+    started = shell('sleep 60 & echo "{\\"child\\": $!}"; wait', tmp_path)
     status = Path(f"/proc/{started.about['child']}/status")
     assert status.exists()
     started.close()
@@ -260,36 +309,18 @@ def test_whoever_ends_a_worker_ends_what_it_has_started(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.full
-def test_ctrl_c_ends_the_workers() -> None:
-    command = [sys.executable, "-m", "benchmarks", "speed", "peers", *TINY, "--rounds", "100000"]
-    command += ["--engines", REFERENCE.name]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8") as started:
-        assert started.stderr is not None
-        assert any(line.startswith("round: ") for line in started.stderr)
-        listed = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text(encoding="ascii")
-        workers = [int(child) for child in listed.split()]
-        assert workers
-        os.kill(started.pid, signal.SIGINT)
-        assert started.wait(timeout=300) == 130
-    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
-
-
-def test_engines_share_rounds_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting, specs = tiny_setting(), [spec for spec in SPECS if spec.module == "lite_decoder"]
-    monkeypatch.setattr(measure, "free_memory", lambda _: 1e12)
-    assert groups(specs, setting) == [specs]
-    for_two = 3.1 * needed_bytes(REFERENCE, setting.model) / measure._MEMORY_SHARE
-    monkeypatch.setattr(measure, "free_memory", lambda _: for_two)
-    assert [len(group) for group in groups(specs, setting)] == [2, 1]
-    monkeypatch.setattr(measure, "free_memory", lambda _: 0.0)
-    assert groups(specs, setting) == [[spec] for spec in specs]
-
-
-def test_a_reference_that_fails_stops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> Runner:
-        raise LiteError("out of memory")
-
-    monkeypatch.setattr(measure, "Runner", fail)
-    with pytest.raises(LiteError, match="lite dense: out of memory"):
-        measure.measure([SPEC["tinygemm int4"]], tiny_setting())
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layers", "2", "2"], "one point gives no line"),
+        (["--prompt-tokens", "4090"], "at most 4096"),
+        (["--engines", "vllm"], "invalid choice: 'vllm'"),
+        (["--limit-s", "0"], "expected a whole number from 1"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_runs(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main(arguments)
+    assert said in capsys.readouterr().err

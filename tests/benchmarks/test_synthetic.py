@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-from collections import namedtuple
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +11,13 @@ import pytest
 import sentencepiece
 import torch
 from random_checkpoint import SMALL, load
-from repository import ROOT
 
 from benchmarks.phantom.findings import sample_study
 from benchmarks.phantom.report import write_findings
 from benchmarks.phantom.tokenizer import VOCAB_SIZE
 from benchmarks.speed import synthetic
 from benchmarks.speed.synthetic import main, write_checkpoint
-from benchmarks.speed.tokenizer import make_tokenizer, pseudo_words
-from benchmarks.speed.weights import Model
+from benchmarks.speed.tokenizer import make_tokenizer
 from export.source import forward
 from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import adapter_shapes, base_shapes
@@ -38,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAYERS = 6
-SHARD_BYTES = 2_500_000
 FIRST_WORD_ID = 259
 
 
@@ -46,7 +36,7 @@ FIRST_WORD_ID = 259
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint of small widths, with studies. Read only."""
     out = tmp_path_factory.mktemp("synthetic") / "out"
-    total = write_checkpoint(out, layers=LAYERS, seed=3, studies=2, shapes=SMALL, shard_bytes=SHARD_BYTES)
+    total = write_checkpoint(out, layers=LAYERS, studies=2, shapes=SMALL)
     assert total == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return out
 
@@ -65,6 +55,7 @@ def base_tensors(out: Path) -> dict[str, Tensor]:
 
 def test_the_exporter_finds_the_published_layout(written: Path, opened: Checkpoint) -> None:
     assert {path.name for path in written.iterdir()} == {"llava-rad-synthetic", "base", "studies"}
+    assert len(json.loads((written / "studies/studies.json").read_text())) == 2
     assert {path.name for path in (written / "llava-rad-synthetic").iterdir()} == {
         "config.json",
         "adapter_config.json",
@@ -95,26 +86,16 @@ def test_names_and_shapes_are_those_the_exporter_expects(opened: Checkpoint) -> 
 
 def test_shards_are_filled_in_order_and_stay_small(written: Path) -> None:
     index = json.loads((written / "base/pytorch_model.bin.index.json").read_text())
-    shards = sorted(path.name for path in (written / "base").glob("*.bin"))
-    count = len(shards)
-    assert count > 3
-    assert shards == [f"pytorch_model-{number:05d}-of-{count:05d}.bin" for number in range(1, count + 1)]
-    assert list(index["weight_map"]) == list(SMALL.tensors(LAYERS))
-    assert list(index["weight_map"].values()) == sorted(index["weight_map"].values())
-    sizes = {shard: sum(t.nbytes for t in load(written / "base" / shard).values()) for shard in shards}
-    assert max(sizes.values()) <= SHARD_BYTES
-    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    shards = {path.name: load(path) for path in sorted((written / "base").glob("*.bin"))}
+    assert [*shards] == [f"pytorch_model-{number:05d}-of-00005.bin" for number in range(1, 6)]
+    stored = {name: shard for shard, tensors in shards.items() for name in tensors}
+    assert list(stored.items()) == list(index["weight_map"].items())
+    assert list(stored) == list(SMALL.tensors(LAYERS))
+    assert max(map(len, shards.values())) == synthetic.SHARD_TENSORS
+    tensors = [tensor for shard in shards.values() for tensor in shard.values()]
+    assert sum(tensor.nbytes for tensor in tensors) == index["metadata"]["total_size"]
     # Some layer lies in two shards, as one of the published base does.
-    layers = {name.split(".")[2]: set[str]() for name in index["weight_map"] if "layers" in name}
-    for name, shard in index["weight_map"].items():
-        if "layers" in name:
-            layers[name.split(".")[2]].add(shard)
-    assert max(map(len, layers.values())) == 2
-
-
-def test_a_tensor_larger_than_a_shard_has_one_to_itself() -> None:
-    shapes: dict[str, tuple[int, ...]] = {"a": (2,), "big": (100,), "b": (2,), "c": (2,)}
-    assert synthetic.split_into_shards(shapes, 8) == [["a"], ["big"], ["b", "c"]]
+    assert len({shard for name, shard in stored.items() if name.startswith("model.layers.1.")}) == 2
 
 
 def test_hidden_states_and_logits_are_sane(opened: Checkpoint) -> None:
@@ -150,37 +131,24 @@ def test_the_adapter_is_a_noticeable_share_of_every_linear(opened: Checkpoint) -
 
 def test_no_matrix_repeats_or_has_low_rank(written: Path) -> None:
     tensors = base_tensors(written)
-    seen: set[float] = set()
-    for name, tensor in tensors.items():
-        start = tensor.flatten()[:64].float()
-        assert float(start.sum()) not in seen, name
-        seen.add(float(start.sum()))
+    assert len({float(tensor.flatten()[:64].float().sum()) for tensor in tensors.values()}) == len(tensors)
     # A Gaussian matrix of this form has singular values down to (1 - sqrt(256 / 688)) of its scale.
     for layer in range(LAYERS):
         singular = torch.linalg.svdvals(tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].float())
         assert float(singular[-1] / singular[0]) > 0.02
 
 
-def test_the_same_seed_writes_the_same_bytes_and_shallow_is_the_start_of_deep(tmp_path: Path, written: Path) -> None:
-    for name, layers, seed in (("again", LAYERS, 3), ("shallow", 2, 3), ("other", 2, 4)):
-        write_checkpoint(tmp_path / name, layers=layers, seed=seed, shapes=SMALL, shard_bytes=SHARD_BYTES)
+def test_it_is_written_again_byte_for_byte_and_shallow_is_the_start_of_deep(tmp_path: Path, written: Path) -> None:
+    for name, layers in (("again", LAYERS), ("shallow", 2)):
+        write_checkpoint(tmp_path / name, layers=layers, shapes=SMALL)
     for path in sorted((tmp_path / "again").rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (written / path.relative_to(tmp_path / "again")).read_bytes(), path.name
-    deep, shallow, other = (base_tensors(out) for out in (written, tmp_path / "shallow", tmp_path / "other"))
+    deep, shallow = base_tensors(written), base_tensors(tmp_path / "shallow")
     assert len(shallow) == 2 * 9 + 3
-    for name, tensor in shallow.items():
-        assert torch.equal(tensor, deep[name]), name
-        assert not torch.equal(tensor, other[name]), name
+    assert all(torch.equal(tensor, deep[name]) for name, tensor in shallow.items())
     adapters = [load(out / "llava-rad-synthetic/adapter_model.bin") for out in (tmp_path / "shallow", written)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
-
-
-def test_studies_have_the_form_of_the_evaluation_data(written: Path) -> None:
-    entries = json.loads((written / "studies/studies.json").read_text())
-    assert len(entries) == 2
-    assert all((written / "studies" / entry["image"]).is_file() for entry in entries)
-    assert all(entry["generate_method"] == "rule-based" for entry in entries)
 
 
 # -- The tokenizer ---------------------------------------------------------------------------------------------------
@@ -223,12 +191,8 @@ def test_pseudo_words_leave_english_alone(tokenizer_file: Path) -> None:
     assert small.get_piece_size() == VOCAB_SIZE
     text = "A chat between a curious user and an assistant. Large left pneumothorax, measuring 3.4 cm."
     assert large.encode(text) == small.encode(text)
-    words = list(pseudo_words())
-    assert len(words) == len(set(words)) == 85**3
-    last = large.id_to_piece(31999)
-    assert re.fullmatch("▁([bcdfghjklmnprstvz][aeiou]){3}", last)
     # Each is one piece and reads as a word of its own: a draft of them has spaces.
-    assert large.decode([31999, 31998]) == f"{last[1:]} {large.id_to_piece(31998)[1:]}"
+    assert large.decode([31999, 31998]) == f"w{32000 - VOCAB_SIZE} w{31999 - VOCAB_SIZE}"
 
 
 def test_a_vocabulary_without_room_for_what_was_learnt_is_refused() -> None:
@@ -239,102 +203,22 @@ def test_a_vocabulary_without_room_for_what_was_learnt_is_refused() -> None:
 # -- Whole or not at all ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
-def test_a_path_that_exists_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "out"
-    if kind == "file":
-        out.write_text("mine")
-    elif kind == "folder":
-        out.mkdir()
-    else:
-        out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(LiteError, match=r"got a path that exists · expected a new one · choose another"):
-        write_checkpoint(out, layers=1, shapes=SMALL)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_a_write_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(LiteError, match=r"a\.bin: got a write that failed \(Parent directory .*\) · expected room"):
+        synthetic._save({}, tmp_path / "nowhere" / "a.bin")
 
 
-@pytest.mark.parametrize("changes", [{"layers": 0}, {"layers": 33}, {"seed": -1}, {"studies": -1}])
-def test_numbers_out_of_range_are_refused(tmp_path: Path, changes: dict[str, int]) -> None:
-    with pytest.raises(LiteError, match=r"expected 1 to 32 layers and no negative numbers"):
-        write_checkpoint(tmp_path / "out", **{"layers": 1, "shapes": SMALL, **changes})  # type: ignore[arg-type]
-    assert not list(tmp_path.iterdir())
+def test_an_interrupt_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(folder: Path, *_: object, **__: object) -> None:
+        assert list(folder.rglob("*.json"))
+        raise KeyboardInterrupt
 
-
-def test_a_small_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda _: usage(20 << 30, 7 << 30, 13 << 30))
-    with pytest.raises(LiteError, match=r"got 13\.00 GiB free · expected at least 13\.3\d GiB") as caught:
-        write_checkpoint(tmp_path / "out", layers=32, studies=1000)
-    assert "fewer layers" in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_estimate_of_the_disk_is_no_less_than_what_is_written(written: Path) -> None:
-    total = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
-    estimate = synthetic.bytes_needed(Model(shapes=SMALL, num_layers=LAYERS), studies=2)
-    assert total < estimate < total + synthetic._TOWER_BYTES
-    # A tower of the real widths, in float32, and its projector in float16.
-    tower = 4 * 768 * (12 * (12 * 768 + 16) + 37**2 + 14 * 14 * 3 + 8) + 2 * (4096 * 768 + 4096 * 4096 + 2 * 4096)
-    assert tower + 10e6 < synthetic._TOWER_BYTES
-
-
-def run(code: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """Let the system refuse to grow any file beyond 3 MB, in a process of its own: like a disk that is full."""
-    resource = pytest.importorskip("resource")
-    assert resource.RLIMIT_FSIZE is not None
-    code = f"""
-import resource, sys
-from pathlib import Path
-from benchmarks.speed.synthetic import write_checkpoint
-from benchmarks.speed.weights import Shapes
-from lite.errors import LiteError
-resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
-try:
-    write_checkpoint(Path(sys.argv[1]), layers=6, shapes={SMALL!r})
-except LiteError as error:
-    print(error)
-"""
-    process = run(code, str(tmp_path / "out"))
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert re.search(r"pytorch_model-00001-of-00001\.bin: got a write that failed .* · expected room", printed), printed
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(LiteError, match=r"got an error from the system .* · check the disk"):
-        write_checkpoint(tmp_path / "file" / "out", layers=1, shapes=SMALL)
-
-
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    """Interrupt the real command once its temporary folder is there: it has seconds of work left."""
-    # Whoever runs the tests in the background has them ignore SIGINT, and the process would inherit that.
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from benchmarks.speed.synthetic import main; sys.exit(main())"
-    out = tmp_path / "out"
-    process = run(code, str(out), "--layers", "1")
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.*.partial/base/*.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert not out.exists()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130, errors
-    assert errors.splitlines()[-1].endswith("interrupted")
+    monkeypatch.setattr(synthetic, "Shapes", lambda: SMALL)
+    monkeypatch.setattr(synthetic, "_write_decoder", interrupted)
+    assert main([str(tmp_path / "out"), "--layers", "1"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("interrupted")
     assert not list(tmp_path.iterdir())
 
 
@@ -346,7 +230,7 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(
 ) -> None:
     monkeypatch.setattr(synthetic, "Shapes", lambda: SMALL)
     out = tmp_path / "a folder" / "out"
-    assert main([str(out), "--layers", "2", "--studies", "1", "--seed", "7"]) == 0
+    assert main([str(out), "--layers", "2", "--studies", "1"]) == 0
     printed = capsys.readouterr().out
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert f"{total:,} bytes: random weights in LLaVA-Rad's layout, 2 decoder layers of the published 32" in printed
@@ -354,10 +238,3 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(
     assert f"--verify-data '{out}/studies/studies.json'" in printed
     assert main([str(out), "--layers", "2"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {out}: got a path that exists")
-
-
-@pytest.mark.parametrize("layers", ["0", "33", "many"])
-def test_wrong_use_exits_with_2(tmp_path: Path, layers: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "out"), "--layers", layers])
-    assert caught.value.code == 2

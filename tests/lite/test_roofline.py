@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.v100 import DECODER, NUM_NEW_TOKENS, NUM_PROMPT_TOKENS, VISION, shapes
+from benchmarks.speed.gpu.memory import VISION
+from benchmarks.speed.weights import Shapes as Widths
 from export.source.forward import image_features
 from export.source.tower import TowerConfig
 from lite.artifact.open import Artifact
@@ -26,6 +27,7 @@ from lite.bench.cards import CARDS, V100_ENTRY, Card, Figure, read_reference_car
 from lite.bench.results import Row
 from lite.bench.roofline import (
     MODELLED_COLUMNS,
+    SHARE_OF_BANDWIDTH,
     decode_flop,
     modelled,
     modelled_cells,
@@ -44,6 +46,8 @@ from lite.memory.counts import cache_bytes_per_token, decode_weight_bytes, decod
 from lite.memory.plan import REASON_TOKENS, Shapes
 from lite.model import FindingsModel
 
+DECODER = DecoderConfig.from_hf(Widths().config(32))
+NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 1420, 100
 W4 = dataclasses.replace(DECODER, quantization=Quantization(format="gptq-int4", group_size=128))
 W8 = dataclasses.replace(DECODER, quantization=Quantization(format="gptq-int8", group_size=128))
 SMALL = dataclasses.replace(
@@ -56,6 +60,11 @@ SMALL = dataclasses.replace(
     head_dim=24,
     vocab_size=96,
 )
+
+
+def shapes() -> Shapes:
+    """The real model, all in float16: 86.58 M parameters of the tower less a block of 7.1 M, and the projector."""
+    return Shapes(config=DECODER, vision=VISION, vision_bytes=198_566_912)
 
 
 def num_linear_weights(config: DecoderConfig) -> int:
@@ -249,6 +258,19 @@ def test_the_table_marks_every_figure_and_shows_no_times_where_it_does_not_fit()
     assert rows[0][1:6] == ("–",) * 5
     assert rows[0][-2:] == ("~14.86 GiB", "no")
     assert rows[-1][2:5] == ("~338 ms", "~25.9 ms", "~38.6 tok/s")
+
+
+def test_modelled_figures_of_the_v100_are_those_of_the_roofline_and_the_others_are_published() -> None:
+    """Nobody here has a V100. Whoever has one writes measured figures into the file, and what they were taken with."""
+    entry, v100 = read_reference_card(V100_ENTRY), card("V100 16GB")
+    model, roof = (modelled(v100, shapes(), **STUDY, share_of_bandwidth=share) for share in (SHARE_OF_BANDWIDTH, 1.0))
+    expected = model.figures | {"decode_tokens_per_s_at_most": roof.figures["decode_tokens_per_s"]}
+    found = {name: figure for name, figure in entry.figures.items() if figure.kind == "modelled"}
+    assert len(found) == 7
+    for name, figure in found.items():
+        assert figure.value == pytest.approx(expected[name].value, rel=1e-5), name
+        assert figure.source == expected[name].source
+    assert {figure.unit for figure in entry.figures.values() if figure.kind == "published"} == {"fraction"}
 
 
 def test_an_entry_that_was_edited_wrongly_is_refused(tmp_path: Path) -> None:

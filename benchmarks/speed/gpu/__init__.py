@@ -2,12 +2,10 @@
 
 All 32 layers at Vicuna-7B's widths, the weights drawn on the GPU:
 
-    sections, the most important first, each with time of its own
-        decode       a token at 1,470 of context, ours beside other libraries' linears in the same decoder; and what
-                     an int8 cache gains and loses
+    sections, the most important first
+        decode       a token at 1,470 of context, ours beside other libraries' linears in the same decoder
         prefill      a prompt of 1,420 tokens beside cuBLAS alone at the same shapes
         memory       the plan of `lite.memory` beside what torch's allocator has held
-        few-sms      decode again on as many multiprocessors as a small card has
         batches      a session beside batches that wait for their longest text
         kernels      `benchmarks.speed.kernels`
 
@@ -18,42 +16,29 @@ On a CPU everything but the card's own features runs at small shapes: the tests 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from benchmarks.speed import kernels
-from benchmarks.speed.gpu import batches, decode, few_sms, memory, prefill
+from benchmarks.speed.gpu import batches, decode, memory, prefill
 from benchmarks.speed.gpu.rig import Rig, Setting
-from benchmarks.speed.harness import Record, Report, above_zero, kept_apart, run_main
+from benchmarks.speed.harness import Record, Report, kept_apart, run_main
 from lite.bench.table import to_json
 from lite.console import positive, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-LIMIT_S: Final = 480
-QUICK: Final = Setting(layers=4, rounds=2, new_tokens=8, scored_tokens=16, requests=10, text_tokens=(4, 16))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """Something to measure."""
-
-    title: str
-    measure: Callable[[Rig, Report], None]
-    share: float  # of the whole time, at most
-
-
-SECTIONS: Final = {
-    "decode": Section(title="Decoding", measure=decode.measure, share=0.45),
-    "prefill": Section(title="Prefill", measure=prefill.measure, share=0.15),
-    "memory": Section(title="Memory", measure=memory.measure, share=0.1),
-    "few-sms": Section(title="Few multiprocessors", measure=few_sms.measure, share=0.15),
-    "batches": Section(title="Batches", measure=batches.measure, share=0.2),
-    "kernels": Section(title="Kernels", measure=kernels.measure, share=1.0),
+QUICK: Final = Setting(layers=4, rounds=2, new_tokens=8, requests=10, text_tokens=(4, 16))
+SECTIONS: Final[dict[str, tuple[str, Callable[[Rig, Report], None]]]] = {
+    "decode": ("Decoding", decode.measure),
+    "prefill": ("Prefill", prefill.measure),
+    "memory": ("Memory", memory.measure),
+    "batches": ("Batches", batches.measure),
+    "kernels": ("Kernels", kernels.measure),
 }
 
 
@@ -69,18 +54,14 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="few layers, few rounds: only to see that it works")
-    add(
-        "--rows", type=positive, nargs="+", metavar="B", help="studies decoded together (default: 1 2 4 8; kernels 1 8)"
-    )
-    add("--limit-s", type=positive, default=LIMIT_S, metavar="S", help="no measurement begins later (%(default)s)")
+    rows = "studies decoded together (default: 1 2 4 8; kernels fewest and most)"
+    add("--rows", type=positive, nargs="+", metavar="B", help=rows)
     add("--json", type=Path, metavar="FILE", help="write everything there too, after each section")
-    parser.set_defaults(layers=None, few_sms=defaults.few_sms, memory_gb=12.0, skip=[], only=[only])
+    parser.set_defaults(layers=None, memory_gb=12, only=[only])
     if only is None:
         add("--layers", type=positive, metavar="N", help=f"decoder layers (default: {defaults.layers}, quick: 4)")
-        add("--memory-gb", type=above_zero, metavar="GB", help="limit of the memory section (default: %(default)g)")
-        add("--few-sms", type=positive, metavar="N", help="multiprocessors (default: %(default)s, an RTX 3060's)")
+        add("--memory-gb", type=positive, metavar="GB", help="limit of the memory section (%(default)s)")
         add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-        add("--skip", nargs="+", choices=SECTIONS, metavar="SECTION", help="not these")
         parser.set_defaults(only=list(SECTIONS))
     return parser
 
@@ -88,37 +69,18 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
 def setting_of(arguments: argparse.Namespace) -> Setting:
     """Return what the arguments ask for."""
     base = QUICK if arguments.quick else Setting()
-    rows = tuple(sorted(set(arguments.rows or ())))
-    return replace(
-        base,
-        layers=arguments.layers or base.layers,
-        rows=rows or base.rows,
-        kernel_rows=rows or base.kernel_rows,
-        few_sms=arguments.few_sms,
-        memory_bytes=round(arguments.memory_gb * 1e9),
-    )
+    rows = tuple(sorted(set(arguments.rows or base.rows)))
+    return replace(base, layers=arguments.layers or base.layers, rows=rows, memory_bytes=arguments.memory_gb * 10**9)
 
 
-def measure_sections(rig: Rig, names: Sequence[str], limit_s: float, record: Record) -> None:
-    """Measure section after section, whatever becomes of each.
-
-    Args:
-        rig: the device.
-        names: of SECTIONS, in order.
-        limit_s: of all of them; none has more than its share.
-        record: gets each report.
-    """
-    end = rig.now() + limit_s
+def measure_sections(rig: Rig, names: Sequence[str], record: Record) -> None:
+    """Measure section after section, whatever becomes of each."""
     for name in names:
-        section, report = SECTIONS[name], Report(title=SECTIONS[name].title)
-        began = rig.now()
-        rig.deadline = min(end, began + section.share * limit_s)
-        say(f"{section.title} …")
+        title, measure = SECTIONS[name]
+        report = Report(title=title)
+        say(f"{title} …")
         with kept_apart(report):
-            if began >= end:
-                report.why = "the time was up"
-            else:
-                section.measure(rig, report)
+            measure(rig, report)
         rig.tidy()
         record.add(name, report)
 
@@ -139,8 +101,7 @@ def run(arguments: argparse.Namespace, record: Record) -> int:
         f"Kernels on {selection.reason}. Streaming read: {bandwidth / 1e9:,.0f} GB/s.",
         card=selection.reason, bandwidth_bytes_per_s=bandwidth, setting=to_json(setting),
     )  # fmt: skip
-    wanted = [name for name in SECTIONS if name in arguments.only and name not in arguments.skip]
-    measure_sections(rig, wanted, arguments.limit_s, record)
+    measure_sections(rig, [name for name in SECTIONS if name in arguments.only], record)
     return record.end()
 
 

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.speed.decoders import part_of
-from benchmarks.speed.engine import Drafting, random_prompt
-from benchmarks.speed.harness import LATE, Row
+from benchmarks.speed.engine import draft, new_session, random_prompt
+from benchmarks.speed.harness import Row
 from lite.eval.figures import quantiles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from benchmarks.speed.gpu.rig import Rig
     from benchmarks.speed.harness import Report
     from lite.artifact.parts import CacheDtype
@@ -40,32 +38,22 @@ def measure(rig: Rig, report: Report) -> None:
     for cache_dtype in cache_dtypes:
         decoder = part_of(rig.decoder(), cache_dtype=cache_dtype, capture=rig.capture)
         decoder.chunk_size = max(setting.chunk_sizes)
-        with contextlib.closing(
-            Drafting(decoder, prompt, num_rows=size, longest=longest, max_queue=len(lengths))
-        ) as drafting:
+        session = new_session(decoder, prompt, num_rows=size, longest=longest, max_queue=len(lengths))
+        with contextlib.closing(session):
             # Compiles; and as the last rows end first, every number of rows is decoded and captured once.
-            drafting.draft([3 * (size - row) for row in range(size)])
+            draft(session, prompt, [3 * (size - row) for row in range(size)])
             for batching, groups in {"continuous": [lengths], "static": waiting}.items():
-                row = Row(names={"batching": batching, "cache": cache_dtype or "float16"})
+                started = time.perf_counter()
+                for group in groups:
+                    draft(session, prompt, group)
+                seconds, tokens, studies = time.perf_counter() - started, sum(lengths), len(lengths)
+                row = Row(names={"batching": batching, "cache": cache_dtype or "float16"}, time=quantiles([seconds]))
+                row.figures |= {"rows": session.loop.num_rows, "tokens": tokens, "studies": studies}
+                row.cells |= {
+                    "rows": str(session.loop.num_rows),  # fewer where memory was short
+                    "tokens/s": f"{tokens / seconds:,.0f}",
+                    "studies/min": f"{60 * studies / seconds:,.0f}",
+                }
                 report.add(row)
-                if rig.is_late():
-                    row.why = LATE
-                else:
-                    _measure(row, drafting, groups)
-        del decoder
+        del decoder, session
         rig.tidy()
-
-
-def _measure(row: Row, drafting: Drafting, groups: Sequence[Sequence[int]]) -> None:
-    started = time.perf_counter()
-    for group in groups:
-        drafting.draft(group)
-    seconds = time.perf_counter() - started
-    tokens, studies = sum(map(sum, groups)), sum(map(len, groups))
-    row.time = quantiles([seconds])
-    row.figures |= {"rows": drafting.num_rows, "tokens": tokens, "studies": studies}
-    row.cells |= {
-        "rows": str(drafting.num_rows),  # fewer where memory was short
-        "tokens/s": f"{tokens / seconds:,.0f}",
-        "studies/min": f"{60 * studies / seconds:,.0f}",
-    }

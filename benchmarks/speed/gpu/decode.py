@@ -1,32 +1,28 @@
-"""A decoded token: ours and other libraries' linears in the same decoder, taking turns.
+"""A decoded token: ours and other libraries' linears in the same decoder, each taking turns with our int4.
 
 First each is right: the logits behind a prompt and behind one decoded token, of the first layers, beside those of plain
 float32; of ours also 16 tokens at full depth, with CUDA graphs and without. Then each in turn goes back to the end of
-the context and decodes as a session does: a step ahead of the host, which reads every token. As many take turns with
-our int4 as fit into memory together.
+the context and decodes as a session does: a step ahead of the host, which reads every token.
 
 Bytes are what a token has to read: every linear once, and the keys and values that each row sees.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import torch
 
-from benchmarks.speed.decoders import part_of, plain_logits, random_decoder, swapped, transformers_engine
-from benchmarks.speed.engine import far, greedy, random_prompt, score
-from benchmarks.speed.gpu.lanes import Lane, TransformersRows, cache_of, lane_of, row_of, time_lanes
-from benchmarks.speed.harness import LATE, NONE, Row, Unavailable, reason
+from benchmarks.speed.decoders import part_of, plain_logits, random_decoder, swapped, weight_bytes
+from benchmarks.speed.engine import WARM_UP, Rows, far, greedy, random_prompt
+from benchmarks.speed.harness import NONE, Row, Unavailable, in_turns, reason
 from benchmarks.speed.linears import PEERS
 from lite.errors import MemoryBudgetError
-from lite.eval.divergence import compare_logits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from benchmarks.speed.gpu.rig import Rig
     from benchmarks.speed.harness import Report
@@ -44,52 +40,32 @@ some ten places a layer. An int8 cache rounds to 7 bits. 4 bits: a peer rounds o
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """A way to run a decoder."""
-
-    cache_dtype: CacheDtype | None = None
-    captured: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A decoder to be made, and the ways to run it."""
+    """A decoder to be made, and the caches to run it with."""
 
     name: str
     make: Callable[[Rig], LlamaDecoder]
-    variants: tuple[Variant, ...] = (Variant(),)
+    cache_dtypes: tuple[CacheDtype | None, ...] = (None,)
     allowed: str = "16 bits"
     ours: bool = False
 
 
-OURS: Final = (
-    Variant(),
-    Variant(cache_dtype="int8"),
-    Variant(captured=False),
-    Variant(cache_dtype="int8", captured=False),
-)
-REFERENCE: Final = Model(name="lite int4", make=lambda rig: rig.decoder(), variants=OURS, ours=True)
+OURS: Final[tuple[CacheDtype | None, ...]] = (None, "int8")
+REFERENCE: Final = Model(name="lite int4", make=lambda rig: rig.decoder(), cache_dtypes=OURS, ours=True)
 DENSE: Final = "fp16, cuBLAS"
 
 
 def _peer(name: str) -> Model:
     def make(rig: Rig) -> LlamaDecoder:
         linear, dtype = PEERS[name]
-        decoder = swapped(rig.decoder(), linear, dtype if rig.on_gpu else torch.float32)
-        decoder.capture = rig.capture
-        return decoder
+        return swapped(rig.decoder(), linear, dtype if rig.on_gpu else torch.float32)
 
     return Model(name=name, make=make, allowed="16 bits" if name == DENSE else "4 bits")
 
 
 MODELS: Final = (
     REFERENCE,
-    Model(
-        name="lite int8",
-        make=lambda rig: random_decoder(rig.config(8), rig.device, capture=rig.capture),
-        variants=OURS,
-        ours=True,
-    ),
+    Model(name="lite int8", make=lambda rig: random_decoder(rig.config(8), rig.device), cache_dtypes=OURS, ours=True),
     *map(_peer, PEERS),
 )
 
@@ -99,30 +75,26 @@ def measure(rig: Rig, report: Report) -> None:
     bandwidth = report.figures["bandwidth_bytes_per_s"] = rig.measured_bandwidth()
     report.notes.append(
         f"Bandwidth of a streaming read just before: {bandwidth / 1e9:,.0f} GB/s. Context: {rig.setting.context} "
-        f"tokens. Random weights, {rig.setting.layers} layers. Our int4 takes turns with each of the others that fit "
-        "beside it. launched: without CUDA graphs. Mean KL: what an int8 cache loses along a text; attention is "
-        "flatter than a trained model's, so that is no measure of the real loss."
+        f"tokens. Random weights, {rig.setting.layers} layers."
     )
     for one in MODELS:
-        first = row_of(one.name, NONE, min(rig.setting.rows))
-        if rig.is_late():
-            first.why = LATE
-            report.add(first)
-            continue
         try:
-            for row in _measure_model(rig, one, bandwidth):
+            for row in _measure_model(rig, one):
+                row.bandwidth = bandwidth
                 report.add(row, ours=one.ours)
-        except (Unavailable, MemoryBudgetError, torch.OutOfMemoryError) as error:
-            first.why = reason(error)
-            report.add(first)
         except Exception as error:  # noqa: BLE001 - whatever is raised is why it is not measured
-            first.why, first.is_wrong = reason(error), True
-            report.add(first, ours=one.ours)
+            is_wrong = not isinstance(error, (Unavailable, MemoryBudgetError, torch.OutOfMemoryError))
+            row = Row(names=_names(one.name, NONE, min(rig.setting.rows)), why=reason(error), is_wrong=is_wrong)
+            report.add(row, ours=one.ours)
         rig.tidy()
 
 
-def _measure_model(rig: Rig, one: Model, bandwidth: float) -> Iterator[Row]:
-    """Make a model, and measure it at each number of rows; what it holds is free when this ends."""
+def _names(name: str, cache: str, num_rows: int) -> dict[str, str]:
+    return {"engine": name, "cache": cache, "rows": str(num_rows)}
+
+
+def _measure_model(rig: Rig, one: Model) -> Iterator[Row]:
+    """Make a model, check and measure each way to run it; what it holds is free when this ends."""
     rig.decoder()
     try:
         decoder = one.make(rig)
@@ -131,83 +103,84 @@ def _measure_model(rig: Rig, one: Model, bandwidth: float) -> Iterator[Row]:
             raise
         rig.forget_decoder()  # the two do not fit together
         decoder = one.make(rig)
-    dtypes = dict.fromkeys(variant.cache_dtype for variant in one.variants)
-    checks = {cache_dtype: _check(rig, one, decoder, cache_dtype) for cache_dtype in dtypes}
-    lost = _int8_loss(rig, decoder) if one is REFERENCE else {}
-    for num_rows in sorted(rig.setting.rows):
-        rows: dict[str, Row] = {}
-        lanes: dict[str, Callable[[], Lane]] = {}
-        for variant in one.variants:
-            if not variant.captured and num_rows > 1:
-                continue
-            name = one.name if variant.captured else f"{one.name}, launched"
-            difference, problem = checks[variant.cache_dtype]
-            row = row_of(name, cache_of(decoder, variant.cache_dtype), num_rows)
-            row.figures["difference"] = difference
-            if variant.cache_dtype == "int8" and lost:
-                row.figures |= lost
-                row.cells["mean KL, nats"] = f"{lost['mean_kl']:.2g}"
+    for cache_dtype in one.cache_dtypes:
+        difference, problem = _check(rig, one, decoder, cache_dtype)
+        cache = cache_dtype or str(decoder.dtype).removeprefix("torch.")
+        for num_rows in sorted(rig.setting.rows):
+            row = Row(names=_names(one.name, cache, num_rows), figures={"difference": difference})
             if problem is not None:
                 row.why, row.is_wrong = problem, True
-                yield row
-                continue
-            rows[row.label] = row
-            lanes[row.label] = functools.partial(_lane, rig, decoder, variant, num_rows)
-        yield from _measure_rows(rig, rows, lanes, num_rows, bandwidth)
-    if one.name == DENSE and 1 in rig.setting.rows and not rig.is_late():
-        yield _measure_transformers(rig, decoder, bandwidth)
+            else:
+                _time(rig, row, decoder, cache_dtype, num_rows)
+            yield row
+            rig.tidy()
 
 
-def _lane(rig: Rig, decoder: LlamaDecoder, variant: Variant, num_rows: int) -> Lane:
-    capture = rig.capture if variant.captured else None
-    return lane_of(rig, part_of(decoder, cache_dtype=variant.cache_dtype, capture=capture), num_rows)
+# -- Taking turns ----------------------------------------------------------------------------------------------------
 
 
-def _measure_rows(
-    rig: Rig, rows: Mapping[str, Row], lanes: Mapping[str, Callable[[], Lane]], num_rows: int, bandwidth: float
-) -> Iterator[Row]:
-    """Measure the lanes of one model, in groups that fit into memory, beside our int4 where that fits, too."""
-    pending = list(lanes)
-    reference = ""
-    if rig.has_decoder:
-        reference = row_of(REFERENCE.name, cache_of(rig.decoder(), None), num_rows).label
-    while pending:
-        made: dict[str, Lane] = {}
-        if rig.has_decoder and reference not in pending:
-            _try_to_make(made, reference, functools.partial(_lane, rig, rig.decoder(), Variant(), num_rows))
-        for key in pending:
-            if rig.is_late():
-                rows[key].why = LATE
-            elif (why := _try_to_make(made, key, lanes[key])) is not None:
-                if set(made) & set(pending):
-                    break  # in the next group
-                made.clear()  # without our int4, then
-                rig.tidy()
-                if (why := _try_to_make(made, key, lanes[key])) is not None:
-                    rows[key].why = why
-        done = [key for key in pending if key in made or rows[key].why is not None]
-        time_lanes(rig, made, {key: rows[key] for key in done if key in made}, bandwidth, reference)
-        yield from (rows[key] for key in done)
-        pending = [key for key in pending if key not in done]
-        made.clear()
-        rig.tidy()
+class Lane:
+    """Rows of a decoder that go back to the end of the context, again and again."""
+
+    def __init__(self, rig: Rig, source: LlamaDecoder, cache_dtype: CacheDtype | None, num_rows: int) -> None:
+        """Read a prompt for each row, compile and capture.
+
+        Raises:
+            MemoryBudgetError: it does not fit.
+        """
+        setting = self.setting = rig.setting
+        decoder = part_of(source, cache_dtype=cache_dtype, capture=rig.capture)
+        self.rows = Rows(decoder, num_rows, setting.context + max(setting.new_tokens + 1, WARM_UP))
+        prompt = random_prompt(decoder.config, setting.context, rig.device)
+        for row in range(num_rows):
+            self.rows.read(prompt, row)
+        self.rows.rewind(setting.context)
+        self.rows.warm_up(setting.context)
+        self.is_captured = rig.capture is not None and self.rows.problem is None
+        self.clock = rig.clock
+        self.weight_bytes = weight_bytes(decoder)
+        # What the median of the timed tokens sees: the context, one that was not timed, half of the others.
+        seen = setting.context + 1 + (setting.new_tokens + 1) // 2
+        self.cache_bytes = round(num_rows * seen * self.rows.bytes_per_token)
+
+    def turn(self) -> list[float]:
+        """Time some tokens."""
+        self.rows.rewind(self.setting.context)
+        self.rows.decode()  # untimed: the first after something else
+        self.rows.wait()
+        clock = self.clock()
+        clock.mark()
+        for _ in range(self.setting.new_tokens):
+            self.rows.decode()
+            clock.mark()
+            self.rows.wait(for_all=False)
+        self.rows.wait()
+        return clock.seconds()
 
 
-def _try_to_make(made: dict[str, Lane], key: str, make: Callable[[], Lane]) -> str | None:
-    """Make a lane; return why it does not fit, if so."""
+def _time(rig: Rig, row: Row, decoder: LlamaDecoder, cache_dtype: CacheDtype | None, num_rows: int) -> None:
+    """Time rows in turns with as many of our int4, if both fit."""
     try:
-        made[key] = make()
+        own = Lane(rig, decoder, cache_dtype, num_rows)
     except MemoryBudgetError as error:
-        return str(error)
-    return None
+        row.why = str(error)
+        return
+    turns = {"own": own.turn}
+    if rig.has_decoder and not (decoder is rig.decoder() and cache_dtype is None):
+        with contextlib.suppress(MemoryBudgetError):  # alone, then
+            turns["int4"] = Lane(rig, rig.decoder(), None, num_rows).turn
+    found = in_turns(turns, rig.setting.rounds)
+    row.against, row.nbytes = REFERENCE.name, own.weight_bytes + own.cache_bytes
+    row.took(found["own"], found.get("int4", ""))
+    row.figures |= {"weight_bytes": own.weight_bytes, "cache_bytes": own.cache_bytes, "graph": own.is_captured}
+    if own.rows.problem is not None:
+        row.why, row.is_wrong = f"timed without a CUDA graph: {own.rows.problem}", True
 
 
 # -- Right first -----------------------------------------------------------------------------------------------------
 
 
-def _check(
-    rig: Rig, one: Model, decoder: LlamaDecoder, cache_dtype: CacheDtype | None
-) -> tuple[float, str | None]:  # fmt: skip
+def _check(rig: Rig, one: Model, decoder: LlamaDecoder, cache_dtype: CacheDtype | None) -> tuple[float, str | None]:
     """Compare the logits of the first layers with what they should be; for ours also captured with launched steps.
 
     Returns:
@@ -222,15 +195,6 @@ def _check(
     if not found <= allowed:
         return found, f"its logits differ from plain float32's by {found:.2g} of their size, more than {allowed:g}"
     return found, check_graphs(rig, decoder, cache_dtype) if one.ours and rig.capture is not None else None
-
-
-def _int8_loss(rig: Rig, decoder: LlamaDecoder) -> dict[str, float]:
-    """Say what an int8 cache loses along a text, greedy with the float cache."""
-    prompt = random_prompt(decoder.config, rig.setting.prompt_tokens, rig.device)
-    exact, rounded = part_of(decoder), part_of(decoder, cache_dtype="int8")
-    token_ids, _ = greedy(exact, prompt, rig.setting.scored_tokens)
-    divergence = compare_logits(score(exact, prompt, token_ids), score(rounded, prompt, token_ids), token_ids)
-    return {"mean_kl": float(np.mean(divergence.kl)), "same_top": float(np.mean(divergence.same_top))}
 
 
 def expected_logits(decoder: LlamaDecoder) -> tuple[list[int], torch.Tensor]:
@@ -258,29 +222,3 @@ def check_graphs(rig: Rig, decoder: LlamaDecoder, cache_dtype: CacheDtype | None
         return None
     first = next(i for i, pair in enumerate(zip(*found, strict=True)) if pair[0] != pair[1])
     return f"captured steps decode other tokens than launched ones, from token {first} on"
-
-
-# -- transformers ----------------------------------------------------------------------------------------------------
-
-
-def _measure_transformers(rig: Rig, decoder: LlamaDecoder, bandwidth: float) -> Row:
-    """Let transformers compute the weights of the dense decoder."""
-    setting, row = rig.setting, row_of("transformers fp16", "float16", 1)
-    try:
-        length = max(setting.context + setting.new_tokens + 2, CHECKED_TOKENS)
-        engine = transformers_engine(decoder, max_seq_len=length)
-        input_ids, expected = expected_logits(rig.decoder())
-        engine.start(min(CHECKED_LAYERS, setting.layers))
-        got = torch.stack([engine.read(input_ids[:-1]), engine.read(input_ids[-1:])])
-        expected = expected.to(got.device)
-        difference = row.figures["difference"] = float((got - expected).norm() / expected.norm())
-        if not difference <= ALLOWED["16 bits"]:
-            row.why, row.is_wrong = f"its logits differ by {difference:.2g}: it is not timed", True
-            return row
-        rows = TransformersRows(engine, setting.layers)
-        lane = Lane(rows=rows, weight_bytes=engine.weight_bytes, clock=rig.clock)
-        reference = _lane(rig, rig.decoder(), Variant(), 1)
-        time_lanes(rig, {"lite": reference, "theirs": lane}, {"theirs": row}, bandwidth, "lite")
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises is why it is not measured
-        row.why = reason(error)
-    return row

@@ -14,7 +14,7 @@ import torch
 from benchmarks.speed.decoders import part_of
 from benchmarks.speed.engine import Rows, random_prompt
 from benchmarks.speed.harness import NONE
-from benchmarks.speed.v100 import VISION
+from lite.artifact.parts import TowerShape, VisionPart
 from lite.errors import MemoryBudgetError
 from lite.memory.plan import Shapes, Workload, plan_memory
 
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from lite.artifact.parts import CacheDtype
     from lite.memory.plan import MemoryPlan
 
+VISION: Final = VisionPart(
+    format="fp16",
+    image_size=518,
+    num_image_tokens=1369,
+    hidden_size=4096,
+    # Features are those of the 11th of 12 blocks: the last is never run.
+    tower=TowerShape(hidden_size=768, intermediate_size=3072, num_hidden_layers=11, num_attention_heads=12),
+)
+"""BiomedCLIP-CXR, a ViT-B/14 at 518 pixels."""
 _ROWS: Final = (1, 8)
 _NEW_TOKENS: Final = 100
 _DECODED: Final = 4

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
-import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -34,16 +32,13 @@ class Setting:
     context: int = 1470  # tokens that a decoded one sees
     prompt_tokens: int = 1420
     rows: Sequence[int] = (1, 2, 4, 8)
-    kernel_rows: Sequence[int] = (1, 8)
     rounds: int = 5
     new_tokens: int = 32  # timed in a round
     checked_tokens: int = 16  # decoded with and without CUDA graphs
-    scored_tokens: int = 64
     chunk_sizes: Sequence[int] = (2048, 512)
     requests: int = 24
     batch_size: int = 8
     text_tokens: tuple[int, int] = (40, 160)  # of the shortest and the longest text of a batch
-    few_sms: int = 28
     memory_bytes: int = 12_000_000_000
 
 
@@ -56,9 +51,6 @@ class Rig:
     clock: Callable[[], Clock] = lambda: Clock(on_gpu=True)
     capture: Capture | None = None
     bandwidth: Callable[[str], float] = streaming_read_bandwidth
-    now: Callable[[], float] = time.monotonic
-    deadline: float = math.inf
-    kept: list[Any] = field(default_factory=list)  # alive until the end
     _decoder: LlamaDecoder | None = None
 
     @classmethod
@@ -78,7 +70,7 @@ class Rig:
     def decoder(self) -> LlamaDecoder:
         """Return the int4 decoder, which is made once if nobody forgets it."""
         if self._decoder is None:
-            self._decoder = random_decoder(self.config(4), self.device, capture=self.capture)
+            self._decoder = random_decoder(self.config(4), self.device)
         return self._decoder
 
     @property
@@ -90,10 +82,6 @@ class Rig:
         """Let go of it: something larger needs the memory."""
         self._decoder = None
         self.tidy()
-
-    def is_late(self) -> bool:
-        """Say whether the section's time is up."""
-        return self.now() >= self.deadline
 
     def measured_bandwidth(self) -> float:
         """Return the bytes per second of a streaming read, now."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from benchmarks.speed.peers.engine import Engine
+from benchmarks.speed.peers.worker import Engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,29 +18,43 @@ if TYPE_CHECKING:
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def quantization(form: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `BitsAndBytesConfig` takes; nothing for a form that is not bitsandbytes'."""
+    nf4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return {"nf4": nf4 | {"bnb_4bit_compute_dtype": dtype}, "int8": {"load_in_8bit": True}}.get(form, {})
+
+
 class TransformersEngine(Engine):
     """`LlamaForCausalLM` and `StaticCache`."""
 
-    fills = True
+    def __init__(self, order: Order) -> None:
+        """Open the decoder of our artifact in 16 bits, as a user does."""
+        from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-    def __init__(self, model: Any, *, max_seq_len: int, computes_in: str) -> None:  # noqa: ANN401 - a peer's model
-        self.model = model
-        self.layers = model.model.layers
-        self.max_seq_len = max_seq_len
-        self.computes_in = computes_in
-        config, itemsize = model.config, model.model.embed_tokens.weight.element_size()
+        dtype = DTYPES.get(order.form, torch.float32 if order.device == "cpu" else torch.float16)
+        make_config: Any = BitsAndBytesConfig
+        wanted = quantization(order.form, dtype)
+        loaded: Any = LlamaForCausalLM.from_pretrained(
+            order.folder / "dense" / "decoder",
+            dtype=dtype,
+            device_map={"": order.device},
+            attn_implementation="sdpa",
+            **({"quantization_config": make_config(**wanted)} if wanted else {}),
+        )
+        self.model, self.max_seq_len = loaded.eval(), order.max_seq_len
+        name = str(dtype).removeprefix("torch.")
+        self.computes_in = f"int8, rest {name}" if order.form == "int8" else name
+        config, itemsize = self.model.config, self.model.model.embed_tokens.weight.element_size()
         vector = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
         self.cache_bytes_per_token = 2 * config.num_hidden_layers * vector * itemsize
         # Magnitudes and tables of quantised linears are in the state dict as well.
-        state = model.state_dict()
+        state = self.model.state_dict()
         self.weight_bytes = sum(tensor.nbytes for name, tensor in state.items() if "embed_tokens" not in name)
 
-    def start(self, num_layers: int) -> None:
-        """Keep the first layers, make a new cache."""
+    def reset(self) -> None:
+        """Make a new cache."""
         from transformers import StaticCache
 
-        self.model.model.layers = self.layers[:num_layers]
-        self.model.config.num_hidden_layers = num_layers
         self.cache = StaticCache(config=self.model.config, max_cache_len=self.max_seq_len)
         self.position = 0
 
@@ -60,49 +74,10 @@ class TransformersEngine(Engine):
         logits: Tensor = done.logits[0, -1].float()
         return logits
 
-    @torch.inference_mode()
-    def fill(self, num_tokens: int) -> None:
-        """Draw keys and values. The cache makes its tensors when the first token comes: so one comes."""
-        self.read([0])
-        self.position = num_tokens
-        layers: Any = self.cache.layers
-        for layer in layers:
-            layer.keys[:, :, :num_tokens].normal_()
-            layer.values[:, :, :num_tokens].normal_()
-            layer.cumulative_length.fill_(num_tokens)
-
 
 def build(order: Order) -> TransformersEngine:
-    """Load a Llama as a user does, but for the weights, which come from memory."""
+    """Load a decoder, without a word and without the network."""
     torch.set_num_threads(order.threads)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    dtype = DTYPES.get(order.form, torch.float32 if order.device == "cpu" else torch.float16)
-    quantization: dict[str, dict[str, Any]] = {
-        "nf4": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-        },
-        "int8": {"load_in_8bit": True},
-    }
-    make_config: Any = BitsAndBytesConfig
-    options = {"quantization_config": make_config(**quantization[order.form])} if order.form in quantization else {}
-    loaded: Any = LlamaForCausalLM.from_pretrained(
-        None,
-        config=LlamaConfig(**order.model.config),
-        state_dict={name: torch.from_numpy(values) for name, values in order.model.tensors()},
-        dtype=dtype,
-        device_map={"": order.device},
-        attn_implementation="sdpa",
-        **options,
-    )
-    computes_in = str(dtype).removeprefix("torch.")
-    return TransformersEngine(
-        loaded.eval(),
-        max_seq_len=order.max_seq_len,
-        computes_in=f"int8, rest {computes_in}" if order.form == "int8" else computes_in,
-    )
+    return TransformersEngine(order)

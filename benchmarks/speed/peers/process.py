@@ -1,44 +1,40 @@
-"""The processes of the engines and of the tower, and what they are asked for."""
+"""The processes of the engines, and what they are asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
-import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.speed.harness import Unavailable
 from benchmarks.speed.peers.specs import ROOT
-from lite.errors import BackendUnavailable, LiteError
+from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_BANDWIDTH: Final = """\
-import sys
-from lite.bench.machine import streaming_read_bandwidth
-print(streaming_read_bandwidth(sys.argv[1]))
-"""
-
 
 class Process:
     """A worker."""
 
-    def __init__(self, command: Sequence[str], *, name: str, threads: int, folder: Path) -> None:
+    def __init__(self, command: Sequence[str], *, log: Path, threads: int) -> None:
         """Start it, and wait until it has loaded what it runs.
 
         Raises:
-            BackendUnavailable: it cannot run here.
+            Unavailable: it cannot run here.
             LiteError: it failed.
         """
-        self._said = (folder / f"{name}.txt").open("w+", encoding="utf-8", errors="replace")
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        self._said = log.open("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(threads),
+            env={**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -52,16 +48,19 @@ class Process:
             self.close()
             raise
 
-    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+    def ask(self, what: str, *, limit_s: float | None = None, **arguments: Any) -> dict[str, Any]:
         """Have something done, and wait for it.
 
         Raises:
+            Unavailable: it takes longer than the limit; the process is no more of use.
             LiteError: the engine failed, or its process died.
         """
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
                 self._process.stdin.flush()
+        if self._process.stdout is not None and not select.select([self._process.stdout], [], [], limit_s)[0]:
+            raise Unavailable(f"took longer than {limit_s:g} s")
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -70,10 +69,11 @@ class Process:
             code = self._process.wait()
             ended = f"signal {-code}" if code < 0 else f"exit status {code}"
             self._said.seek(0)
-            raise LiteError(f"its process ended with {ended}: {last_line(self._said.read())}")
+            said = self._said.read().strip().splitlines() or ["it says nothing"]
+            raise LiteError(f"its process ended with {ended}: {said[-1].strip()}")
         answer: dict[str, Any] = json.loads(line)
         if "unavailable" in answer:
-            raise BackendUnavailable(answer["unavailable"])
+            raise Unavailable(answer["unavailable"])
         if "error" in answer:
             raise LiteError(answer["error"])
         return answer
@@ -87,29 +87,3 @@ class Process:
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-
-
-def last_line(text: str) -> str:
-    """Return the last thing that a process said."""
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "it says nothing"
-
-
-def measured_bandwidth(device: str, threads: int) -> float:
-    """Measure a streaming read with as many threads as the engines have, in a process of its own.
-
-    Raises:
-        LiteError: it failed.
-    """
-    command = [sys.executable, "-c", _BANDWIDTH, device]
-    done = subprocess.run(
-        command, cwd=ROOT, env=_environment(threads), capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        raise LiteError(f"the memory's bandwidth: {last_line(done.stderr)}")
-    return float(done.stdout)
-
-
-def _environment(threads: int) -> dict[str, str]:
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""The process of one engine: `python -m benchmarks.speed.peers.worker ORDER`, started by `measure`.
+"""The process of one engine: `python -m benchmarks.speed.peers.worker ORDER`, started by `process`.
 
 The order is a JSON object, the argument. After that each line on stdin asks for something, and each line on stdout
 answers, both JSON objects. An answer with "unavailable" or "error" is the last.
@@ -18,13 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.speed.peers.engine import NotHere
-from benchmarks.speed.weights import Model
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from benchmarks.speed.peers.engine import Engine
+    from collections.abc import Iterator, Sequence
 
 CHECK_PROMPT: Final = 16
 CHECK_TOKENS: Final = 8
@@ -35,6 +30,33 @@ _STATUS: Final = Path("/proc/self/status")
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 
 
+class NotHere(Exception):  # noqa: N818 - the name says what happened; "Error" would add nothing
+    """An engine that this machine cannot run; the message says why, in a few words.
+
+    Not a `LiteError`: the peers' environment does not have all that `lite` imports.
+    """
+
+
+class Engine:
+    """One model in one form, with a cache for one sequence."""
+
+    computes_in: str
+    weight_bytes: int  # read for each token: linears, norms and head, but no embedding table
+    cache_bytes_per_token: int
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        raise NotImplementedError
+
+    def read(self, input_ids: list[int]) -> Any:  # noqa: ANN401 - see Returns
+        """Append tokens to the cache: a prompt to an empty one, else a single token.
+
+        Returns:
+            The logits of the next, [vocab_size], in any array that has `argmax` and `tolist`.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What a worker is to run."""
@@ -43,16 +65,11 @@ class Order:
     form: str
     packages: Sequence[str]
     install: str
-    model: Model
+    folder: Path  # of the artifacts at one depth, `dense` and `int4`, and of files that workers share
+    vocab_size: int
     max_seq_len: int  # tokens that a cache has to hold
     device: str
     threads: int
-    folder: Path  # for files, which all workers share
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Order:
-        """Read an order."""
-        return cls(**{**content, "model": Model.from_json(content["model"]), "folder": Path(content["folder"])})
 
 
 class Worker:
@@ -67,47 +84,64 @@ class Worker:
         self.versions = {package: _version(package) for package in order.packages}
         if missing := [package for package, version in self.versions.items() if version is None]:
             raise NotHere(f"{' and '.join(missing)} not installed: {order.install}")
-        self.model = order.model
-        self.on_gpu = order.device != "cpu"
+        self.device, self.vocab_size = order.device, order.vocab_size
         self.engine: Engine = importlib.import_module(f"benchmarks.speed.peers.{order.module}").build(order)
-        self.counts_peak = _forget_peak(on_gpu=self.on_gpu)
+        self.counts_peak = self._forget_peak()
 
     def about(self) -> dict[str, Any]:
         """Say what was loaded."""
-        names = ("computes_in", "weight_bytes", "cache_bytes_per_token", "fewest_layers", "fills", "last_token_only")
-        return {"versions": self.versions, **{name: getattr(self.engine, name) for name in (*names, "load_s")}}
+        names = ("computes_in", "weight_bytes", "cache_bytes_per_token")
+        return {"versions": self.versions, **{name: getattr(self.engine, name) for name in names}}
 
-    def check(self, file: str) -> dict[str, Any]:
-        """Write the logits after a prompt and after each of some tokens, [1 + CHECK_TOKENS, vocab_size]."""
-        ids = self.model.token_ids(CHECK_PROMPT + CHECK_TOKENS)
-        self.engine.start(self.model.num_layers)
+    def check(self) -> dict[str, Any]:
+        """Return the logits after a prompt and after each of some tokens, [1 + CHECK_TOKENS, vocab_size]."""
+        ids = self._token_ids(CHECK_PROMPT + CHECK_TOKENS)
+        self.engine.reset()
         logits = [self.engine.read(ids[:CHECK_PROMPT]).tolist()]
         logits += [self.engine.read([token_id]).tolist() for token_id in ids[CHECK_PROMPT:]]
-        np.save(file, np.array(logits, dtype=np.float32))
-        return {}
+        return {"logits": logits}
 
-    def round(self, num_layers: int, num_prompt_tokens: int, num_new_tokens: int, *, prefill: bool) -> dict[str, Any]:
-        """Time a prefill, or fill the cache instead; then time tokens, one by one."""
-        engine = self.engine
-        engine.start(num_layers)
-        prefill_s = None
-        if prefill:
-            ids = self.model.token_ids(num_prompt_tokens)
-            prefill_s = _seconds(lambda: engine.first_token(ids))
-        else:
-            engine.fill(num_prompt_tokens)
-        engine.next_token()  # untimed: the first after something else
-        return {"prefill_s": prefill_s, "decode_s": [_seconds(engine.next_token) for _ in range(num_new_tokens)]}
+    def bandwidth(self) -> dict[str, Any]:
+        """Measure a streaming read."""
+        from lite.bench.machine import streaming_read_bandwidth
+
+        return {"bytes_per_s": streaming_read_bandwidth(self.device)}
+
+    def round(self, num_prompt_tokens: int, num_new_tokens: int) -> dict[str, Any]:
+        """Time a prompt, then tokens, one by one: the most probable ones, so that the host waits for each."""
+        self.engine.reset()
+        newest = self._token_ids(num_prompt_tokens)
+        seconds = []
+        for _ in range(2 + num_new_tokens):  # the first after the prompt does not count
+            started = time.perf_counter()
+            newest = [int(self.engine.read(newest).argmax())]
+            seconds.append(time.perf_counter() - started)
+        return {"prefill": seconds[:1], "decode": seconds[2:]}
 
     def peak(self) -> dict[str, Any]:
         """Say how much memory it has held since it was loaded, if that can be told from what loading took."""
-        return {"bytes": _peak_bytes(on_gpu=self.on_gpu) if self.counts_peak else None}
+        if not self.counts_peak:
+            return {"bytes": None}
+        if self.device != "cpu":
+            return {"bytes": sys.modules["torch"].cuda.max_memory_allocated()}
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+        return {"bytes": next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))}
 
+    def _token_ids(self, count: int) -> list[int]:
+        drawn: list[int] = np.random.default_rng(0).integers(self.vocab_size, size=count).tolist()
+        return drawn
 
-def _seconds(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    def _forget_peak(self) -> bool:
+        """Begin to count anew, as loading takes more than running; say whether it worked."""
+        if self.device != "cpu":
+            if (torch := sys.modules.get("torch")) is not None:
+                torch.cuda.reset_peak_memory_stats()
+            return torch is not None
+        try:
+            _CLEAR_REFS.write_text("5", encoding="ascii")
+        except OSError:
+            return False
+        return True
 
 
 def _version(package: str) -> str | None:
@@ -117,43 +151,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _forget_peak(*, on_gpu: bool) -> bool:
-    """Begin to count anew, as drawing and rounding weights took more than running them does; say whether it worked."""
-    if on_gpu:
-        if (torch := sys.modules.get("torch")) is not None:
-            torch.cuda.reset_peak_memory_stats()
-        return torch is not None
-    try:
-        _CLEAR_REFS.write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_bytes(*, on_gpu: bool) -> int:
-    """Return the peak of torch's allocator on a GPU, else that of the resident memory."""
-    if on_gpu:
-        peak: int = sys.modules["torch"].cuda.max_memory_allocated()
-        return peak
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-
-
-def _answers(load: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+def _answers(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Load, then do what is asked for, as long as something is."""
-    worker = load()
+    worker = Worker(Order(**{**order, "folder": Path(order["folder"])}))
     yield worker.about()
     for line in sys.stdin:
         asked = json.loads(line)
         yield getattr(worker, asked.pop("do"))(**asked)
 
 
-def serve(load: Callable[[], Any]) -> int:
-    """Serve until stdin ends; return the exit status.
-
-    Args:
-        load: makes what has the methods that are asked for, and `about`.
-    """
+def main() -> int:
+    """Serve until stdin ends; return the exit status."""
     # Libraries print: what goes to stdout is the answers alone.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -163,7 +171,7 @@ def serve(load: Callable[[], Any]) -> int:
         answers.flush()
 
     try:
-        for found in _answers(load):
+        for found in _answers(json.loads(sys.argv[1])):
             answer(found)
     except NotHere as reason:
         answer({"unavailable": str(reason)})
@@ -175,4 +183,5 @@ def serve(load: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(lambda: Worker(Order.from_json(json.loads(sys.argv[1])))))
+    # As engines import it: NotHere is one class then.
+    sys.exit(importlib.import_module("benchmarks.speed.peers.worker").main())
