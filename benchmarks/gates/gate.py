@@ -222,7 +222,8 @@ def plan_error(model: lite.FindingsModel, findings: Sequence[lite.Findings]) -> 
     """Return by how much the memory plan misses what decoder and cache took for a batch, as a fraction of that."""
     plan = model.plan.with_rows(findings[0].timings.batch_size)
     decoder: Any = model.decoder
-    return (plan.decoder_bytes + plan.cache_bytes) / (decoder.nbytes + findings[0].memory.cache_bytes) - 1.0
+    held = int(decoder.nbytes) + findings[0].memory.cache_bytes
+    return (plan.decoder_bytes + plan.cache_bytes) / held - 1.0
 
 
 def measure(subjects: Sequence[str], artifacts: Path | None) -> dict[str, Value]:
