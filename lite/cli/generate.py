@@ -63,6 +63,7 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
                 query=arguments.query,
                 max_new_tokens=arguments.max_new_tokens,
                 rendering=arguments.rendering,
+                any_film=arguments.any_film,
             )
             _print_heading(image, arguments)
             _print_pieces(stream)
@@ -71,6 +72,7 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
             status = EXIT_FAILED
             continue
         if (findings := stream.findings) is not None:
+            notes.film(image, findings)
             notes.cut(findings)
             notes.fallbacks(findings)
     return status
@@ -95,6 +97,7 @@ def _print_texts(model: FindingsModel, arguments: argparse.Namespace) -> int:
             continue
         _print_heading(study.id, arguments)
         print_line(result.text)
+        notes.film(study.id, result)
         notes.cut(result)
         notes.fallbacks(result)
     return status
@@ -104,11 +107,13 @@ def _print_json(model: FindingsModel, arguments: argparse.Namespace) -> int:
     """Print one JSON object per film."""
     from lite.studies.results import Result
 
-    status = 0
+    status, notes = 0, Notes()
     for study, result in _results(model, arguments):
         if isinstance(result, LiteError):
             report(study.id, result)
             status = EXIT_FAILED
+        else:
+            notes.film(study.id, result)
         print_line(Result.of(study, result).to_json())
     return status
 
@@ -124,6 +129,7 @@ def _results(model: FindingsModel, arguments: argparse.Namespace) -> Iterator[tu
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         rendering=arguments.rendering,
+        any_film=arguments.any_film,
     )
     for study, result in zip(studies, results, strict=True):
         yield study, result.error if isinstance(result, StudyError) else result

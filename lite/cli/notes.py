@@ -25,6 +25,11 @@ class Notes:
                 self._said.add(fallback)
                 say(f"note: {fallback}")
 
+    def film(self, image: str, findings: Findings) -> None:
+        """Say what was noted of a film."""
+        for remark in findings.film.remarks if findings.film else ():
+            say(f"note: {image}: {remark}")
+
     def cut(self, findings: Findings) -> None:
         """Say that a text is not whole."""
         if findings.finish_reason == "length":
