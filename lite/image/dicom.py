@@ -19,10 +19,11 @@ from PIL import Image
 from lite.errors import BackendUnavailable
 from lite.image.film import FilmInfo, LoadedImage, Rendering
 from lite.image.header import body_part_of, directions, orientation_of, text_of, turn_of, view_of
+from lite.image.layout import Layout, read_layout
 from lite.image.levels import count_levels
 from lite.image.rendering import FORMATS_TEXT, decoding, grey_of, refusal, render
 from lite.image.rules import check_header, check_values
-from lite.image.stored import DICOM_EXTRA, Layout, read_layout, stored_values
+from lite.image.stored import DICOM_EXTRA, stored_values
 from lite.image.voi import render_voi
 
 if TYPE_CHECKING:

@@ -37,10 +37,10 @@ from lite.errors import ImageError
 from lite.image.deep import is_deep_colour, read_deep_colour
 from lite.image.dicom import is_dicom, load_dicom
 from lite.image.film import FilmInfo, LoadedImage, Rendering
+from lite.image.layout import check_density
 from lite.image.levels import count_levels
 from lite.image.rendering import FORMATS_TEXT, MAX_PIXELS, check_size, check_stored, decoding, grey_of, refusal, render
 from lite.image.rules import check_values
-from lite.image.stored import check_density
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
