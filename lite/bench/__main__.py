@@ -237,7 +237,10 @@ def _studies(arguments: argparse.Namespace) -> tuple[Sequence[Study], str]:
             raise LiteError(msg)
         say(f"no --data: taking the demo's films, {_DEMO_STUDIES.parent}")
         path = _DEMO_STUDIES
-    studies = read_studies(path, image_folder=arguments.image_folder)[: arguments.limit]
+    listed = read_studies(path, image_folder=arguments.image_folder)
+    if listed.remark:
+        say(f"note: {listed.remark}")
+    studies = listed[: arguments.limit]
     check_films(studies, path, every=False)
     return studies, str(path)
 

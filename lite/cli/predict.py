@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             say(f"{len(journal.done)} results are in {arguments.out}; the same command goes on there")
             raise
+    if listed.remark:
+        say(f"note: {listed.remark}")
     print_line(f"{len(studies) - failed} predictions in {arguments.out}, {failed} skipped")
     return EXIT_FAILED if failed else 0
 
