@@ -192,8 +192,10 @@ class FindingsModel:
         Raises:
             LiteError: batch_size or max_new_tokens is no count, or `studies` is one study and not several.
         """
-        one = str | bytes | bytearray | memoryview | os.PathLike | np.ndarray | Image.Image | Study
-        if isinstance(studies, one) or hasattr(studies, "read") or hasattr(studies, "PixelData"):
+        file_or_dataset = hasattr(studies, "read") or hasattr(studies, "PixelData")
+        if file_or_dataset or isinstance(
+            studies, str | bytes | bytearray | memoryview | os.PathLike | np.ndarray | Image.Image | Study
+        ):
             msg = f"got one study (a {type(studies).__name__}) · expected several · wrap it in a list: [study]"
             raise LiteError(msg)
         check_count("batch_size", batch_size, "1 runs the studies one by one")
