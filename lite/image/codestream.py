@@ -1,20 +1,14 @@
-"""What a compressed film says of itself, and what its decoder says while it reads it."""
+"""What a compressed film says of itself."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import struct
-import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from lite.image.rendering import refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pydicom.uid import UID
 
     from lite.image.layout import Layout
@@ -22,11 +16,6 @@ if TYPE_CHECKING:
 RLE: Final = "1.2.840.10008.1.2.5"
 _JPEG_LS: Final = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 _JPEG_2000: Final = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 92, 93, 201, 202, 203))
-# What libjpeg and OpenJPEG print on stderr, and nothing else does; what may lie behind a whole scan is no damage.
-_COMPLAINT: Final = re.compile(
-    r"Corrupt JPEG|Premature end|Bogus|Huffman|[Mm]arker|JPEG library|[Tt]ile|[Ss]tream|openjpeg"
-)
-_HARMLESS: Final = re.compile(r"extraneous bytes before marker 0xd9")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,36 +87,3 @@ def check_codestream(data: bytes, layout: Layout, syntax: UID, name: str) -> Cod
         expected = f"the header's BitsAllocated {layout.allocated}, PixelRepresentation {int(layout.signed)}"
         raise refusal(name, got, expected, again)
     return stream
-
-
-@contextlib.contextmanager
-def decoder_heard() -> Iterator[list[str]]:
-    """Catch what decoders print on stderr; the list holds their complaints in the end.
-
-    They go on with damaged data, and say so only there. Lines of other threads are handed on, but where the decoder
-    gave up: what it printed is dropped with it.
-    """
-    complaints: list[str] = []
-    gave_up = False
-    try:
-        stderr = os.dup(2)
-    except OSError:  # a process without one
-        yield complaints
-        return
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield complaints
-        except Exception:
-            gave_up = True
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            caught.seek(0)
-            for line in caught.read().splitlines(keepends=True):
-                text = line.decode("utf-8", "replace").strip()
-                if not gave_up and not _COMPLAINT.search(text):
-                    os.write(2, line)
-                elif not _HARMLESS.search(text):
-                    complaints.append(text)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import struct
-import threading
-import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +17,7 @@ from lite.image.film import FilmInfo, LoadedImage, Rendering
 from lite.image.header import body_part_of, directions, orientation_of, text_of, turn_of, view_of
 from lite.image.layout import Layout, read_layout
 from lite.image.levels import count_levels
+from lite.image.quiet import quietly
 from lite.image.rendering import FORMATS_TEXT, decoding, grey_of, refusal, render
 from lite.image.rules import check_header, check_values
 from lite.image.stored import DICOM_EXTRA, stored_values
@@ -35,7 +32,6 @@ _MAX_INFLATED: Final = 256 * 1024**2
 _GREY: Final = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR: Final = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _VRS: Final = "AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST TM UI UL UN US UT UV"
-_ALONE: Final = threading.Lock()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,8 +71,11 @@ def load_dicom(source: bytes | Dataset, name: str, rendering: Rendering, *, any_
         msg = f"{name}: got a DICOM file and no pydicom · expected pydicom · {DICOM_EXTRA}"
         raise BackendUnavailable(msg) from error
     with decoding(name, "a whole DICOM file"):
-        with _quietly():
+        with quietly() as complaints:
             film = _read_film(source, name, rendering, any_film=any_film)
+        if complaints:
+            got = f"damaged pixel data ({complaints[0]})"
+            raise refusal(name, got, "a whole film", "copy or export it again")
         if film.picture is not None:
             picture = Image.fromarray(film.picture).convert("RGB")
         else:
@@ -84,14 +83,6 @@ def load_dicom(source: bytes | Dataset, name: str, rendering: Rendering, *, any_
             picture, film.rendering = render(film.values, rendering, name, monochrome1=inverted)
         info = FilmInfo(format="DICOM", **film.info, remarks=tuple(film.remarks))
         return LoadedImage(image=picture, rendering=film.rendering, film=info)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep pydicom's warnings to itself: what matters of them is a rule here. Filters belong to the whole process."""
-    with _ALONE, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _read_film(source: bytes | Dataset, name: str, rendering: Rendering, *, any_film: bool) -> _Film:

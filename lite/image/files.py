@@ -39,6 +39,7 @@ from lite.image.dicom import is_dicom, load_dicom
 from lite.image.film import FilmInfo, LoadedImage, Rendering
 from lite.image.layout import check_density
 from lite.image.levels import count_levels
+from lite.image.quiet import quietly
 from lite.image.rendering import FORMATS_TEXT, MAX_PIXELS, check_size, check_stored, decoding, grey_of, refusal, render
 from lite.image.rules import check_values
 
@@ -90,7 +91,8 @@ def load_image(source: ImageSource, *, rendering: Rendering = "mimic-cxr-jpg", a
         return load_dicom(data, name, rendering, any_film=any_film)
     with decoding(name, "a whole image"):
         try:
-            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+            with quietly():
+                picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
             do = "check that the file is an image; an image of another kind must be converted first"
             raise refusal(name, "a file that is no image, or one without pixels", FORMATS_TEXT, do) from None
@@ -171,19 +173,17 @@ class _Loader:
         check_size(name, picture.width, picture.height)
         if num_bytes is not None:
             check_density(name, picture.width * picture.height, num_bytes)
-        # A camera's MPO keeps a preview as a second picture; in every other format pages are images in their own right.
-        if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-            got = f"{getattr(picture, 'n_frames', 1)} frames"
-            raise refusal(name, got, "one film", "save the frame you mean as a file of its own")
-        image_format = picture.format or "image"
-        cut_to_8_bits = is_deep_colour(picture)
-        if cut_to_8_bits and (deep := read_deep_colour(picture)) is not None:
-            return self._deep(deep, name, image_format)
+        image_format, cut_to_8_bits = picture.format or "image", is_deep_colour(picture)
         white_is_zero = _is_white_zero_tiff(picture)
-        picture.load()
-        upright = ImageOps.exif_transpose(picture)
+        with quietly() as complaints:
+            _check_pages(picture, name)
+            deep = read_deep_colour(picture) if cut_to_8_bits else None
+            upright = picture if deep is not None else ImageOps.exif_transpose(picture)
+        remarks = [f"its decoder says: {complaints[0]}"] if complaints else []
+        if deep is not None:
+            return self._deep(deep, name, image_format, remarks)
         if upright.mode.startswith("I") or upright.mode == "F":
-            return self._stored(np.asarray(upright), name, image_format, monochrome1=white_is_zero)
+            return self._stored(np.asarray(upright), name, image_format, remarks, monochrome1=white_is_zero)
         used = "as-is"
         if upright.has_transparency_data:
             rgba = upright.convert("RGBA")
@@ -193,14 +193,14 @@ class _Loader:
             upright = rgba.convert("RGB")
         if cut_to_8_bits:
             used += ", 16-bit colour cut to 8"
-        return self._picture(upright, name, image_format, used)
+        return self._picture(upright, name, image_format, used, remarks)
 
-    def _deep(self, samples: NDArray[np.uint16], name: str, image_format: str) -> LoadedImage:
+    def _deep(self, samples: NDArray[np.uint16], name: str, image_format: str, remarks: Sequence[str]) -> LoadedImage:
         """Take colours of 16 bits for stored values; what is transparent is left out of the scale, and black."""
-        *colours, alpha = (
-            np.moveaxis(samples, 2, 0) if samples.shape[2] in (2, 4) else (*np.moveaxis(samples, 2, 0), None)
-        )
-        values, remarks = grey_of(np.stack(colours, axis=2)) if len(colours) == 3 else (colours[0], [])
+        num_channels = samples.shape[2]
+        values, made_grey = grey_of(samples[:, :, :3]) if num_channels > 2 else (samples[:, :, 0], [])
+        remarks = [*remarks, *made_grey]
+        alpha = samples[:, :, -1] if num_channels in (2, 4) else None
         if alpha is not None and (clear := alpha < 1 << 15).any():
             values = values.copy()
             values[clear] = 0 if clear.all() else values[~clear].min()
@@ -223,11 +223,20 @@ class _Loader:
         film = FilmInfo(format=image_format, grey_levels=levels.num_levels, remarks=remarks)
         return LoadedImage(image=picture, rendering=used, film=film)
 
-    def _picture(self, picture: Image.Image, name: str, image_format: str, used: str = "as-is") -> LoadedImage:
+    def _picture(
+        self, picture: Image.Image, name: str, image_format: str, used: str = "as-is", remarks: Sequence[str] = ()
+    ) -> LoadedImage:
         levels = count_levels(np.asarray(picture.convert("L")))
-        remarks = check_values(levels, name, any_film=self.any_film, stored=False)
-        film = FilmInfo(format=image_format, grey_levels=levels.num_levels, remarks=tuple(remarks))
+        remarks = (*remarks, *check_values(levels, name, any_film=self.any_film, stored=False))
+        film = FilmInfo(format=image_format, grey_levels=levels.num_levels, remarks=remarks)
         return LoadedImage(image=picture.convert("RGB"), rendering=used, film=film)
+
+
+def _check_pages(picture: Image.Image, name: str) -> None:
+    # A camera's MPO keeps a preview as a second picture; in every other format pages are images in their own right.
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+        got = f"{getattr(picture, 'n_frames', 1)} frames"
+        raise refusal(name, got, "one film", "save the frame you mean as a file of its own")
 
 
 def _is_white_zero_tiff(picture: Image.Image) -> bool:

@@ -320,11 +320,12 @@ def test_a_second_page_is_refused_but_not_the_preview_of_a_camera() -> None:
     assert load_image(preview).size == (8, 8)
 
 
-def test_damaged_files_raise_nothing_but_image_errors() -> None:
+def test_damaged_files_raise_nothing_but_image_errors_and_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(3)
     picture = Image.fromarray(noise((24, 24)))
-    for image_format in ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000"):
-        whole = saved(picture, image_format)
+    packed = {f"TIFF {kind}": {"compression": kind} for kind in ("tiff_lzw", "jpeg", "packbits")}
+    for image_format in ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000", *packed):
+        whole = saved(picture, image_format.split()[0], **packed.get(image_format, {}))
         for _ in range(60):
             damaged = bytearray(whole[: int(rng.integers(1, len(whole) + 1))])
             for position in rng.integers(0, len(damaged), 4):
@@ -333,6 +334,15 @@ def test_damaged_files_raise_nothing_but_image_errors() -> None:
                 load_image(bytes(damaged))
             except ImageError as error:
                 assert " · expected " in str(error)  # noqa: PT017 - either outcome is right, nothing else is
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_decoder_complains_of_is_noted() -> None:
+    data = bytearray(saved(Image.fromarray(noise((24, 24))), "TIFF", compression="jpeg"))
+    scan = data.index(b"\xff\xda")
+    data[scan + 90 : scan + 92] = b"\xff\xb1"
+    loaded = load_image(bytes(data))
+    assert loaded.film.remarks[0].startswith("its decoder says: ")
 
 
 @pytest.mark.parametrize("source", [None, 3, ["film.png"], object()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from PIL import Image
 
 from lite.errors import ImageError
 from lite.image.files import load_image
+from lite.image.quiet import quietly
 from lite.image.rendering import mimic_cxr_jpg
 
 STORED = film()
@@ -184,6 +186,25 @@ def test_a_cut_or_empty_codestream_is_named_and_nothing_else_is_said(
             load_image(data)
         assert "Error" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("syntax", [JPEG_EXTENDED, JPEG_LOSSLESS])
+def test_a_damaged_scan_that_its_decoder_goes_on_with_is_refused(
+    syntax: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    frame = gdcm_frame(dicom(STORED, BitsStored=12 if syntax == JPEG_EXTENDED else 16), syntax)
+    damaged = frame[:-300] + b"\xff\xd9"
+    with pytest.raises(ImageError, match=r"damaged pixel data \(Corrupt JPEG data"):
+        load_image(dicom(STORED, syntax=syntax, encapsulated=damaged))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_lines_on_stderr_are_handed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    with quietly() as complaints:
+        os.write(2, b"a line of another thread\nCorrupt JPEG data: bad Huffman code\n")
+        os.write(2, b"Corrupt JPEG data: 3 extraneous bytes before marker 0xd9\n")
+    assert complaints == ["Corrupt JPEG data: bad Huffman code"]
+    assert capfd.readouterr().err == "a line of another thread\n"
 
 
 def test_a_film_that_its_file_cannot_hold_is_refused_before_it_is_decoded() -> None:
