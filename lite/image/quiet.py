@@ -11,11 +11,15 @@ import warnings
 from collections.abc import Iterator
 from typing import Final
 
-# What libjpeg, libtiff and OpenJPEG print, and nothing else does.
-_COMPLAINT: Final = re.compile(
+# What libjpeg, libtiff and OpenJPEG print, and nothing else does; of that, what says that pixels are wrong. (GDCM tries
+# 8 bits before 12, and libjpeg minds unusual headers.)
+_DECODERS: Final = re.compile(
     r"TIFF|tempfile\.tif|Decode:|JPEG|Premature end|Bogus|Huffman|[Mm]arker|Invalid|Unsupported|[Tt]ile|[Ss]tream"
 )
-_HARMLESS: Final = re.compile(r"extraneous bytes before marker 0xd9")  # what lies behind a whole scan
+_DAMAGE: Final = re.compile(
+    r"Corrupt(?!.*extraneous bytes before marker 0xd9)|Premature end|Bogus|Unsupported marker|Not enough data"
+    r"|Read error|Bad code word|not yet in table|Decoding error"
+)
 _ALONE: Final = threading.Lock()  # filters of warnings, and stderr, belong to the whole process
 
 
@@ -53,7 +57,7 @@ def _stderr_caught() -> Iterator[list[str]]:
             caught.seek(0)
             for line in caught.read().splitlines(keepends=True):
                 text = line.decode("utf-8", "replace").strip()
-                if not gave_up and not _COMPLAINT.search(text):
+                if not gave_up and not _DECODERS.search(text):
                     os.write(2, line)
-                elif not _HARMLESS.search(text):
+                elif _DAMAGE.search(text):
                     complaints.append(text)

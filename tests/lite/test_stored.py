@@ -31,8 +31,10 @@ from PIL import Image
 
 from lite.errors import ImageError
 from lite.image.files import load_image
+from lite.image.layout import read_layout
 from lite.image.quiet import quietly
 from lite.image.rendering import mimic_cxr_jpg
+from lite.image.stored import stored_values
 
 STORED = film()
 OVERLAY = noise(STORED.shape).astype(np.uint16)
@@ -112,6 +114,19 @@ def test_twelve_bit_jpeg_is_read() -> None:
     lossless = mimic_cxr_jpg(STORED, monochrome1=False)
     assert np.abs(grey(loaded).astype(int) - lossless).mean() < 1
     assert np.corrcoef(grey(loaded).ravel(), lossless.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("name", ["JPEG-lossy.dcm", "JPGExtended.dcm"])
+def test_twelve_bit_jpeg_of_other_makers_is_read(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Read bone scans that come with pydicom; the values at two places are those of its own tests."""
+    pytest.importorskip("gdcm")
+    dataset = pytest.importorskip("pydicom").dcmread(pytest.importorskip("pydicom.data").get_testdata_file(name))
+    layout = read_layout(dataset, name, 1_000_000)
+    values, _ = stored_values(dataset, layout, dataset.file_meta.TransferSyntaxUID, name)
+    assert abs(int(values[420, 140]) - 244) <= 1
+    assert abs(int(values[230, 120]) - 95) <= 1
+    assert load_image(dataset, any_film=True).film.remarks[0].startswith("drafted although it is a nuclear medicine")
+    capfd.readouterr()
 
 
 @pytest.mark.parametrize("number", [201, 203])
@@ -203,6 +218,7 @@ def test_other_lines_on_stderr_are_handed_on(capfd: pytest.CaptureFixture[str]) 
     with quietly() as complaints:
         os.write(2, b"a line of another thread\nCorrupt JPEG data: bad Huffman code\n")
         os.write(2, b"Corrupt JPEG data: 3 extraneous bytes before marker 0xd9\n")
+        os.write(2, b"Unsupported JPEG data precision 12\n")
     assert complaints == ["Corrupt JPEG data: bad Huffman code"]
     assert capfd.readouterr().err == "a line of another thread\n"
 
