@@ -35,7 +35,8 @@ def read_codestream(data: bytes) -> Codestream | None:
 
     Source: ITU-T T.81 B.2.2 (frame header), T.87 C.2.2, T.800 A.5.1 (SIZ).
     """
-    start = data.find(b"\xff\x4f\xff\x51", 0, 512)
+    boxed = data[4:8] == b"jP  "  # a JP2 file, which has boxes before the codestream
+    start = data.find(b"\xff\x4f\xff\x51", 0, 1 << 16 if boxed else 4)
     if start >= 0 and len(data) >= start + 43:
         width, height, left, top = struct.unpack(">4I", data[start + 8 : start + 24])
         (samples,) = struct.unpack(">H", data[start + 40 : start + 42])

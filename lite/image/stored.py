@@ -101,10 +101,11 @@ def _padding(
     width = raw.dtype.itemsize * 8
     kind = np.dtype(f"{'i' if layout.signed else 'u'}{raw.dtype.itemsize}")
     ends = np.array([first % (1 << width), last % (1 << width)], f"u{raw.dtype.itemsize}").view(kind)
-    fits = bool((_extract(ends, shift, bits, layout.signed) == ends).all())
-    values = _extract(raw, shift, bits, layout.signed) if fits else raw.view(kind)
-    found = (values >= ends.min()) & (values <= ends.max())
-    return found if found.any() else None
+    for values in (_extract(raw, shift, bits, layout.signed), raw.view(kind)):
+        found = (values >= ends.min()) & (values <= ends.max())
+        if found.any():
+            return found
+    return None
 
 
 def _decoder(syntax: str, name: str) -> Decoder:
@@ -140,6 +141,7 @@ def _decoded(
         "photometric_interpretation": layout.photometric,
         "pixel_representation": int(layout.signed),
         "pixel_keyword": "PixelData",
+        "pixel_vr": dataset["PixelData"].VR,  # big-endian words of two 8-bit samples
         "correct_unused_bits": False,
         "apply_j2k_sign_correction": False,
         "apply_jls_sign_correction": False,

@@ -84,11 +84,23 @@ def test_padding_is_left_out_of_the_scale_and_black(syntax: str, photometric: st
         samples[::2, :6] = padding["PixelPaddingRangeLimit"]
     inverted = photometric == "MONOCHROME1"
     wanted[:, :6] = wanted[:, 6:].max() if inverted else wanted[:, 6:].min()
-    data = packed(samples, syntax, PhotometricInterpretation=photometric, **padding)
+    window = {"WindowCenter": 2000, "WindowWidth": 9000}  # in which nothing of the film is black
+    data = packed(samples, syntax, PhotometricInterpretation=photometric, **padding, **window)
     loaded = load_image(data)
     assert (grey(loaded) == mimic_cxr_jpg(wanted, monochrome1=inverted)).all()
     assert loaded.film.remarks[0].startswith("padding (PixelPaddingValue) in 20.0% of the film")
-    assert (grey(load_image(data, rendering="voi-lut"))[:, :6] == 0).all()
+    shown = grey(load_image(data, rendering="voi-lut"))
+    assert (shown[:, :6] == 0).all()
+    assert (shown[:, 6:] > 0).all()
+
+
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_padding_is_told_by_the_bits_that_are_stored(syntax: str) -> None:
+    samples, wanted = STORED.copy(), STORED.copy()
+    samples[:, :6] = 100
+    wanted[:, :6] = wanted[:, 6:].min()
+    loaded = load_image(packed((samples << 4) | (OVERLAY & 15), syntax, HighBit=15, PixelPaddingValue=100))
+    assert (grey(loaded) == mimic_cxr_jpg(wanted, monochrome1=False)).all()
 
 
 def test_padding_of_signed_values_and_of_the_whole_film() -> None:
@@ -161,6 +173,27 @@ def test_a_codestream_that_disagrees_with_its_header_is_refused(
 ) -> None:
     with pytest.raises(ImageError, match=message):
         load_image(dicom(STORED, syntax=syntax, encapsulated=_frame(syntax), **attributes))
+
+
+@pytest.mark.parametrize(
+    ("name", "alike"),
+    [
+        ("MR_small_RLE.dcm", "MR_small.dcm"),
+        ("MR_small_jp2klossless.dcm", "MR_small.dcm"),
+        ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm"),
+        ("MR_small_bigendian.dcm", "MR_small.dcm"),
+        ("SC_rgb_small_odd_big_endian.dcm", "SC_rgb_small_odd.dcm"),
+        ("GDCMJ2K_TextGBR.dcm", None),  # boxes of JP2 before the codestream
+        ("J2K_pixelrep_mismatch.dcm", None),
+    ],
+)
+def test_files_of_other_makers_are_read_as_pydicom_reads_them(name: str, alike: str | None) -> None:
+    pydicom, data = pytest.importorskip("pydicom"), pytest.importorskip("pydicom.data")
+    dataset = pydicom.dcmread(data.get_testdata_file(name))
+    layout = read_layout(dataset, name, 1_000_000)
+    values, _ = stored_values(dataset, layout, dataset.file_meta.TransferSyntaxUID, name)
+    wanted = pydicom.dcmread(data.get_testdata_file(alike or name)).pixel_array
+    assert (values == wanted).all()
 
 
 def test_a_codestream_of_another_syntax_is_refused() -> None:
