@@ -180,10 +180,11 @@ def not_chest(dataset: Dataset) -> str | None:
             known = True
         elif value not in UNKNOWN_PART_CODES:
             return f"body part {meaning or value} (AnatomicRegionSequence {value})"
-    if not known:
-        for name in _DESCRIPTIONS:
-            if other_part_in(text_of(dataset, name)):
-                return f"body part {text_of(dataset, name)} ({name})"
+    described = {name: text_of(dataset, name) for name in _DESCRIPTIONS}
+    if not known and not any(part_of_words(text) == "chest" for text in described.values()):
+        for name, text in described.items():
+            if other_part_in(text):
+                return f"body part {text} ({name})"
     return None
 
 

@@ -102,7 +102,7 @@ def _padding(
     kind = np.dtype(f"{'i' if layout.signed else 'u'}{raw.dtype.itemsize}")
     ends = np.array([first % (1 << width), last % (1 << width)], f"u{raw.dtype.itemsize}").view(kind)
     for values in (_extract(raw, shift, bits, layout.signed), raw.view(kind)):
-        found = (values >= ends.min()) & (values <= ends.max())
+        found: NDArray[np.bool_] = (values >= ends.min()) & (values <= ends.max())
         if found.any():
             return found
     return None

@@ -41,7 +41,7 @@ CHEST_CODES: Final = frozenset(_CHEST_CODES.split())
 UNKNOWN_PART_CODES: Final = frozenset(("38266002", "T-D0010", "706342009", "R-FE0C7"))  # the whole body, a phantom
 
 _LATERAL: Final = re.compile(
-    r"((L|R|LT|RT|X|XT|LEFT|RIGHT)?LAT(L|R|LT|RT|S)?|LL|RL|YAN|SIVU|BOK|SIDE)$"
+    r"((L|R|LT|RT|X|XT|LEFT|RIGHT)?LAT(L|R|LT|RT|S)?|LL|RL|YAN|SIVU|BOK)$"
     r"|LATERA|LATERO|SEITL|SEITEN|SEITAUF|PROFIL|PERFIL|BOCZN|BOCNI|SIDOBILD|SIDEBILLED|ZIJDEL|DWARS|БОКОВ|ПЛАГИ|ΠΛΑΓΙ"
     r"|.*(側面|侧位|側位|侧面|측면)"
 )

@@ -88,6 +88,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"BodyPartExamined": "BECKEN"}, "body part BECKEN"),
     (coded("AnatomicRegionSequence", "29836001", "hanche"), r"body part hanche \(AnatomicRegionSequence 29836001\)"),
     (coded("AnatomicRegionSequence", "T-D8700", "") | {"BodyPartExamined": "CHEST"}, "body part T-D8700"),
+    ({"StudyDescription": "XR THORACIC SPINE AP"}, "body part XR THORACIC SPINE AP"),
     ({"SeriesDescription": "HIP LEFT AP"}, r"body part HIP LEFT AP \(SeriesDescription\)"),
     ({"Modality": "CT"}, "a CT slice"),
 ]
@@ -119,6 +120,7 @@ def test_what_is_no_frontal_chest_film_is_refused_unless_any_film_will_do(
         ({"StudyDescription": "CHEST PA AND LATERAL", "SeriesDescription": "PA"} | WITHOUT, "PA", "SeriesDescription"),
         ({"SeriesDescription": "CHEST LATERAL"}, "PA", "ViewPosition"),  # a code goes before words
         ({"PatientPosition": "HFS", "BodyPartExamined": "THORAX"}, "PA", "ViewPosition"),
+        ({"StudyDescription": "HIP FRACTURE WORKUP", "SeriesDescription": "CHEST"}, "PA", "ViewPosition"),
     ],
 )
 def test_the_view_and_where_it_was_read_are_in_the_result(
