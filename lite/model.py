@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lite.engines.plan import RunPlan
     from lite.engines.protocol import Engine
     from lite.image.files import ImageSource
-    from lite.image.rendering import Rendering
+    from lite.image.film import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
     from lite.session.prepare import Options
     from lite.studies.results import Findings, StudyError
@@ -148,6 +148,7 @@ class FindingsModel:
         batch_size: int = 8,
         max_new_tokens: int | None = None,
         rendering: Rendering = "mimic-cxr-jpg",
+        any_film: bool = False,
         reuse: bool = True,
     ) -> Iterator[Findings | StudyError]:
         """Draft the findings of many films, several at a time: one that has ended makes room for the next.
@@ -159,6 +160,7 @@ class FindingsModel:
             batch_size: how many go through the decoder together, if there are as many rows (see `load`).
             max_new_tokens: this and what follows: as for `submit`.
             rendering: see there.
+            any_film: see there.
             reuse: see there.
 
         Yields:
@@ -167,11 +169,14 @@ class FindingsModel:
         Raises:
             LiteError: batch_size or max_new_tokens is no count, or `studies` is one study and not several.
         """
-        if isinstance(studies, str | bytes | bytearray | memoryview | os.PathLike | np.ndarray | Image.Image | Study):
+        file_or_dataset = hasattr(studies, "read") or hasattr(studies, "PixelData")
+        if file_or_dataset or isinstance(
+            studies, str | bytes | bytearray | memoryview | os.PathLike | np.ndarray | Image.Image | Study
+        ):
             msg = f"got one study (a {type(studies).__name__}) · expected several · wrap it in a list: [study]"
             raise LiteError(msg)
         check_count("batch_size", batch_size, "1 runs the studies one by one")
-        asked = Asked(max_new_tokens=max_new_tokens, rendering=rendering, reuse=reuse)
+        asked = Asked(max_new_tokens=max_new_tokens, rendering=rendering, any_film=any_film, reuse=reuse)
         asked.check()
         if isinstance(studies, Sized):
             batch_size = max(1, min(batch_size, len(studies)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from lite.image.rendering import LoadedImage
+from lite.image.film import LoadedImage
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.uint8]:
@@ -40,6 +43,73 @@ def saved(picture: Image.Image, image_format: str = "PNG", **options: Any) -> by
     buffer = io.BytesIO()
     picture.save(buffer, image_format, **options)
     return buffer.getvalue()
+
+
+JPEG = "1.2.840.10008.1.2.4."  # the family of transfer syntaxes
+NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+RLE, JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LS, JPEG_2000, HTJ2K = (
+    "1.2.840.10008.1.2.5", f"{JPEG}51", f"{JPEG}70", f"{JPEG}80", f"{JPEG}90", f"{JPEG}201",
+)  # fmt: skip
+LOSSLESS = (*NATIVE, RLE, JPEG_LOSSLESS, JPEG_LS, JPEG_2000)
+# `film(16, 12) << 4` as OpenJPH makes it, through imagecodecs: nothing here writes this format.
+HTJ2K_FILM = base64.b85decode(
+    "|4;u>04YEK0000C0000G00000000000000C0000G0000000000009pH0sl|{2mk^A000XAQUDA90ssL31q1{@0smY86Cj9?kdTm&kdTm&kdTmw"
+    "h=~7W02crOPjF>!N>E53R%LP^FfKASE;BCwkN^q*00001od5y<lfVEb6~_dJbN~Rr024p}6F>kH0Qlzw2Xp|Y*#!r503QAV2Xp|y024p}6>tCq"
+    ";3DY(3v>WXfQUOI0A>P4v;fB)`2vG<0KfniyZ`}hzyKD&P!MYbRKdHuj3I+zv4y_=KlDI=eU|{kX=)hje|$_3B(H0rrbmNT{r~`H9Ag1^xd1fC"
+    "N(P(UmP9TPRKobEROA7Zq+<a8H~_!^FG+v^UYh^_y+AT`umwz>b>X6hmsj|*s8j$#4@1xIg%2^|u9wy;O{i_)IFcC}!$s-AYnZ7O+UL@BkTt0W"
+    "4~WMt6O<tL5Mv|VNdydFYM%g`J)dy_fYywsdMULeIQ)#Nw4v|&y#bdMl(R$A5$;`FFkBTZ8}t)uch!?+vD8xW$@39MvJ$k+(UE6xrWg+(G5X^X"
+    "sJTWAKnFhnxAB`RegAW2`0mbIeEu_!JnV3nf5zwD@G2kt*%lt~?$!R_`)fMrgHCh6Z=B&+cV6__zj~#2eszGCeCG=u^3VXKb3uZHQqh78fC-)e"
+    "|Je"
+)
+
+
+def packed(samples: NDArray[np.uint16], syntax: str, **attributes: Any) -> bytes:
+    """Write 16-bit samples as they are in any lossless syntax, whatever the header says of their bits."""
+    if syntax in NATIVE:
+        return dicom(samples, syntax=syntax, **attributes)
+    if syntax == JPEG_2000:
+        frame = saved(Image.fromarray(samples), "JPEG2000", irreversible=False, no_jp2=True)
+    elif syntax == RLE:
+        pydicom = pytest.importorskip("pydicom")
+        dataset = pydicom.dcmread(io.BytesIO(dicom(samples, BitsStored=16)))
+        dataset.compress(RLE, generate_instance_uid=False)
+        frame = next(pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1))
+    else:
+        frame = gdcm_frame(dicom(samples, BitsStored=16), syntax)
+    return dicom(samples, syntax=syntax, encapsulated=frame, **attributes)
+
+
+def gdcm_frame(plain: bytes, syntax: str) -> bytes:
+    """Compress a film with GDCM; return its codestream."""
+    gdcm, pydicom = pytest.importorskip("gdcm"), pytest.importorskip("pydicom")
+    names = {
+        JPEG_EXTENDED: "JPEGExtendedProcess2_4", JPEG_LOSSLESS: "JPEGLosslessProcess14_1", JPEG_LS: "JPEGLSLossless",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder, "before.dcm"), Path(folder, "after.dcm")
+        before.write_bytes(plain)
+        reader, writer, change = gdcm.ImageReader(), gdcm.ImageWriter(), gdcm.ImageChangeTransferSyntax()
+        reader.SetFileName(str(before))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, names[syntax])))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer.SetFileName(str(after))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+        pixels = pydicom.dcmread(after).PixelData
+    frame: bytes = next(pydicom.encaps.generate_frames(pixels, number_of_frames=1))
+    return frame
+
+
+def coded(keyword: str, value: str, meaning: str, **inside: Any) -> dict[str, Any]:
+    """Return a sequence of one code as an attribute for `dicom`."""
+    item = pytest.importorskip("pydicom").Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "SCT", meaning
+    for name, sequence in inside.items():
+        setattr(item, name, sequence)
+    return {keyword: [item]}
 
 
 def dicom(

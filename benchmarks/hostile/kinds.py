@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from pydicom import Dataset
 
-    from lite.image.rendering import Rendering
+    from lite.image.film import Rendering
 
 Reading: TypeAlias = "Callable[[], object]"
 Kind: TypeAlias = "Callable[[Material, random.Random, Path], Reading]"

@@ -187,7 +187,10 @@ def _ways(arguments: argparse.Namespace) -> dict[str, LoadOptions]:
 
 
 def _studies(arguments: argparse.Namespace) -> Sequence[Study]:
-    studies = read_studies(arguments.data, image_folder=arguments.image_folder)[: arguments.limit]
+    listed = read_studies(arguments.data, image_folder=arguments.image_folder)
+    if listed.remark:
+        say(f"note: {listed.remark}")
+    studies = listed[: arguments.limit]
     check_films(studies, arguments.data, every=False)
     return studies
 

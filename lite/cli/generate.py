@@ -59,10 +59,11 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
                 query=arguments.query,
                 max_new_tokens=arguments.max_new_tokens,
                 rendering=arguments.rendering,
+                any_film=arguments.any_film,
             )
             _print_heading(image, arguments)
             _print_pieces(stream)
-            notes.tell(stream.result())
+            notes.tell(image, stream.result())
         except LiteError as error:
             report(image, error)
             status = EXIT_FAILED
@@ -91,6 +92,7 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         rendering=arguments.rendering,
+        any_film=arguments.any_film,
     )
     for study, result in zip(studies, results, strict=True):
         found = result.error if isinstance(result, StudyError) else result
@@ -102,7 +104,8 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
         elif not isinstance(found, LiteError):
             _print_heading(study.id, arguments)
             print_line(found.text)
-            notes.tell(found)
+        if not isinstance(found, LiteError):
+            notes.tell(study.id, found, cut=not arguments.json)
     return status
 
 

@@ -18,8 +18,10 @@ class Notes:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def tell(self, findings: Findings, *, cut: bool = True) -> None:
-        """Say that a text is not whole, if that counts, and what is slower than it has to be."""
+    def tell(self, image: str, findings: Findings, *, cut: bool = True) -> None:
+        """Say what was noted of a film, that its text was cut, if that counts, and what is slower than it has to be."""
+        for remark in findings.film.remarks if findings.film else ():
+            say(f"note: {image}: {remark}")
         if cut and findings.finish_reason == "length":
             count = findings.num_new_tokens
             say(f"note: the text was cut after {count} tokens (--max-new-tokens, or the context is full)")

@@ -131,6 +131,11 @@ def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
         help="how DICOM values become grey levels: the way of the training films, or the file's own window "
         "(default %(default)s)",
     )
+    parser.add_argument(
+        "--any-film",
+        action="store_true",
+        help="draft also what its file says is no frontal chest film, and say so",
+    )
 
 
 def _size(text: str) -> int:

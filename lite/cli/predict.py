@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     studies = listed[: arguments.limit]
     missing = check_films(studies, arguments.studies, every=False)
     request = {name: getattr(arguments, name) for name in ("max_new_tokens", "rendering")}
+    request |= {"any_film": True} if arguments.any_film else {}  # older files do not say
     artifact = load_artifact(arguments.artifact)
     with Journal(arguments.out, listed, artifact_id=artifact.id, request=request) as journal:
         todo = [study for study in studies if study.id not in journal.done]
@@ -66,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             say(f"{len(journal.done)} results are in {arguments.out}; the same command goes on there")
             raise
+    if listed.remark:
+        say(f"note: {listed.remark}")
     print_line(f"{len(studies) - failed} predictions in {arguments.out}, {failed} skipped")
     return EXIT_FAILED if failed else 0
 
@@ -82,6 +85,7 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
             rendering=arguments.rendering,
+            any_film=arguments.any_film,
         )
         for done, (study, result) in enumerate(zip(studies, results, strict=True), start=1):
             if isinstance(result, StudyError):
@@ -90,6 +94,6 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
                 journal.add(study, result.error)
             else:
                 journal.add(study, result)
-                notes.tell(result, cut=False)
+                notes.tell(str(study.path), result, cut=False)
             progress.show(done)
     return failed

@@ -1,303 +1,216 @@
-"""DICOM files: is it a frontal film, and what are its stored values."""
+"""DICOM files: read, held against the rules of a film, turned upright, rendered."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from lite.errors import BackendUnavailable
+from lite.image.film import FilmInfo, LoadedImage, Rendering
+from lite.image.header import body_part_of, directions, orientation_of, text_of, turn_of, view_of
+from lite.image.layout import Layout, read_layout
+from lite.image.levels import count_levels
+from lite.image.quiet import quietly
+from lite.image.rendering import FORMATS_TEXT, decoding, grey_of, refusal, render
+from lite.image.rules import check_header, check_values
+from lite.image.stored import DICOM_EXTRA, stored_values
+from lite.image.voi import render_voi
 
 if TYPE_CHECKING:
-    pass
-from lite.image.rendering import (
-    FORMATS_TEXT,
-    LoadedImage,
-    Rendering,
-    check_size,
-    check_stored,
-    decoding,
-    min_max,
-    refusal,
-    render,
-)
+    from pydicom.dataset import Dataset
+    from pydicom.uid import UID
 
-_DICOM_EXTRA: Final = 'pip install "llava-rad-lite[dicom]"'
-
-# DICOM says what took the picture. What is not listed (CR, DX, secondary captures, nothing at all) may be a film.
-_OTHER_MODALITIES: Final = {
-    "CT": "a CT slice",
-    "MR": "an MR slice",
-    "PT": "a PET slice",
-    "NM": "a nuclear medicine image",
-    "US": "an ultrasound image",
-    "IVUS": "an ultrasound image",
-    "MG": "a mammogram",
-    "XA": "an angiogram",
-    "IO": "a dental film",
-    "PX": "a panoramic dental film",
-    "BMD": "a bone densitometry image",
-    "ES": "an endoscopy image",
-    "GM": "a microscopy image",
-    "SM": "a microscopy image",
-    "OP": "an ophthalmic photograph",
-    "OPT": "an ophthalmic tomogram",
-    "XC": "a photograph",
-    "ECG": "an electrocardiogram",
-    "SEG": "a segmentation",
-    "SR": "a structured report",
-    "PR": "a presentation state",
-    "KO": "a key object note",
-    "DOC": "a document",
-    "RTIMAGE": "a radiotherapy image",
-    "RTDOSE": "a radiotherapy dose grid",
-    "RTSTRUCT": "a radiotherapy structure set",
-    "RTPLAN": "a radiotherapy plan",
-}
-_OTHER_SOP_CLASSES: Final = {
-    "1.2.840.10008.5.1.4.1.1.1.2": "MG",
-    "1.2.840.10008.5.1.4.1.1.1.2.1": "MG",
-    "1.2.840.10008.5.1.4.1.1.1.3": "IO",
-    "1.2.840.10008.5.1.4.1.1.1.3.1": "IO",
-    "1.2.840.10008.5.1.4.1.1.2": "CT",
-    "1.2.840.10008.5.1.4.1.1.2.1": "CT",
-    "1.2.840.10008.5.1.4.1.1.2.2": "CT",
-    "1.2.840.10008.5.1.4.1.1.3.1": "US",
-    "1.2.840.10008.5.1.4.1.1.4": "MR",
-    "1.2.840.10008.5.1.4.1.1.4.1": "MR",
-    "1.2.840.10008.5.1.4.1.1.4.3": "MR",
-    "1.2.840.10008.5.1.4.1.1.4.4": "MR",
-    "1.2.840.10008.5.1.4.1.1.6.1": "US",
-    "1.2.840.10008.5.1.4.1.1.6.2": "US",
-    "1.2.840.10008.5.1.4.1.1.12.1": "XA",
-    "1.2.840.10008.5.1.4.1.1.12.1.1": "XA",
-    "1.2.840.10008.5.1.4.1.1.13.1.3": "MG",
-    "1.2.840.10008.5.1.4.1.1.20": "NM",
-    "1.2.840.10008.5.1.4.1.1.66.4": "SEG",
-    "1.2.840.10008.5.1.4.1.1.104.1": "DOC",
-    "1.2.840.10008.5.1.4.1.1.128": "PT",
-    "1.2.840.10008.5.1.4.1.1.130": "PT",
-    "1.2.840.10008.5.1.4.1.1.481.1": "RTIMAGE",
-    "1.2.840.10008.5.1.4.1.1.481.2": "RTDOSE",
-}
-_OBLIQUE_VIEWS: Final = frozenset({"LAO", "RAO", "LPO", "RPO", "LLO", "RLO"})
 _DEFLATED: Final = "1.2.840.10008.1.2.1.99"
+_MAX_INFLATED: Final = 256 * 1024**2
 _GREY: Final = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR: Final = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_VRS: Final = "AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST TM UI UL UN US UT UV"
 
 
-# -- DICOM -----------------------------------------------------------------------------------------------------------
+@dataclass(slots=True, kw_only=True)
+class _Film:
+    """A DICOM film between reading and rendering."""
+
+    values: NDArray[Any]  # [H, W] stored, or [H, W, 3] colours
+    layout: Layout
+    info: dict[str, Any]  # of its FilmInfo
+    remarks: list[str]
+    picture: NDArray[np.uint8] | None = None  # where the file's own window has made one
+    rendering: str = ""
 
 
-def load_dicom(data: bytes, name: str, rendering: Rendering) -> LoadedImage:
-    """Read the bytes of a DICOM file.
+def is_dicom(data: bytes) -> bool:
+    """Say whether these bytes begin as a DICOM file does, with a preamble or without."""
+    if data[128:132] == b"DICM":
+        return True
+    if len(data) < 16 or data[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+        return False
+    if data[4:6].decode("latin-1") in _VRS.split():
+        return True
+    group, element, length = struct.unpack("<HHI", data[:8])
+    return bool(group == 8 and element <= 0x18 and length < len(data))
+
+
+def load_dicom(source: bytes | Dataset, name: str, rendering: Rendering, *, any_film: bool) -> LoadedImage:
+    """Read a DICOM file, its bytes or what pydicom has made of them.
 
     Raises:
-        ImageError: it is not a frontal film, or cannot be read.
+        ImageError: a rule refuses it (`lite.image.rules`), or it cannot be read.
         BackendUnavailable: pydicom is not installed.
     """
     try:
-        import pydicom
+        import pydicom  # noqa: F401
     except ImportError as error:
-        msg = f"{name}: got a DICOM file and no pydicom · expected pydicom · {_DICOM_EXTRA}"
+        msg = f"{name}: got a DICOM file and no pydicom · expected pydicom · {DICOM_EXTRA}"
         raise BackendUnavailable(msg) from error
     with decoding(name, "a whole DICOM file"):
-        # pydicom inflates such a file before anyone can ask how large it is.
-        if _DEFLATED.encode() in data:
-            raise refusal(name, "a deflated DICOM file", "any other transfer syntax", "inflate it: dcmconv +te IN OUT")
-        has_magic = data[128:132] == b"DICM"
-        dataset = pydicom.dcmread(io.BytesIO(data), force=not has_magic)
-        if not has_magic and "Rows" not in dataset and "SOPClassUID" not in dataset:
-            raise refusal(name, "a .dcm file that is not DICOM", FORMATS_TEXT, "check what the file is")
-        view = _check_film(dataset, name)
-        return _render_dicom(dataset, name, rendering, view)
+        with quietly() as complaints:
+            film = _read_film(source, name, rendering, any_film=any_film)
+        if complaints:
+            got = f"damaged pixel data ({complaints[0]})"
+            raise refusal(name, got, "a whole film", "copy or export it again")
+        if film.picture is not None:
+            picture = Image.fromarray(film.picture).convert("RGB")
+        else:
+            inverted = film.layout.photometric == "MONOCHROME1"
+            picture, film.rendering = render(film.values, rendering, name, monochrome1=inverted)
+        info = FilmInfo(format="DICOM", **film.info, remarks=tuple(film.remarks))
+        return LoadedImage(image=picture, rendering=film.rendering, film=info)
 
 
-def _check_film(dataset: Any, name: str) -> str | None:  # noqa: ANN401 - pydicom is imported only where it is needed
-    """Refuse, by its header, what is not one frontal film; return the view."""
-    frontal = "a frontal chest film (CR or DX)"
-    modality = str(dataset.get("Modality") or "").strip().upper()
-    by_class = _OTHER_SOP_CLASSES.get(str(dataset.get("SOPClassUID") or "").strip(), "")
-    other = modality if modality in _OTHER_MODALITIES else by_class
-    if other:
-        got = f"{_OTHER_MODALITIES[other]} (modality {modality or 'absent'})"
-        raise refusal(name, got, frontal, "pass a film of the chest; LLaVA-Rad reads nothing else")
-    view = _view(dataset)
-    if view and _is_not_frontal(view):
-        do = "pass the PA or AP film of the study; LLaVA-Rad was trained on frontal films only"
-        raise refusal(name, f"a view that is not frontal ({view})", frontal, do)
-    if (frames := int(dataset.get("NumberOfFrames") or 1)) > 1:
-        raise refusal(name, f"{frames} frames", "one film", "save the frame you mean as a file of its own")
+def _read_film(source: bytes | Dataset, name: str, rendering: Rendering, *, any_film: bool) -> _Film:
+    dataset, syntax, cut_short = _parsed(source, name)
+    remarks = check_header(dataset, name, any_film=any_film)
     if "PixelData" not in dataset:
-        got = "a DICOM file without pixel data"
-        raise refusal(name, got, "a film", "pass the image itself, not its report, index or header")
-    for keyword in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"):
-        if dataset.get(keyword) in (None, ""):
-            raise refusal(name, f"a DICOM file without {keyword}", "a complete header", "export the film again")
-    check_size(name, int(dataset.Columns), int(dataset.Rows))
-    return view
-
-
-def _view(dataset: Any) -> str | None:  # noqa: ANN401 - see _check_film
-    if view := str(dataset.get("ViewPosition") or "").strip().upper():
-        return view
-    codes = dataset.get("ViewCodeSequence") or []
-    meaning = str(codes[0].get("CodeMeaning") or "").strip().lower() if len(codes) else ""
-    return {"antero-posterior": "AP", "postero-anterior": "PA"}.get(meaning, meaning.upper() or None)
-
-
-def _is_not_frontal(view: str) -> bool:
-    # A decubitus film (LLD, RLD) is taken from the front, of a patient who lies on one side.
-    lateral = view in ("LL", "RL") or ("LAT" in view and "DECUB" not in view)
-    return lateral or view in _OBLIQUE_VIEWS or "OBLIQUE" in view
-
-
-def _render_dicom(
-    dataset: Any,  # noqa: ANN401 - see _check_film
-    name: str,
-    rendering: Rendering,
-    view: str | None,
-) -> LoadedImage:
-    photometric = str(dataset.PhotometricInterpretation).strip().upper()
-    if photometric not in (*_GREY, *_COLOUR, "PALETTE COLOR"):
+        if cut_short:
+            raise refusal(name, "a file that was cut short", "a whole DICOM file", "copy or download it again")
+        do = "pass the image itself, not its report, index or header; copy it again if it should have them"
+        raise refusal(name, "a DICOM file without pixel data", "a film", do)
+    num_bytes = len(source) if isinstance(source, bytes) else len(dataset.PixelData or b"")
+    layout = read_layout(dataset, name, num_bytes)
+    if layout.photometric not in (*_GREY, *_COLOUR, "PALETTE COLOR"):
         do = "convert the film to MONOCHROME2 (dcmconv, dcmdjpeg) or to PNG"
-        raise refusal(name, f"photometric interpretation {photometric}", "MONOCHROME1 or MONOCHROME2", do)
-    pixels = _stored_values(dataset, name)
-    if photometric == "PALETTE COLOR":
+        raise refusal(name, f"photometric interpretation {layout.photometric}", "MONOCHROME1 or MONOCHROME2", do)
+    values, padding = stored_values(dataset, layout, syntax, name)
+    ways = directions(dataset)
+    turn = turn_of(ways) if ways else None
+    view, view_source, words = view_of(dataset)
+    film = _Film(
+        values=_turned(values, turn),
+        layout=layout,
+        info={
+            "transfer_syntax": str(syntax.name),
+            "view": (view if view in ("AP", "PA") else words or view) or None,
+            "view_source": view_source or None,
+            "body_part": body_part_of(dataset),
+            "orientation": orientation_of(dataset),
+            "turned": turn[0] if turn else None,
+        },
+        remarks=remarks,
+    )
+    padding = None if padding is None else _turned(padding, turn)
+    if layout.photometric in _GREY:
+        _leave_out_padding(film, padding, name)
+    _check_shown(film, dataset, name, any_film=any_film)
+    if layout.photometric in _GREY and rendering == "voi-lut":
+        inverted = layout.photometric == "MONOCHROME1"
+        film.picture, film.rendering, remark = render_voi(film.values, dataset, name, monochrome1=inverted)
+        film.remarks += [remark] if remark else []
+        if padding is not None:
+            film.picture[padding] = 0
+    return film
+
+
+def _parsed(source: bytes | Dataset, name: str) -> tuple[Dataset, UID, bool]:
+    """Return a data set, its transfer syntax, and whether the file ends before its last element does."""
+    from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    dataset, told, cut_short = _parsed_bytes(source, name) if isinstance(source, bytes) else (source, "", False)
+    told = told or str(getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", ""))
+    implicit, little = dataset.original_encoding
+    native = ImplicitVRLittleEndian if implicit else ExplicitVRBigEndian if little is False else ExplicitVRLittleEndian
+    return dataset, UID(told) if told else native, cut_short
+
+
+def _parsed_bytes(data: bytes, name: str) -> tuple[Dataset, str, bool]:
+    from pydicom.filereader import read_dataset, read_partial
+
+    known, has_magic = is_dicom(data), data[128:132] == b"DICM"
+    last: list[int] = [0, 0, 0]  # tag, length and place of the last element
+    told = ""
+    stream = io.BytesIO(data)
+    if has_magic or data[:2] == b"\x02\0":
+        stream.seek(132 if has_magic else 0)
+        meta = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+        if (told := text_of(meta, "TransferSyntaxUID")) == _DEFLATED:
+            # pydicom would inflate it before anyone can ask how large it is.
+            inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+            data = inflater.decompress(data[stream.tell() :], _MAX_INFLATED)
+            if inflater.unconsumed_tail:
+                expected = f"at most {_MAX_INFLATED:,} bytes once inflated"
+                raise refusal(name, "a deflated DICOM file that is larger", expected, "inflate it: dcmconv +te IN OUT")
+            stream = io.BytesIO(data)
+        else:
+            stream.seek(0)
+
+    def note(tag: int, _vr: str | None, length: int) -> bool:
+        last[:] = tag, length, stream.tell()
+        return False
+
+    dataset = read_partial(stream, stop_when=note, force=True)
+    if not known and "Rows" not in dataset and "SOPClassUID" not in dataset:
+        raise refusal(name, "a .dcm file that is not DICOM", FORMATS_TEXT, "check what the file is")
+    tag, length, place = last
+    cut_short = tag not in dataset or (length != 0xFFFFFFFF and place + length > len(data))
+    return dataset, told, cut_short
+
+
+def _turned(values: NDArray[Any], turn: tuple[str, bool, bool, bool] | None) -> NDArray[Any]:
+    if turn is None:
+        return values
+    _, transpose, left_right, up_down = turn
+    values = values.swapaxes(0, 1) if transpose else values
+    return np.ascontiguousarray(values[:: -1 if up_down else 1, :: -1 if left_right else 1])
+
+
+def _leave_out_padding(film: _Film, padding: NDArray[np.bool_] | None, name: str) -> None:
+    """Give padding the value of the darkest pixel, so that it is black and spends none of the scale."""
+    if padding is None:
+        return
+    if padding.all():
+        do = "check PixelPaddingValue, and how the film was exported"
+        raise refusal(name, "a film of nothing but padding, one grey level", "a film with something on it", do)
+    rest = film.values[~padding]
+    film.values = film.values.copy()
+    film.values[padding] = rest.max() if film.layout.photometric == "MONOCHROME1" else rest.min()
+    film.remarks.append(
+        f"padding (PixelPaddingValue) in {padding.mean():.1%} of the film, left out of the scale: black"
+    )
+
+
+def _check_shown(film: _Film, dataset: Dataset, name: str, *, any_film: bool) -> None:
+    """Follow the rules for values. Colours of 8 bits are a picture already; deeper ones become grey."""
+    if film.layout.photometric == "PALETTE COLOR":
         from pydicom.pixels.processing import apply_color_lut
 
-        pixels = apply_color_lut(pixels, dataset)
-        if pixels.dtype == np.uint16:
-            pixels = (pixels >> 8).astype(np.uint8)
-    grey = photometric in _GREY
-    size = (int(dataset.Rows), int(dataset.Columns))
-    if pixels.shape != (size if grey else (*size, 3)):
-        got = f"pixel data of shape {list(pixels.shape)}"
-        raise refusal(name, got, f"the header's {size[0]} rows and {size[1]} columns", "export the film again")
-    if not grey:
-        if pixels.dtype != np.uint8:
-            do = "convert it to 8 bits a channel"
-            raise refusal(name, f"a colour DICOM of {pixels.dtype}", "8 bits a channel", do)
-        return LoadedImage(image=Image.fromarray(pixels), rendering="as-is", format="DICOM", view=view)
-    monochrome1 = photometric == "MONOCHROME1"
-    if rendering == "mimic-cxr-jpg":
-        picture, used = render(pixels, rendering, name, monochrome1=monochrome1)
-    else:
-        picture, used = _render_voi(pixels, dataset, name, monochrome1=monochrome1)
-    return LoadedImage(image=picture, rendering=used, format="DICOM", view=view)
-
-
-def _stored_values(dataset: Any, name: str) -> NDArray[Any]:  # noqa: ANN401 - see _check_film
-    """Decode the pixels, unused high bits masked (signed values sign-extended), colours turned into RGB.
-
-    Bits above BitsStored may hold an old-style overlay or noise; left in, they would own the maximum and blacken the
-    film. pydicom masks them, but takes the stored bits to be the lowest ones; HighBit says where they really are.
-    """
-    from pydicom.pixels.decoders.base import get_decoder
-    from pydicom.pixels.utils import pixel_array
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
-    if not syntax:
-        implicit, little = dataset.original_encoding
-        native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        syntax = ImplicitVRLittleEndian if implicit else native
-        dataset.file_meta.TransferSyntaxUID = syntax
-    if syntax.is_compressed:
-        try:
-            available = get_decoder(syntax).is_available
-        except NotImplementedError:
-            do = "convert it to an uncompressed or JPEG 2000 DICOM, or to PNG"
-            raise refusal(name, f"transfer syntax {syntax.name}", "one that pydicom reads", do) from None
-        if not available:
-            do = f"{_DICOM_EXTRA}, or decompress it (dcmdjpeg, gdcmconv --raw)"
-            raise refusal(name, f"{syntax.name} pixel data", "an installed decoder for it", do)
-        try:
-            return pixel_array(dataset)
-        except RuntimeError as error:
-            if "does not support" not in str(error):
-                raise
-            do = "decompress it first (dcmdjpeg IN OUT)"
-            raise refusal(name, f"{syntax.name} pixel data of this depth", "a decoder for it", do) from error
-    allocated, stored = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
-    high_bit = int(dataset.get("HighBit") or stored - 1)
-    if high_bit == stored - 1 or not stored <= high_bit + 1 <= allocated:
-        return pixel_array(dataset)
-    raw = np.array(pixel_array(dataset, correct_unused_bits=False))
-    return (raw << (allocated - 1 - high_bit)) >> (allocated - stored)
-
-
-def _render_voi(
-    stored: NDArray[Any],
-    dataset: Any,  # noqa: ANN401 - see _check_film
-    name: str,
-    *,
-    monochrome1: bool,
-) -> tuple[Image.Image, str]:
-    """Render as a viewer first shows the film: rescale to modality units, then the first VOI LUT or window.
-
-    Source: DICOM PS3.3 C.11.2.1.2 (LINEAR, LINEAR_EXACT and SIGMOID windows).
-    """
-    from pydicom.pixels.processing import apply_modality_lut
-
-    values = np.asarray(apply_modality_lut(stored, dataset))
-    used = "voi-lut"
-    if dataset.get("VOILUTSequence"):
-        shown = _looked_up(values, dataset.VOILUTSequence[0], dataset.original_encoding[1])
-    elif (window := _first_window(dataset)) is not None:
-        shown = _windowed(values.astype(np.float64), *window, name)
-    else:
-        used = "min-max"
-        check_stored(values, name)
-        shown = min_max(values) / 255
-    if monochrome1:
-        shown = 1 - shown
-    picture = np.rint(shown.clip(0, 1) * 255).astype(np.uint8)
-    return Image.fromarray(picture).convert("RGB"), used
-
-
-def _looked_up(values: NDArray[Any], item: Any, little_endian: bool) -> NDArray[np.float64]:  # noqa: ANN401
-    """Map values through one item of a VOI LUT sequence, to 0..1.
-
-    pydicom 3.0's apply_voi keeps the index in the type of the entries, so that an 8-bit table wraps around at 256.
-    """
-    num_entries, first, bits = (int(v) for v in item.LUTDescriptor)
-    entries = item.LUTData
-    if isinstance(entries, bytes):
-        two_bytes = np.dtype("<u2" if little_endian else ">u2")
-        entries = np.frombuffer(entries, np.uint8 if len(entries) <= num_entries + 1 else two_bytes)
-    table = np.asarray(entries, dtype=np.float64)[: num_entries or 1 << 16] / ((1 << bits) - 1)
-    return table[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)]
-
-
-def _first_window(dataset: Any) -> tuple[float, float, str] | None:  # noqa: ANN401 - see _check_film
-    centre, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    if centre in (None, "") or width in (None, ""):
-        return None
-    # Several windows make a list; the first is the one to show.
-    first_centre, first_width = (float(v[0]) if isinstance(v, Sequence) else float(v) for v in (centre, width))
-    return first_centre, first_width, str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
-
-
-def _windowed(
-    values: NDArray[np.float64], centre: float, width: float, function: str, name: str
-) -> NDArray[np.float64]:
-    """Map a window to 0..1."""
-    narrowest = 1 if function == "LINEAR" else 0
-    if not (np.isfinite(centre) and np.isfinite(width) and width >= narrowest and width > 0):
-        got = f"window centre {centre}, width {width} ({function})"
-        raise refusal(name, got, "a window of some width", 'use rendering="mimic-cxr-jpg", which needs none')
-    if function == "LINEAR":
-        if width == 1:
-            return (values > centre - 0.5).astype(np.float64)
-        return (values - (centre - 0.5)) / (width - 1) + 0.5
-    if function == "LINEAR_EXACT":
-        return (values - centre) / width + 0.5
-    if function == "SIGMOID":
-        return cast("NDArray[np.float64]", 1 / (1 + np.exp((-4 * (values - centre) / width).clip(-700, 700))))
-    do = 'use rendering="mimic-cxr-jpg", which needs none'
-    raise refusal(name, f"VOI LUT function {function}", "LINEAR, LINEAR_EXACT or SIGMOID", do)
+        film.values = apply_color_lut(film.values, dataset)
+        if film.values.dtype == np.uint16:
+            film.values = (film.values >> 8).astype(np.uint8)
+    grey = film.values
+    if grey.ndim == 3 and grey.dtype == np.uint8:
+        film.picture, film.rendering = grey, "as-is"
+        grey = np.asarray(Image.fromarray(grey).convert("L"))
+    elif grey.ndim == 3:
+        grey, remarks = grey_of(grey)
+        film.values = grey
+        film.remarks += remarks
+    levels = count_levels(grey)
+    film.info["grey_levels"] = levels.num_levels
+    film.remarks += check_values(levels, name, any_film=any_film, stored=film.picture is None)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,38 +14,13 @@ from PIL import Image
 from lite.errors import ImageError, LiteError
 
 if TYPE_CHECKING:
-    pass
-
-
-Rendering = Literal["mimic-cxr-jpg", "voi-lut"]
-"""What a caller can ask for; `LoadedImage.rendering` says what was done."""
+    from lite.image.film import Rendering
 
 MAX_PIXELS: Final = 80_000_000
 """Most pixels of a film, and of a film after resizing. The largest detectors have 18 million; Pillow warns at 89."""
 FORMATS_TEXT: Final = "PNG, JPEG, TIFF, BMP, WebP or DICOM"
 MAX_SIDE_PX: Final = 30_000
 _JPEG_QUALITY: Final = 95
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedImage:
-    """A film as an 8-bit RGB picture, and how it came to be one.
-
-    `rendering` is a name of the table in this module's docstring, with a remark after a comma where something was
-    lost on the way: "as-is, alpha over black", "as-is, 16-bit colour cut to 8". `view` is DICOM's ViewPosition in
-    capitals ("AP", "PA"), None where the file does not say. `format` is "DICOM", "array", or Pillow's name
-    ("PNG", "JPEG"; "image" for one made in memory).
-    """
-
-    image: Image.Image
-    rendering: str
-    format: str
-    view: str | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels, after any EXIF rotation."""
-        return self.image.size
 
 
 def mimic_cxr_jpg(stored: NDArray[Any], *, monochrome1: bool) -> NDArray[np.uint8]:
@@ -119,9 +93,8 @@ def decoding(name: str, expected: str) -> Iterator[None]:
     except LiteError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        got = f"a damaged or truncated file ({type(error).__name__}: {text})"
-        raise refusal(name, got, expected, "copy or download it again, or convert it to PNG") from error
+        do = "copy or download it again, or convert it to PNG"
+        raise refusal(name, "a damaged or truncated file", expected, do) from error
 
 
 def check_size(name: str, width: int, height: int) -> None:
@@ -145,6 +118,22 @@ def check_stored(stored: NDArray[Any], name: str) -> None:
     if stored.dtype.kind == "f" and not np.isfinite(stored).all():
         bad = int(stored.size - np.isfinite(stored).sum())
         raise refusal(name, f"NaN or infinity in {bad:,} of {stored.size:,} pixels", "finite values", "replace them")
+
+
+def grey_of(colours: NDArray[Any]) -> tuple[NDArray[Any], list[str]]:
+    """Make grey of colours that are deeper than 8 bits, and so stored values like any others.
+
+    Args:
+        colours: integers [H, W, 3]; three equal channels are a grey film in a colour file.
+
+    Returns:
+        The grey values [H, W], and a remark where there were colours.
+    """
+    red, green, blue = (colours[:, :, channel] for channel in range(3))
+    if (red == green).all() and (red == blue).all():
+        return red, []
+    grey = np.rint(0.299 * red + 0.587 * green + 0.114 * blue).astype(colours.dtype)
+    return grey, ["deep colours were made grey"]
 
 
 def render(stored: NDArray[Any], rendering: Rendering, name: str, *, monochrome1: bool) -> tuple[Image.Image, str]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.engines.protocol import Engine
-    from lite.image.rendering import Rendering
+    from lite.image.film import FilmInfo, Rendering
     from lite.prompt import PromptEncoder, Tokenizer
     from lite.session.request import Outcome
     from lite.studies.study import Study
@@ -43,6 +43,7 @@ class Options(TypedDict, total=False):
 
     max_new_tokens: int | None
     rendering: Rendering
+    any_film: bool
     sampling: Sampling
     top_logprobs: int | None
     timeout_s: float | None
@@ -56,6 +57,7 @@ class Asked:
 
     max_new_tokens: int | None = None  # None takes the artifact's
     rendering: Rendering = "mimic-cxr-jpg"  # how DICOM and 16-bit values become grey levels
+    any_film: bool = False  # draft also what the rules take for another film than a frontal one of the chest
     sampling: Sampling = GREEDY  # how tokens are chosen
     top_logprobs: int | None = None  # tell each token's log-probability, and the most probable ones beside it
     timeout_s: float | None = None  # end it with DeadlineExceeded when so much time has passed
@@ -87,6 +89,7 @@ class Prepared:
 
     request: Request[Any]
     rendering: str
+    film: FilmInfo
     image_s: float
     image_peaks: Peaks
     tells_logprobs: bool
@@ -127,7 +130,7 @@ class Preparer:
             self._check_answer(target_ids, len(input_ids))
         started = time.perf_counter()
         with self._films:
-            loaded = load_image(study.image, rendering=asked.rendering)
+            loaded = load_image(study.image, rendering=asked.rendering, any_film=asked.any_film)
             pixel_values = preprocess(loaded.image, self.artifact.manifest.preprocessing)
         sampling = asked.sampling
         if asked.top_logprobs is not None:
@@ -145,6 +148,7 @@ class Preparer:
                 lot=lot,
             ),
             rendering=loaded.rendering,
+            film=loaded.film,
             image_s=time.perf_counter() - started,
             image_peaks=self.peaks(),
             tells_logprobs=asked.top_logprobs is not None,
@@ -196,6 +200,7 @@ class Preparer:
                 cache_bytes=outcome.cache_bytes,
             ),
             rendering=prepared.rendering,
+            film=prepared.film,
             artifact_id=self.artifact.id,
             engine=decoder.engine,
             device=str(decoder.device),

@@ -1,37 +1,66 @@
-"""Lists of studies: JSON in LLaVA-Rad's evaluation format.
+"""Lists of studies: JSON in LLaVA-Rad's evaluation format, or in ReXrank's.
 
-    [{"id": …, "image": "p10/film.jpg", "reason": "Cough." or null, "conversations": [{"value": question},
+    [{"id": …, "image": "p10/film.jpg", "reason": "Cough." or null, "view": "AP", "conversations": [{"value": question},
       {"value": findings}]}, …]
 
 Only `image` is needed. Without `id` a study is called by its image; without a reason (or with null) the model is asked
-the question without one; without `conversations`, or findings in them, there is no report to compare with.
+the question without one; without `conversations` there is no report to compare with. What the evaluation's own loader
+leaves out is left out here, and counted: a view other than AP and PA, findings that are null, NaN or empty, reports
+that were not cut by rule. ReXrank's object of studies by their ids is read by `key_image_path`, `section_findings` and
+the indication in `context`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from lite.errors import LiteError
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+
+_INDICATION: Final = re.compile(r"Indication:\s*(.*?)\s*(?:</context>|$)", re.DOTALL | re.IGNORECASE)
 
 
 class _NoStudy(Exception):  # noqa: N818 - never leaves this module
     """What is wrong with an entry."""
 
 
-def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool = True) -> list[Study]:
+class _LeftOut(Exception):  # noqa: N818 - never leaves this module
+    """Why the evaluation's own loader leaves an entry out."""
+
+
+class StudyList(list[Study]):
+    """Studies, and how many entries of their list were left out for which reason."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        super().__init__()
+        self.left_out: Counter[str] = Counter()
+
+    @property
+    def remark(self) -> str | None:
+        """What was left out, in words."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        entries = len(self) + self.left_out.total()
+        return f"{self.left_out.total()} of {entries} studies of the list left out: {reasons}" if reasons else None
+
+
+def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool = True) -> StudyList:
     """Read a list of studies. That the films are there is another question: see `check_films`.
 
     Args:
         path: the list.
-        image_folder: what the entries' `image` is relative to; the list's own folder when not given.
-        unique: an id that comes twice is an error.
+        image_folder: what the entries' `image` is relative to, also one that begins with a slash; the list's own folder
+            when not given.
+        unique: an id that comes twice, of another film, is an error; the same film twice is left out once.
 
     Raises:
         LiteError: no such file, not JSON, no studies in it, an entry (counted from 1) that is not one, or see `unique`.
@@ -41,32 +70,49 @@ def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool =
     except (OSError, ValueError, RecursionError) as error:
         msg = f"{path}: got a file that cannot be read ({error}) · expected a JSON list of studies · check the path"
         raise LiteError(msg) from error
+    if isinstance(entries, dict) and entries and all(isinstance(entry, dict) for entry in entries.values()):
+        entries = [_of_rexrank(name, entry) for name, entry in entries.items()]
     if not isinstance(entries, list) or not entries:
         msg = f"{path}: got no list, or an empty one · expected a JSON list of studies · check the path"
         raise LiteError(msg)
-    studies: list[Study] = []
-    seen: set[str] = set()
+    studies = StudyList()
+    seen: dict[str, Study] = {}
     for number, entry in enumerate(entries, start=1):
         try:
-            study = _study(entry, path.parent if image_folder is None else image_folder)
+            study = _study(entry, path.parent, image_folder)
+        except _LeftOut as reason:
+            studies.left_out[str(reason)] += 1
+            continue
         except _NoStudy as error:
             msg = (
                 f"{path}: got an entry {number} that is no study ({error}) · expected an image, and id, reason and "
                 "conversations (a question and its answer) where there are · correct it, or take it out"
             )
             raise LiteError(msg) from error
-        if unique and study.id in seen:
+        if unique and (before := seen.setdefault(study.id, study)) is not study:
+            if before == study:
+                studies.left_out["listed before"] += 1
+                continue
             msg = f"{path}: got the id {study.id} again in entry {number} · expected each once · correct it"
             raise LiteError(msg)
-        seen.add(study.id)
         studies.append(study)
+    if not studies:
+        msg = f"{path}: got no study that can be used ({studies.remark}) · expected frontal films · check the list"
+        raise LiteError(msg)
     return studies
 
 
-def _study(entry: object, image_folder: Path) -> Study:
+def _study(entry: object, beside: Path, image_folder: Path | None) -> Study:
     if not isinstance(entry, dict):
         raise _NoStudy(f"it is {json.dumps(entry)[:40]}")
-    image, number_or_name = _text(entry, "image"), entry.get("id")
+    if (view := _text(entry, "view")) and view.strip().upper() not in ("AP", "PA"):
+        raise _LeftOut(f"of view {view.strip()[:20]}")
+    if (method := _text(entry, "generate_method")) and method != "rule-based":
+        raise _LeftOut(f"with findings by {method[:20]}")
+    image, number_or_name = entry.get("image"), entry.get("id")
+    if isinstance(image, list) and len(image) != 1:
+        raise _NoStudy(f"it has {len(image)} films: name the frontal one")
+    image = _text({"image": image[0]} if isinstance(image, list) else entry, "image")
     if not image:
         raise _NoStudy("it has no image")
     if not isinstance(number_or_name, str | int | None):
@@ -74,8 +120,10 @@ def _study(entry: object, image_folder: Path) -> Study:
     turns = entry.get("conversations") or [{}, {}]
     if not (isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, dict) for turn in turns)):
         raise _NoStudy("its conversations are not a question and its answer")
+    if "value" in turns[1] and not (_text(turns[1], "value") or "").strip():
+        raise _LeftOut("without findings")
     return Study(
-        image_folder / image,
+        _film(image, beside, image_folder),
         _text(entry, "reason"),
         id=image if number_or_name in (None, "") else str(number_or_name),
         question=(_text(turns[0], "value") or "").replace("<image>", "").strip(),
@@ -83,11 +131,47 @@ def _study(entry: object, image_folder: Path) -> Study:
     )
 
 
-def _text(entry: dict[str, object], name: str) -> str | None:
+def _film(image: str, beside: Path, image_folder: Path | None) -> Path:
+    """Return where a film is: in a folder that was named also where its path begins with a slash, or with `mimic/`."""
+    film = (image_folder or beside) / image
+    if image_folder is None or film.is_file():
+        return film
+    inside = image_folder / image.lstrip("/")
+    shorter = image_folder / image.removeprefix("mimic/")
+    return inside if Path(image).is_absolute() else shorter if shorter.is_file() else film
+
+
+def _text(entry: dict[str, Any], name: str) -> str | None:
     value = entry.get(name)
+    if isinstance(value, float) and math.isnan(value):  # how tables write nothing
+        return None
     if not isinstance(value, str | None):
         raise _NoStudy(f"its {name} is {json.dumps(value)[:40]}, not text")
     return value
+
+
+def _of_rexrank(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a study of ReXrank's as an entry of a list; its README and its files disagree on `report`."""
+    if "image_path" not in entry and "key_image_path" not in entry:
+        return entry | {"id": entry.get("id", name)}
+    films = entry.get("image_path") or []
+    films = films if isinstance(films, list) else [films]
+    views = entry.get("frontal_lateral") or []
+    frontal = [film for film, view in zip(films, views, strict=False) if str(view).lower() == "frontal"]
+    context = entry.get("context")
+    if isinstance(context, dict):
+        indication = context.get("indication", context.get("Indication"))
+    else:
+        found = _INDICATION.search(context) if isinstance(context, str) else None
+        indication = found[1] if found else None
+    reports = (entry[key] for key in ("section_findings", "report", "reports") if key in entry)
+    return {
+        "id": name,
+        "image": entry.get("key_image_path") or frontal[:1] or films,
+        "view": None if frontal or not views else "Lateral",
+        "reason": indication or None,
+        "conversations": [{}, {"value": next(reports, None)}],
+    }
 
 
 def check_films(studies: Sequence[Study], listed: Path, *, option: str = "--image-folder", every: bool) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lite.config import from_json, to_json
 from lite.errors import ArtifactError, LiteError
+from lite.image.film import FilmInfo
 from lite.memory.process import Peaks
 from lite.studies.study import Study
 
@@ -95,7 +96,8 @@ class Findings:
     num_reused_tokens: int = 0  # of these, what a row still held: the film, for another question
     timings: Timings
     memory: Memory
-    rendering: str  # how the film's values became grey levels: see lite.image
+    rendering: str  # how the film's values became grey levels: see lite.image.files
+    film: FilmInfo | None = None  # what its file says of it, and what was noted; None: written by an older version
     artifact_id: str
     engine: str  # of the decoder: "torch" or "onnx"
     device: str  # of the decoder: "cpu", "cuda"

@@ -110,7 +110,7 @@ def test_dicom_and_png_load_to_identical_pixels(with_dicom: Path) -> None:
         png, film = load_image(with_dicom / entry["image"]), load_image(with_dicom / entry["phantom"]["dicom"])
         assert (np.asarray(png.image) == np.asarray(film.image)).all()
         assert (png.rendering, film.rendering) == ("as-is", "mimic-cxr-jpg")
-        assert film.view == entry["view"]
+        assert film.film.view == entry["view"]
         wanted = mimic_cxr_jpg(dataset.pixel_array, monochrome1=monochrome1)
         assert (np.asarray(png.image)[:, :, 0] == wanted).all()
         drawn = draw_film(sample_study(study_seed(3, index))).stored

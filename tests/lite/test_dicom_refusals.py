@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_films import dicom, film, grey
+from made_films import NATIVE, dicom, film, grey
 
 from lite.errors import BackendUnavailable, ImageError
+from lite.image import dicom as dicom_module
 from lite.image.files import load_image
 from lite.image.rendering import mimic_cxr_jpg
 
@@ -37,29 +39,23 @@ CT, MAMMOGRAPHY = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.1.2"
         ({"Modality": "MG"}, "a mammogram"),
         ({"Modality": None, "SOPClassUID": CT}, r"a CT slice \(modality absent\)"),
         ({"Modality": "OT", "SOPClassUID": MAMMOGRAPHY}, "a mammogram"),
-        ({"ViewPosition": "LL"}, r"not frontal \(LL\).*PA or AP"),
-        ({"ViewPosition": "LATERAL"}, "not frontal"),
-        ({"ViewPosition": "L LAT"}, "not frontal"),
-        ({"ViewPosition": "RAO"}, "not frontal"),
-        ({"ViewPosition": None, "ViewCodeSequence": "left lateral"}, r"not frontal \(LEFT LATERAL\)"),
+        ({"ViewPosition": "LL"}, r"a lateral view \(ViewPosition LL\).*PA or AP"),
         ({"NumberOfFrames": 7}, "7 frames"),
+        ({"NumberOfFrames": 0}, "0 frames"),
         ({"PhotometricInterpretation": "HSV"}, "photometric interpretation HSV"),
         ({"PhotometricInterpretation": None}, "without PhotometricInterpretation"),
         ({"Rows": None}, "without Rows"),
         ({"Rows": 60_000, "Columns": 60_000}, "60000 x 60000 px.*nothing was decoded"),
         ({"Rows": 0}, "30 x 0 px"),
-        ({"Rows": 41}, "damaged or truncated"),
+        ({"Rows": 41}, "pixel data of 2,400 bytes, expected 2,460: it was cut short"),
+        ({"SamplesPerPixel": 3}, "SamplesPerPixel 3, MONOCHROME2"),
+        ({"BitsAllocated": 12}, "BitsAllocated 12, BitsStored 12"),
         ({"BitsStored": 17}, "damaged or truncated"),
         ({"PixelRepresentation": 9}, "damaged or truncated"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # pydicom warns of the values that are wrong on purpose
 def test_dicom_that_is_not_a_frontal_film_is_refused(tmp_path: Path, attributes: dict[str, Any], message: str) -> None:
-    pydicom = pytest.importorskip("pydicom")
-    if "ViewCodeSequence" in attributes:
-        code = pydicom.Dataset()
-        code.CodeMeaning = attributes["ViewCodeSequence"]
-        attributes = attributes | {"ViewCodeSequence": [code]}
     path = tmp_path / "other.dcm"
     path.write_bytes(dicom(film(), **attributes))
     with pytest.raises(ImageError, match=message) as caught:
@@ -73,52 +69,52 @@ def test_films_and_unknown_modalities_are_read(modality: str | None) -> None:
     assert load_image(dicom(film(), Modality=modality)).rendering == "mimic-cxr-jpg"
 
 
-@pytest.mark.parametrize(
-    ("position", "meaning", "view"),
-    [
-        ("PA", None, "PA"),
-        (None, None, None),
-        ("", "antero-posterior", "AP"),
-        (None, "postero-anterior", "PA"),
-        ("LLD", None, "LLD"),
-        (None, "left lateral decubitus", "LEFT LATERAL DECUBITUS"),
-    ],
-)
-def test_the_view_is_reported(position: str | None, meaning: str | None, view: str | None) -> None:
-    pydicom = pytest.importorskip("pydicom")
-    code = pydicom.Dataset()
-    code.CodeMeaning = meaning
-    codes = [code] if meaning else None
-    assert load_image(dicom(film(), ViewPosition=position, ViewCodeSequence=codes)).view == view
-
-
 def test_dicom_without_pixels_is_refused() -> None:
     with pytest.raises(ImageError, match=r"without pixel data.*a film"):
         load_image(dicom(None, Modality=None))
 
 
-def test_dicom_without_a_preamble_needs_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("syntax", NATIVE)
+@pytest.mark.parametrize("kept", ["data set", "file meta and data set"])
+def test_dicom_is_known_without_preamble_and_suffix(tmp_path: Path, syntax: str, kept: str) -> None:
     stored = film()
-    bare = dicom(stored, syntax="1.2.840.10008.1.2", preamble=True)
+    whole = dicom(stored, syntax=syntax)
     # The data set alone, as some archives keep it: what follows the preamble and the file meta group.
-    meta_length = struct.unpack("<I", bare[140:144])[0]
+    meta_length = struct.unpack("<I", whole[140:144])[0]
+    path = tmp_path / "old"
+    path.write_bytes(whole[144 + meta_length :] if kept == "data set" else whole[132:])
+    loaded = load_image(path)
+    assert (grey(loaded) == mimic_cxr_jpg(stored, monochrome1=False)).all()
+    assert (loaded.film.format, loaded.film.view) == ("DICOM", "PA")
+
+
+def test_a_name_alone_makes_no_dicom(tmp_path: Path) -> None:
     path = tmp_path / "old.DCM"
-    path.write_bytes(bare[144 + meta_length :])
-    assert (grey(load_image(path)) == mimic_cxr_jpg(stored, monochrome1=False)).all()
     path.write_bytes(b"These are notes, not a film." * 9)
     with pytest.raises(ImageError, match=r"not DICOM|damaged"):
         load_image(path)
 
 
-def test_deflated_dicom_is_refused_before_it_is_inflated() -> None:
-    pytest.importorskip("pydicom")
-    body = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    data = dicom(None, Modality=None)
+def _deflated(data: bytes) -> bytes:
     meta_end = 144 + struct.unpack("<I", data[140:144])[0]
     uid = b"1.2.840.10008.1.2.1.99"
     meta = data[:meta_end].replace(b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0", b"\x02\0\x10\0UI\x16\0" + uid)
-    with pytest.raises(ImageError, match=r"deflated.*dcmconv"):
-        load_image(meta + body.compress(b"\0" * 1_000_000) + body.flush())
+    body = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return meta + body.compress(data[meta_end:]) + body.flush()
+
+
+def test_deflated_dicom_is_read_and_never_inflated_without_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pydicom")
+    stored = film()
+    # The UID of the syntax is only that where it stands in its place.
+    loaded = load_image(_deflated(dicom(stored, ImageComments="1.2.840.10008.1.2.1.99")))
+    assert (grey(loaded) == mimic_cxr_jpg(stored, monochrome1=False)).all()
+    assert loaded.film.transfer_syntax == "Deflated Explicit VR Little Endian"
+    plain = load_image(dicom(stored, ImageComments="1.2.840.10008.1.2.1.99"))
+    assert plain.film.transfer_syntax == "Explicit VR Little Endian"
+    monkeypatch.setattr(dicom_module, "_MAX_INFLATED", 2_000)
+    with pytest.raises(ImageError, match=r"deflated.*at most 2,000 bytes once inflated.*dcmconv"):
+        load_image(_deflated(dicom(stored)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -135,8 +131,27 @@ def test_damaged_dicom_raises_nothing_but_image_errors() -> None:
             assert " · expected " in str(error)  # noqa: PT017 - either outcome is right, nothing else is
 
 
-def test_truncated_dicom_is_refused() -> None:
-    whole = dicom(film())
-    for kept in (140, 300, len(whole) - 1000):
-        with pytest.raises(ImageError, match=r"damaged or truncated|without"):
-            load_image(whole[:kept])
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (140, "cut short|damaged or truncated"),
+        (300, "cut short"),
+        (-1000, "pixel data of 1,400 bytes, expected 2,400: it was cut short"),
+    ],
+)
+@pytest.mark.parametrize("syntax", NATIVE)
+def test_truncated_dicom_is_refused(syntax: str, kept: int, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ImageError, match=message) as caught:
+        load_image(dicom(film(), syntax=syntax)[:kept])
+    assert "Error" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_empty_pixel_data_is_named() -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(dicom(film())))
+    dataset.PixelData = b""
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    with pytest.raises(ImageError, match="pixel data of 0 bytes, expected 2,400"):
+        load_image(buffer.getvalue())

@@ -45,7 +45,7 @@ class Model:
         pass
 
     def findings_batch(self, studies: Sequence[Study], **settings: Any) -> Iterator[object]:
-        assert settings == {"batch_size": 2, "max_new_tokens": None, "rendering": "mimic-cxr-jpg"}
+        assert settings == {"batch_size": 2, "max_new_tokens": None, "rendering": "mimic-cxr-jpg", "any_film": False}
         for index, study in enumerate(studies):
             if study.path.name == "stop.png":
                 raise KeyboardInterrupt

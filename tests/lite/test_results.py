@@ -7,10 +7,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from made_films import dicom, film
 
 import lite
+from lite.__main__ import main
+from lite.artifact.open import Artifact
 from lite.errors import ImageError, LiteError
+from lite.image.film import FilmInfo
 from lite.model import FindingsModel
 from lite.studies.results import SHORT_NOTICE, Findings, Result, read_results
 from lite.studies.study import Study
@@ -30,6 +35,77 @@ def test_findings_survive_json(findings: Findings) -> None:
         assert read.timings.total_s == pytest.approx(whole.timings.total_s, abs=1e-5)
     assert findings.to_dict()["timings"]["decode_s"] == pytest.approx(findings.timings.decode_s, abs=1e-6)
     assert "token_logprobs" not in findings.to_dict()
+
+
+def lateral_that_is_mirrored(folder: Path) -> Path:
+    path = folder / "film.dcm"
+    path.write_bytes(dicom(film(), ViewPosition="LL", PatientOrientation=["R", "F"], BodyPartExamined="CHEST"))
+    return path
+
+
+def test_the_result_carries_what_the_film_is(tiny_model: FindingsModel, tmp_path: Path) -> None:
+    path = lateral_that_is_mirrored(tmp_path)
+    with pytest.raises(ImageError, match="a lateral view"):
+        tiny_model.findings(path)
+    findings = tiny_model.findings(path, max_new_tokens=2, any_film=True)
+    assert findings.film == FilmInfo(
+        format="DICOM",
+        transfer_syntax="Explicit VR Little Endian",
+        view="LL",
+        view_source="ViewPosition",
+        body_part="CHEST",
+        orientation="R\\F",
+        turned="left and right swapped",
+        grey_levels=len(np.unique(film())),
+        remarks=(
+            "drafted although it is a lateral view (ViewPosition LL): --any-film",
+            "PatientOrientation R\\F; turned so that it is L\\F",
+        ),
+    )
+    line = Result.of(Study(path, id="1"), findings).to_json()
+    read = Result.from_json(line, where="here").findings
+    assert read is not None
+    assert read.film == findings.film
+    older = json.loads(line)
+    del older["film"]  # as versions before this one wrote it
+    read = Result.from_json(json.dumps(older), where="here").findings
+    assert read is not None
+    assert read.film is None
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--batch-size", "2"]])
+def test_a_remark_is_said_once(
+    options: list[str], tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = lateral_that_is_mirrored(tmp_path)
+    command = ["generate", str(tiny_artifact.path), str(path), "--device", "cpu", "--max-new-tokens", "2", *options]
+    assert main(command) == 1
+    assert "a lateral view (ViewPosition LL)" in capsys.readouterr().err
+    assert main([*command, "--any-film"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count(f"note: {path}: drafted although it is a lateral view") == 1
+    assert err.count(f"note: {path}: PatientOrientation R\\F; turned so that it is L\\F") == 1
+    if options == ["--json"]:
+        assert len(json.loads(out)["film"]["remarks"]) == 2
+
+
+def test_a_list_says_what_was_left_out_and_noted(
+    tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lateral_that_is_mirrored(tmp_path)
+    entries = [{"id": "1", "image": "film.dcm"}, {"id": "2", "image": "film.dcm", "view": "LATERAL"}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    out = tmp_path / "out.jsonl"
+    command = ["predict", str(tiny_artifact.path), str(tmp_path / "list.json"), "--out", str(out), "--device", "cpu"]
+    assert main([*command, "--max-new-tokens", "2", "--any-film"]) == 0
+    err = capsys.readouterr().err
+    assert "note: 1 of 2 studies of the list left out: 1 of view LATERAL" in err
+    assert err.count("drafted although it is a lateral view") == 1
+    assert main([*command, "--max-new-tokens", "2"]) == 1
+    assert (
+        "got results of {'max_new_tokens': 2, 'rendering': 'mimic-cxr-jpg', 'any_film': True}"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

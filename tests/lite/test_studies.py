@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_an_entry_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "rest", [{}, {"reason": None, "conversations": None}, {"conversations": [{}, {"value": None}]}]
+    "rest", [{}, {"reason": None, "conversations": None}, {"reason": math.nan, "conversations": [{}, {}]}]
 )
 def test_all_but_the_image_may_be_missing_or_null(tmp_path: Path, rest: dict[str, object]) -> None:
     entries = [{"id": 7, "image": "7.png", **rest}, {"image": "a/8.png", **rest}, {"id": None, "image": "9.png"}]
@@ -58,7 +59,9 @@ def test_all_but_the_image_may_be_missing_or_null(tmp_path: Path, rest: dict[str
             "entry 1 .* .its value is 5, not text",
         ),
         (json.dumps([entry(1, reason=7)]), "got an entry 1 that is no study .its reason is 7, not text"),
-        (json.dumps([entry(1), entry(2), entry(1)]), "got the id study-1 again in entry 3"),
+        (json.dumps([entry(1), entry(2), entry(1, image="3.png")]), "got the id study-1 again in entry 3"),
+        (json.dumps([entry(1, image=["1.png", "2.png"])]), "entry 1 .*it has 2 films: name the frontal one"),
+        (json.dumps([entry(1, view="LATERAL")]), "no study that can be used .1 of 1 studies .* 1 of view LATERAL"),
         ("[" * 100_000, "cannot be read"),
     ],
 )
@@ -70,6 +73,65 @@ def test_a_bad_list_is_an_error(tmp_path: Path, content: str, message: str) -> N
 
 def test_ids_may_come_twice_where_nobody_needs_them(tmp_path: Path) -> None:
     assert len(read_studies(listed(tmp_path, entry(1), entry(1)), unique=False)) == 2
+
+
+def report(findings: object) -> list[dict[str, object]]:
+    return [{"value": "<image>\nDescribe."}, {"value": findings}]
+
+
+def test_what_the_evaluation_leaves_out_is_left_out_and_counted(tmp_path: Path) -> None:
+    studies = read_studies(
+        listed(
+            tmp_path,
+            entry(1, view="PA", generate_method="rule-based"),
+            entry(2, view="LATERAL"),
+            entry(3, view="LL"),
+            entry(4, conversations=report(None)),
+            entry(5, conversations=report(math.nan)),
+            entry(6, conversations=report(" ")),
+            entry(7, generate_method="gpt4"),
+            entry(8, view="ap"),
+            entry(8, view="ap"),
+            entry(9, view=None, image=["9.png"]),
+        )
+    )
+    assert [study.id for study in studies] == ["study-1", "study-8", "study-9"]
+    assert studies.remark == (
+        "7 of 10 studies of the list left out: 1 of view LATERAL, 1 of view LL, 3 without findings, "
+        "1 with findings by gpt4, 1 listed before"
+    )
+    assert read_studies(listed(tmp_path, entry(1))).remark is None
+
+
+def test_a_film_is_found_in_the_folder_that_was_named(tmp_path: Path) -> None:
+    (tmp_path / "films/p10").mkdir(parents=True)
+    (tmp_path / "films/p10/2.png").touch()
+    path = listed(
+        tmp_path, entry(1, image="/p10/1.png"), entry(2, image="mimic/p10/2.png"), entry(3, image="p10/3.png")
+    )
+    films = tmp_path / "films"
+    wanted = [films / "p10/1.png", films / "p10/2.png", films / "p10/3.png"]
+    assert [study.path for study in read_studies(path, image_folder=films)] == wanted
+    assert read_studies(path)[0].path == Path("/p10/1.png")
+
+
+def test_a_list_of_rexrank_is_read(tmp_path: Path) -> None:
+    context = "<context>Age:60-70.Gender:F.Indication: Cough.</context>"
+    common = {"image_path": ["/a/1.jpg", "/a/2.jpg"], "frontal_lateral": ["Lateral", "Frontal"], "split": "test"}
+    content = {
+        "s1": common | {"key_image_path": "/a/2.jpg", "section_findings": "Clear.", "report": "R", "context": context},
+        "s2": common | {"report": "Clear lungs.", "reports": "Other.", "context": {"indication": "Fever."}},
+        "s3": common | {"section_findings": math.nan},
+        "s4": common | {"section_findings": "Clear.", "frontal_lateral": ["Lateral", "Lateral"]},
+    }
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    studies = read_studies(tmp_path / "list.json", image_folder=tmp_path)
+    film = tmp_path / "a/2.jpg"
+    assert studies == [
+        Study(film, "Cough.", id="s1", reference="Clear."),
+        Study(film, "Fever.", id="s2", reference="Clear lungs."),
+    ]
+    assert studies.remark == "2 of 4 studies of the list left out: 1 without findings, 1 of view Lateral"
 
 
 def test_films_that_are_not_there_are_counted_and_the_flag_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,232 @@
+"""What the header of a DICOM file says of its film: what it is, which part, which view, which way up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from lite.image.words import (
+    CHEST_CODES,
+    FRONTAL,
+    UNKNOWN_PART_CODES,
+    VIEW_CODES,
+    View,
+    other_part_in,
+    part_of_words,
+    view_of_words,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydicom.dataset import Dataset
+
+# DICOM says what took the picture. What is not listed (CR, DX, secondary captures, nothing at all) may be a film.
+_OTHER_MODALITIES: Final = {
+    "CT": "a CT slice",
+    "MR": "an MR slice",
+    "PT": "a PET slice",
+    "NM": "a nuclear medicine image",
+    "US": "an ultrasound image",
+    "IVUS": "an ultrasound image",
+    "MG": "a mammogram",
+    "XA": "an angiogram",
+    "IO": "a dental film",
+    "PX": "a panoramic dental film",
+    "BMD": "a bone densitometry image",
+    "ES": "an endoscopy image",
+    "GM": "a microscopy image",
+    "SM": "a microscopy image",
+    "OP": "an ophthalmic photograph",
+    "OPT": "an ophthalmic tomogram",
+    "XC": "a photograph",
+    "ECG": "an electrocardiogram",
+    "SEG": "a segmentation",
+    "SR": "a structured report",
+    "PR": "a presentation state",
+    "KO": "a key object note",
+    "DOC": "a document",
+    "RTIMAGE": "a radiotherapy image",
+    "RTDOSE": "a radiotherapy dose grid",
+    "RTSTRUCT": "a radiotherapy structure set",
+    "RTPLAN": "a radiotherapy plan",
+}
+_CLASS_ROOT: Final = "1.2.840.10008.5.1.4.1.1."
+_OTHER_SOP_CLASSES: Final = {
+    **dict.fromkeys(("1.2", "1.2.1", "13.1.3"), "MG"),
+    **dict.fromkeys(("1.3", "1.3.1"), "IO"),
+    **dict.fromkeys(("2", "2.1", "2.2"), "CT"),
+    **dict.fromkeys(("3.1", "6.1", "6.2"), "US"),
+    **dict.fromkeys(("4", "4.1", "4.3", "4.4"), "MR"),
+    **dict.fromkeys(("12.1", "12.1.1"), "XA"),
+    **dict.fromkeys(("128", "130"), "PT"),
+    "20": "NM",
+    "66.4": "SEG",
+    "104.1": "DOC",
+    "481.1": "RTIMAGE",
+    "481.2": "RTDOSE",
+}
+_DESCRIPTIONS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")
+
+
+def text_of(dataset: Dataset, keyword: str) -> str:
+    """Return an attribute as text, without spaces around it; "" where there is none."""
+    value = dataset.get(keyword)
+    return "" if value is None else str(value).strip()
+
+
+def _items(dataset: Dataset, keyword: str) -> list[Dataset]:
+    return list(dataset.get(keyword) or [])
+
+
+def _code(item: Dataset) -> tuple[str, str]:
+    """Return the value and the meaning of a code."""
+    value = text_of(item, "CodeValue") or text_of(item, "LongCodeValue")
+    return value, text_of(item, "CodeMeaning")
+
+
+def directions(dataset: Dataset) -> tuple[str, str] | None:
+    """Return the main directions of rows and columns, such as ("L", "F"); None where the file says nothing."""
+    value = dataset.get("PatientOrientation")
+    if not value:
+        return None
+    values = [value] if isinstance(value, str) else [str(v) for v in value]
+    letters = [v.strip().upper()[:1] for v in values]
+    return (letters[0], letters[1]) if len(letters) == 2 else ("?", "?")
+
+
+def orientation_of(dataset: Dataset) -> str | None:
+    """Return PatientOrientation as it is in the file."""
+    value = dataset.get("PatientOrientation")
+    return None if not value else value if isinstance(value, str) else "\\".join(str(v) for v in value)
+
+
+def _coded_views(dataset: Dataset) -> Iterator[tuple[View | None, str, str]]:
+    """Yield what each coded attribute says of the view: the view, the attribute, its words."""
+    if position := text_of(dataset, "ViewPosition").upper():
+        yield view_of_words(position), "ViewPosition", position
+    for item in _items(dataset, "ViewCodeSequence"):
+        for modifier in (item, *_items(item, "ViewModifierCodeSequence")):
+            value, meaning = _code(modifier)
+            yield VIEW_CODES.get(value) or view_of_words(meaning), "ViewCodeSequence", meaning.upper() or value
+    for item in _items(dataset, "PatientOrientationCodeSequence"):
+        for modifier in _items(item, "PatientOrientationModifierCodeSequence"):
+            value, meaning = _code(modifier)
+            if VIEW_CODES.get(value) == "DECUBITUS" or view_of_words(meaning) == "DECUBITUS":
+                yield "DECUBITUS", "PatientOrientationModifierCodeSequence", meaning.upper() or value
+    if (position := text_of(dataset, "PatientPosition").upper()).endswith(("DL", "DR")):
+        yield "DECUBITUS", "PatientPosition", position
+    if (ways := directions(dataset)) and {"A", "P"} & set(ways):
+        yield "LATERAL", "PatientOrientation", str(orientation_of(dataset))
+
+
+def view_of(dataset: Dataset) -> tuple[View | None, str, str]:
+    """Return the view, the attribute that says so, and its words; (None, "", "") where nothing does.
+
+    Any coded attribute that names a view which is not frontal has the word; descriptions have it only where no coded
+    one decides.
+    """
+    coded = list(_coded_views(dataset))
+    for view, source, words in coded:
+        if view is not None and view not in FRONTAL:
+            return view, source, words
+    described = ((view_of_words(text_of(dataset, name)), name, text_of(dataset, name)) for name in _DESCRIPTIONS)
+    said = [found for found in coded if found[0]] or [found for found in described if found[0]]
+    said.sort(key=lambda found: found[0] == "SEVERAL")
+    return (said or coded or [(None, "", "")])[0]
+
+
+def not_a_film(dataset: Dataset) -> str | None:
+    """Say what else than a film it is."""
+    modality = text_of(dataset, "Modality").upper()
+    by_class = _OTHER_SOP_CLASSES.get(text_of(dataset, "SOPClassUID").removeprefix(_CLASS_ROOT), "")
+    other = modality if modality in _OTHER_MODALITIES else by_class
+    return f"{_OTHER_MODALITIES[other]} (modality {modality or 'absent'})" if other else None
+
+
+def not_frontal(dataset: Dataset) -> str | None:
+    """Say which other view it is."""
+    view, source, words = view_of(dataset)
+    if view == "SEVERAL" and source not in _DESCRIPTIONS:
+        return f"a view that is not only frontal, or oblique or lateral ({source} {words})"
+    if view is None or view in (*FRONTAL, "SEVERAL"):
+        return None
+    article = "an" if view == "OBLIQUE" else "a"
+    return f"{article} {view.lower()} view ({source} {words})"
+
+
+def unclear_view(dataset: Dataset) -> str | None:
+    """Say that only a description of the exam names views."""
+    view, source, words = view_of(dataset)
+    if view == "SEVERAL":
+        return f"the file does not say which view this is ({source} {words}): make sure that it is the frontal one"
+    return None
+
+
+def body_part_of(dataset: Dataset) -> str | None:
+    """Return the part of the body in the file's words."""
+    meanings = [" ".join(filter(None, _code(item)[1:])) for item in _items(dataset, "AnatomicRegionSequence")]
+    return next(filter(None, (text_of(dataset, "BodyPartExamined"), *meanings)), None)
+
+
+def not_chest(dataset: Dataset) -> str | None:
+    """Say which other part of the body it shows."""
+    name = text_of(dataset, "BodyPartExamined")
+    if name and part_of_words(name) == "other":
+        return f"body part {name} (BodyPartExamined)"
+    known = bool(name) and part_of_words(name) == "chest"
+    for item in _items(dataset, "AnatomicRegionSequence"):
+        value, meaning = _code(item)
+        if value in CHEST_CODES or (value not in UNKNOWN_PART_CODES and part_of_words(meaning) == "chest"):
+            known = True
+        elif value not in UNKNOWN_PART_CODES:
+            return f"body part {meaning or value} (AnatomicRegionSequence {value})"
+    described = {name: text_of(dataset, name) for name in _DESCRIPTIONS}
+    if not known and not any(part_of_words(text) == "chest" for text in described.values()):
+        for name, text in described.items():
+            if other_part_in(text):
+                return f"body part {text} ({name})"
+    return None
+
+
+def unclear_part(dataset: Dataset) -> str | None:
+    """Say that BodyPartExamined names no part."""
+    name = text_of(dataset, "BodyPartExamined")
+    if name and part_of_words(name) == "unknown":
+        return f"BodyPartExamined {name} does not say chest"
+    return None
+
+
+def one_side(dataset: Dataset) -> str | None:
+    """Say that it claims to show one side."""
+    for keyword in ("ImageLaterality", "Laterality", "FrameLaterality"):
+        if (value := text_of(dataset, keyword).upper()) not in ("", "U", "B"):
+            return f"{keyword} {value}: a chest film shows both sides"
+    return None
+
+
+def not_upright(dataset: Dataset) -> str | None:
+    """Say how it lies, and that it is turned if it can be."""
+    ways = directions(dataset)
+    if ways is None or ways == ("L", "F"):
+        return None
+    named = f"PatientOrientation {orientation_of(dataset)}"
+    if turn_of(ways) is None:
+        return f"{named}: no way that a frontal film can lie; left as it is"
+    return f"{named}; turned so that it is L\\F"
+
+
+# What brings rows and columns to run to the patient's left and feet: transpose, then flip left-right, then up-down.
+_TURNS: Final = {
+    "RF": ("left and right swapped", False, True, False),
+    "LH": ("top and bottom swapped", False, False, True),
+    "RH": ("turned by 180°", False, True, True),
+    "FL": ("rows and columns swapped", True, False, False),
+    "FR": ("turned by 90° clockwise", True, True, False),
+    "HL": ("turned by 90° counterclockwise", True, False, True),
+    "HR": ("rows and columns swapped, turned by 180°", True, True, True),
+}
+
+
+def turn_of(ways: tuple[str, str]) -> tuple[str, bool, bool, bool] | None:
+    """Return what to do to a film whose rows and columns run these ways, in words and steps; None: nothing to do."""
+    return _TURNS.get("".join(ways))
