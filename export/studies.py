@@ -160,6 +160,8 @@ class StudyReader:
             LiteError: The list cannot be read, a film is not there, or none of the studies can be used.
         """
         entries = read_studies(file, image_folder=Path(image_folder) if image_folder else None)
+        if entries.remark:
+            _LOG.warning("%s: %s", file, entries.remark)
         count = min(count, len(entries))
         chosen = [entries[place * len(entries) // count] for place in range(count)]
         check_films(chosen, file, option=option, every=True)
@@ -177,7 +179,9 @@ class StudyReader:
         if not studies:
             msg = f"{file}: got {count} studies, none of which can be used ({problem}) · expected films with findings"
             raise LiteError(f"{msg} · correct the list") from problem
-        return NamedStudies(data=file.name, studies=studies, left_out=len(chosen) - len(studies))
+        return NamedStudies(
+            data=file.name, studies=studies, left_out=entries.left_out.total() + len(chosen) - len(studies)
+        )
 
     def _study(self, film: Path | Array, reason: str | None, findings: str) -> EncodedStudy:
         input_ids = self.prompts.encode(reason)

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -51,6 +52,7 @@ class Watch:
         """Watch from now on; nothing is refused before a child begins."""
         self.outside = str(outside.resolve())
         self.seen: list[str] | None = None
+        tempfile.gettempdir()  # is found out once, by writing
         sys.addaudithook(self._audit)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -62,7 +64,8 @@ class Watch:
             path, flags = os.fsdecode(arguments[0]), arguments[2] or 0
             if os.path.realpath(path).startswith(self.outside):
                 self.seen.append(f"opened {path:.80}, which an input names")
-            elif flags & (os.O_WRONLY | os.O_RDWR) and path != os.devnull:
+            # What is opened in the name of a folder is a file without one, which is gone with the process.
+            elif flags & (os.O_WRONLY | os.O_RDWR) and path != os.devnull and not Path(path).is_dir():
                 self.seen.append(f"opened {path:.80} to write")
 
     def read(self, reading: Callable[[], object]) -> Outcome:

@@ -111,6 +111,7 @@ class Export:
             for stream in (0, 1, 2):
                 os.dup2(nowhere, stream)
             sys.argv = ["export", *self.arguments]
+            sys.modules.pop("export.__main__", None)  # it is to run anew
             runpy.run_module("export", run_name="__main__", alter_sys=True)
             status = 0
         except SystemExit as end:

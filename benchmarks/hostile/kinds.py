@@ -338,6 +338,7 @@ def _check_checkpoint(path: Path, base: Path) -> None:
 
     sys.argv = ["export", "check", "--checkpoint", str(path), "--base", str(base)]
     try:
+        sys.modules.pop("export.__main__", None)  # it is to run anew
         runpy.run_module("export", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code:

@@ -63,7 +63,9 @@ def test_columns_fit_the_terminal_and_lose_no_word() -> None:
 
 def drafted(tmp_path: Path, text: str) -> demo.Drafted:
     film = tmp_path / "film.png"
-    Image.fromarray(np.full((64, 64), 200, dtype=np.uint8)).save(film)
+    levels = np.full((64, 64), 200, dtype=np.uint8)
+    levels[:8] = np.arange(64)  # a film has more than one
+    Image.fromarray(levels).save(film)
     study = Study(film, "Cough.", id="1", reference=TRUTH)
     findings, fp16 = (
         cast("lite.Findings", SimpleNamespace(text=words, engine=engine, timings=SimpleNamespace(total_s=seconds)))

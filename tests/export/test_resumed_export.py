@@ -155,7 +155,7 @@ def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
     source = open_checkpoint(*folders)
     deeper = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, num_hidden_layers=9))
     with monkeypatch.context() as patch:
-        patch.setattr(export.pipeline, "open_checkpoint", lambda *_: deeper)
+        patch.setattr(export.pipeline, "open_checkpoint", lambda *_, **__: deeper)
         patch.setattr(export.pipeline, "_require_space", lambda *_: None)
         with pytest.raises(ArtifactError, match="2 parts of its decoder finished"):
             export_artifact(*folders, out, dataclasses.replace(settings, vision_format="fp16"))

@@ -265,7 +265,7 @@ def test_a_cpu_takes_the_int8_cache_that_loses_little(tiny_onnx_artifact: Artifa
     assert "faster on a CPU" in plan(good, engine="torch").choices["cache"][1]
     assert plan(good, GPU).cache_dtype == "float16"
     assert plan(good, GPU, provider="cuda").cache_dtype == "float32"
-    for artifact, why in ((bad, "int8 lost 0.001 nats .* more than 1e-3"), (unknown, "was not measured at export")):
+    for artifact, why in ((bad, "int8 lost 0.0011 nats .* more than 1e-3"), (unknown, "was not measured at export")):
         assert plan(artifact).cache_dtype == "float32"
         assert re.search(why, plan(artifact).choices["cache"][1])
         assert plan(artifact, cache_dtype="int8").cache_dtype == "int8"

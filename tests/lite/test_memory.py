@@ -16,7 +16,7 @@ import torch
 from repository import ROOT
 from tiny import tiny_llama_config, tiny_onnx_part
 
-from benchmarks.speed.v100 import DECODER
+from benchmarks.speed.weights import Shapes as Widths
 from lite.artifact.open import Artifact
 from lite.config import DecoderConfig, Quantization
 from lite.engines.torch_engine.decoder import LlamaDecoder
@@ -44,6 +44,8 @@ from lite.memory.plan import (
 from lite.memory.process import peak_rss_bytes, rss_bytes
 from lite.memory.sizes import parse_bytes, shown_bytes
 from lite.model import FindingsModel
+
+DECODER = DecoderConfig.from_hf(Widths().config(32))
 
 
 @pytest.mark.parametrize("lm_head_bits", [None, 8])
