@@ -15,7 +15,7 @@ from lite.errors import BackendUnavailable
 from lite.eval.chexbert import chexbert_f1
 from lite.eval.divergence import StudyDivergence, summarise
 from lite.eval.figures import Estimate, Missing
-from lite.eval.labels import read_labels
+from lite.eval.labels import read_labels, unreadable
 from lite.eval.metrics import bleu, label_f1, rouge_l, same_text
 from lite.eval.radgraph import radgraph_f1
 from lite.eval.record import ReferenceRecord
@@ -31,6 +31,8 @@ class Clinical(NamedTuple):
 
 NO_REFERENCE = Missing(why="no reference", todo="Give one with --reference; python -m lite.bench record makes it.")
 NO_REPORTS = Missing(why="no reports", todo="The list of studies has no findings to compare with (conversations).")
+
+NOT_ENGLISH = Missing(why="not in English", todo="Labels are read from English reports only: docs/labels.md.")
 
 
 def against_record(
@@ -58,10 +60,10 @@ def against_record(
 
 
 def against_reports(reports: Sequence[str], drafts: Sequence[Draft], clinical: Clinical) -> ReportQuality | Missing:
-    """Judge drafts beside reports; an empty report is none, and left out like a draft that failed."""
-    theirs, ours = _pairs([report if report.strip() else None for report in reports], drafts)
+    """Judge drafts beside reports; one that is empty or not in English is none, and left out like a failed draft."""
+    theirs, ours = _pairs([None if unreadable(report) else report for report in reports], drafts)
     if not theirs:
-        return NO_REPORTS
+        return NOT_ENGLISH if any(unreadable(report) == "not in English" for report in reports) else NO_REPORTS
     return ReportQuality(
         radgraph_f1=radgraph_f1(theirs, ours, device=clinical.device) if clinical.radgraph else _no_radgraph(),
         chexbert=chexbert_f1(theirs, ours, weights=clinical.chexbert, device=clinical.device),

@@ -32,6 +32,7 @@ from lite.engines.machine import has_torch
 from lite.engines.options import LoadOptions
 from lite.errors import LiteError
 from lite.eval.figures import RESAMPLES, Missing
+from lite.eval.labels import unreadable
 from lite.eval.record import check_studies
 from lite.eval.record_file import read_record
 from lite.studies.readers import sha256_of_studies
@@ -132,6 +133,8 @@ def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
     for name, path in job.artifacts:
         if both := _calibrated_on(path, job.studies):
             notes[f"{name}: was calibrated on {both} of these {len(job.studies)} films: what it loses flatters."] = None
+    if foreign := sum(unreadable(report) == "not in English" for report in job.reports):
+        notes[f"{foreign} of {len(job.reports)} reports are not in English: they are in no figure."] = None
     for row in rows:
         if isinstance(row, FailedRow):
             continue

@@ -10,8 +10,8 @@ from bench_command import bench, write_list
 
 from lite.artifact.open import Artifact
 from lite.bench import __main__ as cli
-from lite.bench.quality import NO_REPORTS, Clinical, against_reports
-from lite.bench.results import Draft
+from lite.bench.quality import NO_REPORTS, NOT_ENGLISH, Clinical, against_reports
+from lite.bench.results import Draft, ReportQuality
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,11 @@ def test_wrong_use(arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.Ca
 
 def test_reports_that_are_empty_are_none() -> None:
     assert against_reports([""], [Draft(id="s0", text="Clear.")], Clinical()) is NO_REPORTS
+    german = "Keine Ergüsse, kein Pneumothorax. Das Herz ist nicht vergrößert, die Lunge ist frei."
+    drafts = [Draft(id=f"s{number}", text="The lungs are clear.") for number in (0, 1)]
+    assert against_reports([german], drafts[:1], Clinical()) is NOT_ENGLISH
+    mixed, english = (
+        against_reports([report, "Clear lungs. No effusion."], drafts, Clinical()) for report in (german, "")
+    )
+    assert isinstance(mixed, ReportQuality)
+    assert mixed == english
