@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,14 +10,13 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from repository import ROOT
-from safetensors.torch import load_file, save_file
-from tiny import relist, write_tiny_artifact
 
 from lite.__main__ import main
 from lite.artifact.open import Artifact
@@ -303,35 +303,22 @@ def test_verification_can_be_left_out(
     capsys.readouterr()
 
 
-def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lite", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+@contextlib.contextmanager
+def talking(artifact: Artifact, film: Path) -> Iterator[tuple[subprocess.Popen[bytes], bytes]]:
+    """Yield a process that has said its first word about films that it would take minutes for, and that word."""
+    command = [sys.executable, "-m", "lite", "generate", artifact.path, *[film] * 2_000]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # Who runs the tests in the background ignores Ctrl-C, and so would the child.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-        **options,
-    )
-
-
-@pytest.fixture(scope="module")
-def talkative(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Path:
-    """An artifact that talks until its context is full: nobody waits for that."""
-    folder = write_tiny_artifact(
-        tmp_path_factory.mktemp("talkative") / "artifact",
-        tokenizer_model,
-        llama_changes={"max_position_embeddings": 100_000},
-    ).path
-    name = "decoder/model.safetensors"
-    weights = load_file(folder / name)
-    head = weights["lm_head.weight"].float()
-    # The logit of EOS is the mean of all others: never the largest.
-    head[2] = (head.sum(0) - head[2]) / (len(head) - 1)
-    save_file(weights | {"lm_head.weight": head.half()}, folder / name)
-    relist(folder, name)
-    return folder
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 8)
+        assert first, "it ended before its first word"
+        yield process, first
+    finally:
+        process.kill()
 
 
 class Written(io.RawIOBase):
@@ -357,31 +344,21 @@ def test_text_leaves_piece_by_piece(
     assert [piece.decode() for piece in written.writes] == [*tiny_model.stream(films[0]), "\n"]
 
 
-def test_ctrl_c_ends_it_cleanly(talkative: Path, films: list[Path]) -> None:
-    process = start("generate", talkative, films[0], "--max-new-tokens", "90000")
-    try:
-        assert process.stdout is not None
-        first = os.read(process.stdout.fileno(), 8)
-        assert first, "it ended before its first word"
+def test_ctrl_c_ends_it_cleanly(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
+    with talking(tiny_onnx_artifact, films[0]) as (process, first):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert err.splitlines()[-1] == b"interrupted"
     assert (first + out).endswith(b"\n")
 
 
-def test_a_reader_that_leaves_is_no_drama(talkative: Path, films: list[Path]) -> None:
-    process = start("generate", talkative, films[0], "--max-new-tokens", "90000")
-    try:
+def test_a_reader_that_leaves_is_no_drama(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
+    with talking(tiny_onnx_artifact, films[0]) as (process, _):
         assert process.stdout is not None
-        os.read(process.stdout.fileno(), 8)
         process.stdout.close()
         _, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
     assert process.returncode == 141
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err
