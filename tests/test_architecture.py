@@ -77,7 +77,7 @@ IMPORTS = (
     (("lite", "lite.__main__"), RUNTIME | HEAVY | {"benchmarks", "export"}),
     (modules("lite/eval", "lite/bench"), HEAVY | {"benchmarks", "export", "onnxruntime"}),
     (("export", "export.__main__"), HEAVY | {"benchmarks", "onnxruntime"}),
-    (modules("kernels"), HEAVY - {"torch"}),
+    ([*modules("kernels"), "export.quantize.bnb"], HEAVY - {"torch"}),
 )
 
 

@@ -35,7 +35,7 @@ from lite.model import FindingsModel
 from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
-NUM_FILMS = 6
+NUM_FILMS = 4
 DAMAGED = r"model\.layers\.1\.self_attn\.o_proj\.weight"
 
 

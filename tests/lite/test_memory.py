@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from repository import ROOT
+from repository import run_python
 from tiny import tiny_llama_config, tiny_onnx_part
 
 from benchmarks.speed.weights import Shapes as Widths
@@ -291,9 +289,9 @@ def test_a_peak_is_the_processes_own_and_not_its_parents() -> None:
     ballast = bytearray(250 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
     code = "from lite.memory.process import peak_rss_bytes; print(peak_rss_bytes())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    peak = int(run_python("-c", code))
     assert (peak_rss_bytes() or 0) > len(ballast)
-    assert int(done.stdout) < 150 << 20
+    assert peak < 150 << 20
 
 
 def test_memory_is_unknown_where_nothing_tells(monkeypatch: pytest.MonkeyPatch) -> None:
