@@ -16,7 +16,7 @@ from benchmarks.phantom.train import Trainer, TrainingPlan, train
 from export import export_artifact
 from lite.errors import LiteError
 
-PLAN = TrainingPlan(films=16, batch_size=4, see_steps=3, write_steps=3, warm_up_steps=1)
+PLAN = TrainingPlan(films=32, batch_size=4, see_steps=3, write_steps=3, warm_up_steps=1)
 
 
 @pytest.fixture(scope="module")
