@@ -167,8 +167,7 @@ def test_one_wrong_bit_is_seen(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("factor", "wrong"),
-    [(1.1, r"KL \S+ above 1e-05, what rounding to float32 explains"), (math.nan, ".*not finite.*")],
+    ("factor", "wrong"), [(1.1, r"KL \S+ above 1e-05, what rounding to float32 explains"), (math.nan, ".*not finite.*")]
 )
 def test_a_peer_with_other_norms_is_seen_by_its_logits(tmp_path: Path, factor: float, wrong: str) -> None:
     artifact, plain = write_gptq(tmp_path)

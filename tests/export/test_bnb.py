@@ -11,14 +11,7 @@ import torch
 
 import kernels.reference
 from export.quantize.bnb import BnbFormat, quantize_int8, quantize_nf4
-from kernels.bnb import (
-    NF4_QUANT_STATE_KEY,
-    Int8Weight,
-    Nf4Weight,
-    import_bitsandbytes,
-    int8_matmul,
-    nf4_matmul,
-)
+from kernels.bnb import NF4_QUANT_STATE_KEY, Int8Weight, Nf4Weight, import_bitsandbytes, int8_matmul, nf4_matmul
 
 pytest.importorskip("bitsandbytes")
 

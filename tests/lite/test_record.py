@@ -18,14 +18,7 @@ from lite.artifact.open import Artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.errors import ArtifactError, ImageError, LiteError
 from lite.eval.divergence import compare_logits
-from lite.eval.record import (
-    ReferenceRecord,
-    check_belongs,
-    check_record,
-    check_studies,
-    settings_of,
-    studies_of,
-)
+from lite.eval.record import ReferenceRecord, check_belongs, check_record, check_studies, settings_of, studies_of
 from lite.eval.record_file import read_record, write_record
 from lite.loading import load
 from lite.model import FindingsModel
