@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from PIL import Image
 
 from benchmarks.phantom.write import write_studies
@@ -213,11 +214,18 @@ class Shown(NamedTuple):
     path: Path
 
 
-def show(folder: Path) -> Shown:
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    folder = tmp_path_factory.mktemp("report")
     films = phantom_films(folder / "films")
     shown = Shown(films, the_bench(films), folder / "new folder" / "report.html")
     write_whole(shown.path, render_report(shown.bench, modelled=[MODELLED]))
     return shown
+
+
+@pytest.fixture(scope="module")
+def bench(shown: Shown) -> Bench:
+    return shown.bench
 
 
 def the_bench(films: list[Path]) -> Bench:
