@@ -134,13 +134,9 @@ def test_ctrl_c_keeps_the_finished_layers_and_says_so(folders: Folders, listed: 
 
 
 def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
-    folders: Folders,
-    listed: Path,
-    gptq_artifact: Artifact,
-    tmp_path: Path,
-    stopped: Path,
+    folders: Folders, listed: Path, gptq_artifact: Artifact, tmp_path: Path, stopped: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     """A wrong path, another checkpoint, something in the way: none of them costs the finished layers."""
     out, settings = tmp_path / "artifact", settings_for(listed)
     parts = sorted((stopped / "decoder").glob("model-*"))

@@ -142,15 +142,9 @@ def times(weights: int, total_s: float, plan: MemoryPlan) -> dict[str, Any]:
 
 
 def row(
-    name: str,
-    decoder_format: str,
-    *,
-    weight_gb: float,
-    total_s: float,
-    quality: RecordQuality | Missing,
-    f1: float,
-    drafts: tuple[Draft, ...],
-) -> Row:
+    name: str, decoder_format: str, *, weight_gb: float, total_s: float, quality: RecordQuality | Missing,
+    f1: float, drafts: tuple[Draft, ...],
+) -> Row:  # fmt: skip
     weights = int(weight_gb * 1e9)
     taken = memory(weights)
     return Row(

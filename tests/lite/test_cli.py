@@ -45,12 +45,9 @@ def generate(tiny_artifact: Artifact) -> list[str]:
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
 def test_several_films_are_named(
-    generate: list[str],
-    films: list[Path],
-    tiny_model: FindingsModel,
-    capsys: pytest.CaptureFixture[str],
+    generate: list[str], films: list[Path], tiny_model: FindingsModel, capsys: pytest.CaptureFixture[str],
     batch_size: str,
-) -> None:
+) -> None:  # fmt: skip
     assert run(*generate, *films[:4], "--batch-size", batch_size) == 0
     out, err = capsys.readouterr()
     assert out == "".join(f"== {image}\n{tiny_model.findings(image).text}\n" for image in films[:4])
@@ -59,12 +56,9 @@ def test_several_films_are_named(
 
 @pytest.mark.parametrize("batch_size", ["1", "2"])
 def test_json(
-    generate: list[str],
-    films: list[Path],
-    tiny_model: FindingsModel,
-    capsys: pytest.CaptureFixture[str],
+    generate: list[str], films: list[Path], tiny_model: FindingsModel, capsys: pytest.CaptureFixture[str],
     batch_size: str,
-) -> None:
+) -> None:  # fmt: skip
     assert run(*generate, *films[:3], "--json", "--batch-size", batch_size, "--max-new-tokens", "5") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["image"] for line in lines] == [str(image) for image in films[:3]]
@@ -107,12 +101,9 @@ def test_a_bad_file_is_reported_skipped_and_remembered(
 
 
 def test_a_dicom_without_pydicom_is_reported_and_the_rest_goes_on(
-    generate: list[str],
-    films: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    generate: list[str], films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "pydicom", None)
     dicom = tmp_path / "film.dcm"
     dicom.write_bytes(b"\0" * 128 + b"DICM")
@@ -240,12 +231,9 @@ def test_a_cut_text_says_so(generate: list[str], films: list[Path], capsys: pyte
 
 @pytest.mark.parametrize("mode", [[], ["--batch-size", "2"]])
 def test_what_is_slower_than_it_has_to_be_is_said_once(
-    generate: list[str],
-    films: list[Path],
-    mode: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    generate: list[str], films: list[Path], mode: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(LlamaDecoder, "fallbacks", ("no CUDA graph: the driver is too old",))
     assert run(*generate, *films[:3], *mode) == 0
     assert capsys.readouterr().err.count("note: no CUDA graph: the driver is too old\n") == 1

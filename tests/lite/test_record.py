@@ -157,13 +157,9 @@ def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_record(
 
 
 def test_artifacts_of_other_settings_are_refused_by_name(
-    record: ReferenceRecord,
-    tiny_artifact: Artifact,
-    changed_model: FindingsModel,
-    tokenizer_model: bytes,
-    tmp_path: Path,
-    studies: list[Study],
-) -> None:
+    record: ReferenceRecord, tiny_artifact: Artifact, changed_model: FindingsModel, tokenizer_model: bytes,
+    tmp_path: Path, studies: list[Study],
+) -> None:  # fmt: skip
     check_studies(record, studies)
     check_record(record, tiny_artifact, studies)
     check_record(record, changed_model.artifact, studies)
