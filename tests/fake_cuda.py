@@ -301,15 +301,9 @@ def prompt_of(num_prompt_tokens: int, num_image_tokens: int) -> list[int]:
 
 
 def draft(
-    decoder: LlamaDecoder,
-    *,
-    num_rows: int,
-    num_prompt_tokens: int,
-    max_seq_len: int,
-    num_image_tokens: int = 1369,
-    max_new_tokens: int = 3,
-    tower_on_gpu: bool = True,
-) -> None:
+    decoder: LlamaDecoder, *, num_rows: int, num_prompt_tokens: int, max_seq_len: int, num_image_tokens: int = 1369,
+    max_new_tokens: int = 3, tower_on_gpu: bool = True,
+) -> None:  # fmt: skip
     """Draft as a session does, in this thread: all rows, and the features of the studies that come next.
 
     A text is short; the rows have room for a longer one.

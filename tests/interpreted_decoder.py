@@ -17,10 +17,7 @@ from lite.engines.torch_engine.linear import linears_of
 from lite.engines.torch_engine.load import load_decoder
 
 STEPS = 2
-SETTINGS: dict[str, tuple[str, CacheDtype | None]] = {
-    "float16": ("float16", None),
-    "int8": ("float32", "int8"),
-}
+SETTINGS: dict[str, tuple[str, CacheDtype | None]] = {"float16": ("float16", None), "int8": ("float32", "int8")}
 
 
 def decode(folder: Path, dtype: str, cache_dtype: CacheDtype | None) -> dict[str, Any]:

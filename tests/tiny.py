@@ -215,29 +215,31 @@ def cache_fidelity(kl: float) -> DecoderFidelity:
 def write_tiny_artifact(
     out: Path, tokenizer_model: bytes, *, llama_changes: dict[str, Any] | None = None, **manifest_changes: Any
 ) -> Artifact:
-    vocab_size = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
-    config = tiny_llama_config(vocab_size) | (llama_changes or {})
-    with staged_artifact(out) as staged:
-        (staged.path / "decoder").mkdir()
-        (staged.path / "decoder" / "config.json").write_text(json.dumps(config))
-        save_file(random_llama(config), staged.path / "decoder" / "model.safetensors")
-        (staged.path / "tokenizer.model").write_bytes(tokenizer_model)
-        (staged.path / "vision.onnx").write_bytes(tiny_vision_onnx())
-        return staged.finish(tiny_manifest(**manifest_changes))
+    config = tiny_config(tokenizer_model) | (llama_changes or {})
+    return _write(out, tokenizer_model, config, random_llama(config), tiny_manifest(**manifest_changes))
 
 
 def write_tiny_gptq_artifact(out: Path, tokenizer_model: bytes, **llama_changes: Any) -> Artifact:
     """The tiny artifact, its decoder rounded to 4 bits."""
-    vocab_size = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size()
-    config, tensors = gptq_llama(tiny_llama_config(vocab_size) | llama_changes)
+    decoder = DecoderPart(format="gptq-int4", group_size=32, method="rtn")
+    quantized = gptq_llama(tiny_config(tokenizer_model) | llama_changes)
+    return _write(out, tokenizer_model, *quantized, tiny_manifest(parts=tiny_parts(decoder=decoder)))
+
+
+def tiny_config(tokenizer_model: bytes) -> dict[str, Any]:
+    return tiny_llama_config(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).get_piece_size())
+
+
+def _write(
+    out: Path, tokenizer_model: bytes, config: dict[str, Any], weights: dict[str, torch.Tensor], manifest: Manifest
+) -> Artifact:
     with staged_artifact(out) as staged:
         (staged.path / "decoder").mkdir()
         (staged.path / "decoder" / "config.json").write_text(json.dumps(config))
-        save_file(tensors, staged.path / "decoder" / "model.safetensors")
+        save_file(weights, staged.path / "decoder" / "model.safetensors")
         (staged.path / "tokenizer.model").write_bytes(tokenizer_model)
         (staged.path / "vision.onnx").write_bytes(tiny_vision_onnx())
-        decoder = DecoderPart(format="gptq-int4", group_size=32, method="rtn")
-        return staged.finish(tiny_manifest(parts=tiny_parts(decoder=decoder)))
+        return staged.finish(manifest)
 
 
 def decoder_folder(out: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], *, shards: int = 1) -> Artifact:

@@ -92,10 +92,7 @@ def test_an_update_changes_the_numbers_and_nothing_else(gates: Path) -> None:
         "fp16.same_top": 1.0,
     }
     changes = update_baselines(gates, values)
-    assert changes == [
-        "fp16.bytes: 1000 → 1024",
-        'imports.lite: ["numpy"] → ["numpy", "torch"]',
-    ]
+    assert changes == ["fp16.bytes: 1000 → 1024", 'imports.lite: ["numpy"] → ["numpy", "torch"]']
     expected = TEXT.replace("1000", "1024").replace('["numpy"]', '["numpy", "torch"]')
     assert gates.read_text(encoding="utf-8") == expected
     assert update_baselines(gates, values) == []

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import subprocess
-import sys
 
 import pytest
-from repository import ROOT
+from repository import run_python
 
 from benchmarks.__main__ import COMMANDS, main
 
@@ -49,5 +47,4 @@ def test_what_is_not_asked_for_is_not_imported() -> None:
         "try: main(['--help'])\n"
         "finally: print([name for name in sys.modules if name.startswith('benchmarks.') or name in ('numpy', 'lite')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "['benchmarks.commands', 'benchmarks.__main__']"
+    assert run_python("-c", code).splitlines()[-1] == "['benchmarks.commands', 'benchmarks.__main__']"

@@ -35,7 +35,7 @@ from lite.model import FindingsModel
 from lite.studies.readers import read_studies
 from lite.studies.study import Study
 
-NUM_FILMS = 6
+NUM_FILMS = 4
 DAMAGED = r"model\.layers\.1\.self_attn\.o_proj\.weight"
 
 
@@ -120,12 +120,9 @@ def test_an_artifact_loses_nothing_against_itself(rows: list[Row], demo_artifact
 
 
 def test_divergence_is_measured_along_the_references_text(
-    drafts: list[lite.Findings],
-    rows: list[Row],
-    demo_model: FindingsModel,
-    damaged_model: FindingsModel,
+    drafts: list[lite.Findings], rows: list[Row], demo_model: FindingsModel, damaged_model: FindingsModel,
     studies: Sequence[Study],
-) -> None:
+) -> None:  # fmt: skip
     kl, same_top, nll = [], [], []
     for study, found in zip(studies, drafts, strict=True):
         token_ids = decided_tokens(found, demo_model.artifact.manifest.decoding)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 
+from benchmarks import exports
 from benchmarks.exports import FP16, PHANTOM, Recipe, Source, measured_run
 from benchmarks.quality import command
 from benchmarks.quality.command import CALIBRATION_SEED, main
@@ -133,7 +134,9 @@ def test_a_row_that_fails_does_not_stop_the_others(
     assert " of " in values["machine"]
 
 
-def test_wrong_use_and_nothing_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_and_nothing_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["formats", "--only", "int3"])
     assert ended.value.code == 2
@@ -141,6 +144,6 @@ def test_wrong_use_and_nothing_measured(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*few, "--seed", str(CALIBRATION_SEED)]) == 1
     assert "the films to calibrate on · expected other films" in capsys.readouterr().err
     # Without an fp16 artifact there is nothing to compare with.
-    base = PHANTOM / "base"
-    assert main([*few, "--checkpoint", str(tmp_path), "--base", str(base)]) == 1
-    assert "error: exit status 1: error: " in capsys.readouterr().err
+    monkeypatch.setattr(exports, "measured_run", lambda _: measured_run([PYTHON, "-c", "exit('error: no weights')"]))
+    assert main([*few, "--checkpoint", str(tmp_path), "--base", str(PHANTOM / "base")]) == 1
+    assert "error: exit status 1: error: no weights" in capsys.readouterr().err

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,8 +169,7 @@ def test_one_wrong_bit_is_seen(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("factor", "wrong"),
-    [(1.1, r"KL \S+ above 1e-05, what rounding to float32 explains"), (math.nan, ".*not finite.*")],
+    ("factor", "wrong"), [(1.1, r"KL \S+ above 1e-05, what rounding to float32 explains"), (math.nan, ".*not finite.*")]
 )
 def test_a_peer_with_other_norms_is_seen_by_its_logits(tmp_path: Path, factor: float, wrong: str) -> None:
     artifact, plain = write_gptq(tmp_path)
@@ -222,8 +223,14 @@ def test_what_a_failed_peer_has_said_is_shown(
 
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel is installed")
 def test_without_the_peers_a_gptq_folder_does_not_pass(
-    tiny_gptq_artifact: Artifact, capsys: pytest.CaptureFixture[str]
+    tiny_gptq_artifact: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def in_this_process(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        interop_peer.main(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     assert main(["interop", str(tiny_gptq_artifact.path), "--python", sys.executable, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["versions"]["torch"] == torch.__version__

@@ -10,12 +10,7 @@ import pytest
 import random_checkpoint
 import torch
 
-from benchmarks.phantom.publish import (
-    channel_scales,
-    fold_channel_scales,
-    random_weights,
-    split_lora,
-)
+from benchmarks.phantom.publish import channel_scales, fold_channel_scales, random_weights, split_lora
 from export.source import forward
 from lite.config import DecoderConfig
 

@@ -23,12 +23,7 @@ ROWS = [
         "reference": "There is a small left pleural effusion. No pneumothorax.",
         "prediction": "There is a small right pleural effusion. No pneumothorax.",
     },
-    {
-        "id": "2",
-        "query": "q",
-        "reference": "There is moderate cardiomegaly.",
-        "prediction": "The lungs are clear.",
-    },
+    {"id": "2", "query": "q", "reference": "There is moderate cardiomegaly.", "prediction": "The lungs are clear."},
 ]
 
 

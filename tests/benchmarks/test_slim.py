@@ -151,13 +151,9 @@ EXPECTED = ("Clear lungs.", "Large heart.")
     ],
 )
 def test_what_contradicts_the_claim_is_said_and_fails(
-    sizes: tuple[str, ...],
-    imported: tuple[str, ...],
-    texts: tuple[str, ...],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    sizes: tuple[str, ...], imported: tuple[str, ...], texts: tuple[str, ...], message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     run = Run(lite=Path("lite"), after_import=(), after_findings=imported, texts=texts)
     measured = Slim(sizes=dict.fromkeys(sizes, 1_250_000), run=run, expected=EXPECTED)
     monkeypatch.setattr(slim, "measure_slim", lambda *_: measured)
@@ -172,11 +168,9 @@ def test_what_contradicts_the_claim_is_said_and_fails(
 
 
 def test_an_environment_that_cannot_be_made_and_an_artifact_that_cannot_draft_fail(
-    demo_onnx_artifact: Artifact,
-    tiny_artifact: Artifact,
-    monkeypatch: pytest.MonkeyPatch,
+    demo_onnx_artifact: Artifact, tiny_artifact: Artifact, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     def fail(_: Path) -> None:
         raise LiteError("pip install: got exit status 1")
 

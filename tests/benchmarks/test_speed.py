@@ -11,16 +11,7 @@ import pytest
 from repository import run_python
 
 from benchmarks.speed import COMMANDS, main
-from benchmarks.speed.harness import (
-    Clock,
-    Record,
-    Report,
-    Row,
-    Unavailable,
-    in_turns,
-    kept_apart,
-    table,
-)
+from benchmarks.speed.harness import Clock, Record, Report, Row, Unavailable, in_turns, kept_apart, table
 from benchmarks.speed.weights import Model, Shapes
 from lite.errors import LiteError
 from lite.eval.figures import quantiles
@@ -150,10 +141,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     ("modules", "absent"),
     [
         # A machine with a GPU that is lent for an hour: torch, Triton, numpy, safetensors, and no network.
-        (
-            "benchmarks.speed.gpu",
-            "sentencepiece PIL onnx onnxruntime transformers jinja2 matplotlib cv2",
-        ),
+        ("benchmarks.speed.gpu", "sentencepiece PIL onnx onnxruntime transformers jinja2 matplotlib cv2"),
         # The peers' own environment: numpy.
         (
             "benchmarks.speed.peers.worker, benchmarks.speed.peers.llamacpp",

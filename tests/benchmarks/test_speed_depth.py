@@ -12,6 +12,7 @@ from random_checkpoint import SMALL
 from benchmarks.speed import depth, synthetic
 from benchmarks.speed.depth import main, measure_depth, report_of
 from benchmarks.speed.synthetic import write_checkpoint
+from lite.errors import LiteError
 
 
 def test_one_depth_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,11 +65,16 @@ def test_the_engine_is_that_of_export_and_bench(engine: str, monkeypatch: pytest
     assert f"--engine {engine}" in bench
 
 
+def fail(*_: object) -> None:
+    raise LiteError("exit status 1: no room")
+
+
 def test_a_step_that_fails_says_so_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(depth, "write_checkpoint", lambda out, **_: out.mkdir())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(synthetic, "measured_run", fail)
     assert main(["--layers", "1", "2", "--decoder", "fp16"]) == 1
-    assert "error: exit status 1: " in capsys.readouterr().err
+    assert "error: exit status 1: no room" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

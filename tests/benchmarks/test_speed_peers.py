@@ -168,12 +168,12 @@ def setting(tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch) -> Setting:
     )  # fmt: skip
 
 
+def named(name: str, **changes: Any) -> Spec:
+    return dataclasses.replace(GPTQ, name=name, **changes)
+
+
 def test_what_goes_wrong_is_told_and_the_rest_goes_on(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """One engine dies in a round, one computes something else, one is not installed, one takes too long."""
-
-    def named(name: str, spec: Spec = GPTQ, **changes: Any) -> Spec:
-        return dataclasses.replace(spec, name=name, **changes)
-
     rounds: dict[str, int] = {}
     turn = measure.Bench.turn
 
@@ -186,23 +186,24 @@ def test_what_goes_wrong_is_told_and_the_rest_goes_on(setting: Setting, monkeypa
             raise Unavailable("took longer than 30 s")
         return turn(bench, process)
 
-    def start(bench: measure.Bench, spec: Spec, layers: int) -> Any:
-        process = real_start(bench, spec, layers)
+    start = measure.Bench.start
+
+    def named_start(bench: measure.Bench, spec: Spec, layers: int) -> Any:
+        process: Any = start(bench, spec, layers)
         if spec.name in ("dies", "slow"):
             process.worker.engine.computes_in = spec.name
         return process
 
-    real_start = measure.Bench.start
-    monkeypatch.setattr(measure.Bench, "start", start)
+    monkeypatch.setattr(measure.Bench, "start", named_start)
     monkeypatch.setattr(measure.Bench, "turn", troubled)
     absent = named("absent", packages=("no-such-engine",), install="make peers")
     specs = [DENSE, GPTQ, named("dies"), named("slow"), named("wrong", max_difference=0.01), absent]
     found = measure.measure(specs, setting)
     measured, prefill = found["decode"], found["prefill"]
     rows = {row.label: row for row in measured.rows}
-    timed = ["lite dense, 1", "lite dense, 2", "lite gptq-int4, 1", "lite gptq-int4, 2", "dies, 1"]
     for report in found.values():
-        assert [row.label for row in report.rows if row.time and "~" not in row.label] == timed
+        timed = [row.label for row in report.rows if row.time and "~" not in row.label]
+        assert timed == ["lite dense, 1", "lite dense, 2", "lite gptq-int4, 1", "lite gptq-int4, 2", "dies, 1"]
     assert rows["dies, 2"].why == "its process ended with signal 11: it says nothing"
     assert str(rows["wrong, –"].why).startswith("got logits that differ from those of lite dense by 0.")
     assert rows["absent, –"].why == "no-such-engine not installed: make peers"

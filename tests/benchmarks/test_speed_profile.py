@@ -62,12 +62,9 @@ def test_shares_are_of_the_time_and_of_the_bandwidth() -> None:
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 def test_the_command_accounts_for_all_of_the_time(
-    cache_dtype: str,
-    tiny_onnx_artifact: Artifact,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    cache_dtype: str, tiny_onnx_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(profile, "streaming_read_bandwidth", lambda _: 30e9)
     monkeypatch.setattr("lite.engines.onnx_engine.decoder.ONNX_CHUNK_SIZE", 16)
     file = tmp_path / "profile.json"

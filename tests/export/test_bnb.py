@@ -11,14 +11,7 @@ import torch
 
 import kernels.reference
 from export.quantize.bnb import BnbFormat, quantize_int8, quantize_nf4
-from kernels.bnb import (
-    NF4_QUANT_STATE_KEY,
-    Int8Weight,
-    Nf4Weight,
-    import_bitsandbytes,
-    int8_matmul,
-    nf4_matmul,
-)
+from kernels.bnb import NF4_QUANT_STATE_KEY, Int8Weight, Nf4Weight, import_bitsandbytes, int8_matmul, nf4_matmul
 
 pytest.importorskip("bitsandbytes")
 
@@ -95,12 +88,9 @@ def test_zeros_stay_zeros(decoder_format: BnbFormat) -> None:
 @pytest.mark.parametrize("rows", [(), (1,), (3,), (2, 5)])
 @pytest.mark.parametrize("decoder_format", FORMATS)
 def test_matmul_is_the_product_with_the_dequantised_weight(
-    decoder_format: BnbFormat,
-    rows: tuple[int, ...],
-    dtype: torch.dtype,
-    chunk_values: int,
+    decoder_format: BnbFormat, rows: tuple[int, ...], dtype: torch.dtype, chunk_values: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(kernels.reference, "ROWS_VALUES", chunk_values)  # one row of the weight, two, all of it
     packed = stored(decoder_format, quantised(decoder_format, random_weight((37, 128))))
     x = torch.randn(*rows, 128, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import onnx
 import pytest
 import torch
 from driving import read_prompt, score_text
-from repository import ROOT
+from repository import run_python
 from safetensors.torch import load_file, save_file
 from tiny import gptq_llama, random_llama, tiny_llama_config, tiny_manifest, tiny_onnx_part, tiny_parts
 
@@ -379,10 +377,7 @@ def test_writing_takes_the_memory_of_a_linear_and_not_of_the_decoder(tmp_path: P
     save_file({name: t for name, t in layer.items() if "layers.0" not in name}, shards / "model-head.safetensors")
     total = sum(file.stat().st_size for file in shards.glob("*.safetensors"))
     largest = 2 * inner * hidden // 2  # gate and up, side by side
-    done = subprocess.run(
-        [sys.executable, "-c", _WRITE, shards, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    taken = int(done.stdout)
+    taken = int(run_python("-c", _WRITE, shards, tmp_path))
     assert total > 80e6
     # As read, transposed, and joined; and what Python and torch take on their way.
     assert taken < 4 * largest + 25e6 < 0.6 * total

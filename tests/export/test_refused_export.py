@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +24,42 @@ from lite.errors import ArtifactError, BackendUnavailable, CheckpointError, Lite
 
 
 @pytest.mark.parametrize(
-    ("changes", "gptq", "match"),
+    ("changes", "settings_of", "error", "match"),
     [
-        ({"vocab_size": 401}, {"lm_head": "int8"}, r"lm_head\.weight: got 401 outputs .* of 4 · choose --lm-head fp16"),
+        (
+            {"vocab_size": 401},
+            lambda listed: settings_for(listed, lm_head="int8"),
+            CheckpointError,
+            r"lm_head\.weight: got 401 outputs .* of 4 · choose --lm-head fp16",
+        ),
         (
             {"intermediate_size": 224},
-            {"group_size": 128},
+            lambda listed: settings_for(listed, group_size=128),
+            CheckpointError,
             r"down_proj\.weight: got 224 inputs .* whole groups of 128 .* choose --group-size 32, -1",
         ),
         (
             {"intermediate_size": 96},
-            None,
+            lambda _: ExportSettings(decoder_format="bnb-nf4"),
+            CheckpointError,
             r"down_proj\.weight: got 96 inputs .* multiple of 64, the block of NF4 · choose bnb-int8 or fp16",
+        ),
+        (
+            {"head_dim": 40},
+            lambda listed: dataclasses.replace(settings_for(listed, **RTN, group_size=-1), onnx=True),
+            ArtifactError,
+            "head_dim=40 · expected a multiple of 16.*--engine onnx",
         ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_before_the_work(
-    folders: Folders,
-    listed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, int],
-    gptq: dict[str, Any] | None,
-    match: str,
-) -> None:
+    folders: Folders, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, int], settings_of: Callable[[Path], ExportSettings], error: type[LiteError], match: str,
+) -> None:  # fmt: skip
     source = open_checkpoint(*folders)
     odd = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, **changes))
     monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_, **__: odd)
-    settings = ExportSettings(decoder_format="bnb-nf4") if gptq is None else settings_for(listed, **gptq)
-    fails(folders, tmp_path / "artifact", settings, CheckpointError, match)
-
-
-def test_heads_that_the_onnx_engine_does_not_take_are_refused_before_the_work(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = open_checkpoint(*folders)
-    odd = dataclasses.replace(source, decoder=dataclasses.replace(source.decoder, head_dim=40))
-    monkeypatch.setattr(export.pipeline, "open_checkpoint", lambda *_, **__: odd)
-    settings = ExportSettings(decoder_format="gptq-int4", gptq=GptqSettings(**RTN, group_size=-1), onnx=True)
-    fails(
-        folders,
-        tmp_path / "artifact",
-        settings,
-        ArtifactError,
-        "head_dim=40 · expected a multiple of 16.*--engine onnx",
-    )
+    fails(folders, tmp_path / "artifact", settings_of(listed), error, match)
 
 
 def test_a_study_that_cannot_be_used_is_left_out_and_said(

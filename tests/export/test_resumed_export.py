@@ -44,22 +44,15 @@ def stopped(folders: Folders, listed: Path, tmp_path: Path, monkeypatch: pytest.
     ("owner", "name", "call", "finished"),
     [
         (DecoderFolder, "write", 1, 1),  # the first layer is rounded, and not yet written
-        (export.quantize.layerwise.LayerQuantizer, "quantize", 1, 2),
+        pytest.param(export.quantize.layerwise.LayerQuantizer, "quantize", 1, 2, marks=pytest.mark.full),
         (HiddenStates, "write", 40, 2),  # in the middle of the second layer
         (export.pipeline.verify, "measure", 0, 4),
     ],
 )
 def test_a_stopped_export_goes_on_to_the_same_bytes(
-    folders: Folders,
-    listed: Path,
-    gptq_artifact: Artifact,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    name: str,
-    call: int,
-    finished: int,
-) -> None:
+    folders: Folders, listed: Path, gptq_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    owner: Any, name: str, call: int, finished: int,
+) -> None:  # fmt: skip
     out, settings = tmp_path / "artifact", settings_for(listed)
     with stopped_at(monkeypatch, owner, name, call):
         export_artifact(*folders, out, settings)
@@ -141,13 +134,9 @@ def test_ctrl_c_keeps_the_finished_layers_and_says_so(folders: Folders, listed: 
 
 
 def test_what_an_export_has_left_is_kept_through_the_failures_of_others(
-    folders: Folders,
-    listed: Path,
-    gptq_artifact: Artifact,
-    tmp_path: Path,
-    stopped: Path,
+    folders: Folders, listed: Path, gptq_artifact: Artifact, tmp_path: Path, stopped: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     """A wrong path, another checkpoint, something in the way: none of them costs the finished layers."""
     out, settings = tmp_path / "artifact", settings_for(listed)
     parts = sorted((stopped / "decoder").glob("model-*"))
@@ -229,27 +218,26 @@ def test_two_exports_to_one_place_do_not_meet(folders: Folders, tmp_path: Path) 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 def test_a_disk_that_fills_up_leaves_no_artifact_and_the_rest_goes_on(
-    folders: Folders, listed: Path, gptq_artifact: Artifact, tmp_path: Path
+    folders: Folders, listed: Path, gptq_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system refuses to let a file grow, in a process of its own, as a full disk does."""
-    out = tmp_path / "artifact"
+    """The system refuses to let a file grow, as a full disk does."""
+    import resource
+
+    out, (soft, hard) = tmp_path / "artifact", resource.getrlimit(resource.RLIMIT_FSIZE)
     largest = max(file.stat().st_size for file in (gptq_artifact.path / "decoder").iterdir())
-    code = (
-        "import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from export import *\nfrom export.__main__ import main\nimport export.pipeline\n"
-        "right = export.pipeline.write_calibrated_layers\n"
-        "def limited(*a):\n"
-        f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, resource.RLIM_INFINITY))\n"
-        "    return right(*a)\n"
-        "export.pipeline.write_calibrated_layers = limited\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = command_line(folders, out, "--decoder", "gptq-int4", "--group-size", 32, "--calibration-data", listed)
-    command = [sys.executable, "-c", code, *arguments, "--token-weights", "0.3,0.1", "--quiet"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "error: " in done.stderr
-    assert "check the disk" in done.stderr
+    write = export.pipeline.write_calibrated_layers
+
+    def limited(*args: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export.pipeline, "write_calibrated_layers", limited)
+        try:
+            with pytest.raises(LiteError, match="check the disk"):
+                export_artifact(*folders, out, settings_for(listed))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not out.exists()
     for part in (tmp_path / ".artifact.export" / "decoder").glob("*.safetensors"):
         assert part.read_bytes() == (gptq_artifact.path / "decoder" / part.name).read_bytes()

@@ -127,11 +127,7 @@ def test_an_index_without_its_shards_gives_way_to_weights_that_are_whole(
             ("lm_head.weight", name, "expected a plain name")
             for name in ("../outside.bin", "/etc/passwd", "sub/shard.bin", "..", "a\\b.bin", 3)
         ),
-        (
-            "model.embed_tokens.weight",
-            "pytorch_model-00002-of-00002.bin",
-            r"model\.embed_tokens\.weight.*listed in",
-        ),
+        ("model.embed_tokens.weight", "pytorch_model-00002-of-00002.bin", r"model\.embed_tokens\.weight.*listed in"),
     ],
 )
 def test_an_index_that_leads_out_of_the_folder_or_disagrees_with_its_shards_is_refused(

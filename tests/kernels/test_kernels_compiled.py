@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from repository import ROOT
+from repository import ROOT, run_python
 
 KERNELS = {
     "add_rms_norm_kernel",
@@ -35,13 +32,10 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     pytest.importorskip("triton", reason="Triton is for Linux only")
     # A cache of its own, or nothing would be compiled the second time.
     cache = str(tmp_path_factory.mktemp("triton"))
-    environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    environment = {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": ""}
     capabilities = (COMMON, *OTHERS) if request.config.getoption("full") else (COMMON,)
-    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), *map(str, capabilities)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    script = ROOT / "tests" / "compile_kernels.py"
+    found: dict[str, Any] = json.loads(run_python(script, *map(str, capabilities), **environment))
     return found
 
 

@@ -188,15 +188,9 @@ def on_cpu(cache: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("scales_dtype", [None, torch.float16, *full(torch.float32)])
 @pytest.mark.parametrize(("B", "heads", "kv_heads", "slots", "head_dim", "lengths"), ATTENTION)
 def test_decode_attention(
-    B: int,
-    heads: int,
-    kv_heads: int,
-    slots: int,
-    head_dim: int,
-    lengths: tuple[int, ...],
-    scales_dtype: torch.dtype | None,
-    launches: Launches,
-) -> None:
+    B: int, heads: int, kv_heads: int, slots: int, head_dim: int, lengths: tuple[int, ...],
+    scales_dtype: torch.dtype | None, launches: Launches,
+) -> None:  # fmt: skip
     cache = poisoned_cache(kv_heads, slots, head_dim, lengths, scales_dtype)
     q = randn(B, heads, head_dim, seed=2) * 3  # scores far from each other: without their maximum exp() would overflow
     seen = torch.tensor(lengths, dtype=torch.int32)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from PIL import Image
 
 from benchmarks.phantom.write import write_studies
@@ -141,15 +142,9 @@ def times(weights: int, total_s: float, plan: MemoryPlan) -> dict[str, Any]:
 
 
 def row(
-    name: str,
-    decoder_format: str,
-    *,
-    weight_gb: float,
-    total_s: float,
-    quality: RecordQuality | Missing,
-    f1: float,
-    drafts: tuple[Draft, ...],
-) -> Row:
+    name: str, decoder_format: str, *, weight_gb: float, total_s: float, quality: RecordQuality | Missing,
+    f1: float, drafts: tuple[Draft, ...],
+) -> Row:  # fmt: skip
     weights = int(weight_gb * 1e9)
     taken = memory(weights)
     return Row(
@@ -213,11 +208,18 @@ class Shown(NamedTuple):
     path: Path
 
 
-def show(folder: Path) -> Shown:
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    folder = tmp_path_factory.mktemp("report")
     films = phantom_films(folder / "films")
     shown = Shown(films, the_bench(films), folder / "new folder" / "report.html")
     write_whole(shown.path, render_report(shown.bench, modelled=[MODELLED]))
     return shown
+
+
+@pytest.fixture(scope="module")
+def bench(shown: Shown) -> Bench:
+    return shown.bench
 
 
 def the_bench(films: list[Path]) -> Bench:

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 from lite.bench import recording
-from lite.eval.record import (
-    ReferenceRecord,
-)
+from lite.eval.record import ReferenceRecord
 from lite.studies.study import Study
 
 

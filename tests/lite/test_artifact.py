@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tiny import cache_fidelity, tiny_manifest, tiny_onnx_part, tiny_parts
 from lite.artifact.manifest import FORMAT_VERSION, NOTICE, Manifest
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import CalibrationRecord, DecoderPart
-from lite.artifact.write import check_target, staged_artifact
+from lite.artifact.write import StagedArtifact, check_target, staged_artifact
 from lite.errors import ArtifactError
 
 NAMES = ("tokenizer.model", "vision.onnx", "decoder/config.json", "decoder/model.safetensors")
@@ -28,22 +30,20 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 
 
 def test_manifest_round_trip() -> None:
-    onnx = dataclasses.replace(tiny_onnx_part(int8_cache=True), fidelity=cache_fidelity(1e-7))
-    manifest = tiny_manifest(parts=tiny_parts(decoder_onnx=onnx))
-    assert Manifest.parse(manifest.to_json()) == manifest
-
-
-def test_what_may_be_absent_is_read_as_absent_and_as_what_it_is() -> None:
     """None stands before or behind the other choice of a type, which may be a Literal or a dataclass."""
+    assert all(words in NOTICE for words in ("not for clinical use", "esearch"))
+    onnx = dataclasses.replace(tiny_onnx_part(int8_cache=True), fidelity=cache_fidelity(1e-7))
     calibration = CalibrationRecord(
         data="a.json", sha256="0" * 64, studies=1, tokens=2, image_weight=0.3, prompt_weight=1.0
     )
-    for part in (
-        DecoderPart(format="fp16"),
-        DecoderPart(format="gptq-int4", group_size=-1, method="rtn"),
-        DecoderPart(format="gptq-int8", group_size=32, method="gptq", lm_head="int8", calibration=calibration),
+    calibrated = DecoderPart(format="gptq-int8", group_size=32, method="gptq", lm_head="int8", calibration=calibration)
+    for changes in (
+        {"decoder_onnx": onnx},
+        {"decoder": DecoderPart(format="fp16")},
+        {"decoder": DecoderPart(format="gptq-int4", group_size=-1, method="rtn")},
+        {"decoder": calibrated},
     ):
-        manifest = tiny_manifest(parts=tiny_parts(decoder=part))
+        manifest = tiny_manifest(parts=tiny_parts(**changes))
         assert Manifest.parse(manifest.to_json()) == manifest
 
 
@@ -204,22 +204,24 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def write_minimal(folder: Path) -> None:
-    (folder / "decoder").mkdir()
-    for name in NAMES:
-        (folder / name).write_text(name)
+@contextlib.contextmanager
+def minimal(out: Path, *, overwrite: bool = False) -> Iterator[StagedArtifact]:
+    """Yield an artifact that has its files, such as they are, and is not finished."""
+    with staged_artifact(out, overwrite=overwrite) as staged:
+        (staged.path / "decoder").mkdir()
+        for name in NAMES:
+            (staged.path / name).write_text(name)
+        yield staged
 
 
 def finished(out: Path, **changes: Any) -> Artifact:
-    with staged_artifact(out) as staged:
-        write_minimal(staged.path)
+    with minimal(out) as staged:
         return staged.finish(tiny_manifest(**changes))
 
 
 def test_nothing_is_there_until_it_is_finished(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "artifact"
-    with staged_artifact(out) as staged:
-        write_minimal(staged.path)
+    with minimal(out) as staged:
         assert not out.exists()
         assert staged.path.parent == out.parent  # the same disk, so that the rename is atomic
         artifact = staged.finish(tiny_manifest())
@@ -231,8 +233,7 @@ def test_nothing_is_there_until_it_is_finished(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failed_export_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:
-        with staged_artifact(tmp_path / "artifact") as staged:
-            write_minimal(staged.path)
+        with minimal(tmp_path / "artifact"):
             raise error
 
     with pytest.raises(error):
@@ -241,16 +242,14 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, error: type[BaseExceptio
 
 
 def test_an_unfinished_or_incomplete_one_leaves_nothing(tmp_path: Path) -> None:
-    with staged_artifact(tmp_path / "artifact") as staged:
-        write_minimal(staged.path)
+    with minimal(tmp_path / "artifact"):
+        pass
     assert names(tmp_path) == []
-    with staged_artifact(tmp_path / "artifact") as staged:
-        write_minimal(staged.path)
+    with minimal(tmp_path / "artifact") as staged:
         (staged.path / "tokenizer.model").unlink()
         with pytest.raises(ArtifactError, match=r"got no file tokenizer\.model"):
             staged.finish(tiny_manifest())
-    with staged_artifact(tmp_path / "artifact") as staged:
-        write_minimal(staged.path)
+    with minimal(tmp_path / "artifact") as staged:
         (staged.path / "decoder" / "spare").write_text("left over")
         with pytest.raises(ArtifactError, match="got the file decoder/spare, which no part owns"):
             staged.finish(tiny_manifest())
@@ -258,8 +257,7 @@ def test_an_unfinished_or_incomplete_one_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
-    with staged_artifact(tmp_path / "artifact") as staged:
-        write_minimal(staged.path)
+    with minimal(tmp_path / "artifact") as staged:
         decoder = DecoderPart(format="fp16", fidelity=cache_fidelity(float("nan")))
         with pytest.raises(ValueError, match="not JSON compliant"):
             staged.finish(tiny_manifest(parts=tiny_parts(decoder=decoder)))
@@ -271,8 +269,7 @@ def test_something_there_is_refused_and_kept(tmp_path: Path) -> None:
     finished(out)
     with pytest.raises(ArtifactError, match="a path that exists"), staged_artifact(out):
         pass
-    with staged_artifact(out, overwrite=True) as staged:
-        write_minimal(staged.path)
+    with minimal(out, overwrite=True) as staged:
         assert load_artifact(out).manifest.model == "tiny"
         staged.finish(tiny_manifest(model="second"))
     assert load_artifact(out).manifest.model == "second"
@@ -308,8 +305,7 @@ def test_overwriting_that_fails_half_way_keeps_one_whole_artifact(
     finished(out, model="first")
 
     def overwrite() -> None:
-        with staged_artifact(out, overwrite=True) as staged, monkeypatch.context() as patch:
-            write_minimal(staged.path)
+        with minimal(out, overwrite=True) as staged, monkeypatch.context() as patch:
             interrupt_renames(patch, at=at, before=before, error=error)
             staged.finish(tiny_manifest(model="second"))
 
@@ -329,8 +325,7 @@ def test_an_artifact_in_its_place_is_finished(tmp_path: Path, monkeypatch: pytes
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("lite.files._fsync", fail)
-    with staged_artifact(out) as staged:
-        write_minimal(staged.path)
+    with minimal(out) as staged:
         with pytest.raises(OSError, match="Input/output"):
             staged.finish(tiny_manifest())
         assert staged.folder.finished
@@ -372,8 +367,7 @@ def test_overwriting_a_link_replaces_what_it_leads_to(tmp_path: Path) -> None:
     finished(tmp_path / "artifact-v3", model="first")
     link = tmp_path / "artifact"
     link.symlink_to("artifact-v3")
-    with staged_artifact(link, overwrite=True) as staged:
-        write_minimal(staged.path)
+    with minimal(link, overwrite=True) as staged:
         staged.finish(tiny_manifest(model="second"))
     assert link.is_symlink()
     assert load_artifact(tmp_path / "artifact-v3").manifest.model == load_artifact(link).manifest.model == "second"
@@ -399,8 +393,3 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and path != out / "decoder")
     with pytest.raises(ArtifactError, match="decoder: got a folder that cannot be written"):
         check_target(out, overwrite=True)
-
-
-def test_the_notice_says_what_it_must() -> None:
-    assert "not for clinical use" in NOTICE
-    assert "esearch" in NOTICE

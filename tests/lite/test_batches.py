@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -80,21 +79,31 @@ def test_one_bad_study_does_not_lose_the_others(tiny_model: FindingsModel, films
     assert good == [tiny_model.findings(films[0]).text, tiny_model.findings(films[3]).text]
 
 
-class BlindFor:
-    """A vision tower whose features of one film are not numbers."""
+class Tower:
+    """A vision tower that notes which thread runs it."""
 
-    def __init__(self, vision: VisionEncoder, pixel_values: np.ndarray) -> None:
+    def __init__(self, vision: VisionEncoder) -> None:
         self.vision = vision
         self.provider = vision.provider
-        self.pixel_values = pixel_values
-        self.calls = 0
+        self.threads: list[str] = []
 
     def writes_to(self, device: object) -> bool:
         return self.vision.writes_to(device)
 
     def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
-        self.calls += 1
-        features = self.vision(pixel_values, out)
+        self.threads.append(threading.current_thread().name)
+        return self.vision(pixel_values, out)
+
+
+class BlindFor(Tower):
+    """Its features of one film are not numbers."""
+
+    def __init__(self, vision: VisionEncoder, pixel_values: np.ndarray) -> None:
+        super().__init__(vision)
+        self.pixel_values = pixel_values
+
+    def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
+        features = super().__call__(pixel_values, out)
         if np.array_equal(pixel_values[0], self.pixel_values):
             features[0] = float("nan")
         return features
@@ -109,9 +118,9 @@ def test_a_study_that_overflows_does_not_lose_the_others(tiny_artifact: Artifact
     tiny_model = dataclasses.replace(sighted, vision=blind)  # whose rows hold none of the films
     with pytest.raises(LiteError, match="not finite"):
         tiny_model.findings(films[1])
-    blind.calls = 0
+    blind.threads.clear()
     results = list(tiny_model.findings_batch([films[0], "nowhere.png", *films[1:]], batch_size=4))
-    assert blind.calls == 5, "nothing is done again for the bad study"
+    assert len(blind.threads) == 5, "nothing is done again for the bad study"
     errors = [result for result in results if isinstance(result, StudyError)]
     assert [(error.index, type(error.error)) for error in errors] == [(1, ImageError), (2, LiteError)]
     assert "not finite" in str(errors[1].error)
@@ -196,22 +205,14 @@ def test_results_come_in_order_although_later_studies_end_first(
     assert max(result.timings.batch_size for result in together if isinstance(result, Findings)) == batch_size
 
 
-class NotedThreads:
-    """The tower, and which thread runs it on which film; the third time there is no memory for it."""
-
-    def __init__(self, vision: VisionEncoder, *, full: bool = False) -> None:
-        self.vision, self.full = vision, full
-        self.provider = vision.provider
-        self.threads: list[str] = []
-
-    def writes_to(self, device: object) -> bool:
-        return self.vision.writes_to(device)
+class FullOnce(Tower):
+    """The third time there is no memory for it."""
 
     def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
-        self.threads.append(threading.current_thread().name)
-        if self.full and len(self.threads) == 3:
+        features = super().__call__(pixel_values, out)
+        if len(self.threads) == 3:
             raise MemoryBudgetError("got no memory")
-        return self.vision(pixel_values, out)
+        return features
 
 
 def an_ending_model(artifact: Artifact, films: list[Path], **named: Any) -> FindingsModel:
@@ -235,7 +236,7 @@ def test_running_ahead_and_making_room_change_no_text(
     expected = list(ending_model.findings_batch(studies, batch_size=batch_size))
     streamed = "".join(ending_model.stream(films[1], "cough"))
     monkeypatch.setattr(LlamaDecoder, "run_ahead", run_ahead)
-    noted: Any = NotedThreads(ending_model.vision, full=full)
+    noted: Any = (FullOnce if full else Tower)(ending_model.vision)
     model = dataclasses.replace(ending_model, vision=noted)  # whose rows hold no film
     results = list(model.findings_batch(studies, batch_size=batch_size))
     # Another thread's than that which decodes: no text waits for a tower.
@@ -300,16 +301,3 @@ def test_who_stops_listening_stops_the_work(ending_model: FindingsModel, films: 
     while ending_model.session.loop.is_busy or ending_model.session._waiting:
         assert time.monotonic() < until
         time.sleep(0.001)
-
-
-def test_the_demo_model_reads_in_batches_what_it_reads_alone(demo_model: FindingsModel, tmp_path: Path) -> None:
-    from benchmarks.phantom.write import write_studies
-
-    listed = json.loads(write_studies(tmp_path, count=6, seed=4242, dicom=False).read_text())
-    studies = [Study(tmp_path / entry["image"], entry["reason"]) for entry in listed]
-    alone = [demo_model.findings(study.image, study.reason) for study in studies]
-    assert len({findings.text for findings in alone}) > 1
-    assert all(findings.finish_reason == "eos" for findings in alone)
-    assert texts(demo_model.findings_batch(studies, batch_size=6)) == [findings.text for findings in alone]
-    logits = demo_model.score(studies[0].image, alone[0].token_ids, studies[0].reason)
-    assert tuple(logits.argmax(-1)) == alone[0].token_ids

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import onnx
 import pytest
-from bench_command import FAST, bench, job_of, write_list
+from bench_command import FAST, bench, job_of, work, write_list
 from repository import ROOT
 from safetensors.torch import load_file, save_file
 from tiny import relist
@@ -48,7 +48,8 @@ class Done(NamedTuple):
 
 def run(folder: Path, *arguments: object) -> Done:
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lite.bench.run._work", work)
         status = cli.main([*map(str, arguments), "--json", str(folder / "bench.json")])
     return Done(status, json.loads((folder / "bench.json").read_text()), folder, out.getvalue(), err.getvalue())
 
@@ -194,8 +195,8 @@ def test_films_that_an_artifact_was_calibrated_on_are_told_by_their_bytes(
         "prompt_weight": 1.0,
     }
     # The first film, whatever it is called, and one that is not judged.
-    record["films"] = [artifact_module.sha256_of(films[0])[:16], "0" * 16]
-    manifest["parts"]["decoder"]["calibration"] = record
+    seen = [artifact_module.sha256_of(films[0])[:16], "0" * 16]
+    manifest["parts"]["decoder"]["calibration"] = record | {"films": seen}
     (other / "manifest.json").write_text(json.dumps(manifest))
     job = job_of(tiny_artifact.path, other, "--data", write_list(tmp_path, films[:2]))
     assert _notes(job, []) == ("calibrated: was calibrated on 1 of these 2 films: what it loses flatters.",)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_rows
 import pytest
-from bench_rows import NO_RECORD, NOT_INSTALLED, SCRIPT, Shown, measured, no_record, show
+from bench_rows import NO_RECORD, NOT_INSTALLED, SCRIPT, Shown, measured, no_record
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.report import render_report
@@ -21,16 +22,7 @@ from lite.memory.sizes import shown_bytes
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.full
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    return show(tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture(scope="module")
-def bench(shown: Shown) -> Bench:
-    return shown.bench
+shown, bench = bench_rows.shown, bench_rows.bench
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_rows
 import pytest
-from bench_rows import MODELLED, Shown, about, estimate, measured, no_record, show
+from bench_rows import MODELLED, Shown, about, estimate, measured, no_record
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.plots import Point, draw_pareto, pareto_front
@@ -23,15 +24,7 @@ from lite.errors import BackendUnavailable
 from lite.eval.figures import Estimate, Missing
 from lite.files import write_whole
 
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    return show(tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture(scope="module")
-def bench(shown: Shown) -> Bench:
-    return shown.bench
+shown, bench = bench_rows.shown, bench_rows.bench
 
 
 def test_the_file_refers_to_nothing_outside_itself(shown: Shown) -> None:

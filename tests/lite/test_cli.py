@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,14 +10,13 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from repository import ROOT
-from safetensors.torch import load_file, save_file
-from tiny import relist, write_tiny_artifact
 
 from lite.__main__ import main
 from lite.artifact.open import Artifact
@@ -45,12 +45,9 @@ def generate(tiny_artifact: Artifact) -> list[str]:
 
 @pytest.mark.parametrize("batch_size", ["1", "3"])
 def test_several_films_are_named(
-    generate: list[str],
-    films: list[Path],
-    tiny_model: FindingsModel,
-    capsys: pytest.CaptureFixture[str],
+    generate: list[str], films: list[Path], tiny_model: FindingsModel, capsys: pytest.CaptureFixture[str],
     batch_size: str,
-) -> None:
+) -> None:  # fmt: skip
     assert run(*generate, *films[:4], "--batch-size", batch_size) == 0
     out, err = capsys.readouterr()
     assert out == "".join(f"== {image}\n{tiny_model.findings(image).text}\n" for image in films[:4])
@@ -59,12 +56,9 @@ def test_several_films_are_named(
 
 @pytest.mark.parametrize("batch_size", ["1", "2"])
 def test_json(
-    generate: list[str],
-    films: list[Path],
-    tiny_model: FindingsModel,
-    capsys: pytest.CaptureFixture[str],
+    generate: list[str], films: list[Path], tiny_model: FindingsModel, capsys: pytest.CaptureFixture[str],
     batch_size: str,
-) -> None:
+) -> None:  # fmt: skip
     assert run(*generate, *films[:3], "--json", "--batch-size", batch_size, "--max-new-tokens", "5") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["image"] for line in lines] == [str(image) for image in films[:3]]
@@ -107,12 +101,9 @@ def test_a_bad_file_is_reported_skipped_and_remembered(
 
 
 def test_a_dicom_without_pydicom_is_reported_and_the_rest_goes_on(
-    generate: list[str],
-    films: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    generate: list[str], films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "pydicom", None)
     dicom = tmp_path / "film.dcm"
     dicom.write_bytes(b"\0" * 128 + b"DICM")
@@ -240,12 +231,9 @@ def test_a_cut_text_says_so(generate: list[str], films: list[Path], capsys: pyte
 
 @pytest.mark.parametrize("mode", [[], ["--batch-size", "2"]])
 def test_what_is_slower_than_it_has_to_be_is_said_once(
-    generate: list[str],
-    films: list[Path],
-    mode: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    generate: list[str], films: list[Path], mode: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(LlamaDecoder, "fallbacks", ("no CUDA graph: the driver is too old",))
     assert run(*generate, *films[:3], *mode) == 0
     assert capsys.readouterr().err.count("note: no CUDA graph: the driver is too old\n") == 1
@@ -284,54 +272,35 @@ def test_info(tiny_artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> No
     assert value["manifest"]["notice"] == NOTICE
 
 
-def test_info_verify_names_the_damaged_file(own_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = own_artifact / "vision.onnx"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
-    assert run("info", own_artifact, "--verify") == 1
-    assert "vision.onnx: got sha256" in capsys.readouterr().err
-
-
-def test_verification_can_be_left_out(
+def test_a_damaged_file_is_named_and_verification_can_be_left_out(
     own_artifact: Path, films: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = own_artifact / "decoder" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert run("generate", own_artifact, films[0]) == 1
+    for command in (("info", own_artifact, "--verify"), ("generate", own_artifact, films[0])):
+        assert run(*command) == 1
+        assert "decoder/model.safetensors: got sha256" in capsys.readouterr().err
     assert run("generate", own_artifact, films[0], "--no-verify") == 0
-    capsys.readouterr()
 
 
-def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lite", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+@contextlib.contextmanager
+def talking(artifact: Artifact, film: Path) -> Iterator[tuple[subprocess.Popen[bytes], bytes]]:
+    """Yield a process that has said its first word about films that it would take minutes for, and that word."""
+    command = [sys.executable, "-m", "lite", "generate", artifact.path, *[film] * 2_000]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # Who runs the tests in the background ignores Ctrl-C, and so would the child.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-        **options,
-    )
-
-
-@pytest.fixture(scope="module")
-def talkative(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Path:
-    """An artifact that talks until its context is full: nobody waits for that."""
-    folder = write_tiny_artifact(
-        tmp_path_factory.mktemp("talkative") / "artifact",
-        tokenizer_model,
-        llama_changes={"max_position_embeddings": 100_000},
-    ).path
-    name = "decoder/model.safetensors"
-    weights = load_file(folder / name)
-    head = weights["lm_head.weight"].float()
-    # The logit of EOS is the mean of all others: never the largest.
-    head[2] = (head.sum(0) - head[2]) / (len(head) - 1)
-    save_file(weights | {"lm_head.weight": head.half()}, folder / name)
-    relist(folder, name)
-    return folder
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 8)
+        assert first, "it ended before its first word"
+        yield process, first
+    finally:
+        process.kill()
 
 
 class Written(io.RawIOBase):
@@ -357,31 +326,21 @@ def test_text_leaves_piece_by_piece(
     assert [piece.decode() for piece in written.writes] == [*tiny_model.stream(films[0]), "\n"]
 
 
-def test_ctrl_c_ends_it_cleanly(talkative: Path, films: list[Path]) -> None:
-    process = start("generate", talkative, films[0], "--max-new-tokens", "90000")
-    try:
-        assert process.stdout is not None
-        first = os.read(process.stdout.fileno(), 8)
-        assert first, "it ended before its first word"
+def test_ctrl_c_ends_it_cleanly(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
+    with talking(tiny_onnx_artifact, films[0]) as (process, first):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert err.splitlines()[-1] == b"interrupted"
     assert (first + out).endswith(b"\n")
 
 
-def test_a_reader_that_leaves_is_no_drama(talkative: Path, films: list[Path]) -> None:
-    process = start("generate", talkative, films[0], "--max-new-tokens", "90000")
-    try:
+def test_a_reader_that_leaves_is_no_drama(tiny_onnx_artifact: Artifact, films: list[Path]) -> None:
+    with talking(tiny_onnx_artifact, films[0]) as (process, _):
         assert process.stdout is not None
-        os.read(process.stdout.fileno(), 8)
         process.stdout.close()
         _, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
     assert process.returncode == 141
     assert b"Traceback" not in err
     assert b"BrokenPipe" not in err

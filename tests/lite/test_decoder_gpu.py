@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from driving import decode_token, drive, newest_of, read_prompt, score_text
-from repository import ROOT
+from repository import run_python
 from tiny import write_tiny_gptq_artifact
 
 from lite.artifact.open import Artifact
@@ -228,9 +226,7 @@ fresh = part_of(decoder, capture=functools.partial(capture_cuda_graph, device=de
 got, problem = greedy(fresh, prompt, 8)
 print(got == expected, problem, decoder.fallbacks)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("True None ('no CUDA graph: ")
+    assert run_python("-c", code).startswith("True None ('no CUDA graph: ")
 
 
 @contextlib.contextmanager

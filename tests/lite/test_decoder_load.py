@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,26 @@ import torch
 from driving import score_text
 from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, random_llama, tiny_llama_config
 
+from lite.artifact.open import Artifact
 from lite.engines.torch_engine.device import check_device
 from lite.engines.torch_engine.linear import linears_of
 from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError, BackendUnavailable
 
+CONFIG = tiny_llama_config(VOCAB_SIZE)
+
+
+def written(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None, *, shards: int = 1
+) -> Artifact:
+    """Write a tiny decoder, its weights changed."""
+    weights = random_llama(CONFIG)
+    change(weights)
+    return decoder_folder(folder, CONFIG, weights, shards=shards)
+
 
 def test_dtype_is_float32_on_the_cpu_unless_asked_otherwise(tmp_path: Path) -> None:
-    config = tiny_llama_config(VOCAB_SIZE)
-    artifact = decoder_folder(tmp_path, config, random_llama(config))
+    artifact = written(tmp_path)
     assert load_decoder(artifact, device="cpu").dtype == torch.float32
     half = load_decoder(artifact, device="cpu", dtype="float16")
     assert half.dtype == half.new_cache(1, 4).k_cache.dtype == torch.float16
@@ -28,9 +40,7 @@ def test_dtype_is_float32_on_the_cpu_unless_asked_otherwise(tmp_path: Path) -> N
 
 
 def test_shards_are_one_file(tmp_path: Path) -> None:
-    config = tiny_llama_config(VOCAB_SIZE)
-    folders = (decoder_folder(tmp_path / str(n), config, random_llama(config), shards=n) for n in (1, 3))
-    decoder, sharded = (load_decoder(folder, device="cpu") for folder in folders)
+    decoder, sharded = (load_decoder(written(tmp_path / str(n), shards=n), device="cpu") for n in (1, 3))
     for name, weight in decoder.state_dict().items():
         assert torch.equal(sharded.state_dict()[name], weight), name
     linears = linears_of(sharded)
@@ -42,8 +52,7 @@ def test_shards_are_one_file(tmp_path: Path) -> None:
 
 
 def test_a_shard_the_manifest_does_not_list_is_not_opened(tmp_path: Path) -> None:
-    config = tiny_llama_config(VOCAB_SIZE)
-    artifact = decoder_folder(tmp_path, config, random_llama(config), shards=3)
+    artifact = written(tmp_path, shards=3)
     del artifact.manifest.parts.decoder.files["decoder/model-00002-of-00003.safetensors"]
     with pytest.raises(ArtifactError, match="does not list decoder/model-00002"):
         load_decoder(artifact, device="cpu")
@@ -61,24 +70,18 @@ def test_a_shard_the_manifest_does_not_list_is_not_opened(tmp_path: Path) -> Non
     ],
 )
 def test_every_tensor_is_accounted_for(tmp_path: Path, change: Any, message: str) -> None:
-    config = tiny_llama_config(VOCAB_SIZE)
-    weights = random_llama(config)
-    change(weights)
     with pytest.raises(ArtifactError, match=message):
-        load_decoder(decoder_folder(tmp_path, config, weights), device="cpu")
+        load_decoder(written(tmp_path, change), device="cpu")
 
 
 def test_damaged_safetensors(tmp_path: Path) -> None:
-    config = tiny_llama_config(VOCAB_SIZE)
-    artifact = decoder_folder(tmp_path, config, random_llama(config))
+    artifact = written(tmp_path)
     (tmp_path / "decoder" / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ArtifactError, match=r"model\.safetensors: got something unreadable"):
         load_decoder(artifact, device="cpu")
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
-
-
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
@@ -119,7 +122,7 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 def test_a_config_that_would_be_computed_wrongly_is_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    artifact = decoder_folder(tmp_path, tiny_llama_config(VOCAB_SIZE) | changes, {"x": torch.zeros(1)})
+    artifact = decoder_folder(tmp_path, CONFIG | changes, {"x": torch.zeros(1)})
     with pytest.raises(ArtifactError, match=message):
         load_decoder(artifact, device="cpu")
 
@@ -132,7 +135,7 @@ def test_a_config_that_nests_without_end(tmp_path: Path) -> None:
 
 
 def test_transformers_5_config_is_read(tmp_path: Path) -> None:
-    config = tiny_llama_config(VOCAB_SIZE)
+    config = dict(CONFIG)
     del config["rope_theta"], config["torch_dtype"]
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1234.0}, "dtype": "float16", "new_key": 1}
     read = decoder_folder(tmp_path, config, {"x": torch.zeros(1)}).decoder_config()

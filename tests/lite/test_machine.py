@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from repository import ROOT
+from repository import ROOT, run_python
 
 from lite.bench import machine as module
 from lite.bench.machine import energy_meter, machine, streaming_read_bandwidth, versions
@@ -88,10 +88,7 @@ print(machine())
 heavy = {"jinja2", "matplotlib", "torch"} & {*sys.modules}
 print(machine().endswith(platform.system()), "Python" in versions(), *heavy)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True, check=True
-    )
-    first, second = done.stdout.splitlines()
+    first, second = run_python("-c", code, PATH="").splitlines()
     assert " of " in first
     assert second == "True True"
 

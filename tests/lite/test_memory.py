@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from repository import ROOT
+from repository import run_python
 from tiny import tiny_llama_config, tiny_onnx_part
 
 from benchmarks.speed.weights import Shapes as Widths
@@ -95,6 +93,12 @@ def planned(artifact: Artifact, **settings: Any) -> MemoryPlan:
     return plan_memory(Shapes.of(artifact), Workload(**settings))
 
 
+def plan_of(**items: int) -> MemoryPlan:
+    """A plan of these items alone."""
+    nothing = dict.fromkeys((field.name for field in dataclasses.fields(MemoryPlan)), 0)
+    return MemoryPlan(**(nothing | {"num_rows": 1, "max_seq_len": 1} | items))
+
+
 def test_a_plan_of_a_loaded_artifact_counts_what_it_holds(tiny_model: FindingsModel, films: list[Path]) -> None:
     assert isinstance(tiny_model.decoder, LlamaDecoder)
     findings = tiny_model.findings(films[0])
@@ -139,16 +143,12 @@ PART = tiny_onnx_part()
 )
 def test_four_layers_of_7b_take_what_was_measured(num_tokens: int, cache_dtype: str, expected: int) -> None:
     """Peaks in MiB of a process with the decoder alone (ONNX Runtime 1.32, AVX-512, November 2026), 52 before it."""
-    plan = MemoryPlan(
-        num_rows=1,
+    plan = plan_of(  # without a tower, whose features could wait
         max_seq_len=num_tokens + 8,
         resident_bytes=(52 << 20) + ONNX_FIRST_USE_BYTES,
         decoder_bytes=onnx_decoder_bytes(WIDTHS, PART),
-        vision_bytes=0,
         cache_bytes=(num_tokens + 8) * cache_bytes_per_token(WIDTHS, itemsize=ITEMSIZE[cache_dtype]),
         load_work_bytes=onnx_linear_bytes("lm_head", WIDTHS, PART, bytes_per_block=0),
-        vision_work_bytes=0,
-        # There was no tower whose features could wait.
         prefill_work_bytes=onnx_prefill_work_bytes(
             WIDTHS, num_tokens=num_tokens, itemsize=4, int8_cache=cache_dtype == "int8"
         ),
@@ -232,17 +232,8 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(tiny_onnx_artifact: Ar
 
 
 def test_a_refusal_says_what_would_fit() -> None:
-    plan = MemoryPlan(
-        num_rows=8,
-        max_seq_len=10,
-        resident_bytes=10 << 20,
-        decoder_bytes=60 << 20,
-        vision_bytes=0,
-        cache_bytes=64 << 20,
-        load_work_bytes=0,
-        vision_work_bytes=0,
-        prefill_work_bytes=16 << 20,
-    )
+    sizes = {"resident_bytes": 10 << 20, "decoder_bytes": 60 << 20, "cache_bytes": 64 << 20}
+    plan = plan_of(num_rows=8, max_seq_len=10, prefill_work_bytes=16 << 20, **sizes)
     check_memory(plan, 150 << 20, what="a")
     refusal = r"150\.8 MiB: Python and its packages 10\.0 MiB .*cache of 8 x 10 .* take 2 at a time"
     with pytest.raises(MemoryBudgetError, match=refusal):
@@ -252,10 +243,7 @@ def test_a_refusal_says_what_would_fit() -> None:
 
 
 def test_a_refusal_never_asks_for_what_it_got() -> None:
-    plan = MemoryPlan(
-        num_rows=1, max_seq_len=1, resident_bytes=5 << 30, decoder_bytes=0, vision_bytes=0, cache_bytes=1,
-        load_work_bytes=0, vision_work_bytes=0, prefill_work_bytes=0,
-    )  # fmt: skip
+    plan = plan_of(resident_bytes=5 << 30, cache_bytes=1)
     for limit in (5 << 30, plan.card_bytes - 1, 1 << 20, 1):
         with pytest.raises(MemoryBudgetError) as refused:
             check_memory(plan, limit, what="a")
@@ -291,9 +279,9 @@ def test_a_peak_is_the_processes_own_and_not_its_parents() -> None:
     ballast = bytearray(250 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
     code = "from lite.memory.process import peak_rss_bytes; print(peak_rss_bytes())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    peak = int(run_python("-c", code))
     assert (peak_rss_bytes() or 0) > len(ballast)
-    assert int(done.stdout) < 150 << 20
+    assert peak < 150 << 20
 
 
 def test_memory_is_unknown_where_nothing_tells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,15 +27,7 @@ from lite.engines.segments import divide, expand_image
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.errors import MemoryBudgetError
 from lite.memory.counts import _EXPANDED_VALUES, _REPACKED_VALUES
-from lite.memory.plan import (
-    CHUNK_SIZES,
-    GPU_LIBRARIES_BYTES,
-    STUDIES_AHEAD,
-    MemoryPlan,
-    Shapes,
-    Workload,
-    plan_memory,
-)
+from lite.memory.plan import CHUNK_SIZES, GPU_LIBRARIES_BYTES, STUDIES_AHEAD, MemoryPlan, Shapes, Workload, plan_memory
 
 NUM_PROMPT_TOKENS = 1430  # 1,369 of the image, and 61 of text
 MAX_NEW_TOKENS = 256

@@ -75,13 +75,6 @@ def test_stream_is_findings(tiny_model: FindingsModel, films: list[Path]) -> Non
     assert stream.result() is stream.findings
 
 
-def test_stream_checks_before_the_first_piece(tiny_model: FindingsModel, films: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ImageError):
-        tiny_model.stream(tmp_path / "nothing.png")
-    with pytest.raises(ContextLengthError):
-        tiny_model.stream(films[0], "long " * 1000)
-
-
 def test_bad_numbers_are_refused(tiny_model: FindingsModel, films: list[Path]) -> None:
     wrong: list[Any] = [0, -1, "5", 2.5, True]
     for value in wrong:
@@ -101,9 +94,14 @@ def test_max_new_tokens_cuts_the_same_text(tiny_model: FindingsModel, films: lis
     assert short.finish_reason == "length"
 
 
-def test_a_long_reason_fails_before_the_image_is_read(tiny_model: FindingsModel, tmp_path: Path) -> None:
-    with pytest.raises(ContextLengthError, match="640"):
-        tiny_model.findings(tmp_path / "nowhere.png", "long " * 1000)
+def test_what_is_wrong_is_said_before_the_first_piece_and_of_a_reason_before_the_image_is_read(
+    tiny_model: FindingsModel, tmp_path: Path
+) -> None:
+    for call in (tiny_model.findings, tiny_model.stream):
+        with pytest.raises(ImageError):
+            call(tmp_path / "nowhere.png")
+        with pytest.raises(ContextLengthError, match="640"):
+            call(tmp_path / "nowhere.png", "long " * 1000)
 
 
 def test_score_agrees_with_greedy_decoding(tiny_model: FindingsModel, films: list[Path]) -> None:

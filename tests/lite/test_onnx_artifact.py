@@ -103,8 +103,7 @@ def hidden_in_a_function(model: onnx.ModelProto, tensor: onnx.TensorProto) -> No
 
 
 @pytest.mark.parametrize(
-    "hide",
-    [lambda model, tensor: model.graph.initializer.append(tensor), hidden_in_an_attribute, hidden_in_a_function],
+    "hide", [lambda model, tensor: model.graph.initializer.append(tensor), hidden_in_an_attribute, hidden_in_a_function]
 )
 @pytest.mark.parametrize("name", ["decoder.onnx", "vision.onnx"])
 def test_a_tensor_outside_is_found_wherever_it_hides(own_onnx_artifact: Path, name: str, hide: Any) -> None:

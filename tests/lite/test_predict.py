@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,16 +202,6 @@ def test_a_full_disk_is_one_line(place: Place, model: Model, capsys: pytest.Capt
         "error: /dev/full: got No space left on device · expected room for a line · make some, and start again: the 0 "
         "results before it are kept"
     )
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
-def test_a_read_only_folder_is_found_before_the_work(
-    place: Place, model: Model, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place.out.parent.mkdir(mode=0o500)
-    assert place.run() == 1
-    assert "got Permission denied · expected a file that can be written" in capsys.readouterr().err
-    assert not model.asked
 
 
 def test_a_folder_that_is_a_file_is_found_before_the_work(

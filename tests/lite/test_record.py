@@ -18,14 +18,7 @@ from lite.artifact.open import Artifact
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.errors import ArtifactError, ImageError, LiteError
 from lite.eval.divergence import compare_logits
-from lite.eval.record import (
-    ReferenceRecord,
-    check_belongs,
-    check_record,
-    check_studies,
-    settings_of,
-    studies_of,
-)
+from lite.eval.record import ReferenceRecord, check_belongs, check_record, check_studies, settings_of, studies_of
 from lite.eval.record_file import read_record, write_record
 from lite.loading import load
 from lite.model import FindingsModel
@@ -164,13 +157,9 @@ def test_a_film_that_cannot_be_read_is_an_error_and_not_a_smaller_record(
 
 
 def test_artifacts_of_other_settings_are_refused_by_name(
-    record: ReferenceRecord,
-    tiny_artifact: Artifact,
-    changed_model: FindingsModel,
-    tokenizer_model: bytes,
-    tmp_path: Path,
-    studies: list[Study],
-) -> None:
+    record: ReferenceRecord, tiny_artifact: Artifact, changed_model: FindingsModel, tokenizer_model: bytes,
+    tmp_path: Path, studies: list[Study],
+) -> None:  # fmt: skip
     check_studies(record, studies)
     check_record(record, tiny_artifact, studies)
     check_record(record, changed_model.artifact, studies)

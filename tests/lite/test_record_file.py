@@ -13,9 +13,7 @@ import safetensors.numpy
 from recorded import assert_equal, edit, take, three_studies
 
 from lite.errors import LiteError
-from lite.eval.record import (
-    ReferenceRecord,
-)
+from lite.eval.record import ReferenceRecord
 from lite.eval.record_file import check_new, read_record, write_record
 from lite.model import FindingsModel
 
