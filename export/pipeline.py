@@ -47,7 +47,7 @@ from lite.artifact.parts import (
     unhashed,
 )
 from lite.artifact.write import check_target, staged_artifact
-from lite.engines.torch_engine.device import check_device
+from lite.engines.machine import check_device
 from lite.errors import ArtifactError, BackendUnavailable
 from lite.files import disk_errors_explained
 

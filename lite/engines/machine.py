@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import re
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -124,10 +125,32 @@ def no_such_gpu(device: str, count: int, problem: str | None) -> BackendUnavaila
     return BackendUnavailable(f"{msg} · use the CPU, or install a torch built for CUDA and the driver it needs")
 
 
+def check_device(device: str) -> str:
+    """Return the device that torch is to use.
+
+    Args:
+        device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        BackendUnavailable: torch cannot be imported, or does not see that device.
+    """
+    import torch
+
+    import lite.engines.torch_engine.device  # noqa: F401 - says what is missing
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        msg = f"got device {device!r} · expected auto, cpu, cuda or cuda:N · choose one of them"
+        raise BackendUnavailable(msg)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+        raise no_such_gpu(device, count, gpu_problem())
+    return device
+
+
 def _gpus(device: str) -> tuple[Gpu, ...]:
     """Return the GPUs that torch sees; of the one that is meant it tells what is free."""
-    from lite.engines.torch_engine.device import check_device  # which says what is missing
-
     if device == "cpu" or check_device("auto") == "cpu":
         return ()
     import torch
