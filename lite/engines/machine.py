@@ -151,7 +151,8 @@ def check_device(device: str) -> str:
 
 def _gpus(device: str) -> tuple[Gpu, ...]:
     """Return the GPUs that torch sees; of the one that is meant it tells what is free."""
-    if device == "cpu" or check_device("auto") == "cpu":
+    # Asked also where the CPU is meant: torch is imported by it, and the plan counts what that takes.
+    if check_device("cpu" if device == "cpu" else "auto") == "cpu":
         return ()
     import torch
 
