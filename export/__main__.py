@@ -49,6 +49,7 @@ list of LLaVA-Rad's evaluation, of the kind that will be read. They are not kept
 """
 _EPILOG = """\
 examples:
+  python -m export check --checkpoint llava-rad --base vicuna-7b-v1.5     (whether both are whole, in seconds)
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --vision fp16 \\
                    --decoder gptq-int4 --calibration-data studies/studies.json

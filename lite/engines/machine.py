@@ -119,9 +119,8 @@ def gpu_problem() -> str | None:
 
 def no_such_gpu(device: str, count: int, problem: str | None) -> BackendUnavailable:
     """Say that a device is none of the GPUs that torch sees."""
-    msg = (
-        f"got device {device!r} · expected one of the {count} GPUs that torch sees{f' ({problem})' if problem else ''}"
-    )
+    expected = f"one of the {count} GPUs that torch sees" if count else "a GPU that torch sees: there is none"
+    msg = f"got device {device!r} · expected {expected}{f' ({problem})' if problem else ''}"
     return BackendUnavailable(f"{msg} · use the CPU, or install a torch built for CUDA and the driver it needs")
 
 

@@ -95,7 +95,7 @@ def load_image(source: ImageSource, *, rendering: Rendering = "mimic-cxr-jpg", a
                 picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
             do = "check that the file is an image; an image of another kind must be converted first"
-            raise refusal(name, "a file that is no image, or one without pixels", FORMATS_TEXT, do) from None
+            raise refusal(name, "a file that is not an image, or has no pixels", FORMATS_TEXT, do) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise refusal(name, str(error), f"at most {MAX_PIXELS:,} pixels", "scale the film down first") from None
         with picture:
