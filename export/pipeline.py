@@ -79,7 +79,7 @@ def export_artifact(
         settings: What to write, and how to measure it.
 
     Returns:
-        The finished artifact; `artifact.manifest.fidelity` holds what was measured.
+        The finished artifact; each of `artifact.manifest.parts` holds as `fidelity` what was measured of it.
 
     Raises:
         CheckpointError: The source cannot be exported.

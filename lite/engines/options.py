@@ -1,7 +1,7 @@
 """What a caller may ask for when an artifact is loaded, and what excludes what.
 
 `lite.load`, the command lines and `lite.bench` build a `LoadOptions`; their defaults are read from it.
-`lite.engines.plan.resolve` makes a plan of it.
+`lite.engines.resolve.resolve` makes a plan of it.
 """
 
 from __future__ import annotations

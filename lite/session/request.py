@@ -1,7 +1,8 @@
 """What is asked of a session, and what has come of it so far.
 
 Request    what is asked: a prompt, its film, how tokens are chosen, when to stop. It does not change.
-Progress   what has come of it: tokens, times, an error. The session writes it, any thread may wait for it.
+Outcome    what has come of it: tokens, times, an error. Any thread may wait for it, and only the session writes it.
+Progress   the same with its request, as the session's threads see it.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class TorchChosen:
         """Begin to copy.
 
         Args:
-            told: float64 [N, 3 + 2 * num_top], from `_tell`.
+            told: float64 [N, 3 + 2 * num_top], from `KVCache._sample`.
             rows: where in it the tokens of each row begin.
             num_tokens: of each row.
         """
