@@ -3,8 +3,8 @@
     image ──image──▶ pixel_values ──vision──▶ image_features ─┐
     reason ──prompt─▶ input_ids ──────────────────────────── session ──▶ token ids ──prompt──▶ text
 
-A `FindingsModel` owns one `Session`: whatever number of threads asks it for something, there is one cache of as many
-rows as were planned, and one thread that decodes. `submit` is the way in; all else here is a few lines around it.
+A `FindingsModel` owns one `Session`: however many threads ask, there is one cache of as many rows as were planned, and
+one thread that decodes. `submit` is the way in; all else here is a few lines around it.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class FindingsModel:
             One result per study, in order; a `StudyError` for one that cannot be used or computed.
 
         Raises:
-            LiteError: batch_size or max_new_tokens is no count, or `studies` is one study and not several.
+            LiteError: batch_size or max_new_tokens is not a count, or `studies` is one study and not several.
         """
         file_or_dataset = hasattr(studies, "read") or hasattr(studies, "PixelData")
         if file_or_dataset or isinstance(

@@ -22,8 +22,8 @@ def partial_attention_kernel(
 ) -> None:  # fmt: skip
     """Attend with one query head over one tile of BLOCK_S slots: sums [B * heads, tiles, head_dim], stats [.., 2].
 
-    Program (tile, row and head). What lies at or beyond the row's length is not read, be it a NaN; a tile without any
-    slot before it writes nothing, and `combine_kernel` does not read it.
+    Program (tile, row and head). What lies at or beyond the row's length is not read, even if it is a NaN; a tile
+    without any slot before it writes nothing, and `combine_kernel` does not read it.
     """
     tile, row_head = tl.program_id(0), tl.program_id(1)
     row = row_head // heads

@@ -147,7 +147,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
 
     paths: list[Path] = arguments.artifacts
     for path in paths:
-        load_artifact(path)  # what is no artifact is found before anything is measured
+        load_artifact(path)  # a wrong path is found before anything is measured
     studies = _studies(arguments)
     if arguments.reference is not None:
         studies = _recorded_studies(arguments, studies)

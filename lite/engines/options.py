@@ -67,7 +67,7 @@ class LoadOptions:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no option, and options that exclude each other.
+        """Refuse what is not an option, and options that exclude each other.
 
         Raises:
             BackendUnavailable: there is no such device.

@@ -175,7 +175,9 @@ class Progress(Outcome, Generic[F]):
         """Say why nobody wants it any more; None while somebody does."""
         name = self.request.id
         if self.cancelled:
-            return Cancelled(f"{name}: got a cancellation · expected an end of its own · submit it again if need be")
+            return Cancelled(
+                f"{name}: got a cancellation · expected an end of its own · submit it again if it is still wanted"
+            )
         deadline = self.request.deadline
         if deadline is not None and time.monotonic() > deadline:
             msg = f"{name}: got no end before its deadline · expected one · give it more time, or the session less work"
