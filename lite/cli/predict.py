@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             failed = _draft(arguments, todo, journal) if todo else 0
         except KeyboardInterrupt:
-            say(f"{len(journal.done)} results are in {arguments.out}; the same command goes on there")
+            if journal.done:
+                say(f"results so far, in {arguments.out}: {len(journal.done)}; the same command goes on there")
             raise
     if listed.remark:
         say(f"note: {listed.remark}")

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Final, Literal, NoReturn, TypedDict, get_args
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypedDict, get_args
 
 from lite.engines.protocol import EngineName
 from lite.errors import BackendUnavailable, LiteError
 from lite.memory.sizes import parse_bytes
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 EngineChoice = Literal["auto", "torch", "onnx"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a keyword argument that there is not, as Python does, and name those that there are.
+
+    Raises:
+        TypeError: there is one.
+    """
+    if unknown := sorted({*given} - {*known}):
+        raise TypeError(f"got the option {unknown[0]!r} · expected some of {', '.join(known)} · leave it out")
 
 
 class LoadArguments(TypedDict, total=False):
