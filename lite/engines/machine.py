@@ -133,18 +133,15 @@ def check_device(device: str) -> str:
     Raises:
         BackendUnavailable: torch cannot be imported, or does not see that device.
     """
-    import torch
-
-    import lite.engines.torch_engine.device  # noqa: F401 - says what is missing
+    from lite.engines.torch_engine.device import num_gpus  # which says what is missing
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if num_gpus() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         msg = f"got device {device!r} · expected auto, cpu, cuda or cuda:N · choose one of them"
         raise BackendUnavailable(msg)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
-        raise no_such_gpu(device, count, gpu_problem())
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= num_gpus():
+        raise no_such_gpu(device, num_gpus(), gpu_problem())
     return device
 
 

@@ -22,6 +22,11 @@ DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 _OUT_OF_MEMORY: Final = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
+def num_gpus() -> int:
+    """Return how many GPUs torch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 @contextlib.contextmanager
 def memory_explained(what: str) -> Iterator[None]:
     """Say in this project's words that a GPU's memory is full."""
