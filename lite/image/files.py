@@ -107,7 +107,7 @@ def _contents(source: object) -> tuple[str, bytes]:
         return "<bytes>", bytes(source)
     if isinstance(source, str | os.PathLike):
         return str(source), _read_file(Path(source))
-    expected = "a path, bytes, a NumPy array or a Pillow image, a file open for bytes, or a pydicom data set"
+    expected = "a path, bytes, a NumPy array, a Pillow image, a file open for bytes or a pydicom data set"
     if callable(read := getattr(source, "read", None)):
         name = str(getattr(source, "name", "<file>"))
         data = read(MAX_FILE_BYTES + 1)
@@ -116,7 +116,7 @@ def _contents(source: object) -> tuple[str, bytes]:
         if len(data) > MAX_FILE_BYTES:
             raise _too_large(name, f"more than {MAX_FILE_BYTES:,}")
         return name, data
-    raise refusal("<image>", f"a {type(source).__name__}", expected, "convert it to one of these")
+    raise refusal("<image>", f"a value of type {type(source).__name__}", expected, "convert it to one of these")
 
 
 def _too_large(name: str, num_bytes: str) -> ImageError:
