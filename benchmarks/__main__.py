@@ -18,7 +18,7 @@ COMMANDS: Final = {
         "what is lost: artifacts, engines, formats, and interop with other programs",
     ),
     "slim": ("benchmarks.gates.slim", "install the base and the cpu extra alone, without torch, and draft with them"),
-    "speed": ("benchmarks.speed", "time and memory: kernels, gpu, peers, profile, depth"),
+    "speed": ("benchmarks.speed", "time and memory: gpu, peers, profile, depth"),
     "synthetic": ("benchmarks.speed.synthetic", "write a checkpoint of the real shapes with random weights"),
 }
 

@@ -263,12 +263,13 @@ def _python() -> str:
 def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
     python = _python()
     predictions = _shown(artifact.with_name("predictions.jsonl"))
+    more = _shown(artifact.with_name("more-films"))
     commands = {
         "one of these films again, as DICOM": f"-m lite generate {_shown(artifact)} {_shown(film)}",
         "a film of your own (nonsense: the phantom model knows synthetic films only)": (
             f"-m lite generate {_shown(artifact)} FILM"
         ),
-        "hundreds of films": "-m benchmarks.phantom write build/films --count 300 --seed 7",
+        "hundreds of films": f"-m benchmarks.phantom write {more} --count 300 --seed 7",
         "findings for all films of a list": (
             f"-m lite predict {_shown(artifact)} {_shown(listed)} --out {predictions}"
         ),

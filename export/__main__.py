@@ -49,6 +49,7 @@ list of LLaVA-Rad's evaluation, of the kind that will be read. They are not kept
 """
 _EPILOG = """\
 examples:
+  python -m export check --checkpoint llava-rad --base vicuna-7b-v1.5     (whether both are whole, in seconds)
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --vision fp16 \\
                    --decoder gptq-int4 --calibration-data studies/studies.json
@@ -164,7 +165,7 @@ _SOURCES: Final[_Options] = {
     "--base": _FOLDER | {"required": True, "help": "its base language model"},
     "--other-base": {
         "action": "store_true",
-        "help": "take a base that calls itself otherwise than the adapter calls its own",
+        "help": "take a base whose name is not the one that the adapter asks for",
     },
 }
 _REQUIRED: Final[_Options] = {
@@ -295,7 +296,7 @@ def _onnx_parser() -> argparse.ArgumentParser:
 
 
 def _add(group: argparse._ActionsContainer, options: _Options, settings: object = None) -> None:
-    """Add options; what has no default of its own has that of the field of the settings that it is called after."""
+    """Add options. One without a default takes that of the settings' field of its name."""
     for flag, given in options.items():
         field = flag.removeprefix("--").replace("-", "_")
         default = {"default": getattr(settings, field)} if hasattr(settings, field) else {}

@@ -47,7 +47,7 @@ from lite.artifact.parts import (
     unhashed,
 )
 from lite.artifact.write import check_target, staged_artifact
-from lite.engines.torch_engine.device import check_device
+from lite.engines.machine import check_device
 from lite.errors import ArtifactError, BackendUnavailable
 from lite.files import disk_errors_explained
 
@@ -79,7 +79,7 @@ def export_artifact(
         settings: What to write, and how to measure it.
 
     Returns:
-        The finished artifact; `artifact.manifest.fidelity` holds what was measured.
+        The finished artifact; each of `artifact.manifest.parts` holds as `fidelity` what was measured of it.
 
     Raises:
         CheckpointError: The source cannot be exported.

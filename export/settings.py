@@ -29,7 +29,7 @@ class TokenWeights:
     prompt: float
 
     def __post_init__(self) -> None:
-        """Refuse what is no weight."""
+        """Refuse what is not a weight."""
         if not all(math.isfinite(weight) and 0 <= weight <= LARGEST_WEIGHT for weight in (self.image, self.prompt)):
             msg = f"got token weights {self.image}, {self.prompt} · expected numbers from 0 to {LARGEST_WEIGHT}"
             raise ArtifactError(f"{msg} · a findings token counts 1")
@@ -132,7 +132,7 @@ class ExportSettings(ParitySettings):
     activations: OnnxFloat = DEFAULT_ACTIVATIONS
     """See `OnnxSettings`."""
     other_base: bool = False
-    """Take a base that calls itself otherwise than the adapter calls its own."""
+    """Take a base whose name is not the one that the adapter asks for."""
     overwrite: bool = False
     """Replace an artifact that is there, once the new one is complete."""
 

@@ -5,7 +5,7 @@
 
 `select_backend` decides it, once for a device, and all ops ask it: their `backend` is None for the selected one. An op
 raises ValueError where a shape, dtype, stride or device does not fit, or where the backend asked for does not run. What
-was selected belongs into the result of whoever runs the ops: a GPU on which the kernels do not run computes all the
+was selected belongs in the result of whoever runs the ops: a GPU on which the kernels do not run computes all the
 same, slowly, and the reason has to be seen.
 
 Triton reads TRITON_INTERPRET when it is imported: set it before the process starts.

@@ -67,7 +67,9 @@ def decode_attention(
         (B, heads, head_dim), tiles = q.shape, -(-k_cache.shape[2] // BLOCK_S)
         sums, stats = (torch.empty(B * heads, tiles, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
         with device_guard(q.device):
-            kernels.decode_attention(q, k_cache, v_cache, lengths, k_scales, v_scales, sums, stats, out)
+            kernels.decode_attention(
+                q, k_cache, v_cache, lengths, k_scales, v_scales, sums, stats, out, block_s=BLOCK_S
+            )
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kernels.quant_weight import QuantWeight
+    from kernels.weights import StoredWeight
 
 ROWS_VALUES: Final = 2**19
 """Values of a stored weight that are expanded at a time: 2 MB of float32 stay in the cache between being written and
@@ -106,7 +106,7 @@ def matmul_by_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[int, int],
     return product.view(*x.shape[:-1], shape[0])
 
 
-def quant_matmul(x: Tensor, weight: QuantWeight) -> Tensor:
+def quant_matmul(x: Tensor, weight: StoredWeight) -> Tensor:
     """Multiply x by the transpose of a quantised weight, whose values are exact in float32."""
     product = matmul_by_rows(x.float(), weight.shape, lambda begin, end: weight.rows(begin, end, torch.float32))
     return product.to(x.dtype)

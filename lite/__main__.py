@@ -38,6 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: arguments.run(arguments))
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Answers an unknown option with the usage of its command, where argparse gives that of all commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401 - as argparse has it
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
     name = Path(sys.argv[0]).name
     parser = argparse.ArgumentParser(
@@ -47,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 done, 1 something failed, 2 wrong use, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"llava-rad-lite {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_CommandParser)
     for command in COMMANDS:
         module: Any = importlib.import_module(f"lite.cli.{command}")
         description = getattr(module, "DESCRIPTION", f"{module.HELP[0].upper()}{module.HELP[1:]}.")

@@ -133,7 +133,7 @@ def show_progress(what: str, done: int, total: int) -> None:
         sys.stderr.flush()
 
 
-class Progress:
+class ProgressLine:
     """Say how far something is: in a line that is written over on a terminal, and elsewhere in a line now and then."""
 
     def __init__(self, what: str, total: int) -> None:

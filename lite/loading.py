@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 from lite.artifact.open import load_artifact
 from lite.engines.machine import look
 from lite.engines.onnx_session import CPU
-from lite.engines.options import LoadArguments, LoadOptions
+from lite.engines.options import LoadArguments, LoadOptions, check_names
 from lite.engines.plan import RunPlan
 from lite.engines.resolve import resolve
 from lite.errors import ArtifactError
@@ -42,8 +42,10 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
         BackendUnavailable: a package, the device or the provider is not there.
         MemoryBudgetError: one study would take more than `memory_limit`.
         LiteError: there is no such engine, dtype or cache, or two options exclude each other.
+        TypeError: there is no such option.
     """
     started = time.perf_counter()
+    check_names(options, LoadArguments.__annotations__)
     chosen = LoadOptions(**options)
     artifact = load_artifact(path)
     tokenizer, prompt = prompt_of(artifact)

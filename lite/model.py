@@ -3,8 +3,8 @@
     image ──image──▶ pixel_values ──vision──▶ image_features ─┐
     reason ──prompt─▶ input_ids ──────────────────────────── session ──▶ token ids ──prompt──▶ text
 
-A `FindingsModel` owns one `Session`: whatever number of threads asks it for something, there is one cache of as many
-rows as were planned, and one thread that decodes. `submit` is the way in; all else here is a few lines around it.
+A `FindingsModel` owns one `Session`: however many threads ask, there is one cache of as many rows as were planned, and
+one thread that decodes. `submit` is the way in; all else here is a few lines around it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from lite.engines.options import check_names
 from lite.errors import LiteError, PromptError
 from lite.memory.plan import STUDIES_AHEAD
 from lite.prompt import TextStream
 from lite.session.draft import Draft, in_order
 from lite.session.loop import Loop
-from lite.session.prepare import Asked, Preparer, check_count
+from lite.session.prepare import Asked, Options, Preparer, check_count
 from lite.session.request import Lot
 from lite.session.session import Session
 from lite.studies.study import Study, as_study
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from lite.image.files import ImageSource
     from lite.image.film import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
-    from lite.session.prepare import Options
     from lite.studies.results import Findings, StudyError
     from lite.vision import VisionEncoder
 
@@ -121,7 +121,9 @@ class FindingsModel:
             PromptError: the reason cannot be used; ContextLengthError if it is too long. Found before any work.
             QueueFull: too many requests wait already.
             LiteError: a number is out of its range, or the model is closed.
+            TypeError: there is no such option.
         """
+        check_names(options, Options.__annotations__)
         return self._submit(Study(image, reason, query), Asked(**options))
 
     stream = submit
@@ -167,7 +169,7 @@ class FindingsModel:
             One result per study, in order; a `StudyError` for one that cannot be used or computed.
 
         Raises:
-            LiteError: batch_size or max_new_tokens is no count, or `studies` is one study and not several.
+            LiteError: batch_size or max_new_tokens is not a count, or `studies` is one study and not several.
         """
         file_or_dataset = hasattr(studies, "read") or hasattr(studies, "PixelData")
         if file_or_dataset or isinstance(

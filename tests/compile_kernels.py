@@ -72,7 +72,7 @@ def launch_all(capability: int) -> None:
             torch.ones(B, T).to(integer),
             torch.empty(B, T, HEAD_DIM // 2),
         )
-        decode_attention.decode_attention(q[:, 0], *caches, lengths, *pair, workspace, workspace, q[:, 0])
+        decode_attention.decode_attention(q[:, 0], *caches, lengths, *pair, workspace, workspace, q[:, 0], block_s=64)
         rotary_and_cache.rotary_and_cache(q, k, k, table, table, slots, *caches, *pair, q, k)
     x = torch.empty(1, HIDDEN_SIZE, dtype=float16)
     add_rms_norm.add_rms_norm(x, x, x[0], 1e-5, x, x)

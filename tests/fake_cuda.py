@@ -1,6 +1,6 @@
 """A GPU that is not there: the real decoder runs on tensors without memory, and what they would take is counted.
 
-    lite/engines/torch_engine/decoder.py, lite/session/generate.py, kernels/*.py     as they are
+    lite/engines/torch_engine/decoder.py, lite/session/loop.py, kernels/*.py         as they are
     kernels/gpu/*.py                                    launch nothing; a launch allocates nothing
     torch on "cuda"                                     FakeTensorMode: shapes, dtypes and devices, no numbers
     attention                                           allocates what torch's kernel for it allocates: see `attend`

@@ -6,6 +6,7 @@ A budget that hurts is a reason to redesign. Where it is wrong, raise it in a co
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -228,6 +229,35 @@ def test_packages_import_only_what_is_below_them(package: str) -> None:
 )
 def test_the_check_sees_an_import_in_the_wrong_direction(package: str, source: str) -> None:
     assert len(forbidden_imports(source, package)) == 1
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Yield what a file imports, wherever in it: modules, and of `from package import name` both."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from modules if any(map(module_file, modules)) else [node.module]
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT.joinpath(*name.split("."))
+    found = path.with_suffix(".py"), path / "__init__.py"
+    return next((file for file in found if file.exists()), None)
+
+
+def test_no_files_import_each_other() -> None:
+    """Not even for types, or within functions: one can be read before the other."""
+    graph = {
+        file: {found for name in imported_modules(file) if (found := module_file(name)) not in (None, file)}
+        for file in tracked(*MAY_IMPORT)
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+        pytest.fail(" ← ".join(map(relative, circle)))
 
 
 def test_imports_are_cheap() -> None:

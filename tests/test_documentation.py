@@ -110,6 +110,19 @@ def test_the_commands_are_found() -> None:
     assert len(set(commands())) > 20
 
 
+def test_what_is_named_is_there() -> None:
+    """Links, and files of this repository by their paths; the README leads to every page."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        links = [page.parent / link for link in re.findall(r"\]\(([^):#]+)\)", text)]
+        files = [
+            ROOT / name for name in re.findall(r"`((?:benchmarks|docs|export|kernels|lite|tests)/[\w/]+\.\w+)`", text)
+        ]
+        assert [path for path in links + files if not path.exists()] == [], page
+        if page.name == "README.md" and page.parent == ROOT:
+            assert {path for path in PAGES if path.parent.name == "docs"} <= set(links)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if any(name == "python" for name, _ in blocks(page))])
 def test_the_python_runs(page: Path, demo_artifact: Artifact, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "artifact").symlink_to(demo_artifact.path)

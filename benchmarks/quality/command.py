@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     artifacts.add_argument("candidates", type=Path, nargs="+", metavar="CANDIDATE", help="artifacts to compare with it")
     artifacts.add_argument(
-        "--reference", type=Path, required=True, metavar="ARTIFACT", help="the artifact to lose nothing against: fp16"
+        "--reference", type=Path, required=True, metavar="ARTIFACT", help="the artifact to compare with: fp16"
     )
     artifacts.add_argument("--image-folder", type=Path, metavar="DIR", help="of the films (default: beside the list)")
     artifacts.add_argument("--limit", type=positive, metavar="N", help="only the first N films")

@@ -103,7 +103,7 @@ def read_folder(artifact: Artifact) -> Folder:
         path=artifact.path / "decoder",
         format=quantization.format if quantization is not None else "16 bits",
         group_size=quantization.group_size if quantization is not None else None,
-        # What of a quantised decoder is in 16 bits is read as that.
+        # The 16-bit parts of a quantised decoder are read as such.
         linears={name: own for name, own in parts.items() if not quantization or not isinstance(own, torch.Tensor)},
         logits=np.stack(logits),
         input_ids=ids,

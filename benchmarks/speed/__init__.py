@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
 COMMANDS: Final = {
     "depth": ("benchmarks.speed.depth", "random weights of the real widths, and what 32 layers take, from fewer"),
-    "gpu": ("benchmarks.speed.gpu", "the whole runtime on a GPU, at full size, beside other libraries"),
-    "kernels": ("benchmarks.speed.kernels", "the GPU kernels one by one, beside other libraries'"),
+    "gpu": ("benchmarks.speed.gpu", "the whole runtime on a GPU at full size, and its kernels, beside other libraries"),
     "peers": ("benchmarks.speed.peers", "other runtimes at the same shapes, whichever are installed"),
     "profile": ("benchmarks.speed.profile", "where the onnx engine's time goes, operator by operator"),
 }

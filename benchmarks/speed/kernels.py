@@ -1,4 +1,4 @@
-"""The GPU kernels one by one, `python -m benchmarks speed kernels`: right first, then how fast, beside others.
+"""The GPU kernels one by one: right first, then how fast, beside others (`benchmarks speed gpu --only kernels`).
 
 At the shapes of Vicuna-7B. Each op is computed once and compared with its reference; what is wrong is not timed. Then
 it is captured in a CUDA graph, as the decoder runs it, once for each of several copies of what it reads: together they
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.contenders import Contender, contenders
-from benchmarks.speed.harness import Clock, Report, Row, Unavailable, reason, run_main
+from benchmarks.speed.harness import Clock, Report, Row, Unavailable, reason
 from kernels.backend import Selection, select_backend
 from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 from lite.errors import BackendUnavailable
@@ -119,10 +119,3 @@ def find_gpu() -> tuple[torch.device, Selection]:
         msg = f"got no kernels ({selection.reason}) · expected Triton's on {device} · install what is missing"
         raise BackendUnavailable(msg)
     return device, selection
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: the last section of `benchmarks speed gpu`, alone; return the exit status."""
-    from benchmarks.speed.gpu import parser_of, run
-
-    return run_main(parser_of("python -m benchmarks speed kernels", only="kernels"), argv, run)

@@ -121,7 +121,7 @@ def open_checkpoint(checkpoint: Path, base: Path, *, other_base: bool = False) -
     Args:
         checkpoint: Folder of the download.
         base: Folder of its base.
-        other_base: Take a base that calls itself otherwise than the adapter calls its own.
+        other_base: Take a base whose name is not the one that the adapter asks for.
 
     Raises:
         CheckpointError: A folder or file is not what it should be; the message says which, and what to do.

@@ -191,7 +191,7 @@ def load_pickle(file: Path, *, what: str) -> Any:  # noqa: ANN401 - a pickle hol
 
 
 def entries_of(file: Path, tensors: Mapping[Any, Any], *, group: str = "") -> dict[str, TensorEntry]:
-    """List the tensors of an unpickled state dict, a file's or a group in it; what is no named tensor is refused."""
+    """List the tensors of an unpickled state dict, a file's or a group in it; anything but named tensors is refused."""
     entries = {}
     for key, tensor in tensors.items():
         where = f"{key!r} in {group}" if group else repr(key)

@@ -26,9 +26,9 @@ from export.write.int8_cache_graph import INT8_CACHE_GRAPH_NAME, write_int8_cach
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import Int8CacheGraph, OnnxFloat, OnnxPart, unhashed
 from lite.artifact.write import staged_artifact
+from lite.engines.machine import check_device
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.onnx_session import INT8_CACHE_SINCE, import_onnxruntime, is_at_least
-from lite.engines.torch_engine.device import check_device
 from lite.errors import ArtifactError
 from lite.files import link_or_copy
 from lite.vision import VisionEncoder

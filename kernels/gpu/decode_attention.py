@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.decode_attention import BLOCK_S
 from kernels.gpu import OPTIONS
 
 
@@ -23,8 +22,8 @@ def partial_attention_kernel(
 ) -> None:  # fmt: skip
     """Attend with one query head over one tile of BLOCK_S slots: sums [B * heads, tiles, head_dim], stats [.., 2].
 
-    Program (tile, row and head). What lies at or beyond the row's length is not read, be it a NaN; a tile without any
-    slot before it writes nothing, and `combine_kernel` does not read it.
+    Program (tile, row and head). What lies at or beyond the row's length is not read, even if it is a NaN; a tile
+    without any slot before it writes nothing, and `combine_kernel` does not read it.
     """
     tile, row_head = tl.program_id(0), tl.program_id(1)
     row = row_head // heads
@@ -91,11 +90,12 @@ def combine_kernel(
 def decode_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
     k_scales: torch.Tensor | None, v_scales: torch.Tensor | None,
-    sums: torch.Tensor, stats: torch.Tensor, out: torch.Tensor,
+    sums: torch.Tensor, stats: torch.Tensor, out: torch.Tensor, *, block_s: int,
 ) -> None:  # fmt: skip
     """Launch both kernels; the arguments are those of `kernels.decode_attention`, the rest contiguous.
 
-    sums is float32 [B * heads, tiles, head_dim] and stats [B * heads, tiles, 2]: memory to work in.
+    sums is float32 [B * heads, tiles, head_dim] and stats [B * heads, tiles, 2]: memory to work in, for tiles of
+    block_s slots.
     """
     (B, heads, head_dim), (_, kv_heads, slots, _) = q.shape, k_cache.shape
     tiles, block_d = sums.shape[1], triton.next_power_of_2(head_dim)
@@ -104,10 +104,10 @@ def decode_attention(
         q, k_cache, v_cache, k_cache if k_scales is None else k_scales, v_cache if v_scales is None else v_scales,
         lengths, sums, stats, head_dim**-0.5, heads, heads // kv_heads, head_dim, slots,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), strides[0], strides[1],
-        QUANTIZED=k_scales is not None, BLOCK_S=BLOCK_S, BLOCK_D=block_d, num_warps=4, **OPTIONS,
+        QUANTIZED=k_scales is not None, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4, **OPTIONS,
     )  # fmt: skip
     # 16 tiles at a time: with head_dim 128 that is 16 sums for each of 128 threads, and 1,024 slots a turn.
     combine_kernel[(B * heads,)](
         sums, stats, lengths, out, heads, head_dim, tiles, slots,
-        BLOCK_S=BLOCK_S, BLOCK_T=16, BLOCK_D=block_d, num_warps=4, **OPTIONS,
+        BLOCK_S=block_s, BLOCK_T=16, BLOCK_D=block_d, num_warps=4, **OPTIONS,
     )  # fmt: skip

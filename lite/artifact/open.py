@@ -70,8 +70,13 @@ class Artifact:
         """
         part = self.manifest.parts.decoder_onnx
         if part is None:
-            msg = f"{self.path}: got an artifact without decoder.onnx · expected one, for the onnx engine · make it"
-            raise ArtifactError(f"{msg} with `python -m export onnx {self.path}`, or use the torch engine")
+            msg = f"{self.path}: got an artifact without decoder.onnx · expected one, for the onnx engine"
+            if self.manifest.parts.decoder.format.startswith("gptq"):
+                raise ArtifactError(
+                    f"{msg} · make it with `python -m export onnx {self.path}`, or use the torch engine"
+                )
+            msg += " · use the torch engine, or export with --decoder gptq-int4 --engine onnx"
+            raise ArtifactError(msg)
         if cache_dtype not in (None, *part.cache_dtypes):
             msg = f"{self.path}: got cache_dtype {cache_dtype!r} · expected {' or '.join(part.cache_dtypes)}, which"
             raise LiteError(f"{msg} decoder.onnx was exported with · choose one of them")

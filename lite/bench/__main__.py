@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reference",
         type=Path,
         metavar="RECORD",
-        help="a reference record of the same studies, to lose nothing against",
+        help="compare with a reference record of the same studies, made by python -m lite.bench record",
     )
     parser.add_argument(
         "--batch-sizes", type=_batch_sizes, default="1,4", metavar="N,N", help="studies at a time, for the throughput "
@@ -147,7 +147,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
 
     paths: list[Path] = arguments.artifacts
     for path in paths:
-        load_artifact(path)  # what is no artifact is found before anything is measured
+        load_artifact(path)  # a wrong path is found before anything is measured
     studies = _studies(arguments)
     if arguments.reference is not None:
         studies = _recorded_studies(arguments, studies)
@@ -238,7 +238,8 @@ def _record(arguments: argparse.Namespace) -> int:
     written = write_record(record, arguments.out)
     sys.stdout.write(f"{written}: {record.describe()}\n{record.describe_tail()}\n")
     bytes_written = sum(path.stat().st_size for path in record_paths(arguments.out))
-    sys.stdout.write(f"{bytes_written:,} bytes. Next: python -m lite.bench ARTIFACT --reference {arguments.out}\n")
+    sys.stdout.write(f"{bytes_written:,} bytes. Next:\n")
+    sys.stdout.write(f"  python -m lite.bench ARTIFACT --data {arguments.data} --reference {arguments.out}\n")
     return 0
 
 

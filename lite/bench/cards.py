@@ -1,7 +1,7 @@
 """Graphics cards by their vendors' figures, and figures that nobody measured here.
 
-A `Figure` says where it comes from: measured, published or modelled. It is no number and prints a modelled one with a
-"~", so that none of them can be taken for a measurement.
+A `Figure` says where it comes from: measured, published or modelled. A modelled one is printed with a "~", so
+that it cannot be taken for a measurement.
 """
 
 from __future__ import annotations

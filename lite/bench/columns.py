@@ -188,7 +188,12 @@ def tables(rows: Sequence[Row]) -> dict[str, list[Group]]:
         "texts": _qualities(rows),
         "artifacts": _ARTIFACTS,
     }
+    found["texts"] = [group for group in found["texts"] if not rows or any(_has_figure(group, row) for row in rows)]
     return {name: [group for group in groups if group.columns] for name, groups in found.items()}
+
+
+def _has_figure(group: Group, row: Row) -> bool:
+    return any(not column.cell(row).missing for column in group.columns)
 
 
 def _results(rows: Sequence[Row]) -> list[Group]:

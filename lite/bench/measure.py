@@ -3,7 +3,7 @@
     load ─▶ warm-up ─▶ studies one by one ─▶ in batches ─▶ bandwidth ─▶ along the reference's texts ─▶ texts judged
               └ memory by stage       └ texts
 
-It belongs into a process of its own (`lite.bench.run` gives it one): memory peaks are those of a process, and what one
+It wants a process of its own (`lite.bench.run` gives it one): memory peaks are those of a process, and what one
 artifact has warmed or loaded would be counted for the next.
 """
 

@@ -29,7 +29,9 @@ class Clinical(NamedTuple):
     device: str = "cpu"
 
 
-NO_REFERENCE = Missing(why="no reference", todo="Give one with --reference; python -m lite.bench record makes it.")
+NO_REFERENCE = Missing(
+    why="no reference", todo="Give a reference record with --reference; python -m lite.bench record makes one."
+)
 NO_REPORTS = Missing(why="no reports", todo="The list of studies has no findings to compare with (conversations).")
 
 NOT_ENGLISH = Missing(why="not in English", todo="Labels are read from English reports only: docs/labels.md.")

@@ -62,11 +62,14 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
     template = environment.from_string(resources.files("lite.bench").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     shown = [_table(name, groups, bench) for name, groups in tables(rows).items()]
     cells = (cell for table in shown for _, groups in table.lines for group in groups for cell in group)
+    footnotes = list(dict.fromkeys(cell.footnote for cell in cells if cell.footnote))
+    notices = list(dict.fromkeys(row.notice for row in rows))
     return template.render(
         bench=bench,
-        notices=list(dict.fromkeys([NOTICE, *(row.notice for row in rows)])),
+        notices=notices if any(NOTICE in notice for notice in notices) else [NOTICE, *notices],
+        notes=[note for note in bench.notes if not note.endswith(tuple(footnotes))],  # those stand below the table
         tables=shown if rows else shown[:1],
-        footnotes=list(dict.fromkeys(cell.footnote for cell in cells if cell.footnote)),
+        footnotes=footnotes,
         reference_figures=reference_figures(bench.reference_report_quality),
         plot=_plot(rows),
         stages=[_Bars(row.name, [_stage_bar(row)]) for row in rows],

@@ -134,7 +134,7 @@ def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     parser.add_argument(
         "--any-film",
         action="store_true",
-        help="draft also what its file says is no frontal chest film, and say so",
+        help="also draft findings for what, by its file, is not a frontal chest film; a remark says so",
     )
 
 

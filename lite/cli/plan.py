@@ -58,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         about = {"artifact": artifact.id, "machine": dataclasses.asdict(machine)}
         print_line(json.dumps(about | plan.to_json(), ensure_ascii=False))
         return 0
-    about_machine = f"one with a {machine.gpus[0].name}, which is not this one" if arguments.card else _shown(machine)
+    about_machine = (
+        f"one with the card {machine.gpus[0].name}, which is not this one" if arguments.card else _shown(machine)
+    )
     lines = [("artifact", f"{arguments.artifact}, {artifact.manifest.model}"), ("machine", about_machine)]
     print_line("\n".join([*_aligned(lines), *_report(plan), *_others(plan, artifact, prompt, options, machine)]))
     return 0
@@ -78,7 +80,7 @@ def _machine_with(name: str) -> Machine:
 def _shown(machine: Machine) -> str:
     gpus = ", ".join(f"{gpu.name} with {shown_bytes(gpu.total_bytes)}" for gpu in machine.gpus) or "no GPU"
     memory = f", {shown_bytes(machine.memory_bytes)} of memory" if machine.memory_bytes else ""
-    return f"this one: {machine.num_cores} cores{memory}, {gpus}"
+    return f"this one: {machine.num_cores} core{'s' if machine.num_cores > 1 else ''}{memory}, {gpus}"
 
 
 def _report(plan: RunPlan) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from lite.artifact.open import load_artifact
 from lite.cli.notes import Notes, report
 from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model
-from lite.console import EXIT_FAILED, Progress, positive, print_line, say
+from lite.console import EXIT_FAILED, ProgressLine, positive, print_line, say
 from lite.studies.readers import check_films, read_studies
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             failed = _draft(arguments, todo, journal) if todo else 0
         except KeyboardInterrupt:
-            say(f"{len(journal.done)} results are in {arguments.out}; the same command goes on there")
+            if journal.done:
+                say(f"results so far, in {arguments.out}: {len(journal.done)}; the same command goes on there")
             raise
     if listed.remark:
         say(f"note: {listed.remark}")
@@ -77,7 +78,7 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
     """Draft what is still to do; return how many studies failed."""
     from lite.studies.results import StudyError
 
-    failed, notes, progress = 0, Notes(), Progress("drafting", len(studies))
+    failed, notes, progress = 0, Notes(), ProgressLine("drafting", len(studies))
     with load_model(arguments) as model:
         say(f"note: {model.notice}")
         results = model.findings_batch(

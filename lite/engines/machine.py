@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import re
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -118,17 +119,36 @@ def gpu_problem() -> str | None:
 
 def no_such_gpu(device: str, count: int, problem: str | None) -> BackendUnavailable:
     """Say that a device is none of the GPUs that torch sees."""
-    msg = (
-        f"got device {device!r} · expected one of the {count} GPUs that torch sees{f' ({problem})' if problem else ''}"
-    )
+    expected = f"one of the {count} GPUs that torch sees" if count else "a GPU that torch sees: there is none"
+    msg = f"got device {device!r} · expected {expected}{f' ({problem})' if problem else ''}"
     return BackendUnavailable(f"{msg} · use the CPU, or install a torch built for CUDA and the driver it needs")
+
+
+def check_device(device: str) -> str:
+    """Return the device that torch is to use.
+
+    Args:
+        device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        BackendUnavailable: torch cannot be imported, or does not see that device.
+    """
+    from lite.engines.torch_engine.device import num_gpus  # which says what is missing
+
+    if device == "auto":
+        return "cuda" if num_gpus() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        msg = f"got device {device!r} · expected auto, cpu, cuda or cuda:N · choose one of them"
+        raise BackendUnavailable(msg)
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= num_gpus():
+        raise no_such_gpu(device, num_gpus(), gpu_problem())
+    return device
 
 
 def _gpus(device: str) -> tuple[Gpu, ...]:
     """Return the GPUs that torch sees; of the one that is meant it tells what is free."""
-    from lite.engines.torch_engine.device import check_device  # which says what is missing
-
-    if device == "cpu" or check_device("auto") == "cpu":
+    # Asked also where the CPU is meant: torch is imported by it, and the plan counts what that takes.
+    if check_device("cpu" if device == "cpu" else "auto") == "cpu":
         return ()
     import torch
 

@@ -1,22 +1,35 @@
 """What a caller may ask for when an artifact is loaded, and what excludes what.
 
 `lite.load`, the command lines and `lite.bench` build a `LoadOptions`; their defaults are read from it.
-`lite.engines.plan.resolve` makes a plan of it.
+`lite.engines.resolve.resolve` makes a plan of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Final, Literal, NoReturn, TypedDict, get_args
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypedDict, get_args
 
 from lite.engines.protocol import EngineName
 from lite.errors import BackendUnavailable, LiteError
 from lite.memory.sizes import parse_bytes
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 EngineChoice = Literal["auto", "torch", "onnx"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a keyword argument that there is not, as Python does, and name those that there are.
+
+    Raises:
+        TypeError: there is one.
+    """
+    if unknown := sorted({*given} - {*known}):
+        raise TypeError(f"got the option {unknown[0]!r} · expected some of {', '.join(known)} · leave it out")
 
 
 class LoadArguments(TypedDict, total=False):
@@ -67,7 +80,7 @@ class LoadOptions:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what is no option, and options that exclude each other.
+        """Refuse what is not an option, and options that exclude each other.
 
         Raises:
             BackendUnavailable: there is no such device.

@@ -67,7 +67,7 @@ def resolve(
         ArtifactError: the engine asked for needs a `decoder.onnx` that is not there.
         BackendUnavailable: the device, the provider or a package is not there.
         MemoryBudgetError: not even one study fits. It names the parts, and what would.
-        LiteError: an option is nothing for the engine.
+        LiteError: the engine does not have an option that was given.
     """
     engine, why = _engine(options, artifact, machine)
     resolver = (_Onnx if engine == "onnx" else _Torch)(options, artifact, machine, why)

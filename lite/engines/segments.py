@@ -50,7 +50,7 @@ def divide(
     """Divide what a row has to read, from `start` on, into segments.
 
     None crosses the end of the prefix, so that a question is read in the same way whether its film was read just before
-    it or for another question. With an int8 cache a question so sees the film as the cache keeps it.
+    it or for another question. So with an int8 cache a question sees the film as the cache keeps it.
 
     Args:
         input_ids: of the prompt, IMAGE_TOKEN_ID in each place of the image.

@@ -162,7 +162,7 @@ def read_classes(texts: Sequence[str], *, weights: Path, device: str) -> NDArray
     """
     import torch
 
-    from lite.engines.torch_engine.device import check_device
+    from lite.engines.machine import check_device
 
     chosen = torch.device(check_device(device))
     bert, heads = _labeller(weights, chosen)

@@ -81,7 +81,7 @@ def _cuda_index(device: str) -> int:
     """Return a device as radgraph takes it: the GPU's number, -1 for the CPU."""
     import torch
 
-    from lite.engines.torch_engine.device import check_device
+    from lite.engines.machine import check_device
 
     chosen = torch.device(check_device(device))
     return (chosen.index or 0) if chosen.type == "cuda" else -1

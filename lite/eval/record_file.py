@@ -93,6 +93,9 @@ def read_record(name: Path) -> ReferenceRecord:
         BackendUnavailable: safetensors is not installed.
     """
     json_path, tensors_path = record_paths(name)
+    if not json_path.exists() and (name / "manifest.json").exists():
+        msg = f"{name}: got an artifact · expected a reference record, which says what an artifact did on a list"
+        raise LiteError(f"{msg} · make one with python -m lite.bench record {name} --data LIST.json --out RECORD")
     file = _parse(_read_bytes(json_path), str(json_path))
     content = _read_bytes(tensors_path)
     got = len(content), hashlib.sha256(content).hexdigest()

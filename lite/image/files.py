@@ -95,7 +95,7 @@ def load_image(source: ImageSource, *, rendering: Rendering = "mimic-cxr-jpg", a
                 picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
             do = "check that the file is an image; an image of another kind must be converted first"
-            raise refusal(name, "a file that is no image, or one without pixels", FORMATS_TEXT, do) from None
+            raise refusal(name, "a file that is not an image, or has no pixels", FORMATS_TEXT, do) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise refusal(name, str(error), f"at most {MAX_PIXELS:,} pixels", "scale the film down first") from None
         with picture:
@@ -107,7 +107,7 @@ def _contents(source: object) -> tuple[str, bytes]:
         return "<bytes>", bytes(source)
     if isinstance(source, str | os.PathLike):
         return str(source), _read_file(Path(source))
-    expected = "a path, bytes, a NumPy array or a Pillow image, a file open for bytes, or a pydicom data set"
+    expected = "a path, bytes, a NumPy array, a Pillow image, a file open for bytes or a pydicom data set"
     if callable(read := getattr(source, "read", None)):
         name = str(getattr(source, "name", "<file>"))
         data = read(MAX_FILE_BYTES + 1)
@@ -116,7 +116,7 @@ def _contents(source: object) -> tuple[str, bytes]:
         if len(data) > MAX_FILE_BYTES:
             raise _too_large(name, f"more than {MAX_FILE_BYTES:,}")
         return name, data
-    raise refusal("<image>", f"a {type(source).__name__}", expected, "convert it to one of these")
+    raise refusal("<image>", f"a value of type {type(source).__name__}", expected, "convert it to one of these")
 
 
 def _too_large(name: str, num_bytes: str) -> ImageError:

@@ -225,7 +225,7 @@ class _Chunk:
 def _product_bytes(
     config: DecoderConfig, num_tokens: int, in_features: int, *widths: int, itemsize: int, on_gpu: bool
 ) -> int:
-    """Return what the products of a linear's parts take, and on a GPU what of a weight is expanded for them."""
+    """Return what the products of a linear's parts take, and on a GPU what is expanded of a weight for them."""
     products = num_tokens * sum(widths) * itemsize
     quantization = config.quantization
     is_nf4 = quantization is not None and quantization.format == "bnb-nf4"

@@ -6,7 +6,7 @@ Each term is counted from shapes. On a GPU the peak is that of torch's allocator
 it is that of resident memory, where two things are not in our hands: ONNX Runtime's arenas, which keep what activations
 took (the tower's, and the decoder's of the onnx engine), and freed memory that the C library keeps.
 
-`lite.engines.plan` chooses what to run by these counts; `lite plan`, `lite.load`, `lite.bench` and its roofline all
+`lite.engines.resolve` chooses what to run by these counts; `lite plan`, `lite.load`, `lite.bench` and its roofline all
 have them from here.
 """
 

@@ -2,15 +2,15 @@
 
     waiting ──admit──▶ a row reads its prompt, a chunk a turn ──▶ decodes, a token a turn ──▶ ends: the next has it
 
-A long prompt so delays the texts under way by a chunk at a time and no more. A row that ends is given away at once, and
-still holds its film: the next question about that film begins behind it. Nothing here computes on tensors; an `Engine`
-does. Nothing here knows of threads; `Session` does.
+So a long prompt delays the texts under way by no more than a chunk at a time. A row that ends is given away at once,
+and still holds its film: the next question about that film begins behind it. Nothing here computes on tensors (an
+`Engine` does) or knows of threads (`Session` does).
 
 An engine may run ahead: the next token is under way when the host looks at the last one, so that the device never waits
 for the host. A study that has ended is then found out one step late, and that step was for nothing; one that ends by
 its length is known before.
 
-Where memory is short, the rows become half as many. Studies that lose their row so are *lost*: whoever drives the loop
+Where memory is short, the rows become half as many. Studies that lose their row are *lost*: whoever drives the loop
 lets them in again before all others. They go on where they were: what they have said is read again behind the prompt.
 """
 
@@ -138,7 +138,7 @@ class Loop(Generic[C, F]):
         return self._cache
 
     def _make_cache(self, needed: int) -> None:
-        """Get a cache of rows that are long enough, of fewer rows if need be."""
+        """Get a cache of rows that are long enough, and of fewer rows where memory is short."""
         length, rows = max(self.max_seq_len, needed), self.num_rows
         while rows > 1 and not self._fits(rows, length):
             rows -= 1

@@ -214,10 +214,10 @@ class Preparer:
 
 
 def check_count(name: str, value: object, hint: str) -> None:
-    """Refuse what counts nothing; None is no count, and fits.
+    """Refuse what is not a count; None stands for the default, and fits.
 
     Raises:
-        LiteError: it is no whole number from 1.
+        LiteError: it is not a whole number from 1.
     """
     if value is not None and (type(value) is not int or value < 1):
         raise LiteError(f"got {name}={value!r} · expected a whole number from 1 · {hint}")

@@ -1,7 +1,8 @@
 """What is asked of a session, and what has come of it so far.
 
 Request    what is asked: a prompt, its film, how tokens are chosen, when to stop. It does not change.
-Progress   what has come of it: tokens, times, an error. The session writes it, any thread may wait for it.
+Outcome    what has come of it: tokens, times, an error. Any thread may wait for it, and only the session writes it.
+Progress   the same with its request, as the session's threads see it.
 """
 
 from __future__ import annotations
@@ -174,7 +175,9 @@ class Progress(Outcome, Generic[F]):
         """Say why nobody wants it any more; None while somebody does."""
         name = self.request.id
         if self.cancelled:
-            return Cancelled(f"{name}: got a cancellation · expected an end of its own · submit it again if need be")
+            return Cancelled(
+                f"{name}: got a cancellation · expected an end of its own · submit it again if it is still wanted"
+            )
         deadline = self.request.deadline
         if deadline is not None and time.monotonic() > deadline:
             msg = f"{name}: got no end before its deadline · expected one · give it more time, or the session less work"

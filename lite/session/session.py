@@ -1,4 +1,4 @@
-"""The session: one owner of the cache, whatever number of threads asks it for something.
+"""The session: one owner of the cache, however many threads ask.
 
     submit ──▶ waiting ──┬── the eyes' thread runs the tower for those that come next
                          └── the decoder's thread gives them rows, and steps (see `Loop`)

@@ -68,7 +68,8 @@ def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool =
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        msg = f"{path}: got a file that cannot be read ({error}) · expected a JSON list of studies · check the path"
+        got = "a folder" if path.is_dir() else f"a file that cannot be read ({error})"
+        msg = f"{path}: got {got} · expected a JSON list of studies · check the path"
         raise LiteError(msg) from error
     if isinstance(entries, dict) and entries and all(isinstance(entry, dict) for entry in entries.values()):
         entries = [_of_rexrank(name, entry) for name, entry in entries.items()]

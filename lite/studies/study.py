@@ -50,7 +50,7 @@ def as_study(item: object) -> Study:
     if isinstance(item, Study):
         return item
     if not isinstance(item, tuple):
-        return Study(cast("ImageSource", item))  # what is no image is found when it is read
+        return Study(cast("ImageSource", item))  # whether it is an image is found out when it is read
     if not 1 <= len(item) <= len(MODEL_FIELDS):
         msg = (
             f"got a study of {len(item)} values · expected (image,), (image, reason) or (image, reason, query) · "

@@ -223,7 +223,7 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_the_setting() -> None:
-    parse = gpu.parser_of("gpu").parse_args
+    parse = gpu._parser().parse_args
     whole = gpu.setting_of(parse([]))
     assert whole == Setting()
     assert (whole.layers, whole.context, whole.prompt_tokens, whole.memory_bytes) == (32, 1470, 1420, 12_000_000_000)
@@ -232,7 +232,7 @@ def test_the_setting() -> None:
     assert gpu.setting_of(parse(["--quick", "--layers", "2"])).layers == 2
 
 
-@pytest.mark.parametrize("arguments", [["--rows", "0"], ["odd"], ["--memory-gb", "0"], ["--only", "odd"]])
+@pytest.mark.parametrize("arguments", [["--rows", "0"], ["--rows"], ["odd"], ["--memory-gb", "0"], ["--only", "odd"]])
 def test_wrong_use(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="^2$"):
         main(arguments)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks speed kernels`: what it measures is right first, and without a GPU it says so."""
+"""`python -m benchmarks speed gpu --only kernels`: what it measures is right first, and without a GPU it says so."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks.speed import kernels
 from benchmarks.speed.contenders import Call, Contender
+from benchmarks.speed.gpu import main
 from benchmarks.speed.harness import Unavailable
-from benchmarks.speed.kernels import main, measure_one
+from benchmarks.speed.kernels import measure_one
 from benchmarks.speed.weights import Shapes
 from lite.eval.figures import Quantiles, quantiles
 
@@ -75,16 +76,10 @@ def test_a_peer_that_is_not_there_or_fails_is_named_and_one_of_ours_raises() -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["--json", str(tmp_path / "figures.json")]) == 1
+    assert main(["--only", "kernels", "--json", str(tmp_path / "figures.json")]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert "error: got no GPU" in captured.err
     assert "expected an NVIDIA GPU · run this on a machine with one" in captured.err
     assert not (tmp_path / "figures.json").exists()
-
-
-@pytest.mark.parametrize("arguments", [["--rows", "0"], ["--rows"], ["odd"], ["--only", "decode"]])
-def test_wrong_use(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit, match="^2$"):
-        main(arguments)

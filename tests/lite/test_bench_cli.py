@@ -19,8 +19,10 @@ from lite.bench.results import Draft, ReportQuality
     [
         (("no-such-folder", "--data", "{tmp}/list.json"), "got a path that does not exist"),
         (("{artifact}", "--data", "{tmp}/none.json"), "got a file that cannot be read"),
+        (("{artifact}", "--data", "{tmp}"), "got a folder · expected a JSON list of studies"),
         (("{artifact}", "--data", "{tmp}/empty.json"), "got no list, or an empty one"),
         (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{tmp}/none"), "none.json: got"),
+        (("{artifact}", "--data", "{tmp}/list.json", "--reference", "{artifact}"), "got an artifact · expected a ref"),
         (
             ("{artifact}", "--data", "{tmp}/list.json", "--html", "{tmp}/list.json/r.html"),
             "expected a place that can be",

@@ -50,6 +50,25 @@ def test_one_artifact_is_enough(bench: Bench, kept: int) -> None:
     assert page.count('id="pareto-bubble-') == 1
 
 
+def test_without_a_record_nothing_is_said_of_one_but_how_to_get_it(bench: Bench) -> None:
+    told = dataclasses.replace(no_record(bench), notes=("no reference: Pass --reference.", "5 studies are few."))
+    page = render_report(told)
+    assert page.count("<li>no reference: Pass --reference.</li>") == 0
+    assert page.count("<li>5 studies are few.</li>") == 1
+    assert re.findall(r'<li id="todo-\d+">Pass --reference.</li>', page)
+    assert "Divergence from the reference record" not in page
+    assert "Texts against the data" in page
+    assert "struck-through" not in page
+    whole = render_report(bench)
+    assert "Divergence from the reference record" in whole
+    assert "struck-through" in whole
+
+
+def test_the_notice_is_said_once(bench: Bench) -> None:
+    row = dataclasses.replace(measured(bench)[0], notice=f"{NOTICE} And it knows phantoms only.")
+    assert render_report(dataclasses.replace(bench, rows=(row,))).count(NOTICE) == 1
+
+
 def test_artifacts_that_all_failed_are_a_report_too(bench: Bench) -> None:
     page = render_report(dataclasses.replace(bench, rows=(bench.rows[-1],), studies=()))
     assert "got no manifest.json" in page

@@ -162,6 +162,14 @@ def test_wrong_use_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage: python -m lite" in capsys.readouterr().err
 
 
+def test_an_unknown_option_is_answered_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "artifact", "film.png", "--reson", "a") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("usage: python -m lite generate")
+    assert "--reason TEXT" in err
+    assert err.endswith("python -m lite generate: error: unrecognized arguments: --reson a\n")
+
+
 def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["generate", "--help"], ["predict", "--help"], ["info", "--help"]):
         assert run(*arguments) == 0

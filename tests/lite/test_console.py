@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lite.console import EXIT_FAILED, EXIT_INTERRUPTED, Progress, keeping_interrupts, run_command
+from lite.console import EXIT_FAILED, EXIT_INTERRUPTED, ProgressLine, keeping_interrupts, run_command
 from lite.errors import ImageError, LiteError
 
 
@@ -72,7 +72,7 @@ def test_progress_is_written_over_on_a_terminal_and_said_now_and_then_elsewhere(
     now = iter([0.0, 10.0, 40.0, 50.0, 80.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     monkeypatch.setattr("sys.stderr.isatty", lambda: left == "terminal", raising=False)
-    progress = Progress("drafting", 4)
+    progress = ProgressLine("drafting", 4)
     for done in range(1, 5):
         progress.show(done)
     shown = capsys.readouterr().err

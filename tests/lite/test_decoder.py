@@ -172,7 +172,7 @@ def test_cuda_says_in_many_ways_that_it_is_full(
 
 @pytest.mark.parametrize("what", ["the cache", "a prompt", "a token", "a text", "the features of a film"])
 def test_a_full_gpu_is_an_error_of_ours(decoder: LlamaDecoder, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says what to do, and the batch is halved (see `lite.session.generate`)."""
+    """It says what to do, and the batch is halved (see `lite.session.loop`)."""
     cache, image = decoder.new_cache(1, 40), features(1)[0]
     read_prompt(decoder, PROMPTS[0], image, cache)
     runs = {

@@ -12,7 +12,7 @@ from driving import score_text
 from tiny import PROMPTS, VOCAB_SIZE, decoder_folder, features, random_llama, tiny_llama_config
 
 from lite.artifact.open import Artifact
-from lite.engines.torch_engine.device import check_device
+from lite.engines.machine import check_device
 from lite.engines.torch_engine.linear import linears_of
 from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError, BackendUnavailable

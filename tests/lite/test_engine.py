@@ -76,14 +76,25 @@ def test_without_torch(tiny_artifact: Artifact, tiny_gptq_artifact: Artifact, ti
 
 
 def test_a_gpu_that_is_not_there(tiny_onnx_artifact: Artifact) -> None:
-    refuse(tiny_onnx_artifact, BackendUnavailable, "got device 'cuda' · expected one of the 0 GPUs", device="cuda")
+    refuse(
+        tiny_onnx_artifact,
+        BackendUnavailable,
+        "got device 'cuda' · expected a GPU that torch sees: there is none",
+        device="cuda",
+    )
     refuse(tiny_onnx_artifact, BackendUnavailable, "got device 'cuda:1' · expected one of the 1", GPU, device="cuda:1")
     blind = dataclasses.replace(CPU, gpu_problem="torch 2.13 is built without CUDA")
     for settings in ({}, {"engine": "torch"}):
         assert plan(tiny_onnx_artifact, blind, **settings).fallbacks == (
             "the CPU in place of the GPU that is there: torch 2.13 is built without CUDA",
         )
-    refuse(tiny_onnx_artifact, BackendUnavailable, r"torch sees \(torch 2.13 is built w.*", blind, device="cuda")
+    refuse(
+        tiny_onnx_artifact,
+        BackendUnavailable,
+        r"torch sees: there is none \(torch 2.13 is built w.*",
+        blind,
+        device="cuda",
+    )
     assert plan(tiny_onnx_artifact, blind, device="cpu").fallbacks == ()
     without = dataclasses.replace(GPU, providers=CPU.providers)
     assert plan(tiny_onnx_artifact, without).fallbacks == (
@@ -91,8 +102,11 @@ def test_a_gpu_that_is_not_there(tiny_onnx_artifact: Artifact) -> None:
     )
 
 
-def test_an_artifact_without_decoder_onnx(tiny_artifact: Artifact) -> None:
-    message = "got an artifact without decoder.onnx .* `python -m export onnx .*, or use the torch engine"
+def test_an_artifact_without_decoder_onnx(tiny_artifact: Artifact, tiny_gptq_artifact: Artifact) -> None:
+    refuse(tiny_gptq_artifact, ArtifactError, "without decoder.onnx .* `python -m export onnx .*torch", engine="onnx")
+    message = (
+        "got an artifact without decoder.onnx .* use the torch engine, or export with --decoder gptq-int4 --engine"
+    )
     refuse(tiny_artifact, ArtifactError, message, engine="onnx")
     refuse(tiny_artifact, ArtifactError, message, provider="cpu")
 

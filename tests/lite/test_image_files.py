@@ -268,13 +268,13 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
     np.save(pickled, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     cases = {
         written("empty.png", b""): "an empty file",
-        written("notes.png", b"These are notes, not a film."): "no image.*PNG, JPEG, TIFF, BMP, WebP or DICOM",
+        written("notes.png", b"These are notes, not a film."): "not an image.*PNG, JPEG, TIFF, BMP, WebP or DICOM",
         written("cut.png", whole[: len(whole) // 2]): "damaged or truncated.*copy or download it again",
         written("cut.jpg", saved(Image.fromarray(noise((64, 64))), "JPEG")[:900]): "damaged or truncated",
         written("cut.tif", saved(Image.fromarray(noise((64, 64))), "TIFF")[:900]): "damaged or truncated",
-        written("array.npy", pickled.getvalue()): "no image",
-        written("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"): "no image",
-        written("zero.png", _png(0, 4, b"")): "one without pixels",
+        written("array.npy", pickled.getvalue()): "not an image",
+        written("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"): "not an image",
+        written("zero.png", _png(0, 4, b"")): "has no pixels",
         tmp_path / "nowhere.png": "no such file",
         tmp_path: "a directory",
     }

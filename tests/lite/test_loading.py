@@ -37,6 +37,15 @@ def test_parts_that_do_not_fit_fail_at_load(own_artifact: Path, changes: dict[st
         load(own_artifact, device="cpu")
 
 
+def test_an_unknown_option_is_refused_with_the_known_ones(
+    tiny_artifact: Artifact, tiny_model: FindingsModel, films: list[Path]
+) -> None:
+    with pytest.raises(TypeError, match="got the option 'devcie' .* engine, device, dtype"):
+        load(tiny_artifact.path, devcie="cpu")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="got the option 'temperature' .* max_new_tokens, .* sampling"):
+        tiny_model.findings(films[0], temperature=0.7)  # type: ignore[call-arg]
+
+
 def test_a_small_vocabulary_fails_at_load(tmp_path: Path, tokenizer_model: bytes) -> None:
     artifact = write_tiny_artifact(tmp_path / "artifact", tokenizer_model, llama_changes={"vocab_size": 300})
     with pytest.raises(ArtifactError, match="420 pieces .* vocab_size 300"):

@@ -44,7 +44,7 @@ def test_a_table_of_items_and_reasons(tiny_onnx_artifact: Artifact, capsys: pyte
 
 def test_a_card_that_is_not_here(tiny_onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, tiny_onnx_artifact.path, "--card", "t4")
-    assert "one with a T4, which is not this one" in out
+    assert "one with the card T4, which is not this one" in out
     assert re.search(r"device +cuda +there is a GPU: T4", out)
     assert "memory on the GPU" in out
     for name in ("abacus", "RTX"):

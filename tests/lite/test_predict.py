@@ -114,7 +114,7 @@ def test_after_ctrl_c_the_same_command_goes_on(place: Place, model: Model, capsy
     place.write("0.png", "bad.png", "stop.png", "3.png")
     assert place.run() == 130
     assert capsys.readouterr().err.endswith(
-        f"1 results are in {place.out}; the same command goes on there\ninterrupted\n"
+        f"results so far, in {place.out}: 1; the same command goes on there\ninterrupted\n"
     )
     assert [result.study.id for result in read_results(place.out)] == ["0", "bad"]
     with place.out.open("a") as file:

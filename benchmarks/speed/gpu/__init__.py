@@ -42,11 +42,10 @@ SECTIONS: Final[dict[str, tuple[str, Callable[[Rig, Report], None]]]] = {
 }
 
 
-def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of all sections, or of one."""
+def _parser() -> argparse.ArgumentParser:
     defaults = Setting()
     parser = argparse.ArgumentParser(
-        prog=prog,
+        prog="python -m benchmarks speed gpu",
         description="Measure the runtime on one GPU at the full size of the real model, with random weights drawn "
         "there, beside other libraries, as far as they are installed.",
         epilog="exit status: 0 all of ours is right, 1 something of ours is not or there is no GPU, 2 wrong use, 130 "
@@ -57,12 +56,10 @@ def parser_of(prog: str, *, only: str | None = None) -> argparse.ArgumentParser:
     rows = "studies decoded together (default: 1 2 4 8; kernels fewest and most)"
     add("--rows", type=positive, nargs="+", metavar="B", help=rows)
     add("--json", type=Path, metavar="FILE", help="write everything there too, after each section")
-    parser.set_defaults(layers=None, memory_gb=12, only=[only])
-    if only is None:
-        add("--layers", type=positive, metavar="N", help=f"decoder layers (default: {defaults.layers}, quick: 4)")
-        add("--memory-gb", type=positive, metavar="GB", help="limit of the memory section (%(default)s)")
-        add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-        parser.set_defaults(only=list(SECTIONS))
+    add("--layers", type=positive, metavar="N", help=f"decoder layers (default: {defaults.layers}, quick: 4)")
+    add("--memory-gb", type=positive, default=12, metavar="GB", help="limit of the memory section (%(default)s)")
+    sections = ", ".join(SECTIONS)
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help=f"of {sections}")
     return parser
 
 
@@ -107,4 +104,4 @@ def run(arguments: argparse.Namespace, record: Record) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    return run_main(parser_of("python -m benchmarks speed gpu"), argv, run)
+    return run_main(_parser(), argv, run)

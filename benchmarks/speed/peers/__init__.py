@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.speed.peers.measure import Setting, measure
     from benchmarks.speed.peers.specs import SPECS
     from lite.bench.table import to_json
-    from lite.engines.torch_engine.device import check_device
+    from lite.engines.machine import check_device
 
     parser = _parser()
 

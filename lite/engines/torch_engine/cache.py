@@ -18,7 +18,7 @@ An int8 cache keeps each vector (one token's key or value of one head) with a sc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lite.config import DecoderConfig
     from lite.engines.protocol import Segment
     from lite.engines.torch_engine.cuda_graph import GraphedStep
-    from lite.engines.torch_engine.decoder import ImageFeatures
 
 SCALES_DTYPE: Final = torch.float16
 MAX_DRAFTS: Final = 16
@@ -66,7 +65,7 @@ class TorchChosen:
         """Begin to copy.
 
         Args:
-            told: float64 [N, 3 + 2 * num_top], from `_tell`.
+            told: float64 [N, 3 + 2 * num_top], from `KVCache._sample`.
             rows: where in it the tokens of each row begin.
             num_tokens: of each row.
         """
@@ -211,7 +210,7 @@ class KVCache:
 
     # -- Choosing ----------------------------------------------------------------------------------------------------
 
-    def begin(self, segment: Segment[ImageFeatures], logits: Tensor) -> TorchChosen:
+    def begin(self, segment: Segment[Any], logits: Tensor) -> TorchChosen:
         """Choose behind the last tokens of a segment, and let its row be active: logits [num_logits, vocab_size]."""
         row, count = segment.row, len(logits)
         self.last_logits = logits[None]

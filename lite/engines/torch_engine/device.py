@@ -1,4 +1,4 @@
-"""Devices and dtypes of torch: what is asked for is there, or the error says what to do."""
+"""torch, or an error that says what to install; its dtypes by name, and its memory errors in this project's words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Final
 
-from lite.engines.machine import gpu_problem, no_such_gpu
 from lite.errors import BackendUnavailable, MemoryBudgetError
 
 try:
@@ -23,6 +22,11 @@ DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 _OUT_OF_MEMORY: Final = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
+def num_gpus() -> int:
+    """Return how many GPUs torch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 @contextlib.contextmanager
 def memory_explained(what: str) -> Iterator[None]:
     """Say in this project's words that a GPU's memory is full."""
@@ -36,23 +40,3 @@ def memory_explained(what: str) -> Iterator[None]:
         msg = f"got no memory for {what} ({reason}) · expected some free on the GPU · take a smaller batch, "
         msg += "cache_dtype='int8', fewer bits, or end what else runs there"
         raise MemoryBudgetError(msg) from error
-
-
-def check_device(device: str) -> str:
-    """Return the device to use.
-
-    Args:
-        device: "auto" (a GPU if torch sees one), "cpu", "cuda" or "cuda:N".
-
-    Raises:
-        BackendUnavailable: torch does not see that device.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        msg = f"got device {device!r} · expected auto, cpu, cuda or cuda:N · choose one of them"
-        raise BackendUnavailable(msg)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
-        raise no_such_gpu(device, count, gpu_problem())
-    return device
