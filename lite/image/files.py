@@ -87,13 +87,15 @@ def load_image(source: ImageSource, *, rendering: Rendering = "mimic-cxr-jpg", a
     name, data = _contents(source)
     if not data:
         raise refusal(name, "an empty file", FORMATS_TEXT, "copy or download the file again")
-    if is_dicom(data) or name.lower().endswith((".dcm", ".dicom")):
+    if is_dicom(data):
         return load_dicom(data, name, rendering, any_film=any_film)
     with decoding(name, "a whole image"):
         try:
             with quietly():
                 picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
+            if name.lower().endswith((".dcm", ".dicom")):
+                return load_dicom(data, name, rendering, any_film=any_film)
             do = "check that the file is an image; an image of another kind must be converted first"
             raise refusal(name, "a file that is no image, or one without pixels", FORMATS_TEXT, do) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -172,7 +174,9 @@ class _Loader:
     def pillow(self, picture: Image.Image, name: str, *, num_bytes: int | None = None) -> LoadedImage:
         check_size(name, picture.width, picture.height)
         if num_bytes is not None:
-            check_density(name, picture.width * picture.height, num_bytes)
+            # Deep colours take as many times the memory, and are not stored at 100:1.
+            times = 2 * len(picture.getbands()) if is_deep_colour(picture) else 1
+            check_density(name, picture.width * picture.height * times, num_bytes)
         image_format, cut_to_8_bits = picture.format or "image", is_deep_colour(picture)
         white_is_zero = _is_white_zero_tiff(picture)
         with quietly() as complaints:
@@ -217,7 +221,7 @@ class _Loader:
         monochrome1: bool = False,
     ) -> LoadedImage:
         check_stored(values, name)
-        levels = count_levels(values)
+        levels = count_levels(values, monochrome1=monochrome1)
         remarks = (*remarks, *check_values(levels, name, any_film=self.any_film, stored=True))
         picture, used = render(values, self.rendering, name, monochrome1=monochrome1)
         film = FilmInfo(format=image_format, grey_levels=levels.num_levels, remarks=remarks)

@@ -22,48 +22,65 @@ if TYPE_CHECKING:
 
 # DICOM says what took the picture. What is not listed (CR, DX, secondary captures, nothing at all) may be a film.
 _OTHER_MODALITIES: Final = {
-    "CT": "a CT slice",
-    "MR": "an MR slice",
-    "PT": "a PET slice",
-    "NM": "a nuclear medicine image",
-    "US": "an ultrasound image",
-    "IVUS": "an ultrasound image",
-    "MG": "a mammogram",
-    "XA": "an angiogram",
-    "IO": "a dental film",
-    "PX": "a panoramic dental film",
-    "BMD": "a bone densitometry image",
-    "ES": "an endoscopy image",
-    "GM": "a microscopy image",
-    "SM": "a microscopy image",
-    "OP": "an ophthalmic photograph",
-    "OPT": "an ophthalmic tomogram",
-    "XC": "a photograph",
-    "ECG": "an electrocardiogram",
-    "SEG": "a segmentation",
-    "SR": "a structured report",
-    "PR": "a presentation state",
-    "KO": "a key object note",
-    "DOC": "a document",
-    "RTIMAGE": "a radiotherapy image",
-    "RTDOSE": "a radiotherapy dose grid",
-    "RTSTRUCT": "a radiotherapy structure set",
-    "RTPLAN": "a radiotherapy plan",
+    modality: what
+    for what, modalities in {
+        "a CT slice": "CT",
+        "an MR slice": "MR",
+        "a PET slice": "PT",
+        "a nuclear medicine image": "NM",
+        "an ultrasound image": "US IVUS BDUS",
+        "a mammogram": "MG",
+        "an angiogram": "XA",
+        "a dental film": "IO",
+        "a panoramic dental film": "PX",
+        "a bone densitometry image": "BMD",
+        "an endoscopy image": "ES",
+        "a microscopy image": "GM SM CFM",
+        "an ophthalmic photograph": "OP",
+        "an ophthalmic tomogram": "OPT OCT IVOCT",
+        "a photograph": "XC DMS BI",
+        "a thermogram": "TG",
+        "an electrocardiogram": "ECG EPS HD",
+        "a segmentation": "SEG",
+        "a structured report": "SR",
+        "a presentation state": "PR",
+        "a key object note": "KO",
+        "a document": "DOC PLAN",
+        "no image": "REG FID AU ANN SMR ASMT STAIN TEXTUREMAP OPV OPM LEN KER AR VA SRF",
+        "a radiotherapy image": "RTIMAGE",
+        "a radiotherapy dose grid": "RTDOSE",
+        "a radiotherapy structure set": "RTSTRUCT",
+        "a radiotherapy plan": "RTPLAN",
+    }.items()
+    for modality in modalities.split()
 }
 _CLASS_ROOT: Final = "1.2.840.10008.5.1.4.1.1."
-_OTHER_SOP_CLASSES: Final = {
-    **dict.fromkeys(("1.2", "1.2.1", "13.1.3"), "MG"),
-    **dict.fromkeys(("1.3", "1.3.1"), "IO"),
-    **dict.fromkeys(("2", "2.1", "2.2"), "CT"),
-    **dict.fromkeys(("3.1", "6.1", "6.2"), "US"),
-    **dict.fromkeys(("4", "4.1", "4.3", "4.4"), "MR"),
-    **dict.fromkeys(("12.1", "12.1.1"), "XA"),
-    **dict.fromkeys(("128", "130"), "PT"),
+_OTHER_SOP_CLASSES: Final = {  # by how they begin; of several the longest
+    "1.2": "MG",
+    "1.3": "IO",
+    "2": "CT",
+    "3": "US",
+    "4": "MR",
+    "6": "US",
+    "9": "ECG",
+    "11": "PR",
+    "12.1": "XA",
+    "13.1": "XA",
+    "13.1.3": "MG",
+    "13.1.4": "MG",
+    "13.1.5": "MG",
     "20": "NM",
+    "66": "REG",
     "66.4": "SEG",
-    "104.1": "DOC",
+    "77.1": "XC",
+    "88": "SR",
+    "104": "DOC",
+    "128": "PT",
+    "130": "PT",
+    "481": "RTPLAN",
     "481.1": "RTIMAGE",
     "481.2": "RTDOSE",
+    "481.3": "RTSTRUCT",
 }
 _DESCRIPTIONS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")
 
@@ -91,6 +108,8 @@ def directions(dataset: Dataset) -> tuple[str, str] | None:
         return None
     values = [value] if isinstance(value, str) else [str(v) for v in value]
     letters = [v.strip().upper()[:1] for v in values]
+    if not any(letters):
+        return None
     return (letters[0], letters[1]) if len(letters) == 2 else ("?", "?")
 
 
@@ -109,10 +128,10 @@ def _coded_views(dataset: Dataset) -> Iterator[tuple[View | None, str, str]]:
             value, meaning = _code(modifier)
             yield VIEW_CODES.get(value) or view_of_words(meaning), "ViewCodeSequence", meaning.upper() or value
     for item in _items(dataset, "PatientOrientationCodeSequence"):
-        for modifier in _items(item, "PatientOrientationModifierCodeSequence"):
+        for modifier in (item, *_items(item, "PatientOrientationModifierCodeSequence")):
             value, meaning = _code(modifier)
             if VIEW_CODES.get(value) == "DECUBITUS" or view_of_words(meaning) == "DECUBITUS":
-                yield "DECUBITUS", "PatientOrientationModifierCodeSequence", meaning.upper() or value
+                yield "DECUBITUS", "PatientOrientationCodeSequence", meaning.upper() or value
     if (position := text_of(dataset, "PatientPosition").upper()).endswith(("DL", "DR")):
         yield "DECUBITUS", "PatientPosition", position
     if (ways := directions(dataset)) and {"A", "P"} & set(ways):
@@ -138,7 +157,9 @@ def view_of(dataset: Dataset) -> tuple[View | None, str, str]:
 def not_a_film(dataset: Dataset) -> str | None:
     """Say what else than a film it is."""
     modality = text_of(dataset, "Modality").upper()
-    by_class = _OTHER_SOP_CLASSES.get(text_of(dataset, "SOPClassUID").removeprefix(_CLASS_ROOT), "")
+    sop_class = text_of(dataset, "SOPClassUID").removeprefix(_CLASS_ROOT) + "."
+    begun = (start for start in _OTHER_SOP_CLASSES if sop_class.startswith(f"{start}."))
+    by_class = _OTHER_SOP_CLASSES.get(max(begun, key=len, default=""), "")
     other = modality if modality in _OTHER_MODALITIES else by_class
     return f"{_OTHER_MODALITIES[other]} (modality {modality or 'absent'})" if other else None
 
@@ -150,7 +171,7 @@ def not_frontal(dataset: Dataset) -> str | None:
         return f"a view that is not only frontal, or oblique or lateral ({source} {words})"
     if view is None or view in (*FRONTAL, "SEVERAL"):
         return None
-    article = "an" if view == "OBLIQUE" else "a"
+    article = "an" if view[0] in "AO" else "a"
     return f"{article} {view.lower()} view ({source} {words})"
 
 
@@ -176,6 +197,8 @@ def not_chest(dataset: Dataset) -> str | None:
     known = bool(name) and part_of_words(name) == "chest"
     for item in _items(dataset, "AnatomicRegionSequence"):
         value, meaning = _code(item)
+        if not (value or meaning):
+            continue
         if value in CHEST_CODES or (value not in UNKNOWN_PART_CODES and part_of_words(meaning) == "chest"):
             known = True
         elif value not in UNKNOWN_PART_CODES:
@@ -199,7 +222,7 @@ def unclear_part(dataset: Dataset) -> str | None:
 def one_side(dataset: Dataset) -> str | None:
     """Say that it claims to show one side."""
     for keyword in ("ImageLaterality", "Laterality", "FrameLaterality"):
-        if (value := text_of(dataset, keyword).upper()) not in ("", "U", "B"):
+        if (value := text_of(dataset, keyword).upper()).startswith(("L", "R")):
             return f"{keyword} {value}: a chest film shows both sides"
     return None
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lite.image.codestream import check_codestream
 from lite.image.header import text_of
-from lite.image.layout import number
+from lite.image.layout import number, several_frames
 from lite.image.rendering import refusal
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def stored_values(
     if not syntax.is_compressed and len(data) < layout.num_bytes:
         got = f"pixel data of {len(data):,} bytes, expected {layout.num_bytes:,}: it was cut short"
         raise refusal(name, got, "a whole film", "copy or export it again")
+    if not syntax.is_compressed and (films := len(data) // layout.num_bytes) > 1:
+        raise several_frames(name, films)
     decoder = _decoder(syntax, name)
     if syntax.is_compressed and (stream := check_codestream(data, layout, syntax, name)):
         precision, signed = stream.precision, stream.signed
@@ -63,11 +65,11 @@ def stored_values(
             # GDCM reads 12 bits as a process of lossless JPEG's family; pydicom does not ask it to.
             decoder = _decoder(_LOSSLESS, name)
     raw = _decoded(decoder, data, dataset, layout, precision, name)
-    if layout.samples == 3:
-        return raw, None
     # A codestream of no more bits than are stored holds these alone, wherever HighBit would have them.
     shift = layout.high_bit + 1 - layout.stored if precision > layout.stored else 0
     bits = layout.stored if signed else min(layout.stored, precision)
+    if layout.samples == 3:
+        return _extract(raw, shift, bits, signed=False), None
     return _extract(raw, shift, bits, layout.signed), _padding(raw, dataset, layout, shift, bits, name)
 
 
@@ -147,6 +149,8 @@ def _decoded(
         "apply_jls_sign_correction": False,
     }
     if layout.samples == 3:
-        options["planar_configuration"] = number(dataset, "PlanarConfiguration", name, 0)
-    pixels, _ = decoder.as_array(data, **options)
+        # Codestreams keep colours together, whatever the header says; RLE never does, and its decoder knows.
+        native = not decoder.UID.is_compressed
+        options["planar_configuration"] = number(dataset, "PlanarConfiguration", name, 0) if native else 0
+    pixels, _ = decoder.as_array(data, index=0, **options)
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)

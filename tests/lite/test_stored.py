@@ -208,6 +208,27 @@ def test_a_codestream_of_another_syntax_is_refused() -> None:
         load_image(dicom(STORED, syntax=JPEG_2000, encapsulated=b"\0" * 90))
 
 
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_two_films_under_a_header_of_one_are_refused(syntax: str) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(packed(STORED, syntax)))
+    pixels = [dataset.PixelData * 2]
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        pixels = [pydicom.encaps.encapsulate([_frame(syntax)] * 2, has_bot=has_table) for has_table in (True, False)]
+    for dataset.PixelData in pixels:
+        buffer = io.BytesIO()
+        dataset.save_as(buffer)
+        with pytest.raises(ImageError, match="got 2 frames · expected one film"):
+            load_image(buffer.getvalue())
+
+
+def test_a_film_in_several_fragments_is_one() -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(packed(STORED, JPEG_2000)))
+    dataset.PixelData = pydicom.encaps.encapsulate([_frame(JPEG_2000)], fragments_per_frame=3, has_bot=False)
+    assert (grey(load_image(dataset)) == mimic_cxr_jpg(STORED, monochrome1=False)).all()
+
+
 def _emptied(data: bytes) -> bytes:
     pydicom = pytest.importorskip("pydicom")
     dataset = pydicom.dcmread(io.BytesIO(data))
