@@ -10,6 +10,7 @@ from lite.image.words import (
     UNKNOWN_PART_CODES,
     VIEW_CODES,
     View,
+    names_other,
     other_part_in,
     part_of_words,
     view_of_words,
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
     from pydicom.dataset import Dataset
 
+
 # DICOM says what took the picture. What is not listed (CR, DX, secondary captures, nothing at all) may be a film.
-_OTHER_MODALITIES: Final = {
-    modality: what
-    for what, modalities in {
+def _by_word(table: dict[str, str]) -> dict[str, str]:
+    return {word: meaning for meaning, words in table.items() for word in words.split()}
+
+
+_OTHER_MODALITIES: Final = _by_word(
+    {
         "a CT slice": "CT",
         "an MR slice": "MR",
         "a PET slice": "PT",
@@ -31,57 +36,38 @@ _OTHER_MODALITIES: Final = {
         "an ultrasound image": "US IVUS BDUS",
         "a mammogram": "MG",
         "an angiogram": "XA",
-        "a dental film": "IO",
-        "a panoramic dental film": "PX",
+        "a dental film": "IO PX",
         "a bone densitometry image": "BMD",
-        "an endoscopy image": "ES",
-        "a microscopy image": "GM SM CFM",
-        "an ophthalmic photograph": "OP",
-        "an ophthalmic tomogram": "OPT OCT IVOCT",
-        "a photograph": "XC DMS BI",
-        "a thermogram": "TG",
-        "an electrocardiogram": "ECG EPS HD",
+        "an endoscopy or microscopy image": "ES GM SM CFM",
+        "an ophthalmic image": "OP OPT OCT OPV OPM KER LEN AR VA SRF IOL",
+        "an intravascular image": "IVOCT",
+        "a photograph": "XC DMS BI TG",
+        "a recording": "ECG EPS HD AU",
         "a segmentation": "SEG",
         "a structured report": "SR",
-        "a presentation state": "PR",
-        "a key object note": "KO",
-        "a document": "DOC PLAN",
-        "no image": "REG FID AU ANN SMR ASMT STAIN TEXTUREMAP OPV OPM LEN KER AR VA SRF",
-        "a radiotherapy image": "RTIMAGE",
-        "a radiotherapy dose grid": "RTDOSE",
-        "a radiotherapy structure set": "RTSTRUCT",
-        "a radiotherapy plan": "RTPLAN",
-    }.items()
-    for modality in modalities.split()
-}
+        "a document": "PR KO DOC PLAN REG FID ANN SMR ASMT STAIN TEXTUREMAP",
+        "a radiotherapy image": "RTIMAGE RTDOSE RTSTRUCT RTPLAN RTRECORD",
+    }
+)
 _CLASS_ROOT: Final = "1.2.840.10008.5.1.4.1.1."
-_OTHER_SOP_CLASSES: Final = {  # by how they begin; of several the longest
-    "1.2": "MG",
-    "1.3": "IO",
-    "2": "CT",
-    "3": "US",
-    "4": "MR",
-    "6": "US",
-    "9": "ECG",
-    "11": "PR",
-    "12.1": "XA",
-    "13.1": "XA",
-    "13.1.3": "MG",
-    "13.1.4": "MG",
-    "13.1.5": "MG",
-    "20": "NM",
-    "66": "REG",
-    "66.4": "SEG",
-    "77.1": "XC",
-    "88": "SR",
-    "104": "DOC",
-    "128": "PT",
-    "130": "PT",
-    "481": "RTPLAN",
-    "481.1": "RTIMAGE",
-    "481.2": "RTDOSE",
-    "481.3": "RTSTRUCT",
-}
+_OTHER_SOP_CLASSES: Final = _by_word(  # by how they begin; of several the longest
+    {
+        "MG": "1.2 13.1.3 13.1.4 13.1.5",
+        "IO": "1.3",
+        "CT": "2",
+        "US": "3 6",
+        "MR": "4",
+        "ECG": "9",
+        "PR": "11 66 104",
+        "XA": "12.1 13.1",
+        "NM": "20",
+        "SEG": "66.4",
+        "XC": "77.1",
+        "SR": "88",
+        "PT": "128 130",
+        "RTIMAGE": "481",
+    }
+)
 _DESCRIPTIONS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")
 
 
@@ -204,7 +190,8 @@ def not_chest(dataset: Dataset) -> str | None:
         elif value not in UNKNOWN_PART_CODES:
             return f"body part {meaning or value} (AnatomicRegionSequence {value})"
     described = {name: text_of(dataset, name) for name in _DESCRIPTIONS}
-    if not known and not any(part_of_words(text) == "chest" for text in described.values()):
+    # Of "chest and abdomen" this may be the film of the abdomen.
+    if not known and not any(part_of_words(text) == "chest" and not names_other(text) for text in described.values()):
         for name, text in described.items():
             if other_part_in(text):
                 return f"body part {text} ({name})"

@@ -44,7 +44,7 @@ _AP: Final = re.compile(r"AP(\d|SUP|ERE|UPR|SIT|SEM|POR|MOB|$)")
 _PA: Final = re.compile(r"PA(\d|ERE|UPR|STA|STE|$)")
 _LATERAL: Final = re.compile(
     r"((L|R|LT|RT|X|XT|LEFT|RIGHT)?LAT(L|R|LT|RT|S|LEFT|RIGHT)?|LL|RL|YAN|SIVU|BOK|XTL)$|(XTABLE|CROSSTABLE|SWIMM)"
-    r"|[LR]?LATERA(?!LIT)|LATERO|SEITL|SEITEN|SEITAUF|ANLIEG|PROFIL|PERFIL|BOCZN|BOCNI|SIDOBILD|SIDEBILLED|ZIJDEL|OPZIJ"
+    r"|[LR]?LATERA(?!LIT)|LATERO|SEITL|SEITEN|SEITAUF|ANLIEG|PROFIL(?!AX)|PERFIL|BOCZN|BOCNI|SIDOBILD|SIDEBIL|ZIJDEL|OPZIJ"
     r"|DWARS|БОКОВ|ПЛАГИ|ΠΛΑΓΙ|.*(側面|侧位|側位|侧面|측면)"
 )
 _OBLIQUE: Final = re.compile(
@@ -54,15 +54,15 @@ _OBLIQUE: Final = re.compile(
 _AXIAL: Final = re.compile(r"AXIAL|CAUDAL|CRANIOCAUD|TANGENT")  # alone: "AP AXIAL" is a lordotic view
 _DECUBITUS: Final = re.compile(r"(LLD|RLD|[LR]?DECUBS?)$|DECUBI|.*(SEITENLAG|側臥|侧卧|側卧|측와)")
 _ON_THE_BACK: Final = re.compile(r"SUPIN|DORSAL|VENTRAL|COUCH|FACE$|DECUBITO$")
-_FRONTAL: Final = re.compile(r"(FRONT|FRENTE|FACE$|VOORACHTER|ПРЯМ)|.*(正位|正面|後前|后前|前後|前后)")
+_FRONTAL: Final = re.compile(r"(FRONT|FRENTE|FACE$|VOORACHTER|ПРЯМ)|.*(正位|正面|正侧|正側|後前|后前|前後|前后)")
 _CHEST: Final = re.compile(
     r"(CHE?ST|CXR$|THX?$|THORA|TORA[KCXSG]|TORAX|LUNG|BRUST|BROST|BORST|PULMO|POUMON|POLMON|PECHO$|PEITO$|POITRINE"
-    r"|HEART|CARDIAC$|MEDIASTIN|TRUNK$|TORSO$|BABYGRAM|KLATK|HRUDN|GOGUS|KEUHKO|ГРУД|ЛЕГК|ΘΩΡΑΚ)|.*(CHEST|胸|肺|흉부)"
+    r"|HEART|CARDIAC$|HERZ$|COEUR$|CORAZON|MEDIASTIN|TRUNK$|TORSO$|BABYGRAM|KLATK|HRUDN|GRUDN|GOGUS|KEUHKO|ГРУД|ЛЕГК|ΘΩΡΑΚ)|.*(CHEST|胸|肺|흉부)"
 )
 _SPINE: Final = re.compile(r".*(SPINE|SPINAL|WIRBEL|VERTEB|RACHIS|COLONN|COLUMN|WERVEL)|THORACOLUMB|LUMB|[BHL]WS$")
 _NO_PART: Final = re.compile(
     r"(UNKNOWN|OTHER|UNSPECIFIED|UNDEFINED|NONE|NO|NA|N|A|NULL|BODY|WHOLE|WHOLEBODY|DEFAULT|GENERAL|PHANTOM|TEST|DX|CR"
-    r"|DR|XR|RX|XRAY|X|RAY|PORT|PORTABLE|MOBILE|BED|BEDSIDE|ICU|ROUTINE|ADULT|VIEW|FRONTAL|AP|PA|\d+)$"
+    r"|DR|XR|RX|XRAY|X|RAY|PORT|PORTABLE|MOBILE|BED|BEDSIDE|ICU|ER|ROUTINE|TRAUMA|ADULT|INFANT|NEONATE|NOT|SPECIFIED|ANY|MISC|VIEW|FRONTAL|AP|PA|\d+)$"
 )
 _OTHER_PART: Final = re.compile(
     r"(HIP|HIPS|HAND|HANDS|FOOT|FEET|TOE|TOES|LEG|LEGS|ARM|ARMS|KUB|SHLDR|CADERA|PIE|MANO|MANOS|MAIN|PIED|RIBS)$"
@@ -75,6 +75,7 @@ _OTHER_PART: Final = re.compile(
 def _words(text: str) -> list[str]:
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     plain = re.sub(r"(?<=[a-z]{2})(?=[A-Z])|_", " ", unicodedata.normalize("NFKC", plain)).upper()
+    plain = re.sub(r"CHEST|THORAX|TORAX", r" \g<0> ", plain)  # "CHESTPA"
     plain = re.sub(r"\bANTER(?:O|IOR)[\- ]?POSTERIO\w*|\bA[.\- /]{1,2}P\b", "AP", plain)
     plain = re.sub(r"\bPOSTER(?:O|IOR)[\- ]?ANTERIO\w*|\bP[.\- /]{1,2}A\b", "PA", plain)
     plain = re.sub(r"\b(X|CROSS)[\- ]TABLE\b", "XTABLE", plain)
@@ -116,8 +117,11 @@ def part_of_words(text: str) -> Part:
     return "unknown" if all(_NO_PART.match(word) for word in words) else "other"
 
 
+def names_other(text: str) -> bool:
+    """Say whether a free text names a part of the body that is not the chest."""
+    return any(_SPINE.match(word) or _OTHER_PART.match(word) for word in _words(text))
+
+
 def other_part_in(text: str) -> bool:
     """Say whether a free text names a part of the body that is not the chest, and not the chest beside it."""
-    words = _words(text)
-    spine = any(_SPINE.match(word) for word in words)
-    return spine or (any(_OTHER_PART.match(word) for word in words) and not any(_CHEST.match(word) for word in words))
+    return names_other(text) and part_of_words(text) != "chest"
