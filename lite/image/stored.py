@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DICOM_EXTRA: Final = 'pip install "llava-rad-lite[dicom]"'
 _EXTENDED: Final = "1.2.840.10008.1.2.4.51"
+_BASELINE: Final = "1.2.840.10008.1.2.4.50"
 _LOSSLESS: Final = "1.2.840.10008.1.2.4.57"
 
 
@@ -103,8 +104,12 @@ def _padding(
     width = raw.dtype.itemsize * 8
     kind = np.dtype(f"{'i' if layout.signed else 'u'}{raw.dtype.itemsize}")
     ends = np.array([first % (1 << width), last % (1 << width)], f"u{raw.dtype.itemsize}").view(kind)
-    for values in (_extract(raw, shift, bits, layout.signed), raw.view(kind)):
-        found: NDArray[np.bool_] = (values >= ends.min()) & (values <= ends.max())
+    values = _extract(raw, shift, bits, layout.signed)
+    places = [(values, ends), (raw.view(kind), ends)]
+    if layout.signed and min(first, last) >= 0 and max(first, last) < 1 << bits:  # a negative one, bit by bit
+        places.insert(1, (values, _extract(ends, 0, bits, signed=True)))
+    for values, limits in places:
+        found: NDArray[np.bool_] = (values >= limits.min()) & (values <= limits.max())
         if found.any():
             return found
     return None
@@ -138,7 +143,8 @@ def _decoded(
         "columns": layout.columns,
         "number_of_frames": 1,
         "samples_per_pixel": layout.samples,
-        "bits_allocated": layout.allocated,
+        # Baseline JPEG has 8 bits, also where they were to become 16.
+        "bits_allocated": 8 if decoder.UID == _BASELINE else layout.allocated,
         "bits_stored": precision,  # by which GDCM chooses its decoder
         "photometric_interpretation": layout.photometric,
         "pixel_representation": int(layout.signed),

@@ -190,9 +190,10 @@ def test_colours_of_jpeg_are_read(planar: int) -> None:
 def test_jpeg_baseline_is_read() -> None:
     stored = (film() >> 4).astype(np.uint8)
     jpeg = saved(Image.fromarray(stored), "JPEG", quality=100)
-    data = dicom(stored, syntax=f"{JPEG}50", encapsulated=jpeg, BitsStored=8)
     decoded = np.asarray(Image.open(io.BytesIO(jpeg)))
-    assert (grey(load_image(data)) == mimic_cxr_jpg(decoded, monochrome1=False)).all()
+    for header in ({"BitsStored": 8}, {"BitsAllocated": 16, "BitsStored": 12}):
+        data = dicom(stored, syntax=f"{JPEG}50", encapsulated=jpeg, **header)
+        assert (grey(load_image(data)) == mimic_cxr_jpg(decoded, monochrome1=False)).all()
 
 
 def test_a_missing_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

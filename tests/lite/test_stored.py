@@ -103,6 +103,18 @@ def test_padding_is_told_by_the_bits_that_are_stored(syntax: str) -> None:
     assert (grey(loaded) == mimic_cxr_jpg(wanted, monochrome1=False)).all()
 
 
+@pytest.mark.parametrize(("vr", "padding"), [("SS", -2048), ("US", 63488), ("US", 2048)])
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_padding_of_signed_values_is_told_however_it_is_written(syntax: str, vr: str, padding: int) -> None:
+    samples = SIGNED.copy()
+    samples[:5] = -2048
+    wanted = np.where(samples == -2048, samples[5:].min(), samples)
+    packed_film = packed(samples.view(np.uint16) << 4, syntax, PixelRepresentation=1, HighBit=15)
+    dataset = pytest.importorskip("pydicom").dcmread(io.BytesIO(packed_film))
+    dataset.add_new(0x00280120, vr, padding)
+    assert (grey(load_image(dataset)) == mimic_cxr_jpg(wanted, monochrome1=False)).all()
+
+
 def test_padding_of_signed_values_and_of_the_whole_film() -> None:
     pydicom = pytest.importorskip("pydicom")
     samples = SIGNED.copy()
