@@ -67,13 +67,20 @@ _MODIFIER_ONLY = re.compile(rf"(?:[\s>,/]|\b{WORDS['modifier']}\b)*")
 _PLACE_OPENS = re.compile(rf"\s*{WORDS['place_opener']}\b")
 # "In the right lung, there is a mass, and in the left, small nodules"
 _PLACE_FIRST = re.compile(r"(?:^|\band)\s*(?:in|on|at|within) [^,]*,[^,]*$")
+# "left greater than right", "and trace on the left"
+_AND_THE_OTHER = (
+    r",?\s*(?:\w+ )?(?:greater|larger|more|>|right and left|left and right)"
+    r"|,?\s*and (?:a )?(?:\w+ )?(?:one )?on (?:the )?(?:left|right)\b"
+)
 # "The left effusion is small; the right is trace."
 _OTHER_SIDE = re.compile(
     r"[^,;]{0,60}(?:[,;]|,? (?:and|while))(?: the)? (left|right)(?: one| side)? (?:is|remains?|persists?)\b"
     r"(?! (?:\w+ )?(?:clear|normal|sharp|unremarkable|spared|resolved|gone|not|no|free|absent|decreased to none)\b)"
 )
 # "and a smaller one at the right base"
-_ANOTHER = re.compile(rf"(?:\s|\b{WORDS['modifier']}\b)*(?:focus|foci|areas?|ones?|patch|component) (?:in|at|on)\b")
+_ANOTHER = re.compile(
+    rf"(?:\s|\b{WORDS['modifier']}\b)*(?:(?:focus|foci|areas?|ones?|patch|component) )?(?:in|at|on)\b"
+)
 
 
 def _stretches_before(gap: str) -> list[str]:
@@ -102,7 +109,7 @@ def _stretch_after(gap: str, *, last: bool) -> str:
         listed, other = pieces[3 * index - 2], pieces[3 * index - 1]
         text = texts[index]
         if _ANOTHER.match(text):
-            kept.append(text)
+            kept.append((listed or "") + text)
             continue
         if other in ("with", "without", "may", "could", "might", "that", "from", "given", "there", ";"):
             break
@@ -129,7 +136,7 @@ def attribute(sentence: str, start: int, end: int, found: list[Found]) -> list[F
         if opening and (before == start or opening[0].startswith("and")):
             sides = _sides(opening[0])
         side_follows = False
-        if not sides or re.match(r",?\s*(?:\w+ )?(?:greater|larger|more|>|right and left|left and right)", behind):
+        if not sides or re.match(_AND_THE_OTHER, behind):
             sides |= _sides(behind)
             side_follows = bool(sides)
         if not sides and before == start:
