@@ -37,7 +37,7 @@ from lite.errors import ImageError
 from lite.image.deep import is_deep_colour, read_deep_colour
 from lite.image.dicom import is_dicom, load_dicom
 from lite.image.film import FilmInfo, LoadedImage, Rendering
-from lite.image.layout import check_density
+from lite.image.layout import check_density, several_frames
 from lite.image.levels import count_levels
 from lite.image.quiet import quietly
 from lite.image.rendering import FORMATS_TEXT, MAX_PIXELS, check_size, check_stored, decoding, grey_of, refusal, render
@@ -238,9 +238,8 @@ class _Loader:
 
 def _check_pages(picture: Image.Image, name: str) -> None:
     # A camera's MPO keeps a preview as a second picture; in every other format pages are images in their own right.
-    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-        got = f"{getattr(picture, 'n_frames', 1)} frames"
-        raise refusal(name, got, "one film", "save the frame you mean as a file of its own")
+    if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":
+        raise several_frames(name, frames)
 
 
 def _is_white_zero_tiff(picture: Image.Image) -> bool:

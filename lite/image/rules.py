@@ -87,7 +87,7 @@ RULES: Final = (
     ),
     Rule(
         rule="it is one film",
-        source="NumberOfFrames; pages of a TIFF or GIF",
+        source="NumberOfFrames, and the frames that are there; pages of a TIFF or GIF",
         happens="refused: 0 frames, or several",
     ),
     Rule(
