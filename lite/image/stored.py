@@ -57,7 +57,7 @@ def stored_values(
     if not syntax.is_compressed and len(data) < layout.num_bytes:
         got = f"pixel data of {len(data):,} bytes, expected {layout.num_bytes:,}: it was cut short"
         raise refusal(name, got, "a whole film", "copy or export it again")
-    if not syntax.is_compressed and (films := len(data) // layout.num_bytes) > 1:
+    if not syntax.is_compressed and (films := len(data) // max(layout.num_bytes, 2)) > 1:
         raise several_frames(name, films)
     decoder = _decoder(syntax, name)
     if syntax.is_compressed and (stream := check_codestream(data, layout, syntax, name)):

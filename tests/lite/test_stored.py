@@ -234,6 +234,11 @@ def test_two_films_under_a_header_of_one_are_refused(syntax: str) -> None:
             load_image(buffer.getvalue())
 
 
+def test_a_padded_byte_is_no_second_film() -> None:
+    with pytest.raises(ImageError, match="got one grey level"):
+        load_image(dicom(np.full((1, 1), 7, np.uint8), BitsStored=8))
+
+
 def test_a_film_in_several_fragments_is_one() -> None:
     pydicom = pytest.importorskip("pydicom")
     dataset = pydicom.dcmread(io.BytesIO(packed(STORED, JPEG_2000)))
