@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from lite.image.layout import several_frames
 from lite.image.rendering import refusal
 
 if TYPE_CHECKING:
@@ -59,16 +61,21 @@ def read_codestream(data: bytes) -> Codestream | None:
 
 def check_codestream(data: bytes, layout: Layout, syntax: UID, name: str) -> Codestream | None:
     """Hold the compressed film against its header; None where the syntax says nothing of itself (RLE)."""
-    from pydicom.encaps import generate_frames
+    from pydicom.encaps import generate_fragments, generate_frames, parse_basic_offsets
 
     again = "export or compress the film again"
     try:
         frame = next(generate_frames(data, number_of_frames=1), b"")
+        fragments = io.BytesIO(data)
+        parse_basic_offsets(fragments)
+        starts = sum(fragment[:4] == frame[:4] for fragment in generate_fragments(fragments))
     except Exception as error:
         raise refusal(name, "damaged or truncated fragments", f"a whole {syntax.name} film", again) from error
     if not frame:
         got = f"pixel data of 0 bytes, expected a {syntax.name} codestream"
         raise refusal(name, got, "a film", "export the film again, with its pixels")
+    if starts > 1:
+        raise several_frames(name, starts)
     if syntax == RLE:
         segments, wanted = int.from_bytes(frame[:4], "little"), layout.samples * ((layout.allocated + 7) // 8)
         if segments != wanted:

@@ -201,8 +201,8 @@ def _check_shown(film: _Film, dataset: Dataset, name: str, *, any_film: bool) ->
         from pydicom.pixels.processing import apply_color_lut
 
         film.values = apply_color_lut(film.values, dataset)
-        if film.values.dtype == np.uint16:
-            film.values = (film.values >> 8).astype(np.uint8)
+        if film.values.dtype == np.uint16 and film.layout.stored <= 8:  # a palette of deeper values holds stored ones
+            film.values = (film.values >> max(int(film.values.max()).bit_length() - 8, 0)).astype(np.uint8)
     grey = film.values
     if grey.ndim == 3 and grey.dtype == np.uint8:
         film.picture, film.rendering = grey, "as-is"
@@ -211,6 +211,6 @@ def _check_shown(film: _Film, dataset: Dataset, name: str, *, any_film: bool) ->
         grey, remarks = grey_of(grey)
         film.values = grey
         film.remarks += remarks
-    levels = count_levels(grey)
+    levels = count_levels(grey, monochrome1=film.layout.photometric == "MONOCHROME1")
     film.info["grey_levels"] = levels.num_levels
     film.remarks += check_values(levels, name, any_film=any_film, stored=film.picture is None)

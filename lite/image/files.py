@@ -37,7 +37,7 @@ from lite.errors import ImageError
 from lite.image.deep import is_deep_colour, read_deep_colour
 from lite.image.dicom import is_dicom, load_dicom
 from lite.image.film import FilmInfo, LoadedImage, Rendering
-from lite.image.layout import check_density
+from lite.image.layout import check_density, several_frames
 from lite.image.levels import count_levels
 from lite.image.quiet import quietly
 from lite.image.rendering import FORMATS_TEXT, MAX_PIXELS, check_size, check_stored, decoding, grey_of, refusal, render
@@ -87,13 +87,15 @@ def load_image(source: ImageSource, *, rendering: Rendering = "mimic-cxr-jpg", a
     name, data = _contents(source)
     if not data:
         raise refusal(name, "an empty file", FORMATS_TEXT, "copy or download the file again")
-    if is_dicom(data) or name.lower().endswith((".dcm", ".dicom")):
+    if is_dicom(data):
         return load_dicom(data, name, rendering, any_film=any_film)
     with decoding(name, "a whole image"):
         try:
             with quietly():
                 picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
+            if name.lower().endswith((".dcm", ".dicom")):
+                return load_dicom(data, name, rendering, any_film=any_film)
             do = "check that the file is an image; an image of another kind must be converted first"
             raise refusal(name, "a file that is not an image, or has no pixels", FORMATS_TEXT, do) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -172,7 +174,9 @@ class _Loader:
     def pillow(self, picture: Image.Image, name: str, *, num_bytes: int | None = None) -> LoadedImage:
         check_size(name, picture.width, picture.height)
         if num_bytes is not None:
-            check_density(name, picture.width * picture.height, num_bytes)
+            # Deep colours take as many times the memory, and are not stored at 100:1.
+            times = 2 * len(picture.getbands()) if is_deep_colour(picture) else 1
+            check_density(name, picture.width * picture.height * times, num_bytes)
         image_format, cut_to_8_bits = picture.format or "image", is_deep_colour(picture)
         white_is_zero = _is_white_zero_tiff(picture)
         with quietly() as complaints:
@@ -217,7 +221,7 @@ class _Loader:
         monochrome1: bool = False,
     ) -> LoadedImage:
         check_stored(values, name)
-        levels = count_levels(values)
+        levels = count_levels(values, monochrome1=monochrome1)
         remarks = (*remarks, *check_values(levels, name, any_film=self.any_film, stored=True))
         picture, used = render(values, self.rendering, name, monochrome1=monochrome1)
         film = FilmInfo(format=image_format, grey_levels=levels.num_levels, remarks=remarks)
@@ -234,9 +238,8 @@ class _Loader:
 
 def _check_pages(picture: Image.Image, name: str) -> None:
     # A camera's MPO keeps a preview as a second picture; in every other format pages are images in their own right.
-    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-        got = f"{getattr(picture, 'n_frames', 1)} frames"
-        raise refusal(name, got, "one film", "save the frame you mean as a file of its own")
+    if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":
+        raise several_frames(name, frames)
 
 
 def _is_white_zero_tiff(picture: Image.Image) -> bool:

@@ -10,6 +10,7 @@ from lite.image.words import (
     UNKNOWN_PART_CODES,
     VIEW_CODES,
     View,
+    names_other,
     other_part_in,
     part_of_words,
     view_of_words,
@@ -20,51 +21,53 @@ if TYPE_CHECKING:
 
     from pydicom.dataset import Dataset
 
+
 # DICOM says what took the picture. What is not listed (CR, DX, secondary captures, nothing at all) may be a film.
-_OTHER_MODALITIES: Final = {
-    "CT": "a CT slice",
-    "MR": "an MR slice",
-    "PT": "a PET slice",
-    "NM": "a nuclear medicine image",
-    "US": "an ultrasound image",
-    "IVUS": "an ultrasound image",
-    "MG": "a mammogram",
-    "XA": "an angiogram",
-    "IO": "a dental film",
-    "PX": "a panoramic dental film",
-    "BMD": "a bone densitometry image",
-    "ES": "an endoscopy image",
-    "GM": "a microscopy image",
-    "SM": "a microscopy image",
-    "OP": "an ophthalmic photograph",
-    "OPT": "an ophthalmic tomogram",
-    "XC": "a photograph",
-    "ECG": "an electrocardiogram",
-    "SEG": "a segmentation",
-    "SR": "a structured report",
-    "PR": "a presentation state",
-    "KO": "a key object note",
-    "DOC": "a document",
-    "RTIMAGE": "a radiotherapy image",
-    "RTDOSE": "a radiotherapy dose grid",
-    "RTSTRUCT": "a radiotherapy structure set",
-    "RTPLAN": "a radiotherapy plan",
-}
+def _by_word(table: dict[str, str]) -> dict[str, str]:
+    return {word: meaning for meaning, words in table.items() for word in words.split()}
+
+
+_OTHER_MODALITIES: Final = _by_word(
+    {
+        "a CT slice": "CT",
+        "an MR slice": "MR",
+        "a PET slice": "PT",
+        "a nuclear medicine image": "NM",
+        "an ultrasound image": "US IVUS BDUS",
+        "a mammogram": "MG",
+        "an angiogram": "XA",
+        "a dental film": "IO PX",
+        "a bone densitometry image": "BMD",
+        "an endoscopy or microscopy image": "ES GM SM CFM",
+        "an ophthalmic image": "OP OPT OCT OPV OPM KER LEN AR VA SRF IOL",
+        "an intravascular image": "IVOCT",
+        "a photograph": "XC DMS BI TG",
+        "a recording": "ECG EPS HD AU",
+        "a segmentation": "SEG",
+        "a structured report": "SR",
+        "a document": "PR KO DOC PLAN REG FID ANN SMR ASMT STAIN TEXTUREMAP",
+        "a radiotherapy image": "RTIMAGE RTDOSE RTSTRUCT RTPLAN RTRECORD",
+    }
+)
 _CLASS_ROOT: Final = "1.2.840.10008.5.1.4.1.1."
-_OTHER_SOP_CLASSES: Final = {
-    **dict.fromkeys(("1.2", "1.2.1", "13.1.3"), "MG"),
-    **dict.fromkeys(("1.3", "1.3.1"), "IO"),
-    **dict.fromkeys(("2", "2.1", "2.2"), "CT"),
-    **dict.fromkeys(("3.1", "6.1", "6.2"), "US"),
-    **dict.fromkeys(("4", "4.1", "4.3", "4.4"), "MR"),
-    **dict.fromkeys(("12.1", "12.1.1"), "XA"),
-    **dict.fromkeys(("128", "130"), "PT"),
-    "20": "NM",
-    "66.4": "SEG",
-    "104.1": "DOC",
-    "481.1": "RTIMAGE",
-    "481.2": "RTDOSE",
-}
+_OTHER_SOP_CLASSES: Final = _by_word(  # by how they begin; of several the longest
+    {
+        "MG": "1.2 13.1.3 13.1.4 13.1.5",
+        "IO": "1.3",
+        "CT": "2",
+        "US": "3 6",
+        "MR": "4",
+        "ECG": "9",
+        "PR": "11 66 104",
+        "XA": "12.1 13.1",
+        "NM": "20",
+        "SEG": "66.4",
+        "XC": "77.1",
+        "SR": "88",
+        "PT": "128 130",
+        "RTIMAGE": "481",
+    }
+)
 _DESCRIPTIONS: Final = ("SeriesDescription", "ProtocolName", "StudyDescription")
 
 
@@ -91,6 +94,8 @@ def directions(dataset: Dataset) -> tuple[str, str] | None:
         return None
     values = [value] if isinstance(value, str) else [str(v) for v in value]
     letters = [v.strip().upper()[:1] for v in values]
+    if not any(letters):
+        return None
     return (letters[0], letters[1]) if len(letters) == 2 else ("?", "?")
 
 
@@ -109,10 +114,10 @@ def _coded_views(dataset: Dataset) -> Iterator[tuple[View | None, str, str]]:
             value, meaning = _code(modifier)
             yield VIEW_CODES.get(value) or view_of_words(meaning), "ViewCodeSequence", meaning.upper() or value
     for item in _items(dataset, "PatientOrientationCodeSequence"):
-        for modifier in _items(item, "PatientOrientationModifierCodeSequence"):
+        for modifier in (item, *_items(item, "PatientOrientationModifierCodeSequence")):
             value, meaning = _code(modifier)
             if VIEW_CODES.get(value) == "DECUBITUS" or view_of_words(meaning) == "DECUBITUS":
-                yield "DECUBITUS", "PatientOrientationModifierCodeSequence", meaning.upper() or value
+                yield "DECUBITUS", "PatientOrientationCodeSequence", meaning.upper() or value
     if (position := text_of(dataset, "PatientPosition").upper()).endswith(("DL", "DR")):
         yield "DECUBITUS", "PatientPosition", position
     if (ways := directions(dataset)) and {"A", "P"} & set(ways):
@@ -138,7 +143,9 @@ def view_of(dataset: Dataset) -> tuple[View | None, str, str]:
 def not_a_film(dataset: Dataset) -> str | None:
     """Say what else than a film it is."""
     modality = text_of(dataset, "Modality").upper()
-    by_class = _OTHER_SOP_CLASSES.get(text_of(dataset, "SOPClassUID").removeprefix(_CLASS_ROOT), "")
+    sop_class = text_of(dataset, "SOPClassUID").removeprefix(_CLASS_ROOT) + "."
+    begun = (start for start in _OTHER_SOP_CLASSES if sop_class.startswith(f"{start}."))
+    by_class = _OTHER_SOP_CLASSES.get(max(begun, key=len, default=""), "")
     other = modality if modality in _OTHER_MODALITIES else by_class
     return f"{_OTHER_MODALITIES[other]} (modality {modality or 'absent'})" if other else None
 
@@ -150,7 +157,7 @@ def not_frontal(dataset: Dataset) -> str | None:
         return f"a view that is not only frontal, or oblique or lateral ({source} {words})"
     if view is None or view in (*FRONTAL, "SEVERAL"):
         return None
-    article = "an" if view == "OBLIQUE" else "a"
+    article = "an" if view[0] in "AO" else "a"
     return f"{article} {view.lower()} view ({source} {words})"
 
 
@@ -176,12 +183,15 @@ def not_chest(dataset: Dataset) -> str | None:
     known = bool(name) and part_of_words(name) == "chest"
     for item in _items(dataset, "AnatomicRegionSequence"):
         value, meaning = _code(item)
+        if not (value or meaning):
+            continue
         if value in CHEST_CODES or (value not in UNKNOWN_PART_CODES and part_of_words(meaning) == "chest"):
             known = True
         elif value not in UNKNOWN_PART_CODES:
             return f"body part {meaning or value} (AnatomicRegionSequence {value})"
     described = {name: text_of(dataset, name) for name in _DESCRIPTIONS}
-    if not known and not any(part_of_words(text) == "chest" for text in described.values()):
+    # Of "chest and abdomen" this may be the film of the abdomen.
+    if not known and not any(part_of_words(text) == "chest" and not names_other(text) for text in described.values()):
         for name, text in described.items():
             if other_part_in(text):
                 return f"body part {text} ({name})"
@@ -199,7 +209,7 @@ def unclear_part(dataset: Dataset) -> str | None:
 def one_side(dataset: Dataset) -> str | None:
     """Say that it claims to show one side."""
     for keyword in ("ImageLaterality", "Laterality", "FrameLaterality"):
-        if (value := text_of(dataset, keyword).upper()) not in ("", "U", "B"):
+        if (value := text_of(dataset, keyword).upper()).startswith(("L", "R")):
             return f"{keyword} {value}: a chest film shows both sides"
     return None
 

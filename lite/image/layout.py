@@ -11,6 +11,8 @@ from lite.image.rendering import check_size, refusal
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
+    from lite.errors import ImageError
+
 _MOST_PIXELS_A_BYTE: Final = 200  # a film at 100:1 has 70
 
 
@@ -63,7 +65,7 @@ def read_layout(dataset: Dataset, name: str, num_bytes: int) -> Layout:
         ImageError: there is not one whole film; what is wrong is named.
     """
     if (frames := number(dataset, "NumberOfFrames", name, 1)) != 1:
-        raise refusal(name, f"{frames} frames", "one film", "save the frame you mean as a file of its own")
+        raise several_frames(name, frames)
     rows, columns, allocated = (number(dataset, word, name) for word in ("Rows", "Columns", "BitsAllocated"))
     if not (photometric := text_of(dataset, "PhotometricInterpretation").upper()):
         got = "a DICOM file without PhotometricInterpretation"
@@ -95,6 +97,11 @@ def read_layout(dataset: Dataset, name: str, num_bytes: int) -> Layout:
         signed=sign == 1,
         photometric=photometric,
     )
+
+
+def several_frames(name: str, frames: int) -> ImageError:
+    """Say that there is not one film in a file."""
+    return refusal(name, f"{frames} frames", "one film", "save the frame you mean as a file of its own")
 
 
 def check_density(name: str, num_pixels: int, num_bytes: int) -> None:

@@ -17,12 +17,14 @@ class Levels:
     """How often each value occurs, and how the edge of the film looks.
 
     Attributes:
-        counts: int64 [levels], from the lowest value to the highest; wide or broken values fall into 65,536 steps.
+        counts: int64 [levels], from the darkest value to the brightest; wide or broken values fall into 65,536 steps.
+        shape: height and width in pixels.
         border: the share of the film that a frame of one single value takes; 0 without one.
         border_level: the place of that value in `counts`.
     """
 
     counts: NDArray[np.int64]
+    shape: tuple[int, int]
     border: float = 0.0
     border_level: int = 0
 
@@ -37,17 +39,18 @@ class Levels:
         return float(self.counts.max() / self.counts.sum())
 
     def spent(self, share: float) -> float:
-        """Return how much of the scale the outermost values take: `share` of them at each end, the border left out."""
+        """Return how much of the scale is lost: to `share` of the values at each end and a border, or to one gap."""
         counts = self.counts.copy()
         if self.border and counts.sum() > counts[self.border_level]:
             counts[self.border_level] = 0
         total = np.cumsum(counts)
         low, high = np.searchsorted(total, (share * total[-1], (1 - share) * total[-1]))
-        return 1 - float(high - low) / max(len(counts) - 1, 1)
+        gap = int(np.diff(np.flatnonzero(self.counts)).max(initial=0))
+        return max(1 - float(high - low) / max(len(counts) - 1, 1), gap / len(counts))
 
 
-def count_levels(stored: NDArray[Any]) -> Levels:
-    """Count the values of a film [H, W], integers or finite floats."""
+def count_levels(stored: NDArray[Any], *, monochrome1: bool = False) -> Levels:
+    """Count the values of a film [H, W], integers or finite floats; high ones are dark where `monochrome1`."""
     low, high = stored.min(), stored.max()
     exact = stored.dtype.kind in "ui" and int(high) - int(low) < _BINS
     counts = np.zeros(int(high) - int(low) + 1 if exact else _BINS, np.int64)
@@ -63,7 +66,10 @@ def count_levels(stored: NDArray[Any]) -> Levels:
     for top in range(0, len(stored), rows):
         counts += np.bincount(levels(stored[top : top + rows]).ravel(), minlength=len(counts))
     border = _border(stored)
-    return Levels(counts, border, int(levels(stored[:1, :1])[0, 0]) if border else 0)
+    corner = int(levels(stored[:1, :1])[0, 0]) if border else 0
+    if monochrome1:
+        counts, corner = counts[::-1], len(counts) - 1 - corner
+    return Levels(counts, stored.shape, border, corner)
 
 
 def _border(stored: NDArray[Any]) -> float:

@@ -24,6 +24,7 @@ _FEWEST_LEVELS: Final = 32
 _MOST_COMMON: Final = 0.98
 _TAIL: Final = 0.001  # of the pixels, at each end
 _TAIL_SPENDS: Final = 0.75
+_THIN: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,11 @@ def _border(levels: Levels) -> str | None:
     return None
 
 
+def _thin(levels: Levels) -> str | None:
+    short, long = sorted(levels.shape)
+    return f"{long} px by {short}: only the middle of it is seen" if long > _THIN * short else None
+
+
 _ANY_FILM: Final = "`--any-film`, `any_film=True`"
 _FRONTAL_FILM: Final = "a frontal chest film (CR or DX)"
 RULES: Final = (
@@ -81,7 +87,7 @@ RULES: Final = (
     ),
     Rule(
         rule="it is one film",
-        source="NumberOfFrames; pages of a TIFF or GIF",
+        source="NumberOfFrames, and the frames that are there; pages of a TIFF or GIF",
         happens="refused: 0 frames, or several",
     ),
     Rule(
@@ -112,9 +118,9 @@ RULES: Final = (
     Rule(
         rule="it is frontal",
         source="ViewPosition (words), ViewCodeSequence and its modifiers (code values, else words), "
-        "PatientOrientationModifierCodeSequence, PatientPosition, PatientOrientation with A or P; "
+        "PatientOrientationCodeSequence, PatientPosition, PatientOrientation with A or P; "
         "where these are silent, SeriesDescription, ProtocolName, StudyDescription",
-        happens="refused: a lateral, oblique or decubitus view",
+        happens="refused: a lateral, oblique, axial or decubitus view",
         override=_ANY_FILM,
         header=not_frontal,
         expected="a frontal view",
@@ -135,7 +141,7 @@ RULES: Final = (
     ),
     Rule(
         rule="both sides are on it",
-        source="ImageLaterality, Laterality, FrameLaterality other than U and B",
+        source="ImageLaterality, Laterality, FrameLaterality L or R",
         happens="noted",
         header=one_side,
     ),
@@ -166,7 +172,7 @@ RULES: Final = (
     ),
     Rule(
         rule="the scale is spent on the film",
-        source=f"stored values: the outermost {_TAIL:.1%} at each end, and a border, take "
+        source=f"stored values: the outermost {_TAIL:.1%} at each end, and a border, or one gap, take "
         f"{_TAIL_SPENDS:.0%} of the span",
         happens="noted",
         values=_spent_scale,
@@ -176,6 +182,12 @@ RULES: Final = (
         source="a frame of one grey level that is bright and takes 1% of the film, or takes half of it",
         happens="noted",
         values=_border,
+    ),
+    Rule(
+        rule="it has the shape of a film",
+        source=f"one side more than {_THIN} times the other",
+        happens="noted",
+        values=_thin,
     ),
     Rule(
         rule="the window holds the film",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lite.image.codestream import check_codestream
 from lite.image.header import text_of
-from lite.image.layout import number
+from lite.image.layout import number, several_frames
 from lite.image.rendering import refusal
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DICOM_EXTRA: Final = 'pip install "llava-rad-lite[dicom]"'
 _EXTENDED: Final = "1.2.840.10008.1.2.4.51"
+_BASELINE: Final = "1.2.840.10008.1.2.4.50"
 _LOSSLESS: Final = "1.2.840.10008.1.2.4.57"
 
 
@@ -56,6 +57,8 @@ def stored_values(
     if not syntax.is_compressed and len(data) < layout.num_bytes:
         got = f"pixel data of {len(data):,} bytes, expected {layout.num_bytes:,}: it was cut short"
         raise refusal(name, got, "a whole film", "copy or export it again")
+    if not syntax.is_compressed and (films := len(data) // max(layout.num_bytes, 2)) > 1:
+        raise several_frames(name, films)
     decoder = _decoder(syntax, name)
     if syntax.is_compressed and (stream := check_codestream(data, layout, syntax, name)):
         precision, signed = stream.precision, stream.signed
@@ -63,11 +66,11 @@ def stored_values(
             # GDCM reads 12 bits as a process of lossless JPEG's family; pydicom does not ask it to.
             decoder = _decoder(_LOSSLESS, name)
     raw = _decoded(decoder, data, dataset, layout, precision, name)
-    if layout.samples == 3:
-        return raw, None
     # A codestream of no more bits than are stored holds these alone, wherever HighBit would have them.
     shift = layout.high_bit + 1 - layout.stored if precision > layout.stored else 0
     bits = layout.stored if signed else min(layout.stored, precision)
+    if layout.samples == 3:
+        return _extract(raw, shift, bits, signed=False), None
     return _extract(raw, shift, bits, layout.signed), _padding(raw, dataset, layout, shift, bits, name)
 
 
@@ -101,8 +104,12 @@ def _padding(
     width = raw.dtype.itemsize * 8
     kind = np.dtype(f"{'i' if layout.signed else 'u'}{raw.dtype.itemsize}")
     ends = np.array([first % (1 << width), last % (1 << width)], f"u{raw.dtype.itemsize}").view(kind)
-    for values in (_extract(raw, shift, bits, layout.signed), raw.view(kind)):
-        found: NDArray[np.bool_] = (values >= ends.min()) & (values <= ends.max())
+    values = _extract(raw, shift, bits, layout.signed)
+    places = [(values, ends), (raw.view(kind), ends)]
+    if layout.signed and min(first, last) >= 0 and max(first, last) < 1 << bits:  # a negative one, bit by bit
+        places.insert(1, (values, _extract(ends, 0, bits, signed=True)))
+    for values, limits in places:
+        found: NDArray[np.bool_] = (values >= limits.min()) & (values <= limits.max())
         if found.any():
             return found
     return None
@@ -136,7 +143,8 @@ def _decoded(
         "columns": layout.columns,
         "number_of_frames": 1,
         "samples_per_pixel": layout.samples,
-        "bits_allocated": layout.allocated,
+        # Baseline JPEG has 8 bits, also where they were to become 16.
+        "bits_allocated": 8 if decoder.UID == _BASELINE else layout.allocated,
         "bits_stored": precision,  # by which GDCM chooses its decoder
         "photometric_interpretation": layout.photometric,
         "pixel_representation": int(layout.signed),
@@ -147,6 +155,8 @@ def _decoded(
         "apply_jls_sign_correction": False,
     }
     if layout.samples == 3:
-        options["planar_configuration"] = number(dataset, "PlanarConfiguration", name, 0)
-    pixels, _ = decoder.as_array(data, **options)
+        # Codestreams keep colours together, whatever the header says; RLE never does, and its decoder knows.
+        native = not decoder.UID.is_compressed
+        options["planar_configuration"] = number(dataset, "PlanarConfiguration", name, 0) if native else 0
+    pixels, _ = decoder.as_array(data, index=0, **options)
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import Final, Literal
 
-View = Literal["AP", "PA", "FRONTAL", "LATERAL", "OBLIQUE", "DECUBITUS", "SEVERAL"]
+View = Literal["AP", "PA", "FRONTAL", "LATERAL", "OBLIQUE", "AXIAL", "DECUBITUS", "SEVERAL"]
 FRONTAL: Final = ("AP", "PA", "FRONTAL")
 Part = Literal["chest", "other", "unknown"]
 
@@ -34,43 +34,52 @@ VIEW_CODES: Final[dict[str, View]] = {
 }
 # Source: PS3.16 CID 4009 and 4031. The chest, what lies in it, and regions that hold all of it.
 _CHEST_CODES: Final = (
-    "816094009 51185008 39607008 80891009 72410000 43799004 416319003 416550000 417437006 416152001 416775004 "
-    "T-D3000 T-28000 T-32000 T-D3300 T-D3200 R-FAB54 R-FAB55 R-FAB52 R-FAB53 R-FAB56"
+    "816094009 51185008 22943007 181607009 302551006 181216001 39607008 80891009 72410000 43799004 416319003 416550000 "
+    "417437006 416152001 416775004 T-D3000 T-28000 T-32000 T-D3300 T-D3200 R-FAB54 R-FAB55 R-FAB52 R-FAB53 R-FAB56"
 )
 CHEST_CODES: Final = frozenset(_CHEST_CODES.split())
 UNKNOWN_PART_CODES: Final = frozenset(("38266002", "T-D0010", "706342009", "R-FE0C7"))  # the whole body, a phantom
 
+_AP: Final = re.compile(r"AP(\d|SUP|ERE|UPR|SIT|SEM|POR|MOB|$)")
+_PA: Final = re.compile(r"PA(\d|ERE|UPR|STA|STE|$)")
 _LATERAL: Final = re.compile(
-    r"((L|R|LT|RT|X|XT|LEFT|RIGHT)?LAT(L|R|LT|RT|S)?|LL|RL|YAN|SIVU|BOK)$"
-    r"|LATERA|LATERO|SEITL|SEITEN|SEITAUF|PROFIL|PERFIL|BOCZN|BOCNI|SIDOBILD|SIDEBILLED|ZIJDEL|DWARS|БОКОВ|ПЛАГИ|ΠΛΑΓΙ"
-    r"|.*(側面|侧位|側位|侧面|측면)"
+    r"((L|R|LT|RT|X|XT|LEFT|RIGHT)?LAT(L|R|LT|RT|S|LEFT|RIGHT)?|LL|RL|YAN|SIVU|BOK|XTL)$|(XTABLE|CROSSTABLE|SWIMM)"
+    r"|[LR]?LATERA(?!LIT)|LATERO|SEITL|SEITEN|SEITAUF|ANLIEG|PROFIL(?!AX)|PERFIL|BOCZN|BOCNI|SIDOBILD|SIDEBIL|ZIJDEL|OPZIJ"
+    r"|DWARS|БОКОВ|ПЛАГИ|ΠΛΑΓΙ|.*(側面|侧位|側位|侧面|측면)"
 )
 _OBLIQUE: Final = re.compile(
-    r"(LAO|RAO|LPO|RPO|LLO|RLO|OBL)$|OBLIQ|OBLIC|OBLIK|OBIQ|SCHRAG|SCHRAEG|SCHUIN|SKOSN|SIKM|КОСА|КОСО|.*(斜|사위)"
+    r"(LAO|RAO|LPO|RPO|LLO|RLO|MLO|SLO|OBL)$|OBLIQ(?!UIT)|OBLIC|OBLIK|OBIQ|SCHRAG|SCHRAEG|SCHUIN|SKOSN|SIKM|КОСА|КОСО"
+    r"|.*(斜|사위)"
 )
-_DECUBITUS: Final = re.compile(r"(LLD|RLD|DECUB|DECUBS)$|DECUBI|SEITENLAG|.*(側臥|侧卧|側卧|측와)")
-_FRONTAL: Final = re.compile(r"(FRONT|FRENTE|VOORACHTER|ПРЯМ)|.*(正位|正面|後前|后前|前後|前后)")
+_AXIAL: Final = re.compile(r"AXIAL|CAUDAL|CRANIOCAUD|TANGENT")  # alone: "AP AXIAL" is a lordotic view
+_DECUBITUS: Final = re.compile(r"(LLD|RLD|[LR]?DECUBS?)$|DECUBI|.*(SEITENLAG|側臥|侧卧|側卧|측와)")
+_ON_THE_BACK: Final = re.compile(r"SUPIN|DORSAL|VENTRAL|COUCH|FACE$|DECUBITO$")
+_FRONTAL: Final = re.compile(r"(FRONT|FRENTE|FACE$|VOORACHTER|ПРЯМ)|.*(正位|正面|正侧|正側|後前|后前|前後|前后)")
 _CHEST: Final = re.compile(
-    r"(CHEST|CXR$|THX$|THORA|TORA[KCXSG]|TORAX|LUNG|BRUST|BROST|BORST|PULMO|POUMON|POLMON|PECHO$|PEITO$|HEART|MEDIASTIN"
-    r"|KLATK|HRUDN|GOGUS|KEUHKO|ГРУД|ЛЕГК|ΘΩΡΑΚ)|.*(CHEST|胸|肺|흉부)"
+    r"(CHE?ST|CXR$|THX?$|THORA|TORA[KCXSG]|TORAX|LUNG|BRUST|BROST|BORST|PULMO|POUMON|POLMON|PECHO$|PEITO$|POITRINE"
+    r"|HEART|CARDIAC$|HERZ$|COEUR$|CORAZON|MEDIASTIN|TRUNK$|TORSO$|BABYGRAM|KLATK|HRUDN|GRUDN|GOGUS|KEUHKO|ГРУД|ЛЕГК|ΘΩΡΑΚ)|.*(CHEST|胸|肺|흉부)"
 )
 _SPINE: Final = re.compile(r".*(SPINE|SPINAL|WIRBEL|VERTEB|RACHIS|COLONN|COLUMN|WERVEL)|THORACOLUMB|LUMB|[BHL]WS$")
 _NO_PART: Final = re.compile(
     r"(UNKNOWN|OTHER|UNSPECIFIED|UNDEFINED|NONE|NO|NA|N|A|NULL|BODY|WHOLE|WHOLEBODY|DEFAULT|GENERAL|PHANTOM|TEST|DX|CR"
-    r"|DR|XR|RX|XRAY|X|RAY|PORTABLE|VIEW|FRONTAL|AP|PA)$"
+    r"|DR|XR|RX|XRAY|X|RAY|PORT|PORTABLE|MOBILE|BED|BEDSIDE|ICU|ER|ROUTINE|TRAUMA|ADULT|INFANT|NEONATE|NOT|SPECIFIED|ANY|MISC|VIEW|FRONTAL|AP|PA|\d+)$"
 )
 _OTHER_PART: Final = re.compile(
-    r"(HIP|HIPS|HAND|HANDS|FOOT|FEET|TOE|TOES|LEG|LEGS|ARM|ARMS|KUB|SHLDR|CADERA|PIE|MANO|MANOS|MAIN|PIED)$"
+    r"(HIP|HIPS|HAND|HANDS|FOOT|FEET|TOE|TOES|LEG|LEGS|ARM|ARMS|KUB|SHLDR|CADERA|PIE|MANO|MANOS|MAIN|PIED|RIBS)$"
     r"|PELVI|ABDOM|KNEE|ANKL|WRIST|ELBOW|SHOULDER|SKULL|FEMUR|TIBIA|HUMER|FINGER|HUFT|HUEFT|BECKEN|KNIE|FUSS|SCHULT"
     r"|SCHADEL|SCHAEDEL|HANCHE|BASSIN|GENOU|EPAULE|RODILLA|HOMBRO|GINOCCH|SPALLA|BACINO|CRANE|CRANI|SINUS|DENTAL|ABD$"
+    r"|CLAVIC|STERNUM|SCAPUL|RIPPEN|COSTILLAS"
 )
 
 
 def _words(text: str) -> list[str]:
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    plain = unicodedata.normalize("NFKC", plain).upper()
-    plain = re.sub(r"\bANTERO[\- ]?POSTERIO\w*|\bA[.\- /]{1,2}P\b", "AP", plain)
-    plain = re.sub(r"\bPOSTERO[\- ]?ANTERIO\w*|\bP[.\- /]{1,2}A\b", "PA", plain)
+    plain = re.sub(r"(?<=[a-z]{2})(?=[A-Z])|_", " ", unicodedata.normalize("NFKC", plain)).upper()
+    plain = re.sub(r"CHEST|THORAX|TORAX", r" \g<0> ", plain)  # "CHESTPA"
+    plain = re.sub(r"\bANTER(?:O|IOR)[\- ]?POSTERIO\w*|\bA[.\- /]{1,2}P\b", "AP", plain)
+    plain = re.sub(r"\bPOSTER(?:O|IOR)[\- ]?ANTERIO\w*|\bP[.\- /]{1,2}A\b", "PA", plain)
+    plain = re.sub(r"\b(X|CROSS)[\- ]TABLE\b", "XTABLE", plain)
+    plain = re.sub(r"\b[LR]T?[.\- ]{1,2}DEC\b", "DECUB", re.sub(r"\b([LR])[.\-]L\b", r"\1L", plain))
     return re.findall(r"[^\W_]+", plain)
 
 
@@ -85,14 +94,16 @@ def view_of_words(text: str) -> View | None:
     def says(pattern: re.Pattern[str]) -> bool:
         return any(pattern.match(word) for word in words)
 
-    if says(_DECUBITUS) and not any(word.startswith("SUPIN") for word in words):
+    if says(_DECUBITUS) and (says(_LATERAL) or not says(_ON_THE_BACK)):
         return "DECUBITUS"
     view: View | None = None
-    if "AP" in words or "PA" in words or says(_FRONTAL):
-        view = (
-            "AP" if "PA" not in words and "AP" in words else "PA" if "AP" not in words and "PA" in words else "FRONTAL"
-        )
+    if (is_ap := says(_AP)) != (is_pa := says(_PA)):
+        view = "AP" if is_ap else "PA"
+    elif is_pa or says(_FRONTAL):
+        view = "FRONTAL"
     aside: View | None = "OBLIQUE" if says(_OBLIQUE) else "LATERAL" if says(_LATERAL) else None
+    if not view and not aside and says(_AXIAL):
+        return "AXIAL"
     return "SEVERAL" if view and aside else view or aside
 
 
@@ -106,8 +117,11 @@ def part_of_words(text: str) -> Part:
     return "unknown" if all(_NO_PART.match(word) for word in words) else "other"
 
 
+def names_other(text: str) -> bool:
+    """Say whether a free text names a part of the body that is not the chest."""
+    return any(_SPINE.match(word) or _OTHER_PART.match(word) for word in _words(text))
+
+
 def other_part_in(text: str) -> bool:
     """Say whether a free text names a part of the body that is not the chest, and not the chest beside it."""
-    words = _words(text)
-    spine = any(_SPINE.match(word) for word in words)
-    return spine or (any(_OTHER_PART.match(word) for word in words) and not any(_CHEST.match(word) for word in words))
+    return names_other(text) and part_of_words(text) != "chest"

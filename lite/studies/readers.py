@@ -5,7 +5,7 @@
 
 Only `image` is needed. Without `id` a study is called by its image; without a reason (or with null) the model is asked
 the question without one; without `conversations` there is no report to compare with. What the evaluation's own loader
-leaves out is left out here, and counted: a view other than AP and PA, findings that are null, NaN or empty, reports
+leaves out is left out here, and counted: a view that is not frontal, findings that are null, NaN or empty, reports
 that were not cut by rule. ReXrank's object of studies by their ids is read by `key_image_path`, `section_findings` and
 the indication in `context`.
 """
@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lite.errors import LiteError
+from lite.image.words import FRONTAL, view_of_words
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_NOTHING: Final = ("", "nan", "none", "null", "n/a")
 _INDICATION: Final = re.compile(r"Indication:\s*(.*?)\s*(?:</context>|$)", re.DOTALL | re.IGNORECASE)
 
 
@@ -66,7 +68,7 @@ def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool =
         LiteError: no such file, not JSON, no studies in it, an entry (counted from 1) that is not one, or see `unique`.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         got = "a folder" if path.is_dir() else f"a file that cannot be read ({error})"
         msg = f"{path}: got {got} · expected a JSON list of studies · check the path"
@@ -106,9 +108,9 @@ def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool =
 def _study(entry: object, beside: Path, image_folder: Path | None) -> Study:
     if not isinstance(entry, dict):
         raise _NoStudy(f"it is {json.dumps(entry)[:40]}")
-    if (view := _text(entry, "view")) and view.strip().upper() not in ("AP", "PA"):
+    if (view := _text(entry, "view")) and view_of_words(view) not in FRONTAL:
         raise _LeftOut(f"of view {view.strip()[:20]}")
-    if (method := _text(entry, "generate_method")) and method != "rule-based":
+    if (method := _text(entry, "generate_method")) and method.lower() != "rule-based":
         raise _LeftOut(f"with findings by {method[:20]}")
     image, number_or_name = entry.get("image"), entry.get("id")
     if isinstance(image, list) and len(image) != 1:
@@ -116,12 +118,14 @@ def _study(entry: object, beside: Path, image_folder: Path | None) -> Study:
     image = _text({"image": image[0]} if isinstance(image, list) else entry, "image")
     if not image:
         raise _NoStudy("it has no image")
+    if isinstance(number_or_name, float):  # how tables write numbers where some are missing
+        number_or_name = int(number_or_name) if number_or_name.is_integer() else _text(entry, "id")
     if not isinstance(number_or_name, str | int | None):
         raise _NoStudy(f"its id is {json.dumps(number_or_name)[:40]}")
     turns = entry.get("conversations") or [{}, {}]
     if not (isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, dict) for turn in turns)):
         raise _NoStudy("its conversations are not a question and its answer")
-    if "value" in turns[1] and not (_text(turns[1], "value") or "").strip():
+    if "value" in turns[1] and not _text(turns[1], "value"):
         raise _LeftOut("without findings")
     return Study(
         _film(image, beside, image_folder),
@@ -144,11 +148,18 @@ def _film(image: str, beside: Path, image_folder: Path | None) -> Path:
 
 def _text(entry: dict[str, Any], name: str) -> str | None:
     value = entry.get(name)
-    if isinstance(value, float) and math.isnan(value):  # how tables write nothing
+    if _is_nothing(value):
         return None
-    if not isinstance(value, str | None):
+    if not isinstance(value, str):
         raise _NoStudy(f"its {name} is {json.dumps(value)[:40]}, not text")
     return value
+
+
+def _is_nothing(value: object) -> bool:
+    """Say whether it is nothing, in the ways that tables have of writing that."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and value.strip().lower() in _NOTHING)
 
 
 def _of_rexrank(name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +169,7 @@ def _of_rexrank(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     films = entry.get("image_path") or []
     films = films if isinstance(films, list) else [films]
     views = entry.get("frontal_lateral") or []
+    views = views if isinstance(views, list) else [views]
     frontal = [film for film, view in zip(films, views, strict=False) if str(view).lower() == "frontal"]
     context = entry.get("context")
     if isinstance(context, dict):
@@ -165,13 +177,16 @@ def _of_rexrank(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     else:
         found = _INDICATION.search(context) if isinstance(context, str) else None
         indication = found[1] if found else None
-    reports = (entry[key] for key in ("section_findings", "report", "reports") if key in entry)
+    known = [key for key in ("section_findings", "report", "reports") if key in entry]
+    if known[:1] != ["section_findings"]:  # both may stand there, and one be empty
+        known.sort(key=lambda key: _is_nothing(entry[key]))
+    named = entry.get("key_image_path")
     return {
         "id": name,
-        "image": entry.get("key_image_path") or frontal[:1] or films,
+        "image": (frontal[:1] or films) if _is_nothing(named) else named,
         "view": None if frontal or not views else "Lateral",
         "reason": indication or None,
-        "conversations": [{}, {"value": next(reports, None)}],
+        "conversations": [{}, {"value": entry[known[0]] if known else None}],
     }
 
 

@@ -44,6 +44,14 @@ def test_monochrome1_is_the_negative_of_monochrome2() -> None:
     assert np.corrcoef(one.ravel(), two.ravel())[0, 1] > 0.999
 
 
+@pytest.mark.parametrize(("border", "noted"), [(0, True), (4095, False)])
+def test_a_border_of_monochrome1_is_bright_where_it_is_low(border: int, noted: bool) -> None:
+    stored = film()
+    stored[:4] = stored[-4:] = border
+    assert bool(load_image(dicom(stored, PhotometricInterpretation="MONOCHROME1")).film.remarks) == noted
+    assert bool(load_image(dicom(stored)).film.remarks) != noted
+
+
 def test_eight_bit_dicom_is_rendered_the_same_way() -> None:
     stored = (film(41, 31) >> 5).astype(np.uint8)
     got = grey(load_image(dicom(stored, BitsStored=8)))
@@ -149,15 +157,43 @@ def test_colour_dicom_is_a_picture() -> None:
     }
     data = dicom(index, PhotometricInterpretation="PALETTE COLOR", BitsStored=8, **descriptors, **tables)
     assert (rgb(load_image(data)) == palette[:, index].transpose(1, 2, 0)).all()
+    for name, lut in luts.items():  # entries of 8 bits in words of 16
+        tables[f"{name}PaletteColorLookupTableData"] = lut.astype("<u2").tobytes()
+    data = dicom(index, PhotometricInterpretation="PALETTE COLOR", BitsStored=8, **descriptors, **tables)
+    assert (rgb(load_image(data)) == palette[:, index].transpose(1, 2, 0)).all()
     assert pydicom.dcmread(io.BytesIO(data)).PhotometricInterpretation == "PALETTE COLOR"
+
+
+def test_deep_colours_of_any_kind_are_stored_values() -> None:
+    stored = film()
+    wanted = mimic_cxr_jpg(stored, monochrome1=False)
+    channels = np.stack([stored | noise(stored.shape).astype(np.uint16) << 12] * 3, -1)  # an overlay in the high bits
+    data = dicom(channels, PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0)
+    assert (grey(load_image(data)) == wanted).all()
+    tables = {
+        f"{name}PaletteColorLookupTable{what}": value
+        for name in ("Red", "Green", "Blue")
+        for what, value in (("Descriptor", [4096, 0, 16]), ("Data", np.arange(4096, dtype="<u2").tobytes()))
+    }
+    assert (grey(load_image(dicom(stored, PhotometricInterpretation="PALETTE COLOR", **tables))) == wanted).all()
+
+
+@pytest.mark.parametrize("planar", [0, 1])  # which says nothing of a codestream
+def test_colours_of_jpeg_are_read(planar: int) -> None:
+    pixels = np.stack([film(40, 32) >> 4, film(40, 32)[::-1] >> 4, film(40, 32) >> 5], -1).astype(np.uint8)
+    jpeg = saved(Image.fromarray(pixels), "JPEG", quality=98)
+    attributes = {"PhotometricInterpretation": "YBR_FULL_422", "SamplesPerPixel": 3, "PlanarConfiguration": planar}
+    data = dicom(pixels, syntax=f"{JPEG}50", encapsulated=jpeg, BitsStored=8, **attributes)
+    assert np.abs(rgb(load_image(data)).astype(int) - pixels).mean() < 4
 
 
 def test_jpeg_baseline_is_read() -> None:
     stored = (film() >> 4).astype(np.uint8)
     jpeg = saved(Image.fromarray(stored), "JPEG", quality=100)
-    data = dicom(stored, syntax=f"{JPEG}50", encapsulated=jpeg, BitsStored=8)
     decoded = np.asarray(Image.open(io.BytesIO(jpeg)))
-    assert (grey(load_image(data)) == mimic_cxr_jpg(decoded, monochrome1=False)).all()
+    for header in ({"BitsStored": 8}, {"BitsAllocated": 16, "BitsStored": 12}):
+        data = dicom(stored, syntax=f"{JPEG}50", encapsulated=jpeg, **header)
+        assert (grey(load_image(data)) == mimic_cxr_jpg(decoded, monochrome1=False)).all()
 
 
 def test_a_missing_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_films import NATIVE, dicom, film, grey
+from made_films import NATIVE, dicom, film, grey, noise, saved
+from PIL import Image
 
 from lite.errors import BackendUnavailable, ImageError
 from lite.image import dicom as dicom_module
@@ -93,6 +94,8 @@ def test_a_name_alone_makes_no_dicom(tmp_path: Path) -> None:
     path.write_bytes(b"These are notes, not a film." * 9)
     with pytest.raises(ImageError, match=r"not DICOM|damaged"):
         load_image(path)
+    path.write_bytes(saved(Image.fromarray(noise((12, 9)))))
+    assert load_image(path).film.format == "PNG"
 
 
 def _deflated(data: bytes) -> bytes:

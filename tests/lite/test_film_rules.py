@@ -37,8 +37,18 @@ def test_the_documented_table_is_the_list_of_rules() -> None:
         ("perfil", "LATERAL"), ("RX TORACE LATERALE", "LATERAL"), ("boczne", "LATERAL"), ("боковая", "LATERAL"),
         ("胸部側面", "LATERAL"), ("胸部侧位", "LATERAL"), ("흉부 측면", "LATERAL"), ("X-table lat", "LATERAL"),
         ("RAO", "OBLIQUE"), ("left anterior oblique", "OBLIQUE"), ("schräg", "OBLIQUE"), ("OBLICUA", "OBLIQUE"),
-        ("LLD", "DECUBITUS"), ("AP left lateral decubitus", "DECUBITUS"), ("Linksseitenlage", None),
+        ("LLD", "DECUBITUS"), ("AP left lateral decubitus", "DECUBITUS"), ("Linksseitenlage", "DECUBITUS"),
         ("DECUBITO SUPINO AP", "AP"), ("décubitus latéral", "DECUBITUS"), ("PA AND LATERAL", "SEVERAL"),
+        ("APSUPINE", "AP"), ("PAERECT", "PA"), ("AP1", "AP"), ("ChestPA", "PA"), ("CHESTPA", "PA"),
+        ("ANTERO_POSTERIOR", "AP"), ("Anterior-Posterior", "AP"), ("POSTERIOR_ANTERIOR", "PA"),
+        ("Poumons de face", "FRONTAL"),
+        ("THORAX FACE ET PROFIL", "SEVERAL"), ("AP CHEST (LATERALITY UNKNOWN)", "AP"), ("ChestLat", "LATERAL"),
+        ("LATCHEST", "LATERAL"), ("胸部正侧位", "SEVERAL"),
+        ("LLATERAL", "LATERAL"), ("LATLEFT", "LATERAL"), ("TORACE L-L", "LATERAL"), ("CROSS-TABLE", "LATERAL"),
+        ("XTL", "LATERAL"), ("SWIMMERS", "LATERAL"), ("Thorax links anliegend", "LATERAL"), ("van opzij", "LATERAL"),
+        ("MLO", "OBLIQUE"), ("obliquity corrected", None), ("AXIAL", "AXIAL"), ("tangential", "AXIAL"),
+        ("AP AXIAL", "AP"), ("LDECUB", "DECUBITUS"), ("R DEC", "DECUBITUS"), ("AP DECUBITUS", "DECUBITUS"),
+        ("TORAX AP EN DECUBITO", "AP"), ("décubitus dorsal, face", "FRONTAL"), ("DECUBITO LATERAL", "DECUBITUS"),
         ("CHEST 2 VIEWS", None), ("BILATERAL", None), ("ERECT", None), ("", None), ("PLATE", None), ("APEX", None),
     ],
 )  # fmt: skip
@@ -53,6 +63,9 @@ def test_views_are_read_in_any_words(text: str, view: str | None) -> None:
         ("PORT CHEST", "chest"), ("CHESTABDOMEN", "chest"), ("LUNGS", "chest"), ("poumons", "chest"), ("胸部", "chest"),
         ("klatka piersiowa", "chest"), ("HIP", "other"), ("Hüfte", "other"), ("PELVIS", "other"), ("TSPINE", "other"),
         ("THORACIC SPINE", "other"), ("BWS", "other"), ("Brustwirbelsäule", "other"), ("KNEE", "other"),
+        ("TH", "chest"), ("CHST", "chest"), ("TRUNK", "chest"), ("BABYGRAM", "chest"), ("Poitrine", "chest"),
+        ("CARDIAC", "chest"), ("RIBS", "other"), ("BREAST", "other"), ("0", "unknown"), ("ICU", "unknown"),
+        ("NOT SPECIFIED", "unknown"), ("HERZ", "chest"), ("CHESTAP", "chest"),
         ("ABDOMEN", "other"), ("genou", "other"), ("UNKNOWN", "unknown"), ("", "unknown"), ("WHOLE BODY", "unknown"),
     ],
 )  # fmt: skip
@@ -61,7 +74,7 @@ def test_parts_are_read_in_any_words(text: str, part: str) -> None:
 
 
 def test_a_description_has_to_name_another_part_to_be_believed() -> None:
-    assert all(map(other_part_in, ("XR HIP LEFT", "Becken a.p.", "RX LUMBAR SPINE", "ABDOMEN AP")))
+    assert all(map(other_part_in, ("XR HIP LEFT", "Becken a.p.", "RX LUMBAR SPINE", "RIBS LEFT AP", "CLAVICLE")))
     assert not any(map(other_part_in, ("XR CHEST PA", "PORTABLE", "CHEST AND ABDOMEN", "", "SHIPPED", "HANDOVER")))
 
 
@@ -79,6 +92,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "an oblique view",
     ),
     (coded("PatientOrientationCodeSequence", "102538003", "recumbent", **DECUBITUS), "a decubitus view"),
+    (coded("PatientOrientationCodeSequence", "102536004", ""), "a decubitus view"),
+    (coded("ViewCodeSequence", "", "axial") | WITHOUT, "an axial view"),
     ({"PatientPosition": "HFDL"}, "a decubitus view"),
     ({"PatientOrientation": ["A", "F"]}, r"a lateral view \(PatientOrientation A\\F\)"),
     ({"SeriesDescription": "Thorax seitlich"} | WITHOUT, "a lateral view"),
@@ -89,8 +104,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (coded("AnatomicRegionSequence", "29836001", "hanche"), r"body part hanche \(AnatomicRegionSequence 29836001\)"),
     (coded("AnatomicRegionSequence", "T-D8700", "") | {"BodyPartExamined": "CHEST"}, "body part T-D8700"),
     ({"StudyDescription": "XR THORACIC SPINE AP"}, "body part XR THORACIC SPINE AP"),
+    ({"StudyDescription": "CHEST AND ABDOMEN", "SeriesDescription": "ABDOMEN AP"}, "body part ABDOMEN AP"),
     ({"SeriesDescription": "HIP LEFT AP"}, r"body part HIP LEFT AP \(SeriesDescription\)"),
     ({"Modality": "CT"}, "a CT slice"),
+    ({"Modality": "BDUS"}, "an ultrasound image"),
+    ({"Modality": "OT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.5.1"}, "a photograph"),
+    ({"Modality": None, "SOPClassUID": "1.2.840.10008.5.1.4.1.1.13.1.4"}, "a mammogram"),
 ]
 
 
@@ -120,6 +139,12 @@ def test_what_is_no_frontal_chest_film_is_refused_unless_any_film_will_do(
         ({"StudyDescription": "CHEST PA AND LATERAL", "SeriesDescription": "PA"} | WITHOUT, "PA", "SeriesDescription"),
         ({"SeriesDescription": "CHEST LATERAL"}, "PA", "ViewPosition"),  # a code goes before words
         ({"PatientPosition": "HFS", "BodyPartExamined": "THORAX"}, "PA", "ViewPosition"),
+        ({"Laterality": "BOTH", "ImageLaterality": "UNPAIRED"}, "PA", "ViewPosition"),
+        ({"PatientOrientation": ["", ""]}, "PA", "ViewPosition"),
+        ({"StudyDescription": "CHEST AND ABDOMEN"}, "PA", "ViewPosition"),
+        (coded("AnatomicRegionSequence", "22943007", "tronc"), "PA", "ViewPosition"),
+        (coded("AnatomicRegionSequence", "", ""), "PA", "ViewPosition"),
+        ({"Modality": "OT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.12.2"}, "PA", "ViewPosition"),
         ({"StudyDescription": "HIP FRACTURE WORKUP", "SeriesDescription": "CHEST"}, "PA", "ViewPosition"),
     ],
 )

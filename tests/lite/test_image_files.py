@@ -396,6 +396,8 @@ def _framed(inner: NDArray[np.uint16], value: int, width: int) -> NDArray[np.uin
         (np.where(np.arange(4096).reshape(64, 64) == 99, 65535, film(64, 64)), "grey scale is eaten by values .* 9.%"),
         (np.where(np.arange(4096).reshape(64, 64) == 99, 0, film(64, 64) + 50_000), "grey scale is eaten by values"),
         (_framed(film(64, 64), 65535, 4), "grey scale is eaten by a border"),
+        (np.where(np.arange(4096).reshape(64, 64) < 40, 65535, film(64, 64)), "grey scale is eaten"),  # a marker: 1%
+        (film(64, 20), "64 px by 20: only the middle of it is seen"),
         (_framed(film(64, 64), 4095, 4), r"a border of one grey level takes 23% of the film"),
         (_framed(film(64, 64), 0, 16), "a border of one grey level takes 75% of the film"),
     ],

@@ -75,7 +75,7 @@ def misread(text: str, expected: str) -> list[str]:
     ("text", "expected"),
     [
         *cases_of(tomllib.loads(LABELLED.read_text(encoding="utf-8"))),
-        *cases_of(ANNOTATED["tuned"] | ANNOTATED["reported"]),
+        *cases_of(ANNOTATED["tuned"] | ANNOTATED["reported"] | {"tried": ANNOTATED["tried"]["later"]}),
     ],
 )
 def test_reads_what_a_radiologist_reads(text: str, expected: str) -> None:

@@ -103,6 +103,18 @@ def test_padding_is_told_by_the_bits_that_are_stored(syntax: str) -> None:
     assert (grey(loaded) == mimic_cxr_jpg(wanted, monochrome1=False)).all()
 
 
+@pytest.mark.parametrize(("vr", "padding"), [("SS", -2048), ("US", 63488), ("US", 2048)])
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_padding_of_signed_values_is_told_however_it_is_written(syntax: str, vr: str, padding: int) -> None:
+    samples = SIGNED.copy()
+    samples[:5] = -2048
+    wanted = np.where(samples == -2048, samples[5:].min(), samples)
+    packed_film = packed(samples.view(np.uint16) << 4, syntax, PixelRepresentation=1, HighBit=15)
+    dataset = pytest.importorskip("pydicom").dcmread(io.BytesIO(packed_film))
+    dataset.add_new(0x00280120, vr, padding)
+    assert (grey(load_image(dataset)) == mimic_cxr_jpg(wanted, monochrome1=False)).all()
+
+
 def test_padding_of_signed_values_and_of_the_whole_film() -> None:
     pydicom = pytest.importorskip("pydicom")
     samples = SIGNED.copy()
@@ -206,6 +218,32 @@ def test_a_codestream_of_another_syntax_is_refused() -> None:
         load_image(dicom(STORED, syntax=JPEG_2000, encapsulated=signed))
     with pytest.raises(ImageError, match="no JPEG 2000 codestream"):
         load_image(dicom(STORED, syntax=JPEG_2000, encapsulated=b"\0" * 90))
+
+
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_two_films_under_a_header_of_one_are_refused(syntax: str) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(packed(STORED, syntax)))
+    pixels = [dataset.PixelData * 2]
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        pixels = [pydicom.encaps.encapsulate([_frame(syntax)] * 2, has_bot=has_table) for has_table in (True, False)]
+    for dataset.PixelData in pixels:
+        buffer = io.BytesIO()
+        dataset.save_as(buffer)
+        with pytest.raises(ImageError, match="got 2 frames · expected one film"):
+            load_image(buffer.getvalue())
+
+
+def test_a_padded_byte_is_no_second_film() -> None:
+    with pytest.raises(ImageError, match="got one grey level"):
+        load_image(dicom(np.full((1, 1), 7, np.uint8), BitsStored=8))
+
+
+def test_a_film_in_several_fragments_is_one() -> None:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(io.BytesIO(packed(STORED, JPEG_2000)))
+    dataset.PixelData = pydicom.encaps.encapsulate([_frame(JPEG_2000)], fragments_per_frame=3, has_bot=False)
+    assert (grey(load_image(dataset)) == mimic_cxr_jpg(STORED, monochrome1=False)).all()
 
 
 def _emptied(data: bytes) -> bytes:

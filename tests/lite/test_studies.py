@@ -71,6 +71,37 @@ def test_a_bad_list_is_an_error(tmp_path: Path, content: str, message: str) -> N
         read_studies(tmp_path / "list.json")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_what_tables_write_for_nothing_is_nothing(tmp_path: Path, encoding: str) -> None:
+    entries = [entry(1, id=math.nan, reason="nan"), entry(2, id=7.0, reason=" "), entry(3, reason="None", view="")]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(entries), encoding=encoding)
+    assert [(study.id, study.reason) for study in read_studies(path)] == [
+        ("1.png", None),
+        ("7", None),
+        ("study-3", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"report": None, "reports": "Clear."},
+        {"report": "", "reports": "Clear."},
+        {"report": "Clear.", "reports": "All of it."},
+        {"report": "Clear.", "key_image_path": math.nan},
+        {"report": "Clear.", "image_path": "a/1.png", "frontal_lateral": "Frontal"},
+    ],
+)
+def test_a_list_of_rexrank_may_have_holes(tmp_path: Path, rest: dict[str, object]) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(
+        json.dumps({"s": {"image_path": ["a/1.png"], "frontal_lateral": ["Frontal"], "context": None} | rest})
+    )
+    (study,) = read_studies(path)
+    assert (study.id, study.image, study.reference) == ("s", tmp_path / "a/1.png", "Clear.")
+
+
 def test_ids_may_come_twice_where_nobody_needs_them(tmp_path: Path) -> None:
     assert len(read_studies(listed(tmp_path, entry(1), entry(1)), unique=False)) == 2
 
@@ -93,12 +124,16 @@ def test_what_the_evaluation_leaves_out_is_left_out_and_counted(tmp_path: Path) 
             entry(8, view="ap"),
             entry(8, view="ap"),
             entry(9, view=None, image=["9.png"]),
+            entry(10, view="AP SUPINE", generate_method="Rule-based"),
+            entry(11, view="frontal"),
+            entry(12, view="UNKNOWN"),
+            entry(13, conversations=report("nan")),
         )
     )
-    assert [study.id for study in studies] == ["study-1", "study-8", "study-9"]
+    assert [study.id for study in studies] == [f"study-{number}" for number in (1, 8, 9, 10, 11)]
     assert studies.remark == (
-        "7 of 10 studies of the list left out: 1 of view LATERAL, 1 of view LL, 3 without findings, "
-        "1 with findings by gpt4, 1 listed before"
+        "9 of 14 studies of the list left out: 1 of view LATERAL, 1 of view LL, 4 without findings, "
+        "1 with findings by gpt4, 1 listed before, 1 of view UNKNOWN"
     )
     assert read_studies(listed(tmp_path, entry(1))).remark is None
 

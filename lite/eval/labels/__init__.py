@@ -23,9 +23,9 @@ from lite.eval.labels.language import unreadable
 from lite.eval.labels.mentions import name_findings, read_structures
 from lite.eval.labels.places import attribute, share_places
 from lite.eval.labels.readings import LABELS, Found, Label, Mention, Reading, Side, Size, Status, Zone
-from lite.eval.labels.scopes import classify, clauses
+from lite.eval.labels.scopes import FINITE, classify, clauses
 from lite.eval.labels.sentences import sentences
-from lite.eval.labels.vocabulary import phrase
+from lite.eval.labels.vocabulary import WORDS, phrase
 
 __all__ = [
     "LABELS", "Label", "Mention", "Reading", "Side", "Size", "Status", "Zone", "read_labels", "read_mentions",
@@ -33,6 +33,9 @@ __all__ = [
 ]  # fmt: skip
 
 _EXTUBATED = phrase("extubated")
+_NUMBER = re.compile(r"\(?\d{1,2}[.)]?")
+_LEAD = re.compile(rf"(?:there (?:is|are) )?{WORDS['lead']} ?:")
+_BETWEEN_ITEMS = re.compile(r"[.,]?(?:;|[ \t\r]*(?:\n|[•▪●◦‣]))[^\w\n]*(?:\d{1,2}[^\w\n]+)?")
 
 
 def read_mentions(text: str | None) -> list[Mention]:
@@ -75,14 +78,23 @@ def read_labels(text: str | None) -> dict[Label, Reading]:
 
 def _read_report(text: str) -> Iterator[Found]:
     """Yield what every sentence says, at positions in the report."""
+    lead, previous = "", 0
     for start, end in sentences(text):
         words = list(re.finditer(r"\S+", _plain(text[start:end])))
         normalised = " ".join(word[0] for word in words)
+        if not normalised or _NUMBER.fullmatch(normalised):
+            continue
+        # "No evidence of:" governs the items behind it, each of which is a sentence.
+        own = _LEAD.match(normalised)
+        between = _BETWEEN_ITEMS.fullmatch(text, previous, start + words[0].start()) if lead else None
+        goes_on = between and not FINITE.search(normalised)
+        lead = f"{own[0].strip()} " if own else lead if goes_on else ""
+        previous, shift = end, 0 if own else len(lead)
         # A sentence is read once however often it returns: "No pleural effusion or pneumothorax" returns a lot.
-        found_in_sentence = _read_sentence(normalised)
+        found_in_sentence = _read_sentence(normalised if own else lead + normalised)
         if not found_in_sentence:
             continue
-        starts = [0, *accumulate(len(word[0]) + 1 for word in words[:-1])]
+        starts = list(accumulate((len(word[0]) + 1 for word in words[:-1]), initial=shift))
         for found in found_in_sentence:
             first, last = bisect_right(starts, found.start) - 1, bisect_right(starts, found.end - 1) - 1
             yield replace(

@@ -28,6 +28,7 @@ def _zones(text: str) -> list[str]:
     return [zone for zone, pattern in _ZONE.items() if pattern.search(text)]
 
 
+_FROM_TO = re.compile(r"\b(?:from (?:\w+ ){1,2}to|previously \w+,(?: is| are)? now)(\b.*)")
 _NOW = re.compile(r"\b(?:now|to|currently)\b(.*)")
 
 
@@ -37,9 +38,9 @@ def _largest_size(text: str) -> Size | None:
     return sizes[-1] if sizes else None
 
 
-def _new_size(behind: str) -> Size | None:
+def _new_size(gap: str, behind: str) -> Size | None:
     """Read "has increased to moderate", which outdates the size in front."""
-    change = _NOW.search(behind)
+    change = _FROM_TO.search(gap) or _NOW.search(behind)
     return _largest_size(change[1]) if change else None
 
 
@@ -66,8 +67,20 @@ _MODIFIER_ONLY = re.compile(rf"(?:[\s>,/]|\b{WORDS['modifier']}\b)*")
 _PLACE_OPENS = re.compile(rf"\s*{WORDS['place_opener']}\b")
 # "In the right lung, there is a mass, and in the left, small nodules"
 _PLACE_FIRST = re.compile(r"(?:^|\band)\s*(?:in|on|at|within) [^,]*,[^,]*$")
+# "left greater than right", "and trace on the left"
+_AND_THE_OTHER = (
+    r",?\s*(?:\w+ )?(?:greater|larger|more|>|right and left|left and right)"
+    r"|,?\s*and (?:a )?(?:\w+ )?(?:one )?on (?:the )?(?:left|right)\b"
+)
+# "The left effusion is small; the right is trace."
+_OTHER_SIDE = re.compile(
+    r"[^,;]{0,60}(?:[,;]|,? (?:and|while))(?: the)? (left|right)(?: one| side)? (?:is|remains?|persists?)\b"
+    r"(?! (?:\w+ )?(?:clear|normal|sharp|unremarkable|spared|resolved|gone|not|no|free|absent|decreased to none)\b)"
+)
 # "and a smaller one at the right base"
-_ANOTHER = re.compile(rf"(?:\s|\b{WORDS['modifier']}\b)*(?:focus|foci|areas?|ones?|patch|component) (?:in|at|on)\b")
+_ANOTHER = re.compile(
+    rf"(?:\s|\b{WORDS['modifier']}\b)*(?:(?:focus|foci|areas?|ones?|patch|component) )?(?:in|at|on)\b"
+)
 
 
 def _stretches_before(gap: str) -> list[str]:
@@ -96,7 +109,7 @@ def _stretch_after(gap: str, *, last: bool) -> str:
         listed, other = pieces[3 * index - 2], pieces[3 * index - 1]
         text = texts[index]
         if _ANOTHER.match(text):
-            kept.append(text)
+            kept.append((listed or "") + text)
             continue
         if other in ("with", "without", "may", "could", "might", "that", "from", "given", "there", ";"):
             break
@@ -123,14 +136,16 @@ def attribute(sentence: str, start: int, end: int, found: list[Found]) -> list[F
         if opening and (before == start or opening[0].startswith("and")):
             sides = _sides(opening[0])
         side_follows = False
-        if not sides or re.match(r",?\s*(?:\w+ )?(?:greater|larger|more|>|right and left|left and right)", behind):
+        if not sides or re.match(_AND_THE_OTHER, behind):
             sides |= _sides(behind)
             side_follows = bool(sides)
         if not sides and before == start:
             # "On the right there is an effusion": anything earlier in the clause will do.
             sides = _sides(sentence[start : item.start])
+        if len(sides) == 1 and item.status != "negative" and (other := _OTHER_SIDE.match(sentence, item.end)):
+            sides |= {other[1]}
         zones = _zones(front) or _zones(behind)
-        size = _new_size(behind) or _largest_size(front) or _largest_size(behind)
+        size = _new_size(sentence[item.end : after], behind) or _largest_size(front) or _largest_size(behind)
         described.append(
             replace(
                 item,
@@ -159,7 +174,8 @@ def share_places(sentence: str, found: list[Found]) -> list[Found]:
         if not (pair <= {*_IN_THE_LUNG, ""} or pair == {"", "Fracture"}) or len(gap) > 90:
             continue
         joined = _PLAIN_AND.fullmatch(gap) is not None
-        if first.side and not second.side and (joined or _SAME_PLACE.search(gap)):
+        explains = first.label == "Lung Opacity" and second.status == "uncertain" and gap.endswith(", ")
+        if first.side and not second.side and (joined or explains or _SAME_PLACE.search(gap)):
             found[index] = replace(second, side=first.side, zone=second.zone or first.zone)
         elif second.side and not first.side and joined and second.side_follows:
             found[index - 1] = replace(first, side=second.side, zone=first.zone or second.zone)

@@ -195,7 +195,7 @@ def _classify_backwards(clause: str, offset: int, found: list[Found]) -> list[Fo
         kind = cue.lastgroup
         for index in _subjects(clause, offset, found, cue.start() + offset):
             device = found[index].label == "Support Devices"
-            if device and kind == "deny" and _PART_OF_DEVICE.search(clause, 0, cue.start()):
+            if device and kind in ("deny", "doubt") and _PART_OF_DEVICE.search(clause, 0, cue.start()):
                 continue
             if kind == "deny" or (kind == "removed" and device) or (kind in ("resolved", "normal") and not device):
                 found[index] = replace(found[index], status="negative")

@@ -33,6 +33,9 @@ _ABBREVIATION = re.compile(
     r"|sup|etc|e\.g|i\.e|a\.m|p\.m|\w\.\w|[a-z])|\d)$",
     re.IGNORECASE,
 )
+# A bullet in a line: between small letters, or the one that the line begins with.
+_AFTER_PROSE = re.compile(r"[a-z.] [^\w\s] [A-Z][a-z ]")
+_OTHER_SIDE_IS = re.compile(r"\s*(?:the )?(?:left|right)(?: one| side)? (?:is|are|remains?|has)\b", re.IGNORECASE)
 _NO = re.compile(r"(?:\bnos?|[:=] ?[ny])$", re.IGNORECASE)
 _ANSWER = re.compile(
     r"\s*(?:(?:yes|no|none|negative|positive|absent|present|nil)\b\s*(?:[.,;]|$)"
@@ -43,7 +46,7 @@ _BULLET = r"[-*•–—·▪●◦‣]"
 _STOP = re.compile(
     rf"[.!?]+(?=[\s\"')\]]|$)|(?<=[a-z]{{3}})\.(?=[A-Z])|;|\n|<br\s?/?>| (?:\||--) |[•▪●◦‣]"
     # Bullets and numbers within a line.
-    rf"|(?<=[a-z.] ){_BULLET}(?= [A-Z][a-z ])"
+    rf"|(?<= ){_BULLET}(?= [A-Z])"
     r"|(?<=[A-Za-z] )\d{1,2}[.)](?= [A-Z])"
 )
 
@@ -72,7 +75,8 @@ def _sections(text: str, line_ends: set[int]) -> Iterator[tuple[int, int]]:
         if heading["skip"] or heading["skip_line"]:
             end = following.start() if following else None
             line = text.find("\n", start, end)
-            if heading["skip_line"] and line in line_ends and text[start:line].strip():
+            ends = heading["skip_line"] or following is None
+            if ends and line in line_ends and text[start:line].strip():
                 start = line
             else:
                 start = _end_of_skipped(text, start, end)
@@ -97,6 +101,12 @@ def _end_of_skipped(text: str, start: int, following: int | None) -> int:
 def _ends_sentence(text: str, start: int, stop: re.Match[str]) -> bool:
     """Tell a full stop from an abbreviation's, and a question from one that is answered."""
     mark = stop[0]
+    if mark == ";":
+        return not _OTHER_SIDE_IS.match(text, stop.end())
+    if mark in "-*·–—":
+        line = text.rfind("\n", 0, stop.start()) + 1
+        opening = _NOT_SPACE.search(text, line, stop.start())
+        return bool(_AFTER_PROSE.match(text, stop.start() - 2)) or (opening is not None and opening[0] == mark)
     if mark[0] == "?":
         # "? small effusion" asks about what follows, "Effusion? No." has its answer behind.
         asked = start < stop.start() and not text[stop.start() - 1].isspace()
