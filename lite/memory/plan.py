@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from lite.artifact.parts import OnnxPart, VisionPart
     from lite.config import DecoderConfig
 
-FIRST_USE_BYTES: Final = 170 << 20
-"""What the packages add on a CPU when they are first used: threads, torch's tables of operators and the code of its
-kernels, the tokenizer. Measured with the phantom model, whose weights are small beside it, torch and ONNX Runtime
-imported before (torch 2.13, ONNX Runtime 1.32, a Xeon with AVX-512 and AMX, November 2026; 110 on one with AVX2)."""
+FIRST_USE_BYTES: Final = 40 << 20
+"""What the packages add on a CPU when they are first used: threads, the code of torch's kernels, the tokenizer.
+
+Measured with the phantom model, whose weights are small beside it, torch and ONNX Runtime imported before: 29 to 32 MiB
+with four formats (torch 2.13, ONNX Runtime 1.32, an EPYC with AVX-512, November 2026).
+"""
 ONNX_FIRST_USE_BYTES: Final = 17 << 20
 """The same without torch."""
 REASON_TOKENS: Final = 64
