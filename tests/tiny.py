@@ -281,3 +281,14 @@ def film(seed: int, *, height: int = 40, width: int = 36) -> Image.Image:
     """A picture of noise: to a random model as good as any."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def with_cache_kl(artifact: Artifact, kl: float | None, *, onnx: float | None = None) -> Artifact:
+    """Say what an int8 cache loses, with either engine, or with onnx something else."""
+    decoder, decoder_onnx = artifact.manifest.parts.decoder, artifact.manifest.parts.decoder_onnx
+    assert decoder_onnx is not None
+    fidelity, of_onnx = (None if lost is None else cache_fidelity(lost) for lost in (kl, kl if onnx is None else onnx))
+    return artifact.with_parts(
+        decoder=dataclasses.replace(decoder, fidelity=fidelity),
+        decoder_onnx=dataclasses.replace(decoder_onnx, fidelity=of_onnx),
+    )

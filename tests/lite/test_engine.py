@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from repository import run_python
-from tiny import cache_fidelity, write_tiny_gptq_artifact
+from tiny import with_cache_kl, write_tiny_gptq_artifact
 
 import lite
 from export import OnnxSettings, add_onnx
@@ -256,17 +256,6 @@ def test_an_old_onnxruntime_is_named(tiny_onnx_artifact: Artifact, monkeypatch: 
 
 
 # ---- the cache that is taken unasked
-
-
-def with_cache_kl(artifact: Artifact, kl: float | None, *, onnx: float | None = None) -> Artifact:
-    """Say what an int8 cache loses, with either engine, or with onnx something else."""
-    decoder, decoder_onnx = artifact.manifest.parts.decoder, artifact.manifest.parts.decoder_onnx
-    assert decoder_onnx is not None
-    fidelity, of_onnx = (None if lost is None else cache_fidelity(lost) for lost in (kl, kl if onnx is None else onnx))
-    return artifact.with_parts(
-        decoder=dataclasses.replace(decoder, fidelity=fidelity),
-        decoder_onnx=dataclasses.replace(decoder_onnx, fidelity=of_onnx),
-    )
 
 
 def test_a_cpu_takes_the_int8_cache_that_loses_little(tiny_onnx_artifact: Artifact) -> None:

@@ -119,6 +119,8 @@ class LlamaModel(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         # `nn.Embedding(...)` draws its numbers, which on the meta device imports torch's compiler: 1 s and 140 MB.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size))
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            torch.empty(config.vocab_size, config.hidden_size)
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
