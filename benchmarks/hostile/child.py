@@ -91,6 +91,7 @@ class Watch:
         """Read, send how that ended, and leave without what Python does at exit."""
         ending = "failure"
         try:
+            alone()
             _bound()
             self.seen = []
             try:
@@ -107,6 +108,12 @@ class Watch:
             why = f"{type(error).__name__}: {str(error)[:120]} ({Path(last.filename).name}, {last.name})"
         os.write(send, f"{ending}\n{why}".encode(errors="replace")[:4000])
         os._exit(0)
+
+
+def alone() -> None:
+    """Let torch compute with this thread alone: it would wait for those that its parent has and a fork has not."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def _bound() -> None:

@@ -56,7 +56,7 @@ def spoil(
     """Read an input of each kind for each seed, in turns, until there are no more or it is time."""
     watch = Watch(work / "outside")
     counts = {kind: Count() for kind in kinds}
-    for seed, kind in itertools.product(seeds, kinds):
+    for seed, kind in ((seed, kind) for seed in seeds for kind in kinds):  # `product` would wait for the last seed
         if ends():
             break
         with input_folder(work) as folder:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks.demo import GPTQ_INT4
 from benchmarks.exports import PHANTOM
+from benchmarks.hostile.child import alone
 from lite.artifact.open import load_artifact
 from lite.errors import ArtifactError, LiteError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SOURCE: Final = ("--checkpoint", str(PHANTOM / "llava-rad-phantom"), "--base", str(PHANTOM / "base"))
+_SECONDS: Final = 600  # no export of the demo takes as long
 _QUICK: Final = ("--verify-studies", "1", "--verify-tokens", "4", "--device", "cpu", "--quiet")
 
 
@@ -110,6 +112,8 @@ class Export:
             nowhere = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(nowhere, stream)
+            alone()
+            signal.alarm(_SECONDS)
             sys.argv = ["export", *self.arguments]
             sys.modules.pop("export.__main__", None)  # it is to run anew
             runpy.run_module("export", run_name="__main__", alter_sys=True)

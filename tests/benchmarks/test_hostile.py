@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -106,6 +107,12 @@ def test_inputs_of_every_kind_are_read_or_refused(material: Material, tmp_path: 
     assert {kind: count.total for kind, count in counts.items()} == dict.fromkeys(KINDS, 3)
     assert {why for count in counts.values() for why in count.failures} == set()
     assert any(count.refused for count in counts.values())
+
+
+def test_inputs_without_end_end_in_time(material: Material, tmp_path: Path) -> None:
+    ended = iter([False, False, True])
+    counts = spoil(material, ["reason", "studies"], itertools.count(), tmp_path, ends=lambda: next(ended))
+    assert {kind: count.total for kind, count in counts.items()} == {"reason": 1, "studies": 1}
 
 
 def test_an_export_is_killed_and_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
