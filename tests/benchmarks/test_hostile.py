@@ -91,6 +91,17 @@ def test_what_is_read_or_refused_is_none(watch: Watch) -> None:
     assert (outcome.ending, outcome.why) == ("refused", "got this · expected that · do so")
 
 
+def test_a_child_does_not_wait_for_threads_that_only_its_parent_has(watch: Watch) -> None:
+    torch = pytest.importorskip("torch")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 22).sum()  # begins the threads
+        assert watch.read(lambda: torch.ones(1 << 22).sum()).ending == "read"
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_is_an_input(kind: str, material: Material, tmp_path: Path) -> None:
     written = []
