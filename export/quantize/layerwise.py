@@ -10,7 +10,7 @@ passed through the rounded layer, and are the next one's inputs. One layer, one 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.nn import functional
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.quantize.calibration import HiddenStates
-    from export.settings import ExportSettings
+    from export.quantize.gptq import Grid
+    from export.settings import ExportSettings, GptqSettings
     from lite.config import DecoderConfig
 
 PASSES: Final = 6
@@ -58,6 +59,13 @@ _MLP: Final = _Half(
 )
 
 
+class RoundsLinear(Protocol):
+    """Rounds one linear by the Hessian of its inputs, as `gptq` does."""
+
+    def __call__(self, weight: Tensor, hessian: Tensor, grid: Grid, options: GptqSettings, *, name: str) -> Quantized:
+        """Return the weight, float32 [N, K], rounded; see `gptq`."""
+
+
 class LayerQuantizer:
     """A decoder layer on its way: what is still float32, and what is rounded."""
 
@@ -69,6 +77,7 @@ class LayerQuantizer:
         settings: ExportSettings,
         *,
         advance: Callable[[], object] = lambda: None,
+        rounds: RoundsLinear = gptq,
     ) -> None:
         """Take a layer.
 
@@ -78,6 +87,7 @@ class LayerQuantizer:
             config: The decoder's shape.
             settings: How to round, and where to compute.
             advance: Called `PASSES` times.
+            rounds: Rounds a linear; something else where what is not exported is measured.
 
         Raises:
             CheckpointError: A weight does not fit float16.
@@ -85,6 +95,7 @@ class LayerQuantizer:
         for key, tensor in layer.items():
             require_float16(f"{name}.{key}", tensor)
         self.name, self.config, self.settings, self.advance = name, config, settings, advance
+        self._rounds = rounds
         self.device = torch.device(settings.device)
         self.pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
         layer.clear()
@@ -171,7 +182,7 @@ class LayerQuantizer:
         grid = grid_of(self.settings, len(H), bits=self.settings.bits)
         for name in names:
             weight = self.pending.pop(f"{name}.weight")
-            self.linears[name] = gptq(weight, H, grid, self.settings.gptq, name=f"{self.name}.{name}")
+            self.linears[name] = self._rounds(weight, H, grid, self.settings.gptq, name=f"{self.name}.{name}")
             self.errors[name] = relative_error(weight, self.linears[name].dequantized(), H)
         self.advance()
 
