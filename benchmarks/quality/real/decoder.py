@@ -137,6 +137,9 @@ def _require_files(folder: Path) -> None:
         if not any((folder / name).is_file() for name in names):
             msg = f"{folder}: got no {' or '.join(names)} · expected {what} · fetch the folder whole, in this form"
             raise CheckpointError(msg)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        msg = f"{folder}: got tokenizer.model alone · expected tokenizer_config.json beside it, which says what goes "
+        raise CheckpointError(f"{msg}before a text · fetch that, too")
 
 
 def _read_config(file: Path) -> DecoderConfig:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.quality.real.decoder import RealDecoder
-    from benchmarks.quality.real.rows import Way
+    from benchmarks.quality.real.rounding import Way
     from benchmarks.quality.real.texts import Block
 
 

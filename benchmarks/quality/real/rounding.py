@@ -74,6 +74,15 @@ class Rounding(Protocol):
         """Round a layer; each but the first is the one behind the last."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A way to round."""
+
+    name: str
+    make: Callable[[Setup], Rounding]
+    usual: bool = True  # measured unless others are named
+
+
 @dataclass(slots=True)
 class Timed:
     """Counts seconds, on a GPU too."""

@@ -7,15 +7,16 @@ weight in `_others`, or a rounding by the Hessian in `experiments.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from benchmarks.exports import Recipe
 from benchmarks.quality.real.experiments import EXPERIMENTS, rounded_beyond
-from benchmarks.quality.real.rounding import Calibrated, Plain, Rounding, Setup, by_settings
+from benchmarks.quality.real.peer import peers
+from benchmarks.quality.real.rounding import Calibrated, Plain, Rounding, Setup, Way, by_settings
 from benchmarks.quality.real.smollm2 import import_gguf
 from benchmarks.quality.recipes import TRICKS, ablation, alone, gptq_recipe
 from export.__main__ import read_settings
@@ -32,18 +33,12 @@ DEFAULT: Final = "default"
 """The row that the others are set beside: what the exporter does by itself in 4 bits."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """A way to round."""
+def ways(group_size: int, interop_python: Path) -> list[Way]:
+    """Return all ways, `DEFAULT` first; those without a group size in their name have this one.
 
-    name: str
-    make: Callable[[Setup], Rounding]
-    usual: bool = True  # measured unless others are named
-
-
-def ways(group_size: int) -> list[Way]:
-    """Return all ways, `DEFAULT` first; those without a group size in their name have this one."""
-    found = [*_exported(group_size), *_others()]
+    `interop_python` is that of the environment of `make interop`.
+    """
+    found = [*_exported(group_size), *_others(), *peers(group_size, interop_python)]
     for name, (options, rounds) in EXPERIMENTS.items():
         settings = _settings(
             Recipe(name=name, options=(*gptq_recipe(4, group_size).options, *options), calibrated=True)
