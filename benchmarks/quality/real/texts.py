@@ -31,7 +31,7 @@ REPORTS_SEED: Final = 20_261_501  # of studies that are used for nothing else
 _STUDIES_A_DOCUMENT: Final = 16
 _REPORT_DOCUMENTS: Final = 120
 _BLOCKS_A_DOCUMENT: Final = 2
-_MOST_MODULES: Final = 250
+_MOST_MODULES: Final = 120
 Block = tuple[int, ...]
 """Token ids that are read together."""
 
