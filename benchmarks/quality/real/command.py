@@ -10,7 +10,7 @@ from benchmarks.quality.real.decoder import LlamaFolder
 from benchmarks.quality.real.measure import Judge, measure
 from benchmarks.quality.real.rows import DEFAULT, ways
 from benchmarks.quality.real.smollm2 import GgufLlama, carried_file
-from benchmarks.quality.real.table import report
+from benchmarks.quality.real.table import cells_of, report
 from benchmarks.quality.real.texts import read_blocks, sha256_of_blocks
 from lite.console import say
 from lite.engines.machine import check_device
@@ -72,8 +72,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     judge = Judge(decoder, evaluation, device)
     rows = []
     for row in measure(chosen, judge, calibration):
-        kl = "" if row.judged is None else f"KL {row.judged.divergence.mean_kl.value:.3g}"
-        say(f"{row.name}: {row.error or row.skipped or kl}")  # the table comes at the end
+        say(" · ".join(cells_of(row)[:-1]) if row.judged else f"{row.name}: {row.error or row.skipped}")
         rows.append(row)
     about = {
         "decoder": f"{decoder.name}, {decoder.config.num_hidden_layers} layers, perplexity {judge.perplexity:.2f}",

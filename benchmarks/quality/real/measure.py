@@ -124,12 +124,12 @@ def measure(ways: Sequence[Way], judge: Judge, calibration: Sequence[Block]) -> 
     for way in ways:
         try:
             judged, blocks = _judge(way, judge, calibration, beside, errors)
-        except Skipped as reason:
-            yield Row(name=way.name, skipped=str(reason))
         except LiteError as error:
             if not beside:
                 raise
-            yield Row(name=way.name, error=str(error))
+            said = str(error)
+            skipped = isinstance(error, Skipped)
+            yield Row(name=way.name, skipped=said) if skipped else Row(name=way.name, error=said)
         else:
             beside, errors = beside or blocks, errors or judged.errors
             yield Row(name=way.name, judged=judged)

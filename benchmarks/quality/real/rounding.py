@@ -24,6 +24,7 @@ from export.quantize.layerwise import LayerQuantizer
 from export.source.lora import LINEARS
 from export.write.decoder import grid_of
 from kernels.bnb import Int8Weight, Nf4Weight
+from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _NF4_BITS: Final = 4 + 8 / 64 + 32 / (64 * 256)  # a code, a block's magnitude, and that of 256 blocks
 
 
-class Skipped(Exception):  # noqa: N818 - nothing went wrong
+class Skipped(LiteError):  # noqa: N818 - nothing went wrong
     """Raised where a way cannot be tried here, and that is not its fault: says why."""
 
 

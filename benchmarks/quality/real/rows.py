@@ -16,12 +16,13 @@ import torch
 from benchmarks.exports import Recipe
 from benchmarks.quality.real.experiments import EXPERIMENTS, rounded_beyond
 from benchmarks.quality.real.peer import peers
-from benchmarks.quality.real.rounding import Calibrated, Plain, Rounding, Setup, Way, by_settings
+from benchmarks.quality.real.rounding import Calibrated, Plain, Rounding, Setup, Skipped, Way, by_settings
 from benchmarks.quality.real.smollm2 import import_gguf
 from benchmarks.quality.recipes import TRICKS, ablation, alone, gptq_recipe
 from export.__main__ import read_settings
 from export.source.shapes import layer_shapes
 from export.write.decoder import require_divisible
+from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def _settings(recipe: Recipe) -> ExportSettings:
 
 
 def _beyond(settings: ExportSettings, rounds: Callable[[Setup], RoundsLinear], setup: Setup) -> Rounding:
-    require_divisible(layer_shapes(setup.decoder.config), settings)
+    _require_fits(setup, settings)
     return rounded_beyond(setup, settings, rounds(setup))
 
 
@@ -79,10 +80,17 @@ def _named(name: str, recipe: Recipe) -> Recipe:
 
 def _way(recipe: Recipe, settings: ExportSettings) -> Way:
     def make(setup: Setup) -> Rounding:
-        require_divisible(layer_shapes(setup.decoder.config), settings)
+        _require_fits(setup, settings)
         return Calibrated(setup, settings) if recipe.calibrated else Plain(by_settings(settings), setup.device)
 
     return Way(name=recipe.name, make=make, usual=not recipe.name.startswith("full-without"))
+
+
+def _require_fits(setup: Setup, settings: ExportSettings) -> None:
+    try:
+        require_divisible(layer_shapes(setup.decoder.config), settings)
+    except CheckpointError as error:
+        raise Skipped(str(error)) from error
 
 
 def _others() -> Iterator[Way]:

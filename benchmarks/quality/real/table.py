@@ -37,7 +37,8 @@ def _interval(estimate: Estimate, digits: str) -> str:
     return f"{shown(estimate.value, digits)} [{shown(estimate.low, digits)}, {shown(estimate.high, digits)}]"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells_of(row: Row) -> tuple[str, ...]:
+    """Return a line of the table."""
     judged = row.judged
     if judged is None:
         return (row.name, *["–"] * (len(_HEADER) - 1))
@@ -50,7 +51,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         shown(divergence.p99_kl.value, ".3g"),
         f"{divergence.same_top.value:.1%}",
         shown(divergence.perplexity_ratio.value),
-        "1" if judged.kl_ratio is None else _interval(judged.kl_ratio, ".2f"),
+        "1" if judged.kl_ratio is None else _interval(judged.kl_ratio, "#.2g"),
         f"{judged.seconds:.0f}",
     )
 
@@ -59,7 +60,7 @@ def format_table(rows: Sequence[Row]) -> str:
     """Return rows as a markdown table, and below it why some have no figures."""
     missing = [f"- {row.name} skipped: {row.skipped}" for row in rows if row.skipped is not None]
     missing += [f"- {row.name} failed: {row.error}" for row in rows if row.error is not None]
-    return "\n".join([markdown_table(_HEADER, [*map(_cells, rows)], left=1), *(["", *missing] if missing else [])])
+    return "\n".join([markdown_table(_HEADER, [*map(cells_of, rows)], left=1), *(["", *missing] if missing else [])])
 
 
 def report(rows: Sequence[Row], about: Mapping[str, Any], *, command: str, as_json: bool) -> int:
