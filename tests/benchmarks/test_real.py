@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_folder import write_llama
 from safetensors.torch import save_file
-from tiny import random_llama, tiny_llama_config
+from tiny import random_llama
 
 from benchmarks.quality.command import INTEROP_PYTHON, main
 from benchmarks.quality.real import texts
@@ -33,29 +34,6 @@ from export.quantize.gptq import Grid, gptq, relative_error
 from export.settings import GptqSettings
 from lite.errors import BackendUnavailable, CheckpointError, LiteError
 from lite.eval.divergence import StudyDivergence
-
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
-
-
-def write_llama(folder: Path, tokenizer_model: bytes, *, shards: int = 1, **changes: Any) -> Path:
-    """Write a random Llama as a Hugging Face folder, with the tests' tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = tiny_llama_config(420, **{**SHAPE, **changes})
-    tensors = random_llama(config)
-    names = sorted(tensors)
-    by_shard = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-    else:
-        for shard, inside in by_shard.items():
-            save_file({name: tensors[name] for name in inside}, folder / shard)
-        weight_map = {name: shard for shard, inside in by_shard.items() for name in inside}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes(tokenizer_model)
-    words = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words))
-    return folder
 
 
 @pytest.fixture(scope="module")

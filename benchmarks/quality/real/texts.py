@@ -16,6 +16,7 @@ import pydoc_data.topics
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -36,8 +37,13 @@ Block = tuple[int, ...]
 """Token ids that are read together."""
 
 
-def documentation() -> Iterator[str]:
-    """Yield documents of the Python installation: help topics, licence, the docstrings of each module."""
+@cache
+def documentation() -> tuple[str, ...]:
+    """Return documents of the Python installation: help topics, licence, the docstrings of some modules."""
+    return tuple(_documentation())
+
+
+def _documentation() -> Iterator[str]:
     yield from pydoc_data.topics.topics.values()
     library = Path(sysconfig.get_path("stdlib"))
     yield from (file.read_text(encoding="utf-8", errors="replace") for file in sorted(library.glob("LICENSE*")))
