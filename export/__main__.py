@@ -80,18 +80,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> int:
     from export import export_artifact
 
-    settings = ExportSettings(
+    artifact = export_artifact(options.checkpoint, options.base, options.out, _settings(options))
+    for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial*")):
+        say(f"note: {left} is left from an export that was killed: remove it, unless one is running")
+    print_line(export_summary(artifact))
+    return 0
+
+
+def read_settings(options: Sequence[str]) -> ExportSettings:
+    """Return the settings that these options ask for, as an export with them would have.
+
+    Raises:
+        ArtifactError: They exclude each other, or one would change nothing.
+    """
+    return _settings(_parser().parse_args(["--checkpoint", ".", "--base", ".", "--out", ".", *options]))
+
+
+def _settings(options: argparse.Namespace) -> ExportSettings:
+    return ExportSettings(
         decoder_format=options.decoder,
         vision_format=options.vision,
         gptq=GptqSettings(**_given(GptqSettings, options)),
         onnx=options.engine == "onnx",
         **_given(ExportSettings, options),
     )
-    artifact = export_artifact(options.checkpoint, options.base, options.out, settings)
-    for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial*")):
-        say(f"note: {left} is left from an export that was killed: remove it, unless one is running")
-    print_line(export_summary(artifact))
-    return 0
 
 
 def _given(settings: type[DataclassInstance], options: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "export": {"kernels", "lite", "export"},
     "benchmarks": {"kernels", "lite", "benchmarks"},
 }
+# Decoders that are not LLaVA-Rad's are none of the exporter's command line: its functions are measured on them.
+MAY_IMPORT_EXPORT = "benchmarks/quality/real/"
 FIRST_PARTY = {*MAY_IMPORT, "tests"}
 # The same inside lite, lowest first: a module or package imports itself and what stands in lines above its own.
 LITE = (
@@ -45,7 +47,7 @@ LITE = (
 
 MAX_FILE, MAX_FUNCTION = 400, 50
 # What each weighs today. A capability that needs more raises its line in the commit that brings it, and says why.
-MAX_LINES = {"lite": 15_800, "export": 5_300, "kernels": 2_400, "benchmarks": 9_950, "tests": 22_700}
+MAX_LINES = {"lite": 15_800, "export": 5_320, "kernels": 2_400, "benchmarks": 11_750, "tests": 23_150}
 MAX_REQUEST_LINES, MAX_REQUEST_FILES = 1_800, 9
 # What one request goes through, from the command line to the kernel.
 REQUEST_PATH = (
@@ -204,6 +206,7 @@ def test_packages_import_only_what_is_below_them(package: str) -> None:
         f"{path.relative_to(ROOT)}:{line} imports {top}"
         for path in files
         for line, top in forbidden_imports(path.read_text(encoding="utf-8"), package)
+        if (top, relative(path).startswith(MAY_IMPORT_EXPORT)) != ("export", True)
     ]
     assert wrong == []
 

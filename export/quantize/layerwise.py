@@ -10,7 +10,7 @@ passed through the rounded layer, and are the next one's inputs. One layer, one 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch.nn import functional
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.quantize.calibration import HiddenStates
+    from export.quantize.gptq import Grid
     from export.quantize.importance import Importance
-    from export.settings import ExportSettings
+    from export.settings import ExportSettings, GptqSettings
     from lite.config import DecoderConfig
 
     _Weights = Callable[[str, int], Tensor]
@@ -65,6 +66,13 @@ _MLP: Final = _Half(
 )
 
 
+class RoundsLinear(Protocol):
+    """Rounds one linear by the Hessian of its inputs, as `gptq` does."""
+
+    def __call__(self, weight: Tensor, hessian: Tensor, grid: Grid, options: GptqSettings, *, name: str) -> Quantized:
+        """Return the weight, float32 [N, K], rounded; see `gptq`."""
+
+
 class LayerQuantizer:
     """A decoder layer on its way: what is still float32, and what is rounded."""
 
@@ -76,6 +84,7 @@ class LayerQuantizer:
         settings: ExportSettings,
         *,
         advance: Callable[[], object] = lambda: None,
+        rounds: RoundsLinear = gptq,
     ) -> None:
         """Take a layer.
 
@@ -85,6 +94,7 @@ class LayerQuantizer:
             config: The decoder's shape.
             settings: How to round, and where to compute.
             advance: Called `PASSES` times.
+            rounds: Rounds a linear; something else where what is not exported is measured.
 
         Raises:
             CheckpointError: A weight does not fit float16.
@@ -92,6 +102,7 @@ class LayerQuantizer:
         for key, tensor in layer.items():
             require_float16(f"{name}.{key}", tensor)
         self.name, self.config, self.settings, self.advance = name, config, settings, advance
+        self._rounds = rounds
         self.device = torch.device(settings.device)
         self.pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
         layer.clear()
@@ -173,7 +184,7 @@ class LayerQuantizer:
         grid = grid_of(self.settings, self.pending[f"{names[0]}.weight"].shape[1], bits=self.settings.bits)
         for name, H in zip(names, self._hessians(names, inputs, count, weights), strict=True):
             weight = self.pending.pop(f"{name}.weight")
-            self.linears[name] = gptq(weight, H, grid, self.settings.gptq, name=f"{self.name}.{name}")
+            self.linears[name] = self._rounds(weight, H, grid, self.settings.gptq, name=f"{self.name}.{name}")
             self.errors[name] = relative_error(weight, self.linears[name].dequantized(), H)
         self.advance()
 
