@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from export import verify
-from export.progress import progress_bar
+from export.progress import progress_bar, stage
 from export.quantize.calibration import CalibrationStudies, read_calibration
 from export.quantize.importance import IMPORTANCE_STUDIES
 from export.settings import DEFAULTS, ExportSettings
 from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
-from export.studies import NamedStudies, read_judged
+from export.studies import NamedStudies, read_judged, with_own_films
 from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, require_divisible
 from export.write.decoder_onnx import require_head_dim
 from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
@@ -102,15 +102,18 @@ def export_artifact(
         calibration = read_calibration(source, manifest, settings.gptq) if settings.calibrates else None
         _say_what_is_judged_twice(judged, calibration)
         _require_space(source, work.path, calibration, settings)
-        manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
+        with stage("hashing the sources", show=settings.show_progress):
+            manifest = dataclasses.replace(manifest, sources=_hash_sources(source, settings))
         work.require_same(_arguments(manifest, calibration, settings))
-        write_vision(source, work.vision, settings)
-        if calibration is not None:
-            record = write_calibrated_layers(source, work, manifest, calibration, settings)
-            manifest = _with_decoder(manifest, calibration=record)
-        finish_decoder(source, work, manifest, settings)
+        with stage("writing vision.onnx", show=settings.show_progress):
+            write_vision(source, work.vision, settings)
+        with stage("writing the decoder", show=settings.show_progress):
+            if calibration is not None:
+                record = write_calibrated_layers(source, work, manifest, calibration, settings)
+                manifest = _with_decoder(manifest, calibration=record)
+            finish_decoder(source, work, manifest, settings)
         manifest = _with_decoder(manifest, files=unhashed(*work.decoder.files()), merge=merge_record(source, work))
-        _keep_measured(out, source, work, manifest, judged, calibration or judged, settings)
+        _keep_measured(out, source, work, manifest, judged, calibration or with_own_films(judged), settings)
     return load_artifact(out)
 
 

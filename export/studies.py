@@ -22,6 +22,8 @@ from lite.prompt import PromptEncoder, Tokenizer
 from lite.studies.readers import check_films, read_studies
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from export.settings import ParitySettings
     from lite.artifact.manifest import Manifest
     from lite.config import Preprocessing
@@ -58,7 +60,7 @@ _BUILT_IN_TEXTS: Final = (
 """Reasons and findings that any model of this kind gives sensible probabilities to.
 
 Each has 40 words or more, and no tokenizer takes less than a token for a word: the four are past
-`verify.MIN_TOKENS_FOR_SAME_TOP` with any. The cost of a study is its image and prompt, not its text.
+`verify.MIN_TOKENS_FOR_SAME_TOP` with any. The cost of a study is its film, not its text: so the four share one.
 """
 
 
@@ -95,12 +97,46 @@ class EncodedStudy:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FilmStudies:
+    """Studies that begin alike: one film, and the same words before it. What they share is computed once."""
+
+    studies: tuple[EncodedStudy, ...]
+
+    @property
+    def pixel_values(self) -> Array:
+        """The film as the tower takes it, float32 [3, S, S]."""
+        return self.studies[0].pixel_values
+
+    def num_shared(self, num_patches: int) -> int:
+        """Return how many tokens they share: the film, and what comes before it."""
+        return self.studies[0].image_at + num_patches
+
+
+def by_film(studies: Sequence[EncodedStudy]) -> list[FilmStudies]:
+    """Put those together that begin alike."""
+    films: dict[tuple[str, tuple[int, ...]], list[EncodedStudy]] = {}
+    for study in studies:
+        films.setdefault((study.film_sha256, study.input_ids[: study.image_at]), []).append(study)
+    return [FilmStudies(studies=tuple(together)) for together in films.values()]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NamedStudies:
     """Studies, and what the manifest calls them: the file name of their list, or "built-in"."""
 
     data: str
     studies: list[EncodedStudy]
     left_out: int = 0  # studies of the list that could not be used
+
+
+def with_own_films(named: NamedStudies) -> NamedStudies:
+    """Give each built-in study a film of its own, for who wants to see many films and not few."""
+    studies = [
+        study if isinstance(study.film, Path)
+        else dataclasses.replace(study, film=_built_in_film(number, len(study.film)))
+        for number, study in enumerate(named.studies)
+    ]  # fmt: skip
+    return dataclasses.replace(named, studies=studies)
 
 
 class StudyReader:
@@ -129,20 +165,12 @@ class StudyReader:
         return self.from_list(Path(file), image_folder, count, option=option)
 
     def built_in(self, count: int) -> list[EncodedStudy]:
-        """Return studies made here: smooth shaded fields with noise, and fixed findings texts."""
-        size = self.preprocessing.image_size
-        studies = []
-        for number in range(count):
-            rng = np.random.default_rng([0xF11, number])
-            y, x = np.mgrid[0:size, 0:size] / size
-            waves = sum(
-                np.sin(2 * np.pi * (rng.uniform(0, 3) * x + rng.uniform(0, 3) * y + rng.uniform())) for _ in range(4)
-            )
-            film = 128 + 25 * waves + rng.normal(0, 12, (size, size))
-            pixels = np.repeat(np.clip(film, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-            reason, findings = _BUILT_IN_TEXTS[number % len(_BUILT_IN_TEXTS)]
-            studies.append(self._study(pixels, reason, findings))
-        return studies
+        """Return studies made here: smooth shaded fields with noise, and behind each of them all findings texts."""
+        studies: list[EncodedStudy] = []
+        for number in range(-(-count // len(_BUILT_IN_TEXTS))):
+            film = _built_in_film(number, self.preprocessing.image_size)
+            studies += [self._study(film, reason, findings) for reason, findings in _BUILT_IN_TEXTS]
+        return studies[:count]
 
     def from_list(self, file: Path, image_folder: str | Path | None, count: int, *, option: str) -> NamedStudies:
         """Return studies of a list: all, or `count` spread evenly over it.
@@ -190,6 +218,14 @@ class StudyReader:
         return EncodedStudy(
             film=film, preprocessing=self.preprocessing, input_ids=tuple(input_ids), target_ids=tuple(target_ids)
         )
+
+
+def _built_in_film(number: int, size: int) -> Array:
+    rng = np.random.default_rng([0xF11, number])
+    y, x = np.mgrid[0:size, 0:size] / size
+    waves = sum(np.sin(2 * np.pi * (rng.uniform(0, 3) * x + rng.uniform(0, 3) * y + rng.uniform())) for _ in range(4))
+    film = 128 + 25 * waves + rng.normal(0, 12, (size, size))
+    return np.repeat(np.clip(film, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def read_judged(tokenizer: Path, manifest: Manifest, max_seq_len: int, settings: ParitySettings) -> NamedStudies:

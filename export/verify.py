@@ -1,9 +1,9 @@
 """Parity: what the exported artifact computes against what the source computes, measured before it is kept.
 
 The source is computed plainly (see `export.source.forward`): LoRA beside the weights, all in float32. The artifact is
-computed from the files just written, `vision.onnx` by ONNX Runtime and `decoder/` by the runtime's own decoder. Both
-decoders are computed one layer at a time, so that 7B parameters need the memory of one layer. Each study is a film,
-its prompt, and a findings text; the decoder is scored on the text, teacher-forced:
+computed from the files just written, `vision.onnx` by ONNX Runtime and `decoder/` by the runtime's own decoder (see
+`export.logits`). Each study is a film, its prompt, and a findings text; the decoder is scored on the text,
+teacher-forced:
 
     source    film ─ torch tower ─ base + LoRA, float32 ──▶ p(token | …)  ─┐
     artifact  film ─ vision.onnx ─ decoder/ ──────────────▶ q(token | …)  ─┴▶ KL(p‖q), same top token
@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from export.progress import progress_bar
-from export.quantize.calibration import embed
+from export.logits import artifact_logits, onnx_logits, source_logits
+from export.progress import stage
 from export.source import forward
+from export.studies import by_film
 from lite.artifact.parts import DecoderFidelity, Divergence, VisionFidelity
-from lite.engines.onnx_engine.decoder import OnnxDecoder
-from lite.engines.segments import score
-from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError
 from lite.eval.divergence import compare_logits, summarise
 from lite.vision import VisionEncoder
@@ -37,10 +35,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.source.checkpoint import Checkpoint
-    from export.studies import EncodedStudy, NamedStudies
+    from export.studies import FilmStudies, NamedStudies
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import CacheDtype, OnnxPart, Parts
-    from lite.engines.torch_engine.decoder import LlamaDecoder
+    from lite.artifact.parts import OnnxPart, Parts
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +62,7 @@ TOLERANCES: Final = {
     # A merge with half the LoRA scale costs more than 0.1.
     "decoder fp16": Tolerance(max_mean_kl=1e-3, min_same_top=0.98),
     # Bars for a broken export, not for a lossy one: what was lost is in the summary and the manifest, for the user to
-    # judge. Films and texts unlike what a model knows (the built-in ones, to the phantom model) cost it most: 1.0 nats
+    # judge. Films and texts unlike what a model knows (the built-in ones, to the phantom model) cost it most: 0.8 nats
     # by rounding to nearest in 4 bits. A weight packed along the wrong axis costs more than ln(vocabulary) / 2.
     "decoder gptq-int8": Tolerance(max_mean_kl=0.05, min_same_top=0.9),
     "decoder bnb-int8": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
@@ -93,30 +90,39 @@ def measure(
     show_progress: bool = False,
 ) -> Parts:
     """Measure the artifact being written against its source; return its parts with what was measured of each."""
-    data, studies, parts = judged.data, judged.studies, artifact.manifest.parts
-    source_features, features = _source_features(checkpoint, studies, device), _artifact_features(artifact, studies)
-    source_logits = _source_logits(checkpoint, studies, source_features, device, show_progress)
-    logits, with_int8 = _artifact_logits(artifact, studies, features, device, show_progress, (None, "int8"))
+    data, films, parts, show = judged.data, by_film(judged.studies), artifact.manifest.parts, show_progress
+    with stage("parity, features", show=show):
+        source_features, features = _source_features(checkpoint, films, device), _artifact_features(artifact, films)
+    with stage("parity, the source", show=show):
+        expected = source_logits(checkpoint, films, source_features, device, show=show)
+    with stage("parity, the artifact", show=show):
+        logits, with_int8 = artifact_logits(artifact, films, features, device, show=show, cache_dtypes=(None, "int8"))
     fidelity = DecoderFidelity(
         data=data,
-        divergence=_compare_logits(studies, source_logits, logits),
-        int8_cache=_compare_logits(studies, logits, with_int8),
+        divergence=_compare_logits(films, expected, logits),
+        int8_cache=_compare_logits(films, logits, with_int8),
     )
-    return dataclasses.replace(
+    parts = dataclasses.replace(
         parts,
         vision=dataclasses.replace(parts.vision, fidelity=_compare_features(source_features, features, data)),
         decoder=dataclasses.replace(parts.decoder, fidelity=fidelity),
-        decoder_onnx=parts.decoder_onnx and _compare_onnx(artifact, parts.decoder_onnx, judged, features, logits),
     )
+    if parts.decoder_onnx is None:
+        return parts
+    with stage("parity, decoder.onnx", show=show):
+        part = _compare_onnx(artifact, parts.decoder_onnx, data, films, features, logits)
+    return dataclasses.replace(parts, decoder_onnx=part)
 
 
 def measure_onnx(
     artifact: Artifact, part: OnnxPart, judged: NamedStudies, *, device: str = "cpu", show_progress: bool = False
 ) -> OnnxPart:
     """Measure the decoder.onnx of an artifact being written against its decoder/; see `measure`."""
-    features = _artifact_features(artifact, judged.studies)
-    (logits,) = _artifact_logits(artifact, judged.studies, features, device, show_progress)
-    return _compare_onnx(artifact, part, judged, features, logits)
+    films = by_film(judged.studies)
+    with stage("parity", show=show_progress):
+        features = _artifact_features(artifact, films)
+        (logits,) = artifact_logits(artifact, films, features, device, show=show_progress)
+        return _compare_onnx(artifact, part, judged.data, films, features, logits)
 
 
 def require_parity(parts: Parts) -> None:
@@ -155,118 +161,35 @@ def _measured(parts: Parts) -> Iterator[tuple[str, str, float, str]]:
                 yield name, "same top token", divergence.same_top, "min_same_top"
 
 
-@torch.inference_mode()
-def _source_logits(
-    checkpoint: Checkpoint, studies: Sequence[EncodedStudy], features: Sequence[Tensor], device: str, show: bool
-) -> list[Tensor]:
-    """Compute the source's logits of every target token, holding one decoder layer at a time.
-
-    Returns:
-        Per study [len(target_ids), vocab_size], float32, on the CPU.
-    """
-    config = checkpoint.decoder
-    embeddings = checkpoint.read_base("model.embed_tokens.weight")
-    hidden = [embed(study, image, embeddings).to(device) for study, image in zip(studies, features, strict=True)]
-    del embeddings
-    for index in progress_bar("running the source", range(config.num_hidden_layers), unit="layer", show=show):
-        layer = checkpoint.read_layer(index)
-        linear = forward.source_linear(layer, device)
-        hidden = [forward.decoder_layer(config, layer.weights, linear, x) for x in hidden]
-        del layer, linear
-    norm = checkpoint.read_base("model.norm.weight")
-    head = checkpoint.read_base("lm_head.weight").to(device, torch.float32)
-    scored = [x[-len(study.target_ids) :] for study, x in zip(studies, hidden, strict=True)]
-    return [torch.nn.functional.linear(forward.rms_norm(x, norm, config.rms_norm_eps), head).cpu() for x in scored]
-
-
-@torch.inference_mode()
-def _artifact_logits(
-    artifact: Artifact,
-    studies: Sequence[EncodedStudy],
-    features: Sequence[Tensor],
-    device: str,
-    show: bool,
-    cache_dtypes: Sequence[CacheDtype | None] = (None,),
-) -> list[list[Tensor]]:
-    """Compute the same with the runtime's decoder from the files just written, once for each kind of cache."""
-    hidden: list[list[tuple[Tensor, Tensor, Tensor]]] = []
-    last: list[list[Tensor]] = []
-    num_hidden_layers = artifact.decoder_config().num_hidden_layers
-    for index in progress_bar("running the artifact", range(num_hidden_layers), unit="layer", show=show):
-        decoder = load_decoder(artifact, device=device, layers=range(index, index + 1))
-        if not hidden:
-            embedded = [_parts(decoder, study, image) for study, image in zip(studies, features, strict=True)]
-            hidden = [list(embedded) for _ in cache_dtypes]
-        last = [[] for _ in cache_dtypes]
-        for kind, cache_dtype in enumerate(cache_dtypes):
-            decoder.quantizes_cache = cache_dtype == "int8"
-            for study, parts in enumerate(hidden[kind]):
-                hidden[kind][study], normed = _through_layer(decoder, parts)
-                last[kind].append(normed[-len(parts[2]) - 1 :])
-        if index + 1 < num_hidden_layers:
-            del decoder
-    return [[decoder.head_logits(scored).cpu() for scored in kind] for kind in last]
-
-
-def _parts(decoder: LlamaDecoder, study: EncodedStudy, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Embed a study in the parts that the runtime reads (`lite.engines.segments.divide`): film, question, text."""
-    prompt = decoder.embed(study.input_ids, image)
-    end = study.image_at + len(image)
-    return prompt[:end], prompt[end:], decoder.embed(study.target_ids[:-1])
-
-
-def _through_layer(
-    decoder: LlamaDecoder, parts: tuple[Tensor, Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Read a study part by part; return the parts behind the layer, and all of them normed.
-
-    A text is computed behind its prompt, as it is when it is decoded: what an int8 cache loses is lost there.
-    """
-    lengths = [len(part) for part in parts]
-    cache, start = decoder.new_cache(1, sum(lengths)), 0
-    found = []
-    for part, reads_cache in zip(parts, (False, False, True), strict=True):
-        if len(part):
-            found.append(decoder(part[None], cache, start=start, reads_cache=reads_cache))
-            start += len(part)
-    after, normed = (torch.cat([pair[i][0] for pair in found]) for i in (0, 1))
-    film, question, text = torch.split(after, lengths)
-    return (film, question, text), normed
-
-
 def _compare_onnx(
-    artifact: Artifact, part: OnnxPart, judged: NamedStudies, features: Sequence[Tensor], logits: Sequence[Tensor]
+    artifact: Artifact,
+    part: OnnxPart,
+    data: str,
+    films: Sequence[FilmStudies],
+    features: Sequence[Tensor],
+    logits: Sequence[Tensor],
 ) -> OnnxPart:
     """Compare decoder.onnx with the logits of decoder/, and its int8 cache with the float one."""
-    studies = judged.studies
-
-    def scored(cache_dtype: CacheDtype | None) -> list[Tensor]:
-        decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype)
-        pairs = zip(studies, features, strict=True)
-        return [
-            torch.from_numpy(score(decoder, s.input_ids, s.target_ids, image.numpy(), num_image_tokens=len(image)))
-            for s, image in pairs
-        ]
-
-    with_float = scored(None)
+    with_float = onnx_logits(artifact, films, features, None)
+    with_int8 = onnx_logits(artifact, films, features, "int8") if part.int8_cache else None
     fidelity = DecoderFidelity(
-        data=judged.data,
-        divergence=_compare_logits(studies, logits, with_float),
-        int8_cache=_compare_logits(studies, with_float, scored("int8")) if part.int8_cache else None,
+        data=data,
+        divergence=_compare_logits(films, logits, with_float),
+        int8_cache=None if with_int8 is None else _compare_logits(films, with_float, with_int8),
     )
     return dataclasses.replace(part, fidelity=fidelity)
 
 
-def _source_features(checkpoint: Checkpoint, studies: Sequence[EncodedStudy], device: str) -> list[Tensor]:
+def _source_features(checkpoint: Checkpoint, films: Sequence[FilmStudies], device: str) -> list[Tensor]:
     tensors = {name: tensor.to(device) for name, tensor in checkpoint.read_tower().items()}
     with torch.inference_mode():
-        films = [torch.from_numpy(study.pixel_values)[None].to(device) for study in studies]
-        return [forward.image_features(tensors, checkpoint.tower, film)[0].cpu() for film in films]
+        pixels = [torch.from_numpy(film.pixel_values)[None].to(device) for film in films]
+        return [forward.image_features(tensors, checkpoint.tower, values)[0].cpu() for values in pixels]
 
 
-def _artifact_features(artifact: Artifact, studies: Sequence[EncodedStudy]) -> list[Tensor]:
+def _artifact_features(artifact: Artifact, films: Sequence[FilmStudies]) -> list[Tensor]:
     encoder = VisionEncoder(artifact)
-    return [torch.from_numpy(encoder(study.pixel_values[None])[0]) for study in studies]
+    return [torch.from_numpy(encoder(film.pixel_values[None])[0]) for film in films]
 
 
 def _compare_features(source: Sequence[Tensor], ours: Sequence[Tensor], data: str) -> VisionFidelity:
@@ -284,7 +207,8 @@ def _compare_features(source: Sequence[Tensor], ours: Sequence[Tensor], data: st
     )
 
 
-def _compare_logits(studies: Sequence[EncodedStudy], source: Sequence[Tensor], ours: Sequence[Tensor]) -> Divergence:
+def _compare_logits(films: Sequence[FilmStudies], source: Sequence[Tensor], ours: Sequence[Tensor]) -> Divergence:
+    studies = [study for film in films for study in film.studies]
     pairs = zip(studies, source, ours, strict=True)
     compared = [compare_logits(p.numpy(), q.numpy(), study.target_ids) for study, p, q in pairs]
     summary = summarise(compared)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from export.source.lora import LoraPair
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -71,39 +71,69 @@ def _vit_block(weights: Mapping[str, Tensor], x: Tensor, *, num_heads: int) -> T
     return x + weights["ls2.gamma"] * linear("mlp.fc2", functional.gelu(linear("mlp.fc1", layer_norm("norm2", x))))
 
 
-def decoder_layer(config: DecoderConfig, norms: Mapping[str, Tensor], linear: Linear, hidden: Tensor) -> Tensor:
-    """Run one Llama layer over a whole sequence.
+def decoder_layer(
+    config: DecoderConfig,
+    norms: Mapping[str, Tensor],
+    linear: Linear,
+    hidden: Tensor,
+    sequences: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Run one Llama layer over a whole sequence, or over several that begin alike.
 
     Args:
         config: The decoder's shape.
         norms: `input_layernorm.weight` and `post_attention_layernorm.weight`.
         linear: Applies a named linear; what observes or replaces weights is a function of this form.
         hidden: float32 [T, C]: one sequence, positions 0 to T-1. So is what is returned.
+        sequences: Of each sequence the rows of `hidden` that are its positions 0, 1, …, where there are several.
     """
     x = rms_norm(hidden, norms["input_layernorm.weight"], config.rms_norm_eps)
-    hidden = hidden + linear("self_attn.o_proj", attended(config, linear, x))
+    hidden = hidden + linear("self_attn.o_proj", attended(config, linear, x, sequences))
     x = rms_norm(hidden, norms["post_attention_layernorm.weight"], config.rms_norm_eps)
     return hidden + linear("mlp.down_proj", gated(linear, x))
 
 
-def heads(config: DecoderConfig, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the queries, keys and values of the normed sequence x [T, C], rotated: each [heads, T, head_dim]."""
+def heads(
+    config: DecoderConfig, linear: Linear, x: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries, keys and values of the normed x [T, C], rotated: each [heads, T, head_dim].
+
+    Positions, int64 [T], are 0 to T-1 unless they are given.
+    """
     tokens = x.shape[0]
     q, k, v = (
         linear(f"self_attn.{name}_proj", x).view(tokens, -1, config.head_dim).transpose(0, 1)
         for name in ("q", "k", "v")
     )
-    cos, sin = _rope_tables(tokens, config.head_dim, config.rope_theta, x.device)
+    positions = torch.arange(tokens) if positions is None else positions
+    cos, sin = _rope_tables(positions, config.head_dim, config.rope_theta, x.device)
     return _rope(q, cos, sin), _rope(k, cos, sin), v
 
 
-def attended(config: DecoderConfig, linear: Linear, x: Tensor) -> Tensor:
-    """Return what o_proj is applied to: the heads' attention over the normed sequence x [T, C]."""
-    q, k, v = heads(config, linear, x)
+def attended(config: DecoderConfig, linear: Linear, x: Tensor, sequences: Sequence[Tensor] | None = None) -> Tensor:
+    """Return what o_proj is applied to: the heads' attention over the normed sequence x [T, C], or over several."""
+    q, k, v = heads(config, linear, x, None if sequences is None else _positions(len(x), sequences))
     queries_per_kv = config.num_attention_heads // config.num_key_value_heads
     k, v = k.repeat_interleave(queries_per_kv, dim=0), v.repeat_interleave(queries_per_kv, dim=0)
-    out = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+    if sequences is None:
+        out = _causal_attention(q, k, v)
+    else:
+        out = torch.empty_like(q)
+        for rows in sequences:
+            # Rows that sequences share come out alike from each.
+            out[:, rows] = _causal_attention(q[:, rows], k[:, rows], v[:, rows])
     return out.transpose(0, 1).reshape(len(x), -1)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+
+
+def _positions(tokens: int, sequences: Sequence[Tensor]) -> Tensor:
+    positions = torch.empty(tokens, dtype=torch.long)
+    for rows in sequences:
+        positions[rows.cpu()] = torch.arange(len(rows))
+    return positions
 
 
 def gated(linear: Linear, x: Tensor) -> Tensor:
@@ -131,9 +161,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.device, torch.float32)
 
 
-def _rope_tables(tokens: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rope_tables(positions: Tensor, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
+    angles = positions.double()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().float().to(device), angles.sin().float().to(device)
 

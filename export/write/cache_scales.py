@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lite.engines.segments import score
+from export.logits import read_film
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from export.studies import EncodedStudy
+    from export.studies import FilmStudies
     from lite.engines.onnx_engine.decoder import OnnxDecoder
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -27,21 +27,21 @@ _SMALLEST: Final = 1e-8
 
 
 def find_cache_scales(
-    decoder: OnnxDecoder, studies: Iterable[EncodedStudy], features: Callable[[EncodedStudy], Array]
+    decoder: OnnxDecoder, films: Iterable[FilmStudies], features: Callable[[FilmStudies], Array]
 ) -> tuple[Array, Array]:
     """Return the scales of keys and values, each float32 [num_hidden_layers, kv_heads, head_dim].
 
-    `decoder` has a float cache, of at least one study; `features` runs the tower on a film: [P, hidden_size].
+    `decoder` has a float cache; `films` are one at least; `features` runs the tower on a film: [P, hidden_size].
     """
     config = decoder.config
     shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     largest = {kind: np.full(shape, _SMALLEST, np.float32) for kind in ("key", "value")}
-    for study in studies:
-        length = study.num_tokens((image := features(study)).shape[0])
-        cache = decoder.new_cache(1, length)
-        score(decoder, study.input_ids, study.target_ids, image, num_image_tokens=len(image), cache=cache)
-        for name, buffer in cache.buffers.items():
-            layer, _, kind = name.partition(".")
-            found = np.abs(buffer.numpy()[0, :, :length].astype(np.float32)).max(axis=1)
-            np.maximum(largest[kind][int(layer)], found, out=largest[kind][int(layer)])
+    for film in films:
+        image = features(film)
+        for study, cache, _ in read_film(decoder, film, image):
+            length = study.num_tokens(len(image))
+            for name, buffer in cache.buffers.items():
+                layer, _, kind = name.partition(".")
+                found = np.abs(buffer.numpy()[0, :, :length].astype(np.float32)).max(axis=1)
+                np.maximum(largest[kind][int(layer)], found, out=largest[kind][int(layer)])
     return largest["key"] / STEPS, largest["value"] / STEPS

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from export import verify
-from export.progress import progress_bar
-from export.studies import NamedStudies, StudyReader, read_judged, sha256_of_studies
+from export.progress import progress_bar, stage
+from export.studies import NamedStudies, StudyReader, by_film, read_judged, sha256_of_studies, with_own_films
 from export.write.cache_scales import find_cache_scales
 from export.write.decoder_onnx import (
     ACCURACY_LEVEL,
@@ -56,15 +56,17 @@ def write_onnx_part(
     Returns:
         The part. With an ONNX Runtime that has no int8 cache there is no graph with one.
     """
-    part = _write_float_graph(artifact, activations)
+    with stage("writing decoder.onnx", show=show_progress):
+        part = _write_float_graph(artifact, activations)
     written = artifact.with_parts(decoder_onnx=part)
     encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
     if not is_at_least(import_onnxruntime().__version__, INT8_CACHE_SINCE):
         return part
     studies = cache.studies[:MAX_CACHE_STUDIES]
-    bar = progress_bar("finding cache scales", studies, unit="study", show=show_progress)
-    scales = find_cache_scales(decoder, bar, lambda study: encoder(study.pixel_values[None])[0])
-    write_int8_cache_graph(artifact.path, *scales)
+    bar = progress_bar("finding cache scales", by_film(studies), unit="film", show=show_progress)
+    with stage("finding cache scales", show=show_progress):
+        scales = find_cache_scales(decoder, bar, lambda film: encoder(film.pixel_values[None])[0])
+        write_int8_cache_graph(artifact.path, *scales)
     num_image_tokens = artifact.manifest.parts.vision.num_image_tokens
     graph = Int8CacheGraph(
         graph=INT8_CACHE_GRAPH_NAME,
@@ -130,7 +132,7 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
         artifact = dataclasses.replace(artifact, path=staged.path).with_parts(decoder_onnx=None)
         for name in artifact.manifest.files:
             link_or_copy(source / name, staged.path / name)
-        part = write_onnx_part(artifact, cache, activations=settings.activations, show_progress=show)
+        part = write_onnx_part(artifact, with_own_films(cache), activations=settings.activations, show_progress=show)
         artifact = artifact.with_parts(decoder_onnx=part)
         part = verify.measure_onnx(artifact, part, judged, device=device, show_progress=show)
         manifest = artifact.manifest.with_parts(decoder_onnx=part)

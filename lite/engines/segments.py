@@ -93,6 +93,7 @@ def score(
     *,
     num_image_tokens: int = 0,
     cache: C | None = None,
+    start: int = 0,
 ) -> NDArray[np.float32]:
     """Return the logits from which each target token is predicted, all given the ones before it (teacher forcing).
 
@@ -102,7 +103,8 @@ def score(
         target_ids: the tokens that follow it, at least one. They see the cache as if each had been decoded.
         image_features: [P, hidden_size], or None.
         num_image_tokens: P.
-        cache: empty, with a row that is long enough; for who wants to see what is written into it.
+        cache: with a row that is long enough; for who wants to see what is written into it, or has begun to.
+        start: how much of the prompt its row 0 holds already.
 
     Returns:
         logits float32 [len(target_ids), vocab_size]; row i belongs to target_ids[i].
@@ -113,7 +115,7 @@ def score(
     prompt = expand_image(input_ids, num_image_tokens)
     text = target_ids[:-1]
     cache = cache or engine.new_cache(1, len(prompt) + len(text))
-    parts = divide(prompt, text, chunk_size=engine.chunk_size, image_features=image_features, scores=True)
+    parts = divide(prompt, text, start=start, chunk_size=engine.chunk_size, image_features=image_features, scores=True)
     logits = np.concatenate([engine.logits(segment, cache) for segment in parts])
     if not np.isfinite(logits).all():
         raise LiteError(engine.overflow)

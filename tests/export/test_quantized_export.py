@@ -185,14 +185,20 @@ def test_what_does_not_fit_the_decoder_is_refused(
 
 
 def test_decoder_onnx_is_written_along(
-    folders: Folders, listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: Folders, listed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """By the command line: the scales of its cache are found on the studies that the decoder is calibrated on."""
     out = tmp_path / "artifact"
     arguments = command_line(folders, out, "--quiet", "--device", "cpu", "--decoder", "gptq-int4", "--engine", "onnx")
     arguments += ["--group-size", "32", "--token-weights", "1,1", "--calibration-data", str(listed)]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
+    with caplog.at_level("INFO", "export"):
+        assert main(arguments) == 0
+    stages = [message.rpartition(":")[0] for message in caplog.messages]
+    assert [stage for stage in stages if "onnx" in stage or "scales" in stage] == [
+        "writing vision.onnx", "writing decoder.onnx", "finding cache scales", "parity, decoder.onnx"
+    ]  # fmt: skip
+    printed, said = capsys.readouterr()
+    assert not said
     artifact = load_artifact(out)
     part, decoder = artifact.manifest.parts.decoder_onnx, artifact.manifest.parts.decoder
     assert part is not None
