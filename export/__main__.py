@@ -219,6 +219,12 @@ _PARITY: Final[_Options] = {
     "--verify-studies": _NUMBER | {"help": "how many (default: %(default)s)"},
     "--verify-tokens": _NUMBER | {"help": "findings tokens scored in each (default: %(default)s)"},
 }
+_KEEP: Final[_Options] = {
+    "--keep-anyway": {
+        "action": "store_true",
+        "help": "make the artifact even if it measures worse than is tolerated; it will say so whenever it is loaded",
+    },
+}
 _GPTQ: Final[_Options] = {
     "--calibration-data": _LIST | {"help": f"studies to calibrate on, {_JSON_LIST}"},
     "--calibration-images": _IMAGES,
@@ -278,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(parser.add_argument_group("what to read and write"), _REQUIRED)
     _add(parser.add_argument_group("formats"), _FORMATS, DEFAULTS)
     _add(parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)"), _GPTQ, DEFAULTS.gptq)
-    _add(parser.add_argument_group("measuring parity with the checkpoint"), _PARITY, DEFAULTS)
+    _add(parser.add_argument_group("measuring parity with the checkpoint"), _PARITY | _KEEP, DEFAULTS)
     _add(parser, _MACHINE, DEFAULTS)
     return parser
 

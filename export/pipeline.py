@@ -4,8 +4,8 @@
 
 It works in a folder beside the destination (`export.write.work`). An export that is stopped (Ctrl-C, a full disk, a
 power cut) leaves its finished layers there, and the same command goes on behind them: to the same bytes, on the same
-machine with the same number of threads. Nothing is at the destination until everything is written and measured, and no
-artifact that fails parity is kept.
+machine with the same number of threads. Nothing is at the destination until everything is written and measured. What
+fails parity stays in that folder; only if it is told to, the export makes an artifact of it, which says so.
 """
 
 from __future__ import annotations
@@ -146,11 +146,12 @@ def _keep_measured(
             artifact = artifact.with_parts(decoder_onnx=part)
         parts = verify.measure(source, artifact, judged, device=settings.device, show_progress=show)
         try:
-            verify.require_parity(parts)
-        except ArtifactError:
-            work.discard_parts()
-            raise
-        staged.finish(dataclasses.replace(artifact.manifest, parts=parts))
+            refused = verify.require_parity(parts, keep_anyway=settings.keep_anyway)
+        except ArtifactError as error:
+            todo = "the same command goes on with it, with another --verify-data it measures again, and with "
+            todo += "--keep-anyway it makes the artifact and marks it; remove that folder to begin anew"
+            raise ArtifactError(f"{error} · what is finished stays in {work.path} · {todo}") from None
+        staged.finish(dataclasses.replace(artifact.manifest, parts=parts, refused=refused))
 
 
 def _manifest(source: Checkpoint, decoder: DecoderFolder, settings: ExportSettings) -> Manifest:
@@ -199,7 +200,7 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     """Return all that the bytes of decoder/ and vision.onnx depend on, by the names a user knows."""
     given: dict[str, Any] = dataclasses.asdict(settings)
     # How it is measured, and what is made of decoder/, changes no weight.
-    not_decoder = ("onnx", "activations", "other_base", "overwrite", "show_progress")
+    not_decoder = ("onnx", "activations", "other_base", "overwrite", "keep_anyway", "show_progress")
     for name in (*not_decoder, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")

@@ -140,6 +140,8 @@ class ExportSettings(ParitySettings):
     """Take a base whose name is not the one that the adapter asks for."""
     overwrite: bool = False
     """Replace an artifact that is there, once the new one is complete."""
+    keep_anyway: bool = False
+    """Make the artifact even if it measures worse than is tolerated; its manifest says so."""
 
     def __post_init__(self) -> None:
         """Refuse values that no export can have."""

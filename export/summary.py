@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lite.artifact.judgement import judged, warnings_of
+
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
     from lite.artifact.parts import DecoderPart, OnnxPart
@@ -21,6 +23,7 @@ def export_summary(artifact: Artifact) -> str:
         rows.append(("features", shown))
     if (fidelity := parts.decoder.fidelity) is not None:
         rows.append(("decoder", str(fidelity.divergence)))
+        rows.append(("that is", judged(fidelity).text))
         rows.append(("int8 cache", f"{fidelity.int8_cache} more"))
         tokens = fidelity.divergence.tokens
         rows.append(("measured on", f"{fidelity.divergence.studies} studies ({fidelity.data}), {tokens} tokens"))
@@ -39,6 +42,8 @@ def onnx_summary(artifact: Artifact) -> str:
 def _lines(artifact: Artifact, rows: list[tuple[str, str]], flags: str = "") -> str:
     lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
     lines += [f"  {name:<20} {value}" for name, value in rows]
+    warnings = [f"warning: {warning}" for warning in warnings_of(artifact.manifest)]
+    lines += ["", *warnings] if warnings else []
     lines += ["", artifact.manifest.notice, "", "next:", f"  python -m lite generate {artifact.path} FILM.png{flags}"]
     return "\n".join(lines)
 
@@ -65,6 +70,7 @@ def _onnx_rows(part: OnnxPart | None) -> list[tuple[str, str]]:
     rows = [("decoder.onnx", _megabytes(part.nbytes))]
     if (fidelity := part.fidelity) is not None:
         rows.append(("engine", f"{fidelity.divergence}, from decoder/"))
+        rows.append(("that is", judged(fidelity).text))
         cache = fidelity.int8_cache and f"{fidelity.int8_cache}, from its float cache"
         rows.append(("its int8 cache", cache or "none: it takes onnxruntime 1.27 or newer at export"))
         studies, tokens = fidelity.divergence.studies, fidelity.divergence.tokens

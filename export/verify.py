@@ -10,12 +10,13 @@ teacher-forced:
                           ├─────── with an int8 cache ────▶ r(token | …)  ───▶ KL(q‖r)
                           └─────── decoder.onnx ──────────▶ s(token | …)  ───▶ KL(q‖s), if there is one
 
-The numbers go into the manifest; numbers worse than `TOLERANCES` end the export.
+The numbers go into the manifest; numbers worse than `TOLERANCES` end the export, unless it is to be kept anyway.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -125,23 +126,36 @@ def measure_onnx(
         return _compare_onnx(artifact, part, judged.data, films, features, logits)
 
 
-def require_parity(parts: Parts) -> None:
-    """Raise ArtifactError if a number that was measured is worse than its tolerance."""
+def require_parity(parts: Parts, *, keep_anyway: bool = False) -> tuple[str, ...]:
+    """Compare what was measured with what is tolerated.
+
+    Returns:
+        What is worse than its tolerance, for the manifest of an artifact that is kept anyway; nothing of a good one.
+
+    Raises:
+        ArtifactError: A number is worse, and `keep_anyway` is off or it is not even a number.
+    """
+    refused = []
     for part, measure_name, got, limit_name in _measured(parts):
         limit, at_least = getattr(TOLERANCES[part], limit_name), limit_name.startswith("min")
         # Written so that NaN fails.
         if got >= limit if at_least else got <= limit:
             continue
-        bound = "at least" if at_least else "at most"
-        msg = f"parity of {part}: got {measure_name} {got:.6g} · expected {bound} {limit:g} · the artifact does not "
-        if part.endswith(".onnx"):
-            raise ArtifactError(f"{msg}compute what its decoder/ does, so it was not kept: report this")
-        lossy = part.startswith("decoder") and part != "decoder fp16"
-        advice = "or choose --method gptq, a smaller --group-size or more bits" if lossy else "and report this"
-        raise ArtifactError(
-            f"{msg}compute what the checkpoint does, so it was not kept: check that the base model is the one the "
-            f"adapter was trained on, {advice}"
-        )
+        bound = f"expected at {'least' if at_least else 'most'} {limit:g}"
+        refused.append(f"parity of {part}: got {measure_name} {got:.6g} · {bound}")
+        if not keep_anyway or not math.isfinite(got):
+            raise ArtifactError(f"{refused[-1]} · {_what_failed(part)}")
+    return tuple(refused)
+
+
+def _what_failed(part: str) -> str:
+    msg = "the artifact does not compute what"
+    if part.endswith(".onnx"):
+        return f"{msg} its decoder/ does, so it was not kept: report this"
+    lossy = part.startswith("decoder") and part != "decoder fp16"
+    advice = "or choose --method gptq, a smaller --group-size or more bits" if lossy else "and report this"
+    msg = f"{msg} the checkpoint does, so it was not kept: check that the base model is the one the adapter was trained"
+    return f"{msg} on, {advice}"
 
 
 def _measured(parts: Parts) -> Iterator[tuple[str, str, float, str]]:

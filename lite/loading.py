@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
+from lite.artifact.judgement import warnings_of
 from lite.artifact.open import load_artifact
 from lite.engines.machine import look
 from lite.engines.onnx_session import CPU
@@ -48,6 +49,8 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     check_names(options, LoadArguments.__annotations__)
     chosen = LoadOptions(**options)
     artifact = load_artifact(path)
+    for warning in warnings_of(artifact.manifest):
+        _LOG.warning("%s: %s", artifact.path, warning)
     tokenizer, prompt = prompt_of(artifact)
     plan = plan_run(artifact, prompt, chosen, look(chosen, artifact))
     if chosen.verify:

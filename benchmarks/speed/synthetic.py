@@ -111,12 +111,14 @@ def write_checkpoint(out: Path, *, layers: int, studies: int = 0, shapes: Shapes
 
 
 def export_checkpoint(checkpoint: Path, out: Path, *options: str) -> None:
-    """Export a written checkpoint, as a user would type it.
+    """Export a written checkpoint, as a user would type it; what rounding makes of random weights is no matter.
 
     Raises:
         LiteError: it failed; the exporter's last words are the message.
     """
-    measured_run([sys.executable, *_export(checkpoint, out), "--verify-studies", "1", "--quiet", *options])
+    measured_run(
+        [sys.executable, *_export(checkpoint, out), "--verify-studies", "1", "--keep-anyway", "--quiet", *options]
+    )
 
 
 def _export(checkpoint: Path, out: Path) -> list[str]:

@@ -117,11 +117,6 @@ class WorkFolder:
         """Keep something as JSON."""
         write_whole(self.path / name, f"{json.dumps(value, indent=1)}\n")
 
-    def discard_parts(self) -> None:
-        """Delete what has been finished: it was of no use."""
-        shutil.rmtree(self.decoder.folder)
-        (self.path / IMPORTANCE_NAME).unlink(missing_ok=True)
-
     def link_into(self, folder: Path) -> None:
         """Put the finished parts of the artifact into another folder: as hard links, or copies where there are none."""
         for file in (self.vision, *sorted(self.decoder.folder.iterdir())):

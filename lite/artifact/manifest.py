@@ -34,6 +34,7 @@ class Manifest:
     prompt: PromptTemplate = dataclasses.field(default_factory=PromptTemplate)
     decoding: DecodingDefaults = dataclasses.field(default_factory=DecodingDefaults)
     notice: str = NOTICE
+    refused: tuple[str, ...] = ()  # what parity found too bad, of an artifact that was to be kept all the same
     parts: Parts
 
     @property

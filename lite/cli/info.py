@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Final
 
+from lite.artifact.judgement import judged, warnings_of
 from lite.artifact.open import load_artifact
 from lite.cli.options import add_artifact
 from lite.console import print_line
@@ -65,6 +66,8 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
     for name, record in manifest.files.items():
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"
     yield from _fidelity(manifest.parts)
+    for warning in warnings_of(manifest):
+        yield "warning", warning
     yield "notice", manifest.notice
 
 
@@ -80,6 +83,7 @@ def _fidelity(parts: Parts) -> Iterator[tuple[str, str]]:
             continue
         along = f"along the reports of {fidelity.divergence.studies} studies ({fidelity.data})"
         yield f"fidelity {name}", f"{fidelity.divergence} from {source}, {along}"
+        yield "  that is", judged(fidelity).text
         if fidelity.int8_cache is not None:
             yield "  its int8 cache", f"{fidelity.int8_cache} more"
     if (calibration := parts.decoder.calibration) is not None and (errors := calibration.errors):

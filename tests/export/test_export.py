@@ -19,17 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small_export import Folders, command_line, fails, tensors_of
-from tiny import cache_fidelity
 
 import export.pipeline
 import export.source.checkpoint
 import export.studies
 import export.write.vision_onnx
-from export import ExportSettings, export_artifact, verify
+from export import ExportSettings, export_artifact
 from export.__main__ import main
 from export.write.decoder import DecoderFolder
 from lite.artifact.open import load_artifact
-from lite.artifact.parts import Divergence
 from lite.errors import ArtifactError, CheckpointError, LiteError
 
 if TYPE_CHECKING:
@@ -104,80 +102,13 @@ def test_manifest_records_sources_parity_and_terms(artifact: Artifact, folders: 
     artifact.verify()
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, -1.0])
-def test_a_wrong_merge_fails_and_leaves_nothing(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
-) -> None:
-    right = export.source.checkpoint.merge
-
-    def wrong(weight: torch.Tensor, pair: Any) -> torch.Tensor:
-        if pair is None:
-            return right(weight, pair)
-        return weight.float() + factor * (right(weight, pair) - weight.float())
-
-    monkeypatch.setattr(export.source.checkpoint, "merge", wrong)
-    fails(folders, tmp_path / "artifact", ExportSettings(), ArtifactError, "parity of decoder fp16: got mean KL")
-
-
-@pytest.mark.parametrize("fault", ["eps", "layer scale", "position"])
-def test_a_wrong_tower_fails_and_leaves_nothing(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    graph = export.write.vision_onnx._Graph
-    right = graph.source
-    if fault == "eps":
-        monkeypatch.setattr(export.write.vision_onnx, "LAYER_NORM_EPS", 1e-2)
-    else:
-        part = {"layer scale": "ls2.gamma", "position": "pos_embed"}[fault]
-        monkeypatch.setattr(graph, "source", lambda self, name: right(self, name) * (1 - 0.05 * (part in name)))
-    fails(folders, tmp_path / "artifact", ExportSettings(), ArtifactError, "parity of vision fp32")
-
-
-def test_parity_that_is_not_a_number_fails(artifact: Artifact) -> None:
-    parts = artifact.manifest.parts
-    verify.require_parity(parts)
-    decoder = dataclasses.replace(parts.decoder, fidelity=cache_fidelity(float("nan")))
-    with pytest.raises(ArtifactError, match="got mean KL nan"):
-        verify.require_parity(dataclasses.replace(parts, decoder=decoder))
-
-
-class _OneTokenPerWord(export.studies.Tokenizer):
-    """The least that any tokenizer gives: one token per word, a short one."""
-
-    def encode(self, text: str) -> list[int]:
-        return [3 + len(word) for word in text.split()]
-
-
-def test_the_same_top_token_is_required_of_a_default_export(
-    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = verify._compare_logits
-    tokens: list[int] = []
-
-    def worse(*logits: Any) -> Divergence:
-        compared = right(*logits)
-        tokens.append(compared.tokens)
-        return dataclasses.replace(compared, same_top=0.95)
-
-    monkeypatch.setattr(verify, "_compare_logits", worse)
-    monkeypatch.setattr(export.studies, "Tokenizer", _OneTokenPerWord)
-    fails(
-        folders,
-        tmp_path / "artifact",
-        ExportSettings(),
-        ArtifactError,
-        "parity of decoder fp16: got same top token 0.95",
-    )
-    assert tokens[0] >= 1.5 * verify.MIN_TOKENS_FOR_SAME_TOP
-
-
 def test_command_line(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".artifact.0123abcd.partial").mkdir()
     (tmp_path / ".another.0123abcd.partial").mkdir()
     arguments = command_line(folders, tmp_path / "artifact")
     assert main([*arguments, "--decoder", "fp16", "--vision", "fp32"]) == 0
     printed = capsys.readouterr()
-    for part in ("KL", "cosine", "not for clinical use", "phantom model", "python -m lite generate"):
+    for part in ("KL", "that is", "cosine", "not for clinical use", "phantom model", "python -m lite generate"):
         assert part in printed.out
     stages = ["hashing the sources", "writing vision.onnx", "writing the decoder"]
     stages += [f"parity, {part}" for part in ("features", "the source", "the artifact")]
