@@ -18,7 +18,7 @@ read, and so does any other position that many look at, in a film too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from export.quantize.gptq import Hessian
     from lite.config import DecoderConfig
 
+BLOCK_QUERIES: Final = 256
 QUERY, KEY, VALUE = (f"self_attn.{name}_proj" for name in "qkv")
 
 
@@ -49,19 +50,23 @@ def add_sequence(
     """
     q, k, v = forward.heads(config, linear, x)
     tokens, sharing = len(x), len(q) // len(k)
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
     together = x.new_zeros(tokens, tokens)  # Σ Aᵀ Λ A
     of_query, of_key = x.new_zeros(tokens), x.new_zeros(tokens)
-    for head, query in enumerate(q):
-        key, value = k[head // sharing], v[head // sharing]
-        A = (query @ key.T / config.head_dim**0.5).masked_fill_(future, -torch.inf).softmax(-1)
-        out = A @ value
-        from_out = out.square().sum(1, keepdim=True) + value.square().sum(1) - 2 * out @ value.T
-        weighted = A * weights.sqrt().unsqueeze(1)
-        together.addmm_(weighted.T, weighted)
-        score = weighted.square_().mul_(from_out.clamp_min_(0))
-        of_key += query.square().sum(1) @ score
-        of_query += score @ key.square().sum(1)
-    hessians[QUERY].add(x, of_query)
-    hessians[KEY].add(x, of_key)
+    for head, queries in enumerate(q):
+        keys, values = k[head // sharing], v[head // sharing]
+        for start in range(0, tokens, BLOCK_QUERIES):  # which need no keys behind them
+            end = min(start + BLOCK_QUERIES, tokens)
+            query, key, value = queries[start:end], keys[:end], values[:end]
+            future = torch.ones(end - start, end, dtype=torch.bool, device=x.device).triu(start + 1)
+            A = (query @ key.T / config.head_dim**0.5).masked_fill_(future, -torch.inf).softmax(-1)
+            out = A @ value
+            weighted = A * weights[start:end].sqrt().unsqueeze(1)
+            together[:end, :end].addmm_(weighted.T, weighted)
+            weighted.square_()  # λ A², of which ‖v − o‖² = ‖v‖² + ‖o‖² − 2 v·o makes three products
+            q2, k2, o2, v2 = (rows.square().sum(1) for rows in (query, key, out, value))
+            q2o, k2v = q2.unsqueeze(1) * out, k2.unsqueeze(1) * value
+            of_key[:end] += (q2 * o2) @ weighted + v2 * (q2 @ weighted) - 2 * ((weighted.T @ q2o) * value).sum(1)
+            of_query[start:end] += weighted @ (k2 * v2) + o2 * (weighted @ k2) - 2 * ((weighted @ k2v) * out).sum(1)
+    hessians[QUERY].add(x, of_query.clamp_min_(0))
+    hessians[KEY].add(x, of_key.clamp_min_(0))
     hessians[VALUE].add_joint(x, together)

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 BLOCK_INPUTS: Final = 128
 """Inputs whose effect on those behind them is applied at once: a matrix product instead of many outer ones."""
-CLIP_STEPS: Final = 40
+CLIP_STEPS: Final = 20
 CLIP_LOWEST: Final = 0.6
-"""The clip grid: this many scales from 1 down to this share of what the largest weight needs."""
+"""The clip grid: this many scales of each sign from 1 down to this share of what the largest weight needs."""
 FIRST_DAMPING: Final = 0.01
 LAST_DAMPING: Final = 10.0
 """The diagonal is raised by this share of its mean; ten times as much whenever the factorisation fails."""

@@ -168,16 +168,27 @@ class LayerQuantizer:
         self, producer: str, consumers: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights
     ) -> None:
         """Balance the channels between what makes them and what reads them, where GPTQ gains by it."""
-        names, linears = tuple(f"{consumer}.weight" for consumer in consumers), self.pending
-        hessians = self._hessians(consumers, inputs, min(count, FOLD_SEQUENCES), weights)
+        names, count = tuple(f"{consumer}.weight" for consumer in consumers), min(count, FOLD_SEQUENCES)
+        read = [self.pending[name] for name in names]
+        mean_square, counted = torch.zeros((), device=self.device), 0.0
+        for index in range(count):
+            by_token = weights(consumers[0], index)
+            mean_square = mean_square + by_token @ inputs(index).square()
+            counted += float(by_token.sum())
+        mean_square = mean_square / (counted or 1.0)
+        _require_finite(mean_square, f"{self.name}.{consumers[0]}", "finite inputs from the calibration data")
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         heads = (group, self.config.head_dim) if producer == _ATTENTION.producer else None
-        grid = grid_of(self.settings, linears[names[0]].shape[1], bits=self.settings.bits)
-        read = [linears[name] for name in names]
-        s = folding.propose(read, hessians[0].diagonal(), grid, heads=heads)
-        columns = folding.spread(s, heads)
-        if folding.is_worth_it(read, columns, hessians, self.settings.gptq, grid):
-            self.pending |= folding.fold(linears, producer, names, s, heads=heads)
+        grid = grid_of(self.settings, read[0].shape[1], bits=self.settings.bits)
+        s = folding.propose(read, mean_square, grid, heads=heads)
+        if s is None:
+            return
+        hessian = self._hessian(consumers[0])
+        for index in range(count):
+            hessian.add(inputs(index), weights(consumers[0], index))
+        H, columns = hessian.take(f"{self.name}.{consumers[0]}"), folding.spread(s, heads)
+        if folding.is_worth_it(read, columns, H, self.settings.gptq, grid):
+            self.pending |= folding.fold(self.pending, producer, names, s, heads=heads)
 
     def _round(self, names: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights) -> None:
         """Gather the Hessians of some linears that read the same inputs, and round them."""
@@ -191,10 +202,9 @@ class LayerQuantizer:
     def _hessians(
         self, names: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights
     ) -> list[Tensor]:
-        """Return the Hessian of each of some linears that read the same inputs, over the first sequences."""
-        in_features = self.pending[f"{names[0]}.weight"].shape[1]
+        """Return the Hessian of each of some linears that read the same inputs."""
         apart = names == _ATTENTION.readers and self.settings.gptq.through_attention
-        found = {name: Hessian(in_features, self.device) for name in (names if apart else names[:1])}
+        found = {name: self._hessian(name) for name in (names if apart else names[:1])}
         for index in range(count):
             by_token = weights(names[0], index)
             if apart:
@@ -203,6 +213,9 @@ class LayerQuantizer:
                 found[names[0]].add(inputs(index), by_token)
         taken = [hessian.take(f"{self.name}.{name}") for name, hessian in found.items()]
         return taken if apart else taken * len(names)
+
+    def _hessian(self, name: str) -> Hessian:
+        return Hessian(self.pending[f"{name}.weight"].shape[1], self.device)
 
     def _source_linear(self, name: str, x: Tensor) -> Tensor:
         return functional.linear(x, self.pending[f"{name}.weight"])
