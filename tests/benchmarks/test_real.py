@@ -23,9 +23,9 @@ from benchmarks.quality.command import INTEROP_PYTHON, main
 from benchmarks.quality.real import texts
 from benchmarks.quality.real.decoder import EMBEDDINGS, FINAL_NORM, HEAD, LlamaFolder, write_folder
 from benchmarks.quality.real.experiments import asymmetric, eight_bits, low_rank, worst
-from benchmarks.quality.real.measure import Judge, Judged, Row, kl_ratio, measure
+from benchmarks.quality.real.measure import Judge, Judged, Row, States, kl_ratio, measure
 from benchmarks.quality.real.peer import peers
-from benchmarks.quality.real.rounding import Plain, Way
+from benchmarks.quality.real.rounding import Calibrated, Plain, Setup, Way
 from benchmarks.quality.real.rows import DEFAULT, ways
 from benchmarks.quality.real.smollm2 import GgufLlama, carried_file, halves_apart
 from benchmarks.quality.real.table import format_table
@@ -190,6 +190,19 @@ def test_rounding_is_judged_beside_the_float_decoder(llama: Path) -> None:
     assert rtn.kl_ratio.value == pytest.approx(kl["rtn"] / kl[DEFAULT])
     assert set(default.errors) > {"model.layers.1.mlp.down_proj"}
     assert (rtn.errors, len(default.errors)) == ({}, 14)
+
+
+def test_a_layer_is_calibrated_on_what_rounded_ones_before_it_make(tmp_path: Path, llama: Path) -> None:
+    decoder = LlamaFolder(llama)
+    blocks = [tuple(decoder.encode("Mild cardiomegaly. " * 20)[:40])]
+    given: dict[str, Any] = {"decoder": decoder, "blocks": blocks, "folder": tmp_path, "device": "cpu"}
+    rounding = ways(32, INTEROP_PYTHON)[0].make(Setup(**given, default_errors={}, advance=lambda *_: None))
+    assert isinstance(rounding, Calibrated)
+    states = States(decoder, blocks, "cpu")
+    for index in range(2):
+        layer = rounding.round(index, decoder.read_layer(index))
+        states.through(layer.norms, layer.linears)
+        torch.testing.assert_close(rounding._inputs.read(0), states.hidden[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_ratio_of_means_is_drawn_for_both_at_once() -> None:
