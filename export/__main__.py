@@ -19,6 +19,7 @@ from export.settings import (
     HeadFormat,
     Method,
     OnnxSettings,
+    Signs,
     TokenWeights,
 )
 from export.summary import export_summary, onnx_summary
@@ -153,12 +154,12 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _token_weights(text: str) -> TokenWeights | None:
-    if text == "search":
+    if text == "measure":
         return None
     try:
         return TokenWeights.parse(text)
     except (ValueError, LiteError):
-        msg = f"got {text!r}, expected two numbers such as 0.3,0.1, or search"
+        msg = f"got {text!r}, expected two numbers such as 0.3,0.1, or measure"
         raise argparse.ArgumentTypeError(msg) from None
 
 
@@ -234,13 +235,18 @@ _GPTQ: Final[_Options] = {
     "--token-weights": {
         "type": _token_weights,
         "metavar": "IMAGE,PROMPT",
-        "help": "what image and prompt tokens count against a findings token, or search (default: search)",
+        "help": "what image and prompt tokens count against a findings token, or measure (default: measure)",
     },
     "--activation-order": {
         "choices": get_args(ActivationOrder),
         "help": "the order in which columns are rounded (default: %(default)s)",
     },
     "--clip": {"choices": get_args(Clip), "help": "how scales are chosen (default: %(default)s)"},
+    "--signs": {"choices": get_args(Signs), "help": "of the scales (default: %(default)s)"},
+    "--through-attention": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "count for q, k and v what the attention makes of them (default: yes)",
+    },
     "--refine": {
         "type": _count,
         "metavar": "N",

@@ -200,7 +200,7 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")
     weights = settings.gptq.token_weights
-    gptq["token_weights"] = "search" if weights is None else str(weights)
+    gptq["token_weights"] = "measure" if weights is None else str(weights)
     # Of the calibration it is the content that counts, wherever it lies.
     del gptq["calibration_images"]
     gptq["calibration_data"] = calibration and f"{calibration.data} ({calibration.sha256[:12]})"

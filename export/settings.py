@@ -16,6 +16,7 @@ Method = Literal["gptq", "rtn"]
 HeadFormat = Literal["fp16", "int8"]
 ActivationOrder = Literal["none", "group"]
 Clip = Literal["none", "mse"]
+Signs = Literal["positive", "either"]
 
 LARGEST_WEIGHT: Final = 1000
 DEFAULT_ACTIVATIONS: Final[OnnxFloat] = "float32"
@@ -59,9 +60,13 @@ class GptqSettings:
     """Where its images are; its own folder by default."""
     calibration_studies: int = 128
     token_weights: TokenWeights | None = None
-    """None searches on studies of the list that are held out of the calibration."""
+    """None measures them, by layer: see `export.quantize.importance`."""
     activation_order: ActivationOrder = "group"
     clip: Clip = "mse"
+    signs: Signs = "either"
+    """Of the scales."""
+    through_attention: bool = True
+    """Count for q, k and v what the attention makes of them; see `export.quantize.attention`."""
     refine: int = 2
     """Passes of coordinate descent over the rounded columns."""
     fold_scales: bool = True
@@ -163,6 +168,7 @@ class ExportSettings(ParitySettings):
             ("lm_head format", gptq.lm_head, HeadFormat),
             ("activation order", gptq.activation_order, ActivationOrder),
             ("clip", gptq.clip, Clip),
+            ("signs", gptq.signs, Signs),
         ):
             if chosen not in get_args(known):
                 options = ", ".join(map(str, get_args(known)))

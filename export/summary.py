@@ -53,7 +53,7 @@ def _calibration_rows(part: DecoderPart) -> list[tuple[str, str]]:
         (
             "calibrated on",
             f"{calibration.studies} studies ({calibration.data}), {calibration.tokens} tokens; an image token counts "
-            f"{calibration.image_weight:g}, a prompt token {calibration.prompt_weight:g}",
+            f"{calibration.token_weights['image']:.2g}, a prompt token {calibration.token_weights['prompt']:.2g}",
         ),
         ("outputs change by", f"{sum(errors.values()) / len(errors):.2%} on average, {errors[worst]:.2%} in {worst}"),
     ]

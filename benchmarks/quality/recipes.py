@@ -14,7 +14,6 @@ class Trick(NamedTuple):
     name: str
     on: tuple[str, ...]
     off: tuple[str, ...]
-    takes_films: bool = False  # text alone does not show it
 
 
 def gptq_recipe(bits: int, group_size: int, method: str = "gptq") -> Recipe:
@@ -37,10 +36,12 @@ FORMATS: Final = (
 TRICKS: Final = (
     Trick("order", on=("--activation-order", "group"), off=("--activation-order", "none")),
     Trick("clip", on=("--clip", "mse"), off=("--clip", "none")),
+    Trick("signs", on=("--signs", "either"), off=("--signs", "positive")),
     Trick("refine", on=("--refine", "2"), off=("--refine", "0")),
+    Trick("attention", on=("--through-attention",), off=("--no-through-attention",)),
+    # Left to itself the exporter measures what tokens count.
+    Trick("token-weights", on=(), off=("--token-weights", "1,1")),
     Trick("folding", on=("--fold-scales",), off=("--no-fold-scales",)),
-    # Left to itself the exporter searches what image and prompt tokens should count.
-    Trick("token-weights", on=(), off=("--token-weights", "1,1"), takes_films=True),
 )
 
 
@@ -56,7 +57,7 @@ def ablation(group_size: int = 128, tricks: Sequence[Trick] = TRICKS) -> tuple[R
     return tuple(_with_tricks(name, on, group_size, tricks) for name, on in used.items())
 
 
-def alone(group_size: int, tricks: Sequence[Trick]) -> tuple[Recipe, ...]:
+def alone(group_size: int, tricks: Sequence[Trick] = TRICKS) -> tuple[Recipe, ...]:
     """Return plain GPTQ with one trick, for each of them."""
     names = [trick.name for trick in tricks]
     return tuple(_with_tricks(f"only-{name}", [name == n for n in names], group_size, tricks) for name in names)

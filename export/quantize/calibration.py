@@ -5,8 +5,8 @@ A sequence is spliced as at run time, with the image features of the exported `v
     prompt … │ image features (P) │ … prompt │ findings …
 
 Nine tenths and more of its tokens are image tokens, while the loss that counts is that of the findings. So each kind of
-token has its weight λ in the Hessian Σ λ_t x_t x_tᵀ that GPTQ rounds by. (Text-only calibration of such models has been
-reported worse than rounding to nearest; weights by modality: MBQ, arXiv 2412.19509.)
+token has its weight λ in the Hessian Σ λ_t x_t x_tᵀ that GPTQ rounds by: see `export.quantize.importance`. (Text-only
+calibration of such models has been reported worse than rounding to nearest.)
 
 The hidden states of all sequences lie in a file and are read and written a sequence at a time: 128 studies of a 7B
 model are 3 GB, which need not be memory.
@@ -24,7 +24,6 @@ import torch
 from export.progress import progress_bar
 from export.studies import EncodedStudy, NamedStudies, StudyReader, sha256_of_studies
 from lite.config import IMAGE_TOKEN_ID
-from lite.errors import CheckpointError
 from lite.files import whole_file
 
 if TYPE_CHECKING:
@@ -32,34 +31,33 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from export.settings import GptqSettings, TokenWeights
+    from export.settings import GptqSettings
     from export.source.checkpoint import Checkpoint
     from lite.artifact.manifest import Manifest
 
 MAX_FINDINGS_TOKENS: Final = 256
-HELD_OUT_SHARE: Final = 4
-MAX_HELD_OUT: Final = 24
-"""The search for token weights holds out a quarter of the studies, spread over them, at most these many."""
+KINDS: Final = ("first", "prompt", "image", "findings")
+"""Of tokens: position 0, the rest of the prompt, the film's, and those that predict the findings."""
+FINDINGS: Final = KINDS.index("findings")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationStudies(NamedStudies):
-    """The studies of a calibration, and those held out of it to choose by."""
+    """The studies of a calibration."""
 
-    held_out: list[EncodedStudy]
     sha256: str
 
     @property
     def films(self) -> tuple[str, ...]:
         """What tells the films apart from others: the first 16 hex digits of each one's hash, sorted."""
-        return tuple(sorted({study.film_sha256[:16] for study in (*self.studies, *self.held_out)}))
+        return tuple(sorted({study.film_sha256[:16] for study in self.studies}))
 
 
 def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqSettings) -> CalibrationStudies:
     """Read the studies to calibrate on.
 
     Raises:
-        LiteError: See `StudyReader.from_list`; or the list is too short to hold any out.
+        LiteError: See `StudyReader.from_list`.
     """
     file = Path(settings.calibration_data or "")
     reader = StudyReader(
@@ -68,23 +66,11 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest, settings: GptqS
         max_seq_len=checkpoint.decoder.max_position_embeddings,
         max_tokens=MAX_FINDINGS_TOKENS,
     )
-    searches, wanted = settings.token_weights is None, settings.calibration_studies
-    held_out = min(MAX_HELD_OUT, -(-wanted // (HELD_OUT_SHARE - 1))) if searches else 0
-    listed = reader.from_list(file, settings.calibration_images, wanted + held_out, option="--calibration-images")
-    studies = listed.studies
-    held_out = min(held_out, len(studies) // HELD_OUT_SHARE)
-    if searches and not held_out:
-        raise CheckpointError(
-            f"{file}: got {len(studies)} studies · expected at least {HELD_OUT_SHARE}, as the token weights are chosen "
-            "on some that are held out · use a longer list, or give --token-weights"
-        )
-    # Spread over the list, which may be sorted by patient, date or finding.
-    every = len(studies) // held_out if held_out else len(studies) + 1
-    judged = range(every - 1, every * held_out, every)
-    fitted = [study for place, study in enumerate(studies) if place not in judged][:wanted]
-    held = [studies[place] for place in judged]
-    sha256 = sha256_of_studies([*fitted, *held])
-    return CalibrationStudies(data=listed.data, studies=fitted, left_out=listed.left_out, held_out=held, sha256=sha256)
+    listed = reader.from_list(
+        file, settings.calibration_images, settings.calibration_studies, option="--calibration-images"
+    )
+    sha256 = sha256_of_studies(listed.studies)
+    return CalibrationStudies(data=listed.data, studies=listed.studies, left_out=listed.left_out, sha256=sha256)
 
 
 class HiddenStates:
@@ -152,13 +138,14 @@ def embed(study: EncodedStudy, features: Tensor, embeddings: Tensor) -> Tensor:
     return torch.cat([before, features, after])
 
 
-def token_weights(study: EncodedStudy, num_patches: int, weights: TokenWeights) -> Tensor:
-    """Return λ of each token of a study, float32 [T]; those that predict findings count 1."""
-    values = torch.ones(study.num_tokens(num_patches))
+def token_kinds(study: EncodedStudy, num_patches: int) -> Tensor:
+    """Return the kind of each token of a study, places in `KINDS`, int64 [T]."""
+    kinds = torch.full((study.num_tokens(num_patches),), FINDINGS)
     # The last token of the prompt is the one that predicts the first of the findings.
-    values[: len(study.input_ids) - 2 + num_patches] = weights.prompt
-    values[study.image_at : study.image_at + num_patches] = weights.image
-    return values
+    kinds[: len(study.input_ids) - 2 + num_patches] = KINDS.index("prompt")
+    kinds[study.image_at : study.image_at + num_patches] = KINDS.index("image")
+    kinds[0] = KINDS.index("first")
+    return kinds
 
 
 def start_states(

@@ -8,14 +8,16 @@ Rounding each weight to its nearest value ignores that inputs are correlated. GP
 after column and after each moves the columns that are still free to where they compensate best; what that takes is the
 upper triangular U with H⁻¹ = Uᵀ U.
 
-The grid is symmetric: ŵ = s · (q − 2^(bits−1)), with one scale s for each output and group of `group_size` inputs, in
-float16 as it will be stored. What else is done here, each a choice of `GptqSettings`:
+The grid is ŵ = s · (q − 2^(bits−1)), with one scale s for each output and group of `group_size` inputs, in float16 as
+it will be stored. What else is done here, each a choice of `GptqSettings`:
 
 - *activation order*: columns with large inputs are rounded first, while many are left to compensate: whole groups in
   order of importance, and columns in order inside each, so that a group's scale is chosen when its turn comes, from
   weights that carry the compensation. It is undone before writing: the file has natural order, and the runtime needs
   no g_idx.
 - *clip*: a scale smaller than the largest weight needs, which cuts that weight off and rounds all others finer.
+- *signs*: 4 bits hold −8 to 7. A scale below zero gives the level that is left over to the positive side, where the
+  group's largest weight may lie. Every reader multiplies by the scale as it is.
 - *refine*: passes over the finished columns that round each anew given all others (coordinate descent on the same
   objective), with the scales fitted again by least squares before each. GPTQ cannot go back; this does.
 """
@@ -33,7 +35,7 @@ from lite.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from export.settings import ActivationOrder, Clip, GptqSettings
+    from export.settings import ActivationOrder, Clip, GptqSettings, Signs
 
 BLOCK_INPUTS: Final = 128
 """Inputs whose effect on those behind them is applied at once: a matrix product instead of many outer ones."""
@@ -96,6 +98,11 @@ class Hessian:
         self._sum.addmm_(scaled.T, scaled)
         self._weight += float(weights.sum())
 
+    def add_joint(self, x: Tensor, joint: Tensor) -> None:
+        """Count inputs x float32 [T, K] with a weight for each two of them, [T, T], positive semidefinite."""
+        self._sum.addmm_(x.T, joint @ x)
+        self._weight += float(joint.trace())
+
     def take(self, name: str) -> Tensor:
         """Return H, leaving nothing here (it is the largest thing in memory).
 
@@ -113,18 +120,17 @@ class Hessian:
         return mean
 
 
-def round_to_nearest(weight: Tensor, grid: Grid, *, clip: Clip = "none", importance: Tensor | None = None) -> Quantized:
+def round_to_nearest(
+    weight: Tensor, grid: Grid, *, clip: Clip = "none", signs: Signs = "positive", importance: Tensor | None = None
+) -> Quantized:
     """Round each weight of a matrix, float32 [N, K], by itself.
 
-    `importance` [K] is what the squared errors of each input count in the clip search; all the same by default.
+    `importance` [K] is what the squared errors of each input count when a scale is chosen; all the same by default.
     """
     groups = weight.reshape(len(weight), -1, grid.group_size)
-    if clip == "none":
-        scales = _as_stored(groups.abs().amax(-1) / grid.highest)
-    else:
-        weights = torch.ones_like(weight[0]) if importance is None else importance
-        parts = zip(groups.unbind(1), weights.view(-1, grid.group_size), strict=True)
-        scales = torch.stack([_scales(group.T.contiguous(), grid, clip, part) for group, part in parts], dim=1)
+    weights = torch.ones_like(weight[0]) if importance is None else importance
+    parts = zip(groups.unbind(1), weights.view(-1, grid.group_size), strict=True)
+    scales = torch.stack([_scales(group.T.contiguous(), grid, clip, signs, part) for group, part in parts], dim=1)
     values = grid.round(groups, scales.unsqueeze(-1)).flatten(1)
     return Quantized(values=values.to(torch.int8), scales=scales.half(), grid=grid)
 
@@ -151,7 +157,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: GptqSettings, *, 
     values = torch.empty_like(W)
     scales = W.new_empty(len(W) // grid.group_size, W.shape[1])
     if whole_row:  # its scale is known before any column is rounded, and blocks need not be groups
-        nearest = round_to_nearest(weight, grid, clip=options.clip, importance=importance)
+        nearest = round_to_nearest(weight, grid, clip=options.clip, signs=options.signs, importance=importance)
         scales = nearest.scales.float().T.contiguous()
     group_of = (order // grid.group_size).tolist()
     block = BLOCK_INPUTS if whole_row else max(BLOCK_INPUTS, grid.group_size)
@@ -162,7 +168,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: GptqSettings, *, 
             group = group_of[place]
             if not whole_row and place % grid.group_size == 0:
                 here = slice(place, place + grid.group_size)
-                scales[group] = _scales(W[here], grid, options.clip, importance[order[here]])
+                scales[group] = _scales(W[here], grid, options.clip, options.signs, importance[order[here]])
             values[place] = grid.round(W[place], scales[group])
             errors[place - start] = (W[place] - values[place] * scales[group]) / U[place, place]
             W[place:end].addr_(U[place, place:end], errors[place - start], alpha=-1)
@@ -182,18 +188,27 @@ def relative_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     return float((changed / whole.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0).sqrt())
 
 
-def _scales(weight: Tensor, grid: Grid, clip: Clip, importance: Tensor) -> Tensor:
+def _scales(weight: Tensor, grid: Grid, clip: Clip, signs: Signs, importance: Tensor) -> Tensor:
     """Choose the scale of each output for one group [group_size, N], as float16 will hold it, in float32."""
-    widest = weight.abs().amax(0) / grid.highest
-    best = _as_stored(widest)
-    if clip == "none":
+    all_covering = [weight.abs().amax(0) / grid.highest]
+    if signs == "either":
+        low, high = weight.amin(0), weight.amax(0)
+        upright = torch.maximum(high / grid.highest, low / grid.lowest)
+        mirrored = torch.maximum(-low / grid.highest, -high / grid.lowest)
+        all_covering = [upright, -mirrored]
+    best, least = _as_stored(all_covering[0]), None
+    if clip == "none" and signs == "positive":
         return best
-    least = _rounding_error(weight, best, grid, importance)
-    for step in range(1, CLIP_STEPS):
-        scales = _as_stored(widest * (1 - (1 - CLIP_LOWEST) * step / (CLIP_STEPS - 1)))
-        error = _rounding_error(weight, scales, grid, importance)
-        better = error < least
-        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    steps = CLIP_STEPS if clip == "mse" else 1
+    for covering in all_covering:
+        for step in range(steps):
+            scales = _as_stored(covering * (1 - (1 - CLIP_LOWEST) * step / (CLIP_STEPS - 1)))
+            error = _rounding_error(weight, scales, grid, importance)
+            if least is None:
+                least = error
+                continue
+            better = error < least
+            best, least = torch.where(better, scales, best), torch.where(better, error, least)
     return best
 
 
@@ -203,7 +218,8 @@ def _rounding_error(weight: Tensor, scales: Tensor, grid: Grid, importance: Tens
 
 def _as_stored(scales: Tensor) -> Tensor:
     """Round to float16; a group of zeros, or nearly, gets a scale that can be divided by."""
-    return scales.clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max).half().float()
+    size = scales.abs().clamp(torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max)
+    return size.copysign(scales).half().float()
 
 
 def _order(importance: Tensor, grid: Grid, order: ActivationOrder) -> Tensor:
@@ -266,7 +282,7 @@ def _fit_scale(values: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor
     q, old = values[here], scales[group].clone()
     curvature = (q * (hessian[here, here] @ q)).sum(0)
     wanted = old + (q * gradient[here]).sum(0) / curvature.clamp_min(torch.finfo(torch.float32).tiny)
-    moved = torch.where((curvature > 0) & (wanted > 0), _as_stored(wanted), old)
+    moved = torch.where((curvature > 0) & (wanted * old > 0), _as_stored(wanted), old)
     # float16 has its own idea of where: only when that is better than staying. The change of the objective is
     # curvature * (d² - 2 d d*), with d the step and d* the best one.
     moved = torch.where((moved - old).abs() < 2 * (wanted - old).abs(), moved, old)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 import torch
 from torch.nn import functional
 
-from export.quantize.folding import fold
+from export.quantize import attention, folding
 from export.quantize.gptq import Hessian, Quantized, gptq, relative_error
+from export.quantize.importance import token_weights
 from export.source import forward
 from export.write.decoder import grid_of, require_float16
 from lite.errors import CheckpointError
@@ -28,11 +29,17 @@ if TYPE_CHECKING:
 
     from export.quantize.calibration import HiddenStates
     from export.quantize.gptq import Grid
+    from export.quantize.importance import Importance
     from export.settings import ExportSettings, GptqSettings
     from lite.config import DecoderConfig
 
+    _Weights = Callable[[str, int], Tensor]
+    """Of a linear's Hessian and a sequence: λ of each token."""
+
 PASSES: Final = 6
 """Over the calibration sequences, for each layer: four to round what they go through, two to write what comes out."""
+FOLD_SEQUENCES: Final = 16
+"""What a fold is judged on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,24 +111,30 @@ class LayerQuantizer:
         self.errors: dict[str, float] = {}  # of each linear's outputs: see `relative_error`
 
     @torch.inference_mode()
-    def quantize(self, inputs: HiddenStates, outputs: HiddenStates, weights: Sequence[Tensor]) -> None:
+    def quantize(
+        self, inputs: HiddenStates, outputs: HiddenStates, kinds: Sequence[Tensor], importance: Importance
+    ) -> None:
         """Round the layer.
 
         Args:
             inputs: The hidden states it reads.
             outputs: The same sequences in another file; receives what the rounded layer makes of them.
-            weights: λ of each token of each sequence; a sequence of zeros is passed on and not calibrated on.
+            kinds: Of each token of each sequence, its place in `KINDS`.
+            importance: What each kind counts in this layer.
 
         Raises:
             CheckpointError: What it sees is not finite, or a Hessian has no factor.
         """
-        by_token = [(place, w.to(self.device)) for place, w in enumerate(weights) if bool(w.any())]
-        self._round_half(_ATTENTION, inputs, outputs, by_token)
-        self._round_half(_MLP, outputs, outputs, by_token)
 
-    def _round_half(
-        self, half: _Half, inputs: HiddenStates, outputs: HiddenStates, by_token: list[tuple[int, Tensor]]
-    ) -> None:
+        def weights(linear: str, index: int) -> Tensor:
+            return token_weights(importance, linear, kinds[index]).to(self.device)
+
+        self._round_half(_ATTENTION, inputs, outputs, weights)
+        self._round_half(_MLP, outputs, outputs, weights)
+
+    def _round_half(self, half: _Half, inputs: HiddenStates, outputs: HiddenStates, weights: _Weights) -> None:
+        count = len(inputs)
+
         def hidden(index: int) -> Tensor:
             return inputs.read(index).to(self.device)
 
@@ -134,14 +147,14 @@ class LayerQuantizer:
             return forward.attended(self.config, linear, x) if half is _ATTENTION else forward.gated(linear, x)
 
         if self.settings.gptq.fold_scales:
-            self._fold(half.producer, (half.last,), lambda index: between(self._source_linear, index), by_token)
-            self._fold(half.norm, half.readers, normed, by_token)
+            self._fold(half.producer, (half.last,), lambda index: between(self._source_linear, index), count, weights)
+            self._fold(half.norm, half.readers, normed, count, weights)
         self._keep_norm(half.norm)
-        self._round(half.readers, normed, by_token)
+        self._round(half.readers, normed, count, weights)
         linear = self._rounded_linear()
-        self._round((half.last,), lambda index: between(linear, index), by_token)
+        self._round((half.last,), lambda index: between(linear, index), count, weights)
         linear = self._rounded_linear()
-        for index in range(len(inputs)):
+        for index in range(count):
             outputs.write(index, hidden(index) + linear(half.last, between(linear, index)))
         self.advance()
 
@@ -152,39 +165,44 @@ class LayerQuantizer:
         self.norms[name] = rounded
 
     def _fold(
-        self,
-        producer: str,
-        consumers: tuple[str, ...],
-        inputs: Callable[[int], Tensor],
-        by_token: list[tuple[int, Tensor]],
+        self, producer: str, consumers: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights
     ) -> None:
-        """Balance the channels between what makes them and what reads them."""
-        total, count = torch.zeros((), device=self.device), 0.0
-        for index, weights in by_token:
-            total = total + weights @ inputs(index).square()
-            count += float(weights.sum())
-        names = tuple(f"{consumer}.weight" for consumer in consumers)
-        mean_square = total / (count or 1.0)
-        _require_finite(mean_square, f"{self.name}.{consumers[0]}", "finite inputs from the calibration data")
+        """Balance the channels between what makes them and what reads them, where GPTQ gains by it."""
+        names, linears = tuple(f"{consumer}.weight" for consumer in consumers), self.pending
+        hessians = self._hessians(consumers, inputs, min(count, FOLD_SEQUENCES), weights)
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         heads = (group, self.config.head_dim) if producer == _ATTENTION.producer else None
-        grid = grid_of(self.settings, self.pending[names[0]].shape[1], bits=self.settings.bits)
-        self.pending |= fold(self.pending, producer, names, mean_square, grid, heads=heads)
+        grid = grid_of(self.settings, linears[names[0]].shape[1], bits=self.settings.bits)
+        read = [linears[name] for name in names]
+        s = folding.propose(read, hessians[0].diagonal(), grid, heads=heads)
+        columns = folding.spread(s, heads)
+        if folding.is_worth_it(read, columns, hessians, self.settings.gptq, grid):
+            self.pending |= folding.fold(linears, producer, names, s, heads=heads)
 
-    def _round(
-        self, names: tuple[str, ...], inputs: Callable[[int], Tensor], by_token: list[tuple[int, Tensor]]
-    ) -> None:
-        """Gather the Hessian of some linears that read the same inputs, and round them."""
-        hessian = Hessian(self.pending[f"{names[0]}.weight"].shape[1], self.device)
-        for index, weights in by_token:
-            hessian.add(inputs(index), weights)
-        H = hessian.take(f"{self.name}.{names[0]}")
-        grid = grid_of(self.settings, len(H), bits=self.settings.bits)
-        for name in names:
+    def _round(self, names: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights) -> None:
+        """Gather the Hessians of some linears that read the same inputs, and round them."""
+        grid = grid_of(self.settings, self.pending[f"{names[0]}.weight"].shape[1], bits=self.settings.bits)
+        for name, H in zip(names, self._hessians(names, inputs, count, weights), strict=True):
             weight = self.pending.pop(f"{name}.weight")
             self.linears[name] = self._rounds(weight, H, grid, self.settings.gptq, name=f"{self.name}.{name}")
             self.errors[name] = relative_error(weight, self.linears[name].dequantized(), H)
         self.advance()
+
+    def _hessians(
+        self, names: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights
+    ) -> list[Tensor]:
+        """Return the Hessian of each of some linears that read the same inputs, over the first sequences."""
+        in_features = self.pending[f"{names[0]}.weight"].shape[1]
+        apart = names == _ATTENTION.readers and self.settings.gptq.through_attention
+        found = {name: Hessian(in_features, self.device) for name in (names if apart else names[:1])}
+        for index in range(count):
+            by_token = weights(names[0], index)
+            if apart:
+                attention.add_sequence(found, self.config, self._source_linear, inputs(index), by_token)
+            else:
+                found[names[0]].add(inputs(index), by_token)
+        taken = [hessian.take(f"{self.name}.{name}") for name, hessian in found.items()]
+        return taken if apart else taken * len(names)
 
     def _source_linear(self, name: str, x: Tensor) -> Tensor:
         return functional.linear(x, self.pending[f"{name}.weight"])

@@ -86,24 +86,24 @@ def decoder_layer(config: DecoderConfig, norms: Mapping[str, Tensor], linear: Li
     return hidden + linear("mlp.down_proj", gated(linear, x))
 
 
-def attended(config: DecoderConfig, linear: Linear, x: Tensor) -> Tensor:
-    """Return what o_proj is applied to: the heads' attention over the normed sequence x [T, C]."""
-    q, k, v = heads(config, linear, x)
-    out = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-    return out.transpose(0, 1).reshape(len(x), -1)
-
-
 def heads(config: DecoderConfig, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each head's queries, keys (both turned) and values, [heads, T, head_dim], for the normed x [T, C]."""
+    """Return the queries, keys and values of the normed sequence x [T, C], rotated: each [heads, T, head_dim]."""
     tokens = x.shape[0]
     q, k, v = (
         linear(f"self_attn.{name}_proj", x).view(tokens, -1, config.head_dim).transpose(0, 1)
         for name in ("q", "k", "v")
     )
     cos, sin = _rope_tables(tokens, config.head_dim, config.rope_theta, x.device)
-    q, k = _rope(q, cos, sin), _rope(k, cos, sin)
+    return _rope(q, cos, sin), _rope(k, cos, sin), v
+
+
+def attended(config: DecoderConfig, linear: Linear, x: Tensor) -> Tensor:
+    """Return what o_proj is applied to: the heads' attention over the normed sequence x [T, C]."""
+    q, k, v = heads(config, linear, x)
     queries_per_kv = config.num_attention_heads // config.num_key_value_heads
-    return q, k.repeat_interleave(queries_per_kv, dim=0), v.repeat_interleave(queries_per_kv, dim=0)
+    k, v = k.repeat_interleave(queries_per_kv, dim=0), v.repeat_interleave(queries_per_kv, dim=0)
+    out = functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
+    return out.transpose(0, 1).reshape(len(x), -1)
 
 
 def gated(linear: Linear, x: Tensor) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 
 from export.progress import progress_bar
-from export.quantize.calibration import HiddenStates, start_states, token_weights
+from export.quantize.calibration import KINDS, HiddenStates, start_states, token_kinds
+from export.quantize.importance import IMPORTANCE_STUDIES, Importance, SourceDecoder, measure_importance, uniform
 from export.quantize.layerwise import PASSES, LayerQuantizer
-from export.quantize.token_weights import search_token_weights
-from export.settings import TokenWeights
 from export.write.decoder import (
     PartReport,
     calibrated_part,
@@ -20,9 +18,9 @@ from export.write.decoder import (
     write_configs,
 )
 from export.write.vision_onnx import build_vision_onnx, write_vision_onnx
-from export.write.work import SEARCH_NAME
+from export.write.work import IMPORTANCE_NAME
 from lite.artifact.open import Artifact
-from lite.artifact.parts import UNHASHED, CalibrationRecord, MergeRecord, TokenWeightSearch
+from lite.artifact.parts import UNHASHED, CalibrationRecord, MergeRecord
 from lite.errors import ArtifactError
 from lite.files import give_name, whole_file
 from lite.vision import VisionEncoder
@@ -69,7 +67,7 @@ def write_calibrated_layers(
 ) -> CalibrationRecord:
     """Write the embeddings and all layers, each rounded by what it sees behind those before it."""
     P, layers, show = source.tower.num_patches, source.decoder.num_hidden_layers, settings.show_progress
-    weights = _token_weights(source, work, manifest, calibration, settings)
+    importance = _importance(source, work, manifest, calibration, settings)
     lengths = [study.num_tokens(P) for study in calibration.studies]
 
     def states(index: int) -> HiddenStates:
@@ -80,16 +78,15 @@ def write_calibrated_layers(
         start_states(states(0).file, calibration.studies, features, embeddings, P, show=show)
         del embeddings, features
         write_parts(source, work, settings, end=1)
-    by_token = [token_weights(study, P, weights) for study in calibration.studies]
+    kinds = [token_kinds(study, P) for study in calibration.studies]
     first = min(work.decoder.num_finished() - 1, layers)
     total, done = layers * PASSES, first * PASSES
     with progress_bar("rounding the decoder", total=total, initial=done, unit="pass", show=show) as bar:
         for index in range(first, layers):
             layer, name = source.read_layer(index).merged(), f"model.layers.{index}"
             quantizer = LayerQuantizer(name, layer, source.decoder, settings, advance=bar.update)
-            _round_layer(work, quantizer, index, states(index), states(index + 1), by_token)
+            _round_layer(work, quantizer, index, states(index), states(index + 1), kinds, importance[index])
             bar.set_postfix_str(_errors_shown(index, quantizer.errors))
-    found = work.read(SEARCH_NAME)
     return CalibrationRecord(
         data=calibration.data,
         sha256=calibration.sha256,
@@ -97,9 +94,8 @@ def write_calibrated_layers(
         studies=len(calibration.studies),
         left_out=calibration.left_out,
         tokens=sum(lengths),
-        image_weight=weights.image,
-        prompt_weight=weights.prompt,
-        search=found and TokenWeightSearch(held_out_studies=found["held_out_studies"], mean_kl=found["mean_kl"]),
+        token_weights=_mean_weights(importance),
+        measured=settings.gptq.token_weights is None,
         errors=work.whole_report().errors,
     )
 
@@ -110,7 +106,8 @@ def _round_layer(
     index: int,
     inputs: HiddenStates,
     outputs: HiddenStates,
-    by_token: list[Tensor],
+    kinds: list[Tensor],
+    importance: Importance,
 ) -> None:
     """Round a layer, and write it and the hidden states behind it."""
     if not inputs.complete:
@@ -118,29 +115,46 @@ def _round_layer(
         raise ArtifactError(f"{msg} · remove {work.path} to begin anew")
     # In a spare file until the layer is done: what is called outputs is complete.
     spare = outputs.beside(work.path / "hidden.partial")
-    quantizer.quantize(inputs, spare, by_token)
+    quantizer.quantize(inputs, spare, kinds, importance)
     give_name(spare.file, outputs.file)
     report = PartReport(errors={f"{quantizer.name}.{linear}": error for linear, error in quantizer.errors.items()})
     work.finish_part(index + 1, calibrated_part(quantizer.name, quantizer.norms, quantizer.linears), report)
     inputs.remove()
 
 
-def _token_weights(
+def _importance(
     source: Checkpoint,
     work: WorkFolder,
     manifest: Manifest,
     calibration: CalibrationStudies,
     settings: ExportSettings,
-) -> TokenWeights:
-    """Return the token weights as given, as an earlier run has chosen them, or by a search."""
-    if settings.gptq.token_weights is not None:
-        return settings.gptq.token_weights
-    chosen = work.read(SEARCH_NAME)
-    if chosen is None:
-        best, kl = search_token_weights(source, calibration, _features(work, manifest), work.path, settings)
-        chosen = {"chosen": dataclasses.asdict(best), "held_out_studies": len(calibration.held_out), "mean_kl": kl}
-        work.write(SEARCH_NAME, chosen)
-    return TokenWeights(**chosen["chosen"])
+) -> list[Importance]:
+    """Return what tokens count in each layer: as given, as an earlier run has measured it, or measured."""
+    given, show = settings.gptq.token_weights, settings.show_progress
+    if given is not None:
+        return [uniform(given.image, given.prompt)] * source.decoder.num_hidden_layers
+    found: list[Importance] | None = work.read(IMPORTANCE_NAME)
+    if found is None:
+        studies, P = calibration.studies[:IMPORTANCE_STUDIES], source.tower.num_patches
+        embeddings, features = source.read_base("model.embed_tokens.weight"), _features(work, manifest)
+        states = start_states(work.path / "importance-0000", studies, features, embeddings, P, show=show)
+        decoder = SourceDecoder(
+            config=source.decoder,
+            read_layer=lambda index: source.read_layer(index).merged(),
+            norm=source.read_base("model.norm.weight"),
+            head=source.read_base("lm_head.weight"),
+        )
+        kinds = [token_kinds(study, P) for study in studies]
+        found = measure_importance(decoder, states, kinds, device=settings.device, show=show)
+        states.remove()
+        work.write(IMPORTANCE_NAME, found)
+    return found
+
+
+def _mean_weights(importance: list[Importance]) -> dict[str, float]:
+    """Return what each kind of token counts in the mean over layers and linears."""
+    every = [weights for layer in importance for weights in layer.values()]
+    return {kind: sum(of) / len(every) for kind, of in zip(KINDS, zip(*every, strict=True), strict=True)}
 
 
 def _features(work: WorkFolder, manifest: Manifest) -> Callable[[EncodedStudy], Tensor]:

@@ -6,7 +6,7 @@
       vision.onnx
       decoder/               the finished parts
       reports/0007.json      what each part's rounding changed
-      token_weights.json     what the search chose
+      importance.json        what tokens were measured to count
       hidden-0007            the calibration's hidden states before layer 7
 
 The files become the artifact at the very end, by hard links, so that nothing is lost while it is measured. Every file
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 VISION_NAME: Final = "vision.onnx"
-SEARCH_NAME: Final = "token_weights.json"
+IMPORTANCE_NAME: Final = "importance.json"
 PARTS: Final = "decoder/model-*.safetensors"
 
 
@@ -59,8 +59,8 @@ class WorkFolder:
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether there is something to go on from, of whatever checkpoint: a finished part, or a search."""
-        return any(self.path.glob(PARTS)) or (self.path / SEARCH_NAME).is_file()
+        """Whether there is something to go on from, of whatever checkpoint: a finished part, or a measurement."""
+        return any(self.path.glob(PARTS)) or (self.path / IMPORTANCE_NAME).is_file()
 
     def require_same(self, arguments: dict[str, Any]) -> None:
         """Refuse to go on with parts that were made with other arguments; note the arguments where there are none."""
@@ -120,7 +120,7 @@ class WorkFolder:
     def discard_parts(self) -> None:
         """Delete what has been finished: it was of no use."""
         shutil.rmtree(self.decoder.folder)
-        (self.path / SEARCH_NAME).unlink(missing_ok=True)
+        (self.path / IMPORTANCE_NAME).unlink(missing_ok=True)
 
     def link_into(self, folder: Path) -> None:
         """Put the finished parts of the artifact into another folder: as hard links, or copies where there are none."""

@@ -135,26 +135,17 @@ class DecoderConfigPart(OneFilePart):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TokenWeightSearch:
-    """How the weights of image and prompt tokens were chosen."""
-
-    held_out_studies: int
-    mean_kl: dict[str, float]  # of each candidate "IMAGE,PROMPT", nats per token
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
     """What a decoder was calibrated on, and how."""
 
     data: str  # the list's file name
-    sha256: str  # of the films and tokens that were used, those held out for a search included
+    sha256: str  # of the films and tokens that were used
     films: tuple[str, ...] = ()  # of each film the first 16 hex digits of its sha256, sorted
     studies: int
     left_out: int = 0  # studies of the list that could not be used
     tokens: int
-    image_weight: float  # what an image token counts in the Hessian; a findings token counts 1
-    prompt_weight: float  # and a token of the prompt's text
-    search: TokenWeightSearch | None = None  # None: the weights were given
+    token_weights: dict[str, float]  # what each kind of token counts, in the mean over layers; a findings token 1
+    measured: bool = True  # whether they were measured, or given
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of each linear: the root mean square of its outputs' change over the calibration, relative to its outputs."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export.quantize import gptq as module
-from export.quantize.folding import fold
+from export.quantize.folding import fold, is_worth_it, propose, spread
 from export.quantize.gptq import Grid, Hessian, gptq, relative_error, round_to_nearest
 from export.settings import GptqSettings
 from lite.errors import CheckpointError
@@ -181,7 +181,7 @@ def test_inputs_that_are_never_seen_are_rounded_to_nearest_and_disturb_nothing(w
     grid = Grid(bits=4, group_size=32)
     rounded = gptq(weight, H, grid, GptqSettings(activation_order="none", clip="none", refine=1))
     dead = rounded.dequantized()[:, 5] - weight[:, 5]
-    assert bool((dead.abs() <= rounded.scales.float()[:, 0] * 0.51 + weight[:, 5].abs() * 2**-10).all())
+    assert bool((dead.abs() <= rounded.scales.float()[:, 0].abs() * 0.51 + weight[:, 5].abs() * 2**-10).all())
     other = weight.clone()
     other[:, 5] *= 0.5
     again = gptq(other, H, grid, GptqSettings(activation_order="none", clip="none", refine=0))
@@ -213,15 +213,17 @@ def test_a_hessian_that_is_not_finite_names_its_linear(poison: float) -> None:
 def test_folding_leaves_the_product_and_lowers_the_error(heads: tuple[int, int] | None) -> None:
     channels = 64
     made_by = channels // (heads[0] if heads else 1)
-    spread = torch.randn(made_by, generator=generator(9)).exp()
-    spread_in = spread.view(-1, 1, heads[1]).expand(-1, heads[0], -1).flatten() if heads is not None else spread
+    uneven = torch.randn(made_by, generator=generator(9)).exp()
+    spread_in = uneven.view(-1, 1, heads[1]).expand(-1, heads[0], -1).flatten() if heads is not None else uneven
     layer = {
-        "up": torch.randn(made_by, 32, generator=generator(10)) * spread[:, None],
+        "up": torch.randn(made_by, 32, generator=generator(10)) * uneven[:, None],
         "down": torch.randn(8, channels, generator=generator(11)) / spread_in,
     }
     grid = Grid(bits=4, group_size=32)
     mean_square = spread_in.square()
-    folded = fold(layer, "up", ("down",), mean_square, grid, heads=heads)
+    s = propose([layer["down"]], mean_square, grid, heads=heads)
+    folded = fold(layer, "up", ("down",), s, heads=heads)
+    assert is_worth_it([layer["down"]], spread(s, heads), [mean_square.diag()], GptqSettings(), grid)
 
     def whole(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         up = tensors["up"]
@@ -247,13 +249,50 @@ def test_folding_a_norm_scales_all_that_read_it() -> None:
         "q": torch.randn(8, 32, generator=generator(13)),
         "k": torch.randn(8, 32, generator=generator(14)),
     }
-    folded = fold(layer, "norm", ("q", "k"), torch.rand(32, generator=generator(15)) * 100, Grid(bits=4, group_size=32))
+    mean_square = torch.rand(32, generator=generator(15)) * 100
+    s = propose([layer["q"], layer["k"]], mean_square, Grid(bits=4, group_size=32))
+    folded = fold(layer, "norm", ("q", "k"), s)
     assert not torch.allclose(folded["norm"], layer["norm"], rtol=0.1)
     for name in "qk":
         torch.testing.assert_close(folded[name] * folded["norm"], layer[name] * layer["norm"])
 
 
 def test_channels_that_round_well_already_are_left_alone() -> None:
-    layer = {"norm": torch.ones(32), "q": torch.full((8, 32), 0.7)}
-    folded = fold(layer, "norm", ("q",), torch.ones(32), Grid(bits=4, group_size=32))
-    assert torch.equal(folded["norm"], layer["norm"])
+    assert torch.equal(propose([torch.full((8, 32), 0.7)], torch.ones(32), Grid(bits=4, group_size=32)), torch.ones(32))
+
+
+def test_a_fold_that_gptq_gains_little_by_is_not_taken(weight: torch.Tensor, hessian: torch.Tensor) -> None:
+    grid, columns = Grid(bits=4, group_size=32), torch.rand(INPUTS, generator=generator(19)) + 0.5
+    assert not is_worth_it([weight], torch.ones(INPUTS), [hessian], GptqSettings(), grid)
+    assert not is_worth_it([weight], columns, [hessian], GptqSettings(), grid)
+    # Undoing what was done to a weight's columns is worth a lot, and only then.
+    uneven = torch.ones(INPUTS)
+    uneven[::9] = 40
+    spoilt, seen = weight * uneven, hessian / uneven / uneven.unsqueeze(1)
+    assert is_worth_it([spoilt], 1 / uneven, [seen], GptqSettings(), grid)
+
+
+@pytest.mark.parametrize("group_size", [32, INPUTS])
+def test_a_scale_below_zero_serves_a_group_whose_largest_weight_is_positive(group_size: int) -> None:
+    grid = Grid(bits=4, group_size=group_size)
+    W = torch.rand(OUTPUTS, INPUTS, generator=generator(20)) - 0.5
+    W[:, ::32] = 1.0  # in each group the largest, above zero
+    W[: OUTPUTS // 2] *= -1
+    either = round_to_nearest(W, grid, clip="none", signs="either")
+    positive = round_to_nearest(W, grid, clip="none")
+    assert bool((positive.scales > 0).all())
+    # By chance the coarser grid fits a group better now and then.
+    assert float((either.scales[: OUTPUTS // 2] > 0).float().mean()) > 0.7
+    assert float((either.scales[OUTPUTS // 2 :] < 0).float().mean()) > 0.7
+    assert float((either.values[:, ::32] == grid.lowest).float().mean()) > 0.7
+    assert float((either.dequantized() - W).norm()) < 0.95 * float((positive.dequantized() - W).norm())
+
+
+def test_scales_of_either_sign_buy_something_and_are_refined_with_their_sign(
+    weight: torch.Tensor, hessian: torch.Tensor
+) -> None:
+    grid = Grid(bits=4, group_size=32)
+    either, positive = (gptq(weight, hessian, grid, GptqSettings(signs=signs)) for signs in ("either", "positive"))  # type: ignore[arg-type]
+    assert bool((positive.scales > 0).all())
+    assert 0.2 < float((either.scales < 0).float().mean()) < 0.8
+    assert loss(weight, either.dequantized(), hessian) < 0.95 * loss(weight, positive.dequantized(), hessian)

@@ -22,9 +22,10 @@ from unpacked import unpacked
 
 import export.quantize.calibration
 import lite
-from export import TokenWeights, export_artifact
+from export import export_artifact
 from export.__main__ import main
-from export.quantize.calibration import HiddenStates, token_weights
+from export.quantize.calibration import KINDS, HiddenStates, token_kinds
+from export.quantize.importance import token_weights, uniform
 from export.studies import EncodedStudy
 from lite.__main__ import main as lite_main
 from lite.artifact.open import load_artifact
@@ -91,7 +92,8 @@ def test_the_configuration_is_the_one_others_read(
     assert (part.format, part.group_size, part.method) == (f"gptq-int{bits}", group_size, "gptq")
     assert part.calibration is not None
     assert (part.calibration.studies, part.calibration.data) == (12, "studies.json")
-    assert (part.calibration.image_weight, part.calibration.prompt_weight) == (0.3, 0.1)
+    assert part.calibration.token_weights == pytest.approx({"first": 0.1, "prompt": 0.1, "image": 0.3, "findings": 1})
+    assert not part.calibration.measured
     errors = part.calibration.errors
     assert len(errors) == 7 * random_checkpoint.LAYERS
     assert all(0 < error < 0.5 for error in errors.values())
@@ -209,12 +211,16 @@ def test_decoder_onnx_is_written_along(
     assert re.search(r"its int8 cache +KL .* more$", told[first + 1])
 
 
-def test_token_weights_are_by_modality() -> None:
+def test_tokens_are_of_four_kinds() -> None:
     study = EncodedStudy(film=Path("x"), preprocessing=None, input_ids=(1, 5, -200, 6, 7), target_ids=(8, 9, 2))  # type: ignore[arg-type]
-    weights = token_weights(study, 3, TokenWeights(image=0.5, prompt=0.25))
+    kinds = token_kinds(study, 3)
     # prompt 1 5, image ×3, prompt 6; then 7, which predicts the first target, and the targets that are read.
-    assert weights.tolist() == [0.25, 0.25, 0.5, 0.5, 0.5, 0.25, 1.0, 1.0, 1.0]
-    assert len(weights) == study.num_tokens(3)
+    named = [KINDS[kind] for kind in kinds.tolist()]
+    assert named == ["first", "prompt", *["image"] * 3, "prompt", *["findings"] * 3]
+    assert len(kinds) == study.num_tokens(3)
+    importance = uniform(0.5, 0.25)
+    for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert token_weights(importance, linear, kinds).tolist() == [0.25, 0.25, 0.5, 0.5, 0.5, 0.25, 1.0, 1.0, 1.0]
 
 
 def test_hidden_states_are_kept_on_disk_and_complete_or_not_there(tmp_path: Path) -> None:

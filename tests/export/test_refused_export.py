@@ -122,7 +122,6 @@ def test_calibration_data_that_cannot_be_used_is_named(folders: Folders, listed:
     refused([entries[0] | {"conversations": [{}, {"value": 3}]}], "its value is 3, not text")
     refused([entries[0] | {"reason": 3}], "its reason is 3, not text")
     refused([entries[0] | {"reason": "long " * 9000}], "none of which can be used .*got a prompt")
-    refused(entries[:3], "got 3 studies · expected at least 4.*--token-weights", token_weights=None)
     data.unlink()
     fails(folders, out, settings_for(data), LiteError, "got a file that cannot be read")
 
@@ -185,6 +184,7 @@ def test_the_command_line_takes_every_setting(tmp_path: Path, taken: list[Export
     arguments += ["--calibration-data", "l.json", "--calibration-images", "d", "--calibration-studies", "7"]
     arguments += ["--group-size", "-1", "--token-weights", "0.5,2", "--activation-order", "none"]
     arguments += ["--clip", "none", "--refine", "0", "--no-fold-scales", "--lm-head", "int8", "--vision", "int8"]
+    arguments += ["--signs", "positive", "--no-through-attention"]
     assert main(arguments) == 1
     gptq = GptqSettings(
         group_size=-1,
@@ -194,6 +194,8 @@ def test_the_command_line_takes_every_setting(tmp_path: Path, taken: list[Export
         token_weights=TokenWeights(image=0.5, prompt=2.0),
         activation_order="none",
         clip="none",
+        signs="positive",
+        through_attention=False,
         refine=0,
         fold_scales=False,
         lm_head="int8",
@@ -242,7 +244,13 @@ def test_settings_that_exclude_each_other_are_refused(listed: Path) -> None:
         ({"verify_studies": 0}, {}, "verify_studies=0"),
         *(
             (rounded, {"calibration_data": listed, **wrong}, f"got .*{next(iter(wrong.values()))}.*expected one of")
-            for wrong in ({"group_size": 48}, {"method": "awq"}, {"lm_head": "int4"}, {"clip": "l1"})
+            for wrong in (
+                {"group_size": 48},
+                {"method": "awq"},
+                {"lm_head": "int4"},
+                {"clip": "l1"},
+                {"signs": "negative"},
+            )
         ),
     ):
         with pytest.raises(ArtifactError, match=match):

@@ -70,21 +70,23 @@ def test_a_stopped_export_goes_on_to_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {"artifact"}
 
 
-def test_a_search_survives_an_interrupt_and_is_not_done_twice(
+def test_what_tokens_count_is_measured_once_though_interrupted(
     folders: Folders, listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_for(listed, token_weights=None, calibration_studies=6)
     with stopped_at(monkeypatch, DecoderFolder, "write", 0):
         export_artifact(*folders, tmp_path / "artifact", settings)
-    monkeypatch.setattr(export.write.layers, "search_token_weights", None)
+    kept = {path.name for path in (tmp_path / ".artifact.export").iterdir()}
+    assert "importance.json" in kept
+    assert not [name for name in kept if name.startswith("importance-")]
+    monkeypatch.setattr(export.write.layers, "measure_importance", None)
     calibration = export_artifact(*folders, tmp_path / "artifact", settings).manifest.parts.decoder.calibration
     assert calibration is not None
-    assert calibration.search is not None
-    assert (calibration.studies, calibration.search.held_out_studies) == (6, 2)
-    kl = calibration.search.mean_kl
-    best = TokenWeights.parse(min(kl, key=kl.__getitem__))
-    assert (best.image, best.prompt) == (calibration.image_weight, calibration.prompt_weight)
-    assert len(set(kl.values())) == len(kl) >= 4
+    assert (calibration.studies, calibration.measured) == (6, True)
+    weights = calibration.token_weights
+    assert weights.keys() == {"first", "prompt", "image", "findings"}
+    assert weights["findings"] == 1
+    assert 0 < weights["image"] < 10
 
 
 def test_other_arguments_are_refused_by_name_and_nothing_is_lost(

@@ -191,8 +191,8 @@ def test_films_that_an_artifact_was_calibrated_on_are_told_by_their_bytes(
         "sha256": "0" * 64,
         "studies": 1,
         "tokens": 9,
-        "image_weight": 1.0,
-        "prompt_weight": 1.0,
+        "token_weights": {"image": 1.0},
+        "measured": False,
     }
     # The first film, whatever it is called, and one that is not judged.
     seen = [artifact_module.sha256_of(films[0])[:16], "0" * 16]

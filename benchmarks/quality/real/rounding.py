@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 
-from benchmarks.quality.real.decoder import EMBEDDINGS
+from benchmarks.quality.real.decoder import EMBEDDINGS, FINAL_NORM, HEAD
 from export.quantize.bnb import quantize_int8, quantize_nf4
-from export.quantize.calibration import HiddenStates
+from export.quantize.calibration import FINDINGS, KINDS, HiddenStates
 from export.quantize.gptq import Quantized, gptq, round_to_nearest
+from export.quantize.importance import IMPORTANCE_STUDIES, SourceDecoder, measure_importance, uniform
 from export.quantize.layerwise import LayerQuantizer
 from export.source.lora import LINEARS
 from export.write.decoder import grid_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from benchmarks.quality.real.decoder import RealDecoder
     from benchmarks.quality.real.texts import Block
+    from export.quantize.importance import Importance
     from export.quantize.layerwise import RoundsLinear
     from export.settings import ExportSettings
 
@@ -148,6 +150,13 @@ def stored_bits(rounded: Quantized) -> float:
     return bits
 
 
+def _kinds_of(block: Block) -> Tensor:
+    """Return what an export calls these tokens: all are predicted, as findings are, and the first is the first."""
+    kinds = torch.full((len(block),), FINDINGS)
+    kinds[0] = KINDS.index("first")
+    return kinds
+
+
 class Calibrated:
     """Rounds by the exporter's GPTQ of a layer."""
 
@@ -162,7 +171,7 @@ class Calibrated:
         """Embed the calibration blocks.
 
         Args:
-            setup: What is rounded, and on what it is calibrated; every token counts 1.
+            setup: What is rounded, and on what it is calibrated.
             settings: How to round.
             rounds: Rounds one linear.
             bits: Says what its result stores.
@@ -172,12 +181,32 @@ class Calibrated:
         self._settings = dataclasses.replace(settings, device=setup.device)
         self._rounds, self._bits, self._timed = rounds, bits, Timed()
         self.errors: dict[str, float] = {}
-        self._weights = [torch.ones(len(block)) for block in blocks]
+        self._kinds = [_kinds_of(block) for block in blocks]
         with self._timed.running():
             self._inputs = HiddenStates(setup.folder / "inputs", [len(b) for b in blocks], decoder.config.hidden_size)
             embeddings = decoder.read(EMBEDDINGS)
             self._inputs.fill(embeddings[torch.tensor(block)] for block in blocks)
             self._outputs = self._inputs.beside(setup.folder / "outputs")
+            self._importance = self._measured(setup)
+
+    def _measured(self, setup: Setup) -> list[Importance]:
+        """Return what tokens count in each layer: as given, or as an export measures it."""
+        given, decoder = self._settings.gptq.token_weights, setup.decoder
+        if given is not None:
+            return [uniform(given.image, given.prompt)] * decoder.config.num_hidden_layers
+        source = SourceDecoder(
+            config=decoder.config,
+            read_layer=decoder.read_layer,
+            norm=decoder.read(FINAL_NORM),
+            head=decoder.read(HEAD),
+        )
+        blocks = setup.blocks[:IMPORTANCE_STUDIES]
+        embeddings = decoder.read(EMBEDDINGS)
+        states = HiddenStates(setup.folder / "importance", [len(block) for block in blocks], embeddings.shape[1])
+        states.fill(embeddings[torch.tensor(block)] for block in blocks)
+        found = measure_importance(source, states, self._kinds[: len(blocks)], device=self._settings.device)
+        states.remove()
+        return found
 
     @property
     def seconds(self) -> float:
@@ -191,7 +220,7 @@ class Calibrated:
             quantizer = LayerQuantizer(
                 name, layer, self._config, self._settings, advance=self._advance, rounds=self._rounds
             )
-            quantizer.quantize(self._inputs, self._outputs, self._weights)
+            quantizer.quantize(self._inputs, self._outputs, self._kinds, self._importance[index])
         self._inputs, self._outputs = self._outputs, self._inputs
         self.errors |= {f"{name}.{linear}": error for linear, error in quantizer.errors.items()}
         rounded = quantizer.linears

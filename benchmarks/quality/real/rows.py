@@ -18,7 +18,7 @@ from benchmarks.quality.real.experiments import EXPERIMENTS, rounded_beyond
 from benchmarks.quality.real.peer import peers
 from benchmarks.quality.real.rounding import Calibrated, Plain, Rounding, Setup, Skipped, Way, by_settings
 from benchmarks.quality.real.smollm2 import import_gguf
-from benchmarks.quality.recipes import TRICKS, ablation, alone, gptq_recipe
+from benchmarks.quality.recipes import ablation, alone, gptq_recipe
 from export.__main__ import read_settings
 from export.source.shapes import layer_shapes
 from export.write.decoder import require_divisible
@@ -59,10 +59,8 @@ def _beyond(settings: ExportSettings, rounds: Callable[[Setup], RoundsLinear], s
 
 def _exported(group_size: int) -> Iterator[Way]:
     """Yield what the exporter can do, none twice under two names."""
-    tricks = [trick for trick in TRICKS if not trick.takes_films]
-    rest = ablation(group_size, tricks)
     recipes: list[Recipe] = [_named(DEFAULT, gptq_recipe(4, group_size))]
-    recipes += [_named("rtn", gptq_recipe(4, group_size, "rtn")), *rest, *alone(group_size, tricks)]
+    recipes += [_named("rtn", gptq_recipe(4, group_size, "rtn")), *ablation(group_size), *alone(group_size)]
     recipes += [gptq_recipe(4, size) for size in (32, 64, 128)]
     recipes += [_named("int8", gptq_recipe(8, group_size)), _named("int8-rtn", gptq_recipe(8, group_size, "rtn"))]
     recipes += [Recipe(name=f"bnb-{kind}", options=("--decoder", f"bnb-{kind}")) for kind in ("nf4", "int8")]
