@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+from random_weights import of_either_sign
 from safetensors.torch import save_file
 
 from export.quantize.gptq import Grid, round_to_nearest
@@ -109,7 +110,10 @@ def random_llama(config: dict[str, Any], *, seed: int = 0) -> dict[str, torch.Te
 def gptq_llama(
     config: dict[str, Any], *, bits: int = 4, group_size: int = 32, lm_head_bits: int | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A random Llama rounded to nearest into GPTQ's form: config.json and tensors. A head of None bits has 16."""
+    """A random Llama rounded to nearest into GPTQ's form, with scales of either sign: config.json and tensors.
+
+    A head of None bits has 16.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in random_llama(config).items():
         head = name == "lm_head.weight"
@@ -119,7 +123,7 @@ def gptq_llama(
         width = lm_head_bits if head and lm_head_bits else bits
         grid = Grid(bits=width, group_size=weight.shape[1] if group_size == -1 else group_size)
         rounded = round_to_nearest(weight.float(), grid)
-        for part, tensor in to_tensors(rounded.values, rounded.scales, bits=width).items():
+        for part, tensor in to_tensors(*of_either_sign(rounded.values, rounded.scales, width), bits=width).items():
             tensors[f"{name.removesuffix('.weight')}.{part}"] = tensor
     quantization: dict[str, Any] = {"quant_method": "gptq", "bits": bits, "group_size": group_size}
     quantization |= {"sym": True, "desc_act": False, "checkpoint_format": "gptq", "lm_head": lm_head_bits is not None}

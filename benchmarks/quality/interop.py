@@ -9,6 +9,9 @@ A folder in a known format is worth what other readers make of it. Each artifact
 and compared twice. *Weights*: the peer's own linears are given the identity matrix, so that what comes out are the
 weights its kernel really multiplies with. They have to be ours bit for bit, after a rounding that is named; a kernel
 that computes in bfloat16 rounds the scales too. *Logits*: Kullback-Leibler divergence per token, on fixed random ids.
+
+Scales of GPTQ are of either sign. How many of a folder's are negative is printed: a reader that takes them for
+magnitudes is found out by such a folder only.
 """
 
 from __future__ import annotations
@@ -64,6 +67,11 @@ class Folder:
     linears: dict[str, Weight]  # by module name
     logits: NDArray[np.float32]  # [NUM_SEQUENCES, SEQUENCE_LENGTH, vocabulary]
     input_ids: list[list[int]]  # what they are on
+
+    def count_scales(self) -> tuple[int, int]:
+        """Return how many of GPTQ's scales are negative, and how many there are."""
+        scales = [weight.scales for weight in self.linears.values() if isinstance(weight, GptqWeight)]
+        return sum(int((each < 0).sum()) for each in scales), sum(each.numel() for each in scales)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,10 +274,17 @@ def run(arguments: argparse.Namespace) -> int:
     for path in arguments.artifacts:
         folder = read_folder(load_artifact(path))
         rows, document["versions"] = check(folder, arguments.python)
-        document["folders"][str(folder.path)] = [to_json(row) for row in rows]
+        negative, scales = folder.count_scales()
+        document["folders"][str(folder.path)] = {
+            "scales": scales,
+            "negative_scales": negative,
+            "readings": [to_json(row) for row in rows],
+        }
         every += rows
         if not arguments.json:
-            sys.stdout.write(f"{folder.path}: {folder.format}, {len(folder.linears)} linears\n\n{table(rows)}\n\n")
+            form = f"{folder.format}, {len(folder.linears)} linears"
+            form += f", {negative} of {scales} scales negative" if scales else ""
+            sys.stdout.write(f"{folder.path}: {form}\n\n{table(rows)}\n\n")
             sys.stdout.flush()
     compared = [row for row in every if not row.skipped]
     if arguments.json:

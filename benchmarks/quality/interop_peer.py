@@ -20,6 +20,7 @@ import platform
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 PACKAGES: Final = ("torch", "transformers", "optimum", "gptqmodel", "accelerate", "bitsandbytes", "safetensors")
 _PROBE_ROWS: Final = 512  # of the identity at a time
 # These compute in another type than they are given.
-_COMPUTES_IN: Final = {"TorchAtenLinear": "bfloat16", "TorchFusedLinear": "bfloat16", "Linear8bitLt": "int8"}
+_COMPUTES_IN: Final = {"TorchAtenLinear": "bfloat16", "Linear8bitLt": "int8"}
 # The coarsest decides what rounding explains.
 _COARSEST_FIRST: Final = ("int8", "bfloat16", "float16", "float32")
 
@@ -124,14 +125,14 @@ def _load_by_transformers(folder: Path, **options: Any) -> Any:  # noqa: ANN401 
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def _load_gptq_in_float32(folder: Path) -> Any:  # noqa: ANN401 - a peer's model
-    """Load a GPTQ folder into gptqmodel's plain torch kernel, with float32 activations."""
+def _load_gptq_by(backend: str, dtype: torch.dtype, folder: Path) -> Any:  # noqa: ANN401 - a peer's model
+    """Load a GPTQ folder into a kernel of gptqmodel that it would not choose by itself, with activations of a dtype."""
     from transformers import GPTQConfig
 
     bits = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["bits"]
     # Only `backend` counts: all else is taken from the folder.
-    chosen = GPTQConfig(bits=bits, backend="gptq_torch")
-    return _load_by_transformers(folder, quantization_config=chosen, dtype=torch.float32)
+    chosen = GPTQConfig(bits=bits, backend=backend)
+    return _load_by_transformers(folder, quantization_config=chosen, dtype=dtype)
 
 
 def _load_by_gptqmodel(folder: Path) -> Any:  # noqa: ANN401 - a peer's model
@@ -157,6 +158,11 @@ def _beyond_its_choice(request: Request) -> str | None:
     return None
 
 
+def _beyond_fused(request: Request) -> str | None:
+    """Say what torch's int4 product cannot do."""
+    return "it is for 4 bits in groups" if request.format != "gptq-int4" or request.group_size == -1 else None
+
+
 def _beyond_transformers(request: Request) -> str | None:
     """Say what transformers cannot read (5.23, optimum 2.3)."""
     if "lm_head" in request.linears:
@@ -175,7 +181,18 @@ def readers(request: Request) -> list[Reader]:
                 load=_load_by_transformers,
                 refuses=lambda asked: _beyond_transformers(asked) or _beyond_its_choice(asked),
             ),
-            Reader(name="gptq_torch", needs=peers, load=_load_gptq_in_float32, refuses=_beyond_transformers),
+            Reader(
+                name="gptq_torch",
+                needs=peers,
+                load=partial(_load_gptq_by, "gptq_torch", torch.float32),
+                refuses=_beyond_transformers,
+            ),
+            Reader(
+                name="gptq_torch_fused",
+                needs=peers,
+                load=partial(_load_gptq_by, "gptq_torch_fused", torch.float16),
+                refuses=lambda asked: _beyond_transformers(asked) or _beyond_fused(asked),
+            ),
             Reader(name="gptqmodel", needs=peers, load=_load_by_gptqmodel, refuses=_beyond_its_choice),
         ]
     needs = ("bitsandbytes", "accelerate") if request.format.startswith("bnb") else ()

@@ -36,34 +36,34 @@ FORMATS: Final = (
 TRICKS: Final = (
     Trick("order", on=("--activation-order", "group"), off=("--activation-order", "none")),
     Trick("clip", on=("--clip", "mse"), off=("--clip", "none")),
-    Trick("signs", on=("--signs", "either"), off=("--signs", "positive")),
     Trick("refine", on=("--refine", "2"), off=("--refine", "0")),
-    Trick("attention", on=("--through-attention",), off=("--no-through-attention",)),
-    # Left to itself the exporter measures what tokens count.
-    Trick("token-weights", on=(), off=("--token-weights", "1,1")),
     Trick("folding", on=("--fold-scales",), off=("--no-fold-scales",)),
+    Trick("signs", on=("--signs", "either"), off=("--signs", "positive")),
+    Trick("attention", on=("--through-attention",), off=("--no-through-attention",)),
+    # Left to itself the exporter measures what each kind of token counts.
+    Trick("token-weights", on=(), off=("--token-weights", "1,1")),
 )
 
 
-def ablation(group_size: int = 128, tricks: Sequence[Trick] = TRICKS) -> tuple[Recipe, ...]:
+def ablation(group_size: int = 128) -> tuple[Recipe, ...]:
     """Return plain GPTQ, each trick added one after the other, and the full set without each."""
-    count = len(tricks)
+    count = len(TRICKS)
     # With the last trick the set is full, and full without the last is the one before: neither is exported twice.
-    but_last = list(enumerate(tricks[:-1]))
+    but_last = list(enumerate(TRICKS[:-1]))
     used = {"plain": [False] * count}
     used |= {f"plus-{trick.name}": [i <= at for i in range(count)] for at, trick in but_last}
     used |= {"full": [True] * count}
     used |= {f"full-without-{trick.name}": [i != at for i in range(count)] for at, trick in but_last}
-    return tuple(_with_tricks(name, on, group_size, tricks) for name, on in used.items())
+    return tuple(_with_tricks(name, on, group_size) for name, on in used.items())
 
 
-def alone(group_size: int, tricks: Sequence[Trick] = TRICKS) -> tuple[Recipe, ...]:
+def alone(group_size: int) -> tuple[Recipe, ...]:
     """Return plain GPTQ with one trick, for each of them."""
-    names = [trick.name for trick in tricks]
-    return tuple(_with_tricks(f"only-{name}", [name == n for n in names], group_size, tricks) for name in names)
+    names = [trick.name for trick in TRICKS]
+    return tuple(_with_tricks(f"only-{name}", [name == n for n in names], group_size) for name in names)
 
 
-def _with_tricks(name: str, on: Sequence[bool], group_size: int, tricks: Sequence[Trick]) -> Recipe:
-    options = [trick.on if used else trick.off for trick, used in zip(tricks, on, strict=True)]
+def _with_tricks(name: str, on: Sequence[bool], group_size: int) -> Recipe:
+    options = [trick.on if used else trick.off for trick, used in zip(TRICKS, on, strict=True)]
     plain = gptq_recipe(4, group_size)
     return Recipe(name=name, options=(*plain.options, *sum(options, ())), calibrated=True)

@@ -154,6 +154,15 @@ def test_a_kernel_may_round_the_scales_first(tmp_path: Path) -> None:
     assert (row.wrong, row.weights) == ("", "ours in bfloat16, scales too")
 
 
+def test_a_kernel_that_takes_scales_for_magnitudes_is_seen(tmp_path: Path) -> None:
+    artifact, plain = write_gptq(tmp_path)
+    scales = load_file(tmp_path / "decoder" / "model.safetensors")[f"{DOWN}.scales"]
+    plain[f"{DOWN}.weight"] *= scales.sign().repeat_interleave(32, dim=0).T
+    row = compared(artifact, peer(plain))
+    assert row.wrong.startswith("the weights differ")
+    assert row.weights.startswith(f"{DOWN}: ")
+
+
 @DTYPES
 def test_one_wrong_bit_is_seen(tmp_path: Path, dtype: torch.dtype) -> None:
     artifact, plain = write_gptq(tmp_path)
@@ -234,8 +243,11 @@ def test_without_the_peers_a_gptq_folder_does_not_pass(
     assert main(["interop", str(tiny_gptq_artifact.path), "--python", sys.executable, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["versions"]["torch"] == torch.__version__
-    rows = document["folders"][str(tiny_gptq_artifact.path / "decoder")]
-    assert [row["reader"] for row in rows] == ["transformers", "gptq_torch", "gptqmodel"]
+    folder = document["folders"][str(tiny_gptq_artifact.path / "decoder")]
+    # About half.
+    assert 0.4 < folder["negative_scales"] / folder["scales"] < 0.6
+    rows = folder["readings"]
+    assert [row["reader"] for row in rows] == ["transformers", "gptq_torch", "gptq_torch_fused", "gptqmodel"]
     assert re.search(r"gptqmodel and .*not installed: run this by `make interop`", rows[1]["skipped"])
     assert rows[-1]["wrong"] == "no peer read this folder"
 
@@ -244,18 +256,19 @@ def test_what_a_peer_cannot_do_is_skipped_with_the_reason(tmp_path: Path, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())  # as if all were installed
     by_row, plain = write_gptq(tmp_path / "row", 4, -1)
     with_head, _ = write_gptq(tmp_path / "head", 8, 64, head=True)
-    monkeypatch.setattr(interop_peer, "_load_gptq_in_float32", lambda _: llama(plain))
+    monkeypatch.setattr(interop_peer, "_load_gptq_by", lambda _backend, _dtype, _folder: llama(plain))
     monkeypatch.setattr(interop_peer, "_load_by_gptqmodel", lambda _: 1 / 0)
 
     def rows(artifact: Artifact) -> dict[str, Comparison]:
         return {reader.name: compared(artifact, reader) for reader in readers(request(artifact))}
 
     by_reader = rows(by_row)
-    assert [reader for reader, row in by_reader.items() if row.skipped] == ["transformers", "gptqmodel"]
+    skipped = [reader for reader, row in by_reader.items() if row.skipped]
+    assert skipped == ["transformers", "gptq_torch_fused", "gptqmodel"]
     assert "group size -1" in by_reader["gptqmodel"].skipped
     assert by_reader["gptq_torch"].wrong == ""
     skipped = [reader for reader, row in rows(with_head).items() if "lm_head" in row.skipped]
-    assert skipped == ["transformers", "gptq_torch"]
+    assert skipped == ["transformers", "gptq_torch", "gptq_torch_fused"]
 
 
 def test_what_is_not_there_ends_the_command(

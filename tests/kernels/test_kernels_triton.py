@@ -86,7 +86,8 @@ def test_quant_matmul_is_exact_for_the_largest_and_the_smallest_scales(bits: int
     """All integers at all places of a word, one at a time: the product is the weight, and that is exact in float32."""
     half, K = 1 << (bits - 1), 1024 // bits
     values = (torch.arange(16)[:, None] + torch.arange(K) * (2 * half // 16) + 1) % (2 * half) - half
-    scales = torch.tensor([65504.0, 2.0**-24, 2.0**-14, 0.0, 1 / 3, 1.0, 2.0**-23, 3e-6]).half().repeat(2)[:, None]
+    scales = torch.tensor([65504.0, 2.0**-24, 2.0**-14, 0.0, 1 / 3, 1.0, 2.0**-23, 3e-6]).half()
+    scales = torch.cat([scales, -scales])[:, None]
     gptq = GptqWeight.from_tensors(to_tensors(values, scales, bits=bits), bits=bits)
     weight = QuantWeight.from_gptq(gptq).to(DEVICE)
     identity = torch.eye(K)

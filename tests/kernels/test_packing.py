@@ -135,9 +135,16 @@ def test_blocks_are_the_same_weight(bits: int, out: int, inputs: int, group_size
         np.testing.assert_array_equal(from_blocks(blocks.numpy(), per_block, bits), expected)
 
 
-@pytest.mark.parametrize("accuracy_level", [0, 1])
+def rounded_to_int8(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Round each block of x [M, K] as MatMulNBits does with accuracy_level 4."""
+    blocks = x.unflatten(1, (-1, block_size))
+    steps = blocks.abs().amax(-1, keepdim=True) / 127
+    return (torch.round(blocks / steps) * steps).flatten(1)
+
+
+@pytest.mark.parametrize("accuracy_level", [0, 1, 4])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("out", "inputs", "group_size"), BLOCKS)
+@pytest.mark.parametrize(("out", "inputs", "group_size"), [*BLOCKS, (40, 192, 64)])
 def test_onnx_runtime_reads_the_blocks(bits: int, out: int, inputs: int, group_size: int, accuracy_level: int) -> None:
     weight = random_gptq(bits, out, inputs, group_size)
     form = {"K": inputs, "N": out, "bits": bits, "block_size": group_size, "accuracy_level": accuracy_level}
@@ -150,8 +157,9 @@ def test_onnx_runtime_reads_the_blocks(bits: int, out: int, inputs: int, group_s
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
     model = graph.model("product", [x], [y], ("", CONTRIB))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    for rows in (1, 5):
+    for rows in (1, 2, 4, 5, 16):
         inputs_x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows))
         (got,) = session.run(None, {"x": inputs_x.numpy()})
-        expected = inputs_x @ weight.dequantize(torch.float32).T
-        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+        multiplied = rounded_to_int8(inputs_x, group_size) if accuracy_level == 4 else inputs_x
+        expected = (multiplied @ weight.dequantize(torch.float32).T).numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(np.abs(expected).max()))

@@ -33,9 +33,7 @@ def test_manifest_round_trip() -> None:
     """None stands before or behind the other choice of a type, which may be a Literal or a dataclass."""
     assert all(words in NOTICE for words in ("not for clinical use", "esearch"))
     onnx = dataclasses.replace(tiny_onnx_part(int8_cache=True), fidelity=cache_fidelity(1e-7))
-    calibration = CalibrationRecord(
-        data="a.json", sha256="0" * 64, studies=1, tokens=2, token_weights={"image": 0.3}
-    )
+    calibration = CalibrationRecord(data="a.json", sha256="0" * 64, studies=1, tokens=2, token_weights={"image": 0.3})
     calibrated = DecoderPart(format="gptq-int8", group_size=32, method="gptq", lm_head="int8", calibration=calibration)
     for changes in (
         {"decoder_onnx": onnx},

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from random_weights import of_either_sign
 
 from export.quantize.gptq import Grid, round_to_nearest
 from kernels.bnb import Int8Weight, Nf4Weight
@@ -34,7 +35,7 @@ def matrices(parts: dict[str, int] | None = None, *, in_features: int = IN) -> T
 def gptq(weight: torch.Tensor, *, bits: int, group_size: int) -> Tensors:
     grid = Grid(bits=bits, group_size=weight.shape[1] if group_size == -1 else group_size)
     rounded = round_to_nearest(weight.float(), grid)
-    return to_tensors(rounded.values, rounded.scales, bits=bits)
+    return to_tensors(*of_either_sign(rounded.values, rounded.scales, bits), bits=bits)
 
 
 def gptq_values(tensors: Tensors, bits: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from benchmarks.quality.real.decoder import EMBEDDINGS, FINAL_NORM, HEAD
 from export.quantize.bnb import quantize_int8, quantize_nf4
 from export.quantize.calibration import FINDINGS, KINDS, HiddenStates
 from export.quantize.gptq import Quantized, gptq, round_to_nearest
-from export.quantize.importance import IMPORTANCE_STUDIES, SourceDecoder, measure_importance, uniform
+from export.quantize.importance import IMPORTANCE_STUDIES, Importance, SourceDecoder, measure_importance, uniform
 from export.quantize.layerwise import LayerQuantizer
 from export.source.lora import LINEARS
 from export.write.decoder import grid_of
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from benchmarks.quality.real.decoder import RealDecoder
     from benchmarks.quality.real.texts import Block
-    from export.quantize.importance import Importance
     from export.quantize.layerwise import RoundsLinear
     from export.settings import ExportSettings
 
@@ -150,13 +149,6 @@ def stored_bits(rounded: Quantized) -> float:
     return bits
 
 
-def _kinds_of(block: Block) -> Tensor:
-    """Return what an export calls these tokens: all are predicted, as findings are, and the first is the first."""
-    kinds = torch.full((len(block),), FINDINGS)
-    kinds[0] = KINDS.index("first")
-    return kinds
-
-
 class Calibrated:
     """Rounds by the exporter's GPTQ of a layer."""
 
@@ -181,7 +173,8 @@ class Calibrated:
         self._settings = dataclasses.replace(settings, device=setup.device)
         self._rounds, self._bits, self._timed = rounds, bits, Timed()
         self.errors: dict[str, float] = {}
-        self._kinds = [_kinds_of(block) for block in blocks]
+        # As of a report's tokens: the first, and those that count 1.
+        self._kinds = [torch.tensor([KINDS.index("first"), *[FINDINGS] * (len(block) - 1)]) for block in blocks]
         with self._timed.running():
             self._inputs = HiddenStates(setup.folder / "inputs", [len(b) for b in blocks], decoder.config.hidden_size)
             embeddings = decoder.read(EMBEDDINGS)
@@ -190,21 +183,18 @@ class Calibrated:
             self._importance = self._measured(setup)
 
     def _measured(self, setup: Setup) -> list[Importance]:
-        """Return what tokens count in each layer: as given, or as an export measures it."""
-        given, decoder = self._settings.gptq.token_weights, setup.decoder
+        decoder, given = setup.decoder, self._settings.gptq.token_weights
         if given is not None:
             return [uniform(given.image, given.prompt)] * decoder.config.num_hidden_layers
         source = SourceDecoder(
-            config=decoder.config,
-            read_layer=decoder.read_layer,
-            norm=decoder.read(FINAL_NORM),
-            head=decoder.read(HEAD),
+            config=decoder.config, read_layer=decoder.read_layer, norm=decoder.read(FINAL_NORM), head=decoder.read(HEAD)
         )
-        blocks = setup.blocks[:IMPORTANCE_STUDIES]
-        embeddings = decoder.read(EMBEDDINGS)
-        states = HiddenStates(setup.folder / "importance", [len(block) for block in blocks], embeddings.shape[1])
-        states.fill(embeddings[torch.tensor(block)] for block in blocks)
-        found = measure_importance(source, states, self._kinds[: len(blocks)], device=self._settings.device)
+        some = range(min(IMPORTANCE_STUDIES, len(self._kinds)))
+        states = HiddenStates(
+            setup.folder / "importance", [self._inputs.lengths[place] for place in some], decoder.config.hidden_size
+        )
+        states.fill(self._inputs.read(place) for place in some)
+        found = measure_importance(source, states, [self._kinds[place] for place in some], device=setup.device)
         states.remove()
         return found
 

@@ -59,8 +59,9 @@ def _beyond(settings: ExportSettings, rounds: Callable[[Setup], RoundsLinear], s
 
 def _exported(group_size: int) -> Iterator[Way]:
     """Yield what the exporter can do, none twice under two names."""
+    rest = ablation(group_size)
     recipes: list[Recipe] = [_named(DEFAULT, gptq_recipe(4, group_size))]
-    recipes += [_named("rtn", gptq_recipe(4, group_size, "rtn")), *ablation(group_size), *alone(group_size)]
+    recipes += [_named("rtn", gptq_recipe(4, group_size, "rtn")), *rest, *alone(group_size)]
     recipes += [gptq_recipe(4, size) for size in (32, 64, 128)]
     recipes += [_named("int8", gptq_recipe(8, group_size)), _named("int8-rtn", gptq_recipe(8, group_size, "rtn"))]
     recipes += [Recipe(name=f"bnb-{kind}", options=("--decoder", f"bnb-{kind}")) for kind in ("nf4", "int8")]
