@@ -40,7 +40,7 @@ NUM_FILMS = 6
 SEED = 20_261_123
 NUM_CALIBRATION_FILMS = 64
 CALIBRATION_SEED = 20_261_124
-# The weights of tokens are what a search has found on such films; it would take longer than all the rest.
+# Given, not measured: on phantoms that is as good, and the demo is to be quick.
 GPTQ_INT4 = Recipe(
     name="gptq-int4",
     options=("--decoder", "gptq-int4", "--engine", "onnx", "--token-weights", "0.3,0.1"),

@@ -24,6 +24,7 @@ import torch
 from export import verify
 from export.progress import progress_bar
 from export.quantize.calibration import CalibrationStudies, read_calibration
+from export.quantize.importance import IMPORTANCE_STUDIES
 from export.settings import DEFAULTS, ExportSettings
 from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
@@ -222,9 +223,10 @@ def _require_space(
         needed += needed + needed // 20
     needed += vision * {"fp32": 4, "fp16": 2, "int8": 2}[settings.vision_format] + (1 << 20)
     if calibration is not None:
-        tokens = sum(study.num_tokens(source.tower.num_patches) for study in calibration.studies)
-        # A layer's inputs and outputs; the search takes as much, of fewer studies, before.
-        needed += 2 * tokens * source.decoder.hidden_size * 4
+        lengths = [study.num_tokens(source.tower.num_patches) for study in calibration.studies]
+        # A layer's inputs and outputs; before that, of a few studies, what all layers read and gradients.
+        states = max(2 * sum(lengths), (source.decoder.num_hidden_layers + 2) * sum(lengths[:IMPORTANCE_STUDIES]))
+        needed += states * source.decoder.hidden_size * 4
     needed -= sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if free < needed:
