@@ -191,17 +191,19 @@ def draw(shares: Shares, title: str, file: Path) -> None:
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         msg = f'got no matplotlib ({error}) · expected it to draw with · pip install "llava-rad-lite[bench]"'
         raise LiteError(msg) from error
     figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(f"{title}: attention received")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
     layers = np.arange(len(shares.by_kind))
     below = np.zeros(len(layers))
     for kind, of_kind, colour in zip(shares.kinds, shares.by_kind.T, _COLOURS, strict=False):
         left.bar(layers, of_kind, bottom=below, label=kind, color=colour, width=0.9)
         below = below + of_kind
-    left.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), title=f"{title}: who is attended to")
+    left.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), title="share of each kind")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(shares.kinds), frameon=False)
     even = 1 / shares.by_position.shape[1]
     scale = LogNorm(vmin=even / 10, vmax=1)
@@ -209,6 +211,8 @@ def draw(shares: Shares, title: str, file: Path) -> None:
         shares.by_position, aspect="auto", origin="lower", norm=scale, cmap="cividis", interpolation="nearest"
     )
     right.set(xlabel="position", ylabel="layer", title="share of each position")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(picture, ax=right)
     figure.savefig(file, dpi=110)
 
