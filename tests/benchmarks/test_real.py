@@ -9,6 +9,8 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from tiny import random_llama
 
 from benchmarks.quality.command import INTEROP_PYTHON, main
-from benchmarks.quality.real import texts
+from benchmarks.quality.real import command, texts
 from benchmarks.quality.real.decoder import EMBEDDINGS, FINAL_NORM, HEAD, LlamaFolder, write_folder
 from benchmarks.quality.real.experiments import asymmetric, eight_bits, low_rank, worst
 from benchmarks.quality.real.measure import Judge, Judged, Row, States, kl_ratio, measure
@@ -297,6 +299,21 @@ def test_the_command_prints_rows_and_what_they_depend_on(llama: Path, capsys: py
     assert found["rows"][1]["judged"]["divergence"]["mean_kl"]["value"] > 0
     assert found["calibration"].startswith("2 blocks of 256 tokens, sha256 ")
     assert math.isfinite(found["rows"][1]["judged"]["kl_ratio"]["high"])
+
+
+def test_an_interrupted_run_prints_what_it_has_measured(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any) -> Iterator[Row]:
+        yield next(measure(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    asked = ["--quick", "--blocks", "2", "--tokens", "512", "--group-size", "32", "--device", "cpu"]
+    assert main(["real", "--model", str(llama), *asked]) == 130
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| default +\| 4\.62 ", printed, re.MULTILINE)
+    assert "(interrupted)." in printed
 
 
 def test_an_unknown_row_is_answered_with_those_there_are(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
