@@ -14,8 +14,9 @@ from repository import CHECKPOINT
 from torch.nn import functional
 
 from benchmarks.quality.command import main
-from benchmarks.quality.real.attention import STUDY_KINDS, Embedded, measure_shares, of_studies
+from benchmarks.quality.real.attention import Embedded, measure_shares, of_studies
 from benchmarks.quality.real.decoder import EMBEDDINGS, LlamaFolder
+from export.quantize.calibration import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,11 @@ def test_shares_are_those_of_transformers(llama: Path) -> None:
 def test_positions_of_a_study_are_of_four_kinds() -> None:
     name, found = of_studies(CHECKPOINT / "llava-rad-phantom", CHECKPOINT / "base", None)
     assert name == "llava-rad-phantom"
-    assert found.kinds == STUDY_KINDS
+    assert found.kinds == KINDS
     np.testing.assert_allclose(found.by_kind.sum(1), 1, rtol=1e-6)
     shares = dict(zip(found.kinds, found.positions_of_kind, strict=True))
     # One BOS, and an image of 64 patches: a sequence is as long as either says.
-    assert shares["image"] / shares["BOS"] == pytest.approx(64)
+    assert shares["image"] / shares["first"] == pytest.approx(64)
     assert 0 < shares["findings"] < shares["prompt"]
 
 

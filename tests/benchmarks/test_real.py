@@ -9,6 +9,8 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ from safetensors.torch import save_file
 from tiny import random_llama
 
 from benchmarks.quality.command import INTEROP_PYTHON, main
-from benchmarks.quality.real import texts
+from benchmarks.quality.real import command, texts
 from benchmarks.quality.real.decoder import EMBEDDINGS, FINAL_NORM, HEAD, LlamaFolder, write_folder
 from benchmarks.quality.real.experiments import asymmetric, eight_bits, low_rank, worst
-from benchmarks.quality.real.measure import Judge, Judged, Row, kl_ratio, measure
+from benchmarks.quality.real.measure import Judge, Judged, Row, States, kl_ratio, measure
 from benchmarks.quality.real.peer import peers
-from benchmarks.quality.real.rounding import Plain, Way
+from benchmarks.quality.real.rounding import Calibrated, Plain, Setup, Way
 from benchmarks.quality.real.rows import DEFAULT, ways
 from benchmarks.quality.real.smollm2 import GgufLlama, carried_file, halves_apart
 from benchmarks.quality.real.table import format_table
@@ -192,6 +194,19 @@ def test_rounding_is_judged_beside_the_float_decoder(llama: Path) -> None:
     assert (rtn.errors, len(default.errors)) == ({}, 14)
 
 
+def test_a_layer_is_calibrated_on_what_rounded_ones_before_it_make(tmp_path: Path, llama: Path) -> None:
+    decoder = LlamaFolder(llama)
+    blocks = [tuple(decoder.encode("Mild cardiomegaly. " * 20)[:40])]
+    given: dict[str, Any] = {"decoder": decoder, "blocks": blocks, "folder": tmp_path, "device": "cpu"}
+    rounding = ways(32, INTEROP_PYTHON)[0].make(Setup(**given, default_errors={}, advance=lambda *_: None))
+    assert isinstance(rounding, Calibrated)
+    states = States(decoder, blocks, "cpu")
+    for index in range(2):
+        layer = rounding.round(index, decoder.read_layer(index))
+        states.through(layer.norms, layer.linears)
+        torch.testing.assert_close(rounding._inputs.read(0), states.hidden[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_ratio_of_means_is_drawn_for_both_at_once() -> None:
     def blocks(*kl: float) -> list[StudyDivergence]:
         zeros = np.zeros(2)
@@ -284,6 +299,21 @@ def test_the_command_prints_rows_and_what_they_depend_on(llama: Path, capsys: py
     assert found["rows"][1]["judged"]["divergence"]["mean_kl"]["value"] > 0
     assert found["calibration"].startswith("2 blocks of 256 tokens, sha256 ")
     assert math.isfinite(found["rows"][1]["judged"]["kl_ratio"]["high"])
+
+
+def test_an_interrupted_run_prints_what_it_has_measured(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any) -> Iterator[Row]:
+        yield next(measure(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    asked = ["--quick", "--blocks", "2", "--tokens", "512", "--group-size", "32", "--device", "cpu"]
+    assert main(["real", "--model", str(llama), *asked]) == 130
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| default +\| 4\.62 ", printed, re.MULTILINE)
+    assert "(interrupted)." in printed
 
 
 def test_an_unknown_row_is_answered_with_those_there_are(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

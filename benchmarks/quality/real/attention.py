@@ -5,7 +5,7 @@ sequence sum to 1. Trained decoders give a third and more of it to a position th
 Xiao et al. 2023, arXiv 2309.17453), mostly the first: an error of its value vector is in every output.
 
     a decoder of text         first · next 3 · other
-    a LLaVA-Rad checkpoint    BOS · prompt · image · findings
+    a LLaVA-Rad checkpoint    first (BOS) · prompt · image · findings
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.phantom.write import write_studies
 from benchmarks.quality.real.command import BLOCK_TOKENS, open_decoder
 from benchmarks.quality.real.decoder import EMBEDDINGS
 from benchmarks.quality.real.texts import read_blocks
-from export.quantize.calibration import embed
+from export.quantize.calibration import KINDS, embed, token_kinds
 from export.source import forward
 from export.source.checkpoint import open_checkpoint
 from export.studies import EncodedStudy
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 NUM_SEQUENCES: Final = 8
 FILMS_SEED: Final = 20_261_502  # used for nothing else
 TEXT_KINDS: Final = ("first", "next 3", "other")
-STUDY_KINDS: Final = ("BOS", "prompt", "image", "findings")
 _COLOURS: Final = ("#102030", "#b06010", "#1060b0", "#60a070")
 
 
@@ -77,11 +76,11 @@ class Shares:
 def attention_received(config: DecoderConfig, linear: Linear, x: Tensor) -> Tensor:
     """Return the attention that each position of the normed sequence x [T, C] receives, [T]; it sums to 1."""
     q, k, _ = forward.heads(config, linear, x)
+    sharing = len(q) // len(k)
     future = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
     total = torch.zeros(len(x), device=x.device)
-    sharing = len(q) // len(k)
-    for queries, keys in zip(q, k.repeat_interleave(sharing, 0), strict=True):  # all heads at once would be gigabytes
-        scores = (queries @ keys.T / math.sqrt(config.head_dim)).masked_fill(future, -torch.inf)
+    for head, queries in enumerate(q):  # one at a time: all of them would be gigabytes
+        scores = (queries @ k[head // sharing].T / math.sqrt(config.head_dim)).masked_fill(future, -torch.inf)
         total += scores.softmax(-1).mean(0)
     return total / len(q)
 
@@ -164,21 +163,13 @@ def of_studies(checkpoint: Path, base: Path, data: Path | None) -> tuple[str, Sh
             )
             pixel_values = torch.from_numpy(study.pixel_values[None])
             hidden = embed(study, forward.image_features(tower, source.tower, pixel_values)[0], embeddings)
-            sequences.append(Embedded(hidden=hidden, kinds=_kinds_of(study, P)))
+            sequences.append(Embedded(hidden=hidden, kinds=token_kinds(study, P)))
 
     def read_layer(index: int) -> Layer:
         layer = source.read_layer(index)
         return layer.weights, forward.source_linear(layer)
 
-    return source.name, measure_shares(source.decoder, read_layer, sequences, STUDY_KINDS)
-
-
-def _kinds_of(study: EncodedStudy, num_patches: int) -> Tensor:
-    kinds = torch.full((study.num_tokens(num_patches),), STUDY_KINDS.index("findings"))
-    kinds[: len(study.input_ids) - 1 + num_patches] = STUDY_KINDS.index("prompt")
-    kinds[study.image_at : study.image_at + num_patches] = STUDY_KINDS.index("image")
-    kinds[0] = STUDY_KINDS.index("BOS")
-    return kinds
+    return source.name, measure_shares(source.decoder, read_layer, sequences, KINDS)
 
 
 # -- What is shown -----------------------------------------------------------------------------------------------------
@@ -200,17 +191,19 @@ def draw(shares: Shares, title: str, file: Path) -> None:
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         msg = f'got no matplotlib ({error}) · expected it to draw with · pip install "llava-rad-lite[bench]"'
         raise LiteError(msg) from error
     figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(f"{title}: attention received")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
     layers = np.arange(len(shares.by_kind))
     below = np.zeros(len(layers))
     for kind, of_kind, colour in zip(shares.kinds, shares.by_kind.T, _COLOURS, strict=False):
         left.bar(layers, of_kind, bottom=below, label=kind, color=colour, width=0.9)
         below = below + of_kind
-    left.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), title=f"{title}: who is attended to")
+    left.set(xlabel="layer", ylabel="share of attention", ylim=(0, 1), title="share of each kind")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(shares.kinds), frameon=False)
     even = 1 / shares.by_position.shape[1]
     scale = LogNorm(vmin=even / 10, vmax=1)
@@ -218,6 +211,8 @@ def draw(shares: Shares, title: str, file: Path) -> None:
         shares.by_position, aspect="auto", origin="lower", norm=scale, cmap="cividis", interpolation="nearest"
     )
     right.set(xlabel="position", ylabel="layer", title="share of each position")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(picture, ax=right)
     figure.savefig(file, dpi=110)
 

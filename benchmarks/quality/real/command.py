@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.quality.real.decoder import RealDecoder
+    from benchmarks.quality.real.measure import Row
     from benchmarks.quality.real.rounding import Way
     from benchmarks.quality.real.texts import Block
 
@@ -70,15 +71,20 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         length=extent.block_tokens,
     )
     judge = Judge(decoder, evaluation, device)
-    rows = []
-    for row in measure(chosen, judge, calibration):
-        say(" · ".join(cells_of(row)[:-1]) if row.judged else f"{row.name}: {row.error or row.skipped}")
-        rows.append(row)
     about = {
         "decoder": f"{decoder.name}, {decoder.config.num_hidden_layers} layers, perplexity {judge.perplexity:.2f}",
         "calibration": _described(calibration),
         "evaluation": _described(evaluation),
     }
+    rows: list[Row] = []
+    try:
+        for row in measure(chosen, judge, calibration):
+            say(" · ".join(cells_of(row)[:-1]) if row.judged else f"{row.name}: {row.error or row.skipped}")
+            rows.append(row)
+    except KeyboardInterrupt:  # hours of work may be in what is measured so far
+        if rows:
+            report(rows, about, command=f"{command} (interrupted)", as_json=arguments.json)
+        raise
     return report(rows, about, command=command, as_json=arguments.json)
 
 

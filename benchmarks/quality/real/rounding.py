@@ -163,7 +163,7 @@ class Calibrated:
         """Embed the calibration blocks.
 
         Args:
-            setup: What is rounded, and on what it is calibrated; every token counts 1.
+            setup: What is rounded, and on what it is calibrated.
             settings: How to round.
             rounds: Rounds one linear.
             bits: Says what its result stores.
