@@ -168,10 +168,11 @@ class LayerQuantizer:
         self, producer: str, consumers: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights
     ) -> None:
         """Balance the channels between what makes them and what reads them, where GPTQ gains by it."""
-        names, count = tuple(f"{consumer}.weight" for consumer in consumers), min(count, FOLD_SEQUENCES)
+        names = tuple(f"{consumer}.weight" for consumer in consumers)
+        some = range(0, count, max(1, count // FOLD_SEQUENCES))[:FOLD_SEQUENCES]
         read = [self.pending[name] for name in names]
         mean_square, counted = torch.zeros((), device=self.device), 0.0
-        for index in range(count):
+        for index in some:
             by_token = weights(consumers[0], index)
             mean_square = mean_square + by_token @ inputs(index).square()
             counted += float(by_token.sum())
@@ -184,7 +185,7 @@ class LayerQuantizer:
         if s is None:
             return
         hessian = self._hessian(consumers[0])
-        for index in range(count):
+        for index in some:
             hessian.add(inputs(index), weights(consumers[0], index))
         H, columns = hessian.take(f"{self.name}.{consumers[0]}"), folding.spread(s, heads)
         if folding.is_worth_it(read, columns, H, self.settings.gptq, grid):

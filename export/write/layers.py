@@ -135,7 +135,9 @@ def _importance(
         return [uniform(given.image, given.prompt)] * source.decoder.num_hidden_layers
     found: list[Importance] | None = work.read(IMPORTANCE_NAME)
     if found is None:
-        studies, P = calibration.studies[:IMPORTANCE_STUDIES], source.tower.num_patches
+        # Spread over the list, which may be sorted by patient, date or finding.
+        every = max(1, len(calibration.studies) // IMPORTANCE_STUDIES)
+        studies, P = calibration.studies[::every][:IMPORTANCE_STUDIES], source.tower.num_patches
         embeddings, features = source.read_base("model.embed_tokens.weight"), _features(work, manifest)
         states = start_states(work.path / "importance-0000", studies, features, embeddings, P, show=show)
         decoder = SourceDecoder(
