@@ -204,7 +204,7 @@ def test_a_gpu_that_is_too_small_is_an_error_that_says_what_to_do(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    monkeypatch.setattr(export.quantize.layerwise, "gptq", full)
+    monkeypatch.setattr(export.quantize.layerwise, "Hessian", full)
     with pytest.raises(BackendUnavailable, match=r"CUDA out of memory.*repeat the command.*--device cpu"):
         export_artifact(*folders, tmp_path / "artifact", settings_for(listed))
     assert (tmp_path / ".artifact.export").is_dir()
