@@ -67,7 +67,8 @@ interop: $(STAMP) $(INTEROP_STAMP)  ## let transformers and gptqmodel read expor
 	@for name in $(INTEROP); do \
 	    echo "Exporting build/interop/$$name ..."; \
 	    $(BIN)/python -m export --checkpoint $(PHANTOM)/llava-rad-phantom --base $(PHANTOM)/base \
-	        --decoder $${name%-g*} --group-size $${name##*-g} --method rtn \
+	        --decoder $${name%-g*} --group-size $${name##*-g} \
+	        --calibration-data benchmarks/references/phantom/studies.json --calibration-studies 8 \
 	        --out build/interop/$$name --overwrite --quiet > /dev/null || exit 1; \
 	done
 	@$(BIN)/python -m benchmarks quality interop $(INTEROP:%=build/interop/%)
