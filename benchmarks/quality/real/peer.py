@@ -55,9 +55,12 @@ class Peer:
             "options": options,
         }
         (setup.folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        script = Path(__file__).with_name("gptqmodel_peer.py")
-        command = [str(python), "-I", str(script), str(setup.folder)]
-        done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace")
+        script = Path(__file__).resolve().with_name("gptqmodel_peer.py")
+        # absolute, not resolved: a link is how Python finds its environment. It leaves its logs where it runs.
+        command = [str(python.absolute()), "-I", str(script), str(setup.folder)]
+        done = subprocess.run(
+            command, check=False, capture_output=True, encoding="utf-8", errors="replace", cwd=setup.folder
+        )
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
             raise LiteError(
