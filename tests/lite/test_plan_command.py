@@ -37,9 +37,9 @@ def test_a_table_of_items_and_reasons(tiny_onnx_artifact: Artifact, capsys: pyte
     out = printed(capsys, tiny_onnx_artifact.path, "--rows", 2, "--cache-dtype", "float32")
     assert re.search(r"engine +onnx +the artifact has decoder\.onnx", out)
     assert re.search(r"cache of 2 x \d+ tokens +[\d.]+ [KM]iB +[\d.,]+ \w+ a row", out)
-    assert re.search(r"at most +[\d.]+ MiB +no limit is set", out)
+    assert re.search(r"at most +[\d.]+ [MG]iB +no limit is set", out)
     assert re.search(r"decoder\.onnx, from decoder +\d", out)
-    assert re.search(r"--cache-dtype int8 +[\d.]+ MiB +2 rows, int8 cache, loses \S+ nats a token more", out)
+    assert re.search(r"--cache-dtype int8 +[\d.]+ [MG]iB +2 rows, int8 cache, loses \S+ nats a token more", out)
 
 
 def test_a_card_that_is_not_here(tiny_onnx_artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
