@@ -66,9 +66,11 @@ def uniform(image: float, prompt: float) -> Importance:
 
 
 def token_weights(importance: Importance, linear: str, kinds: Tensor) -> Tensor:
-    """Return λ of each token of a sequence for a linear's Hessian, float32 [T]; `kinds` are places in `KINDS`."""
-    counted = linear if linear in importance else "mlp.gate_proj" if "mlp" in linear else "self_attn.o_proj"
-    return torch.tensor(importance[counted])[kinds]
+    """Return λ of each token of a sequence for a linear's Hessian, float32 [T]; `kinds` are places in `KINDS`.
+
+    q, k and v count as what the attention makes of them.
+    """
+    return torch.tensor(importance.get(linear, importance["self_attn.o_proj"]))[kinds]
 
 
 def measure_importance(

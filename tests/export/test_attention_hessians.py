@@ -57,6 +57,12 @@ def attended(kv_heads: int, x: torch.Tensor, changes: dict[str, torch.Tensor]) -
     return forward.attended(config(kv_heads), linear, x)
 
 
+@pytest.fixture(autouse=True)
+def blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a sequence be several blocks, the last not full."""
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 3)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_hessian_of_v_is_that_of_what_the_heads_make_of_it(kv_heads: int) -> None:
     x, weights = random(TOKENS, SIZE, seed=5), torch.rand(TOKENS, generator=torch.Generator().manual_seed(6))

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from export.quantize import folding
 from export.quantize import gptq as module
 from export.quantize.folding import fold, is_worth_it, propose, spread
 from export.quantize.gptq import Grid, Hessian, gptq, relative_error, round_to_nearest
@@ -298,3 +299,21 @@ def test_scales_of_either_sign_buy_something_and_are_refined_with_their_sign(
     assert bool((positive.scales > 0).all())
     assert 0.2 < float((either.scales < 0).float().mean()) < 0.8
     assert loss(weight, either.dequantized(), hessian) < 0.95 * loss(weight, positive.dequantized(), hessian)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_fitting_moves_a_scale_to_its_best_and_keeps_its_sign(sign: int, hessian: torch.Tensor) -> None:
+    grid = Grid(bits=4, group_size=INPUTS)
+    values = torch.randint(-8, 8, (INPUTS, 3), generator=generator(21)).float()
+    W = values * 0.5 * sign
+    scales = torch.full((1, 3), 0.4 * sign)
+    module._fit_scale(values, scales, hessian @ (W - values * scales), hessian, grid, 0)
+    torch.testing.assert_close(scales, torch.full((1, 3), 0.5 * sign), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("left", "worth"), [(0.7, True), (0.9, False)])
+def test_a_fold_has_to_leave_much_less(left: float, worth: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = iter([1.0, left])
+    monkeypatch.setattr(folding, "_objective", lambda *_: next(objectives))
+    W, ones = torch.ones(4, INPUTS), torch.ones(INPUTS)
+    assert is_worth_it([W], ones, ones.diag(), GptqSettings(), Grid(bits=4, group_size=32)) is worth

@@ -226,7 +226,7 @@ def test_tokens_are_of_four_kinds() -> None:
     assert named == ["first", "prompt", *["image"] * 3, "prompt", *["findings"] * 3]
     assert len(kinds) == study.num_tokens(3)
     importance = uniform(0.5, 0.25)
-    for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+    for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         assert token_weights(importance, linear, kinds).tolist() == [0.25, 0.25, 0.5, 0.5, 0.5, 0.25, 1.0, 1.0, 1.0]
 
 

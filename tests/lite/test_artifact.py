@@ -133,7 +133,7 @@ def test_engines_read_their_parts_and_the_shared_ones(tiny_onnx_artifact: Artifa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 6}, "got format_version 6 · this version reads 5 · upgrade"),
+        ({"format_version": 7}, "got format_version 7 · this version reads 6 · upgrade"),
         ({"format_version": 4}, "got format_version 4 .* export the artifact again"),
         ({"format_version": 0}, "got format_version 0 .* export the artifact again"),
         ({"format_version": ...}, "no format_version"),
