@@ -30,7 +30,7 @@ from benchmarks.quality.compare import draft
 from lite.console import print_line, run_command
 from lite.eval.labels import Label, Reading, read_labels
 from lite.image.files import load_image
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
 
 OUT = Path("build", "demo")  # of where one is

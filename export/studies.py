@@ -1,7 +1,7 @@
 """Studies that an export looks at: to measure parity, and to calibrate.
 
 An encoded study is a film, its prompt and a findings text, in the artifact's own tokenizer, template and preprocessing.
-Lists are read by `lite.studies.readers`.
+Lists are read by `lite.studies.sources.listed`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lite.errors import ImageError, LiteError, PromptError
 from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.prompt import PromptEncoder, Tokenizer
-from lite.studies.readers import check_films, read_studies
+from lite.studies.films import check_films
+from lite.studies.sources.listed import read_studies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

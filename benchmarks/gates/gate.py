@@ -50,7 +50,7 @@ from lite.eval.divergence import DivergenceSummary
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
 from lite.files import check_writable, write_whole
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
 
 GATES: Final = Path(__file__).with_name("gates.toml")

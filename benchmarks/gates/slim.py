@@ -28,7 +28,7 @@ from lite.bench.machine import machine
 from lite.bench.table import markdown_table
 from lite.console import run_command, say
 from lite.errors import LiteError
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 
 VENV: Final = Path("build", "slim-venv").absolute()
 ARTIFACT: Final = Path("build", "demo", "artifact").absolute()

@@ -32,8 +32,9 @@ from lite.errors import LiteError
 from lite.image.files import load_image
 from lite.loading import prompt_of
 from lite.prompt import Tokenizer
-from lite.studies.readers import check_films, read_studies
+from lite.studies.films import check_films
 from lite.studies.results import read_results
+from lite.studies.sources.listed import read_studies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,8 +22,8 @@ from lite.errors import LiteError
 from lite.eval.figures import Estimate
 from lite.eval.labels import unreadable
 from lite.eval.metrics import FindingsScores, score_findings
-from lite.studies.readers import read_studies
 from lite.studies.results import Result, read_results
+from lite.studies.sources.listed import read_studies
 
 
 def score(predictions: Path, *, truth: Path | None = None) -> FindingsScores:

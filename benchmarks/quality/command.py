@@ -22,7 +22,7 @@ from lite.artifact.open import load_artifact
 from lite.console import positive, run_command, say, short_names
 from lite.errors import LiteError
 from lite.eval.record import check_belongs, settings_of
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 
 # Films of these seeds are used for nothing else: not for training, nor for the figures of the phantom's README.
 FORMATS_SEED: Final = 20_261_201

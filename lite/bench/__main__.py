@@ -22,7 +22,8 @@ from lite.console import EXIT_FAILED, positive, run_command, say, short_names, s
 from lite.engines.options import LoadOptions
 from lite.errors import LiteError
 from lite.files import check_writable, write_whole
-from lite.studies.readers import check_films, read_studies
+from lite.studies.films import check_films
+from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from lite.eval.record import (
     ids_type,
     settings_of,
 )
-from lite.studies.readers import sha256_of_studies
+from lite.studies.films import sha256_of_studies
 from lite.studies.study import Study
 
 if TYPE_CHECKING:

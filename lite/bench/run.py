@@ -35,7 +35,7 @@ from lite.eval.figures import RESAMPLES, Missing
 from lite.eval.labels import unreadable
 from lite.eval.record import check_studies
 from lite.eval.record_file import read_record
-from lite.studies.readers import sha256_of_studies
+from lite.studies.films import sha256_of_studies
 from lite.studies.study import Study
 
 _REHEARSAL: Final = Draft(id="rehearsal", text="Small left pleural effusion. No pneumothorax.")

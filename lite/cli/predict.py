@@ -10,7 +10,8 @@ from lite.artifact.open import load_artifact
 from lite.cli.notes import Notes, report
 from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model
 from lite.console import EXIT_FAILED, ProgressLine, positive, print_line, say
-from lite.studies.readers import check_films, read_studies
+from lite.studies.films import check_films
+from lite.studies.sources.listed import read_studies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -31,7 +31,7 @@ from lite.config import DecodingDefaults, Preprocessing, PromptTemplate
 from lite.errors import ArtifactError, LiteError
 from lite.eval.divergence import StudyDivergence, TopK, compare_top_k, gap_limit
 from lite.eval.figures import Floats
-from lite.studies.readers import sha256_of_studies
+from lite.studies.films import sha256_of_studies
 from lite.studies.study import Study
 
 TOP_K: Final = 64
@@ -92,7 +92,7 @@ class RecordInfo:
     engine: str
     settings: Settings
     data: str  # the list's name
-    data_sha256: str  # of `lite.studies.readers.sha256_of_studies`
+    data_sha256: str  # of `lite.studies.films.sha256_of_studies`
     machine: str
     versions: dict[str, str]
     studies: list[RecordedStudy]

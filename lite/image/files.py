@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | NDArray[Any] | Image.Image | Dataset"
 MAX_FILE_BYTES: Final = 512 * 1024**2
 
+EXTENSIONS: Final = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".jp2", ".dcm")
+"""How the names of films end, where a folder is searched for them; DICOM is known by its content."""
 _FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
 
 

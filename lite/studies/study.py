@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lite.image.files import ImageSource
 
 MODEL_FIELDS: Final = ("image", "reason", "query")
@@ -27,6 +29,7 @@ class Study:
     id: str = ""  # what its results are called
     question: str = ""  # what the list asks: the model is asked its own question
     reference: str = ""  # the findings that come with the film; empty where there are none
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)  # what else its source says of it, if asked for
 
     @property
     def path(self) -> Path:

@@ -32,7 +32,7 @@ from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
 from lite.loading import load
 from lite.model import FindingsModel
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
 
 NUM_FILMS = 4

@@ -14,7 +14,7 @@ from PIL import Image
 import lite
 from benchmarks import demo
 from benchmarks.exports import Source
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
 
 TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumothorax."

@@ -19,7 +19,7 @@ from benchmarks.quality.recipes import FORMATS, TRICKS, ablation
 from export.__main__ import _parser
 from lite.artifact.open import load_artifact
 from lite.errors import LiteError
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 
 PYTHON = sys.executable
 

@@ -25,7 +25,7 @@ from export.__main__ import _parser
 from lite.artifact.open import Artifact, load_artifact
 from lite.errors import LiteError
 from lite.loading import load
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
 
 ONLY = ("--only", "fp16", "imports")

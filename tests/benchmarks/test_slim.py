@@ -18,7 +18,7 @@ from benchmarks.gates.slim import Run, Slim, main
 from lite.artifact.open import Artifact
 from lite.errors import LiteError
 from lite.loading import load
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 
 FILMS = [study.image for study in read_studies(slim.STUDIES)]
 # What the base and the extra `cpu` ask for.

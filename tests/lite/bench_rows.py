@@ -33,7 +33,7 @@ from lite.eval.divergence import DivergenceSummary
 from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.files import write_whole
 from lite.memory.plan import MemoryPlan
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 
 SCRIPT = "<script>alert(1)</script>"
 NOT_INSTALLED = Missing(why="not installed", todo="pip install radgraph, then run this again.")

@@ -277,7 +277,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str | 
     """Eight films of the phantom, and why they were made."""
     pytest.importorskip("cv2")
     from benchmarks.phantom.write import write_studies
-    from lite.studies.readers import read_studies
+    from lite.studies.sources.listed import read_studies
 
     listed = write_studies(tmp_path_factory.mktemp("studies") / "films", count=8, seed=20_270_101, dicom=False)
     return [(study.image, study.reason) for study in read_studies(listed)]

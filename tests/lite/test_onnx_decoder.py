@@ -19,7 +19,7 @@ from lite.eval.divergence import compare_logits
 from lite.eval.labels import read_labels
 from lite.eval.metrics import label_f1
 from lite.model import FindingsModel
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 
 
 @pytest.fixture(scope="module", params=[None, "int8"], ids=["float cache", "int8 cache"])

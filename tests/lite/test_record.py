@@ -22,7 +22,7 @@ from lite.eval.record import ReferenceRecord, check_belongs, check_record, check
 from lite.eval.record_file import read_record, write_record
 from lite.loading import load
 from lite.model import FindingsModel
-from lite.studies.readers import sha256_of_studies
+from lite.studies.films import sha256_of_studies
 from lite.studies.study import Study
 
 EOS = 2

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lite.errors import LiteError
-from lite.studies.readers import check_films, read_studies, sha256_of_studies
+from lite.studies.films import check_films, sha256_of_studies
+from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study, as_study
 
 
@@ -59,7 +60,7 @@ def test_all_but_the_image_may_be_missing_or_null(tmp_path: Path, rest: dict[str
             "entry 1 .* .its value is 5, not text",
         ),
         (json.dumps([entry(1, reason=7)]), "got an entry 1 that is no study .its reason is 7, not text"),
-        (json.dumps([entry(1), entry(2), entry(1, image="3.png")]), "got the id study-1 again in entry 3"),
+        (json.dumps([entry(1), entry(2), entry(1, image="3.png")]), "entry 3: got the id study-1 again"),
         (json.dumps([entry(1, image=["1.png", "2.png"])]), "entry 1 .*it has 2 films: name the frontal one"),
         (json.dumps([entry(1, view="LATERAL")]), "no study that can be used .1 of 1 studies .* 1 of view LATERAL"),
         ("[" * 100_000, "cannot be read"),

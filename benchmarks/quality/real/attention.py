@@ -36,7 +36,7 @@ from lite.bench.table import markdown_table
 from lite.config import PromptTemplate
 from lite.errors import LiteError
 from lite.prompt import PromptEncoder, Tokenizer
-from lite.studies.readers import read_studies
+from lite.studies.sources.listed import read_studies
 
 if TYPE_CHECKING:
     import argparse

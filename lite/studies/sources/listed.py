@@ -12,22 +12,15 @@ the indication in `context`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import re
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from lite.errors import LiteError
-from lite.image.words import FRONTAL, view_of_words
+from lite.studies.sources.base import SourceOptions, StudyList, is_frontal, is_nothing
 from lite.studies.study import Study
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-_NOTHING: Final = ("", "nan", "none", "null", "n/a")
 _INDICATION: Final = re.compile(r"Indication:\s*(.*?)\s*(?:</context>|$)", re.DOTALL | re.IGNORECASE)
 
 
@@ -39,24 +32,8 @@ class _LeftOut(Exception):  # noqa: N818 - never leaves this module
     """Why the evaluation's own loader leaves an entry out."""
 
 
-class StudyList(list[Study]):
-    """Studies, and how many entries of their list were left out for which reason."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        super().__init__()
-        self.left_out: Counter[str] = Counter()
-
-    @property
-    def remark(self) -> str | None:
-        """What was left out, in words."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        entries = len(self) + self.left_out.total()
-        return f"{self.left_out.total()} of {entries} studies of the list left out: {reasons}" if reasons else None
-
-
 def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool = True) -> StudyList:
-    """Read a list of studies. That the films are there is another question: see `check_films`.
+    """Read a list of studies. That the films are there is another question: see `lite.studies.films.check_films`.
 
     Args:
         path: the list.
@@ -67,24 +44,40 @@ def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool =
     Raises:
         LiteError: no such file, not JSON, no studies in it, an entry (counted from 1) that is not one, or see `unique`.
     """
+    return read_entries(path, read_json(path), SourceOptions(image_folder=image_folder), unique=unique)
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever there is
+    """Return what a JSON file holds.
+
+    Raises:
+        LiteError: no such file, or not JSON.
+    """
     try:
-        entries = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         got = "a folder" if path.is_dir() else f"a file that cannot be read ({error})"
         msg = f"{path}: got {got} · expected a JSON list of studies · check the path"
         raise LiteError(msg) from error
+
+
+def read_entries(path: Path, entries: object, options: SourceOptions, *, unique: bool = True) -> StudyList:
+    """Read the studies of a list that has been parsed: see `read_studies`."""
+    kind = "list of studies"
+    rows = entries
     if isinstance(entries, dict) and entries and all(isinstance(entry, dict) for entry in entries.values()):
+        kind = "ReXrank's studies"
+        rows = list(entries.values())
         entries = [_of_rexrank(name, entry) for name, entry in entries.items()]
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(entries, list) or not isinstance(rows, list) or not entries:
         msg = f"{path}: got no list, or an empty one · expected a JSON list of studies · check the path"
         raise LiteError(msg)
-    studies = StudyList()
-    seen: dict[str, Study] = {}
-    for number, entry in enumerate(entries, start=1):
+    studies = StudyList(kind, options)
+    for number, (entry, row) in enumerate(zip(entries, rows, strict=True), start=1):
         try:
-            study = _study(entry, path.parent, image_folder)
+            study = _study(entry, path.parent, options.image_folder)
         except _LeftOut as reason:
-            studies.left_out[str(reason)] += 1
+            studies.leave_out(str(reason))
             continue
         except _NoStudy as error:
             msg = (
@@ -92,23 +85,14 @@ def read_studies(path: Path, *, image_folder: Path | None = None, unique: bool =
                 "conversations (a question and its answer) where there are · correct it, or take it out"
             )
             raise LiteError(msg) from error
-        if unique and (before := seen.setdefault(study.id, study)) is not study:
-            if before == study:
-                studies.left_out["listed before"] += 1
-                continue
-            msg = f"{path}: got the id {study.id} again in entry {number} · expected each once · correct it"
-            raise LiteError(msg)
-        studies.append(study)
-    if not studies:
-        msg = f"{path}: got no study that can be used ({studies.remark}) · expected frontal films · check the list"
-        raise LiteError(msg)
-    return studies
+        studies.take(study, row=row, where=f"{path}: entry {number}", unique=unique)
+    return studies.finish(path)
 
 
 def _study(entry: object, beside: Path, image_folder: Path | None) -> Study:
     if not isinstance(entry, dict):
         raise _NoStudy(f"it is {json.dumps(entry)[:40]}")
-    if (view := _text(entry, "view")) and view_of_words(view) not in FRONTAL:
+    if (view := _text(entry, "view")) and not is_frontal(view):
         raise _LeftOut(f"of view {view.strip()[:20]}")
     if (method := _text(entry, "generate_method")) and method.lower() != "rule-based":
         raise _LeftOut(f"with findings by {method[:20]}")
@@ -128,7 +112,7 @@ def _study(entry: object, beside: Path, image_folder: Path | None) -> Study:
     if "value" in turns[1] and not _text(turns[1], "value"):
         raise _LeftOut("without findings")
     return Study(
-        _film(image, beside, image_folder),
+        film_path(image, beside, image_folder),
         _text(entry, "reason"),
         id=image if number_or_name in (None, "") else str(number_or_name),
         question=(_text(turns[0], "value") or "").replace("<image>", "").strip(),
@@ -136,7 +120,7 @@ def _study(entry: object, beside: Path, image_folder: Path | None) -> Study:
     )
 
 
-def _film(image: str, beside: Path, image_folder: Path | None) -> Path:
+def film_path(image: str, beside: Path, image_folder: Path | None) -> Path:
     """Return where a film is: in a folder that was named also where its path begins with a slash, or with `mimic/`."""
     film = (image_folder or beside) / image
     if image_folder is None or film.is_file():
@@ -148,18 +132,11 @@ def _film(image: str, beside: Path, image_folder: Path | None) -> Path:
 
 def _text(entry: dict[str, Any], name: str) -> str | None:
     value = entry.get(name)
-    if _is_nothing(value):
+    if is_nothing(value):
         return None
     if not isinstance(value, str):
         raise _NoStudy(f"its {name} is {json.dumps(value)[:40]}, not text")
     return value
-
-
-def _is_nothing(value: object) -> bool:
-    """Say whether it is nothing, in the ways that tables have of writing that."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str) and value.strip().lower() in _NOTHING)
 
 
 def _of_rexrank(name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -179,52 +156,12 @@ def _of_rexrank(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         indication = found[1] if found else None
     known = [key for key in ("section_findings", "report", "reports") if key in entry]
     if known[:1] != ["section_findings"]:  # both may stand there, and one be empty
-        known.sort(key=lambda key: _is_nothing(entry[key]))
+        known.sort(key=lambda key: is_nothing(entry[key]))
     named = entry.get("key_image_path")
     return {
         "id": name,
-        "image": (frontal[:1] or films) if _is_nothing(named) else named,
+        "image": (frontal[:1] or films) if is_nothing(named) else named,
         "view": None if frontal or not views else "Lateral",
         "reason": indication or None,
         "conversations": [{}, {"value": entry[known[0]] if known else None}],
     }
-
-
-def check_films(studies: Sequence[Study], listed: Path, *, option: str = "--image-folder", every: bool) -> int:
-    """Find out before any work which films are not there.
-
-    Args:
-        studies: of a list.
-        listed: the list.
-        option: what the command line calls the films' folder.
-        every: one missing film is an error; otherwise only when there is none at all.
-
-    Returns:
-        The number of films that are missing.
-
-    Raises:
-        LiteError: see `every`.
-    """
-    missing = [study.path for study in studies if not study.path.is_file()]
-    if missing and (every or len(missing) == len(studies)):
-        msg = (
-            f"{listed}: got {len(missing)} of {len(studies)} films that are not there, the first {missing[0]} · "
-            f"expected a file for each · name the folder that the list's images are relative to with {option}"
-        )
-        raise LiteError(f"{msg}{', or take them out of the list' if len(missing) < len(studies) else ''}")
-    return len(missing)
-
-
-def sha256_of_studies(studies: Sequence[Study]) -> str:
-    """Hash what a model's answers depend on: ids, reasons and the films' bytes, in order; "none" for a missing film.
-
-    Reports and questions are left out: the model does not see them.
-    """
-    digest = hashlib.sha256()
-    for study in studies:
-        try:
-            film = hashlib.sha256(study.path.read_bytes()).hexdigest()
-        except OSError:
-            film = "none"
-        digest.update(json.dumps([study.id, study.reason, film]).encode())
-    return digest.hexdigest()
