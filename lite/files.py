@@ -9,16 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import os
 import secrets
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
 
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+_LONGEST_NAME: Final = 200  # in bytes: file systems take 255, and a partial file has a longer name
 
 
 @contextlib.contextmanager
@@ -110,6 +115,20 @@ def check_writable(*files: Path | None) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             partial.unlink()
+
+
+def safe_name(text: str, suffix: str) -> str:
+    """Return a file name for any text, another one for each: no folder, nothing hidden, nothing that a system reserves.
+
+    Letters and digits stay as they are, of any script; what is not safe is written %2F. A long one is cut, and ends in
+    a hash.
+    """
+    name = "".join(char if char.isalnum() or char in " ._-+=@," else quote(char, safe="") for char in text)
+    name = f"%2E{name[1:]}" if name[:1] in (".", "") else name
+    if len(f"{name}{suffix}".encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        name = f"{name.encode()[: _LONGEST_NAME - len(suffix) - 17].decode(errors='ignore')}-{digest}"
+    return f"{name}{suffix}"
 
 
 def link_or_copy(file: Path, target: Path) -> None:

@@ -29,7 +29,7 @@ from lite.session.session import Session
 from lite.studies.study import Study, as_study
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Unpack
 
     from lite.artifact.open import Artifact
@@ -85,6 +85,15 @@ class FindingsModel:
     def _num_ahead(self) -> int:
         """How many films may be seen before there is a row for them."""
         return STUDIES_AHEAD if self.decoder.run_ahead else 1
+
+    def window(self, batch_size: int) -> int:
+        """How many studies are worth submitting at a time: those that decode, and those that are read meanwhile."""
+        return batch_size + (self._num_ahead if batch_size > 1 or self.decoder.run_ahead else 0)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What all findings of this model share: fields of `lite.studies.results.Findings`."""
+        return self._preparer.settings
 
     @property
     def notice(self) -> str:
@@ -183,8 +192,7 @@ class FindingsModel:
         if isinstance(studies, Sized):
             batch_size = max(1, min(batch_size, len(studies)))
         lot = Lot(batch_size)
-        # Those that are read and seen while the others decode.
-        window = batch_size + (self._num_ahead if batch_size > 1 or self.decoder.run_ahead else 0)
+        window = self.window(batch_size)
         return in_order(studies, lambda item: self._submit(as_study(item), asked, lot=lot), window=window)
 
     def score(

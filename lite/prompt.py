@@ -152,7 +152,7 @@ class PromptEncoder:
                 speaks in the conversation (`USER:`), or a control character.
             ContextLengthError: the prompt leaves no room for a single new token.
         """
-        text = self._template.conversation.replace(_QUESTION, self._question(reason, query))
+        text = self._template.conversation.replace(_QUESTION, self.question(reason, query))
         chunks = [[self._tokenizer.bos_token_id, *self._tokenizer.encode(chunk)] for chunk in text.split(IMAGE_TOKEN)]
         input_ids = [*chunks[0], IMAGE_TOKEN_ID, *chunks[1][1:]]
         self.check_length(
@@ -171,7 +171,12 @@ class PromptEncoder:
             )
             raise ContextLengthError(msg)
 
-    def _question(self, reason: str | None, query: str | None) -> str:
+    def question(self, reason: str | None, query: str | None = None) -> str:
+        """Return what the model is asked.
+
+        Raises:
+            PromptError: the reason or the query cannot be used.
+        """
         if query is not None:
             self._check("query", query)
             if reason is not None:

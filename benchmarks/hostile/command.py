@@ -130,7 +130,7 @@ def _material(work: Path) -> Material:
     studies = write_studies(work / "studies", count=4, seed=1, dicom=True)
     Source(verify=studies, calibration=studies, device="cpu").export(_RTN, work / "artifact")
     predictions = work / "predictions.jsonl"
-    predict = [sys.executable, "-m", "lite", "predict", str(work / "artifact"), str(studies), "--out", str(predictions)]
+    predict = [sys.executable, "-m", "lite", "run", str(work / "artifact"), str(studies), "--out", str(predictions)]
     measured_run([*predict, "--max-new-tokens", "4"])
     return Material(artifact=work / "artifact", studies=studies, predictions=predictions)
 

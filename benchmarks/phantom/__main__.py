@@ -16,7 +16,7 @@ from lite.console import run_command
 _EPILOG = """\
 examples:
   python -m benchmarks.phantom write build/films --count 200 --seed 1
-  python -m lite predict build/demo/artifact build/films/studies.json --out build/predictions.jsonl
+  python -m lite run build/demo/artifact build/films/studies.json --out build/predictions.jsonl
   python -m benchmarks.phantom score build/predictions.jsonl
 
 exit status: 0 done, 1 something was skipped or failed, 2 wrong use, 130 interrupted.

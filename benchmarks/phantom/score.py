@@ -1,6 +1,6 @@
 """Score predicted findings against their references: `python -m benchmarks.phantom score PREDICTIONS.jsonl`.
 
-A prediction is a line of JSON, as `python -m lite predict` and `generate --json` write it; the reference evaluation's
+A prediction is a line of JSON, as `python -m lite run` and `generate --json` write it; the reference evaluation's
 own lines, {"id", "query", "reference", "prediction"}, will do. Labels are read from both texts by `lite.eval.labels`,
 which is exact on the grammar's own texts: what it reads there is what was drawn.
 """
@@ -116,7 +116,7 @@ def format_table(scores: FindingsScores) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `score`."""
     parser.add_argument(
-        "predictions", type=Path, metavar="PREDICTIONS.jsonl", help="what python -m lite predict has written"
+        "predictions", type=Path, metavar="PREDICTIONS.jsonl", help="what python -m lite run has written"
     )
     parser.add_argument(
         "--truth", type=Path, metavar="LIST.json", help="take the references from the films' list, not from the file"

@@ -27,7 +27,7 @@ def add_artifact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT", help="the folder written by `python -m export`")
 
 
-def add_image_folder(parser: argparse.ArgumentParser) -> None:
+def add_image_folder(parser: argparse._ActionsContainer) -> None:
     """Add where the films of a list are."""
     parser.add_argument(
         "--image-folder", type=Path, metavar="DIR", help="where the films are (default: beside the list)"

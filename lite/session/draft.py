@@ -117,6 +117,45 @@ def as_completed(drafts: Iterable[Draft]) -> Iterator[Draft]:
         yield held.pop(ended.get())
 
 
+def as_they_end(
+    items: Iterable[T | None], submit: Callable[[T], Draft], *, window: int
+) -> Iterator[tuple[T, Findings | LiteError]]:
+    """Submit items, so many at a time, and yield each with what comes of it when it ends, in whichever order.
+
+    Args:
+        items: read lazily. None is none: it lets what has ended out while there is nothing new.
+        submit: asks for one; what it raises stands in the place of the item's findings.
+        window: how many are under way or waiting at a time.
+    """
+    under_way: dict[int, tuple[T, Draft]] = {}
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def result() -> tuple[T, Findings | LiteError]:
+        item, draft = under_way.pop(ended.get())
+        try:
+            return item, draft.result()
+        except LiteError as error:
+            return item, error
+
+    try:
+        for index, item in enumerate(items):
+            if item is not None:
+                try:
+                    draft = submit(item)
+                except LiteError as error:
+                    yield item, error
+                    continue
+                under_way[index] = item, draft
+                draft.on_end(functools.partial(ended.put, index))
+            while under_way and (len(under_way) >= window or not ended.empty()):
+                yield result()
+        while under_way:
+            yield result()
+    finally:
+        for _, draft in under_way.values():
+            draft.cancel()
+
+
 def in_order(items: Iterable[T], submit: Callable[[T], Draft], *, window: int) -> Iterator[Findings | StudyError]:
     """Submit items, so many at a time, and yield what comes of them in their order.
 

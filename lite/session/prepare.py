@@ -173,6 +173,19 @@ class Preparer:
             raise LiteError(msg)
         return features
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all findings share: fields of `Findings`."""
+        decoder = self.decoder
+        return {
+            "artifact_id": self.artifact.id,
+            "engine": decoder.engine,
+            "device": str(decoder.device),
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "cache_dtype": decoder.cache_dtype,
+            "provider": self.vision.provider,
+        }
+
     def findings(self, prepared: Prepared, outcome: Outcome) -> Findings:
         """Put the findings of a study that has ended together."""
         decoder, peaks = self.decoder, outcome.decode_peaks or self.peaks()
@@ -201,12 +214,7 @@ class Preparer:
             ),
             rendering=prepared.rendering,
             film=prepared.film,
-            artifact_id=self.artifact.id,
-            engine=decoder.engine,
-            device=str(decoder.device),
-            dtype=str(decoder.dtype).removeprefix("torch."),
-            cache_dtype=decoder.cache_dtype,
-            provider=self.vision.provider,
+            **self.settings,
             backend=decoder.backend,
             fallbacks=self.fallbacks + decoder.fallbacks,
             notice=self.artifact.manifest.notice,

@@ -176,6 +176,8 @@ class Result:
             "query": study.query or study.question or None,
             "reference": study.reference or None,
         }
+        if study.row:
+            value |= {"row": dict(study.row)}
         if self.error is not None:
             value |= {"error": self.error, "notice": SHORT_NOTICE}
         else:
@@ -210,6 +212,7 @@ class Result:
             id=str(name),
             question=texts["query"] or "",
             reference=texts["reference"] or "",
+            row=value["row"] if isinstance(value.get("row"), dict) else {},
         )
         findings = None
         if texts["error"] is None and "token_ids" in value:
@@ -263,6 +266,6 @@ def read_results(path: Path) -> list[Result]:
             raise LiteError(msg)
         results[name], lines[name] = result, number
     if not results:
-        msg = f"{path}: got an empty file · expected a line per study · see: python -m lite predict --help"
+        msg = f"{path}: got an empty file · expected a line per study · see: python -m lite run --help"
         raise LiteError(msg)
     return list(results.values())

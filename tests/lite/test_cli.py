@@ -153,7 +153,7 @@ def test_a_short_name_is_not_mistaken_for_a_word_of_the_message(monkeypatch: pyt
         ["generate", "artifact", "film.png", "--rendering", "pretty"],
         ["generate", "artifact", "film.png", "--reason", "a", "--query", "b"],
         ["generate", "artifact", "film.png", "--memory-limit", "much"],
-        ["predict", "artifact", "studies.json"],
+        ["run", "artifact", "studies.json"],
         ["info"],
     ],
 )
@@ -171,12 +171,12 @@ def test_an_unknown_option_is_answered_by_its_command(capsys: pytest.CaptureFixt
 
 
 def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["generate", "--help"], ["predict", "--help"], ["info", "--help"]):
+    for arguments in (["--help"], ["generate", "--help"], ["run", "--help"], ["info", "--help"]):
         assert run(*arguments) == 0
     out = capsys.readouterr().out
     assert "not for clinical use" in out
     assert "example: python -m lite generate" in out
-    assert "example: python -m lite predict" in out
+    assert "example: python -m lite run" in out
 
 
 @pytest.mark.parametrize(("door", "program"), [("bench", "python -m lite.bench"), ("export", "python -m export")])

@@ -1,4 +1,4 @@
-"""`python -m lite predict`: its file is kept line by line and gone on with, with a stand-in for the model."""
+"""`python -m lite run`: its file is kept line by line and gone on with, with a stand-in for the model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Place:
             (self.films / name).touch()
 
     def run(self, *more: str, out: Path | None = None, images: bool = True) -> int:
-        command = ["predict", str(self.artifact), str(self.list), "--out", str(out or self.out), "--batch-size", "2"]
+        command = ["run", str(self.artifact), str(self.list), "--out", str(out or self.out), "--batch-size", "2"]
         return main([*command, *(["--image-folder", str(self.films)] if images else []), *more])
 
 

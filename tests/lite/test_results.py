@@ -96,7 +96,7 @@ def test_a_list_says_what_was_left_out_and_noted(
     entries = [{"id": "1", "image": "film.dcm"}, {"id": "2", "image": "film.dcm", "view": "LATERAL"}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     out = tmp_path / "out.jsonl"
-    command = ["predict", str(tiny_artifact.path), str(tmp_path / "list.json"), "--out", str(out), "--device", "cpu"]
+    command = ["run", str(tiny_artifact.path), str(tmp_path / "list.json"), "--out", str(out), "--device", "cpu"]
     assert main([*command, "--max-new-tokens", "2", "--any-film"]) == 0
     err = capsys.readouterr().err
     assert "note: 1 of 2 studies of the list left out: 1 of view LATERAL" in err

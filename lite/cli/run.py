@@ -1,0 +1,236 @@
+"""`python -m lite run ARTIFACT SOURCE --out DIR`: draft the findings of a cohort, each study exactly once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lite.artifact.open import load_artifact
+from lite.cli.notes import Notes, report
+from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model
+from lite.cohort.formats import FORMATS, formatted_name, iterate_results
+from lite.cohort.run import DRAFTING, Extras, draft_studies, in_shard
+from lite.cohort.tally import Tally
+from lite.console import EXIT_FAILED, positive, print_line, say
+from lite.errors import LiteError
+from lite.files import check_writable
+from lite.studies.films import check_films
+from lite.studies.results import Findings
+from lite.studies.sources import read_source
+from lite.studies.sources.base import SourceOptions, StudyList, Where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lite.artifact.open import Artifact
+    from lite.studies.journal import Journal
+    from lite.studies.study import Study
+
+BATCH_SIZE: Final = 8
+HELP: Final = "draft the findings of a cohort: a list, a table, a folder, a public data set"
+DESCRIPTION: Final = (
+    "Draft the findings of many studies, each exactly once. A result is a line of JSON in the file as soon as it is "
+    "there: after Ctrl-C, a crash or a failure the same command goes on behind the last one, and tries again what has "
+    "failed."
+)
+EPILOG: Final = (
+    "SOURCE is a JSON list, a CSV or TSV table, a folder of films or a DICOM tree, a pattern in quotes, or\n"
+    "a public data set in its own layout: see docs/cohorts.md.\n\n"
+    "examples:\n"
+    "  python -m lite run artifact studies.json --image-folder films --out findings.jsonl\n"
+    "  python -m lite run artifact studies.csv --reason-column Indication --out results --format csv"
+)
+RESULTS: Final = "results.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_artifact(parser)
+    parser.add_argument("source", metavar="SOURCE", help="the studies")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR|FILE.jsonl", help="the file to write, or to go on with"
+    )
+    _add_source(parser)
+    _add_results(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing on the way but what failed")
+    add_drafting(parser, batch_size=BATCH_SIZE)
+    add_loading(parser)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the source")
+    add_image_folder(group)
+    for name, what in (
+        ("image", "the films"),
+        ("id", "what the studies are called"),
+        ("reason", "the reasons for the exams"),
+        ("reference", "the findings that there are"),
+    ):
+        group.add_argument(f"--{name}-column", metavar="NAME", help=f"of a table: {what} (default: guessed, and said)")
+    group.add_argument(
+        "--reason-from-header",
+        dest="header_reason",
+        action="store_true",
+        help="of a DICOM tree: the reason is what the header gives for the exam, else its StudyDescription",
+    )
+    group.add_argument(
+        "--where",
+        type=_where,
+        default=Where(),
+        metavar="WHICH",
+        help="only these: frontal, chest (by DICOM headers), COLUMN=VALUE, with commas between them",
+    )
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
+    group.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only part I of N, by the studies' ids: one on each machine"
+    )
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the results")
+    group.add_argument(
+        "--format",
+        dest="formats",
+        action="append",
+        choices=sorted(FORMATS),
+        default=[],
+        help="write them in this form, too, beside the file of lines; may be given again",
+    )
+    group.add_argument(
+        "--columns", action="store_true", help="keep all that the source says of a study with its result"
+    )
+    group.add_argument("--text-dir", type=Path, metavar="DIR", help="write a text file for each study")
+    group.add_argument(
+        "--sr-dir", type=Path, metavar="DIR", help="write a DICOM report (Basic Text SR) for each DICOM film"
+    )
+    group.add_argument(
+        "--mix", action="store_true", help="go on with a file that holds results of other artifacts or settings"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from lite.studies.journal import Journal
+
+    out = journal_path(arguments.out, arguments.shard)
+    for name in arguments.formats:
+        FORMATS[name].check()
+        check_writable(formatted_name(out, name))
+    listed = read_source(arguments.source, source_options(arguments))
+    studies = [study for study in listed if arguments.shard is None or in_shard(study.id, arguments.shard)]
+    studies = studies[: arguments.limit]
+    artifact = load_artifact(arguments.artifact)
+    _tell_source(arguments, listed, studies)
+    request = {name: getattr(arguments, name) for name in DRAFTING}
+    with Journal(out, listed, artifact_id=artifact.id, request=request, mix=arguments.mix) as journal:
+        try:
+            failed = _draft(arguments, studies, journal)
+        except KeyboardInterrupt:
+            say(f"results so far, in {out}: {len(journal.done)}; the same command goes on there")
+            raise
+        finally:
+            _write_formats(arguments, artifact, out)
+        done = sum(study.id in journal.done for study in studies)
+    print_line(f"{done} of {len(studies)} studies are drafted in {out}{f', {failed} failed' if failed else ''}")
+    return EXIT_FAILED if failed else 0
+
+
+def journal_path(out: Path, shard: tuple[int, int] | None) -> Path:
+    """Return the file of lines that `--out` asks for.
+
+    Raises:
+        LiteError: it is the name of a file that is none of lines.
+    """
+    if out.suffix == ".jsonl" and not out.is_dir():
+        return out
+    if out.suffix and not out.is_dir():
+        msg = f"got --out {out} · expected a folder, or a file that ends in .jsonl · for other forms give --format, too"
+        raise LiteError(msg)
+    return out / (RESULTS if shard is None else f"results-{shard[0]}-of-{shard[1]}.jsonl")
+
+
+def source_options(arguments: argparse.Namespace) -> SourceOptions:
+    """Return how the source is read."""
+    keep_rows = arguments.columns or any(FORMATS[name].needs_rows for name in arguments.formats)
+    names = ("image_folder", "image_column", "id_column", "reason_column", "reference_column", "header_reason", "where")
+    return SourceOptions(keep_rows=keep_rows, **{name: getattr(arguments, name) for name in names})
+
+
+def _tell_source(arguments: argparse.Namespace, listed: StudyList, studies: Sequence[Study]) -> None:
+    """Say what the source is, what was left out of it, and which films are not there, before any work."""
+    missing = check_films(studies, Path(arguments.source), every=False)
+    if missing:
+        say(f"note: {missing} of {len(studies)} films are not there: these studies will fail")
+    if arguments.quiet:
+        return
+    say(f"{arguments.source}: {listed.kind}, {len(listed)} studies{_part_of(listed, studies)}")
+    for note in (*listed.notes, listed.remark):
+        if note:
+            say(f"note: {note}")
+
+
+def _part_of(listed: StudyList, studies: Sequence[Study]) -> str:
+    return f", {len(studies)} of them to do here" if len(studies) < len(listed) else ""
+
+
+def _draft(arguments: argparse.Namespace, studies: Iterable[Study], journal: Journal) -> int:
+    """Draft what is still to do; return how many studies failed."""
+    studies = list(studies)
+    todo = [study for study in studies if study.id not in journal.done]
+    if journal.num_others:
+        say(f"note: {journal.path} also holds {journal.num_others} results of other studies or settings")
+    if len(todo) < len(studies):
+        say(f"note: {len(studies) - len(todo)} of {len(studies)} studies are in {journal.path} already")
+    if not todo:
+        return 0
+    notes = Notes()
+    with load_model(arguments) as model:
+        say(f"note: {model.notice}")
+        tally = Tally(len(todo), quiet=arguments.quiet)
+
+        def told(study: Study, result: Findings | LiteError) -> None:
+            if isinstance(result, LiteError):
+                report(str(study.path), result, what="failed")
+            elif not arguments.quiet:
+                notes.tell(str(study.path), result, cut=False)
+            tally.add(study, result)
+
+        draft_studies(
+            model,
+            todo,
+            journal,
+            request={name: getattr(arguments, name) for name in DRAFTING},
+            batch_size=arguments.batch_size,
+            extras=Extras(text_dir=arguments.text_dir, sr_dir=arguments.sr_dir),
+            told=told,
+        )
+    for line in () if arguments.quiet else (f"{tally.per_minute:.3g} studies/min", *tally.summary()):
+        say(line)
+    return tally.failed.total()
+
+
+def _write_formats(arguments: argparse.Namespace, artifact: Artifact, out: Path) -> None:
+    """Write the other forms of all that is in the file."""
+    if not arguments.formats or not out.is_file():
+        return
+    from lite.loading import prompt_of
+
+    _, prompt = prompt_of(artifact)
+    for name in arguments.formats:
+        FORMATS[name].write(iterate_results(out, prompt), formatted_name(out, name))
+
+
+def _where(text: str) -> Where:
+    try:
+        return Where.parse(text)
+    except LiteError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        msg = f"got {text!r}, expected a part of so many, such as 1/4"
+        raise argparse.ArgumentTypeError(msg)
+    return int(number), int(count)
