@@ -52,7 +52,7 @@ slim: $(STAMP)  ## draft in a new environment without torch, and say what that t
 hostile: export OMP_NUM_THREADS ?= 1
 ARGS ?=
 
-hostile: $(STAMP)  ## spoilt inputs for a minute, then exports that are killed for a minute
+hostile: $(STAMP)  ## spoilt inputs for a minute, then programs that are killed for a minute
 	@$(BIN)/python -m benchmarks hostile --minutes 1 --kills 1000 $(ARGS)
 
 # The peers bring their own versions of everything, so they live in environments of their own.

@@ -11,7 +11,7 @@ from benchmarks.commands import run_one_of
 COMMANDS: Final = {
     "demo": ("benchmarks.demo", "export the phantom model in 4 bits, draft findings for a few films, show the truth"),
     "gate": ("benchmarks.gates.gate", "compare today's exports with the baselines: quality, bytes, memory, imports"),
-    "hostile": ("benchmarks.hostile.command", "spoilt inputs of every kind, and exports that are killed"),
+    "hostile": ("benchmarks.hostile.command", "spoilt inputs of every kind, and programs that are killed"),
     "phantom": ("benchmarks.phantom.__main__", "synthetic films with known findings, and the small model for them"),
     "quality": (
         "benchmarks.quality.command",

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks hostile`, spoilt inputs first, then exports that are killed.
+"""The command line: `python -m benchmarks hostile`, spoilt inputs first, then programs that are killed.
 
 Every input is read in a child that is bounded (`child`). It is read, or refused by one of this project's errors;
 anything else is a failure: another error, a crash, a hang, memory above the bound, code of the input run, a file opened
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from benchmarks.commands import command_line
 from benchmarks.exports import Recipe, Source, measured_run
 from benchmarks.hostile.child import EXTRA_BYTES, SECONDS, Watch
-from benchmarks.hostile.kills import Killed, exports
+from benchmarks.hostile.kills import Cohort, Killed, exports
 from benchmarks.hostile.kinds import KINDS, Material, input_folder
 from benchmarks.phantom.write import write_studies
 from lite.bench.table import markdown_table
@@ -70,15 +70,16 @@ def spoil(
     return counts
 
 
-def kill(work: Path, studies: Path, *, seed: int, most: int, ends: Callable[[], bool]) -> list[Killed]:
-    """Kill exports in turns, `most` times in all or until it is time."""
+def kill(work: Path, material: Material, *, seed: int, most: int, ends: Callable[[], bool]) -> list[Killed]:
+    """Kill exports and a cohort in turns, `most` times in all or until it is time."""
     rng = random.Random(f"kill:{seed}")
-    killing = exports(work, studies)
+    cohort = Cohort("lite run", material.artifact, material.studies, work / "run" / "results.jsonl")
+    killing = [cohort, *exports(work, material.studies)]
     for number in itertools.count():
-        if ends() or sum(export.killed.kills for export in killing) >= most:
+        if ends() or sum(program.killed.kills for program in killing) >= most:
             break
         killing[number % len(killing)].kill_once(rng)
-    return [export.killed for export in killing]
+    return [program.killed for program in killing]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +104,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str] | None) -> int:
         killed = []
         if options.kills:
             until = _time_limit(options.minutes)
-            killed = kill(work / "exports", material.studies, seed=options.seed, most=options.kills, ends=until)
+            killed = kill(work / "killed", material, seed=options.seed, most=options.kills, ends=until)
             print_line(_kill_table(killed))
     failures = list(_failures(counts, killed))
     for line in failures[:_SHOWN_FAILURES]:
@@ -172,7 +173,7 @@ def _table(counts: dict[str, Count]) -> str:
 
 def _kill_table(killed: Sequence[Killed]) -> str:
     rows = [[one.name, f"{one.kills:,}", f"{one.finished:,}", f"{len(one.failures):,}"] for one in killed]
-    return markdown_table(["export", "kills", "finished after", "failures"], rows)
+    return markdown_table(["program", "kills", "finished after", "failures"], rows)
 
 
 def _failures(counts: dict[str, Count], killed: Sequence[Killed]) -> Iterator[str]:
@@ -188,13 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks hostile",
         description="Read spoilt films, artifacts, checkpoints and lists, each in a child that may take "
-        f"{SECONDS} s and {shown_bytes(EXTRA_BYTES)}; then kill exports at random points. What is neither read nor "
+        f"{SECONDS} s and {shown_bytes(EXTRA_BYTES)}; then kill exports and a cohort at random points. What is neither read nor "
         "refused with words is a failure.",
         epilog="exit status: 0 no failure, 1 there is one, 2 wrong use, 130 interrupted.",
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--inputs", type=positive, metavar="N", help="inputs of each kind (default: until it is time)")
-    parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill exports N times (default: none)")
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill programs N times (default: none)")
     parser.add_argument("--minutes", type=float, metavar="M", help="for inputs, and again for kills")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first input (default: %(default)s)")
     parser.add_argument("--replay", metavar="KIND:SEED", help="write this input and read it, without a child")

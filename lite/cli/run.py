@@ -21,7 +21,7 @@ from lite.studies.sources import read_source
 from lite.studies.sources.base import SourceOptions, StudyList, Where
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from lite.artifact.open import Artifact
     from lite.studies.journal import Journal
@@ -37,9 +37,8 @@ DESCRIPTION: Final = (
 EPILOG: Final = (
     "SOURCE is a JSON list, a CSV or TSV table, a folder of films or a DICOM tree, a pattern in quotes, or\n"
     "a public data set in its own layout: see docs/cohorts.md.\n\n"
-    "examples:\n"
-    "  python -m lite run artifact studies.json --image-folder films --out findings.jsonl\n"
-    "  python -m lite run artifact studies.csv --reason-column Indication --out results --format csv"
+    "example: python -m lite run artifact studies.json --image-folder films --out findings.jsonl\n"
+    "example: python -m lite run artifact studies.csv --reason-column Indication --out results --format csv"
 )
 RESULTS: Final = "results.jsonl"
 
@@ -174,19 +173,20 @@ def _part_of(listed: StudyList, studies: Sequence[Study]) -> str:
     return f", {len(studies)} of them to do here" if len(studies) < len(listed) else ""
 
 
-def _draft(arguments: argparse.Namespace, studies: Iterable[Study], journal: Journal) -> int:
+def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Journal) -> int:
     """Draft what is still to do; return how many studies failed."""
-    studies = list(studies)
-    todo = [study for study in studies if study.id not in journal.done]
     if journal.num_others:
         say(f"note: {journal.path} also holds {journal.num_others} results of other studies or settings")
-    if len(todo) < len(studies):
-        say(f"note: {len(studies) - len(todo)} of {len(studies)} studies are in {journal.path} already")
-    if not todo:
+    if all(study.id in journal.done for study in studies):
+        say(f"note: all {len(studies)} studies are in {journal.path} already")
         return 0
     notes = Notes()
     with load_model(arguments) as model:
         say(f"note: {model.notice}")
+        journal.expect(model.settings)
+        todo = [study for study in studies if study.id not in journal.done]
+        if len(todo) < len(studies):
+            say(f"note: {len(studies) - len(todo)} of {len(studies)} studies are in {journal.path} already")
         tally = Tally(len(todo), quiet=arguments.quiet)
 
         def told(study: Study, result: Findings | LiteError) -> None:

@@ -45,7 +45,7 @@ class Journal:
             mix: let results of other artifacts and settings stay in the file; they count as not done.
         """
         self.path = path
-        self.done: set[str] = set()  # ids of these studies
+        self.done: set[str] = set()  # ids of these studies; with `mix` it is known once `expect` has been told
         self.num_others = 0  # results of other studies, or by another artifact or settings
         self._asked = {study.id: (study.reason, _name_of(study)) for study in studies}
         self._artifact_id = artifact_id
@@ -78,7 +78,7 @@ class Journal:
         if len(self._by_settings) > 1 and not self._mix:
             got, expected = (_shown(settings) for settings in list(self._by_settings)[:2])
             raise self._refused(f"{self.path}: got results with {got}, and others with {expected}", "one of them")
-        if len(self._by_settings) == 1:
+        if len(self._by_settings) == 1 and not self._mix:
             (self.done,) = self._by_settings.values()
         return has_more
 
@@ -148,6 +148,8 @@ class Journal:
             LiteError: they are others, and do not mix.
         """
         key = tuple(settings[name] for name in SETTINGS)
+        if self.done is self._by_settings.get(key):
+            return
         if self._by_settings and key not in self._by_settings and not self._mix:
             got = _shown(next(iter(self._by_settings)))
             raise self._refused(f"{self.path}: got results with {got}", _shown(key))

@@ -21,7 +21,7 @@ import export.pipeline  # noqa: F401 - in this process, so that no fork of it ha
 from benchmarks.hostile import child
 from benchmarks.hostile.child import MARK, Watch
 from benchmarks.hostile.command import main, spoil
-from benchmarks.hostile.kills import Export
+from benchmarks.hostile.kills import Cohort, Export
 from benchmarks.hostile.kinds import KINDS, Material, input_folder
 from benchmarks.phantom.write import write_studies
 from lite.artifact.open import Artifact
@@ -139,7 +139,7 @@ def test_an_export_is_killed_and_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     export.bytes = {"decoder": "other bytes"}
     while not export.killed.failures:
         export.kill_once(rng)
-    assert "other bytes" in export.killed.failures[0]
+    assert "other content" in export.killed.failures[0]
 
 
 def test_a_replay_that_names_no_input_is_refused(capsys: pytest.CaptureFixture[str], material: Material) -> None:
@@ -150,3 +150,22 @@ def test_a_replay_that_names_no_input_is_refused(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["--kinds", "films"])
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_a_cohort_is_killed_and_goes_on_to_the_same_results(
+    tmp_path: Path, tiny_artifact: Artifact, films: list[Path]
+) -> None:
+    entries = [{"id": str(index), "image": str(film)} for index, film in enumerate(films)]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    cohort = Cohort("run", tiny_artifact.path, tmp_path / "list.json", tmp_path / "run" / "results.jsonl")
+    rng = random.Random(0)
+    while cohort.killed.kills < 2 or not cohort.killed.finished:
+        cohort.kill_once(rng)
+    assert cohort.killed.failures == []
+    cohort.run()
+    whole = cohort.out.read_text()
+    cohort.out.write_text(whole + whole.splitlines(keepends=True)[0])
+    with pytest.raises(LiteError, match="twice"):
+        cohort.found()
+    cohort.out.write_text(whole.replace('"prediction": "', '"prediction": "x', 1))
+    assert not cohort.is_on_its_way(cohort.found())
