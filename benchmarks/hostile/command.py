@@ -189,8 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks hostile",
         description="Read spoilt films, artifacts, checkpoints and lists, each in a child that may take "
-        f"{SECONDS} s and {shown_bytes(EXTRA_BYTES)}; then kill exports and a cohort at random points. What is neither read nor "
-        "refused with words is a failure.",
+        f"{SECONDS} s and {shown_bytes(EXTRA_BYTES)}; then kill exports and a cohort at random points. What is neither "
+        "read nor refused with words is a failure.",
         epilog="exit status: 0 no failure, 1 there is one, 2 wrong use, 130 interrupted.",
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -136,7 +137,7 @@ def test_an_export_is_killed_and_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     while export.killed.kills < 2 or not export.killed.finished:
         export.kill_once(rng)
     assert export.killed.failures == []
-    export.bytes = {"decoder": "other bytes"}
+    export.whole = {"decoder": "other bytes"}
     while not export.killed.failures:
         export.kill_once(rng)
     assert "other content" in export.killed.failures[0]
@@ -152,6 +153,7 @@ def test_a_replay_that_names_no_input_is_refused(capsys: pytest.CaptureFixture[s
     assert "invalid choice" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_cohort_is_killed_and_goes_on_to_the_same_results(
     tmp_path: Path, tiny_artifact: Artifact, films: list[Path]
 ) -> None:
