@@ -122,9 +122,11 @@ def run(arguments: argparse.Namespace) -> int:
     artifact = load_artifact(arguments.artifact)
     _tell_source(arguments, listed, studies)
     request = {name: getattr(arguments, name) for name in DRAFTING}
-    with Journal(out, listed, artifact_id=artifact.id, request=request, mix=arguments.mix) as journal:
+    extras = Extras(text_dir=arguments.text_dir, sr_dir=arguments.sr_dir)
+    own = {"artifact_id": artifact.id, "request": request, "mix": arguments.mix}
+    with Journal(out, listed, **own, kept=extras.mend) as journal:
         try:
-            failed = _draft(arguments, studies, journal)
+            failed = _draft(arguments, studies, journal, extras)
         except KeyboardInterrupt:
             say(f"results so far, in {out}: {len(journal.done)}; the same command goes on there")
             raise
@@ -173,7 +175,7 @@ def _part_of(listed: StudyList, studies: Sequence[Study]) -> str:
     return f", {len(studies)} of them to do here" if len(studies) < len(listed) else ""
 
 
-def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Journal) -> int:
+def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Journal, extras: Extras) -> int:
     """Draft what is still to do; return how many studies failed."""
     if journal.num_others:
         say(f"note: {journal.path} also holds {journal.num_others} results of other studies or settings")
@@ -202,7 +204,7 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
             journal,
             request={name: getattr(arguments, name) for name in DRAFTING},
             batch_size=arguments.batch_size,
-            extras=Extras(text_dir=arguments.text_dir, sr_dir=arguments.sr_dir),
+            extras=extras,
             told=told,
         )
     for line in () if arguments.quiet else (f"{tally.per_minute:.3g} studies/min", *tally.summary()):

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lite.errors import Cancelled, LiteError
-from lite.files import safe_name, write_whole
+from lite.files import disk_errors_explained, partial_name, safe_name
 from lite.session.draft import as_they_end
 from lite.studies.results import SHORT_NOTICE, Findings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from lite.model import FindingsModel
     from lite.studies.journal import Journal
+    from lite.studies.results import Result
     from lite.studies.study import Study
 
 DRAFTING: Final = ("max_new_tokens", "rendering", "any_film")
@@ -32,26 +33,53 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
-    """What is written of a study beside its line: a text, and a DICOM report where its film is a DICOM file."""
+    """What is made of a study's line: a text, and a DICOM report where its film is a DICOM file.
+
+    They are not sent to the disk one by one: what a power cut has taken is made again when the run goes on.
+    """
 
     text_dir: Path | None = None
     sr_dir: Path | None = None
 
-    def write(self, study: Study, findings: Findings) -> Path | None:
-        """Write them; return where the report is, if there is one.
+    def mend(self, result: Result) -> None:
+        """Write what is not there, of a study that is done.
+
+        Raises:
+            LiteError: it cannot be written.
+        """
+        if result.findings is not None and any(
+            not _is_there(file) for file in self._files(result.study, result.findings)
+        ):
+            self.write(result.study, result.findings)
+
+    def write(self, study: Study, findings: Findings) -> None:
+        """Write them.
 
         Raises:
             LiteError: they cannot be written.
         """
-        if self.text_dir is not None:
-            write_whole(self.text_dir / safe_name(study.id, ".txt"), f"{findings.text}\n\n{SHORT_NOTICE}\n")
-        if self.sr_dir is None or findings.film is None or findings.film.format != "DICOM":
-            return None
-        from lite.cohort.report import write_report
+        for file in self._files(study, findings):
+            if file.suffix == ".txt":
+                data = f"{findings.text}\n\n{SHORT_NOTICE}\n".encode("utf-8", "backslashreplace")
+            else:
+                from lite.cohort.report import encoded_report
 
-        report = self.sr_dir / safe_name(study.id, ".dcm")
-        write_report(report, study.path, findings)
-        return report
+                data = encoded_report(study.path, findings)
+            with disk_errors_explained(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = partial_name(file)
+                partial.write_bytes(data)
+                partial.replace(file)
+
+    def _files(self, study: Study, findings: Findings) -> Iterator[Path]:
+        if self.text_dir is not None:
+            yield self.text_dir / safe_name(study.id, ".txt")
+        if self.sr_dir is not None and findings.film is not None and findings.film.format == "DICOM":
+            yield self.sr_dir / safe_name(study.id, ".dcm")
+
+
+def _is_there(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def draft_studies(
@@ -73,7 +101,7 @@ def draft_studies(
         studies: read lazily; None: there is nothing new now, and what has ended is written.
         journal: open.
         request: DRAFTING.
-        batch_size: how many studies decode together. So many lines at most are not yet on the disk.
+        batch_size: how many studies decode together. Twice as many lines at most are not yet on the disk.
         extras: what is written beside.
         told: of each study, once its line is written.
 
@@ -104,7 +132,7 @@ def _ticking(studies: Iterable[Study | None], journal: Journal) -> Iterable[Stud
     """Have what is written on the disk while there is nothing new."""
     for study in studies:
         if study is None:
-            journal.sync()
+            journal.sync(wait=True)
         yield study
 
 

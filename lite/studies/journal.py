@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 from lite.errors import LiteError
@@ -17,7 +18,7 @@ from lite.studies.lock import locked
 from lite.studies.results import Findings, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import BinaryIO, Self
@@ -33,7 +34,14 @@ class Journal:
     """Results on their way into a file. Enter it to read what is there, and to write."""
 
     def __init__(
-        self, path: Path, studies: Iterable[Study] = (), *, artifact_id: str, request: dict[str, Any], mix: bool = False
+        self,
+        path: Path,
+        studies: Iterable[Study] = (),
+        *,
+        artifact_id: str,
+        request: dict[str, Any],
+        mix: bool = False,
+        kept: Callable[[Result], None] = lambda _: None,
     ) -> None:
         """Say what is to be written. Nothing is read or written yet.
 
@@ -43,6 +51,7 @@ class Journal:
             artifact_id: what drafts.
             request: what is asked for beside the studies.
             mix: let results of other artifacts and settings stay in the file; they count as not done.
+            kept: is told of each result of these studies that is there, for what is made of lines.
         """
         self.path = path
         self.done: set[str] = set()  # ids of these studies; with `mix` it is known once `expect` has been told
@@ -51,9 +60,12 @@ class Journal:
         self._artifact_id = artifact_id
         self._request = request
         self._mix = mix
+        self._kept = kept
         self._by_settings: dict[tuple[Any, ...], set[str]] = {}  # ids of those that are done
         self._file: BinaryIO | None = None
         self._held = contextlib.ExitStack()
+        self._syncing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lite-sync")
+        self._synced: Future[None] = self._syncing.submit(lambda: None)
 
     # -- Read ---------------------------------------------------------------------------------------------------------
 
@@ -73,6 +85,7 @@ class Journal:
             elif self._is_ours(result, where):
                 settings = tuple(getattr(result.findings, name) for name in SETTINGS)
                 self._by_settings.setdefault(settings, set()).add(result.study.id)
+                self._kept(result)
             else:
                 self.num_others += 1
         if len(self._by_settings) > 1 and not self._mix:
@@ -132,7 +145,8 @@ class Journal:
     ) -> None:
         """Close the file; take it away if nothing was written."""
         with contextlib.suppress(OSError, LiteError):  # what could not be written has been said
-            self.sync()
+            self.sync(wait=True)
+        self._syncing.shutdown()
         with contextlib.suppress(OSError):
             if self.path.is_file() and not self.path.stat().st_size:
                 self.path.unlink()
@@ -178,15 +192,21 @@ class Journal:
         if not isinstance(result, LiteError):
             self.done.add(study.id)
 
-    def sync(self) -> None:
-        """Have what was written on the disk before this returns.
+    def sync(self, *, wait: bool = False) -> None:
+        """Send what was written to the disk, in a thread: studies go on meanwhile.
+
+        Args:
+            wait: until it is there; otherwise only for what an earlier call has sent.
 
         Raises:
             LiteError: the system refuses.
         """
-        if self._file is not None:
-            with disk_errors_explained(self.path), contextlib.suppress(ValueError):
-                os.fsync(self._file.fileno())
+        with disk_errors_explained(self.path):
+            self._synced.result()
+            if self._file is not None:
+                self._synced = self._syncing.submit(os.fsync, self._file.fileno())
+            if wait:
+                self._synced.result()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
