@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from lite.errors import Cancelled, LiteError
+from lite.console import say
+from lite.errors import Cancelled, ImageError, LiteError
 from lite.files import safe_name, write_whole
 from lite.session.draft import as_they_end
 from lite.studies.results import SHORT_NOTICE, Findings
@@ -36,9 +37,10 @@ class Extras:
 
     text_dir: Path | None = None
     sr_dir: Path | None = None
+    outbox: Path | None = None  # where a report is put, too, until it is sent
 
     def write(self, study: Study, findings: Findings) -> Path | None:
-        """Write them; return where the report is, if there is one.
+        """Write them; return where the report is, if there is one. A film without UIDs has none, and a note says so.
 
         Raises:
             LiteError: they cannot be written.
@@ -50,7 +52,13 @@ class Extras:
         from lite.cohort.report import write_report
 
         report = self.sr_dir / safe_name(study.id, ".dcm")
-        write_report(report, study.path, findings)
+        try:
+            write_report(report, study.path, findings)
+        except ImageError as error:
+            say(f"note: {error}")
+            return None
+        if self.outbox is not None:
+            write_whole(self.outbox / report.name, report.read_bytes())
         return report
 
 
