@@ -19,9 +19,9 @@ from repository import ROOT, run_python
 # kernels < lite < {export, benchmarks} < tests: what each package may import of the project, itself included.
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "lite": {"kernels", "lite"},
+    "lite": 18_800{"kernels", "lite"},
     "export": {"kernels", "lite", "export"},
-    "benchmarks": {"kernels", "lite", "benchmarks"},
+    "benchmarks": 12_050{"kernels", "lite", "benchmarks"},
 }
 # Decoders that are not LLaVA-Rad's are none of the exporter's command line: its functions are measured on them.
 MAY_IMPORT_EXPORT = "benchmarks/quality/real/"
@@ -47,7 +47,7 @@ LITE = (
 
 MAX_FILE, MAX_FUNCTION = 400, 50
 # What each weighs today. A capability that needs more raises its line in the commit that brings it, and says why.
-MAX_LINES = {"lite": 18_400, "export": 5_800, "kernels": 2_400, "benchmarks": 11_800, "tests": 25_200}
+MAX_LINES = {"lite": 18_800, "export": 5_800, "kernels": 2_400, "benchmarks": 12_050, "tests": 25_200}
 MAX_REQUEST_LINES, MAX_REQUEST_FILES = 1_800, 9
 # What one request goes through, from the command line to the kernel.
 REQUEST_PATH = (

@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from lite.errors import Cancelled, LiteError
+from lite.console import say
+from lite.errors import Cancelled, ImageError, LiteError
 from lite.files import disk_errors_explained, partial_name, safe_name
 from lite.session.draft import as_they_end
 from lite.studies.results import SHORT_NOTICE, Findings
@@ -40,6 +41,7 @@ class Extras:
 
     text_dir: Path | None = None
     sr_dir: Path | None = None
+    outbox: Path | None = None  # where a report is put, too, until it is sent
 
     def mend(self, result: Result) -> None:
         """Write what is not there, of a study that is done.
@@ -47,35 +49,44 @@ class Extras:
         Raises:
             LiteError: it cannot be written.
         """
-        if result.findings is not None and any(
-            not _is_there(file) for file in self._files(result.study, result.findings)
-        ):
-            self.write(result.study, result.findings)
+        findings = result.findings
+        if findings is not None and not all(_is_there(file) for file in self._files(result.study, findings)):
+            self.write(result.study, findings)
 
     def write(self, study: Study, findings: Findings) -> None:
-        """Write them.
+        """Write them. A film without UIDs has no report, and a note says so.
 
         Raises:
             LiteError: they cannot be written.
         """
         for file in self._files(study, findings):
             if file.suffix == ".txt":
-                data = f"{findings.text}\n\n{SHORT_NOTICE}\n".encode("utf-8", "backslashreplace")
-            else:
-                from lite.cohort.report import encoded_report
+                _write(file, f"{findings.text}\n\n{SHORT_NOTICE}\n".encode("utf-8", "backslashreplace"))
+                continue
+            from lite.cohort.report import encoded_report
 
-                data = encoded_report(study.path, findings)
-            with disk_errors_explained(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = partial_name(file)
-                partial.write_bytes(data)
-                partial.replace(file)
+            try:
+                report = encoded_report(study.path, findings)
+            except ImageError as error:
+                say(f"note: {error}")
+                continue
+            _write(file, report)
+            if self.outbox is not None:
+                _write(self.outbox / file.name, report)
 
     def _files(self, study: Study, findings: Findings) -> Iterator[Path]:
         if self.text_dir is not None:
             yield self.text_dir / safe_name(study.id, ".txt")
         if self.sr_dir is not None and findings.film is not None and findings.film.format == "DICOM":
             yield self.sr_dir / safe_name(study.id, ".dcm")
+
+
+def _write(file: Path, data: bytes) -> None:
+    with disk_errors_explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_name(file)
+        partial.write_bytes(data)
+        partial.replace(file)
 
 
 def _is_there(file: Path) -> bool:

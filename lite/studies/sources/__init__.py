@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from lite.errors import LiteError
 from lite.image.headers import read_header
+from lite.studies.sources import chexpert, mimic, openi, padchest, r2gen
 from lite.studies.sources.base import StudyList
 from lite.studies.sources.folder import read_folder, read_pattern
 from lite.studies.sources.listed import read_entries, read_json
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lite.studies.sources.base import SourceOptions
     from lite.studies.study import Study
 
-DATA_SETS: Final[tuple[ModuleType, ...]] = ()
+DATA_SETS: Final[tuple[ModuleType, ...]] = (mimic, chexpert, openi, padchest, r2gen)
 """Readers of layouts: each has NAME, `recognises(path) -> bool` and `read(path, options) -> StudyList`."""
 
 
@@ -42,6 +43,9 @@ def read_source(source: str, options: SourceOptions) -> StudyList:
             return _wanted(read_pattern(source, options))
         msg = f"{source}: got nothing there · expected a list, a table, a folder or a pattern · check the path"
         raise LiteError(msg)
+    named = any((options.image_column, options.id_column, options.reason_column, options.reference_column))
+    if named and path.is_file() and is_table(path):  # who names columns wants those
+        return _wanted(read_table(path, options))
     for data_set in DATA_SETS:
         if data_set.recognises(path):
             found: StudyList = data_set.read(path, options)

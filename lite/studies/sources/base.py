@@ -59,6 +59,7 @@ class SourceOptions:
 
 
 _AS_IT_IS: Final = SourceOptions()
+_NO_ROW: Final[Mapping[str, Any]] = {}
 
 
 class StudyList(list[Study]):
@@ -90,6 +91,22 @@ class StudyList(list[Study]):
         """Count an entry that is no study for us: "of view LATERAL", "without findings"."""
         self.left_out[reason] += 1
 
+    def wants(self, row: Mapping[str, Any]) -> bool:
+        """Say whether a row is wanted, and count one that is not."""
+        self._columns |= dict.fromkeys(row)
+        for name, wanted in self.options.where.columns:
+            if (value := row.get(name)) is None or str(value).strip() != wanted:
+                self.leave_out(f"with another {name} than {wanted}")
+                return False
+        return True
+
+    def remembered(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what has to be kept of a row until its study is taken: all if that was asked for, else little."""
+        self._columns |= dict.fromkeys(row)
+        if self.options.keep_rows:
+            return row
+        return {name: row[name] for name, _ in self.options.where.columns if name in row} or _NO_ROW
+
     def take(self, study: Study, *, row: Mapping[str, Any], where: str, unique: bool = True) -> None:
         """Take a study, unless it is not wanted or here already.
 
@@ -102,11 +119,8 @@ class StudyList(list[Study]):
         Raises:
             LiteError: see `unique`.
         """
-        self._columns |= dict.fromkeys(row)
-        for name, wanted in self.options.where.columns:
-            if (value := row.get(name)) is None or str(value).strip() != wanted:
-                self.leave_out(f"with another {name} than {wanted}")
-                return
+        if not self.wants(row):
+            return
         study = replace(study, row=dict(row)) if self.options.keep_rows else study
         if unique and (before := self._seen.setdefault(study.id, study)) is not study:
             if before == study:
@@ -132,6 +146,15 @@ class StudyList(list[Study]):
             raise LiteError(f"{msg} films · check the source")
         self._seen.clear()
         return self
+
+
+def beginning_of(path: Path, count: int) -> bytes:
+    """Return a file's first bytes; none where it is no file or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        return b""
 
 
 def is_nothing(value: object) -> bool:

@@ -21,7 +21,7 @@ from lite.errors import LiteError
 from lite.studies.sources.base import SourceOptions, StudyList, is_frontal, is_nothing
 from lite.studies.study import Study
 
-_INDICATION: Final = re.compile(r"Indication:\s*(.*?)\s*(?:</context>|$)", re.DOTALL | re.IGNORECASE)
+_INDICATION: Final = re.compile(r"Indication:\s*(.*?)\s*(?:Comparison:|</context>|$)", re.DOTALL | re.IGNORECASE)
 
 
 class _NoStudy(Exception):  # noqa: N818 - never leaves this module

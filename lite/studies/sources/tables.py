@@ -7,6 +7,7 @@ import contextlib
 import csv
 import gzip
 import io
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SUFFIXES: Final = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".txt")
 _SEPARATORS: Final = ",;\t|"
 _LONGEST_FIELD: Final = 16 * 1024**2
+_LONGEST_HEADER: Final = 64 * 1024
 _GZIP: Final = b"\x1f\x8b"
 _BOMS: Final = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
@@ -39,6 +41,16 @@ class Table:
         if self.encoding.startswith("utf-8"):
             return None
         return f"{self.path.name} is not in UTF-8; read as {self.encoding}: check that its letters are right"
+
+    def need(self, *columns: str) -> None:
+        """Check that it has columns.
+
+        Raises:
+            LiteError: one is missing; those that there are are named.
+        """
+        if missing := [name for name in columns if name not in self.columns]:
+            msg = f"{self.path}:1: got the columns {', '.join(self.columns)} · expected also {', '.join(missing)}"
+            raise LiteError(f"{msg} · is it the data set's own file, as it was downloaded?")
 
     def rows(self) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield the number of the line in which a row begins, and its cells by their columns; blank lines are none.
@@ -90,11 +102,22 @@ def is_table(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
+def peek_columns(path: Path) -> frozenset[str]:
+    """Return a table's columns from its first line alone; none where it is no table or cannot be read."""
+    if not (is_table(path) and path.is_file()):
+        return frozenset()
+    with contextlib.suppress(OSError, EOFError, zlib.error, csv.Error), _opened(path, "latin-1") as file:
+        first = file.readline(_LONGEST_HEADER).removeprefix("\xef\xbb\xbf")
+        cells = next(csv.reader([first], delimiter=max(_SEPARATORS, key=first.count)), [])
+        return frozenset(cell.strip() for cell in cells)
+    return frozenset()
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zlib.error) as error:
         msg = f"{path}: got a file that cannot be read ({error}) · expected a table · check the path"
         raise LiteError(msg) from error
     except (csv.Error, UnicodeError) as error:
