@@ -86,7 +86,7 @@ def read_files(files: Iterable[Path], root: Path, options: SourceOptions) -> Stu
             f"{more} further frontal films of the same studies are not drafted from: PA goes before AP"
         )
     if others:
-        studies.notes.append(f"{others} files in {root} are no films, by their names and beginnings")
+        studies.notes.append(f"of the files in {root}, {others} are no films, by their names and beginnings")
     return studies.finish(root)
 
 
