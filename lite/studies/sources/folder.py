@@ -82,9 +82,7 @@ def read_files(files: Iterable[Path], root: Path, options: SourceOptions) -> Stu
     if exams:
         studies.kind = "DICOM tree"
     if more := sum(max(0, len(exam.films) - 1) for exam in exams.values()):
-        studies.notes.append(
-            f"{more} further frontal films of the same studies are not drafted from: PA goes before AP"
-        )
+        studies.notes.append(f"of the frontal films, {more} are not drafted from: one of a study is, PA before AP")
     if others:
         studies.notes.append(f"of the files in {root}, {others} are no films, by their names and beginnings")
     return studies.finish(root)
