@@ -28,6 +28,7 @@ MIMIC_FILMS = (
     ("dd-1", 10000032, 50000002, "", "3014.5", "antero-posterior"),
     ("ee-1", 11000077, 50000003, "LL", "1", "left lateral"),
     ("ff-1", 11000077, 50000004, "", "1", ""),
+    ("zz-1", 10000032, 50000001, "PA", "213014.531", "postero-anterior"),
     ("aa-1", 10000032, 50000001, "PA", "213014.531", "postero-anterior"),
 )
 REPORT = """                                 FINAL REPORT
@@ -79,11 +80,12 @@ def test_mimic_gives_a_study_an_exam_pa_before_ap(tmp_path: Path) -> None:
     assert studies.kind == "MIMIC-CXR-JPG"
     assert studies.left_out == {"without a frontal film (LL)": 1, "without a frontal film (no view named)": 1}
     assert studies.notes == [
-        "1 films of other views and 1 further frontal ones of the same exams are not drafted from: PA goes before AP",
+        "1 films of other views and 2 further frontal ones of the same exams are not drafted from: PA goes before AP",
         "1 of 2 studies come without a reason for the exam",
     ]
     assert read(root / "mimic-cxr-2.0.0-metadata.csv.gz") == studies
-    (test,) = read(root, "split=test,ViewPosition=", image_folder=tmp_path / "films", keep_rows=True)
+    (test,) = tests = read(root, "split=test,ViewPosition=", image_folder=tmp_path / "films", keep_rows=True)
+    assert (tests.left_out, len(tests.notes)) == ({"with another split than test": 3}, 1)  # none on films of others
     assert test.path == tmp_path / "films/p10/p10000032/s50000002/dd-1.jpg"
     assert (test.row["split"], test.row["StudyTime"]) == ("test", "3014.5")
     assert studies[0].row == {}
@@ -199,7 +201,8 @@ def test_openi_is_read_from_xml(tmp_path: Path) -> None:
     (reports / "10.xml").write_text(citation("CXR10", ["CXR10_IM-1"], findings="Clear &amp; calm.", indication="None"))
     (reports / "2.xml").write_text(citation("CXR2", ["CXR2_IM-1", "CXR2_IM-2"], findings="", indication=" Cough. "))
     (reports / "3.xml").write_text(citation("CXR3", [], findings="Clear."))
-    (tmp_path / "CXR10_IM-1.dcm").touch()
+    for name in ("CXR10_IM-1.dcm", "CXR2_IM-2.png"):
+        (tmp_path / name).touch()
     studies = read(tmp_path, keep_rows=True)
     assert studies == [
         Study(tmp_path / "CXR2_IM-1.png", "Cough.", id="CXR2"),
@@ -232,6 +235,7 @@ def test_openi_is_read_from_its_two_tables(tmp_path: Path) -> None:
         "uid,Problems,indication,findings",
         (1, "normal", "Positive test", "Clear."),
         (2, "normal", "None", ""),
+        (3, "normal", "Pain", "Clear."),
     )
     table(
         tmp_path / "indiana_projections.csv",
@@ -291,11 +295,13 @@ def test_r2gen_is_read_by_its_splits(tmp_path: Path) -> None:
     assert studies == [whole, Study(images / "2.png", id="2")]
     assert "lower-cased" in studies.notes[0]
     assert "the first of each study is taken" in studies.notes[1]
+    assert read(path, "split=train") == [whole]
     (test,) = read(path, "split=test", keep_rows=True, image_folder=tmp_path)
     assert (test.path, test.row["subject_id"]) == (tmp_path / "2.png", 9)
-    for entry in (None, {"id": "3"}, {"id": "3", "image_path": [4]}, {"image_path": ["3.png"]}):
+    for entry in (None, {"id": "3"}, {"id": "3", "image_path": [4]}, {"id": "", "image_path": ["3.png"]}):
         path.write_text(json.dumps({"train": [first, entry]}))
         refuse(r"annotation\.json: train, entry 2: got an entry with .* · expected id", path)
+    refuse("no study that can be used .folder, empty.", images)
     path.write_text('{"train": [1')
     refuse("cannot be read", path)
 
