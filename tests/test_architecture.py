@@ -47,7 +47,7 @@ LITE = (
 
 MAX_FILE, MAX_FUNCTION = 400, 50
 # What each weighs today. A capability that needs more raises its line in the commit that brings it, and says why.
-MAX_LINES = {"lite": 18_800, "export": 5_800, "kernels": 2_400, "benchmarks": 12_050, "tests": 25_200}
+MAX_LINES = {"lite": 18_850, "export": 5_800, "kernels": 2_400, "benchmarks": 12_050, "tests": 25_200}
 MAX_REQUEST_LINES, MAX_REQUEST_FILES = 1_800, 9
 # What one request goes through, from the command line to the kernel.
 REQUEST_PATH = (
@@ -66,7 +66,7 @@ NO_OPS = {"__init__", "probe"}
 # What a command line's first help shall not wait for.
 RUNTIME = {"PIL", "kernels", "numpy", "onnxruntime", "sentencepiece"}
 HEAVY = {"bitsandbytes", "cv2", "jinja2", "matplotlib", "onnx", "onnxscript", "playwright", "pydicom", "radgraph"}
-HEAVY |= {"rouge_score", "sacrebleu", "torch", "transformers", "triton"}
+HEAVY |= {"pynetdicom", "rouge_score", "sacrebleu", "torch", "transformers", "triton"}
 
 
 def modules(*folders: str) -> list[str]:

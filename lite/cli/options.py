@@ -73,7 +73,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-limit",
         metavar="SIZE",
-        type=_size,
+        type=size,
         help="take no more than that, such as 12GiB, or refuse before anything is loaded (default: what a GPU has "
         "free; no limit on a CPU)",
     )
@@ -138,7 +138,8 @@ def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     )
 
 
-def _size(text: str) -> int:
+def size(text: str) -> int:
+    """Read an argument that is a size in bytes: 12GiB."""
     try:
         return parse_bytes(text)
     except LiteError as error:

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lite.artifact.open import load_artifact
-from lite.cli.notes import Notes, report
+from lite.cli.drafting import draft, draft_arriving
 from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model
 from lite.cohort.formats import FORMATS, formatted_name, iterate_results
-from lite.cohort.run import DRAFTING, Extras, draft_studies, in_shard
+from lite.cohort.run import DRAFTING, Extras, in_shard
 from lite.cohort.tally import Tally
 from lite.console import EXIT_FAILED, positive, print_line, say
 from lite.errors import LiteError
 from lite.files import check_writable
 from lite.studies.films import check_films
-from lite.studies.results import Findings
 from lite.studies.sources import read_source
 from lite.studies.sources.base import SourceOptions, StudyList, Where
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
+    from threading import Event
 
     from lite.artifact.open import Artifact
     from lite.studies.journal import Journal
@@ -80,6 +80,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="only these: frontal, chest (by DICOM headers), COLUMN=VALUE, with commas between them",
     )
+    group.add_argument(
+        "--watch", action="store_true", help="go on with what arrives in the folder, until Ctrl-C or SIGTERM"
+    )
+    group.add_argument(
+        "--interval", type=float, default=5.0, metavar="S", help="with --watch: seconds between two looks (default 5)"
+    )
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
     group.add_argument(
         "--shard", type=_shard, metavar="I/N", help="only part I of N, by the studies' ids: one on each machine"
@@ -116,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.formats:
         FORMATS[name].check()
         check_writable(formatted_name(out, name))
+    if arguments.watch:
+        return _watch(arguments, out)
     listed = read_source(arguments.source, source_options(arguments))
     studies = [study for study in listed if arguments.shard is None or in_shard(study.id, arguments.shard)]
     studies = studies[: arguments.limit]
@@ -135,6 +143,25 @@ def run(arguments: argparse.Namespace) -> int:
         done = sum(study.id in journal.done for study in studies)
     print_line(f"{done} of {len(studies)} studies are drafted in {out}{f', {failed} failed' if failed else ''}")
     return EXIT_FAILED if failed else 0
+
+
+def _watch(arguments: argparse.Namespace, out: Path) -> int:
+    """Draft what arrives in a folder."""
+    from lite.cohort.watch import watch_folder
+
+    folder = Path(arguments.source)
+    if not folder.is_dir() or arguments.limit is not None:
+        got = "--limit with --watch" if folder.is_dir() else f"{folder}, which is no folder, with --watch"
+        raise LiteError(f"got {got} · expected a folder, and all that arrives in it · correct it")
+
+    def arriving(_journal: Journal, stop: Event) -> Generator[Study | None]:
+        for study in watch_folder(folder, source_options(arguments), stop, interval_s=arguments.interval):
+            if study is None or arguments.shard is None or in_shard(study.id, arguments.shard):
+                yield study
+
+    draft_arriving(arguments, out, Extras(text_dir=arguments.text_dir, sr_dir=arguments.sr_dir), arriving)
+    _write_formats(arguments, load_artifact(arguments.artifact), out)
+    return 0
 
 
 def journal_path(out: Path, shard: tuple[int, int] | None) -> Path:
@@ -182,7 +209,6 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
     if all(study.id in journal.done for study in studies):
         say(f"note: all {len(studies)} studies are in {journal.path} already")
         return 0
-    notes = Notes()
     with load_model(arguments) as model:
         say(f"note: {model.notice}")
         journal.expect(model.settings)
@@ -190,23 +216,7 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
         if len(todo) < len(studies):
             say(f"note: {len(studies) - len(todo)} of {len(studies)} studies are in {journal.path} already")
         tally = Tally(len(todo), quiet=arguments.quiet)
-
-        def told(study: Study, result: Findings | LiteError) -> None:
-            if isinstance(result, LiteError):
-                report(str(study.path), result, what="failed")
-            elif not arguments.quiet:
-                notes.tell(str(study.path), result, cut=False)
-            tally.add(study, result)
-
-        draft_studies(
-            model,
-            todo,
-            journal,
-            request={name: getattr(arguments, name) for name in DRAFTING},
-            batch_size=arguments.batch_size,
-            extras=extras,
-            told=told,
-        )
+        draft(arguments, model, todo, journal, extras=extras, tally=tally)
     for line in () if arguments.quiet else (f"{tally.per_minute:.3g} studies/min", *tally.summary()):
         say(line)
     return tally.failed.total()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from lite.console import say
 from lite.errors import Cancelled, ImageError, LiteError
-from lite.files import disk_errors_explained, partial_name, safe_name
+from lite.files import disk_errors_explained, partial_name, safe_name, write_whole
 from lite.session.draft import as_they_end
 from lite.studies.results import SHORT_NOTICE, Findings
 
@@ -36,12 +36,14 @@ class Listener(Protocol):
 class Extras:
     """What is made of a study's line: a text, and a DICOM report where its film is a DICOM file.
 
-    They are not sent to the disk one by one: what a power cut has taken is made again when the run goes on.
+    They are not sent to the disk one by one, unless they are to last: what a power cut has taken is made again when the
+    run goes on.
     """
 
     text_dir: Path | None = None
     sr_dir: Path | None = None
     outbox: Path | None = None  # where a report is put, too, until it is sent
+    lasting: bool = False  # each is on the disk before the line is: of films that do not stay
 
     def mend(self, result: Result) -> None:
         """Write what is not there, of a study that is done.
@@ -59,9 +61,10 @@ class Extras:
         Raises:
             LiteError: they cannot be written.
         """
+        write = write_whole if self.lasting else _write
         for file in self._files(study, findings):
             if file.suffix == ".txt":
-                _write(file, f"{findings.text}\n\n{SHORT_NOTICE}\n".encode("utf-8", "backslashreplace"))
+                write(file, f"{findings.text}\n\n{SHORT_NOTICE}\n".encode("utf-8", "backslashreplace"))
                 continue
             from lite.cohort.report import encoded_report
 
@@ -70,9 +73,9 @@ class Extras:
             except ImageError as error:
                 say(f"note: {error}")
                 continue
-            _write(file, report)
+            write(file, report)
             if self.outbox is not None:
-                _write(self.outbox / file.name, report)
+                write(self.outbox / file.name, report)
 
     def _files(self, study: Study, findings: Findings) -> Iterator[Path]:
         if self.text_dir is not None:

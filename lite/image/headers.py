@@ -71,10 +71,11 @@ def read_header(file: Path) -> FilmHeader | None:
                 dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True)
     except Exception:  # noqa: BLE001 - pydicom raises whatever a damaged file leads it to
         dataset = pydicom.Dataset()
-    return None if text_of(dataset, "SOPClassUID") == _DIRECTORY else _header_of(dataset, file)
+    return None if text_of(dataset, "SOPClassUID") == _DIRECTORY else header_of(dataset, str(file))
 
 
-def _header_of(dataset: Dataset, file: Path) -> FilmHeader:
+def header_of(dataset: Dataset, path: str) -> FilmHeader:
+    """Return what a data set says of its film; `path` is what its row calls it."""
     view = view_of(dataset)[0]
     return FilmHeader(
         study_uid=text_of(dataset, "StudyInstanceUID") or None,
@@ -82,5 +83,5 @@ def _header_of(dataset: Dataset, file: Path) -> FilmHeader:
         not_frontal=not_frontal(dataset),
         not_chest=not_a_film(dataset) or not_chest(dataset),
         reason=next((text for name in REASONS if (text := text_of(dataset, name))), None),
-        row={"path": str(file)} | {name: text for name in _IDENTIFIERS if (text := text_of(dataset, name))},
+        row={"path": path} | {name: text for name in _IDENTIFIERS if (text := text_of(dataset, name))},
     )
