@@ -123,7 +123,9 @@ def safe_name(text: str, suffix: str) -> str:
     Letters and digits stay as they are, of any script; what is not safe is written %2F. A long one is cut, and ends in
     a hash.
     """
-    name = "".join(char if char.isalnum() or char in " ._-+=@," else quote(char, safe="") for char in text)
+    name = "".join(
+        char if char.isalnum() or char in " ._-+=@," else quote(char, safe="", errors="surrogatepass") for char in text
+    )
     name = f"%2E{name[1:]}" if name[:1] in (".", "") else name
     if len(f"{name}{suffix}".encode()) > _LONGEST_NAME:
         digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
