@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
 from lite.artifact.open import load_artifact
 from lite.cli.notes import Notes, report
-from lite.cli.options import load_model
+from lite.cli.options import load_model, load_options
 from lite.cohort.run import DRAFTING, Extras, draft_studies
 from lite.cohort.tally import Tally
 from lite.console import print_line, say
@@ -17,8 +19,7 @@ from lite.errors import LiteError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Generator, Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from lite.cohort.run import Listener
     from lite.model import FindingsModel
@@ -38,6 +39,34 @@ def draft(
     ended: Listener | None = None,
 ) -> None:
     """Draft studies as `draft_studies` does, by the options of a command; say what failed and was noted, and count."""
+    request = {name: getattr(arguments, name) for name in DRAFTING}
+    size, told = arguments.batch_size, _teller(arguments, tally, ended)
+    draft_studies(model, studies, journal, request=request, batch_size=size, extras=extras, told=told)
+
+
+def draft_on_cluster(
+    arguments: argparse.Namespace, studies: Sequence[Study], journal: Journal, *, extras: Extras, tally: Tally
+) -> None:
+    """Do the same with workers that Ray starts."""
+    from lite.cohort.ray_run import draft_on_ray
+    from lite.cohort.worker import Work
+
+    artifact = load_artifact(arguments.artifact)
+    say(f"note: {artifact.manifest.notice}")
+    work = Work(
+        artifact=str(artifact.path.absolute()),
+        artifact_id=artifact.id,
+        options=dataclasses.asdict(load_options(arguments)),
+        request={name: getattr(arguments, name) for name in DRAFTING},
+        batch_size=arguments.batch_size,
+        folder=str(Path.cwd()),
+    )
+    where, told = {"address": arguments.ray, "cores": arguments.ray_cores}, _teller(arguments, tally)
+    draft_on_ray(work, studies, journal, **where, extras=extras, told=told)
+
+
+def _teller(arguments: argparse.Namespace, tally: Tally, ended: Listener | None = None) -> Listener:
+    """Say of each study what failed and was noted, and count it."""
     notes = Notes()
 
     def told(study: Study, result: Findings | LiteError) -> None:
@@ -49,9 +78,7 @@ def draft(
         if ended is not None:
             ended(study, result)
 
-    request = {name: getattr(arguments, name) for name in DRAFTING}
-    size = arguments.batch_size
-    draft_studies(model, studies, journal, request=request, batch_size=size, extras=extras, told=told)
+    return told
 
 
 def draft_arriving(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lite.artifact.open import load_artifact
-from lite.cli.drafting import draft, draft_arriving
+from lite.cli.drafting import draft, draft_arriving, draft_on_cluster
 from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model
 from lite.cohort.formats import FORMATS, formatted_name, iterate_results
 from lite.cohort.run import DRAFTING, Extras, in_shard
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_source(parser)
     _add_results(parser)
+    _add_ray(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing on the way but what failed")
     add_drafting(parser, batch_size=BATCH_SIZE)
     add_loading(parser)
@@ -114,9 +116,27 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many machines")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="draft on all nodes of this Ray cluster (auto: the one that runs here); without ADDRESS on this machine, "
+        "with a worker for each GPU",
+    )
+    group.add_argument(
+        "--ray-cores", type=positive, metavar="N", help="cores of a worker, where there are no GPUs (default: a node's)"
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from lite.studies.journal import Journal
+
+    if arguments.ray is not None:
+        import lite.cohort.ray_run  # noqa: F401 - says now that Ray is missing
 
     out = journal_path(arguments.out, arguments.shard)
     for name in arguments.formats:
@@ -150,8 +170,9 @@ def _watch(arguments: argparse.Namespace, out: Path) -> int:
     from lite.cohort.watch import watch_folder
 
     folder = Path(arguments.source)
-    if not folder.is_dir() or arguments.limit is not None:
-        got = "--limit with --watch" if folder.is_dir() else f"{folder}, which is no folder, with --watch"
+    with_it = [name for name in ("limit", "ray") if getattr(arguments, name) is not None]
+    if not folder.is_dir() or with_it:
+        got = f"--{with_it[0]} with --watch" if folder.is_dir() else f"{folder}, which is no folder, with --watch"
         raise LiteError(f"got {got} · expected a folder, and all that arrives in it · correct it")
 
     def arriving(_journal: Journal, stop: Event) -> Generator[Study | None]:
@@ -209,14 +230,18 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
     if all(study.id in journal.done for study in studies):
         say(f"note: all {len(studies)} studies are in {journal.path} already")
         return 0
-    with load_model(arguments) as model:
-        say(f"note: {model.notice}")
-        journal.expect(model.settings)
+    with contextlib.nullcontext() if arguments.ray is not None else load_model(arguments) as model:
+        if model is not None:
+            say(f"note: {model.notice}")
+            journal.expect(model.settings)
         todo = [study for study in studies if study.id not in journal.done]
         if len(todo) < len(studies):
             say(f"note: {len(studies) - len(todo)} of {len(studies)} studies are in {journal.path} already")
         tally = Tally(len(todo), quiet=arguments.quiet)
-        draft(arguments, model, todo, journal, extras=extras, tally=tally)
+        if model is None:
+            draft_on_cluster(arguments, todo, journal, extras=extras, tally=tally)
+        else:
+            draft(arguments, model, todo, journal, extras=extras, tally=tally)
     for line in () if arguments.quiet else (f"{tally.per_minute:.3g} studies/min", *tally.summary()):
         say(line)
     return tally.failed.total()
