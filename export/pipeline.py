@@ -33,7 +33,7 @@ from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, requ
 from export.write.decoder_onnx import require_head_dim
 from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
 from export.write.onnx_part import write_onnx_part
-from export.write.work import VISION_NAME, work_folder, work_path
+from export.write.work import PROJECTOR_NAME, VISION_NAME, work_folder, work_path
 from lite._version import __version__
 from lite.artifact.manifest import NOTICE, Manifest
 from lite.artifact.open import Artifact, load_artifact
@@ -165,9 +165,12 @@ def _manifest(source: Checkpoint, decoder: DecoderFolder, settings: ExportSettin
         parts=Parts(
             tokenizer=TokenizerPart(files=unhashed(TOKENIZER_NAME)),
             vision=VisionPart(
-                files=unhashed(VISION_NAME),
+                files=unhashed(VISION_NAME, PROJECTOR_NAME),
+                graph=VISION_NAME,
+                projector=PROJECTOR_NAME,
                 format=settings.vision_format,
                 image_size=source.tower.image_size,
+                num_patches=source.tower.num_patches,
                 num_image_tokens=source.tower.num_patches,
                 hidden_size=source.decoder.hidden_size,
                 tower=TowerShape(

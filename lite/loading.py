@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from lite.artifact.judgement import warnings_of
 from lite.artifact.open import load_artifact
+from lite.config import IMAGE_TOKEN_ID
 from lite.engines.machine import look
 from lite.engines.onnx_session import CPU
 from lite.engines.options import LoadArguments, LoadOptions, check_names
 from lite.engines.plan import RunPlan
 from lite.engines.resolve import resolve
 from lite.errors import ArtifactError
+from lite.image_tokens import check_image_tokens, rotary_positions
 from lite.memory.process import release_free_memory
 from lite.model import FindingsModel
 from lite.prompt import PromptEncoder, Tokenizer
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
     from lite.engines.machine import Machine
@@ -36,7 +41,7 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     Args:
         path: the artifact's folder.
         **options: those of `lite.engines.options.LoadOptions`, which says what each is: engine, device, dtype,
-            provider, cache_dtype, memory_limit, fp16_accumulation, rows and verify.
+            provider, cache_dtype, memory_limit, fp16_accumulation, rows, image_tokens, image_method and verify.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
@@ -48,14 +53,16 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     started = time.perf_counter()
     check_names(options, LoadArguments.__annotations__)
     chosen = LoadOptions(**options)
-    artifact = load_artifact(path)
+    artifact = as_asked(load_artifact(path), chosen)
     for warning in warnings_of(artifact.manifest):
         _LOG.warning("%s: %s", artifact.path, warning)
     tokenizer, prompt = prompt_of(artifact)
     plan = plan_run(artifact, prompt, chosen, look(chosen, artifact))
     if chosen.verify:
         artifact.verify(engine=plan.engine)
-    decoder = _decoder(artifact, plan)  # before the tower: on a GPU it wants memory in one piece
+    decoder = _decoder(
+        artifact, plan, _positions(artifact, prompt)
+    )  # before the tower: on a GPU it wants memory in one piece
     vision = VisionEncoder(artifact, provider=plan.vision_provider)
     release_free_memory()
     fallbacks = plan.fallbacks
@@ -74,6 +81,16 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
         plan=plan,
         fallbacks=fallbacks,
     )
+
+
+def as_asked(artifact: Artifact, options: LoadOptions) -> Artifact:
+    """Return the artifact with as many image tokens as were asked for: all that follows reads them there.
+
+    Raises:
+        LiteError: it cannot give as many.
+    """
+    part = check_image_tokens(artifact.manifest.parts.vision, options.image_tokens, options.image_method)
+    return artifact.with_parts(vision=part)
 
 
 def prompt_of(artifact: Artifact) -> tuple[Tokenizer, PromptEncoder]:
@@ -99,13 +116,20 @@ def plan_run(artifact: Artifact, prompt: PromptEncoder, options: LoadOptions, ma
     return resolve(options, artifact, machine, num_prompt_tokens=prompt.num_tokens(prompt.encode(None)))
 
 
-def _decoder(artifact: Artifact, plan: RunPlan) -> Engine[Any, Any]:
+def _positions(artifact: Artifact, prompt: PromptEncoder) -> NDArray[np.float64] | None:
+    """Return what positions the places of a row stand for: all prompts have the same words before the image."""
+    image_start = prompt.encode(None).index(IMAGE_TOKEN_ID)
+    places = artifact.decoder_config().max_position_embeddings
+    return rotary_positions(artifact.manifest.parts.vision, image_start, places)
+
+
+def _decoder(artifact: Artifact, plan: RunPlan, positions: NDArray[np.float64] | None) -> Engine[Any, Any]:
     """Load the decoder as planned."""
     cache_dtype: CacheDtype | None = "int8" if plan.cache_dtype == "int8" else None
     if plan.engine == "onnx":
         from lite.engines.onnx_engine.decoder import OnnxDecoder
 
-        return OnnxDecoder(artifact, provider=plan.provider or CPU, cache_dtype=cache_dtype)
+        return OnnxDecoder(artifact, provider=plan.provider or CPU, cache_dtype=cache_dtype, positions=positions)
     from lite.engines.torch_engine.load import load_decoder
 
     return load_decoder(
@@ -115,6 +139,7 @@ def _decoder(artifact: Artifact, plan: RunPlan) -> Engine[Any, Any]:
         cache_dtype=cache_dtype,
         chunk_size=plan.chunk_size,
         fp16_accumulation=plan.fp16_accumulation,
+        positions=positions,
     )
 
 

@@ -1,8 +1,9 @@
-"""The vision tower and projector, one ONNX graph run by ONNX Runtime.
+"""The vision tower and the projector, two ONNX graphs run by ONNX Runtime.
 
-    pixel_values float32 [B, 3, S, S] ──▶ image_features float32 [B, P, C]
+    pixel_values [B, 3, S, S] ─tower─▶ patches [B, P, D] ─(fewer: lite.image_tokens)─▶ [B, T, D] ─projector─▶ [B, T, C]
 
-The graph may compute in float16 inside; what goes in and comes out is float32. B is free.
+The graphs may compute in float16 inside; what goes in and comes out is float32. B and T are free. In between patches
+pass through the host: 4 MB of a film at 518 pixels.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import numpy as np
 from lite.engines.cuda_lock import CAPTURING
 from lite.engines.onnx_session import CPU, CUDA, errors_explained, open_session
 from lite.errors import ArtifactError
+from lite.image_tokens import reduce_patches
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lite.artifact.open import Artifact
 
-INPUT_NAME = "pixel_values"
-OUTPUT_NAME = "image_features"
+PIXELS, PATCHES, ATTENTION, FEATURES = "pixel_values", "patch_features", "class_attention", "image_features"
 
 
 class Buffer(Protocol):
@@ -32,7 +35,7 @@ class Buffer(Protocol):
 
     @property
     def shape(self) -> Any:  # noqa: ANN401
-        """[B, P, C]."""
+        """[B, T, C]."""
 
     def data_ptr(self) -> int:
         """Return its address."""
@@ -53,15 +56,21 @@ class VisionEncoder:
             ArtifactError: the file is not the graph the manifest describes.
             BackendUnavailable: onnxruntime is not installed.
         """
-        file = artifact.file(artifact.manifest.parts.vision.file)
-        self._session = open_session(file, provider=provider)
-        self._part = artifact.manifest.parts.vision
-        self._check_signature(str(file))
+        self._part = part = artifact.manifest.parts.vision
+        tower, projector = artifact.file(part.graph), artifact.file(part.projector)
+        self._tower = open_session(tower, provider=provider)
+        self._projector = open_session(projector, provider=provider)
+        patches = (part.num_patches, part.tower.hidden_size)
+        pixels = (3, part.image_size, part.image_size)
+        _check_signature(self._tower, tower, {PIXELS: pixels}, {PATCHES: patches, ATTENTION: patches[:1]})
+        _check_signature(
+            self._projector, projector, {PATCHES: (None, patches[1])}, {FEATURES: (None, part.hidden_size)}
+        )
 
     @property
     def provider(self) -> str:
         """The ONNX Runtime execution provider in use, such as "CPUExecutionProvider"."""
-        name: str = self._session.get_providers()[0]
+        name: str = self._projector.get_providers()[0]
         return name
 
     def __call__(self, pixel_values: np.ndarray, out: Buffer | None = None) -> Any:  # noqa: ANN401 - an array, or out
@@ -69,11 +78,11 @@ class VisionEncoder:
 
         Args:
             pixel_values: float32 [B, 3, S, S], from `lite.image.preprocess.preprocess`.
-            out: contiguous float32 [B, P, C] that nobody writes or reads meanwhile. Where the provider computes on the
+            out: contiguous float32 [B, T, C] that nobody writes or reads meanwhile. Where the provider computes on the
                 same device, the features are written there and never pass through the host.
 
         Returns:
-            image_features, float32 [B, P, C]: `out` if it was written to, or else a numpy array.
+            image_features, float32 [B, T, C]: `out` if it was written to, or else a numpy array.
 
         Raises:
             MemoryBudgetError: a GPU is full.
@@ -82,14 +91,24 @@ class VisionEncoder:
         place = None if out is None else self._place(out.device)
         # On a GPU ONNX Runtime waits for all of it, which a capture in another thread would not survive.
         with CAPTURING if self.provider == CUDA else contextlib.nullcontext(), errors_explained(self.provider):
+            patches = self._patches(pixel_values)
             if out is None or place is None:
-                return self._session.run([OUTPUT_NAME], {INPUT_NAME: pixel_values})[0]
-            binding = self._session.io_binding()
-            pixels = np.ascontiguousarray(pixel_values)  # bound by its address
-            binding.bind_cpu_input(INPUT_NAME, pixels)
-            binding.bind_output(OUTPUT_NAME, *place, np.float32, tuple(out.shape), out.data_ptr())
-            self._session.run_with_iobinding(binding)  # it has ended when this returns
+                return self._projector.run([FEATURES], {PATCHES: patches})[0]
+            binding = self._projector.io_binding()
+            binding.bind_cpu_input(PATCHES, patches)
+            binding.bind_output(FEATURES, *place, np.float32, tuple(out.shape), out.data_ptr())
+            self._projector.run_with_iobinding(binding)  # it has ended when this returns
         return out
+
+    def _patches(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Run the tower; return as many vectors as there are to be image tokens, [B, T, D], in one piece."""
+        part = self._part
+        if part.num_image_tokens == part.num_patches:
+            whole: np.ndarray = self._tower.run([PATCHES], {PIXELS: pixel_values})[0]
+            return whole
+        patches, attention = self._tower.run([PATCHES, ATTENTION], {PIXELS: pixel_values})
+        pairs = zip(patches, attention, strict=True)
+        return np.stack([reduce_patches(*pair, part.num_image_tokens, part.image_method) for pair in pairs])
 
     def writes_to(self, device: object) -> bool:
         """Say whether features can be written to that device's memory without a copy: a name such as "cuda:0"."""
@@ -100,27 +119,36 @@ class VisionEncoder:
         device, _, index = str(where).partition(":")
         if device == "cpu":
             return ("cpu", 0) if self.provider == CPU else None
-        options = self._session.get_provider_options().get(CUDA, {})
+        options = self._projector.get_provider_options().get(CUDA, {})
         same = device == "cuda" and self.provider == CUDA and int(options.get("device_id", 0)) == int(index or 0)
         return ("cuda", int(index or 0)) if same else None
 
-    def _check_signature(self, file: str) -> None:
-        """Compare names, types and fixed dimensions with the manifest, so that a wrong graph fails at load."""
-        part = self._part
-        pixels = (INPUT_NAME, (3, part.image_size, part.image_size))
-        features = (OUTPUT_NAME, (part.num_image_tokens, part.hidden_size))
-        for kind, values, (name, fixed) in (
-            ("input", self._session.get_inputs(), pixels),
-            ("output", self._session.get_outputs(), features),
-        ):
-            got = [f"{value.name} {value.type} {value.shape}" for value in values]
-            named = [value for value in values if value.name == name]
-            fits = len(values) == len(named) == 1 and named[0].type == "tensor(float)"
-            fits = fits and len(named[0].shape) == len(fixed) + 1
-            # A dimension that export left symbolic has a name instead of a number: nothing to compare.
-            if not fits or any(isinstance(g, int) and g != f for g, f in zip(named[0].shape[1:], fixed, strict=True)):
-                msg = (
-                    f"{file}: got {kind} {', '.join(got)} · expected {name} tensor(float) [B, "
-                    f"{', '.join(map(str, fixed))}] by the manifest · export the artifact again"
-                )
-                raise ArtifactError(msg)
+
+def _check_signature(
+    session: Any,  # noqa: ANN401 - ONNX Runtime's have no types
+    file: Path,
+    inputs: dict[str, tuple[int | None, ...]],
+    outputs: dict[str, tuple[int | None, ...]],
+) -> None:
+    """Compare names, types and fixed dimensions with the manifest, so that a wrong graph fails at load.
+
+    A dimension of None is free; so is one that export left symbolic, which has a name instead of a number.
+    """
+    for kind, values, expected in (("input", session.get_inputs(), inputs), ("output", session.get_outputs(), outputs)):
+        fits = [value.name for value in values] == list(expected)
+        fits = fits and all(_fits(value, expected[value.name]) for value in values)
+        if not fits:
+            got = ", ".join(f"{value.name} {value.type} {value.shape}" for value in values)
+            wanted = ", ".join(
+                f"{name} tensor(float) [B, {', '.join('T' if size is None else str(size) for size in shape)}]"
+                for name, shape in expected.items()
+            )
+            msg = f"{file}: got {kind} {got} · expected {wanted} by the manifest · export the artifact again"
+            raise ArtifactError(msg)
+
+
+def _fits(value: Any, expected: tuple[int | None, ...]) -> bool:  # noqa: ANN401
+    if value.type != "tensor(float)" or len(value.shape) != len(expected) + 1:
+        return False
+    pairs = zip(value.shape[1:], expected, strict=True)
+    return all(not isinstance(got, int) or size is None or got == size for got, size in pairs)

@@ -37,6 +37,7 @@ from lite.artifact.parts import (
 )
 from lite.artifact.write import staged_artifact
 from lite.config import IMAGE_TOKEN_ID, DecodingDefaults, Preprocessing
+from lite.vision import FEATURES, PATCHES
 
 IMAGE_SIZE = 28
 NUM_IMAGE_TOKENS = 4
@@ -51,7 +52,7 @@ PROMPTS = [
 # Of a tower that is not there: the tiny vision.onnx is a convolution.
 TINY_TOWER = TowerShape(hidden_size=64, intermediate_size=256, num_hidden_layers=1, num_attention_heads=1)
 
-TINY_FILES = ("tokenizer.model", "vision.onnx", "decoder/config.json", "decoder/model.safetensors")
+TINY_FILES = ("tokenizer.model", "vision.onnx", "projector.onnx", "decoder/config.json", "decoder/model.safetensors")
 
 
 def tiny_llama_config(vocab_size: int, **changes: Any) -> dict[str, Any]:
@@ -133,29 +134,50 @@ def gptq_llama(
 
 
 def tiny_vision_onnx(*, seed: int = 0) -> bytes:
-    """A graph of the right signature: one convolution makes the patches, that is all."""
+    """A tower of the right signature: a convolution makes the patches; their first channel is how they are seen."""
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((HIDDEN_SIZE, 3, 14, 14), dtype=np.float32) * 0.1
     nodes = [
         helper.make_node("Conv", ["pixel_values", "weight"], ["patches"], strides=[14, 14]),
         helper.make_node("Reshape", ["patches", "shape"], ["flat"]),
-        helper.make_node("Transpose", ["flat"], ["image_features"], perm=[0, 2, 1]),
+        helper.make_node("Transpose", ["flat"], ["patch_features"], perm=[0, 2, 1]),
+        helper.make_node("Slice", ["flat", "zero", "one", "one"], ["first"]),
+        helper.make_node("Squeeze", ["first", "one"], ["class_attention"]),
     ]
     pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["B", 3, IMAGE_SIZE, IMAGE_SIZE])
-    features = helper.make_tensor_value_info("image_features", TensorProto.FLOAT, ["B", NUM_IMAGE_TOKENS, HIDDEN_SIZE])
+    patches = ["B", NUM_IMAGE_TOKENS]
+    outputs = [
+        helper.make_tensor_value_info("patch_features", TensorProto.FLOAT, [*patches, HIDDEN_SIZE]),
+        helper.make_tensor_value_info("class_attention", TensorProto.FLOAT, patches),
+    ]
     constants = [
+        *(numpy_helper.from_array(np.array([number]), name) for name, number in (("zero", 0), ("one", 1))),
         numpy_helper.from_array(weight, "weight"),
         numpy_helper.from_array(np.array([0, HIDDEN_SIZE, NUM_IMAGE_TOKENS]), "shape"),
     ]
-    graph = helper.make_graph(nodes, "tiny", [pixels], [features], constants)
+    return _serialised(helper.make_graph(nodes, "tiny", [pixels], outputs, constants))
+
+
+def tiny_projector_onnx() -> bytes:
+    """A projector that changes nothing."""
+    shape = ["B", "T", HIDDEN_SIZE]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (PATCHES, FEATURES)]
+    nodes = [helper.make_node("Identity", [PATCHES], [FEATURES])]
+    return _serialised(helper.make_graph(nodes, "tiny", ends[:1], ends[1:]))
+
+
+def _serialised(graph: onnx.GraphProto) -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     return bytes(onnx.ModelProto.SerializeToString(model))
 
 
 def tiny_parts(*, vision: VisionPart | None = None, decoder: DecoderPart | None = None, **parts: Any) -> Parts:
     """The parts of a tiny artifact, its files named and not hashed."""
-    tokenizer, graph, config, weights = TINY_FILES
+    tokenizer, graph, projector, config, weights = TINY_FILES
     tower = VisionPart(
+        graph=graph,
+        projector=projector,
+        num_patches=NUM_IMAGE_TOKENS,
         format="fp32",
         image_size=IMAGE_SIZE,
         num_image_tokens=NUM_IMAGE_TOKENS,
@@ -164,7 +186,7 @@ def tiny_parts(*, vision: VisionPart | None = None, decoder: DecoderPart | None 
     )
     return Parts(
         tokenizer=TokenizerPart(files=unhashed(tokenizer)),
-        vision=replace(vision or tower, files=unhashed(graph)),
+        vision=replace(vision or tower, files=unhashed(graph, projector)),
         decoder_config=DecoderConfigPart(files=unhashed(config)),
         decoder=replace(decoder or DecoderPart(format="fp16"), files=unhashed(weights), weights=(weights,)),
         **parts,
@@ -244,6 +266,7 @@ def _write(
         save_file(weights, staged.path / "decoder" / "model.safetensors")
         (staged.path / "tokenizer.model").write_bytes(tokenizer_model)
         (staged.path / "vision.onnx").write_bytes(tiny_vision_onnx())
+        (staged.path / "projector.onnx").write_bytes(tiny_projector_onnx())
         return staged.finish(manifest)
 
 

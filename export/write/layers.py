@@ -26,7 +26,7 @@ from lite.files import give_name, whole_file
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -39,15 +39,16 @@ if TYPE_CHECKING:
     from lite.artifact.manifest import Manifest
 
 
-def write_vision(source: Checkpoint, file: Path, settings: ExportSettings) -> None:
-    """Write vision.onnx, unless an earlier run has."""
-    if file.is_file():
+def write_vision(source: Checkpoint, files: Sequence[Path], settings: ExportSettings) -> None:
+    """Write vision.onnx and projector.onnx, unless an earlier run has."""
+    if all(file.is_file() for file in files):
         return
-    model = build_vision_onnx(
+    models = build_vision_onnx(
         source.read_tower(), source.tower, vision_format=settings.vision_format, model_name=source.name
     )
-    with whole_file(file) as partial:
-        write_vision_onnx(model, partial)
+    for file, model in zip(files, models, strict=True):
+        with whole_file(file) as partial:
+            write_vision_onnx(model, partial)
 
 
 def write_parts(source: Checkpoint, work: WorkFolder, settings: ExportSettings, *, end: int | None = None) -> None:

@@ -1,9 +1,14 @@
-"""`vision.onnx`: the tower up to the selected block and the projector, as one ONNX graph.
+"""`vision.onnx`, the tower up to the selected block, and `projector.onnx` behind it.
 
     pixel_values [B,3,S,S] ─Conv 14×14─ Reshape, Transpose ─Pad one row for CLS─ + position ─▶ x
     x ─┬─LayerNorm─ qkv ─ heads ─ softmax(qkᵀ)v ─ proj ─▶ + ─┬─LayerNorm─ fc1 ─Gelu─ fc2 ─▶ +   × num_blocks
        └────────────────────────────────────────────────────┘└──────────────────────────────┘
-    x ─drop CLS─ Linear ─Gelu─ Linear ─▶ image_features [B,P,C]
+    x ─drop CLS─▶ patch_features [B,P,D]
+    softmax(qkᵀ) of CLS in the last block, mean of heads ─▶ class_attention [B,P]
+
+    patch_features [B,T,D] ─ Linear ─Gelu─ Linear ─▶ image_features [B,T,C]
+
+There are two so that patches can become fewer in between: see `lite.image_tokens`.
 
 Three short cuts, all exact up to rounding: CLS and its position are one row of the table added after padding,
 LayerScale is multiplied into the linear before it, and the softmax scale 1/√64 into the query weights.
@@ -64,8 +69,8 @@ _MIN_STEP: Final = 1e-20
 
 def build_vision_onnx(
     tensors: Mapping[str, Tensor], tower: TowerConfig, *, vision_format: VisionFormat, model_name: str = "vision"
-) -> onnx.ModelProto:
-    """Build the graph of tower and projector.
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Build the graphs of tower and projector.
 
     Args:
         tensors: As `Checkpoint.read_tower` returns them.
@@ -96,24 +101,42 @@ def build_vision_onnx(
     position = graph.source("pos_embed")[0]
     position[0] += graph.source("cls_token")[0, 0]
     x = graph.add("Add", x, graph.matrix("cls_and_position", position), name="embedding")
+    attention = ""
     for block in range(tower.num_blocks):
-        x = _block(graph, x, f"blocks.{block}", dim=dim, tokens=tokens)
-    ends = graph.shape("one", [1]), graph.shape("all", [tokens]), graph.shape("token_axis", [1])
-    x = graph.add("Slice", x, *ends, name="drop_cls")
-    x = graph.add("Gelu", graph.linear(x, "projector.0"))
-    x = graph.linear(x, "projector.2")
-    if vision_format == "fp16":
-        graph.add("Cast", x, outputs=["image_features"], to=TensorProto.FLOAT)
-    else:
-        graph.add("Identity", x, outputs=["image_features"])
+        x, attention = _block(graph, x, f"blocks.{block}", dim=dim, tokens=tokens)
+    ends = graph.shape("one", [1]), graph.shape("all", [tokens])
+    graph.give("patch_features", graph.add("Slice", x, *ends, graph.shape("token_axis", [1]), name="drop_cls"))
+    first = graph.shape("none", [0]), graph.shape("one", [1])
+    seen = graph.add("Slice", attention, *first, graph.shape("queries", [2]))
+    seen = graph.add("Slice", seen, *ends, graph.shape("keys", [3]))
+    graph.give("class_attention", graph.add("ReduceMean", seen, graph.shape("heads_and_query", [1, 2]), keepdims=0))
+    patches: list[str | int | None] = ["batch", tower.num_patches]
+    model = graph.model(
+        model_name,
+        [_float("pixel_values", ["batch", 3, tower.image_size, tower.image_size])],
+        [_float("patch_features", [*patches, dim]), _float("class_attention", patches)],
+    )
+    return model, _build_projector(tensors, tower, vision_format, f"{model_name}-projector")
+
+
+def _build_projector(
+    tensors: Mapping[str, Tensor], tower: TowerConfig, vision_format: VisionFormat, model_name: str
+) -> onnx.ModelProto:
+    graph = _Graph(tensors, vision_format)
+    x = "patch_features"
+    x = graph.add("Cast", x, to=TensorProto.FLOAT16) if vision_format == "fp16" else x
+    x = graph.linear(graph.add("Gelu", graph.linear(x, "projector.0")), "projector.2")
+    graph.give("image_features", x)
     hidden_size = tensors["projector.2.weight"].shape[0]
-    pixels: list[str | int | None] = ["batch", 3, tower.image_size, tower.image_size]
-    features: list[str | int | None] = ["batch", tower.num_patches, hidden_size]
     return graph.model(
         model_name,
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, pixels)],
-        [helper.make_tensor_value_info("image_features", TensorProto.FLOAT, features)],
+        [_float("patch_features", ["batch", "tokens", tower.dim])],
+        [_float("image_features", ["batch", "tokens", hidden_size])],
     )
+
+
+def _float(name: str, shape: list[str | int | None]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
 def write_vision_onnx(model: onnx.ModelProto, path: Path) -> None:
@@ -206,8 +229,8 @@ def _rotation(dim: int) -> Array:
     return rotation
 
 
-def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> str:
-    """Add one pre-norm block: attention, then MLP."""
+def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> tuple[str, str]:
+    """Add one pre-norm block, attention, then MLP; return its output, and how much each token looks at each."""
     scale = np.ones(3 * dim)
     scale[:dim] = VIT_HEAD_DIM**-0.5
     heads = graph.shape("heads_shape", [0, tokens, 3, dim // VIT_HEAD_DIM, VIT_HEAD_DIM])
@@ -217,14 +240,15 @@ def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> str:
     split = graph.split(graph.add("Transpose", qkv, perm=[2, 0, 3, 1, 4]), parts, axis=0)
     q, k, v = (graph.add("Squeeze", part, graph.shape("part_axis", [0])) for part in split)
     scores = graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), name=f"{prefix}.attn.scores")
-    attended = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v, name=f"{prefix}.attn.attend")
+    attention = graph.add("Softmax", scores, axis=-1)
+    attended = graph.add("MatMul", attention, v, name=f"{prefix}.attn.attend")
     merged = graph.add("Transpose", attended, perm=[0, 2, 1, 3])
     merged = graph.add("Reshape", merged, graph.shape("merged_shape", [0, tokens, dim]))
     proj = graph.linear(merged, f"{prefix}.attn.proj", row_scale=graph.source(f"{prefix}.ls1.gamma"))
     x = graph.add("Add", x, proj, name=f"{prefix}.attn.residual")
     hidden = graph.add("Gelu", graph.linear(graph.layer_norm(x, f"{prefix}.norm2"), f"{prefix}.mlp.fc1"))
     out = graph.linear(hidden, f"{prefix}.mlp.fc2", row_scale=graph.source(f"{prefix}.ls2.gamma"), after_gelu=True)
-    return graph.add("Add", x, out, name=f"{prefix}.mlp.residual")
+    return graph.add("Add", x, out, name=f"{prefix}.mlp.residual"), attention
 
 
 class _Graph(Graph):
@@ -236,6 +260,13 @@ class _Graph(Graph):
         self.vision_format = vision_format
         self.dtype = np.dtype(np.float16 if vision_format == "fp16" else np.float32)
         self.named: set[str] = set()
+
+    def give(self, output: str, x: str) -> None:
+        """Make a value an output of the graph, in float32."""
+        if self.vision_format == "fp16":
+            self.add("Cast", x, outputs=[output], to=TensorProto.FLOAT)
+        else:
+            self.add("Identity", x, outputs=[output])
 
     def linear(self, x: str, name: str, *, row_scale: Array | None = None, after_gelu: bool = False) -> str:
         """Add x Wᵀ + b, with output channels multiplied by row_scale; after_gelu says that x is at least GELU_MIN."""

@@ -3,7 +3,7 @@
     .NAME.export/            beside the artifact NAME
       lock                   one export at a time
       arguments.json         what the finished parts were made with: another export refuses to go on with them
-      vision.onnx
+      vision.onnx, projector.onnx
       decoder/               the finished parts
       reports/0007.json      what each part's rounding changed
       importance.json        what tokens were measured to count
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 VISION_NAME: Final = "vision.onnx"
+PROJECTOR_NAME: Final = "projector.onnx"
 IMPORTANCE_NAME: Final = "importance.json"
 PARTS: Final = "decoder/model-*.safetensors"
 
@@ -53,9 +54,9 @@ class WorkFolder:
     decoder: DecoderFolder
 
     @property
-    def vision(self) -> Path:
-        """Where vision.onnx is written."""
-        return self.path / VISION_NAME
+    def vision(self) -> tuple[Path, Path]:
+        """Where vision.onnx and projector.onnx are written."""
+        return self.path / VISION_NAME, self.path / PROJECTOR_NAME
 
     @property
     def worth_keeping(self) -> bool:
@@ -66,7 +67,8 @@ class WorkFolder:
         """Refuse to go on with parts that were made with other arguments; note the arguments where there are none."""
         before = self.read("arguments.json")
         if before is None or not self.worth_keeping:
-            self.vision.unlink(missing_ok=True)
+            for file in self.vision:
+                file.unlink(missing_ok=True)
             self.write("arguments.json", arguments)
             return
         now = json.loads(json.dumps(arguments))
@@ -119,7 +121,7 @@ class WorkFolder:
 
     def link_into(self, folder: Path) -> None:
         """Put the finished parts of the artifact into another folder: as hard links, or copies where there are none."""
-        for file in (self.vision, *sorted(self.decoder.folder.iterdir())):
+        for file in (*self.vision, *sorted(self.decoder.folder.iterdir())):
             if file.suffix != ".partial":
                 link_or_copy(file, folder / file.relative_to(self.path))
 

@@ -12,7 +12,7 @@ from lite.artifact.parts import FileRecord, OneFilePart, Parts
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate, from_json, to_json
 from lite.errors import ArtifactError
 
-FORMAT_VERSION: Final = 6
+FORMAT_VERSION: Final = 7
 MANIFEST_NAME: Final = "manifest.json"
 
 NOTICE: Final = (

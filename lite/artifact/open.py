@@ -2,7 +2,8 @@
 
     artifact/
       manifest.json       the parts, each with its files, their bytes and sha256; the prompt and the preprocessing
-      vision.onnx         pixel_values [B,3,S,S] -> image_features [B,P,C]
+      vision.onnx         pixel_values [B,3,S,S] -> patch_features [B,P,D], class_attention [B,P]
+      projector.onnx      patch_features [B,T,D] -> image_features [B,T,C]
       decoder/            a Hugging Face Llama folder: config.json, model.safetensors
       decoder.onnx        perhaps: the decoder once more, for ONNX Runtime alone; with it decoder.onnx.data,
                           embed_tokens.npy, and decoder.int8_cache.onnx, the graph with another cache

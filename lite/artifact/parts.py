@@ -117,16 +117,33 @@ class TowerShape:
     num_attention_heads: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class VisionPart(OneFilePart):
-    """The tower and the projector as one ONNX graph. Its input and output are float32 whatever it computes in."""
+ImageMethod = Literal["mean", "attention", "diverse", "random"]
+"""How the tower's patches become fewer image tokens: see `lite.image_tokens`."""
 
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VisionPart(Part):
+    """Tower and projector, an ONNX graph each. What goes in and comes out is float32 whatever they compute in."""
+
+    graph: str  # pixel_values → patch_features, class_attention
+    projector: str  # patch_features → image_features
     format: VisionFormat
     image_size: int
-    num_image_tokens: int
+    num_patches: int  # what the tower makes of a film
+    num_image_tokens: int  # what the decoder reads: all patches, as published, or fewer where a caller asks for it
+    image_method: ImageMethod = "diverse"  # how they became fewer
     hidden_size: int  # the decoder's: what the projector makes
     tower: TowerShape
     fidelity: VisionFidelity | None = None
+
+    @property
+    def reduction(self) -> ImageMethod | None:
+        """How patches become fewer tokens; None: they do not."""
+        return None if self.num_image_tokens == self.num_patches else self.image_method
+
+    def named(self) -> tuple[str, ...]:
+        """Return both graphs."""
+        return self.graph, self.projector
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

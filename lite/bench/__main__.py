@@ -22,6 +22,7 @@ from lite.console import EXIT_FAILED, positive, run_command, say, short_names, s
 from lite.engines.options import LoadOptions
 from lite.errors import LiteError
 from lite.files import check_writable, write_whole
+from lite.image_tokens import METHODS
 from lite.studies.films import check_films
 from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
@@ -66,13 +67,14 @@ def _parser() -> argparse.ArgumentParser:
         help="compare with a reference record of the same studies, made by python -m lite.bench record",
     )
     parser.add_argument(
-        "--batch-sizes", type=_batch_sizes, default="1,4", metavar="N,N", help="studies at a time, for the throughput "
+        "--batch-sizes", type=_counts, default="1,4", metavar="N,N", help="studies at a time, for the throughput "
         "(default: %(default)s); all are loaded with room for the largest",
     )  # fmt: skip
     parser.add_argument(
         "--runs", type=positive, default=20, metavar="N", help="time at least so many studies one by one, some of them "
         "again if there are fewer (default: %(default)s)",
     )  # fmt: skip
+    _add_image_tokens(parser)
     parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
     )
@@ -89,6 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a report with plots, films and texts")
     return parser
+
+
+def _add_image_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-tokens", type=_counts, default=(), metavar="N,N", help="measure each with so many image tokens, too: "
+        "a row for each number (default: one token a patch)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image-methods", nargs="+", choices=METHODS, default=[LoadOptions().image_method], metavar="METHOD",
+        help=f"how patches become fewer: a row for each of {', '.join(METHODS)} (default: diverse)",
+    )  # fmt: skip
 
 
 def _record_parser() -> argparse.ArgumentParser:
@@ -112,7 +125,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
 
 
-def _batch_sizes(text: str) -> tuple[int, ...]:
+def _counts(text: str) -> tuple[int, ...]:
     return tuple(positive(part.strip()) for part in text.split(","))
 
 
@@ -159,6 +172,8 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
     return Job(
         artifacts=tuple(zip(short_names(paths), paths, strict=True)),
         ways=_ways(arguments),
+        image_tokens=arguments.image_tokens,
+        image_methods=tuple(arguments.image_methods),
         studies=tuple(studies),
         data=str(arguments.data),
         record=arguments.reference,
@@ -172,7 +187,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
 
 def _ways(arguments: argparse.Namespace) -> dict[str, LoadOptions]:
     """Return how to load: "", or by the name of each engine what is asked of that one."""
-    given = vars(arguments) | {"rows": max(arguments.batch_sizes), "verify": False}
+    given = vars(arguments) | {"rows": max(arguments.batch_sizes), "verify": False, "image_tokens": None}
 
     def way(**changes: str | None) -> LoadOptions:
         return load_options(argparse.Namespace(**given | changes))

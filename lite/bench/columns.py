@@ -143,6 +143,9 @@ _DIVERGENCE: Final = "record_quality.divergence"
 _LABEL_F1: Final = ("label F1", "micro", "label_f1_micro")
 _TEXT_FIGURES: Final = (
     ("label F1", "macro", "label_f1_macro"),
+    ("same side", "of findings that both have", "side_accuracy"),
+    ("same zone", "of findings that both have", "zone_accuracy"),
+    ("same size", "of findings that both have", "size_accuracy"),
     ("ROUGE-L", "", "rouge_l"),
     ("BLEU-1", "", "bleu_1"),
     ("BLEU-4", "", "bleu_4"),
@@ -269,6 +272,7 @@ _ARTIFACTS: Final = [
             _column("id", "", "artifact_id", str),
             _column("decoder", "", "decoder_format", str),
             _column("vision", "", "vision_format", str),
+            _column("image tokens", "", "image_tokens", str),
         ],
     ),
     Group(

@@ -39,6 +39,7 @@ from lite.studies.study import Study
 
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
+    from lite.artifact.parts import ImageMethod
     from lite.model import FindingsModel
     from lite.studies.results import Findings
 
@@ -56,6 +57,8 @@ class Job:
 
     artifacts: tuple[tuple[str, Path], ...]  # each with what to call it
     ways: dict[str, LoadOptions]  # to load each: one, "", or one by the name of each engine
+    image_tokens: tuple[int, ...] = ()  # and each of these so often: with so many image tokens; none: all patches
+    image_methods: tuple[ImageMethod, ...] = ("diverse",)  # made in each of these ways
     studies: tuple[Study, ...]  # at least one; a film that cannot be read is counted and left out
     data: str  # where they come from, in words
     record: Path | None = None  # to score against
@@ -140,6 +143,7 @@ def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[s
         "model": artifact.manifest.model,
         "decoder_format": parts.decoder.describe(),
         "vision_format": parts.vision.format,
+        "image_tokens": f"{first.num_image_tokens}{f' by {first.image_method}' if first.image_method else ''}",
         "provider": first.provider.removesuffix("ExecutionProvider"),
         "disk_bytes": disk_bytes(artifact, engine),
     }

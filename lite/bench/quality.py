@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from lite.eval.chexbert import chexbert_f1
 from lite.eval.divergence import StudyDivergence, summarise
 from lite.eval.figures import Estimate, Missing
 from lite.eval.labels import read_labels, unreadable
-from lite.eval.metrics import bleu, label_f1, rouge_l, same_text
+from lite.eval.metrics import Attribute, attribute_accuracy, bleu, label_f1, rouge_l, same_text
 from lite.eval.radgraph import radgraph_f1
 from lite.eval.record import ReferenceRecord
 
@@ -82,8 +82,12 @@ def _pairs(texts: Sequence[str | None], drafts: Sequence[Draft]) -> tuple[list[s
 
 def _text_figures(theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a `TextQuality`."""
-    labels = label_f1([read_labels(text) for text in theirs], [read_labels(text) for text in ours])
+    readings = [read_labels(text) for text in theirs], [read_labels(text) for text in ours]
+    labels = label_f1(*readings)
     figures: dict[str, Any] = {"label_f1_micro": labels.micro, "label_f1_macro": labels.macro}
+    for attribute in get_args(Attribute):
+        found = attribute_accuracy(*readings, attribute)
+        figures[f"{attribute}_accuracy"] = found if found.count else Missing(why="in no report")
     measured: dict[str, Callable[[], Estimate]] = {
         "rouge_l": lambda: rouge_l(theirs, ours),
         "bleu_1": lambda: bleu(theirs, ours, 1),

@@ -100,6 +100,9 @@ class TextQuality:
     rouge_l: Estimate | Missing
     bleu_1: Estimate | Missing
     bleu_4: Estimate | Missing
+    side_accuracy: Estimate | Missing  # of findings that both report: on the same side
+    zone_accuracy: Estimate | Missing
+    size_accuracy: Estimate | Missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,7 @@ class Row:
     model: str
     decoder_format: str  # such as "gptq-int4 (groups of 128)"
     vision_format: str
+    image_tokens: str  # how many, and how the patches became fewer: "361 by mean"
     engine: str  # "torch" or "onnx"
     device: str  # of the decoder
     dtype: str

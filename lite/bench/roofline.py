@@ -59,12 +59,12 @@ def _decoder_flop(config: DecoderConfig, num_tokens: int, *, pairs: int) -> int:
 
 def vision_flop(part: VisionPart) -> int:
     """Count the operations of tower and projector on one image."""
-    tower, patches = part.tower, part.num_image_tokens
+    tower, patches = part.tower, part.num_patches
     width, tokens = tower.hidden_size, patches + 1
     linears = tokens * (4 * width**2 + 2 * width * tower.intermediate_size)
     attention = 2 * tokens**2 * width
     embedding = 3 * part.image_size**2 * width
-    projector = patches * (width * part.hidden_size + part.hidden_size**2)
+    projector = part.num_image_tokens * (width * part.hidden_size + part.hidden_size**2)
     return 2 * (tower.num_hidden_layers * (linears + attention) + embedding + projector)
 
 

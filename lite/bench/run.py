@@ -92,7 +92,28 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
 
 
 def _runs(job: Job) -> Iterator[tuple[str, Path, LoadOptions]]:
-    """Yield what is measured: the name of its row, the artifact, and how; for both engines twice, if there are both."""
+    """Yield what is measured: the name of its row, the artifact, and how."""
+    for name, path, options in _by_engine(job):
+        if not job.image_tokens:
+            yield name, path, options
+        patches = _num_patches(path)
+        for count in job.image_tokens:
+            methods = job.image_methods if count != patches else job.image_methods[:1]
+            for method in methods:
+                how = f"{count}" if len(methods) == 1 else f"{count} {method}"
+                changed = dataclasses.replace(options, image_tokens=count, image_method=method)
+                yield f"{name} {how}", path, changed
+
+
+def _num_patches(path: Path) -> int:
+    try:
+        return load_artifact(path).manifest.parts.vision.num_patches
+    except LiteError:  # told of where it is measured
+        return 0
+
+
+def _by_engine(job: Job) -> Iterator[tuple[str, Path, LoadOptions]]:
+    """Yield each artifact; for both engines twice, if there are both."""
     for name, path in job.artifacts:
         if "" in job.ways:
             yield name, path, job.ways[""]

@@ -11,6 +11,7 @@ from lite.artifact.parts import CacheDtype
 from lite.console import positive
 from lite.engines.options import Dtype, EngineChoice, LoadOptions
 from lite.errors import LiteError
+from lite.image_tokens import METHODS
 from lite.memory.sizes import parse_bytes
 
 if TYPE_CHECKING:
@@ -79,6 +80,24 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_image_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add how many tokens the decoder reads of a film."""
+    parser.add_argument(
+        "--image-tokens",
+        metavar="N",
+        type=positive,
+        help="have the decoder read N tokens of a film: faster, and it loses something (default: one a patch, as "
+        "published)",
+    )
+    parser.add_argument(
+        "--image-method",
+        choices=METHODS,
+        default=DEFAULTS.image_method,
+        help="how patches become fewer: means of a grid, what the tower looks at, what is least alike, or any (default "
+        "%(default)s)",
+    )
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add all that `lite.load` can be told, but for the rows."""
     add_engine(parser)
@@ -88,6 +107,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact",
     )
+    add_image_tokens(parser)
     parser.add_argument(
         "--no-verify",
         dest="verify",

@@ -47,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from lite.engines.machine import look
-    from lite.loading import plan_run, prompt_of
+    from lite.loading import as_asked, plan_run, prompt_of
 
     options = load_options(arguments)
-    artifact = load_artifact(arguments.artifact)
+    artifact = as_asked(load_artifact(arguments.artifact), options)
     machine = look(options, artifact) if arguments.card is None else _machine_with(arguments.card)
     _, prompt = prompt_of(artifact)
     plan = plan_run(artifact, prompt, options, machine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from lite.engines.cores import available_cores
@@ -11,7 +12,7 @@ from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudg
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 CPU: Final = "CPUExecutionProvider"
@@ -114,6 +115,7 @@ def open_session(
     patterns: bool = True,
     whole: bool = False,
     profile: Path | None = None,
+    constants: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:  # noqa: ANN401 - of ONNX Runtime
     """Load a graph.
 
@@ -125,6 +127,7 @@ def open_session(
             are many that takes more memory, and no less time.
         whole: refuse the graph unless the provider computes all of it: an operator that it lacks would be computed on
             the CPU, with copies to and fro.
+        constants: arrays to take in the place of the graph's own, by name.
         profile: let ONNX Runtime write down what each operator takes, into a file whose name begins like this one.
 
     Returns:
@@ -142,6 +145,9 @@ def open_session(
     options.enable_mem_pattern = patterns
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    values = {constant: runtime.OrtValue.ortvalue_from_numpy(array) for constant, array in constants.items()}
+    for constant, value in values.items():
+        options.add_initializer(constant, value)
     name, _, index = provider.partition(":")
     settings: dict[str, Any] = dict(_SETTINGS.get(name, {})) | ({"device_id": int(index)} if index else {})
     providers: list[Any] = [(name, settings)]
@@ -154,7 +160,8 @@ def open_session(
         session = runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
     except Exception as error:  # its errors have no common base but Exception
         if name != CPU and not whole:
-            return open_session(file, provider=CPU, data=data, patterns=patterns, profile=profile)
+            again: dict[str, Any] = {"data": data, "patterns": patterns, "profile": profile, "constants": constants}
+            return open_session(file, provider=CPU, **again)
         reason = str(error).strip().partition("\n")[0][:200]
         if name != CPU:
             msg = f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one"
@@ -165,6 +172,7 @@ def open_session(
     if whole and (got := session.get_providers()[0]) != name:
         msg = f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries"
         raise BackendUnavailable(f"{msg} and its device are there, or use --provider cpu")
+    session.held_constants = values  # ONNX Runtime reads them as long as it computes, and does not hold them
     return session
 
 

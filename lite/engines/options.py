@@ -10,6 +10,7 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypedDict, get_args
 
+from lite.artifact.parts import ImageMethod
 from lite.engines.protocol import EngineName
 from lite.errors import BackendUnavailable, LiteError
 from lite.memory.sizes import parse_bytes
@@ -43,6 +44,8 @@ class LoadArguments(TypedDict, total=False):
     memory_limit: int | str | None
     fp16_accumulation: bool
     rows: int | None
+    image_tokens: int | None
+    image_method: ImageMethod
     verify: bool
 
 
@@ -65,6 +68,9 @@ class LoadOptions:
         CPU what the process has resident, with all that it holds already, and None sets no limit.
     fp16_accumulation: let a GPU add up in float16 where a prompt is read: faster on GeForce cards, and less exact.
     rows: how many studies can be under way at a time. None: as many as fit, up to `MAX_ROWS`.
+    image_tokens: how many tokens the decoder reads of a film. None: one of each patch, as published. Fewer cost less
+        and lose something: `lite.bench --image-tokens` measures both.
+    image_method: how patches become fewer: see `lite.image_tokens`.
     verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B model
         at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026).
     """
@@ -77,6 +83,8 @@ class LoadOptions:
     memory_limit: int | str | None = None
     fp16_accumulation: bool = False
     rows: int | None = None
+    image_tokens: int | None = None
+    image_method: ImageMethod = "diverse"
     verify: bool = True
 
     def __post_init__(self) -> None:

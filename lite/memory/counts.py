@@ -291,7 +291,7 @@ def onnx_prefill_work_bytes(config: DecoderConfig, *, num_tokens: int, itemsize:
 
 def vision_memory_bytes(part: VisionPart, file_bytes: int) -> tuple[int, int]:
     """Return what tower and projector take on a CPU, and their activations for one film: batches see one at a time."""
-    tokens, tower = part.num_image_tokens + 1, part.tower
+    tokens, tower = part.num_patches + 1, part.tower
     # Measured with a ViT-B/14 at 518 pixels (ONNX Runtime 1.32, AVX2, November 2026): the scores four times over, of
     # which the arena's rounding up is one, and beside the weights what was repacked or cast for the products: a CPU
     # has none in float16.

@@ -184,6 +184,8 @@ class Preparer:
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "cache_dtype": decoder.cache_dtype,
             "provider": self.vision.provider,
+            "num_image_tokens": self.prompt.num_image_tokens,
+            "image_method": self.artifact.manifest.parts.vision.reduction,
         }
 
     def findings(self, prepared: Prepared, outcome: Outcome) -> Findings:

@@ -103,6 +103,8 @@ class Findings:
     device: str  # of the decoder: "cpu", "cuda"
     dtype: str  # what the decoder computes in
     cache_dtype: str  # what keys and values are stored as
+    num_image_tokens: int | None = None  # of these places, the image's; None: written by an older version
+    image_method: str | None = None  # how the film's patches became fewer tokens; None: they did not
     provider: str  # ONNX Runtime's, for the vision tower, and for the decoder of the onnx engine
     backend: str  # what the decoder's operations ran on: "triton, CUDA graphs", "triton", "torch" or "onnxruntime"
     fallbacks: tuple[str, ...]  # what was slower than it has to be on such a machine, each with its reason

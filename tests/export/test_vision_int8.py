@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,15 +78,19 @@ def _tensors() -> dict[str, Tensor]:
 
 def _artifact(folder: Path, tensors: dict[str, Tensor], tower: TowerConfig) -> Artifact:
     """An artifact of which only vision.onnx is there: what the runtime's own encoder needs."""
-    model = build_vision_onnx(tensors, tower, vision_format="int8")
-    write_vision_onnx(model, folder / "vision.onnx")
+    models = build_vision_onnx(tensors, tower, vision_format="int8")
+    for name, model in zip(("vision.onnx", "projector.onnx"), models, strict=True):
+        write_vision_onnx(model, folder / name)
     hidden_size = tensors["projector.2.weight"].shape[0]
     part = VisionPart(
+        graph="vision.onnx",
+        projector="projector.onnx",
+        num_patches=tower.num_patches,
         format="int8",
         image_size=tower.image_size,
         num_image_tokens=tower.num_patches,
         hidden_size=hidden_size,
-        tower=TINY_TOWER,
+        tower=dataclasses.replace(TINY_TOWER, hidden_size=tower.dim),
     )
     manifest = tiny_manifest(parts=tiny_parts(vision=part), preprocessing=Preprocessing(image_size=tower.image_size))
     return Artifact(path=folder, manifest=manifest, id="0" * 16)
@@ -146,7 +151,7 @@ def test_int8_demo_tower_is_close_to_the_source(
     # 0.005 over 40 films; with 7-bit weights and nothing else 0.008, with saturated sums 0.08.
     assert _relative_rms(expected, features) < 0.0065
     assert _min_cosine(expected, features) > 0.997
-    fp32 = build_vision_onnx(tensors, tower, vision_format="fp32").ByteSize()
+    fp32 = build_vision_onnx(tensors, tower, vision_format="fp32")[0].ByteSize()
     assert artifact.manifest.files["vision.onnx"].bytes < 0.3 * fp32  # int8, and float16 around it
 
 
@@ -268,8 +273,9 @@ def test_a_film_does_not_depend_on_its_neighbours(artifact: Artifact, films: Arr
 
 
 def test_what_the_file_holds(artifact: Artifact, tensors: dict[str, Tensor]) -> None:
-    model = onnx.load(artifact.file("vision.onnx"))
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    models = [onnx.load(artifact.file(name)) for name in ("vision.onnx", "projector.onnx")]
+    constants = {tensor.name: tensor for model in models for tensor in model.graph.initializer}
+    model = models[0]
     linears = {f"blocks.{block}.{name}" for block in range(BLOCKS) for name in LINEARS}
     integers = {name for name, tensor in constants.items() if tensor.data_type == TensorProto.INT8}
     assert integers == {f"{name}.weight" for name in linears}

@@ -63,6 +63,9 @@ def share(value: float, spread: float) -> Estimate:
     return Estimate(value=value, low=max(0.0, value - spread), high=min(1.0, value + spread), count=24)
 
 
+PLACES = {"side_accuracy": 0.95, "zone_accuracy": 0.9, "size_accuracy": 0.8}
+
+
 def record_quality(kl: float, *, same_top: float, ratio: float, same_text: float) -> RecordQuality:
     never = Estimate(value=math.nan, low=math.nan, high=math.nan, count=0)
     divergence = DivergenceSummary(
@@ -76,13 +79,20 @@ def record_quality(kl: float, *, same_top: float, ratio: float, same_text: float
         without_divergence=share(same_text, 0.2),
         first_divergent_token=never if same_text == 1 else Estimate(value=31, low=12, high=57, count=9),
     )
-    texts = {"rouge_l": 0.5, "bleu_1": 0.5, "bleu_4": 0.4, "label_f1_micro": 0.9, "label_f1_macro": 0.88}
+    texts = {"rouge_l": 0.5, "bleu_1": 0.5, "bleu_4": 0.4, "label_f1_micro": 0.9, "label_f1_macro": 0.88, **PLACES}
     figures = {name: share(least + (1 - least) * same_text, 0.03) for name, least in texts.items()}
     return RecordQuality(divergence=divergence, kl_gap_limit=kl / 20, same_text=share(same_text, 0.2), **figures)
 
 
 def report_quality(f1: float) -> ReportQuality:
-    texts = {"rouge_l": 0.306, "bleu_1": 0.381, "bleu_4": 0.154, "label_f1_micro": f1, "label_f1_macro": f1 - 0.18}
+    texts = {
+        "rouge_l": 0.306,
+        "bleu_1": 0.381,
+        "bleu_4": 0.154,
+        "label_f1_micro": f1,
+        "label_f1_macro": f1 - 0.18,
+        **PLACES,
+    }
     figures = {name: estimate(value, 0.08) for name, value in texts.items()}
     return ReportQuality(radgraph_f1=NOT_INSTALLED, chexbert=NOT_INSTALLED, **figures)
 
@@ -154,6 +164,7 @@ def row(
         model="llava-rad",
         decoder_format=decoder_format,
         vision_format="fp16",
+        image_tokens="1369",
         engine="torch",
         device="cuda:0",
         dtype="float16",

@@ -20,7 +20,7 @@ from lite.artifact.parts import CalibrationRecord, DecoderPart
 from lite.artifact.write import StagedArtifact, check_target, staged_artifact
 from lite.errors import ArtifactError
 
-NAMES = ("tokenizer.model", "vision.onnx", "decoder/config.json", "decoder/model.safetensors")
+NAMES = ("tokenizer.model", "vision.onnx", "projector.onnx", "decoder/config.json", "decoder/model.safetensors")
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
@@ -97,7 +97,7 @@ RECORD = {"bytes": 1, "sha256": "0" * 64}
     [
         ("decoder", {"files": {"decoder/other": RECORD}}, "part decoder that does not list decoder/model.safetensors"),
         ("tokenizer", {"files": {}}, "got 0 files of the part tokenizer · expected one"),
-        ("vision", {"files": {"a": RECORD, "b": RECORD}}, "got 2 files of the part vision · expected one"),
+        ("tokenizer", {"files": {"a": RECORD, "b": RECORD}}, "got 2 files of the part tokenizer · expected one"),
         ("tokenizer", {"files": {"vision.onnx": RECORD}}, "got vision.onnx in the parts tokenizer and vision"),
         ("vision", {"files": {"a": {"bytes": -1, "sha256": "0" * 64}}}, "bytes=-1"),
         ("vision", {"files": {"a": {"bytes": 1, "sha256": "0" * 63}}}, "64 hex"),
@@ -133,7 +133,7 @@ def test_engines_read_their_parts_and_the_shared_ones(tiny_onnx_artifact: Artifa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 7}, "got format_version 7 · this version reads 6 · upgrade"),
+        ({"format_version": 8}, "got format_version 8 · this version reads 7 · upgrade"),
         ({"format_version": 4}, "got format_version 4 .* export the artifact again"),
         ({"format_version": 0}, "got format_version 0 .* export the artifact again"),
         ({"format_version": ...}, "no format_version"),

@@ -28,7 +28,7 @@ from lite.vision import VisionEncoder
     [
         ({"vision": {"hidden_size": 32}}, "width 32"),
         ({"vision": {"image_size": 42}}, "28 pixels .* image_size 42"),
-        ({"vision": {"num_image_tokens": 640}}, "640 image tok"),
+        ({"vision": {"num_patches": 640}}, "640 image tok"),
     ],
 )
 def test_parts_that_do_not_fit_fail_at_load(own_artifact: Path, changes: dict[str, Any], message: str) -> None:

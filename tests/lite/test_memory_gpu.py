@@ -63,10 +63,17 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (path / "decoder" / "config.json").write_text(json.dumps(config))
         tower = TowerShape(hidden_size=768, intermediate_size=3072, num_hidden_layers=11, num_attention_heads=12)
         vision = VisionPart(
-            format="fp16", image_size=518, num_image_tokens=1369, hidden_size=config["hidden_size"], tower=tower
+            graph="vision.onnx",
+            projector="projector.onnx",
+            format="fp16",
+            image_size=518,
+            num_patches=1369,
+            num_image_tokens=1369,
+            hidden_size=config["hidden_size"],
+            tower=tower,
         )
         parts = tiny_parts(vision=vision)
-        files = {"vision.onnx": FileRecord(bytes=213_000_000, sha256="0" * 64)}
+        files = {name: FileRecord(bytes=106_500_000, sha256="0" * 64) for name in vision.named()}
         parts = dataclasses.replace(parts, vision=dataclasses.replace(parts.vision, files=files))
         return Artifact(path=path, manifest=tiny_manifest(parts=parts), id="0" * 16)
 

@@ -149,7 +149,10 @@ def test_operations_of_the_tower_are_those_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         image_features(tensors, tower, torch.ones(1, 3, 42, 42))
     shape = TowerShape(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2)
-    part = VisionPart(format="fp32", image_size=42, num_image_tokens=9, hidden_size=96, tower=shape)
+    part = VisionPart(
+        graph="a", projector="b", num_patches=9, num_image_tokens=9, format="fp32", image_size=42, hidden_size=96,
+        tower=shape,
+    )  # fmt: skip
     assert vision_flop(part) == counter.get_total_flops()
 
 

@@ -80,7 +80,7 @@ def test_the_place_is_that_of_the_provider(
     encoder = VisionEncoder(tiny_artifact)
     options = {provider: {} if device_id is None else {"device_id": device_id}, CPU: {}}
     session: Any = SimpleNamespace(get_providers=lambda: list(options), get_provider_options=lambda: options)
-    encoder._session = session
+    encoder._projector = session
     for device in ("cpu", "cuda", "cuda:0", "cuda:1", "mps"):
         assert encoder._place(device) == places.get(device), device
         assert encoder._place(torch.device(device)) == places.get(device)
@@ -101,8 +101,8 @@ def test_an_error_of_onnx_runtime_is_one_of_ours(
         def __getattr__(self, name: str) -> Any:
             return getattr(session, name)
 
-    session = encoder._session
-    monkeypatch.setattr(encoder, "_session", Failing())
+    session = encoder._projector
+    monkeypatch.setattr(encoder, "_projector", Failing())
     with pytest.raises(LiteError, match=rf"{message}\) · expected CPUExecutionProvider to compute the graph · ") as got:
         encoder(pixels(1))
     assert type(got.value) is kind

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lite.memory.plan import MemoryPlan
 
 VISION: Final = VisionPart(
+    graph="vision.onnx",
+    projector="projector.onnx",
+    num_patches=1369,
     format="fp16",
     image_size=518,
     num_image_tokens=1369,

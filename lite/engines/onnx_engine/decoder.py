@@ -27,6 +27,8 @@ from lite.memory.counts import ONNX_CHUNK_SIZE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
     from lite.config import DecoderConfig
@@ -53,6 +55,7 @@ class OnnxDecoder:
         *,
         provider: str = CPU,
         cache_dtype: CacheDtype | None = None,
+        positions: NDArray[np.float64] | None = None,
         profile: Path | None = None,
     ) -> None:
         """Load the graph.
@@ -62,6 +65,7 @@ class OnnxDecoder:
             provider: from `lite.engines.onnx_session.check_provider`.
             cache_dtype: what keys and values are stored as; None: as what the activations are. int8 is a quarter of
                 the memory of float32; what it loses is in the manifest.
+            positions: see `lite.image_tokens.rotary_positions`.
             profile: for `end_profile`, how the name of its file begins; None writes none.
 
         Raises:
@@ -88,7 +92,13 @@ class OnnxDecoder:
         file = artifact.file(self._part.int8_cache.graph if int8 and self._part.int8_cache else self._part.graph)
         self._two_ways = int8 and self.dtype == "float32"
         self._session = open_session(
-            file, provider=provider, data=self._part.data, patterns=False, whole=True, profile=profile
+            file,
+            provider=provider,
+            data=self._part.data,
+            patterns=False,
+            whole=True,
+            profile=profile,
+            constants={} if positions is None else _rotary_tables(self.config, positions, self.dtype),
         )
         self._check_signature(str(file))
         self._embeddings = _embeddings(artifact, self.config)
@@ -255,3 +265,10 @@ def _embeddings(artifact: Artifact, config: DecoderConfig) -> Array:
         msg = f"{file}: got {table.dtype} {list(table.shape)} · expected float16 {list(expected)} by config.json · "
         raise ArtifactError(f"{msg}export the artifact again")
     return table
+
+
+def _rotary_tables(config: DecoderConfig, positions: NDArray[np.float64], dtype: str) -> dict[str, Array]:
+    """Return the graph's tables of cosines and sines, for places that stand for other positions than their own."""
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    angles = positions[:, None] * config.rope_theta**-exponents
+    return {"cos_cache": np.cos(angles).astype(dtype), "sin_cache": np.sin(angles).astype(dtype)}

@@ -58,6 +58,7 @@ class LlamaDecoder(nn.Module):
         self.chunk_size = CHUNK_SIZES[0]
         self.capture: Capture | None = None
         """How a step of decoding is captured; None runs it launch by launch."""
+        self.positions: NDArray[np.float64] | None = None  # that the places of a row stand for; None: each its own
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._graph_problem: str | None = None
 
@@ -287,9 +288,11 @@ class LlamaDecoder(nn.Module):
         return x, normed
 
     def _rotary_table(self) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of every position, float32 [max_position_embeddings, head_dim / 2]."""
+        """Return the cosines and sines of every place, float32 [max_position_embeddings, head_dim / 2]."""
         if self._rotary is None or self._rotary[0].device != self.device:
             positions = torch.arange(self.config.max_position_embeddings, device=self.device)
+            if self.positions is not None:
+                positions = torch.from_numpy(self.positions).float().to(self.device)
             self._rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         return self._rotary
 

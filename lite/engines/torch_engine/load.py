@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kernels.backend import Backend
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
@@ -41,6 +44,7 @@ def load_decoder(
     cache_dtype: CacheDtype | None = None,
     chunk_size: int | None = None,
     fp16_accumulation: bool = False,
+    positions: NDArray[np.float64] | None = None,
     layers: range | None = None,
 ) -> LlamaDecoder:
     """Load the decoder of an artifact.
@@ -57,6 +61,7 @@ def load_decoder(
         cache_dtype: "int8", or what the decoder computes in; None is the latter.
         chunk_size: tokens of a prompt that go through together: it bounds the memory of activations.
         fp16_accumulation: see `kernels.quant_matmul`.
+        positions: see `lite.image_tokens.rotary_positions`.
         layers: which layers to load, for whoever computes a large decoder in parts; all by default.
 
     Raises:
@@ -85,6 +90,7 @@ def load_decoder(
     if target.type == "cuda" and decoder.selection.backend == "triton":
         decoder.capture = functools.partial(capture_cuda_graph, device=decoder.device)
     decoder.chunk_size = chunk_size or decoder.chunk_size
+    decoder.positions = positions
     for linear in linears_of(decoder).values():
         linear.fp16_accumulation = fp16_accumulation
     return decoder.eval().requires_grad_(requires_grad=False)
