@@ -233,7 +233,15 @@ def from_json(cls: type[T], value: object, *, where: str) -> T:
 
 def to_json(value: Any) -> Any:  # noqa: ANN401 - JSON is made of anything
     """Turn a dataclass into what `json.dumps` takes; `from_json` reads it back."""
-    return dataclasses.asdict(value)
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        # A text has a hundred numbers: of one kind, so that the first tells. `asdict` would copy each.
+        plain = not value or type(value[0]) in _PLAIN
+        return type(value)(value) if plain else type(value)(to_json(item) for item in value)
+    return value
 
 
 _PLAIN: Final = (int, float, str, bool, type(None))

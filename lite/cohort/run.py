@@ -86,9 +86,12 @@ class Extras:
 
 def _write(file: Path, data: bytes) -> None:
     with disk_errors_explained(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_name(file)
-        partial.write_bytes(data)
+        try:
+            partial.write_bytes(data)
+        except FileNotFoundError:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
         partial.replace(file)
 
 
