@@ -276,7 +276,7 @@ def _run(arguments: argparse.Namespace, record: Record) -> int:
     lengths = f"{len(texts)} reports of {np.mean([*map(len, texts)]):.0f} tokens"
     record.begin(f"{lengths}, {arguments.reports or 'of phantoms'}.", artifact_id=artifact.id)
     record.add("passes", passes)
-    record.add("gpu", bytes_per_token(dataclasses.replace(config), passes.figures, max(passes.figures, key=int)))
+    record.add("gpu", bytes_per_token(config, passes.figures, max(passes.figures, key=int)))
     make = functools.partial(OnnxDecoder, artifact, cache_dtype=arguments.cache_dtype)
     plain, drafted = Writer(make(), eos), Writer(make(two_rows=True), eos)
     record.add("costs", cost_curve(drafted, arguments.rounds))
