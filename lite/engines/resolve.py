@@ -342,6 +342,8 @@ class _Onnx(_Resolver):
             msg = f"got a memory limit with provider {asked!r} · expected the CPU, of whose memory alone there is a"
             raise LiteError(f"{msg} plan · leave the limit out")
         self.device = "cpu"
+        if self.provider != CPU:
+            self.drafts_note = _Torch.drafts_note
         if options.device == "auto" and asked is None and machine.gpu_problem is not None:
             self.fallbacks.append(f"the CPU in place of the GPU that is there: {machine.gpu_problem}")
         self.choices["provider"] = self.provider, "asked for" if asked is not None else "as no other is asked for"
