@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 from driving import drive
-from scripted_engine import CONTEXT, EOS, ScriptedEngine, a_loop, expected, outcomes, request
+from scripted_engine import CONTEXT, EOS, PEAKS, ScriptedEngine, a_loop, expected, outcomes, request
 
 import lite
 from lite.__main__ import main
 from lite.artifact.open import Artifact
 from lite.engines.onnx_engine.decoder import OnnxDecoder
-from lite.engines.protocol import Sampling, Segment
+from lite.engines.protocol import ChosenTokens, Sampling, Segment
 from lite.errors import LiteError, MemoryBudgetError
 from lite.loading import prompt_of
 from lite.session import drafting as module
 from lite.session.drafting import Chances, Costs, Drafting, measure_costs
 from lite.session.ngrams import CONTEXT as LONGEST
 from lite.session.ngrams import Guess, Ngrams, join, num_texts, read_table, tokenizer_sha256, write_table
+from lite.session.request import Progress
 
 FREE = Costs([1, 2], [1.0, 1.0])
 TABLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 50, "eos_token_id": EOS}
@@ -202,6 +203,25 @@ def test_each_study_says_what_it_says_alone(seed: int, together: bool) -> None:
         )
 
 
+def test_no_more_is_verified_than_a_text_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_DRAFTS", 1)
+    asked = next(r for film in range(99) if len(expected(r := request(film, (5,), limit=4))[0]) == 4)
+    drafting = Drafting(FREE, eos_token_id=EOS, texts=join([[*expected(asked)[0], 7, 8]], EOS))
+    (study,) = drive(a_loop(ScriptedEngine(), drafting=drafting), [asked])
+    # One with the prompt, two of a step; of the last there is nothing to draft.
+    assert (study.num_drafted_tokens, study.num_accepted_tokens, study.finish_reason) == (1, 1, "length")
+
+
+def test_the_tokens_of_a_step_have_equal_parts_of_its_time_and_none_lies_beyond_the_end() -> None:
+    chosen = ChosenTokens((5, 6, EOS, 7), (-1.0, -2.0, -3.0, -4.0))
+    for limit, kept, steps, reason in ((9, 2, 3, "eos"), (3, 2, 3, "eos"), (2, 2, 2, "length"), (1, 1, 1, "length")):
+        study = Progress(request(1, (5,)))
+        study.prefill_peaks, study.since = PEAKS, 10.0
+        assert study.take(chosen, 16.0, limit=limit, eos_token_id=EOS, overflow="") == reason
+        assert (study.token_ids, study.logprobs) == ([5, 6][:kept], [-1.0, -2.0][:kept])
+        assert study.decode_steps_s == [6.0 / steps] * steps
+
+
 def test_what_runs_out_of_memory_among_drafts_goes_on_where_it_was() -> None:
     asked = [request(film, (5, 6), limit=30) for film in range(8)]
     texts = join([expected(one)[0] for one in asked], EOS)
@@ -287,6 +307,7 @@ def test_texts_with_a_table_are_those_without(
     write_table(table, join([one.token_ids for one in found], 2), tokenizer_sha256=tokenizer_sha256(tiny_onnx_artifact))
     model = lite.load(tiny_onnx_artifact.path, engine=engine, drafts=table)
     assert model.drafting is not None
+    assert engine == "torch" or model.decoder.two_rows  # type: ignore[attr-defined]
     # Here a step of two tokens takes twice as long as that of one: as if it were free, so that something is drafted.
     free = Drafting(FREE, eos_token_id=2, texts=join([one.token_ids for one in found], 2))
     model = dataclasses.replace(model, drafting=free)
