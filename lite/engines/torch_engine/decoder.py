@@ -169,10 +169,7 @@ class LlamaDecoder(nn.Module):
 
     @torch.inference_mode()
     def decode(self, cache: KVCache, drafts: Mapping[int, Sequence[int]] = NO_DRAFTS) -> TorchChosen:
-        """Read the newest token of each active row, and drafted ones behind it; choose behind each; wait for nothing.
-
-        All rows read as many tokens as the one with the most drafts.
-        """
+        """Read the newest token of each active row, drafted ones behind it, as many in all rows; wait for nothing."""
         num_drafts = max(map(len, drafts.values()), default=0)
         if num_drafts:
             if self.capture is not None:  # few graphs: of 1, 3, 7 and 15 drafts, where there is room
