@@ -1,12 +1,14 @@
-"""Attention of one new token per row over a static cache, split over the slots (flash-decoding).
+"""Attention of a few new tokens per row over a static cache, split over the slots (flash-decoding).
 
-    q [B, heads, head_dim] · k_cache, v_cache [B, kv_heads, S, head_dim] · lengths [B]  ──▶  out [B, heads, head_dim]
+    q [B, T, heads, head_dim] · k_cache, v_cache [B, kv_heads, S, head_dim] · lengths [B, T]  ──▶  out, like q
 
     row 0   ├─ tile ─┼─ tile ─┼─ ti│           lengths[0]: what lies beyond is not read, whatever it holds
     row 1   ├─ tile ─│        ·                 one program for each tile and head; a second kernel combines them
             0       64      128        S
 
-How much is launched depends on the cache alone and the lengths stay on the GPU, so one CUDA graph serves every token.
+A tile is read once for all tokens of its row: one that is decoded, and drafted ones behind it. Each gets to the last
+bit what it would by itself. How much is launched depends on the cache and T alone and the lengths stay on the GPU, so
+one CUDA graph serves every token.
 """
 
 from __future__ import annotations
@@ -40,22 +42,27 @@ def decode_attention(
     v_scales: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Let one query per row attend over the cache.
+    """Let a query or a few of each row attend over the cache.
 
     Query head h reads key/value head h // (heads / kv_heads). Scores, weights and sums are float32.
 
     Args:
-        q: [B, heads, head_dim], float16, bfloat16 or float32; its last axis without gaps.
+        q: [B, T, heads, head_dim], float16, bfloat16 or float32; its last axis without gaps. Without T: of one token.
         k_cache: [B, kv_heads, S, head_dim], see `check_cache`.
         v_cache: like k_cache.
-        lengths: int32 or int64 [B], how many slots each row sees: its own token's position plus 1, as that has been
-            written already. A row of length 0 gets zeros.
+        lengths: int32 or int64 [B, T], how many slots each token sees: its own position plus 1, as it has been written
+            already. One of length 0 gets zeros. Without T like q.
         k_scales: [B, kv_heads, S], of a cache of int8: key = k_cache * k_scales.
         v_scales: like k_scales.
 
     Returns:
-        [B, heads, head_dim] in the dtype of q.
+        The same shape and dtype as q.
     """
+    if q.dim() == 3 and lengths.dim() == 1:
+        one = decode_attention(
+            q[:, None], k_cache, v_cache, lengths[:, None], k_scales=k_scales, v_scales=v_scales, backend=backend
+        )
+        return one[:, 0]
     _check(q, k_cache, v_cache, lengths)
     check_cache(k_cache, v_cache, k_scales, v_scales, dtype=q.dtype)
     if require_backend(q.device, backend) == "reference":
@@ -64,8 +71,9 @@ def decode_attention(
     if out.numel():
         from kernels.gpu import decode_attention as kernels
 
-        (B, heads, head_dim), tiles = q.shape, -(-k_cache.shape[2] // BLOCK_S)
-        sums, stats = (torch.empty(B * heads, tiles, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
+        (B, T, heads, head_dim), tiles = q.shape, -(-k_cache.shape[2] // BLOCK_S)
+        places = B * T * heads
+        sums, stats = (torch.empty(places, tiles, n, dtype=torch.float32, device=q.device) for n in (head_dim, 2))
         with device_guard(q.device):
             kernels.decode_attention(
                 q, k_cache, v_cache, lengths, k_scales, v_scales, sums, stats, out, block_s=BLOCK_S
@@ -75,19 +83,19 @@ def decode_attention(
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> None:
     check_float("q", q)
-    if q.dim() != 3 or k_cache.dim() != 4:
+    if q.dim() != 4 or k_cache.dim() != 4:
         got = f"q {list(q.shape)} and k_cache {list(k_cache.shape)}"
-        raise ValueError(f"got {got} · expected [B, heads, head_dim] and [B, kv_heads, S, head_dim]")
-    (B, heads, head_dim), (rows, kv_heads, _, width) = q.shape, k_cache.shape
+        raise ValueError(f"got {got} · expected [B, T, heads, head_dim] and [B, kv_heads, S, head_dim]")
+    (B, T, heads, head_dim), (rows, kv_heads, _, width) = q.shape, k_cache.shape
     if (rows, width) != (B, head_dim) or kv_heads == 0 or heads % kv_heads:
         got = f"q {list(q.shape)} for k_cache {list(k_cache.shape)}"
         raise ValueError(f"got {got} · expected one B, one head_dim, and heads a multiple of kv_heads")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"got head_dim {head_dim} · expected at most {MAX_HEAD_DIM} · use the reference's attention")
-    if lengths.shape != (B,) or lengths.dtype not in (torch.int32, torch.int64) or not lengths.is_contiguous():
+    if lengths.shape != (B, T) or lengths.dtype not in (torch.int32, torch.int64) or not lengths.is_contiguous():
         got = f"lengths {list(lengths.shape)} {lengths.dtype}"
-        raise ValueError(f"got {got} · expected contiguous torch.int32 or torch.int64 [{B}]")
-    if q.stride(2) != 1:
+        raise ValueError(f"got {got} · expected contiguous torch.int32 or torch.int64 [{B}, {T}]")
+    if q.stride(3) != 1:
         raise ValueError(f"got q with strides {list(q.stride())} · expected the last to be 1")
     devices = {tensor.device for tensor in (q, k_cache, v_cache, lengths)}
     if len(devices) > 1:

@@ -175,13 +175,16 @@ def decode_attention(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """Let one query per row attend over the first `lengths` slots of its row, by `attention`; over none gives zeros."""
+    """Let each token [B, T] attend over the first `lengths` slots of its row, by `attention`; over none gives zeros."""
+    if q.dim() == 3:
+        one = decode_attention(q[:, None], k_cache, v_cache, lengths[:, None], k_scales=k_scales, v_scales=v_scales)
+        return one[:, 0]
     k, v = k_cache.float(), v_cache.float()
     if k_scales is not None and v_scales is not None:
         k, v = k * k_scales.float().unsqueeze(-1), v * v_scales.float().unsqueeze(-1)
     lengths = lengths.long().clamp(max=k.shape[2])
-    attended = attention(q.float().unsqueeze(2), k, v, lengths[:, None] - 1).squeeze(2)
-    return attended.masked_fill((lengths <= 0)[:, None, None], 0.0).to(q.dtype)
+    attended = attention(q.float().transpose(1, 2), k, v, lengths - 1).transpose(1, 2)
+    return attended.masked_fill((lengths <= 0)[:, :, None, None], 0.0).to(q.dtype)
 
 
 class Sampled(NamedTuple):

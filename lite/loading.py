@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from lite.artifact.judgement import warnings_of
@@ -20,6 +21,8 @@ from lite.image_tokens import check_image_tokens, rotary_positions
 from lite.memory.process import release_free_memory
 from lite.model import FindingsModel
 from lite.prompt import PromptEncoder, Tokenizer
+from lite.session.drafting import Drafting, measure_costs
+from lite.session.ngrams import read_table, tokenizer_sha256
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -41,13 +44,15 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     Args:
         path: the artifact's folder.
         **options: those of `lite.engines.options.LoadOptions`, which says what each is: engine, device, dtype,
-            provider, cache_dtype, memory_limit, fp16_accumulation, rows, image_tokens, image_method and verify.
+            provider, cache_dtype, memory_limit, fp16_accumulation, rows, image_tokens, image_method,
+            drafts and verify.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
         BackendUnavailable: a package, the device or the provider is not there.
         MemoryBudgetError: one study would take more than `memory_limit`.
-        LiteError: there is no such engine, dtype or cache, or two options exclude each other.
+        LiteError: there is no such engine, dtype or cache, two options exclude each other, or the table of drafts is of
+            another tokenizer.
         TypeError: there is no such option.
     """
     started = time.perf_counter()
@@ -60,12 +65,15 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     plan = plan_run(artifact, prompt, chosen, look(chosen, artifact))
     if chosen.verify:
         artifact.verify(engine=plan.engine)
-    decoder = _decoder(
-        artifact, plan, _positions(artifact, prompt)
-    )  # before the tower: on a GPU it wants memory in one piece
+    texts = _texts(artifact, plan)
+    # Before the tower: on a GPU it wants memory in one piece.
+    decoder = _decoder(artifact, plan, _positions(artifact, prompt))
     vision = VisionEncoder(artifact, provider=plan.vision_provider)
+    fallbacks, drafting = plan.fallbacks, None
+    if plan.drafts != "off":
+        drafting = Drafting(measure_costs(decoder, plan.max_seq_len), eos_token_id=tokenizer.eos_token_id, texts=texts)
+        _LOG.info("a step of so many tokens takes, of one token's time: %s", drafting.costs)
     release_free_memory()
-    fallbacks = plan.fallbacks
     if vision.provider == CPU != plan.vision_provider:
         fallbacks += (f"the tower on the CPU: {plan.vision_provider} does not start",)
     choices = "; ".join(f"{name} {choice}, {why}" for name, (choice, why) in plan.choices.items())
@@ -79,6 +87,7 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
         vision=vision,
         decoder=decoder,
         plan=plan,
+        drafting=drafting,
         fallbacks=fallbacks,
     )
 
@@ -123,13 +132,32 @@ def _positions(artifact: Artifact, prompt: PromptEncoder) -> NDArray[np.float64]
     return rotary_positions(artifact.manifest.parts.vision, image_start, places)
 
 
+def _texts(artifact: Artifact, plan: RunPlan) -> NDArray[np.uint16] | None:
+    """Read the table that drafts are made from, if there is one, before anything large is loaded."""
+    if plan.drafts in ("off", "auto"):
+        return None
+    manifest = artifact.manifest
+    return read_table(
+        Path(plan.drafts),
+        tokenizer_sha256=tokenizer_sha256(artifact),
+        vocab_size=artifact.decoder_config().vocab_size,
+        eos_token_id=manifest.decoding.eos_token_id,
+    )
+
+
 def _decoder(artifact: Artifact, plan: RunPlan, positions: NDArray[np.float64] | None) -> Engine[Any, Any]:
     """Load the decoder as planned."""
     cache_dtype: CacheDtype | None = "int8" if plan.cache_dtype == "int8" else None
     if plan.engine == "onnx":
         from lite.engines.onnx_engine.decoder import OnnxDecoder
 
-        return OnnxDecoder(artifact, provider=plan.provider or CPU, cache_dtype=cache_dtype, positions=positions)
+        return OnnxDecoder(
+            artifact,
+            provider=plan.provider or CPU,
+            cache_dtype=cache_dtype,
+            positions=positions,
+            two_rows=plan.drafts != "off",
+        )
     from lite.engines.torch_engine.load import load_decoder
 
     return load_decoder(

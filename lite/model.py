@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lite.image.files import ImageSource
     from lite.image.film import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
+    from lite.session.drafting import Drafting
     from lite.studies.results import Findings, StudyError
     from lite.vision import VisionEncoder
 
@@ -55,6 +56,7 @@ class FindingsModel:
     vision: VisionEncoder
     decoder: Engine[Any, Any]
     plan: RunPlan  # what was loaded by: it says how many rows of how many places there are
+    drafting: Drafting | None = None  # guesses how texts go on; None: each token is decoded by itself
     fallbacks: tuple[str, ...] = ()  # what is slower than it has to be, each with its reason
     session: Session[Any, Any] = dataclasses.field(init=False)
     _preparer: Preparer = dataclasses.field(init=False)
@@ -77,6 +79,7 @@ class FindingsModel:
             eos_token_id=self.artifact.manifest.decoding.eos_token_id,
             fits=self.plan.fits,
             peaks=preparer.peaks,
+            drafting=self.drafting,
         )
         object.__setattr__(self, "_preparer", preparer)
         object.__setattr__(self, "session", Session(loop, num_ahead=self._num_ahead))

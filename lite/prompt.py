@@ -53,7 +53,7 @@ class Tokenizer:
                 "manifest · export the artifact again with the base model's own tokenizer.model"
             )
             raise ArtifactError(msg)
-        self.bos_token_id = decoding.bos_token_id
+        self.bos_token_id, self.eos_token_id = decoding.bos_token_id, decoding.eos_token_id
         self.vocab_size: int = self._pieces.get_piece_size()
         special = [i for i in range(self.vocab_size) if self._pieces.is_control(i) or self._pieces.is_unknown(i)]
         self._special_ids = frozenset(special)

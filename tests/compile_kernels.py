@@ -60,7 +60,7 @@ def launch_all(capability: int) -> None:
         cut = {"rows": 1, "block_n": 32, "splits": 1, "num_warps": 4}
         y = torch.empty(1, N, dtype=torch.bfloat16)
         quant_matmul.decode(x[:1].bfloat16(), tiles, scales, y, y, **form, **cut)
-    workspace = torch.empty(2 * HEADS, SLOTS // 64, HEAD_DIM)
+    workspace = torch.empty(6 * HEADS, SLOTS // 64, HEAD_DIM)
     # Vicuna's, a row at a time; and rows of grouped queries over int8, with the other kind of integers.
     for stored, B, T, kv_heads, integer in ((float16, 1, 1, HEADS, torch.int32), (torch.int8, 2, 3, 8, torch.int64)):
         q, k = (torch.empty(B, T, heads, HEAD_DIM, dtype=float16) for heads in (HEADS, kv_heads))
@@ -68,11 +68,11 @@ def launch_all(capability: int) -> None:
         scales_of_cache = torch.empty(B, kv_heads, SLOTS, dtype=float16) if stored == torch.int8 else None
         caches, pair = (cache, cache), (scales_of_cache, scales_of_cache)
         lengths, slots, table = (
-            torch.ones(B).to(integer),
+            torch.ones(B, T).to(integer),
             torch.ones(B, T).to(integer),
             torch.empty(B, T, HEAD_DIM // 2),
         )
-        decode_attention.decode_attention(q[:, 0], *caches, lengths, *pair, workspace, workspace, q[:, 0], block_s=64)
+        decode_attention.decode_attention(q, *caches, lengths, *pair, workspace, workspace, q, block_s=64)
         rotary_and_cache.rotary_and_cache(q, k, k, table, table, slots, *caches, *pair, q, k)
     x = torch.empty(1, HIDDEN_SIZE, dtype=float16)
     add_rms_norm.add_rms_norm(x, x, x[0], 1e-5, x, x)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
-from lite.engines.protocol import ChosenTokens, Segment
+from lite.engines.protocol import NO_DRAFTS, ChosenTokens, Segment
 from lite.memory.process import Peaks
 from lite.session.loop import Loop
 from lite.session.request import Progress, Request
@@ -74,6 +74,7 @@ class ScriptedCache:
         self.newest = [0] * self.num_rows
         self.active = [False] * self.num_rows
         self.damaged = [False] * self.num_rows
+        self.only_drafts = [False] * self.num_rows  # what damaged it lies behind its newest token
 
     @property
     def num_cached_tokens(self) -> list[int]:
@@ -82,6 +83,8 @@ class ScriptedCache:
     def truncate(self, row: int, length: int, *, newest: int | None = None) -> None:
         assert length <= len(self.held[row])
         del self.held[row][length:]
+        if newest is not None and self.only_drafts[row]:
+            self.damaged[row] = self.only_drafts[row] = False
         self.newest[row] = self.newest[row] if newest is None else newest
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
@@ -111,8 +114,11 @@ class ScriptedEngine:
     fallbacks: tuple[str, ...] = ()
     overflow = "got logits that are not finite in scripts · expected numbers · write another one"
 
-    def __init__(self, *, run_ahead: int = 0, chunk_size: int = 100, faults: float = 0.0) -> None:
+    def __init__(
+        self, *, run_ahead: int = 0, chunk_size: int = 100, faults: float = 0.0, verifies_together: bool = False
+    ) -> None:
         self.run_ahead, self.chunk_size, self.faults = run_ahead, chunk_size, faults
+        self.verifies_together = verifies_together
         self.log: list[tuple[Any, ...]] = []
         self.trouble: dict[tuple[str, int], Exception] = {}  # by the call and its number, from 0
         self.calls: dict[str, int] = {}
@@ -146,15 +152,30 @@ class ScriptedEngine:
         tokens = [next_token(row, faults=self.faults) for row in rows]
         return np.array([[np.nan if t == NOT_FINITE else float(i == t) for i in range(VOCAB)] for t in tokens])
 
-    def decode(self, cache: ScriptedCache) -> ScriptedChosen:
+    def decode(self, cache: ScriptedCache, drafts: Mapping[int, Sequence[int]] = NO_DRAFTS) -> ScriptedChosen:
         self._trouble("decode")
         rows = [row for row, active in enumerate(cache.active) if active]
         assert rows, "nothing to decode"
+        assert {*drafts} <= {*rows}
         self.log.append(("decode", tuple(rows)))
+        most = max(map(len, drafts.values()), default=0) if self.verifies_together else 0
+        tokens = {}
         for row in rows:
-            cache.held[row].append(cache.newest[row])
-            assert len(cache.held[row]) <= cache.max_seq_len, "more tokens than the row has places"
-        return ScriptedChosen(self, {row: self._choose(cache, row) for row in rows})
+            drafted = drafts.get(row, ())
+            chosen = []
+            for token in (cache.newest[row], *drafted, *[3] * (most - len(drafted))):
+                cache.held[row].append(token)
+                assert len(cache.held[row]) <= cache.max_seq_len, "more tokens than the row has places"
+                before = cache.damaged[row]
+                chosen.append(self._choose(cache, row))
+                cache.only_drafts[row] |= bool(chosen[1:]) and cache.damaged[row] and not before
+            tokens[row] = ChosenTokens(
+                tuple(one.token_ids[0] for one in chosen),
+                (-0.5,) * len(chosen),
+                tuple(one.top[0] for one in chosen),
+                all(one.is_finite for one in chosen),
+            )
+        return ScriptedChosen(self, tokens)
 
     def _hold(self, segment: Segment[list[int]], cache: ScriptedCache) -> None:
         row, held = segment.row, cache.held[segment.row]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 COMMANDS: Final = {
     "cohort": ("benchmarks.speed.cohort", "what lite run costs beside the bare loop, and whether its memory grows"),
     "depth": ("benchmarks.speed.depth", "random weights of the real widths, and what 32 layers take, from fewer"),
+    "drafts": ("benchmarks.speed.drafts", "what drafting is worth: tokens per pass, the cost of a step, wall time"),
     "gpu": ("benchmarks.speed.gpu", "the whole runtime on a GPU at full size, and its kernels, beside other libraries"),
     "peers": ("benchmarks.speed.peers", "other runtimes at the same shapes, whichever are installed"),
     "profile": ("benchmarks.speed.profile", "where the onnx engine's time goes, operator by operator"),

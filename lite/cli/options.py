@@ -109,6 +109,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     add_image_tokens(parser)
     parser.add_argument(
+        "--drafts",
+        metavar="WHICH",
+        default=DEFAULTS.drafts,
+        help="auto: guess how a text goes on by the earlier ones of this run, and verify several tokens in one step "
+        "where that pays; FILE: by a table of past reports, too, from `lite drafts build` (default %(default)s)",
+    )
+    parser.add_argument(
         "--no-verify",
         dest="verify",
         action="store_false",

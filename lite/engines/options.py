@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypedDict, get_args
 
@@ -46,6 +47,7 @@ class LoadArguments(TypedDict, total=False):
     rows: int | None
     image_tokens: int | None
     image_method: ImageMethod
+    drafts: str | os.PathLike[str]
     verify: bool
 
 
@@ -71,6 +73,9 @@ class LoadOptions:
     image_tokens: how many tokens the decoder reads of a film. None: one of each patch, as published. Fewer cost less
         and lose something: `lite.bench --image-tokens` measures both.
     image_method: how patches become fewer: see `lite.image_tokens`.
+    drafts: "auto" guesses how a text goes on by the texts that this process has made before, and has the decoder verify
+        several tokens in one step where that pays: see `lite.session.drafting`. A path names a table of past texts to
+        guess by, too (`python -m lite drafts build`). "off" decodes each token by itself.
     verify: compare the sha256 of the files that will be read with the manifest first: 12 s for the 14 GB of a 7B model
         at the 1.2 GB/s that hashing alone reached (one core of an AMD EPYC, November 2026).
     """
@@ -85,6 +90,7 @@ class LoadOptions:
     rows: int | None = None
     image_tokens: int | None = None
     image_method: ImageMethod = "diverse"
+    drafts: str | os.PathLike[str] = "off"
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -105,6 +111,8 @@ class LoadOptions:
             _refuse(f"provider {self.provider!r}", "one name, a text such as cpu or cuda:1", "give only one")
         if self.rows is not None and (type(self.rows) is not int or self.rows < 1):
             _refuse(f"rows {self.rows!r}", "a whole number from 1", "leave it out for as many as fit")
+        if not str(self.drafts or ""):
+            _refuse(f"drafts {self.drafts!r}", "auto, off, or the path of a table", "choose one of them")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
         self._check_exclusions()

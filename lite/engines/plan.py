@@ -22,6 +22,7 @@ class RunPlan:
     workload: Workload
     shapes: Shapes
     fp16_accumulation: bool
+    drafts: str  # "off", "auto", or the path of a table
     provider: str | None  # of ONNX Runtime, for the decoder; None for torch's
     vision_provider: str
     memory: MemoryPlan
@@ -96,5 +97,5 @@ class RunPlan:
 
 _PRINTED: Final = (
     "engine", "device", "dtype", "cache_dtype", "provider", "vision_provider", "chunk_size", "rows", "max_seq_len",
-    "fp16_accumulation", "limit", "limit_from", "losses", "fallbacks", "notes",
+    "fp16_accumulation", "drafts", "limit", "limit_from", "losses", "fallbacks", "notes",
 )  # fmt: skip

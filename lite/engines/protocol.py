@@ -1,7 +1,8 @@
 """What an engine is: the one verb that everything above it is built on.
 
     prompt, a chunk at a time ──▶ extend(segment, cache) ──▶ Chosen     one row: reads tokens, chooses behind the last
-    newest token of each row ───▶ decode(cache) ───────────▶ Chosen     all rows: reads one token each, chooses the next
+    newest token of each row ───▶ decode(cache, drafts) ───▶ Chosen     all rows: reads one token each, or drafted ones
+                                                                        too, and chooses behind each
 
 A *row* is a place in the cache for one study. It holds the keys and values of `num_cached_tokens` tokens, and its
 *newest* token: chosen, and not read yet. A row is *active* while `decode` runs it. One that is released keeps what it
@@ -17,13 +18,13 @@ neither. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar
 
 from lite.config import IMAGE_TOKEN_ID
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -45,6 +46,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+NO_DRAFTS: Final[Mapping[int, Sequence[int]]] = MappingProxyType({})
 MAX_TOP = 20
 """The most probable tokens that can be told of."""
 
@@ -154,6 +156,10 @@ class Engine(Protocol[C, F]):
         """How many steps may be under way before the host looks at a token."""
 
     @property
+    def verifies_together(self) -> bool:
+        """Whether rows with drafts are one step, all as long as the longest; else each is a step of its own."""
+
+    @property
     def chunk_size(self) -> int:
         """How many tokens of a prompt go through together, at most."""
 
@@ -193,5 +199,12 @@ class Engine(Protocol[C, F]):
             float32 [num_logits, vocab_size], of the last tokens; as they are, finite or not.
         """
 
-    def decode(self, cache: C) -> Chosen:
-        """Read the newest token of each active row, and choose the next."""
+    def decode(self, cache: C, drafts: Mapping[int, Sequence[int]] = NO_DRAFTS) -> Chosen:
+        """Read the newest token of each active row, and choose the next.
+
+        Args:
+            cache: of any rows.
+            drafts: tokens that are read behind the newest ones of some rows, which have to have room for them: tokens
+                are chosen behind each. Then every row may have read more than its newest token, and is to be truncated
+                to what was right.
+        """

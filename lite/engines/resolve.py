@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS: Final = 8
 """The most studies at a time where nobody asks for more."""
+MAX_DRAFTED_IDS: Final = 0xFFFF
+"""Token ids that a table of drafts has numbers for."""
 MAX_CACHE_KL: Final = 1e-3
 """The most that an int8 cache may lose, in nats a token by the manifest, and still be taken without being asked for."""
 
@@ -115,6 +117,7 @@ class _Resolver:
     """Resolve for one engine: what there is to choose from, and the best of it that fits."""
 
     engine: EngineName
+    drafts_note: str  # what is to be known of a text that was drafted
     chunk_sizes: tuple[int, ...] = CHUNK_SIZES[:1]
 
     def __init__(self, options: LoadOptions, artifact: Artifact, machine: Machine, why: str) -> None:
@@ -184,6 +187,7 @@ class _Resolver:
             workload=chosen,
             shapes=self.shapes,
             fp16_accumulation=self.options.fp16_accumulation,
+            drafts=self._drafts(),
             provider=self.provider,
             vision_provider=self.vision_provider,
             memory=plan_memory(self.shapes, chosen),
@@ -247,6 +251,18 @@ class _Resolver:
             hint = f"; cache_dtype='int8' would fit, but {why} to be taken without being asked for"
         return refusal(plan_memory(self.shapes, smallest), limit, what=str(self.artifact.path), hint=hint)
 
+    def _drafts(self) -> str:
+        """Return where drafts come from, and say what they may change."""
+        drafts = str(self.options.drafts)
+        why = "texts of this process" if drafts == "auto" else "as no others are asked for"
+        self.choices["drafts"] = drafts, why if drafts in ("auto", "off") else "and texts of this process"
+        if drafts != "off":
+            if self.shapes.config.vocab_size > MAX_DRAFTED_IDS:
+                got = f"got drafts for a vocabulary of {self.shapes.config.vocab_size:,}"
+                raise LiteError(f"{got} · expected at most {MAX_DRAFTED_IDS:,} · leave drafts off")
+            self.notes.append(self.drafts_note)
+        return drafts
+
     def _losses(self, int8: bool) -> dict[str, float | None]:
         """Return what each step from the checkpoint to what runs has lost."""
         of_torch, of_onnx = (_fidelity(self.artifact, engine) for engine in ("torch", "onnx"))
@@ -260,6 +276,9 @@ class _Resolver:
 
 class _Torch(_Resolver):
     engine = "torch"
+    drafts_note = (
+        "drafts: several rows are rounded otherwise than one, so texts may differ where two tokens are as likely"
+    )
     chunk_sizes = CHUNK_SIZES
 
     def place(self) -> None:
@@ -308,6 +327,7 @@ class _Torch(_Resolver):
 
 class _Onnx(_Resolver):
     engine = "onnx"
+    drafts_note = "drafts: a study by itself is the same whatever they are; a token is decoded as one of two"
 
     def place(self) -> None:
         """Choose device, dtype and providers."""
@@ -322,6 +342,8 @@ class _Onnx(_Resolver):
             msg = f"got a memory limit with provider {asked!r} · expected the CPU, of whose memory alone there is a"
             raise LiteError(f"{msg} plan · leave the limit out")
         self.device = "cpu"
+        if self.provider != CPU:
+            self.drafts_note = _Torch.drafts_note
         if options.device == "auto" and asked is None and machine.gpu_problem is not None:
             self.fallbacks.append(f"the CPU in place of the GPU that is there: {machine.gpu_problem}")
         self.choices["provider"] = self.provider, "asked for" if asked is not None else "as no other is asked for"

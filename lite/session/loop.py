@@ -26,6 +26,7 @@ import numpy as np
 from lite.engines.protocol import Cache
 from lite.engines.segments import divide
 from lite.errors import LiteError, MemoryBudgetError
+from lite.session.drafting import Plain
 from lite.session.rows import Row, Rows
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from lite.engines.protocol import Chosen, ChosenTokens, Engine
     from lite.memory.process import Peaks
     from lite.session.request import Progress
-    from lite.studies.results import FinishReason
 
 F = TypeVar("F")
 C = TypeVar("C", bound=Cache)
@@ -53,6 +53,7 @@ class Loop(Generic[C, F]):
         eos_token_id: int,
         fits: Callable[[int, int], bool],
         peaks: Callable[[], Peaks],
+        drafting: Plain | None = None,
     ) -> None:
         """Prepare; the cache is allocated when the first study needs it.
 
@@ -64,6 +65,7 @@ class Loop(Generic[C, F]):
             eos_token_id: ends a study.
             fits: says whether so many rows of so many places fit the memory.
             peaks: tells the memory peaks so far.
+            drafting: guesses how texts go on; None: each token is decoded by itself.
         """
         self.num_rows = num_rows
         self.max_seq_len = max_seq_len
@@ -73,6 +75,7 @@ class Loop(Generic[C, F]):
         self._context = context
         self._eos_token_id = eos_token_id
         self._fits = fits
+        self._drafting = drafting or Plain()
         self._cache: C | None = None
         self._rows: Rows[F] = Rows(0)
         # What the engine has chosen and nobody has looked at: tokens, and whose they are.
@@ -204,19 +207,19 @@ class Loop(Generic[C, F]):
             return
         if chosen is not None:
             self._note(chosen, [(row, progress)])
-            self._read(at_most=self._engine.run_ahead)
+            self._read(at_most=self._ahead)
         else:
             is_finite = all(np.isfinite(logits).all() for logits in progress.logits)
             progress.end("length" if is_finite else LiteError(self._engine.overflow))
             self._free(row, damaged=not is_finite)
 
     def _decode(self) -> None:
-        self._read(at_most=self._engine.run_ahead if self._rows.decoding() else 0)
+        self._read(at_most=self._ahead if self._rows.decoding() else 0)
         rows = self._rows.decoding()
         if not rows:
             return
         try:
-            chosen = self._engine.decode(self._the_cache)
+            chosen = self._drafting.decode(self._engine, self._the_cache, rows, self._limit)
         except MemoryBudgetError:
             raise
         except LiteError as error:
@@ -227,7 +230,12 @@ class Loop(Generic[C, F]):
                 self._free(row, damaged=True)
             return
         self._note(chosen, rows)
-        self._read(at_most=self._engine.run_ahead)
+        self._read(at_most=self._ahead)
+
+    @property
+    def _ahead(self) -> int:
+        """How many steps may be under way before the host looks at a token; to guess the next, it has to know all."""
+        return 0 if self._drafting.is_awake else self._engine.run_ahead
 
     def _limit(self, progress: Progress[F]) -> int:
         """Return how many tokens a study may have."""
@@ -258,15 +266,9 @@ class Loop(Generic[C, F]):
                     self._clear(self._rows[index])
 
     def _take(self, progress: Progress[F], row: Row[F], tokens: ChosenTokens, now: float) -> None:
-        """Give a study its newest token, or end it; its row may be another's by now."""
-        end: FinishReason | LiteError | None = None
-        if not tokens.is_finite:
-            end = LiteError(self._engine.overflow)
-        elif tokens.token_ids[0] == self._eos_token_id:
-            end = "eos"
-        elif len(progress.token_ids) + 1 == self._limit(progress):
-            end = "length"
-        progress.add(None if isinstance(end, LiteError) or end == "eos" else tokens, now)
+        """Give a study its newest tokens, or end it; its row may be another's by now."""
+        limit, overflow = self._limit(progress), self._engine.overflow
+        end = progress.take(tokens, now, limit=limit, eos_token_id=self._eos_token_id, overflow=overflow)
         if progress.prefill_peaks is None:
             progress.prefill_peaks = self.peaks()
         if end is None:
@@ -278,6 +280,8 @@ class Loop(Generic[C, F]):
         progress.end(end)
         if damaged and not has_row:
             self._clear(row)
+        if not damaged:
+            self._drafting.learn(progress.token_ids)
 
     def _free(self, row: Row[F], *, damaged: bool = False) -> None:
         """Take a row from its study; what it holds of the film stays, unless it may not be finite."""

@@ -199,6 +199,8 @@ class Preparer:
             top_logprobs=tuple(outcome.top) if outcome.top else None,
             num_prompt_tokens=len(prepared.request.input_ids),
             num_reused_tokens=outcome.num_reused_tokens,
+            num_drafted_tokens=outcome.num_drafted_tokens,
+            num_accepted_tokens=outcome.num_accepted_tokens,
             timings=Timings(
                 image_s=prepared.image_s,
                 queued_s=outcome.queued_s,

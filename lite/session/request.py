@@ -88,6 +88,8 @@ class Outcome:
         self.decode_steps_s: list[float] = []  # between one token and the next
         self.num_together = 0  # the most studies that were decoded together with it, itself included
         self.cache_bytes = 0  # of so many rows
+        self.num_drafted_tokens = 0  # guesses that were verified
+        self.num_accepted_tokens = 0  # of these, what the model would have said
         self.vision_peaks: Peaks | None = None
         self.prefill_peaks: Peaks | None = None
         self.decode_peaks: Peaks | None = None
@@ -140,20 +142,40 @@ class Progress(Outcome, Generic[F]):
         self.since = time.perf_counter()
         self.queued_s = max(0.0, self.since - self.submitted - self.vision_s)
 
-    def add(self, chosen: ChosenTokens | None, now: float) -> None:
-        """Take the next token and note how long it has taken; None: it was the end."""
+    def take(
+        self, chosen: ChosenTokens, now: float, *, limit: int, eos_token_id: int, overflow: str
+    ) -> FinishReason | LiteError | None:
+        """Take the next tokens, up to the end of the text, and note how long they have taken.
+
+        Args:
+            chosen: one, or several of one step, which have the same part of its time; none where they are not finite.
+            now: when they were known.
+            limit: how many tokens the text may have.
+            eos_token_id: ends it, and is none of it.
+            overflow: what to say where they are not finite.
+
+        Returns:
+            Why the text ends; None if it goes on.
+        """
+        token_ids = chosen.token_ids[: limit - len(self.token_ids)]
+        count = token_ids.index(eos_token_id) if eos_token_id in token_ids else len(token_ids)
+        count, steps = (count, min(count + 1, len(token_ids))) if chosen.is_finite else (0, 1)
         with self._changed:
-            if chosen is not None:
-                self.token_ids.append(chosen.token_ids[0])
-                self.logprobs.append(chosen.logprobs[0])
-                if self.request.sampling.num_top:
-                    self.top.append(chosen.top[0][: self.request.sampling.num_top])
+            self.token_ids += token_ids[:count]
+            self.logprobs += chosen.logprobs[:count]
+            if self.request.sampling.num_top:
+                self.top += (top[: self.request.sampling.num_top] for top in chosen.top[:count])
             if self.prefill_peaks is None:
                 self.prefill_s = now - self.since
             else:
-                self.decode_steps_s.append(now - self.since)
+                self.decode_steps_s += [(now - self.since) / steps] * steps
             self.since = now
             self._changed.notify_all()
+        if not chosen.is_finite:
+            return LiteError(overflow)
+        if count < len(token_ids):
+            return "eos"
+        return "length" if len(self.token_ids) == limit else None
 
     def end(self, reason: FinishReason | Exception) -> None:
         """Say that nothing more comes. It keeps no film."""

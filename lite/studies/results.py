@@ -94,6 +94,8 @@ class Findings:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # token ids beside each, the likeliest first
     num_prompt_tokens: int  # places in the context, the image's included
     num_reused_tokens: int = 0  # of these, what a row still held: the film, for another question
+    num_drafted_tokens: int = 0  # guesses that the decoder verified beside the tokens that it chose
+    num_accepted_tokens: int = 0  # of these, what it would have chosen: each saved a step
     timings: Timings
     memory: Memory
     rendering: str  # how the film's values became grey levels: see lite.image.files

@@ -202,6 +202,28 @@ def test_decode_attention(
     assert_within(got, expected, "decode_attention", 16 if scales_dtype is None else 8)
 
 
+@pytest.mark.parametrize("scales_dtype", [None, torch.float16])
+def test_drafted_tokens_see_to_the_bit_what_each_sees_by_itself(
+    scales_dtype: torch.dtype | None, launches: Launches
+) -> None:
+    """One launch reads a tile for all; what only later ones see, and what a row that is free holds, may be a NaN."""
+    cache = poisoned_cache(2, 150, 24, (66, 64, 0), scales_dtype)
+    q, seen = randn(3, 3, 4, 24, seed=2) * 3, torch.tensor([[64, 65, 66], [62, 63, 64], [0, 0, 0]])
+    together = decode_attention(q.to(DEVICE), lengths=seen.to(DEVICE), **cache)
+    assert launches == [("partial_attention_kernel", (3, 12)), ("combine_kernel", (36,))]
+    assert_within(
+        together, reference.decode_attention(q.float(), lengths=seen, **on_cpu(cache)), "decode_attention",
+        16 if scales_dtype is None else 8,
+    )  # fmt: skip
+    for token in range(3):
+        alone = decode_attention(q[:, token].to(DEVICE), lengths=seen[:, token].contiguous().to(DEVICE), **cache)
+        assert torch.equal(together[:, token], alone)
+    later = {name: tensor.clone() for name, tensor in cache.items()}
+    name = "v_cache" if scales_dtype is None else "v_scales"
+    later[name][0, :, 65:] = NAN
+    assert torch.equal(decode_attention(q.to(DEVICE), lengths=seen.to(DEVICE), **later)[:, :2], together[:, :2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_decode_attention_in_other_dtypes(dtype: torch.dtype, launches: Launches) -> None:
     q = randn(2, 2, 16, dtype=dtype)

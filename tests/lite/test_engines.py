@@ -258,8 +258,8 @@ def test_drafts_are_verified_and_the_row_goes_on_behind_the_right_ones(engine: A
     assert said[1] == alone(engine, OTHER, 5)[1:], "the neighbour is not disturbed"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("torch")])
-def test_torch_verifies_all_rows_in_one_step(kind: str, tiny_onnx_artifact: Artifact) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_drafts_and_without_are_decoded_together(kind: str, tiny_onnx_artifact: Artifact) -> None:
     engine = make(kind, tiny_onnx_artifact)
     right = [alone(engine, prompt, 12) for prompt in (PROMPT, OTHER)]
     cache = engine.new_cache(3, 60)
@@ -270,15 +270,18 @@ def test_torch_verifies_all_rows_in_one_step(kind: str, tiny_onnx_artifact: Arti
     said = {1: [right[0][0]], 2: [right[1][0]]}
     for turn in range(4):
         lengths = list(cache.num_cached_tokens)
-        # Two drafts a row: of one both are right, of the other the second is wrong, by turns.
-        drafts = {}
+        # Of one row two drafts are right, of the other the second of two is wrong or there is none, by turns.
+        drafts = {1: [], 2: []}
         for row, others in ((1, right[0]), (2, right[1])):
             at = len(said[row])
-            drafts[row] = [others[at], others[at + 1] if (row + turn) % 2 else (others[at + 1] + 1) % 300]
-        chosen = engine.verify(drafts, cache).wait()
+            if (row + turn) % 2:
+                drafts[row] = others[at : at + 2]
+            elif turn % 2:
+                drafts[row] = [others[at], (others[at + 1] + 1) % 300]
+        chosen = engine.decode(cache, {row: tokens for row, tokens in drafts.items() if tokens}).wait()
         for row, tokens in chosen.items():
             accepted = 0
-            while accepted < 2 and tokens.token_ids[accepted] == drafts[row][accepted]:
+            while accepted < len(drafts[row]) and tokens.token_ids[accepted] == drafts[row][accepted]:
                 accepted += 1
             said[row] += tokens.token_ids[: accepted + 1]
             cache.truncate(row, lengths[row] + accepted + 1, newest=tokens.token_ids[accepted])
@@ -287,10 +290,10 @@ def test_torch_verifies_all_rows_in_one_step(kind: str, tiny_onnx_artifact: Arti
     for row, others in ((1, right[0]), (2, right[1])):
         assert said[row] == others[: len(said[row])]
     if "captured" in kind:
-        assert cache.steps[3, 2, 0].is_captured
+        assert cache.steps[3, 3, 0].is_captured
         # A step without drafts is another graph.
         decode(engine, cache, 2)
-        assert set(cache.steps) == {(3, 2, 0), (3, 0, 0)}
+        assert set(cache.steps) == {(3, 3, 0), (3, 0, 0)}
 
 
 def test_a_prefix_that_was_copied_is_a_prefix_that_was_read(engine: Any) -> None:

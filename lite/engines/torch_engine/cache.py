@@ -223,12 +223,11 @@ class KVCache:
         self.is_active[row] = True
         return TorchChosen(told, {row: 0}, count)
 
-    def draft(self, drafts: Mapping[int, Sequence[int]]) -> None:
-        """Take drafted tokens, the same number for each row."""
-        count = len(next(iter(drafts.values())))
+    def draft(self, drafts: Mapping[int, Sequence[int]], count: int) -> None:
+        """Take drafted tokens, as many for each row: what there is not is token 0."""
         given = torch.zeros(self.num_rows, count, dtype=torch.long)
         for row, token_ids in drafts.items():
-            given[row] = torch.tensor(token_ids, dtype=torch.long)
+            given[row, : len(token_ids)] = torch.tensor(token_ids, dtype=torch.long)
         self.drafts[:, :count].copy_(given, non_blocking=True)
 
     def newest(self, rows: slice, num_drafts: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     Segment ──embed──▶ x ──layers──▶ norm ──lm_head──▶ logits ──sample──▶ Chosen
 
-A prompt goes through a segment at a time (`extend`); then one token per row (`decode`), or drafted ones too (`verify`).
+A prompt goes through a segment at a time (`extend`); then one token per row (`decode`), or drafted ones behind it, too.
 The rows begin and end when they like: each has its own position, which is both the rotary angle and the cache slot of
 its newest token (see `torch_engine.cache`). On a GPU a step takes nothing from the host and is one CUDA graph
 (`torch_engine.cuda_graph`); the tokens are chosen there, and the host learns of them while the next are computed.
@@ -22,7 +22,7 @@ from kernels.add_rms_norm import add_rms_norm
 from kernels.backend import Selection, select_backend
 from kernels.reference import rotary_table
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.engines.protocol import MAX_TOP
+from lite.engines.protocol import MAX_TOP, NO_DRAFTS
 from lite.engines.torch_engine.cache import KVCache, TorchChosen
 from lite.engines.torch_engine.cuda_graph import GraphedStep
 from lite.engines.torch_engine.device import memory_explained
@@ -47,6 +47,7 @@ class LlamaDecoder(nn.Module):
     """A Llama decoder that reads images."""
 
     engine: EngineName = "torch"
+    verifies_together = True
 
     def __init__(self, config: DecoderConfig, *, cache_dtype: CacheDtype | None = None) -> None:
         """Build the modules; `load_decoder` fills them. The cache is int8, or None: of what the decoder computes in."""
@@ -167,18 +168,14 @@ class LlamaDecoder(nn.Module):
             return found
 
     @torch.inference_mode()
-    def decode(self, cache: KVCache) -> TorchChosen:
-        """Read the newest token of each active row, and choose the next; wait for nothing."""
-        return self._step(cache, num_drafts=0)
-
-    @torch.inference_mode()
-    def verify(self, drafts: Mapping[int, Sequence[int]], cache: KVCache) -> TorchChosen:
-        """Read the newest token of each active row and K drafted ones behind it, and choose behind each.
-
-        A row keeps all that it has read, and its newest token is the last: `truncate` it to what was right.
-        """
-        (num_drafts,) = {len(tokens) for tokens in drafts.values()}
-        cache.draft(drafts)
+    def decode(self, cache: KVCache, drafts: Mapping[int, Sequence[int]] = NO_DRAFTS) -> TorchChosen:
+        """Read the newest token of each active row, drafted ones behind it, as many in all rows; wait for nothing."""
+        num_drafts = max(map(len, drafts.values()), default=0)
+        if num_drafts:
+            if self.capture is not None:  # few graphs: of 1, 3, 7 and 15 drafts, where there is room
+                room = cache.max_seq_len - cache.longest_active - 1
+                num_drafts = max(num_drafts, min((1 << num_drafts.bit_length()) - 1, room))
+            cache.draft(drafts, num_drafts)
         return self._step(cache, num_drafts=num_drafts)
 
     # -- How it computes ---------------------------------------------------------------------------------------------

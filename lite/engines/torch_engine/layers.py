@@ -60,9 +60,7 @@ class Attention(nn.Module):
         here = cache.layer(self.layer, tokens.rows)
         q, k = rotary_and_cache(q, k, v, tokens.cos, tokens.sin, tokens.slots, **here._asdict())
         if tokens.lengths is not None:
-            columns = zip(q.unbind(1), tokens.lengths.unbind(1), strict=True)
-            each = [decode_attention(one, lengths=seen.contiguous(), **here._asdict()) for one, seen in columns]
-            attended = torch.stack(each, dim=1)
+            attended = decode_attention(q, lengths=tokens.lengths, **here._asdict())
         else:
             attended = self._attend(q, k, v, tokens, here)
         out: Tensor = self.o_proj(attended.flatten(-2))
