@@ -231,6 +231,17 @@ def test_what_was_asked_for_reaches_the_loader(tiny_artifact: Artifact, films: l
     assert job.ways == {"": expected}
 
 
+def test_each_number_of_image_tokens_is_a_row_of_each_method(
+    tiny_artifact: Artifact, films: list[Path], tmp_path: Path
+) -> None:
+    given = ("--image-tokens", "4,1", "--image-methods", "mean", "random")
+    job = job_of(tiny_artifact.path, "--data", write_list(tmp_path, films[:1]), *given)
+    (name, _), runs = job.artifacts[0], list(_runs(job))
+    assert [run for run, _, _ in runs] == [f"{name} 4", f"{name} 1 mean", f"{name} 1 random"]  # 4 are all there are
+    options = [(options.image_tokens, options.image_method) for _, _, options in runs]
+    assert options == [(4, "mean"), (1, "mean"), (1, "random")]
+
+
 def test_a_gpu_plan_of_one_study_counts_the_rows_that_are_there(tiny_model: FindingsModel) -> None:
     """A GPU holds the cache of all rows from the first study on, a CPU only that of the rows in use."""
     job = SimpleNamespace(max_new_tokens=2)
