@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lite.console import say
 from lite.errors import LiteError
 from lite.image.headers import read_header
-from lite.studies.sources.folder import read_files
+from lite.studies.sources.folder import is_hidden, read_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,8 +53,7 @@ def _sizes(folder: Path) -> dict[Path, tuple[int, int]]:
     for file in sorted(folder.rglob("*")):
         with contextlib.suppress(OSError):  # taken away in between
             told = file.stat()
-            hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-            if told.st_size and stat.S_ISREG(told.st_mode) and not hidden:
+            if told.st_size and stat.S_ISREG(told.st_mode) and not is_hidden(file.relative_to(folder)):
                 found[file] = told.st_size, told.st_mtime_ns
     return found
 

@@ -39,9 +39,7 @@ def read_folder(path: Path, options: SourceOptions) -> StudyList:
     Raises:
         LiteError: there is no film in it.
     """
-    files = (
-        file for file in sorted(path.rglob("*")) if not any(p.startswith(".") for p in file.relative_to(path).parts)
-    )
+    files = (file for file in sorted(path.rglob("*")) if not is_hidden(file.relative_to(path)))
     return read_files((file for file in files if file.is_file()), path, options)
 
 
@@ -88,7 +86,7 @@ def read_files(files: Iterable[Path], root: Path, options: SourceOptions) -> Stu
     return studies.finish(root)
 
 
-def _is_hidden(name: Path) -> bool:
+def is_hidden(name: Path) -> bool:
     """Say whether it, or a folder that it lies in, begins with a dot: such as what a Mac leaves on a share."""
     return any(part.startswith(".") for part in name.parts)
 
