@@ -137,23 +137,19 @@ def as_they_end(
         except LiteError as error:
             return item, error
 
-    try:
-        for index, item in enumerate(items):
-            if item is not None:
-                try:
-                    draft = submit(item)
-                except LiteError as error:
-                    yield item, error
-                    continue
-                under_way[index] = item, draft
-                draft.on_end(functools.partial(ended.put, index))
-            while under_way and (len(under_way) >= window or not ended.empty()):
-                yield result()
-        while under_way:
+    for index, item in enumerate(items):
+        if item is not None:
+            try:
+                draft = submit(item)
+            except LiteError as error:
+                yield item, error
+                continue
+            under_way[index] = item, draft
+            draft.on_end(functools.partial(ended.put, index))
+        while under_way and (len(under_way) >= window or not ended.empty()):
             yield result()
-    finally:
-        for _, draft in under_way.values():
-            draft.cancel()
+    while under_way:
+        yield result()
 
 
 def in_order(items: Iterable[T], submit: Callable[[T], Draft], *, window: int) -> Iterator[Findings | StudyError]:
