@@ -65,7 +65,7 @@ def test_the_demo_runs_from_the_wheel_alone(installed: Path, tmp_path: Path) -> 
     assert (tmp_path / "demo" / "findings.png").is_file()
     program = installed / "llava-rad-lite"
     drafted = run(program, "run", "demo/artifact", "demo/films/studies.json", "--out", "drafts.jsonl", cwd=tmp_path)
-    assert drafted == "6 predictions in drafts.jsonl, 0 skipped\n"
+    assert drafted == "6 of 6 studies are drafted in drafts.jsonl\n"
     assert "label F1" in run(installed / "python", "-m", "benchmarks", "phantom", "score", "drafts.jsonl", cwd=tmp_path)
     assert "fidelity decoder" in run(program, "info", "demo/artifact", cwd=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "drafts.jsonl"]
