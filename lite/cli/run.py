@@ -161,6 +161,8 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             _write_formats(arguments, artifact, out)
         done = sum(study.id in journal.done for study in studies)
+    if listed.remark and not arguments.quiet:
+        say(listed.remark)
     print_line(f"{done} of {len(studies)} studies are drafted in {out}{f', {failed} failed' if failed else ''}")
     return EXIT_FAILED if failed else 0
 
