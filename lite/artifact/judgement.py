@@ -56,7 +56,8 @@ def judge(mean_kl: float, same_top: float) -> Judgement:
     # Written so that NaN is the worst.
     text = next((words for bound, words in _GRADES if mean_kl <= bound), _GRADES[-1][1])
     if same_top < 1:
-        text += f"; at 1 token in {round(1 / (1 - same_top))} another one is the most probable"
+        parted = f"1 token in {round(1 / (1 - same_top))}" if same_top >= 0.5 else f"{1 - same_top:.0%} of the tokens"
+        text += f"; at {parted} another one is the most probable"
     return Judgement(text=text, is_warning=not mean_kl <= USUAL_KL)
 
 
