@@ -194,7 +194,7 @@ def _add_exports(formats: argparse.ArgumentParser) -> None:
 
 def _add_real(real: argparse.ArgumentParser) -> None:
     real.add_argument("--model", **_MODEL)
-    real.add_argument("--quick", action="store_true", help="five rows on a few thousand tokens: 5 minutes on 2 cores")
+    real.add_argument("--quick", action="store_true", help="five rows on a thousand tokens: 2 to 3 minutes on 2 cores")
     real.add_argument(
         "--only", nargs="+", metavar="NAME", help="only these rows, beside the default: --only help lists them"
     )

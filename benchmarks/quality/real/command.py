@@ -41,9 +41,9 @@ class Extent:
 
 WHOLE: Final = Extent(block_tokens=BLOCK_TOKENS, calibration_blocks=64, evaluation_tokens=20_480)
 QUICK: Final = Extent(
-    block_tokens=256,
+    block_tokens=128,
     calibration_blocks=8,
-    evaluation_tokens=2_048,
+    evaluation_tokens=1_024,
     rows=("rtn", "plain", "bnb-nf4", "q4_0"),
 )
 
