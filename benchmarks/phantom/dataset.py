@@ -58,6 +58,11 @@ def _draw_shard(path: Path, seeds: NDArray[np.int64]) -> None:
         np.savez(stream, seeds=seeds, pixels=pixels, regions=regions)
 
 
+def training_seeds(count: int, seed: int) -> NDArray[np.int64]:
+    """Return the seeds of the first studies to train on; `write` makes none of them."""
+    return np.random.default_rng([seed, 0, 0x7EAC4]).integers(2**62, size=count)
+
+
 def draw_films(folder: Path, *, count: int, seed: int) -> Films:
     """Draw `count` training films, in parallel, in shards that are kept in `folder` and not drawn twice.
 
@@ -65,8 +70,7 @@ def draw_films(folder: Path, *, count: int, seed: int) -> Films:
         LiteError: the folder holds films of another count or seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The third word sets training apart from every film that `write` makes.
-    seeds = np.random.default_rng([seed, 0, 0x7EAC4]).integers(2**62, size=count)
+    seeds = training_seeds(count, seed)
     shards = [(folder / f"films-{start:06d}.npz", seeds[start : start + _SHARD]) for start in range(0, count, _SHARD)]
     missing = [shard for shard in shards if not shard[0].exists()]
     if missing:

@@ -72,8 +72,50 @@ def _sine_positions(grid: int, width: int) -> Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(grid * grid, width)
 
 
+class PhantomWriter(nn.Module):
+    """Projector and decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hidden_size = LLAMA_CONFIG["hidden_size"]
+        self.projector = nn.Sequential(
+            nn.Linear(TOWER_WIDTH, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.decoder = LlamaForCausalLM(LlamaConfig(**LLAMA_CONFIG))
+
+    def forward(
+        self, features: Tensor, before: Tensor, after: Tensor, target_mask: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """Predict the findings tokens.
+
+        Args:
+            features: patch features [B, P, D].
+            before: ids in front of the image, the same for every row, [T0].
+            after: ids behind the image, findings and EOS included, padded on the right, [B, T1].
+            target_mask: True where `after` holds a findings token or its EOS, [B, T1].
+            positions: what position each place of a row stands for, at least as many as there are; None: each its own.
+
+        Returns:
+            Logits [number of True in target_mask, vocab_size], in row-major order of the mask.
+        """
+        embed = self.decoder.model.embed_tokens
+        start = embed(before)[None].expand(len(after), -1, -1)
+        inputs_embeds = torch.cat([start, self.projector(features), embed(after)], dim=1)
+        places = {}
+        if positions is not None:
+            # Without a mask transformers takes a gap in the positions for the start of another text.
+            places = {"position_ids": positions[None, : inputs_embeds.shape[1]]}
+            places["attention_mask"] = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=after.device)
+        # Padding stands behind everything it could disturb, so causality alone is mask enough.
+        hidden = self.decoder.model(inputs_embeds=inputs_embeds, use_cache=False, **places).last_hidden_state
+        first = len(before) + features.shape[1]
+        # The token at position i is predicted at i - 1.
+        logits: Tensor = self.decoder.lm_head(hidden[:, first - 1 : -1][target_mask])
+        return logits
+
+
 class PhantomNetwork(nn.Module):
-    """Tower, projector and decoder, with the head that exists during training only.
+    """Tower and writer, with the head that exists during training only.
 
     Args:
         patch_prior: how often each drawn label covers a patch, [labels]; the head starts from these odds.
@@ -94,11 +136,7 @@ class PhantomNetwork(nn.Module):
                 qkv_bias=True,
             )
         )
-        hidden_size = LLAMA_CONFIG["hidden_size"]
-        self.projector = nn.Sequential(
-            nn.Linear(TOWER_WIDTH, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
-        )
-        self.decoder = LlamaForCausalLM(LlamaConfig(**LLAMA_CONFIG))
+        self.writer = PhantomWriter()
         self.norm = nn.LayerNorm(TOWER_WIDTH)
         self.patch_head = nn.Linear(TOWER_WIDTH, len(patch_prior))
         self.attribute_head = nn.Linear(2 * TOWER_WIDTH, len(attribute_prior))
@@ -121,28 +159,6 @@ class PhantomNetwork(nn.Module):
         features = self.norm(features)
         pooled = torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1)
         return self.patch_head(features), self.attribute_head(pooled)
-
-    def write(self, features: Tensor, before: Tensor, after: Tensor, target_mask: Tensor) -> Tensor:
-        """Predict the findings tokens.
-
-        Args:
-            features: patch features [B, P, D].
-            before: ids in front of the image, the same for every row, [T0].
-            after: ids behind the image, findings and EOS included, padded on the right, [B, T1].
-            target_mask: True where `after` holds a findings token or its EOS, [B, T1].
-
-        Returns:
-            Logits [number of True in target_mask, vocab_size], in row-major order of the mask.
-        """
-        embed = self.decoder.model.embed_tokens
-        start = embed(before)[None].expand(len(after), -1, -1)
-        inputs_embeds = torch.cat([start, self.projector(features), embed(after)], dim=1)
-        # Padding stands behind everything it could disturb, so causality alone is mask enough.
-        hidden = self.decoder.model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-        first = len(before) + features.shape[1]
-        # The token at position i is predicted at i - 1.
-        logits: Tensor = self.decoder.lm_head(hidden[:, first - 1 : -1][target_mask])
-        return logits
 
     def trunk(self) -> dict[str, Tensor]:
         """Give the tower under timm's names, float32, the never-run last block and final norm included."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.phantom import train as train_module
+from benchmarks.phantom import loop
 from benchmarks.phantom.dataset import draw_films
 from benchmarks.phantom.findings import sample_study
 from benchmarks.phantom.network import ATTRIBUTES, study_attributes
@@ -51,12 +51,12 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     folder = own(work, tmp_path / "second")
     loss = Trainer._loss
 
-    def interrupted(self: Trainer, stage: str, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        if (stage, step) == stop_at:
+    def interrupted(self: Trainer, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        if (self.stage, step) == stop_at:
             raise KeyboardInterrupt
-        return loss(self, stage, step)
+        return loss(self, step)
 
-    monkeypatch.setattr(train_module, "_SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(loop, "_SAVE_EVERY_S", -1.0)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -76,6 +76,11 @@ def test_another_plan_does_not_go_on_from_this_one(work: Path, tmp_path: Path) -
 def test_films_of_another_seed_are_not_taken_for_ours(work: Path) -> None:
     with pytest.raises(LiteError, match="films of another run"):
         draw_films(work / "films", count=PLAN.films, seed=PLAN.seed + 1)
+
+
+def test_too_few_films_for_a_pool_are_refused(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(LiteError, match="got 32 films · expected at least 64: 8 batches of 8"):
+        Trainer(dataclasses.replace(PLAN, batch_size=8), own(work, tmp_path), torch.device("cpu"))
 
 
 @pytest.mark.full
