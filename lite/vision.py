@@ -91,7 +91,7 @@ class VisionEncoder:
         place = None if out is None else self._place(out.device)
         # On a GPU ONNX Runtime waits for all of it, which a capture in another thread would not survive.
         with CAPTURING if self.provider == CUDA else contextlib.nullcontext(), errors_explained(self.provider):
-            patches = self._patches(pixel_values)
+            patches = self.patches(pixel_values)
             if out is None or place is None:
                 return self._projector.run([FEATURES], {PATCHES: patches})[0]
             binding = self._projector.io_binding()
@@ -100,7 +100,7 @@ class VisionEncoder:
             self._projector.run_with_iobinding(binding)  # it has ended when this returns
         return out
 
-    def _patches(self, pixel_values: np.ndarray) -> np.ndarray:
+    def patches(self, pixel_values: np.ndarray) -> np.ndarray:
         """Run the tower; return as many vectors as there are to be image tokens, [B, T, D], in one piece."""
         part = self._part
         if part.num_image_tokens == part.num_patches:

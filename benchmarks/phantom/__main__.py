@@ -44,13 +44,27 @@ def _train(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from benchmarks.phantom.train import TrainingPlan, train
 
-    names = {field.name for field in dataclasses.fields(TrainingPlan)}
-    given: dict[str, Any] = {
-        name: value for name, value in vars(arguments).items() if name in names and value is not None
-    }
-    size = train(arguments.out, plan=TrainingPlan(**given), work=arguments.work)
+    size = train(arguments.out, plan=TrainingPlan(**_given(arguments, TrainingPlan)), work=arguments.work)
     sys.stdout.write(f"{arguments.out}: {size / 1e6:.2f} MB in the published layout\n")
     return 0
+
+
+def _adapt(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as for training
+    from benchmarks.phantom.adapt import AdaptationPlan, adapt
+
+    size = adapt(arguments.out, plan=AdaptationPlan(**_given(arguments, AdaptationPlan)), work=arguments.work)
+    sys.stdout.write(
+        f"{arguments.out}: {size / 1e6:.2f} MB were trained. Next, with lite's --image-tokens as here:\n"
+        f"  python -m export --checkpoint {arguments.out} --base benchmarks/phantom/checkpoint/base --out ARTIFACT\n"
+    )
+    return 0
+
+
+def _given(arguments: argparse.Namespace, plan: type[Any]) -> dict[str, Any]:
+    """Return what was said of a plan."""
+    names = {field.name for field in dataclasses.fields(plan)}
+    return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +104,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--see-steps", type=int, metavar="N", help="steps of stage 1, the tower alone")
     train.add_argument("--write-steps", type=int, metavar="N", help="steps of stage 2, the whole model")
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
+
+    adapt = add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens")
+    adapt.add_argument(
+        "out", type=Path, nargs="?", default=Path("build/adapted"), metavar="OUT",
+        help="a new folder: the checkpoint, for the same base (default: %(default)s)",
+    )  # fmt: skip
+    adapt.add_argument(
+        "--work", type=Path, default=Path("build/adaptation"), metavar="DIR",
+        help="where films, features and state are kept; an interrupted run goes on from there (default: %(default)s)",
+    )  # fmt: skip
+    adapt.add_argument("--image-tokens", type=int, metavar="N", help="of a film (default: one a patch)")
+    adapt.add_argument("--image-method", metavar="METHOD", help="how patches become fewer (default: diverse)")
+    adapt.add_argument("--seed", type=int, metavar="S", help="of everything")
+    adapt.add_argument("--films", type=int, metavar="N", help="training films")
+    adapt.add_argument("--steps", type=int, metavar="N", help="of 32 films")
+    adapt.add_argument("--lora-rank", type=int, metavar="R", help="of the LoRA that is written, the published 8 in it")
 
     score.add_arguments(add("score", score.run, "score drafted findings against the truth"))
     return parser

@@ -53,7 +53,11 @@ MAX_LOG_SCALE_SIGMAS = 3.0
 """Log scales are clamped to this many sigmas: two factors meet in one weight, and fp16 ends at 65504 and 6e-8."""
 
 _PLACES = ("attention_input", "value", "mlp_input", "up")
-_NAME = "llava-rad-phantom"
+NAME = "llava-rad-phantom"
+ADAPTER_PREFIX = "base_model.model."
+PROJECTOR_PREFIX = f"{ADAPTER_PREFIX}model.mm_projector."
+LORA_SCALE = 2
+"""lora_alpha / r, whatever the rank."""
 _NOTICE = (
     "This is the phantom model, grown on the synthetic films of llava-rad-lite: it reads those and nothing else. On a "
     "real film its text is nonsense."
@@ -166,19 +170,45 @@ def publish(
     base_state, adapter = _split(fold_channel_scales(llama, config, sigma=scale_sigma, seed=seed), lora_rank)
     if wrong := [name for name, tensor in {**base_state, **adapter}.items() if not bool(tensor.isfinite().all())]:
         raise ValueError(f"{wrong[0]} leaves the float16 range with {scale_sigma=}; choose a smaller sigma")
-    checkpoint, base = out / _NAME, out / "base"
+    checkpoint, base = out / NAME, out / "base"
     checkpoint.mkdir(parents=True, exist_ok=True)
     base.mkdir(parents=True, exist_ok=True)
-    torch.save(_owned(adapter), checkpoint / "adapter_model.bin")
-    half = {f"base_model.model.model.mm_projector.{key}": t.to(torch.float16) for key, t in projector.items()}
-    torch.save(_owned(half), checkpoint / "non_lora_trainables.bin")
-    _write_tower(checkpoint, trunk, image_size)
     shapes = {"image_size": image_size, "mm_hidden_size": int(trunk["cls_token"].shape[-1]), "rank": lora_rank}
-    write_json(checkpoint / "config.json", llava_config_json(config, **shapes, base_name=f"{_NAME}/base"))
-    write_json(checkpoint / "adapter_config.json", adapter_config_json(lora_rank, f"{_NAME}/base"))
+    llava = llava_config_json(config, **shapes, base_name=f"{NAME}/base")
+    write_trained(checkpoint, adapter=adapter, projector=projector, config=llava, rank=lora_rank)
+    _write_tower(checkpoint, trunk, image_size)
     (checkpoint / "NOTICE").write_text(f"{_NOTICE}\n", encoding="utf-8")
     _write_base(base, base_state, config, tokenizer_model)
     return sum(path.stat().st_size for folder in (checkpoint, base) for path in folder.iterdir())
+
+
+def write_trained(
+    checkpoint: Path,
+    *,
+    adapter: Mapping[str, Tensor],
+    projector: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    rank: int,
+) -> int:
+    """Write what LLaVA trains: LoRA and projector in float16, and the configurations that say LoRA's rank.
+
+    Args:
+        checkpoint: The folder, which is there.
+        adapter: LoRA's factors under PEFT's names.
+        projector: As for `publish`.
+        config: The rest of config.json.
+        rank: Of the LoRA.
+
+    Returns:
+        Bytes of LoRA and projector.
+    """
+    named = {f"{PROJECTOR_PREFIX}{key}": tensor for key, tensor in projector.items()}
+    files = {"adapter_model.bin": adapter, "non_lora_trainables.bin": named}
+    for name, tensors in files.items():
+        torch.save(_owned({key: tensor.to(torch.float16) for key, tensor in tensors.items()}), checkpoint / name)
+    write_json(checkpoint / "config.json", {**config, "lora_alpha": LORA_SCALE * rank, "lora_r": rank})
+    write_json(checkpoint / "adapter_config.json", adapter_config_json(rank, f"{NAME}/base"))
+    return sum((checkpoint / name).stat().st_size for name in files)
 
 
 def _split(llama: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -189,9 +219,9 @@ def _split(llama: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], d
         module = name.removesuffix(".weight")
         base[name] = tensor.to(torch.float16)
         if module.endswith(LORA_TARGETS):
-            base[name], lora_a, lora_b = split_lora(tensor, rank=rank, scale=2.0)
-            adapter[f"base_model.model.{module}.lora_A.weight"] = lora_a
-            adapter[f"base_model.model.{module}.lora_B.weight"] = lora_b
+            base[name], lora_a, lora_b = split_lora(tensor, rank=rank, scale=LORA_SCALE)
+            adapter[f"{ADAPTER_PREFIX}{module}.lora_A.weight"] = lora_a
+            adapter[f"{ADAPTER_PREFIX}{module}.lora_B.weight"] = lora_b
     return base, adapter
 
 
@@ -223,7 +253,7 @@ def _write_base(base: Path, state: Mapping[str, Tensor], config: Mapping[str, An
         torch.save(_owned(shard), base / file_name)
         weight_map |= dict.fromkeys(shard, file_name)
     write_json(base / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(base / "config.json", {**config, "_name_or_path": f"{_NAME}/base"})
+    write_json(base / "config.json", {**config, "_name_or_path": f"{NAME}/base"})
     write_json(base / "generation_config.json", GENERATION_CONFIG)
     (base / "tokenizer.model").write_bytes(tokenizer_model)
     write_json(base / "tokenizer_config.json", tokenizer_config_json(int(config["max_position_embeddings"])))
