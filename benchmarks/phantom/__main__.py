@@ -105,7 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--write-steps", type=int, metavar="N", help="steps of stage 2, the whole model")
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
-    adapt = add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens")
+    _add_adapt_arguments(add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens"))
+
+    score.add_arguments(add("score", score.run, "score drafted findings against the truth"))
+    return parser
+
+
+def _add_adapt_arguments(adapt: argparse.ArgumentParser) -> None:
     adapt.add_argument(
         "out", type=Path, nargs="?", default=Path("build/adapted"), metavar="OUT",
         help="a new folder: the checkpoint, for the same base (default: %(default)s)",
@@ -120,9 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--films", type=int, metavar="N", help="training films")
     adapt.add_argument("--steps", type=int, metavar="N", help="of 32 films")
     adapt.add_argument("--lora-rank", type=int, metavar="R", help="of the LoRA that is written, the published 8 in it")
-
-    score.add_arguments(add("score", score.run, "score drafted findings against the truth"))
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
