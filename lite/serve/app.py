@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from lite._version import __version__
 from lite.memory.process import rss_bytes
-from lite.serve import findings
+from lite.serve import findings, openai
 from lite.serve.guard import HEALTH, Door, Guard
 from lite.serve.refusal import Refusal, json_response
 from lite.studies.results import SHORT_NOTICE
@@ -53,6 +53,8 @@ def make_app(service: Service) -> Starlette:
         *(("GET", path, _health) for path in HEALTH),
         ("GET", "/metrics", _metrics),
         ("GET", "/about", _about),
+        ("GET", "/v1/models", openai.models),
+        ("POST", "/v1/chat/completions", openai.chat_completions),
         ("POST", "/findings", findings.findings),
         ("POST", "/films", findings.film),
     ]

@@ -89,7 +89,7 @@ async def findings(request: Request, service: Service) -> Response:
         return EventSourceResponse(events, ping=service.settings.ping_s, ping_message_factory=ping, sep="\n")
 
     async def whole() -> dict[str, Any]:
-        async for _ in live:
+        async for _ in live.pieces():
             pass
         return await finish()
 
@@ -113,12 +113,12 @@ async def _events(live: Live, finish: functools.partial[Any], record: Record) ->
     """Yield what the page reads."""
     yield _event("start", {"id": record.id, "notice": SHORT_NOTICE})
     try:
-        async for _, text, tokens, _ in live:
+        async for _, text, tokens, _ in live.pieces():
             if text or tokens:
                 yield _event("piece", {"text": text, "logprobs": [round(token.logprob, 4) for token in tokens]})
         yield _event("findings", await finish())
     except Refusal as refusal:
-        record.failure = refusal.failure
+        record.fail(refusal.failure)
         yield _event("error", refusal.body)
 
 

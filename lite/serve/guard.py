@@ -15,15 +15,13 @@ import binascii
 import contextlib
 import hmac
 import time
-import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
 from lite.serve.logs import Record
-from lite.serve.refusal import Refusal
+from lite.serve.refusal import Refusal, refusal_of
 from lite.serve.settings import digest
 
 if TYPE_CHECKING:
@@ -277,16 +275,14 @@ def _answering(record: Record) -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        record.failure = record.failure or refusal.failure
+        record.fail(refusal.failure)
         raise
     except ClientDisconnect:
-        record.status, record.failure = _CLIENT_GONE, "client_gone"
+        record.status = _CLIENT_GONE
+        record.fail("client_gone")
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        record.failure = "fault"
-        record.fault = f"{type(error).__name__} in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"
-        msg = "got a fault of the program · expected none · see the server's log"
-        raise Refusal(500, msg, code="fault") from error
+        record.fail("fault", error)
+        raise refusal_of(error, before_work=False) from error
 
 
 async def _refuse(refusal: Refusal, record: Record, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,7 +9,9 @@ import secrets
 import sys
 import threading
 import time
+import traceback
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 
@@ -27,6 +29,13 @@ class Record:
     failure: str | None = None  # what kind; None: none
     fault: str | None = None  # where the program failed
     texts: dict[str, Any] = dataclasses.field(default_factory=dict)  # only for whoever logs them
+
+    def fail(self, kind: str, fault: BaseException | None = None) -> None:
+        """Note what went wrong, and where the program is at fault; what is noted first counts."""
+        self.failure = self.failure or kind
+        if fault is not None:
+            frame = traceback.extract_tb(fault.__traceback__)[-1]
+            self.fault = f"{type(fault).__name__} in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"
 
     @property
     def seconds(self) -> float:

@@ -21,7 +21,7 @@ from lite.serve.metrics import Metrics
 from lite.serve.refusal import Refusal, refusal_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
     from starlette.requests import Request
 
@@ -84,12 +84,13 @@ class Service:
 
 
 class Live:
-    """Drafts that were submitted together: an iterator over what comes of them, as it comes."""
+    """Drafts that were submitted together, and what comes of them, as it comes."""
 
     def __init__(self, drafts: Sequence[Draft], record: Record) -> None:
         """Listen to drafts; call it in the event loop."""
         self.drafts = drafts
         self._record = record
+        self._left = dict(enumerate(drafts))
         self._changed = changed = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -101,13 +102,13 @@ class Live:
             draft.on_tokens(tell)
             draft.on_end(tell)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, str, list[Token], bool]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, str, list[Token], bool], None]:
         """Yield index, text, tokens, and whether that was all, of one draft after another.
 
         Raises:
             Refusal: a draft has ended with an error.
         """
-        left = dict(enumerate(self.drafts))
+        left, record = self._left, self._record
         try:
             while left:
                 self._changed.clear()
@@ -122,20 +123,23 @@ class Live:
                     await self._changed.wait()
         except Exception as error:
             refusal = refusal_of(error, before_work=False)
-            self._record.failure = refusal.failure
+            record.fail(refusal.failure, error if refusal.code == "fault" else None)
             raise refusal from error
         finally:
-            self._end()
+            for draft in left.values():
+                draft.cancel()
+            if left:
+                record.fail("client_gone")
+
+    def stop(self, index: int) -> None:
+        """Want no more of a draft."""
+        self._left.pop(index).cancel()
 
     def _note(self, tokens: Sequence[Token]) -> None:
         record = self._record
         if tokens and record.ttft_s is None:
             record.ttft_s = record.seconds
         record.tokens = (record.tokens or 0) + len(tokens)
-
-    def _end(self) -> None:
-        for draft in self.drafts:
-            draft.cancel()
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
