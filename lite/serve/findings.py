@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lite.session.draft import Draft
 
 _MAX_PREVIEW_PX: Final = 1536
+_MAX_DIGITS: Final = 9  # more is out of every range, too
 _TRUE: Final = ("true", "1", "on", "yes")
 _FALSE: Final = ("false", "0", "off", "no", "")
 
@@ -65,9 +66,10 @@ async def findings(request: Request, service: Service) -> Response:
 
     def submit() -> tuple[Asked, Draft]:
         asked = _asked(fields, service)
+        fields.clear()  # it holds the film
         if asked.sr:
             header_of(asked.film)  # refused before the work, not behind it
-        return asked, service.model_or_refuse().submit(
+        return dataclasses.replace(asked, film=asked.film if asked.sr else b""), service.model_or_refuse().submit(
             asked.film,
             asked.reason,
             query=asked.query,
@@ -89,8 +91,9 @@ async def findings(request: Request, service: Service) -> Response:
         return EventSourceResponse(events, ping=service.settings.ping_s, ping_message_factory=ping, sep="\n")
 
     async def whole() -> dict[str, Any]:
-        async for _ in live.pieces():
-            pass
+        with live:
+            async for _ in live.pieces():
+                pass
         return await finish()
 
     return json_response(await unless_gone(request, whole()))
@@ -111,11 +114,12 @@ async def _finished(asked: Asked, draft: Draft, record: Record, service: Service
 
 async def _events(live: Live, finish: functools.partial[Any], record: Record) -> AsyncIterator[ServerSentEvent]:
     """Yield what the page reads."""
-    yield _event("start", {"id": record.id, "notice": SHORT_NOTICE})
     try:
-        async for _, text, tokens, _ in live.pieces():
-            if text or tokens:
-                yield _event("piece", {"text": text, "logprobs": [round(token.logprob, 4) for token in tokens]})
+        with live:
+            yield _event("start", {"id": record.id, "notice": SHORT_NOTICE})
+            async for _, text, tokens, _ in live.pieces():
+                if text or tokens:
+                    yield _event("piece", {"text": text, "logprobs": [round(token.logprob, 4) for token in tokens]})
         yield _event("findings", await finish())
     except Refusal as refusal:
         record.fail(refusal.failure)
@@ -158,9 +162,8 @@ async def json_body(request: Request) -> dict[str, Any]:
     Raises:
         Refusal: it is none.
     """
-    body = await request.body()
     try:
-        value = json.loads(body)
+        value = json.loads(b"".join([chunk async for chunk in request.stream()]))  # which keeps no copy of it
     except (ValueError, RecursionError):
         msg = "got a body that is not JSON · expected one object · check how it was made"
         raise Refusal(400, msg, code="json") from None
@@ -203,7 +206,7 @@ def _read(name: str, given: object) -> Any:  # noqa: ANN401 - as the field has i
     if kind == "bool" and (given in (True, False) or (text or "").lower() in (*_TRUE, *_FALSE)):
         return given if text is None else text.lower() in _TRUE
     if kind.startswith("int") and (type(given) is int or text == "" or (text or "").isdecimal()):
-        return given if text is None else int(text[:18]) if text else None
+        return given if text is None else int(text[:_MAX_DIGITS]) if text else None
     if kind == "Rendering" and (given in get_args(Rendering) or text == ""):
         return text or None
     if kind.startswith("str") and isinstance(given, str):

@@ -6,7 +6,6 @@ and comments while there is nothing to say yet. What OpenAI has no word for stan
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import time
@@ -90,20 +89,20 @@ class _Answer:
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, list[Token], bool]]:
         """Yield index, text and tokens of one draft after another, and whether that was all."""
-        async with contextlib.aclosing(self._live.pieces()) as pieces:
-            async for index, text, tokens, is_all in pieces:
-                piece, said, has_ended = self._choices[index].push(text, tokens, is_all=is_all)
-                if has_ended and not is_all:
-                    self._live.stop(index)
-                yield index, piece, said, has_ended
+        async for index, text, tokens, is_all in self._live.pieces():
+            piece, said, has_ended = self._choices[index].push(text, tokens, is_all=is_all)
+            if has_ended and not is_all:
+                self._live.stop(index)
+            yield index, piece, said, has_ended
 
     async def whole(self) -> dict[str, Any]:
         """Return the answer when all of it is there."""
         texts: list[list[str]] = [[] for _ in self._choices]
         logprobs: list[list[Token]] = [[] for _ in self._choices]
-        async for index, piece, tokens, _ in self._pieces():
-            texts[index].append(piece)
-            logprobs[index] += tokens
+        with self._live:
+            async for index, piece, tokens, _ in self._pieces():
+                texts[index].append(piece)
+                logprobs[index] += tokens
         choices = [
             {
                 "index": index,
@@ -120,14 +119,16 @@ class _Answer:
         """Yield the answer as it is made."""
         texts = [""] * len(self._choices)
         try:
-            for index in range(len(texts)):
-                yield self._chunk(index, {"role": "assistant", "content": ""})
-            async for index, piece, tokens, has_ended in self._pieces():
-                texts[index] += piece
-                if piece or tokens:
-                    yield self._chunk(index, {"content": piece}, tokens)
-                if has_ended:
-                    yield self._chunk(index, {}, finish_reason=self._finish_reason(index), llava_rad_lite=self._about())
+            with self._live:
+                for index in range(len(texts)):
+                    yield self._chunk(index, {"role": "assistant", "content": ""})
+                async for index, piece, tokens, has_ended in self._pieces():
+                    texts[index] += piece
+                    if piece or tokens:
+                        yield self._chunk(index, {"content": piece}, tokens)
+                    if has_ended:
+                        reason, about = self._finish_reason(index), self._about()
+                        yield self._chunk(index, {}, finish_reason=reason, llava_rad_lite=about)
             self._end(texts)
             if self._chat.include_usage:
                 yield _event(self._object("chat.completion.chunk", []) | {"usage": self._usage()})

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from lite.errors import LiteError
 from lite.serve.app import make_app
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LAST_WORDS_S: Final = 2
+_SILENCE_S: Final = 20
 _MAX_HEADER_BYTES: Final = 32 * 1024
 
 
@@ -51,7 +53,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 make_app(self.service),
-                http="h11",
+                http=_Protocol,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
@@ -122,6 +124,18 @@ class Server:
             await asyncio.sleep(0.02)
         if service.model is not None:
             await asyncio.to_thread(service.model.close)
+
+
+class _Protocol(H11Protocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Have who connects ask for something before long."""
+        super().connection_made(transport)
+        self.loop.call_later(_SILENCE_S, self._close_unless_asked)
+
+    def _close_unless_asked(self) -> None:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None:
+            self.transport.close()
 
 
 class _Uvicorn(uvicorn.Server):

@@ -125,11 +125,16 @@ class Live:
             refusal = refusal_of(error, before_work=False)
             record.fail(refusal.failure, error if refusal.code == "fault" else None)
             raise refusal from error
-        finally:
-            for draft in left.values():
-                draft.cancel()
-            if left:
-                record.fail("client_gone")
+
+    def __enter__(self) -> None:
+        """Want what comes, until the block is left."""
+
+    def __exit__(self, *_: object) -> None:
+        """Want no more of what has not ended: nobody is left to read it."""
+        for draft in self._left.values():
+            draft.cancel()
+        if self._left:
+            self._record.fail("client_gone")
 
     def stop(self, index: int) -> None:
         """Want no more of a draft."""

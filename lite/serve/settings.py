@@ -30,7 +30,7 @@ class Settings:
     allow_origins: tuple[str, ...] = ()  # pages of others that may call it
     image_origins: tuple[str, ...] = ()  # where films may be fetched from
     max_queue: int = 64  # requests that wait for a row
-    max_per_client: int = 128  # requests under way of one address
+    max_per_client: int = 64  # requests under way of one address
     timeout_s: float = 600.0  # of a request, its wait included
     max_body_bytes: int = 64 * 1024**2  # of one request
     max_held_bytes: int = 512 * 1024**2  # of all requests under way
