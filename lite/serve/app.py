@@ -65,7 +65,9 @@ def make_app(service: Service) -> Starlette:
         headers = ["authorization", "content-type"]
         layers += [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=headers)]
     layers += [Middleware(Guard, service=service)]
-    return Starlette(routes=routes, middleware=layers, exception_handlers={HTTPException: _as_refusal})
+    app = Starlette(routes=routes, middleware=layers, exception_handlers={HTTPException: _as_refusal})
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _answer(answer: Endpoint, service: Service, request: Request) -> Response:

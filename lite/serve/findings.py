@@ -14,14 +14,13 @@ import io
 import json
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.datastructures import UploadFile
 
 from lite.image.files import load_image
 from lite.image.film import Rendering
 from lite.serve.images import film_of
-from lite.serve.refusal import Refusal, json_response, json_text
-from lite.serve.service import Live, unless_gone
+from lite.serve.refusal import Refusal, json_response
+from lite.serve.service import Live, event, streamed, unless_gone
 from lite.studies.report import encoded_report, header_of
 from lite.studies.results import SHORT_NOTICE, Result
 from lite.studies.study import Study
@@ -29,6 +28,7 @@ from lite.studies.study import Study
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from sse_starlette import ServerSentEvent
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -86,9 +86,7 @@ async def findings(request: Request, service: Service) -> Response:
     record.texts |= {"reason": asked.reason, "query": asked.query}
     finish = functools.partial(_finished, asked, draft, record, service)
     if asked.stream or "text/event-stream" in request.headers.get("accept", ""):
-        events = _events(live, finish, record)
-        ping = functools.partial(ServerSentEvent, comment="reading")
-        return EventSourceResponse(events, ping=service.settings.ping_s, ping_message_factory=ping, sep="\n")
+        return streamed(_events(live, finish, record), service.settings)
 
     async def whole() -> dict[str, Any]:
         with live:
@@ -116,18 +114,15 @@ async def _events(live: Live, finish: functools.partial[Any], record: Record) ->
     """Yield what the page reads."""
     try:
         with live:
-            yield _event("start", {"id": record.id, "notice": SHORT_NOTICE})
+            yield event({"id": record.id, "notice": SHORT_NOTICE}, "start")
             async for _, text, tokens, _ in live.pieces():
                 if text or tokens:
-                    yield _event("piece", {"text": text, "logprobs": [round(token.logprob, 4) for token in tokens]})
-        yield _event("findings", await finish())
+                    logprobs = [round(token.logprob, 4) for token in tokens]
+                    yield event({"text": text, "logprobs": logprobs}, "piece")
+        yield event(await finish(), "findings")
     except Refusal as refusal:
         record.fail(refusal.failure)
-        yield _event("error", refusal.body)
-
-
-def _event(name: str, value: object) -> ServerSentEvent:
-    return ServerSentEvent(json_text(value), event=name)
+        yield event(refusal.body, "error")
 
 
 async def film(request: Request, service: Service) -> Response:

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 HEALTH: Final = ("/health", "/v1/health")
 _CLIENT_GONE: Final = 499  # what logs call it; nobody is left to read it
 _MAX_HEADERS: Final = 100
+MAX_HEADER_BYTES: Final = 32 * 1024
 _DRAIN_S: Final = 1.0
+_DRAIN_BYTES: Final = 16 * 1024**2
 _CONTENT: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -96,8 +98,9 @@ class Door:
     def _check(self, scope: Scope) -> None:
         """Refuse what calls the server by a foreign name, or comes from a foreign page."""
         headers = Headers(scope=scope)
-        if len(headers) > _MAX_HEADERS:
-            raise Refusal(431, f"got {len(headers)} headers · expected at most {_MAX_HEADERS} · send fewer")
+        if len(headers) > _MAX_HEADERS or sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+            msg = f"got {len(headers)} headers · expected at most {_MAX_HEADERS}, of {MAX_HEADER_BYTES:,} bytes"
+            raise Refusal(431, f"{msg} · send fewer", code="headers")
         hosts = headers.getlist("host")
         name = _name_of(hosts[0]) if len(hosts) == 1 else ""
         if not self._service.settings.knows_host(name):
@@ -249,7 +252,7 @@ class _Body:
         """Read on for a moment: who is still sending would not see an answer, but a connection that breaks."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
-                left = 2 * self._settings.max_body_bytes
+                left = 2 * self._settings.max_body_bytes + _DRAIN_BYTES
                 while not self.is_whole and not self._asks_first and left > 0:
                     message = await self._receive()
                     left -= len(message.get("body", b""))

@@ -54,6 +54,11 @@ class Log:
         except (OSError, ValueError, AttributeError):  # no file, such as a test's
             self._file = sys.stderr  # type: ignore[assignment]
 
+    def close(self) -> None:
+        """Write no more."""
+        if self._file is not sys.stderr:
+            self._file.close()
+
     def write(self, record: Record) -> None:
         """Write what is known of a request that has ended."""
         line: dict[str, Any] = {

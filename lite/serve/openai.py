@@ -7,23 +7,21 @@ and comments while there is nothing to say yet. What OpenAI has no word for stan
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from typing import TYPE_CHECKING, Any
-
-from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from lite.serve.findings import json_body
 from lite.serve.images import film_of
 from lite.serve.protocol import Chat, read_chat
-from lite.serve.refusal import Refusal, json_response, json_text
-from lite.serve.service import Live, unless_gone
+from lite.serve.refusal import Refusal, json_response
+from lite.serve.service import Live, event, streamed, unless_gone
 from lite.serve.stops import Choice
 from lite.studies.results import SHORT_NOTICE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from sse_starlette import ServerSentEvent
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -70,9 +68,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
     record.texts |= {"reason": chat.reason, "query": chat.query}
     answer = _Answer(model, chat, drafts, record)
     if chat.stream:
-        ping = functools.partial(ServerSentEvent, comment="reading")
-        events = answer.events()
-        return EventSourceResponse(events, ping=settings.ping_s, ping_message_factory=ping, sep="\n", send_timeout=60)
+        return streamed(answer.events(), settings)
     return json_response(await unless_gone(request, answer.whole()))
 
 
@@ -131,10 +127,10 @@ class _Answer:
                         yield self._chunk(index, {}, finish_reason=reason, llava_rad_lite=about)
             self._end(texts)
             if self._chat.include_usage:
-                yield _event(self._object("chat.completion.chunk", []) | {"usage": self._usage()})
-            yield ServerSentEvent("[DONE]")
+                yield event(self._object("chat.completion.chunk", []) | {"usage": self._usage()})
+            yield event("[DONE]")
         except Refusal as refusal:
-            yield _event(refusal.body)
+            yield event(refusal.body)
 
     def _chunk(
         self,
@@ -152,7 +148,7 @@ class _Answer:
             "finish_reason": finish_reason,
         }
         usage = {"usage": None} if self._chat.include_usage else {}
-        return _event(self._object("chat.completion.chunk", [choice]) | usage | more)
+        return event(self._object("chat.completion.chunk", [choice]) | usage | more)
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -212,7 +208,3 @@ class _Answer:
 def _told(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.bytes_of(token_id)
     return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
-
-
-def _event(value: object) -> ServerSentEvent:
-    return ServerSentEvent(json_text(value))

@@ -141,6 +141,8 @@ def _read_messages(messages: object) -> tuple[str, str, list[str]]:
 
 def _parts(content: Any) -> Iterator[tuple[Literal["text", "film"], str]]:  # noqa: ANN401
     """Yield the texts and films of a message."""
+    if not isinstance(content, str | list | None):
+        _refuse("messages", "content of another kind", "text, or a list of parts")
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
         kind = part.get("type") if isinstance(part, dict) else None
         inner = part.get(kind) if isinstance(kind, str) else None

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from lite.errors import LiteError
 from lite.serve.app import make_app
+from lite.serve.guard import MAX_HEADER_BYTES
 from lite.serve.service import Service
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _LAST_WORDS_S: Final = 2
 _SILENCE_S: Final = 20
-_MAX_HEADER_BYTES: Final = 32 * 1024
 
 
 class Server:
@@ -63,7 +63,7 @@ class Server:
                 server_header=False,
                 proxy_headers=False,  # an address is what the socket says, not what a header says
                 limit_concurrency=settings.max_connections,
-                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_graceful_shutdown=_LAST_WORDS_S,
             )
         )
@@ -85,6 +85,7 @@ class Server:
             asyncio.run(self._run())
         finally:
             self._socket.close()
+            self.service.log.close()
 
     def stop(self) -> None:
         """Have it end; any thread may call this."""

@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio
 import anyio.to_thread
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 
 from lite.errors import LiteError
 from lite.serve.logs import Log
 from lite.serve.metrics import Metrics
-from lite.serve.refusal import Refusal, refusal_of
+from lite.serve.refusal import Refusal, json_text, refusal_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
     from starlette.requests import Request
+    from starlette.responses import Response
 
     from lite.model import FindingsModel
     from lite.serve.logs import Record
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from lite.session.request import Token
 
 T = TypeVar("T")
+_SEND_S: Final = 60  # a client that reads nothing for so long is gone
 _FILM_THREADS: Final = 4
 _AHEAD: Final = 8  # requests whose film is being read, beside those that wait or have a row
 
@@ -145,6 +149,17 @@ class Live:
         if tokens and record.ttft_s is None:
             record.ttft_s = record.seconds
         record.tokens = (record.tokens or 0) + len(tokens)
+
+
+def event(value: object, name: str | None = None) -> ServerSentEvent:
+    """Return an event of a stream: JSON, or text as it is."""
+    return ServerSentEvent(value if isinstance(value, str) else json_text(value), event=name, sep="\n")
+
+
+def streamed(events: AsyncIterator[ServerSentEvent], settings: Settings) -> Response:
+    """Return a stream as an answer, with a comment now and then while there is nothing to say."""
+    ping = functools.partial(ServerSentEvent, comment="reading", sep="\n")
+    return EventSourceResponse(events, ping=settings.ping_s, ping_message_factory=ping, send_timeout=_SEND_S)
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

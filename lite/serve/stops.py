@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,15 +26,16 @@ class Choice:
         self.num_tokens = 0  # that were drafted, those behind the cut included
         self._stops = stops
         self._tokenizer = tokenizer
-        self._has_begun = False
         self._held = ""  # text that may be the beginning of a stop string
-        self._tokens: list[Token] = []  # whose text has not been given out yet
-        self._num_bytes = 0  # of the text that those before them have had, less of what was given out
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._has_begun = False  # behind the white space before the text, which is none of it
+        self._tokens: list[tuple[Token, int]] = []  # whose text has not been given out yet, with how many characters
+        self._num_ahead = 0  # characters of tokens given out, less those of the text given out
 
     def push(self, text: str, tokens: Sequence[Token], *, is_all: bool) -> tuple[str, list[Token], bool]:
         """Take what has come; return text and tokens that can be given out, and whether that was all."""
         self.num_tokens += len(tokens)
-        self._tokens += tokens
+        self._tokens += [(token, self._size(token)) for token in tokens]
         self._held += text
         found = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
         if found is not None:
@@ -41,7 +43,7 @@ class Choice:
         else:
             certain = len(self._held) if is_all else self._certain()
         piece, self._held = self._held[:certain], self._held[certain:]
-        self._num_bytes -= len(piece.encode("utf-8", "surrogatepass"))
+        self._num_ahead -= len(piece)
         return piece, self._tokens_of_text(all_of_them=is_all and not self.is_cut), is_all or self.is_cut
 
     def _certain(self) -> int:
@@ -52,16 +54,20 @@ class Choice:
                 return start
         return len(self._held)
 
+    def _size(self, token: Token) -> int:
+        """Return how many characters of the text end with a token."""
+        text = self._characters.decode(self._tokenizer.bytes_of(token.id))
+        text = text if self._has_begun else text.lstrip()
+        self._has_begun = self._has_begun or bool(text)
+        return len(text)
+
     def _tokens_of_text(self, *, all_of_them: bool) -> list[Token]:
-        """Return the tokens that lie within the text given out; white space before the text is nobody's."""
+        """Return the tokens that lie within the text given out."""
         count = 0
-        for token in self._tokens:
-            data = self._tokenizer.bytes_of(token.id)
-            data = data if self._has_begun else data.lstrip()
-            if self._num_bytes + len(data) > 0 and not all_of_them:
+        for _, size in self._tokens:
+            if self._num_ahead + size > 0 and not all_of_them:
                 break
-            self._num_bytes += len(data)
-            self._has_begun = self._has_begun or bool(data)
+            self._num_ahead += size
             count += 1
         given, self._tokens = self._tokens[:count], self._tokens[count:]
-        return given
+        return [token for token, _ in given]
