@@ -66,6 +66,7 @@ NO_OPS = {"__init__", "probe"}
 # What a command line's first help shall not wait for.
 RUNTIME = {"PIL", "kernels", "numpy", "onnxruntime", "sentencepiece"}
 HEAVY = {"bitsandbytes", "cv2", "jinja2", "matplotlib", "onnx", "onnxscript", "playwright", "pydicom", "radgraph"}
+HEAVY |= {"prometheus_client", "sse_starlette", "starlette", "uvicorn"}
 HEAVY |= {"pynetdicom", "rouge_score", "sacrebleu", "torch", "transformers", "triton"}
 
 

@@ -45,10 +45,10 @@ class Server:
         Raises:
             LiteError: nobody can listen there.
         """
+        self._socket = _listen(settings.host, settings.port)
         self.service = Service(settings)
         self._load = load
         self._ready = ready
-        self._socket = _listen(settings.host, settings.port)
         self._stopping: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
