@@ -116,14 +116,16 @@ class Live:
         try:
             while left:
                 self._changed.clear()
+                is_new = False
                 for index, draft in list(left.items()):
                     text, tokens, is_all = draft.poll()
                     self._note(tokens)
+                    is_new = is_new or bool(tokens)
                     if is_all:
                         del left[index]
                     if text or tokens or is_all:
                         yield index, text, tokens, is_all
-                if left:
+                if left and not is_new:  # an error comes behind the last tokens, and tells of itself once
                     await self._changed.wait()
         except Exception as error:
             refusal = refusal_of(error, before_work=False)

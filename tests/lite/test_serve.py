@@ -238,12 +238,12 @@ def test_who_hangs_up_leaves_no_row(served: Served, gate: Gate, stream: bool, wh
         client.sendall(head + text)
     session = served.model.session
     wait_until(lambda: len(session.waiting) + len(session.loop.rows.taken()) == 3 + len(others))
+    known = {*session.waiting, *(progress for _, progress in session.loop.rows.taken())}
     if when == "in its text":
         gate.step(8)
     for client in clients:
         client.close()
     wait_until(lambda: served.server.service.under_way.total() == 0)
-    known = [*session.waiting, *(progress for _, progress in session.loop.rows.taken())]
     wait_until(lambda: sum(progress.cancelled for progress in known) == 3)
     gate.step()  # the one that the decoder is in
     wait_until(lambda: len(session.waiting) + len(session.loop.rows.taken()) == len(others))
