@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -271,7 +272,7 @@ def test_many_streams_at_a_time_are_neither_lost_nor_crossed(served: Served) -> 
 def test_a_full_queue_refuses_and_a_deadline_ends(
     tiny_onnx_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"max_queue": 1, "timeout_s": 1.5}
+    settings = {"max_queue": 1, "timeout_s": 0.5}
     with serving(lambda: load(tiny_onnx_artifact.path, device="cpu", rows=1), **settings) as served:
         gate = Gate(served.model, monkeypatch)
         answers: list[httpx.Response] = []
@@ -286,6 +287,7 @@ def test_a_full_queue_refuses_and_a_deadline_ends(
         threads[2].join()
         assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (429, "queue_full")
         assert answers[0].headers["retry-after"] == "1"
+        time.sleep(0.5)  # nothing moves before the next step
         wait_until(lambda: gate.step() or len(answers) == 3)
         assert [answer.json()["error"]["code"] for answer in answers[1:]] == ["timeout"] * 2
         assert [answer.status_code for answer in answers[1:]] == [504] * 2
