@@ -34,7 +34,7 @@ _ERRORS: Final[tuple[tuple[type[LiteError], int, str], ...]] = (
     (PromptError, 400, "prompt"),
     (BackendUnavailable, 415, "not_installed"),
     (QueueFull, 429, "queue_full"),
-    (MemoryBudgetError, 503, "memory"),
+    (MemoryBudgetError, 400, "memory"),  # a smaller request would fit
     (Cancelled, 503, "stopping"),
     (DeadlineExceeded, 504, "timeout"),
 )
