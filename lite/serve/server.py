@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _LAST_WORDS_S: Final = 2
 _SILENCE_S: Final = 20
+_KEEP_ALIVE_S: Final = 30  # longer than clients keep a connection (httpx: 5 s): none is closed while it is taken up
 
 
 class Server:
@@ -64,6 +65,7 @@ class Server:
                 proxy_headers=False,  # an address is what the socket says, not what a header says
                 limit_concurrency=settings.max_connections,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_LAST_WORDS_S,
             )
         )
