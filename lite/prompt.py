@@ -68,6 +68,13 @@ class Tokenizer:
         """Turn token ids into text: special tokens are left out, and so is white space at both ends."""
         return self.decode_unstripped(token_ids).strip()
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return what one token stands for within a text, in UTF-8: perhaps only a part of a character."""
+        if token_id in self._special_ids or token_id >= self.vocab_size:
+            return b""
+        piece: str = self._pieces.id_to_piece(token_id)
+        return bytes([int(piece[3:-1], 16)]) if self._pieces.is_byte(token_id) else piece.replace("▁", " ").encode()
+
     def decode_unstripped(self, token_ids: Iterable[int]) -> str:
         """Turn token ids into text with the white space at its ends; bytes that are not a character become U+FFFD."""
         # A vocabulary padded to a round size has ids beyond the tokenizer's: they stand for nothing.

@@ -59,6 +59,7 @@ def test_the_demo_runs_from_the_wheel_alone(installed: Path, tmp_path: Path) -> 
         assert Path(file).is_relative_to(installed.parent), f"{file} is not of the wheel"
         assert Path(file).with_name("py.typed").is_file()
     package_files = {path for path in installed.parent.rglob("*") if path.suffix != ".pyc"}
+    assert any(path.match("lite/serve/page/index.html") for path in package_files)
     out = run(installed / "python", "-m", "benchmarks", "demo", "--out", "demo", cwd=tmp_path)
     assert "findings agree in label, side, zone and size" in out
     assert "make test" not in out

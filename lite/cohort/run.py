@@ -66,7 +66,7 @@ class Extras:
             if file.suffix == ".txt":
                 write(file, f"{findings.text}\n\n{SHORT_NOTICE}\n".encode("utf-8", "backslashreplace"))
                 continue
-            from lite.cohort.report import encoded_report
+            from lite.studies.report import encoded_report
 
             try:
                 report = encoded_report(study.path, findings)

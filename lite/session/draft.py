@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from lite.prompt import TextStream
-    from lite.session.request import Outcome
+    from lite.session.request import Outcome, Token
     from lite.studies.results import Findings
 
 T = TypeVar("T")
@@ -101,6 +101,31 @@ class Draft:
     def cancel(self) -> None:
         """Have it end at the next step. What it has said already stays."""
         self._cancel()
+
+    def so_far(self) -> Findings:
+        """Return what there is now, as findings that were cut here: of a draft that was cancelled, or still goes on."""
+        return self._finish()
+
+    def poll(self) -> tuple[str, list[Token], bool]:
+        """Take the next pieces without waiting: for one thread with many drafts, which `on_tokens` tells when.
+
+        Returns:
+            The text that has come since, its tokens (text may follow its tokens later), and whether that was all.
+
+        Raises:
+            LiteError: the study has ended with that, and all of its text was given before.
+        """
+        tokens, has_ended = self._outcome.tokens_from(self._num_tokens)
+        if has_ended and not tokens and self._outcome.error is not None:
+            raise self._outcome.error
+        self._num_tokens += len(tokens)
+        text = "".join(self._text.push(token.id) for token in tokens)
+        is_all = has_ended and self._outcome.error is None
+        return text + (self._text.finish() if is_all else ""), tokens, is_all
+
+    def on_tokens(self, listener: Callable[[], None]) -> None:
+        """Call a function whenever there are new tokens, in the session's thread: it must not wait for anything."""
+        self._outcome.on_tokens(listener)
 
     def on_end(self, listener: Callable[[], None]) -> None:
         """Call a function when it ends, in the session's thread, or at once if it has ended."""

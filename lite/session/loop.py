@@ -77,21 +77,21 @@ class Loop(Generic[C, F]):
         self._fits = fits
         self._drafting = drafting or Plain()
         self._cache: C | None = None
-        self._rows: Rows[F] = Rows(0)
+        self.rows: Rows[F] = Rows(0)
         # What the engine has chosen and nobody has looked at: tokens, and whose they are.
         self._unread: collections.deque[tuple[Chosen, list[tuple[int, Progress[F]]]]] = collections.deque()
 
     @property
     def is_busy(self) -> bool:
         """Whether something is under way, or lost."""
-        return bool(self._rows.taken() or self._unread or self.lost)
+        return bool(self.rows.taken() or self._unread or self.lost)
 
     def holds(self, film: Hashable) -> bool:
         """Say whether a film need not be looked at: a row holds it, or is reading it."""
         if film is None:
             return False
-        reading = (row.progress for row in self._rows if row.unread)
-        return self._rows.holding(film) is not None or any(p and p.request.film == film for p in reading)
+        reading = (row.progress for row in self.rows if row.unread)
+        return self.rows.holding(film) is not None or any(p and p.request.film == film for p in reading)
 
     # -- Admission ---------------------------------------------------------------------------------------------------
 
@@ -100,14 +100,14 @@ class Loop(Generic[C, F]):
         request = progress.request
         needed = min(self._context, request.num_places)
         if self._cache is None or needed > self._cache.max_seq_len:
-            if self._rows.taken() or self._unread:
+            if self.rows.taken() or self._unread:
                 return False  # until all rows are free, and there can be a longer cache
             try:
                 self._make_cache(needed)
             except MemoryBudgetError as error:
                 progress.end(_forgetting_frames(error))
                 return True
-        row, held = self._rows.free(request.film), self._rows.holding(request.film)
+        row, held = self.rows.free(request.film), self.rows.holding(request.film)
         if row is None or (held is None and progress.features is None):
             return False
         start = 0
@@ -117,7 +117,7 @@ class Loop(Generic[C, F]):
                 self._the_cache.copy_prefix(held.index, row.index, start)
         row.film, row.num_prefix_tokens = (request.film, start) if held is not None else (None, 0)
         progress.begin(num_reused_tokens=start)
-        self._rows.take(row, progress)
+        self.rows.take(row, progress)
         row.unread.extend(
             divide(
                 request.input_ids,
@@ -148,7 +148,7 @@ class Loop(Generic[C, F]):
         if not self._fits(rows, length):
             msg = f"got a study of {needed} places · expected one that fits the memory limit, as {self.max_seq_len} do"
             raise MemoryBudgetError(f"{msg} · shorten its reason, or let it write fewer tokens")
-        self._cache, self._rows = None, Rows(0)  # before there is another one
+        self._cache, self.rows = None, Rows(0)  # before there is another one
         while self._cache is None:
             try:
                 self._cache = self._engine.new_cache(rows, length)
@@ -157,13 +157,13 @@ class Loop(Generic[C, F]):
                     raise
                 rows //= 2
                 self.num_rows = rows
-        self._rows, self.max_seq_len = Rows(rows), length
+        self.rows, self.max_seq_len = Rows(rows), length
 
     # -- One turn ----------------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
         """Read a chunk of one prompt, decode a token of every row whose prompt has been read, look at those before."""
-        for row, progress in self._rows.taken():
+        for row, progress in self.rows.taken():
             if (why := progress.unwanted()) is not None:
                 progress.end(why)
                 self._free(row)
@@ -175,14 +175,14 @@ class Loop(Generic[C, F]):
 
     def drop_all(self, error: Exception) -> None:
         """End everything that is under way, and let go of the cache."""
-        for progress in [*(progress for _, progress in self._rows.taken()), *self.lost]:
+        for progress in [*(progress for _, progress in self.rows.taken()), *self.lost]:
             progress.end(error)
-        self._cache, self._rows = None, Rows(0)
+        self._cache, self.rows = None, Rows(0)
         self.lost.clear()
         self._unread.clear()
 
     def _read_prompt(self) -> None:
-        row = self._rows.reading()
+        row = self.rows.reading()
         if row is None or row.progress is None:
             return
         progress, segment = row.progress, row.unread[0]
@@ -214,8 +214,8 @@ class Loop(Generic[C, F]):
             self._free(row, damaged=not is_finite)
 
     def _decode(self) -> None:
-        self._read(at_most=self._ahead if self._rows.decoding() else 0)
-        rows = self._rows.decoding()
+        self._read(at_most=self._ahead if self.rows.decoding() else 0)
+        rows = self.rows.decoding()
         if not rows:
             return
         try:
@@ -225,7 +225,7 @@ class Loop(Generic[C, F]):
         except LiteError as error:
             # It is not one study's own: what is being decoded ends.
             self._read(at_most=0)
-            for row, progress in self._rows.decoding():
+            for row, progress in self.rows.decoding():
                 progress.end(_forgetting_frames(error))
                 self._free(row, damaged=True)
             return
@@ -245,7 +245,7 @@ class Loop(Generic[C, F]):
     def _note(self, chosen: Chosen, rows: Sequence[tuple[Row[F], Progress[F]]]) -> None:
         """Note that the engine has chosen a token for some rows; those that have enough are free."""
         self._unread.append((chosen, [(row.index, progress) for row, progress in rows]))
-        together, cache = len(self._rows.decoding()), self._the_cache
+        together, cache = len(self.rows.decoding()), self._the_cache
         for row, progress in rows:
             progress.num_together = max(progress.num_together, together)
             progress.cache_bytes = progress.num_together * (cache.nbytes // cache.num_rows)
@@ -261,9 +261,9 @@ class Loop(Generic[C, F]):
             now = time.perf_counter()
             for index, progress in whose:
                 if not progress.has_ended:
-                    self._take(progress, self._rows[index], tokens[index], now)
+                    self._take(progress, self.rows[index], tokens[index], now)
                 elif not tokens[index].is_finite:  # it ran ahead, and may have left that behind
-                    self._clear(self._rows[index])
+                    self._clear(self.rows[index])
 
     def _take(self, progress: Progress[F], row: Row[F], tokens: ChosenTokens, now: float) -> None:
         """Give a study its newest tokens, or end it; its row may be another's by now."""
@@ -285,7 +285,7 @@ class Loop(Generic[C, F]):
 
     def _free(self, row: Row[F], *, damaged: bool = False) -> None:
         """Take a row from its study; what it holds of the film stays, unless it may not be finite."""
-        self._rows.give_up(row)
+        self.rows.give_up(row)
         cache = self._the_cache
         cache.release(row.index, damaged=damaged)
         if damaged or row.film is None:
@@ -313,11 +313,11 @@ class Loop(Generic[C, F]):
             Whether there is more room now.
         """
         self._read(at_most=0)
-        rows, studies = len(self._rows), []
-        for row, progress in sorted(self._rows.taken(), key=lambda pair: pair[0].last_use):
-            self._rows.give_up(row)
+        rows, studies = len(self.rows), []
+        for row, progress in sorted(self.rows.taken(), key=lambda pair: pair[0].last_use):
+            self.rows.give_up(row)
             studies.append(progress)
-        self._cache, self._rows = None, Rows(0)
+        self._cache, self.rows = None, Rows(0)
         _forgetting_frames(error)
         if rows <= 1:
             # None at all, where the last token was found to be the last one: then nothing was lost.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from lite.engines.protocol import GREEDY, Sampling
 from lite.engines.segments import num_prefix_tokens
@@ -68,6 +68,14 @@ class Request(Generic[F]):
         return len(self.input_ids) + (len(self.target_ids) - 1 if self.target_ids else self.max_new_tokens)
 
 
+class Token(NamedTuple):
+    """One token of a text."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most probable tokens beside it, if asked for
+
+
 class Outcome:
     """What has come of a request, for whoever waits for it. Only the session's threads write it."""
 
@@ -96,6 +104,7 @@ class Outcome:
         self._has_ended = False
         self._changed = threading.Condition()
         self._on_end: list[Callable[[], None]] = []
+        self._on_tokens: list[Callable[[], None]] = []
 
     @property
     def has_ended(self) -> bool:
@@ -117,6 +126,13 @@ class Outcome:
         with self._changed:
             return self._changed.wait_for(lambda: self._has_ended, timeout_s)
 
+    def tokens_from(self, index: int) -> tuple[list[Token], bool]:
+        """Return the tokens from one on that have come so far, and whether nothing more comes."""
+        with self._changed:
+            tops = self.top or [()] * len(self.token_ids)
+            told = zip(self.token_ids, self.logprobs, tops, strict=True)
+            return [Token(*one) for one in list(told)[index:]], self._has_ended
+
     def on_end(self, listener: Callable[[], None]) -> None:
         """Call a function at the end, from whichever thread: at once if it has ended."""
         with self._changed:
@@ -124,6 +140,11 @@ class Outcome:
                 self._on_end.append(listener)
                 return
         listener()
+
+    def on_tokens(self, listener: Callable[[], None]) -> None:
+        """Call a function whenever there are new tokens, in the session's thread; it must not wait for anything."""
+        with self._changed:
+            self._on_tokens.append(listener)
 
 
 class Progress(Outcome, Generic[F]):
@@ -171,6 +192,8 @@ class Progress(Outcome, Generic[F]):
                 self.decode_steps_s += [(now - self.since) / steps] * steps
             self.since = now
             self._changed.notify_all()
+        for listener in self._on_tokens:
+            listener()
         if not chosen.is_finite:
             return LiteError(overflow)
         if count < len(token_ids):
@@ -190,6 +213,7 @@ class Progress(Outcome, Generic[F]):
             self._has_ended = True
             self._changed.notify_all()
             listeners, self._on_end = self._on_end, []
+            self._on_tokens = []
         for listener in listeners:
             listener()
 

@@ -47,9 +47,9 @@ class Session(Generic[C, F]):
             num_ahead: how many of these the tower may be run for before there is a row.
         """
         self.loop = loop
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._num_ahead = num_ahead
-        self._waiting: list[Progress[F]] = []
+        self.waiting: list[Progress[F]] = []
         self._pressure: tuple[MemoryBudgetError, Progress[F]] | None = None  # of the tower, for the loop to make room
         self._closed = False
         self._lock = threading.Lock()
@@ -68,10 +68,10 @@ class Session(Generic[C, F]):
         with self._lock:
             if self._closed:
                 raise LiteError(f"{request.id}: {_CLOSED}")
-            if len(self._waiting) >= self._max_queue:
-                msg = f"{request.id}: got a request while {len(self._waiting)} wait · expected at most"
-                raise QueueFull(f"{msg} {self._max_queue} waiting · try again when some have ended")
-            self._waiting.append(progress)
+            if len(self.waiting) >= self.max_queue:
+                msg = f"{request.id}: got a request while {len(self.waiting)} wait · expected at most"
+                raise QueueFull(f"{msg} {self.max_queue} waiting · try again when some have ended")
+            self.waiting.append(progress)
             self._eyes.start()
             self._decoder.start()
         self._eyes.ring()
@@ -100,7 +100,7 @@ class Session(Generic[C, F]):
 
     def _end_all(self, error: Exception) -> None:
         with self._lock:
-            waiting, self._waiting = self._waiting, []
+            waiting, self.waiting = self.waiting, []
         for progress in waiting:
             progress.end(error)
         self.loop.drop_all(error)
@@ -125,8 +125,8 @@ class Session(Generic[C, F]):
     def _admit(self) -> None:
         """Give rows to those that wait: first those that have lost theirs, then by the order in which they came."""
         with self._lock:
-            self._waiting[:0], self.loop.lost = self.loop.lost, []
-            waiting = list(self._waiting)
+            self.waiting[:0], self.loop.lost = self.loop.lost, []
+            waiting = list(self.waiting)
         left = False
         for progress in waiting:
             if (why := progress.unwanted()) is not None:
@@ -134,7 +134,7 @@ class Session(Generic[C, F]):
             has_room = progress.request.has_room
             if progress.has_ended or (has_room and not left and self.loop.admit(progress)):
                 with self._lock:
-                    self._waiting.remove(progress)
+                    self.waiting.remove(progress)
             elif has_room:
                 left = True  # those behind it wait, too; but who is not wanted any more goes
         if waiting:
@@ -178,11 +178,11 @@ class Session(Generic[C, F]):
             if self._closed or self._pressure is not None:
                 return None
             films, seen = set(), {True: 0, False: 0}  # by whether a lot has room for it
-            for progress in self._waiting:
+            for progress in self.waiting:
                 film, has_room = progress.request.film, progress.request.has_room
                 seen[has_room] += progress.features is not None
                 wanted = progress.features is None and not progress.has_ended and not progress.cancelled
-                wanted = wanted and (seen[has_room] < self._num_ahead or progress is self._waiting[0])
+                wanted = wanted and (seen[has_room] < self._num_ahead or progress is self.waiting[0])
                 # What another is about to read, or holds, need not be looked at again.
                 if wanted and film not in films and not self.loop.holds(film):
                     return progress

@@ -298,6 +298,6 @@ def test_who_stops_listening_stops_the_work(ending_model: FindingsModel, films: 
     results.close()  # type: ignore[attr-defined]
     gc.collect()
     until = time.monotonic() + 20
-    while ending_model.session.loop.is_busy or ending_model.session._waiting:
+    while ending_model.session.loop.is_busy or ending_model.session.waiting:
         assert time.monotonic() < until
         time.sleep(0.001)

@@ -13,10 +13,10 @@ import pytest
 from made_films import dicom, film
 
 from lite import __version__
-from lite.cohort.report import basic_text_sr
 from lite.errors import ImageError
 from lite.image.quiet import quietly
 from lite.model import FindingsModel
+from lite.studies.report import basic_text_sr
 from lite.studies.results import Findings
 
 pydicom = pytest.importorskip("pydicom")

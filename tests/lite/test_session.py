@@ -24,7 +24,7 @@ def a_session(engine: ScriptedEngine, *, rows: int = 2, max_queue: int = 64, **n
 def wait_until_idle(session: Session[Any, Any]) -> None:
     """Wait until nothing is under way or waits: no row has a study."""
     until = time.monotonic() + 20
-    while session.loop.is_busy or session._waiting:
+    while session.loop.is_busy or session.waiting:
         assert time.monotonic() < until, "it does not come to rest"
         time.sleep(0.001)
 

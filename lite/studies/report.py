@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import re
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from lite._version import __version__
 from lite.errors import BackendUnavailable, ImageError
@@ -43,13 +43,13 @@ _WHERE_THERE: Final = ("IssuerOfPatientID", "StudyDescription")
 _NOT_TEXT: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def basic_text_sr(film: Path, findings: Findings, *, created: datetime, model: str = NAME) -> Dataset:
+def basic_text_sr(film: Path | bytes, findings: Findings, *, created: datetime, model: str = NAME) -> Dataset:
     """Make a report of drafted findings, unverified, in the study of their film.
 
     Its UIDs follow from the film, the artifact and the text: the same draft of the same film is the same object.
 
     Args:
-        film: the DICOM file that the findings are of. Patient and study are copied from its header.
+        film: the DICOM file that the findings are of, or its bytes. Patient and study are copied from its header.
         findings: what was drafted.
         created: when; its own clock counts, not its time zone.
         model: what the artifact's model is called.
@@ -59,7 +59,7 @@ def basic_text_sr(film: Path, findings: Findings, *, created: datetime, model: s
         BackendUnavailable: pydicom is not installed.
     """
     with quietly():
-        header = _header_of(film)
+        header = header_of(film)
         from pydicom.dataset import FileMetaDataset
         from pydicom.multival import MultiValue
         from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -92,7 +92,7 @@ def basic_text_sr(film: Path, findings: Findings, *, created: datetime, model: s
         return report
 
 
-def encoded_report(film: Path, findings: Findings) -> bytes:
+def encoded_report(film: Path | bytes, findings: Findings) -> bytes:
     """Return the report of findings that were drafted now, as a DICOM file.
 
     Raises:
@@ -104,31 +104,43 @@ def encoded_report(film: Path, findings: Findings) -> bytes:
     return file.getvalue()
 
 
-def _header_of(film: Path) -> Dataset:
+def header_of(film: Path | bytes) -> Dataset:
+    """Read of a film's header what a report takes from it.
+
+    Raises:
+        ImageError: no report can be of this film, see `basic_text_sr`.
+        BackendUnavailable: pydicom is not installed.
+    """
+    name = "film" if isinstance(film, bytes) else str(film)
     try:
-        with film.open("rb") as file:
+        with _opened(film) as file:
             known = is_dicom(file.read(144))
     except OSError as error:
-        msg = f"{film}: got {error.strerror} · expected the film of the findings · put it back"
+        msg = f"{name}: got {error.strerror} · expected the film of the findings · put it back"
         raise ImageError(msg) from error
     if not known:
-        raise ImageError(f"{film}: got a film that is no DICOM file · expected one, for an SR · leave the SR out")
+        raise ImageError(f"{name}: got a film that is no DICOM file · expected one, for an SR · leave the SR out")
     try:
         import pydicom
     except ImportError as error:
-        msg = f"{film}: got a DICOM file and no pydicom · expected pydicom · {DICOM_EXTRA}"
+        msg = f"{name}: got a DICOM file and no pydicom · expected pydicom · {DICOM_EXTRA}"
         raise BackendUnavailable(msg) from error
     try:
         wanted = [*_REQUIRED, *_ALWAYS, *_WHERE_THERE]
-        header = pydicom.dcmread(film, stop_before_pixels=True, force=True, specific_tags=wanted)
+        with _opened(film) as file:
+            header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=wanted)
         missing = [keyword for keyword in _REQUIRED if not text_of(header, keyword)]
     except Exception as error:  # pydicom raises whatever a damaged file leads it to
-        msg = f"{film}: got a header that cannot be read ({error}) · expected a DICOM file · export it again"
+        msg = f"{name}: got a header that cannot be read ({error}) · expected a DICOM file · export it again"
         raise ImageError(msg) from error
     if missing:
-        msg = f"{film}: got a film without {', '.join(missing)} · expected them, for an SR in its study"
+        msg = f"{name}: got a film without {', '.join(missing)} · expected them, for an SR in its study"
         raise ImageError(f"{msg} · export it again, or leave the SR out")
     return header
+
+
+def _opened(film: Path | bytes) -> BinaryIO:
+    return io.BytesIO(film) if isinstance(film, bytes) else film.open("rb")
 
 
 def _document(header: Dataset, findings: Findings, created: datetime) -> Dataset:
