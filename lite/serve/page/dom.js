@@ -28,9 +28,8 @@ export function failure(message, action) {
 
 /** The rows of a list of facts; one without a value is left out. */
 export function facts(rows) {
-  const told = rows.filter(([, value]) => value || value === 0);
   const lines = (value) => (Array.isArray(value) ? value.map((item) => el("p", {}, item)) : [value]);
-  return told.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, ...lines(value))]);
+  return rows.flatMap(([name, value]) => (value ? [el("dt", {}, name), el("dd", {}, ...lines(value))] : []));
 }
 
 export function download(name, content, type) {

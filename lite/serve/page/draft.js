@@ -137,7 +137,7 @@ function times({ timings, num_accepted_tokens: accepted, num_drafted_tokens: dra
     ["Prompt", stage("prefill_s")],
     ["Text", `${stage("decode_s")}${each}`],
     ["Beside it", timings.batch_size > 1 ? `up to ${timings.batch_size} studies at a time` : "nothing else"],
-    ["Guessed ahead", drafted && `${accepted} of ${drafted} tokens were right`],
+    ["Guessed ahead", drafted > 0 && `${accepted} of ${drafted} tokens were right`],
   ];
 }
 
