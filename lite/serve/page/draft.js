@@ -98,8 +98,9 @@ function sentences({ prediction, sentences: scored }) {
   if (!scored) return [prediction];
   return scored.map(({ text, mean_probability: sure }) => {
     const words = text.trimEnd();
-    const share = el("small", { class: "share" }, `\u00a0${Math.floor(100 * sure)}\u00a0%`);
-    const shaded = el("span", { class: `sure-${STEPS.filter((least) => sure >= least).length}` }, words, share);
+    const share = sure !== null && el("small", { class: "share" }, `\u00a0${Math.floor(100 * sure)}\u00a0%`);
+    const step = STEPS.filter((least) => (sure ?? 1) >= least).length;
+    const shaded = el("span", { class: `sure-${step}` }, words, share);
     return el("span", { class: "sentence" }, shaded, text.slice(words.length));
   });
 }

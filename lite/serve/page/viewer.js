@@ -78,16 +78,12 @@ function applyWindow() {
 
 /** The model reads the centred square: mark its corners where there is more. */
 function drawCrop(context, scale) {
-  const half = Math.min(film.source.width, film.source.height) / 2;
+  const side = Math.min(film.source.width, film.source.height);
+  const arm = side / 20;
   context.lineWidth = 1.5 / scale;
   context.strokeStyle = "#6fb2e0";
-  context.beginPath();
-  for (const [x, y] of [[-half, -half], [half, -half], [half, half], [-half, half]]) {
-    context.moveTo(x, 0.9 * y);
-    context.lineTo(x, y);
-    context.lineTo(0.9 * x, y);
-  }
-  context.stroke();
+  context.setLineDash([arm, side - 2 * arm, arm, 0]); // of each edge only its ends
+  context.strokeRect(-side / 2, -side / 2, side, side);
 }
 
 function change(values) {
