@@ -4,7 +4,7 @@ import { button, bytes, download, el, facts, failure, quiet, say, seconds, size 
 
 const STEPS = [0.6, 0.75, 0.9]; // of the shading: the legend's
 const NOTICE = "Research draft, not for clinical use.";
-const STAGES = { queued_s: "queue", image_s: "film", vision_s: "tower", prefill_s: "prompt", decode_s: "text" };
+const STAGES = { queued_s: "queue", image_s: "film", vision_s: "tower", prefill_s: "prompt", decode_s: "decode" };
 
 export class Draft {
   constructor(name, number, asked) {

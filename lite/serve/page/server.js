@@ -24,7 +24,7 @@ async function ask(path, options = {}) {
   }
   if (response.ok) return response;
   const { status } = response;
-  const said = (await response.json().catch(() => null))?.error?.message;
+  const said = (await response.json().catch(() => null))?.error?.message.replace(/^[0-9a-f]{24}: /, "");
   const unnamed = `got status ${status} from the server · expected an answer · see what it has logged`;
   throw new Refusal(status === 401 ? NO_KEY : (said ?? unnamed), { status, again: status === 429 || status === 503 });
 }
