@@ -1,4 +1,4 @@
-"""How sure the model was of each sentence: the mean probability of its tokens. How likely it is true is another thing."""
+"""How sure the model was of each sentence: the mean probability of its tokens. Whether it is true is another thing."""
 
 from __future__ import annotations
 

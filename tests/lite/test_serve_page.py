@@ -1,39 +1,34 @@
-"""The server's page in headless Chromium, as a person uses it: a film in, findings out, and nothing else on the wire."""
+"""The server's page in headless Chromium, as a person uses it: a film in, findings out, nothing else on the wire."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import browsing
 import pytest
-from benchmarks.phantom.write import write_studies
+from browsing import DROP, ask, choose, download, drop, text_of
 from serving import Gate, Served, serving
 
+from benchmarks.phantom.write import write_studies
 from lite.artifact.open import Artifact
 from lite.loading import load
 from lite.serve.server import Server
 from lite.serve.settings import Settings
 from lite.studies.results import Result
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MARKUP = '<img src=x onerror="alert(1)">.png'
-# What a page of ours never does: told to the window itself, before any script of it runs.
-WATCH = """addEventListener("securitypolicyviolation", event => console.error(`policy: ${event.violatedDirective}`))"""
-DROP = """(files) => {
-    const dataTransfer = new DataTransfer();
-    for (const [name, content] of files) {
-        dataTransfer.items.add(new File([Uint8Array.from(atob(content), char => char.charCodeAt(0))], name));
-    }
-    return dataTransfer;
+MIDDLE = """canvas => {
+    const [x, y] = [canvas.width / 2, canvas.height / 2];
+    return [...canvas.getContext("2d").getImageData(x, y, 1, 1).data.slice(0, 3)];
 }"""
+browser, open_page, page = browsing.browser, browsing.open_page, browsing.page
 pytestmark = pytest.mark.full
 pytest.importorskip("starlette")
 
@@ -58,88 +53,6 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("films") / "studies"
     write_studies(folder, count=6, seed=11, dicom=True)
     return sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.dcm"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"got no browser · expected one of {', '.join(BROWSERS)} on the PATH · apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]
-        browser = playwright.chromium.launch(executable_path=found, args=sandbox)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
-    """Open the page in a new browser; no request may leave the server, no policy be broken, no script fail."""
-    wrong: list[str] = []
-    contexts = []
-
-    def open_page(width: int = 1440, *, url: str = served.url, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        context.set_default_timeout(60_000)
-        context.add_init_script(WATCH)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: None if request.url.startswith((url, "blob:")) else wrong.append(request.url))
-        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("console", lambda message: wrong.append(message.text) if is_wrong(message) else None)
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-@pytest.fixture
-def page(open_page: Callable[..., Any]) -> Any:
-    return open_page()
-
-
-def is_wrong(message: Any) -> bool:
-    """Say whether the console tells of an error that is not an answer of the server's."""
-    return message.type == "error" and "responded with a status of" not in message.text
-
-
-def drop(page: Any, *films: tuple[str, bytes]) -> None:
-    files = [[name, base64.b64encode(content).decode()] for name, content in films]
-    page.dispatch_event("main", "drop", {"dataTransfer": page.evaluate_handle(DROP, files)})
-
-
-def choose(page: Any, *films: Path) -> None:
-    page.set_input_files("#files", films)
-    page.wait_for_selector("#draft:not(:disabled)")
-    page.wait_for_selector("#canvas")
-
-
-def ask(page: Any, reason: str = "") -> Any:
-    """Draft the film that is shown; return its newest draft when it is done."""
-    page.get_by_label("Reason for the exam").fill(reason)
-    page.locator("#draft").click()
-    page.wait_for_selector("#draft:visible")
-    return page.locator(".draft:not(.busy)").first
-
-
-def text_of(draft: Any) -> str:
-    """Return the findings without the shares behind sentences."""
-    return str(draft.locator(".text").evaluate(
-        "text => { const copy = text.cloneNode(true); copy.querySelectorAll('.share').forEach(s => s.remove());"
-        " return copy.textContent; }"
-    ))  # fmt: skip
-
-
-def download(page: Any, button: Any) -> tuple[str, bytes]:
-    with page.expect_download() as waited:
-        button.click()
-    return waited.value.suggested_filename, Path(waited.value.path()).read_bytes()
 
 
 def test_a_film_that_is_dropped_is_seen_and_drafted(page: Any, served: Served, films: list[Path]) -> None:
@@ -312,15 +225,9 @@ def test_keys(page: Any, films: list[Path]) -> None:
     assert not page.locator("#help").is_visible()
 
 
-MIDDLE = """canvas => {
-    const [x, y] = [canvas.width / 2, canvas.height / 2];
-    return [...canvas.getContext("2d").getImageData(x, y, 1, 1).data.slice(0, 3)];
-}"""
-
-
 def test_window_zoom_and_place_are_the_browser_s_own(page: Any, films: list[Path]) -> None:
     choose(page, films[0])
-    canvas, width, level, zoom = (page.locator(id) for id in ("#canvas", "#width-is", "#level-is", "#zoom-is"))
+    canvas, zoom = page.locator("#canvas"), page.locator("#zoom-is")
     page.wait_for_selector("#zoom-is:has-text('1.0 ×')")
     grey = canvas.evaluate(MIDDLE)
     box = canvas.bounding_box()
@@ -329,7 +236,7 @@ def test_window_zoom_and_place_are_the_browser_s_own(page: Any, films: list[Path
     page.mouse.move(box["x"] + 100, box["y"] + 240)
     page.mouse.up()
     page.wait_for_selector("#width-is:has-text('155')")
-    assert (width.inner_text(), level.inner_text()) == ("155", "148")
+    assert page.locator("#level-is").inner_text() == "148"
     page.mouse.wheel(0, -400)
     page.wait_for_selector("#zoom-is:not(:has-text('1.0'))")
     assert float(zoom.inner_text().split()[0]) > 1.5
