@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from serving import Served
 
+COPYING = ["clipboard-read", "clipboard-write"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # What a page of ours never does: told to the window itself, before any script of it runs.
 WATCH = """addEventListener("securitypolicyviolation", event => console.error(`policy: ${event.violatedDirective}`))"""
@@ -42,20 +43,19 @@ def browser() -> Iterator[Any]:
 def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
     """Open the page in a new browser; no request may leave the server, no policy be broken, no script fail."""
     wrong: list[str] = []
+    note: Callable[[str], Any] = wrong.append
     contexts = []
 
     def open_page(width: int = 1440, *, url: str = served.url, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        context = browser.new_context(viewport={"width": width, "height": 900}, permissions=COPYING, **options)
         context.set_default_timeout(60_000)
         context.add_init_script(WATCH)
         contexts.append(context)
         page = context.new_page()
-        page.on(
-            "request", lambda request: None if request.url.startswith((url, "blob:")) else wrong.append(request.url)
-        )
-        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("console", lambda message: wrong.append(message.text) if is_wrong(message) else None)
+        page.on("request", lambda sent: sent.url.startswith((url, "blob:")) or note(sent.url))
+        page.on("pageerror", lambda error: note(f"error: {error}"))
+        page.on("dialog", lambda dialog: (note(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("console", lambda message: is_wrong(message) and note(message.text))
         page.goto(url)
         return page
 

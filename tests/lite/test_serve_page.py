@@ -21,7 +21,7 @@ from lite.artifact.open import Artifact
 from lite.loading import load
 from lite.serve.server import Server
 from lite.serve.settings import Settings
-from lite.studies.results import Result
+from lite.studies.results import SHORT_NOTICE, Result
 
 MARKUP = '<img src=x onerror="alert(1)">.png'
 MIDDLE = """canvas => {
@@ -113,6 +113,7 @@ def test_a_dicom_film_comes_back_as_json_text_and_report(page: Any, served: Serv
     name, content = download(page, draft.get_by_role("button", name="JSON"))
     assert name == f"{dicom.stem}.findings.json"
     result = Result.from_json(json.dumps(json.loads(content)), where=name)
+    assert result.findings is not None
     assert result.prediction == served.model.findings(dicom, "Dyspnoea.").text == text_of(draft)
     name, content = download(page, draft.get_by_role("button", name="Text"))
     for part in ("Dyspnoea.", text_of(draft), "not for clinical use", result.findings.artifact_id):
@@ -134,6 +135,20 @@ def test_what_is_no_film_is_told_as_text(page: Any, films: list[Path]) -> None:
     page.wait_for_selector("#draft:not(:disabled)")
     page.get_by_role("button", name="Remove good.png").click()
     failure.wait_for()
+
+
+def test_the_rules_of_films_are_told_and_can_be_set_aside(page: Any, films: list[Path]) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    film, written = pydicom.dcmread(films[-1]), io.BytesIO()
+    film.ViewPosition, film.ImageLaterality = "LATERAL", "L"
+    film.save_as(written)
+    drop(page, ("lateral.dcm", written.getvalue()))
+    page.wait_for_selector("#empty .failure:has-text('frontal view')")
+    page.locator("summary", has_text="More").click()
+    page.get_by_label("Take any film").check()
+    page.wait_for_selector("#draft:not(:disabled)")
+    assert page.locator("#remarks li").count() >= 1
+    assert text_of(ask(page))
 
 
 def test_ask_again_takes_the_film_up(page: Any, served: Served, films: list[Path]) -> None:
@@ -214,6 +229,10 @@ def test_keys(page: Any, films: list[Path]) -> None:
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".draft:not(.busy)")
     page.keyboard.press("Tab")
+    page.keyboard.press("c")
+    page.wait_for_selector("#said:has-text('Copied.')", state="attached")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == f"{text_of(page.locator('.draft'))}\n\n{SHORT_NOTICE}\n"
     page.keyboard.press("s")
     assert not page.locator(".share").first.is_visible()
     page.keyboard.press("?")
