@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 
 from lite.image.files import load_image
 from lite.image.film import Rendering
+from lite.serve.confidence import sentence_confidence
 from lite.serve.images import film_of
 from lite.serve.refusal import Refusal, json_response
 from lite.serve.service import Live, event, streamed, unless_gone
@@ -104,6 +105,8 @@ async def _finished(asked: Asked, draft: Draft, record: Record, service: Service
     record.texts["text"] = made.text
     study = Study(asked.film, asked.reason, asked.query, id=record.id)
     value: dict[str, Any] = json.loads(Result.of(study, made).to_json())
+    tokenizer = service.model_or_refuse().tokenizer
+    value["sentences"] = await service.in_thread(lambda: sentence_confidence(made, tokenizer))
     if asked.sr:
         report = await service.in_thread(lambda: encoded_report(asked.film, made))
         value["sr"] = base64.b64encode(report).decode("ascii")
