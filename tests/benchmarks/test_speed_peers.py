@@ -153,7 +153,7 @@ def setting(tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setattr("os.environ", dict(os.environ))
     monkeypatch.setattr(measure, "Process", Here)
     monkeypatch.setattr(measure, "ours", lambda _: GPTQ)
-    monkeypatch.setattr(measure, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(measure, "SETTLE_S", 0.0)
     monkeypatch.setattr(measure, "write_checkpoint", lambda out, **_: out.mkdir())
 
     def export(checkpoint: Path, out: Path, *options: str) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.speed.depth import at
 from benchmarks.speed.harness import NONE, Report, Rounds, Row, Unavailable, in_turns, reason, shown
-from benchmarks.speed.peers.process import Process
+from benchmarks.speed.peers.process import SETTLE_S, Process
 from benchmarks.speed.peers.specs import DENSE, PEERS_PYTHON, Spec, ours
 from benchmarks.speed.peers.worker import CHECK_PROMPT, CHECK_TOKENS
 from benchmarks.speed.synthetic import REAL_LAYERS, export_checkpoint, write_checkpoint
@@ -34,8 +34,6 @@ EXPORTS: Final = {
     "dense": ("--decoder", "fp16"),
     "int4": ("--decoder", "gptq-int4", "--method", "rtn", "--engine", "onnx"),
 }
-_SETTLE_S: Final = 0.3
-"""Between two engines: threads that wait for more work go on spinning for a while (OpenMP's do for up to 0.2 s)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +89,7 @@ class Bench:
             LiteError: it failed.
         """
         setting = self.setting
-        apart = spec.module == "llamacpp" and PEERS_PYTHON.exists()
+        apart = spec.module in ("llamacpp", "openvino") and PEERS_PYTHON.exists()
         order = {name: getattr(spec, name) for name in ("module", "form", "packages", "install")}
         order |= {"folder": str(self.folder / f"{layers}"), "max_seq_len": setting.max_seq_len}
         order |= {"vocab_size": setting.shapes.vocab_size}
@@ -127,7 +125,7 @@ class Bench:
     def turn(self, process: Process) -> dict[str, list[float]]:
         """Time a prompt and tokens."""
         setting = self.setting
-        time.sleep(_SETTLE_S)
+        time.sleep(SETTLE_S)
         amounts = {"num_prompt_tokens": setting.num_prompt_tokens, "num_new_tokens": setting.num_new_tokens}
         return process.ask("round", limit_s=setting.limit_s, **amounts)
 

@@ -10,10 +10,10 @@ from typing import Final, Literal, TypeAlias
 ROOT: Final = Path(__file__).resolve().parents[3]
 CHECKED_LAYERS: Final = 2
 PEERS_PYTHON: Final = ROOT / "build" / "peers-venv" / "bin" / "python"
-"""Made by `make peers`. Where there is none, our own interpreter is asked for llama.cpp."""
+"""Made by `make peers`. Where there is none, our own interpreter is asked for their packages."""
 
 
-Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp"]
+Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp", "openvino"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class Spec:
         return self.max_difference * math.sqrt(max(1.0, num_layers / CHECKED_LAYERS))
 
 
+OPENVINO: Final = (("openvino", "safetensors"), "make peers")
 _PACKAGES: Final = {
     "lite": (("torch",), 'pip install "llava-rad-lite[torch]"'),
     "lite onnx": (("onnxruntime",), 'pip install "llava-rad-lite[cpu]"'),
@@ -44,6 +45,7 @@ _PACKAGES: Final = {
         'pip install "llava-rad-lite[bnb,bench]" accelerate',
     ),
     "llama.cpp": (("llama-cpp-python", "gguf", "safetensors"), "make peers"),
+    "OpenVINO": OPENVINO,
 }
 # What rounding to so many bits may do.
 _EXACT, _BFLOAT16, _EIGHT, _FOUR = 0.005, 0.03, 0.06, 0.4
@@ -60,6 +62,8 @@ _TABLE: Final[tuple[tuple[str, str, Module, str, float], ...]] = (
     ("llama.cpp", "Q4_0 flash", "llamacpp", "Q4_0 flash", _FOUR),
     ("llama.cpp", "Q8_0", "llamacpp", "Q8_0", _EIGHT),
     ("llama.cpp", "Q8_0 flash", "llamacpp", "Q8_0 flash", _EIGHT),
+    ("OpenVINO", "int4", "openvino", "int4 f32", _FOUR),
+    ("OpenVINO", "int4 u8-cache", "openvino", "int4 u8", _FOUR),
 )
 SPECS: Final = {
     f"{engine} {variant}": Spec(

@@ -157,7 +157,8 @@ def _answers(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield worker.about()
     for line in sys.stdin:
         asked = json.loads(line)
-        yield getattr(worker, asked.pop("do"))(**asked)
+        what = asked.pop("do")
+        yield getattr(worker if hasattr(worker, what) else worker.engine, what)(**asked)
 
 
 def main() -> int:
