@@ -1,7 +1,7 @@
 """OpenVINO's 4-bit products beside ONNX Runtime's: `python -m benchmarks speed products`.
 
 The four products of a layer, for few rows and for many, each library in a process of its own and in turns; OpenVINO
-also with no more than AVX2, where it leaves activations in float32: told to round them, it gives arrays of no rows there
+also with no more than AVX2, with activations in float32: told to round them, it gives arrays of no rows there
 (2026.4.1). ONNX Runtime has no such switch, and goes on as it is.
 """
 

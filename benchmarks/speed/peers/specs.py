@@ -73,7 +73,6 @@ SPECS: Final = {
     for engine, variant, module, form, allowed in _TABLE
 }  # fmt: skip
 DENSE: Final = SPECS["lite dense"]
-"""The others' logits are compared with its own."""
 
 
 def ours(device: str) -> Spec:
