@@ -45,7 +45,7 @@ GEMMA: Final = {
 GEMMA_DEPTHS: Final = (2, 6)
 MEDGEMMA: Final = "MedGemma-4B by llama.cpp Q4_0"
 SIGLIP_LAYERS: Final = 27
-SIGLIP: Final = {layers: replace(SPECS["transformers float32"], form=f"siglip {layers}") for layers in (1, 3)}
+SIGLIP: Final = {layers: replace(SPECS["transformers float32"], form=f"siglip {layers} 896") for layers in (1, 3)}
 
 
 class GemmaBench(Bench):
@@ -92,7 +92,8 @@ def row_of(rival: Rival, found: dict[Any, Any], first: list[list[float]] | None)
         The row, and seconds by round.
 
     Raises:
-        LiteError: something failed, or was noise.
+        LiteError: something failed.
+        Unavailable: the line through two depths falls.
     """
     texts = {layers: _whole(found[rival.name, rival.image_tokens, layers]) for layers in rival.loaded}
     phases: dict[str, list[float]] = {}
@@ -118,7 +119,7 @@ def row_of(rival: Rival, found: dict[Any, Any], first: list[list[float]] | None)
 
 def _whole(rounds: Any) -> Any:  # noqa: ANN401 - what was timed
     if isinstance(rounds, str):
-        raise LiteError(rounds)
+        raise Unavailable(rounds) if rounds.startswith("noise") else LiteError(rounds)
     return rounds
 
 
@@ -211,7 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             limit_s=arguments.limit_s, device="cpu", shapes=Shapes(),
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
-            folder = arguments.models or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rivals-")))
+            folder = (
+                arguments.models.absolute()
+                if arguments.models
+                else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rivals-")))
+            )
             record.begin()
             record.add("rivals", measure(setting, folder))
         return record.end()

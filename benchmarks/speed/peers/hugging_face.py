@@ -79,13 +79,13 @@ class TransformersEngine(Engine):
 class SiglipTower(Engine):
     """MedGemma's tower with some of its 27 layers, in float32."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, image_size: int) -> None:
         """Draw it."""
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
         config = SiglipVisionConfig(
             hidden_size=1152, intermediate_size=4304, num_hidden_layers=num_layers, num_attention_heads=16,
-            image_size=896, patch_size=14,
+            image_size=image_size, patch_size=14,
         )  # fmt: skip
         config.vision_use_head = False
         self.model = SiglipVisionModel(config).eval()
@@ -94,7 +94,8 @@ class SiglipTower(Engine):
     @torch.inference_mode()
     def tower(self) -> dict[str, float]:
         """Time a film."""
-        pixels = torch.randn(1, 3, 896, 896)
+        size = self.model.config.image_size
+        pixels = torch.randn(1, 3, size, size)
         started = time.perf_counter()
         self.model(pixel_values=pixels)
         return {"seconds": time.perf_counter() - started}
@@ -105,5 +106,5 @@ def build(order: Order) -> TransformersEngine | SiglipTower:
     torch.set_num_threads(order.threads)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    name, _, num_layers = order.form.partition(" ")
-    return SiglipTower(int(num_layers)) if name == "siglip" else TransformersEngine(order)
+    name, *sizes = order.form.split()
+    return SiglipTower(*map(int, sizes)) if name == "siglip" else TransformersEngine(order)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,7 +19,6 @@ from benchmarks.speed.peers.worker import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -26,13 +26,23 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, NDArray[Any]]
 
-CONFIG: Final = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128", "NUM_STREAMS": "1"}
-"""Computes in float32 but for the products, whose activations share a scale as the weights do."""
+FUSED: Final = {"FullyConnected", "RMS", "RoPE", "ScaledDotProductAttention"}
+"""What the graph becomes where everything is recognised, with no "Concatenation": the cache is the attention's own."""
 
 
-def properties(threads: int) -> dict[str, str]:
-    """Return what a model is compiled with."""
-    return {**CONFIG, "INFERENCE_NUM_THREADS": f"{threads}", "PERFORMANCE_HINT": "LATENCY"}
+def properties(threads: int, *, rounds: bool = True) -> dict[str, str]:
+    """Return what a model is compiled with: float32, but for activations that products round to 8 bits, if any."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128" if rounds else "0",  # as many share a scale as in the weights
+        "INFERENCE_NUM_THREADS": f"{threads}",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+
+
+def has_vnni() -> bool:
+    """Say whether the processor has products of 8 bits; without them OpenVINO computes in float32."""
+    return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 class OpenVinoEngine(Engine):
@@ -44,21 +54,20 @@ class OpenVinoEngine(Engine):
         folder = order.folder / "int4" / "decoder"
         config, tensors = json.loads((folder / "config.json").read_text(encoding="utf-8")), _tensors(folder)
         self.embeddings = tensors["model.embed_tokens.weight"]
-        cache = order.form.partition(" ")[2]
-        graph = Graph(config, tensors)
-        compiled = openvino.Core().compile_model(
-            graph.model(), "CPU", properties(order.threads) | {"KV_CACHE_PRECISION": cache}
-        )
-        self.kinds = {
+        cache, graph, rounds = order.form.partition(" ")[2], Graph(config, tensors), has_vnni()
+        settings = properties(order.threads, rounds=rounds) | {"KV_CACHE_PRECISION": cache}
+        compiled = openvino.Core().compile_model(graph.model(), "CPU", settings)
+        done = {
             operation.get_rt_info()["layerType"].astype(str) for operation in compiled.get_runtime_model().get_ops()
         }
+        missed = sorted(FUSED - done | {"Concatenation"} & done)
         self.request = compiled.create_infer_request()
-        self.computes_in = f"4-bit groups × int8, cache {cache}"
+        self.computes_in = f"4-bit groups × {'int8' if rounds else 'float32'}, cache {cache}"
+        self.computes_in += f", not fused ({', '.join(missed)})" if missed else ""
         # A scale and a zero point in float32 for each vector.
         vector = config["hidden_size"] + 8 * config["num_attention_heads"]
-        self.cache_bytes_per_token = (
-            2 * config["num_hidden_layers"] * (vector if cache == "u8" else 4 * config["hidden_size"])
-        )
+        vector = vector if cache == "u8" else 4 * config["hidden_size"]
+        self.cache_bytes_per_token = 2 * config["num_hidden_layers"] * vector
         self.weight_bytes = graph.weight_bytes
         self.beam = np.zeros(1, np.int32)
 
@@ -88,10 +97,7 @@ class Graph:
         self.ov: Any = importlib.import_module("openvino")
         self.ops: Any = importlib.import_module("openvino.opset13")
         self.config, self.tensors, self.weight_bytes = config, tensors, 0
-        self.heads, self.head_dim = (
-            config["num_attention_heads"],
-            config["hidden_size"] // config["num_attention_heads"],
-        )
+        self.heads, self.head_dim = config["num_attention_heads"], config["head_dim"]
 
     def model(self) -> Any:  # noqa: ANN401 - a module without types
         """Build all of it: embeddings in, the logits of the last token out."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.speed.peers.openvino import int4_product, properties
+from benchmarks.speed.peers.openvino import has_vnni, int4_product, properties
 from benchmarks.speed.peers.worker import Engine
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def _openvino(weights: Sequence[Weight], threads: int, form: str) -> Run:
     ops: Any = importlib.import_module("openvino.opset13")
     x = ops.parameter([-1, 8 * len(weights[0][0])], np.float32)
     kept = [ops.gather(int4_product(x, *weight), np.array([-1]), np.array(0)) for weight in weights]
-    group_size = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} if form.endswith("float") else {}
-    compiled = ov.Core().compile_model(ov.Model(kept, [x]), "CPU", properties(threads) | group_size)
+    settings = properties(threads, rounds=has_vnni() and not form.endswith("float"))
+    compiled = ov.Core().compile_model(ov.Model(kept, [x]), "CPU", settings)
     request = compiled.create_infer_request()
     return lambda rows: list(request.infer([rows]).values())
 
