@@ -10,17 +10,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import statistics
-import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.speed.harness import Record, Report, Rounds, Row, in_turns, kept_apart, run_main, shown
+from benchmarks.speed.peers.measure import start_worker
 from benchmarks.speed.peers.process import SETTLE_S, Process
-from benchmarks.speed.peers.specs import OPENVINO, PEERS_PYTHON
+from benchmarks.speed.peers.specs import SPECS
 from benchmarks.speed.weights import Shapes
 from lite.bench.machine import streaming_read_bandwidth
 from lite.console import positive
@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 
 FIRST: Final = "ONNX Runtime"
 LIBRARIES: Final = {
-    FIRST: ("onnxruntime", ("onnxruntime", "onnx"), 'pip install "llava-rad-lite[cpu,export]"', ()),
-    "OpenVINO": ("openvino", *OPENVINO, ()),
-    "OpenVINO, AVX2": ("openvino float", *OPENVINO, ("env", "ONEDNN_MAX_CPU_ISA=AVX2")),
+    FIRST: (replace(SPECS["lite onnx int4"], module="products", form="onnxruntime"), ()),
+    "OpenVINO": (replace(SPECS["OpenVINO int4"], module="products", form="openvino"), ()),
+    "OpenVINO, AVX2": (
+        replace(SPECS["OpenVINO int4"], module="products", form="openvino float"),
+        ("env", "ONEDNN_MAX_CPU_ISA=AVX2"),
+    ),
 }
 ROWS: Final = (1, 2, 4, 8, 512, 1472)
 _FEW: Final = 16
@@ -51,20 +54,6 @@ def products(shapes: Shapes) -> dict[str, tuple[int, int]]:
         "qkv": (heads * shapes.head_dim, hidden), "o": (hidden, hidden),
         "gate_up": (2 * inner, hidden), "down": (hidden, inner),
     }  # fmt: skip
-
-
-def start(name: str, folder: Path, threads: int) -> Process:
-    """Start a library's process.
-
-    Raises:
-        Unavailable: it is not installed.
-    """
-    form, packages, install, prefix = LIBRARIES[name]
-    order = {"module": "products", "form": form, "packages": packages, "install": install, "folder": str(folder)}
-    order |= {"vocab_size": 1, "max_seq_len": 1, "device": "cpu", "threads": threads}
-    python = str(PEERS_PYTHON) if form != "onnxruntime" and PEERS_PYTHON.exists() else sys.executable
-    command = [*prefix, python, "-m", "benchmarks.speed.peers.worker", json.dumps(order)]
-    return Process(command, log=folder / f"{name}.txt", threads=threads)
 
 
 def measure(report: Report, loaded: Mapping[str, Process], shapes: Shapes, rows: Sequence[int], rounds: int) -> None:
@@ -137,8 +126,10 @@ def main(argv: Sequence[str] | None = None, shapes: Shapes | None = None) -> int
         with kept_apart(report), contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="products-")))
             loaded = {}
-            for name in LIBRARIES:
-                loaded[name] = start(name, folder, arguments.threads)
+            about = {"threads": arguments.threads, "folder": f"{folder}", "vocab_size": 1, "max_seq_len": 1}
+            for name, (spec, prefix) in LIBRARIES.items():
+                log = folder / f"{name}.txt"
+                loaded[name] = start_worker(spec, log=log, prefix=prefix, device="cpu", **about)
                 stack.callback(loaded[name].close)
             measure(report, loaded, shapes or Shapes(), arguments.rows, arguments.rounds)
         record.add("products", report)

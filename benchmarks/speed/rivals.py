@@ -26,7 +26,7 @@ from benchmarks.speed.depth import at
 from benchmarks.speed.harness import NONE, Record, Report, Row, Unavailable, in_turns, reason, run_main, shown
 from benchmarks.speed.peers.measure import Bench, Setting, with_real_depth
 from benchmarks.speed.peers.process import Process
-from benchmarks.speed.peers.specs import SPECS
+from benchmarks.speed.peers.specs import SPECS, Spec
 from benchmarks.speed.synthetic import REAL_LAYERS
 from benchmarks.speed.weights import Shapes
 from lite.console import positive
@@ -130,7 +130,7 @@ def field(setting: Setting, folder: Path, stack: contextlib.ExitStack, report: R
         LiteError: our own engine failed.
     """
     llava = Bench(setting, folder / "llava-rad", OURS, stack)
-    tower = {SIGLIP_LAYERS: next(iter(llava.loaded.values()))}
+    tower = {SIGLIP_LAYERS: _tower(llava, OURS, stack)}
     rivals = [
         Rival(name=OURS.name, image_tokens=tokens, bench=llava, loaded=llava.loaded, tower=tower)
         for tokens in IMAGE_TOKENS
@@ -143,13 +143,19 @@ def field(setting: Setting, folder: Path, stack: contextlib.ExitStack, report: R
         shapes = replace(setting.shapes, vocab_size=GEMMA["vocab_size"])
         shorter = replace(setting, layers=GEMMA_DEPTHS, num_prompt_tokens=256 + QUESTION_TOKENS, shapes=shapes)
         gemma = GemmaBench(shorter, folder / "medgemma", SPECS["llama.cpp Q4_0"], stack)
-        siglip = {layers: gemma.start(spec, GEMMA_DEPTHS[0]) for layers, spec in SIGLIP.items()}
-        for process in siglip.values():
-            stack.callback(process.close)
+        siglip = {layers: _tower(gemma, spec, stack) for layers, spec in SIGLIP.items()}
         rivals.append(
             Rival(name=MEDGEMMA, image_tokens=256, bench=gemma, loaded=gemma.loaded, tower=siglip, real_layers=34)
         )
     return rivals
+
+
+def _tower(bench: Bench, spec: Spec, stack: contextlib.ExitStack) -> Process:
+    """Start a process for a tower alone, and run it once."""
+    process = bench.start(spec, bench.setting.layers[0])
+    stack.callback(process.close)
+    process.ask("tower")
+    return process
 
 
 @contextlib.contextmanager
@@ -183,8 +189,8 @@ def measure(setting: Setting, folder: Path) -> Report:
         f"{setting.threads} threads, {setting.rounds} rounds; depths {setting.layers} of 32, {GEMMA_DEPTHS} of 34, and "
         f"{tuple(SIGLIP)} of 27 of MedGemma's tower; a prompt has {QUESTION_TOKENS} tokens beside the image's; "
         f"{setting.num_new_tokens} tokens decoded.",
-        "Peak memory is the decoder's process (RSS) once loaded; ours has its tower in it. Joules: of all processors, "
-        f"mean watts while decoders run × seconds; {NONE}: not readable here.",
+        "Peak memory is that of the decoder's process (RSS) once loaded, without a tower. Joules: of all processors, "
+        f"mean watts while a decoder runs × seconds; {NONE}: not readable here.",
     ]
     return report
 
@@ -212,13 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             limit_s=arguments.limit_s, device="cpu", shapes=Shapes(),
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
-            folder = (
-                arguments.models.absolute()
-                if arguments.models
-                else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rivals-")))
-            )
+            models = arguments.models or stack.enter_context(tempfile.TemporaryDirectory(prefix="rivals-"))
             record.begin()
-            record.add("rivals", measure(setting, folder))
+            record.add("rivals", measure(setting, Path(models).absolute()))
         return record.end()
 
     return run_main(parser, argv, run)

@@ -98,14 +98,10 @@ class Bench:
             LiteError: it failed.
         """
         setting = self.setting
-        apart = spec.module in ("llamacpp", "openvino") and PEERS_PYTHON.exists()
-        order = {name: getattr(spec, name) for name in ("module", "form", "packages", "install")}
-        order |= {"folder": str(self.folder / f"{layers}"), "max_seq_len": setting.max_seq_len}
-        order |= {"vocab_size": setting.shapes.vocab_size}
-        order |= {"device": setting.device, "threads": setting.threads}
-        python = str(PEERS_PYTHON) if apart else sys.executable
-        command = [python, "-m", "benchmarks.speed.peers.worker", json.dumps(order)]
-        return Process(command, log=self.folder / f"{spec.name}.txt", threads=setting.threads)
+        return start_worker(
+            spec, log=self.folder / f"{spec.name}.txt", threads=setting.threads, folder=f"{self.folder / f'{layers}'}",
+            max_seq_len=setting.max_seq_len, vocab_size=setting.shapes.vocab_size, device=setting.device,
+        )  # fmt: skip
 
     def load(self, spec: Spec, stack: contextlib.ExitStack) -> dict[int, Process]:
         """Load an engine at each depth, check it and let it run once.
@@ -138,6 +134,19 @@ class Bench:
         amounts = {"num_prompt_tokens": num_prompt_tokens or setting.num_prompt_tokens}
         amounts |= {"num_new_tokens": setting.num_new_tokens}
         return process.ask("round", limit_s=setting.limit_s, **amounts)
+
+
+def start_worker(spec: Spec, *, log: Path, threads: int, prefix: Sequence[str] = (), **order: Any) -> Process:
+    """Start a worker in the interpreter that has its packages, and load an engine there.
+
+    Raises:
+        Unavailable: it cannot run here.
+        LiteError: it failed.
+    """
+    order |= {name: getattr(spec, name) for name in ("module", "form", "packages", "install")} | {"threads": threads}
+    python = str(PEERS_PYTHON) if spec.lives_apart and PEERS_PYTHON.exists() else sys.executable
+    command = [*prefix, python, "-m", "benchmarks.speed.peers.worker", json.dumps(order)]
+    return Process(command, log=log, threads=threads)
 
 
 def measure(specs: Sequence[Spec], setting: Setting) -> dict[str, Report]:

@@ -185,9 +185,8 @@ def int4_product(x: Any, qweight: NDArray[np.int32], scales: NDArray[np.float16]
     K = 8 * len(qweight)
     # Two's complement, instead of 8 more, is the other highest bit.
     signed = np.ascontiguousarray((qweight ^ np.int32(-0x77777778)).T)
-    integers = ov.Tensor(
-        ov.Type.i4, ov.Shape([N, groups, K // groups])
-    )  # made of an array it would not keep that alive
+    # A tensor made of an array would not keep that alive.
+    integers = ov.Tensor(ov.Type.i4, ov.Shape([N, groups, K // groups]))
     integers.data[:] = signed.view(np.int8).ravel()
     by_group = np.ascontiguousarray(scales.T)[:, :, None]
     weight = ops.multiply(ops.convert(ops.constant(integers), np.float16), ops.constant(by_group))

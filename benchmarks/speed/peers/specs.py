@@ -13,7 +13,8 @@ PEERS_PYTHON: Final = ROOT / "build" / "peers-venv" / "bin" / "python"
 """Made by `make peers`. Where there is none, our own interpreter is asked for their packages."""
 
 
-Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp", "openvino"]
+Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp", "openvino", "products"]
+_MAKE_PEERS: Final = "make peers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +31,16 @@ class Spec:
     our random weights to 4 bits gives 0.2 to 0.32; a rotary embedding that pairs the wrong components gives 0.67, and
     logits that have nothing to do with ours 1.4."""
 
+    @property
+    def lives_apart(self) -> bool:
+        """Whether the peers' environment has its packages, and ours does not."""
+        return self.install == _MAKE_PEERS
+
     def allowed_difference(self, num_layers: int) -> float:
         """Return `max_difference` at a depth: with 8 and 32 layers 1.7 and 2.3 times as much was seen as with 2."""
         return self.max_difference * math.sqrt(max(1.0, num_layers / CHECKED_LAYERS))
 
 
-OPENVINO: Final = (("openvino", "safetensors"), "make peers")
 _PACKAGES: Final = {
     "lite": (("torch",), 'pip install "llava-rad-lite[torch]"'),
     "lite onnx": (("onnxruntime",), 'pip install "llava-rad-lite[cpu]"'),
@@ -44,8 +49,8 @@ _PACKAGES: Final = {
         ("torch", "transformers", "accelerate", "bitsandbytes"),
         'pip install "llava-rad-lite[bnb,bench]" accelerate',
     ),
-    "llama.cpp": (("llama-cpp-python", "gguf", "safetensors"), "make peers"),
-    "OpenVINO": OPENVINO,
+    "llama.cpp": (("llama-cpp-python", "gguf", "safetensors"), _MAKE_PEERS),
+    "OpenVINO": (("openvino", "safetensors"), _MAKE_PEERS),
 }
 # What rounding to so many bits may do.
 _EXACT, _BFLOAT16, _EIGHT, _FOUR = 0.005, 0.03, 0.06, 0.4
