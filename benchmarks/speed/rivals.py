@@ -159,13 +159,12 @@ def _tower(bench: Bench, spec: Spec, stack: contextlib.ExitStack) -> Process:
 
 
 @contextlib.contextmanager
-def _told(report: Report, name: str) -> Iterator[None]:
+def _told(report: Report, name: str, image_tokens: str = NONE) -> Iterator[None]:
     try:
         yield
     except (Unavailable, LiteError) as error:
-        report.add(
-            Row(names={"": name, "image tokens": NONE}, why=reason(error), is_wrong=isinstance(error, LiteError))
-        )
+        wrong = isinstance(error, LiteError)
+        report.add(Row(names={"": name, "image tokens": image_tokens}, why=reason(error), is_wrong=wrong))
 
 
 def measure(setting: Setting, folder: Path) -> Report:
@@ -179,12 +178,12 @@ def measure(setting: Setting, folder: Path) -> Report:
         rivals = field(setting, folder, stack, report)
         turns = functools.reduce(operator.or_, [rival.turns() for rival in rivals])
         found = in_turns(turns, setting.rounds)
-        first = None
+        first: list[list[float]] | None = None
         for rival in rivals:
-            with _told(report, rival.name):
+            with _told(report, rival.name, f"{rival.image_tokens}"):
                 row, film = row_of(rival, found, first)
-                first = first or film
                 report.add(row)
+                first = film if rival is rivals[0] else first
     report.notes += [
         f"{setting.threads} threads, {setting.rounds} rounds; depths {setting.layers} of 32, {GEMMA_DEPTHS} of 34, and "
         f"{tuple(SIGLIP)} of 27 of MedGemma's tower; a prompt has {QUESTION_TOKENS} tokens beside the image's; "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GROUP_SIZE: Final = 128
 COPIES_BYTES: Final = 100_000_000
-"""Of the copies of one weight: three times what such processors' caches hold."""
+"""Of the copies of one real weight: three times what such processors' caches hold."""
 
 
 class Products(Engine):
@@ -60,7 +60,7 @@ class Products(Engine):
 
 
 def _copies(N: int, K: int) -> range:
-    return range(-(-COPIES_BYTES // (N * K // 2)))
+    return range(min(16, -(-COPIES_BYTES // (N * K // 2))))
 
 
 def _rows(num_rows: int, K: int) -> NDArray[np.float32]:
