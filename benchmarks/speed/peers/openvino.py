@@ -37,6 +37,7 @@ def properties(threads: int, *, rounds: bool = True) -> dict[str, str]:
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128" if rounds else "0",  # as many share a scale as in the weights
         "INFERENCE_NUM_THREADS": f"{threads}",
         "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": "NO",  # as nobody else's threads: one tied to a core waits for whatever else runs there
     }
 
 
