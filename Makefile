@@ -93,7 +93,7 @@ peers: $(STAMP) $(PEERS_STAMP)  ## time other engines at the same shapes: make p
 
 $(PEERS_STAMP): benchmarks/speed/peers-requirements.txt
 	@test -x $(PEERS_VENV)/bin/python && $(PEERS_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }
-	@echo "Building llama.cpp into $(PEERS_VENV) (takes a C++ compiler, and a quarter of an hour on 2 cores) ..."
+	@echo "Installing OpenVINO and building llama.cpp into $(PEERS_VENV) (takes a C++ compiler, and a quarter of an hour on 2 cores) ..."
 	@$(PEERS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -r benchmarks/speed/peers-requirements.txt
 	@touch $@
 

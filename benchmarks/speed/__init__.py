@@ -15,6 +15,8 @@ COMMANDS: Final = {
     "drafts": ("benchmarks.speed.drafts", "what drafting is worth: tokens per pass, the cost of a step, wall time"),
     "gpu": ("benchmarks.speed.gpu", "the whole runtime on a GPU at full size, and its kernels, beside other libraries"),
     "peers": ("benchmarks.speed.peers", "other runtimes at the same shapes, whichever are installed"),
+    "products": ("benchmarks.speed.products", "4-bit products by OpenVINO beside ONNX Runtime's"),
+    "rivals": ("benchmarks.speed.rivals", "what a user would take instead, one film end to end"),
     "profile": ("benchmarks.speed.profile", "where the onnx engine's time goes, operator by operator"),
 }
 

@@ -1,6 +1,6 @@
 """`python -m benchmarks speed peers`, on models of a few thousand weights: engines that are installed, and not.
 
-llama.cpp lives in an environment of its own; where there is none, its rows say so.
+llama.cpp and OpenVINO live in an environment of their own; where there is none, their rows say so.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ DIFFERENCES = {
     "bitsandbytes nf4": (0.1, 0.4),
     "bitsandbytes int8": (1e-3, 0.06),
 }
-LLAMA_CPP = {"llama.cpp Q4_0": (1e-3, 0.4), "llama.cpp Q8_0 flash": (1e-3, 0.06)}
+APART = {"llama.cpp Q4_0": (1e-3, 0.4), "llama.cpp Q8_0 flash": (1e-3, 0.06)}
+APART |= {"OpenVINO int4": (0.1, 0.4), "OpenVINO int4 u8-cache": (0.1, 0.4)}
 
 
 def cells_of(table: str, name: str, layers: str) -> dict[str, str]:
@@ -61,7 +62,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(measure, "Setting", functools.partial(Setting, shapes=SHAPES))
         sizes = ["--layers", "1", "2", "--prompt-tokens", "24", "--new-tokens", "5", "--rounds", "2", "--threads", "1"]
-        engines = [*ONNX, *DIFFERENCES, *LLAMA_CPP]
+        engines = [*ONNX, *DIFFERENCES, *APART]
         assert main([*sizes, "--device", "cpu", "--engines", *engines, "--json", str(out)]) == 0
     read: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return read
@@ -73,8 +74,8 @@ def test_engines_compute_the_same_but_for_rounding_and_are_measured(document: di
         {(row["engine"], row["layers"]): row for row in document["sections"][what]["rows"]}
         for what in ("decode", "prefill")
     )
-    present = {**DIFFERENCES, **(LLAMA_CPP if PEERS_PYTHON.exists() else {})}
-    for name in {*LLAMA_CPP} - {*present}:
+    present = {**DIFFERENCES, **(APART if PEERS_PYTHON.exists() else {})}
+    for name in {*APART} - {*present}:
         assert rows[name, "–"]["why"].endswith("not installed: make peers")
     for name in (*ONNX, *present):
         least, most = present.get(name, (0.1, 0.4))
@@ -88,6 +89,11 @@ def test_engines_compute_the_same_but_for_rounding_and_are_measured(document: di
             assert 3e7 < row["peak_bytes"] < 2e9
         assert rows[name, "1"]["weight_bytes"] < rows[name, "2"]["weight_bytes"]
         assert rows[name, "~32"]["time"] or rows[name, "~32"]["why"].startswith("noise")
+    if "OpenVINO int4" in present:
+        # The same integers: what is apart is only how activations are rounded.
+        apart = rows["OpenVINO int4", "2"]["difference"] - rows[ONNX[0], "2"]["difference"]
+        assert abs(apart) < 0.01
+        assert "not fused" not in rows["OpenVINO int4 u8-cache", "2"]["computes_in"]
     # Keys and values of a layer; one token was decoded before the five that are timed: the third of them sees 28.
     assert rows[ONNX[0], "1"]["cache_bytes"] == 2 * 256 * 28 * 4
     assert rows[ONNX[1], "2"]["cache_bytes"] == 2 * 2 * 256 * 28
@@ -153,7 +159,7 @@ def setting(tokenizer_model: bytes, monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setattr("os.environ", dict(os.environ))
     monkeypatch.setattr(measure, "Process", Here)
     monkeypatch.setattr(measure, "ours", lambda _: GPTQ)
-    monkeypatch.setattr(measure, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(measure, "SETTLE_S", 0.0)
     monkeypatch.setattr(measure, "write_checkpoint", lambda out, **_: out.mkdir())
 
     def export(checkpoint: Path, out: Path, *options: str) -> None:

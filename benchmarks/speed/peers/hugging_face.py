@@ -1,9 +1,10 @@
-"""transformers' Llama with SDPA and a static cache, not compiled; as it is, or with bitsandbytes' linears."""
+"""transformers' decoders with SDPA and a static cache, not compiled; as they are, or with bitsandbytes' linears."""
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -25,16 +26,16 @@ def quantization(form: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class TransformersEngine(Engine):
-    """`LlamaForCausalLM` and `StaticCache`."""
+    """`AutoModelForCausalLM` and `StaticCache`."""
 
     def __init__(self, order: Order) -> None:
         """Open the decoder of our artifact in 16 bits, as a user does."""
-        from transformers import BitsAndBytesConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         dtype = DTYPES.get(order.form, torch.float32 if order.device == "cpu" else torch.float16)
         make_config: Any = BitsAndBytesConfig
         wanted = quantization(order.form, dtype)
-        loaded: Any = LlamaForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             order.folder / "dense" / "decoder",
             dtype=dtype,
             device_map={"": order.device},
@@ -45,7 +46,7 @@ class TransformersEngine(Engine):
         name = str(dtype).removeprefix("torch.")
         self.computes_in = f"int8, rest {name}" if order.form == "int8" else name
         config, itemsize = self.model.config, self.model.model.embed_tokens.weight.element_size()
-        vector = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+        vector = config.num_key_value_heads * config.head_dim
         self.cache_bytes_per_token = 2 * config.num_hidden_layers * vector * itemsize
         # Magnitudes and tables of quantised linears are in the state dict as well.
         state = self.model.state_dict()
@@ -75,9 +76,35 @@ class TransformersEngine(Engine):
         return logits
 
 
-def build(order: Order) -> TransformersEngine:
+class SiglipTower(Engine):
+    """MedGemma's tower with some of its 27 layers, in float32."""
+
+    def __init__(self, num_layers: int, image_size: int) -> None:
+        """Draw it."""
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        config = SiglipVisionConfig(
+            hidden_size=1152, intermediate_size=4304, num_hidden_layers=num_layers, num_attention_heads=16,
+            image_size=image_size, patch_size=14,
+        )  # fmt: skip
+        config.vision_use_head = False
+        self.model = SiglipVisionModel(config).eval()
+        self.computes_in, self.weight_bytes, self.cache_bytes_per_token = "float32", 0, 0
+
+    @torch.inference_mode()
+    def tower(self) -> dict[str, float]:
+        """Time a film."""
+        size = self.model.config.image_size
+        pixels = torch.randn(1, 3, size, size)
+        started = time.perf_counter()
+        self.model(pixel_values=pixels)
+        return {"seconds": time.perf_counter() - started}
+
+
+def build(order: Order) -> TransformersEngine | SiglipTower:
     """Load a decoder, without a word and without the network."""
     torch.set_num_threads(order.threads)
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return TransformersEngine(order)
+    name, *sizes = order.form.split()
+    return SiglipTower(*map(int, sizes)) if name == "siglip" else TransformersEngine(order)

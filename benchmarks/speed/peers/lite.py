@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from benchmarks.speed.engine import Rows, prompt_of
 from benchmarks.speed.peers.worker import Engine, NotHere
-from lite.artifact.open import load_artifact
+from lite.artifact.open import Artifact, load_artifact
+from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from benchmarks.speed.peers.worker import Order
@@ -15,10 +19,22 @@ if TYPE_CHECKING:
 class LiteEngine(Engine):
     """A decoder of ours with its own cache."""
 
-    def __init__(self, decoder: Any, max_seq_len: int, weight_bytes: int, computes_in: str) -> None:  # noqa: ANN401 - of either kind
-        self.rows = Rows(decoder, 1, max_seq_len)
+    encoder: VisionEncoder | None = None
+
+    def __init__(self, order: Order, artifact: Artifact, decoder: Any, weight_bytes: int, computes_in: str) -> None:  # noqa: ANN401 - of either kind
+        self.artifact, self.rows = artifact, Rows(decoder, 1, order.max_seq_len)
         self.computes_in, self.weight_bytes = computes_in, weight_bytes
         self.cache_bytes_per_token = round(self.rows.bytes_per_token)
+
+    def tower(self) -> dict[str, float]:
+        """Time a film."""
+        if self.encoder is None:
+            self.encoder = VisionEncoder(self.artifact)
+        size = self.artifact.manifest.parts.vision.image_size
+        pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), dtype=np.float32)
+        started = time.perf_counter()
+        self.encoder(pixels)
+        return {"seconds": time.perf_counter() - started}
 
     def reset(self) -> None:
         """Let the next tokens be a prompt."""
@@ -50,7 +66,7 @@ def build(order: Order) -> LiteEngine:
         dtype: Any = cache_dtype
         decoder = OnnxDecoder(artifact, cache_dtype=dtype)
         read = onnx_read_bytes(decoder.config, artifact.onnx_part())
-        return LiteEngine(decoder, order.max_seq_len, read, f"4-bit blocks × int8, cache {cache_dtype}")
+        return LiteEngine(order, artifact, decoder, read, f"4-bit blocks × int8, cache {cache_dtype}")
     import torch
 
     from benchmarks.speed.decoders import weight_bytes
@@ -58,4 +74,4 @@ def build(order: Order) -> LiteEngine:
 
     torch.set_num_threads(order.threads)
     decoder = load_decoder(artifact, device=order.device)
-    return LiteEngine(decoder, order.max_seq_len, weight_bytes(decoder), str(decoder.dtype).removeprefix("torch."))
+    return LiteEngine(order, artifact, decoder, weight_bytes(decoder), str(decoder.dtype).removeprefix("torch."))

@@ -1,7 +1,7 @@
-"""llama.cpp through llama-cpp-python, on a GGUF that is written here of our artifact's 16 bits.
+"""llama.cpp through llama-cpp-python, on a GGUF that is written here of a Llama's or Gemma 3's 16 bits.
 
 Linears are Q4_0 or Q8_0. The head is Q8_0 in both; llama.cpp's own Q4_0 files have it in Q6_K, which is 6.6 bits and
-not 8.5. Norms are float32, the embedding table (of which a token reads one row) float16.
+not 8.5. Norms are float32, the embedding table float16 where a token reads one row of it; Gemma's is its head, too.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ class LlamaCppEngine(Engine):
             verbose=False,
         )
         self.computes_in = f"{kind[1]}-bit blocks × int8, cache float16"
-        self.cache_bytes_per_token = 2 * config["num_hidden_layers"] * config["hidden_size"] * 2
+        self.cache_bytes_per_token = (
+            4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+        )
         # All of the file but the table of embeddings, in float16; what it says beside tensors is little.
-        self.weight_bytes = file.stat().st_size - 2 * self.vocab_size * config["hidden_size"]
+        table = 0 if config["tie_word_embeddings"] else 2 * self.vocab_size * config["hidden_size"]
+        self.weight_bytes = file.stat().st_size - table
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -82,7 +85,7 @@ def build(order: Order) -> LlamaCppEngine:
 
 
 def write_gguf(file: Path, decoder: Path, kind: str) -> None:
-    """Write a folder of Hugging Face's Llama in float16, a tensor after the other, as GGUF.
+    """Write a folder of Hugging Face's Llama or Gemma 3 in float16, a tensor after the other, as GGUF.
 
     Args:
         file: where to.
@@ -92,27 +95,38 @@ def write_gguf(file: Path, decoder: Path, kind: str) -> None:
     gguf: Any = importlib.import_module("gguf")
     config = json.loads((decoder / "config.json").read_text(encoding="utf-8"))
     heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-    types = gguf.GGMLQuantizationType
-    places = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    types, architectures, is_gemma = gguf.GGMLQuantizationType, gguf.MODEL_ARCH, config["model_type"] == "gemma3_text"
+    places = gguf.get_tensor_name_map(
+        architectures.GEMMA3 if is_gemma else architectures.LLAMA, config["num_hidden_layers"]
+    )
     with whole_file(file) as partial:
-        writer = gguf.GGUFWriter(partial, "llama")
+        writer = gguf.GGUFWriter(partial, "gemma3" if is_gemma else "llama")
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(hidden_size)
         writer.add_block_count(config["num_hidden_layers"])
         writer.add_feed_forward_length(config["intermediate_size"])
         writer.add_head_count(heads)
-        writer.add_head_count_kv(heads)
+        writer.add_head_count_kv(config["num_key_value_heads"])
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_rope_dimension_count(hidden_size // heads)
-        writer.add_rope_freq_base(config["rope_theta"])
+        if is_gemma:
+            writer.add_key_length(config["head_dim"])
+            writer.add_value_length(config["head_dim"])
+            writer.add_sliding_window(config["sliding_window"])
+            writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+        else:
+            writer.add_rope_dimension_count(config["head_dim"])
+            writer.add_rope_freq_base(config["rope_theta"])
         writer.add_vocab_size(config["vocab_size"])
         # Ids go in and come out: no text, no words.
         writer.add_tokenizer_model("no_vocab")
         for name, stored in _tensors(decoder):
-            kept = {"model.embed_tokens.weight": types.F16, "lm_head.weight": types.Q8_0}.get(name, types[kind])
+            table = types.Q8_0 if config["tie_word_embeddings"] else types.F16
+            kept = {"model.embed_tokens.weight": table, "lm_head.weight": types.Q8_0}.get(name, types[kind])
             kept = types.F32 if "norm" in name else kept
             values = stored.astype(np.float32)
-            if "q_proj" in name or "k_proj" in name:
+            if is_gemma and "norm" in name:
+                values += 1  # Hugging Face keeps what is above 1
+            elif not is_gemma and ("q_proj" in name or "k_proj" in name):
                 # llama.cpp's rotary embedding pairs neighbours, Hugging Face's components half a head apart.
                 values = values.reshape(heads, 2, -1, hidden_size).swapaxes(1, 2).reshape(values.shape)
             writer.add_tensor(

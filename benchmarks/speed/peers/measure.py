@@ -20,22 +20,21 @@ from numpy.typing import NDArray
 
 from benchmarks.speed.depth import at
 from benchmarks.speed.harness import NONE, Report, Rounds, Row, Unavailable, in_turns, reason, shown
-from benchmarks.speed.peers.process import Process
+from benchmarks.speed.peers.process import SETTLE_S, Process
 from benchmarks.speed.peers.specs import DENSE, PEERS_PYTHON, Spec, ours
 from benchmarks.speed.peers.worker import CHECK_PROMPT, CHECK_TOKENS
 from benchmarks.speed.synthetic import REAL_LAYERS, export_checkpoint, write_checkpoint
 from benchmarks.speed.weights import Shapes
 from lite.console import say
 from lite.errors import LiteError
+from lite.files import staged_folder
 
 SHAPES: Final = replace(Shapes(), image_size=42, tower_dim=128, tower_depth=3)
 """The real decoder's, with a small tower: nobody looks at it."""
 EXPORTS: Final = {
     "dense": ("--decoder", "fp16"),
-    "int4": ("--decoder", "gptq-int4", "--method", "rtn", "--engine", "onnx"),
+    "int4": ("--decoder", "gptq-int4", "--method", "rtn", "--engine", "onnx", "--vision", "int8"),
 }
-_SETTLE_S: Final = 0.3
-"""Between two engines: threads that wait for more work go on spinning for a while (OpenMP's do for up to 0.2 s)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,30 +57,38 @@ class Setting:
 
 
 class Bench:
-    """The artifacts of all depths, and our engine, loaded."""
+    """The artifacts of all depths, and the first engine, loaded."""
 
-    def __init__(self, setting: Setting, folder: Path, stack: contextlib.ExitStack) -> None:
-        """Make the artifacts, compute the logits that all others are compared with, and load our engine.
+    exact = DENSE
+    """The others' logits are compared with its own."""
+
+    def __init__(self, setting: Setting, folder: Path, first: Spec, stack: contextlib.ExitStack) -> None:
+        """Make the artifacts that are not there, compute the logits to compare with, and load an engine.
 
         Raises:
             LiteError: one of that failed.
-            Unavailable: our engine cannot run here.
+            Unavailable: that engine cannot run here.
         """
         self.setting, self.folder = setting, folder
         self.reference: dict[int, NDArray[np.float64]] = {}
         for layers in setting.layers:
-            say(f"exporting {layers} layers")
-            checkpoint = folder / f"checkpoint-{layers}"
-            write_checkpoint(checkpoint, layers=layers, shapes=setting.shapes)
-            (folder / f"{layers}").mkdir()
-            for name, options in EXPORTS.items():
-                export_checkpoint(checkpoint, folder / f"{layers}" / name, *options, "--device", "cpu")
-            shutil.rmtree(checkpoint)
-            with contextlib.closing(self.start(DENSE, layers)) as dense:
+            if not (folder / f"{layers}").exists():
+                with staged_folder(folder / f"{layers}") as staged:
+                    self.make(layers, staged.path)
+                    staged.finish()
+            with contextlib.closing(self.start(self.exact, layers)) as dense:
                 self.reference[layers] = np.array(dense.ask("check")["logits"])
                 self.bandwidth: float = dense.ask("bandwidth")["bytes_per_s"]
-        self.ours = ours(setting.device)
-        self.loaded = self.load(self.ours, stack)
+        self.ours, self.loaded = first, self.load(first, stack)
+
+    def make(self, layers: int, out: Path) -> None:
+        """Write the models of one depth."""
+        say(f"exporting {layers} layers")
+        checkpoint = self.folder / f"checkpoint-{layers}"
+        write_checkpoint(checkpoint, layers=layers, shapes=self.setting.shapes)
+        for name, options in EXPORTS.items():
+            export_checkpoint(checkpoint, out / name, *options, "--device", "cpu")
+        shutil.rmtree(checkpoint)
 
     def start(self, spec: Spec, layers: int) -> Process:
         """Start a process and load an engine there.
@@ -91,14 +98,10 @@ class Bench:
             LiteError: it failed.
         """
         setting = self.setting
-        apart = spec.module == "llamacpp" and PEERS_PYTHON.exists()
-        order = {name: getattr(spec, name) for name in ("module", "form", "packages", "install")}
-        order |= {"folder": str(self.folder / f"{layers}"), "max_seq_len": setting.max_seq_len}
-        order |= {"vocab_size": setting.shapes.vocab_size}
-        order |= {"device": setting.device, "threads": setting.threads}
-        python = str(PEERS_PYTHON) if apart else sys.executable
-        command = [python, "-m", "benchmarks.speed.peers.worker", json.dumps(order)]
-        return Process(command, log=self.folder / f"{spec.name}.txt", threads=setting.threads)
+        return start_worker(
+            spec, log=self.folder / f"{spec.name}.txt", threads=setting.threads, folder=f"{self.folder / f'{layers}'}",
+            max_seq_len=setting.max_seq_len, vocab_size=setting.shapes.vocab_size, device=setting.device,
+        )  # fmt: skip
 
     def load(self, spec: Spec, stack: contextlib.ExitStack) -> dict[int, Process]:
         """Load an engine at each depth, check it and let it run once.
@@ -117,19 +120,33 @@ class Bench:
             allowed = spec.allowed_difference(layers)
             if not off <= allowed:  # NaN is no agreement either
                 msg = (
-                    f"got logits that differ from those of {DENSE.name} by {off:.2g} of their size · expected at most "
-                    f"{allowed:.2g}, what rounding explains · it computes something else: no times"
+                    f"got logits that differ from those of {self.exact.name} by {off:.2g} of their size · expected at "
+                    f"most {allowed:.2g}, what rounding explains · it computes something else: no times"
                 )
                 raise LiteError(msg)
             self.turn(process)
         return loaded
 
-    def turn(self, process: Process) -> dict[str, list[float]]:
+    def turn(self, process: Process, num_prompt_tokens: int | None = None) -> dict[str, list[float]]:
         """Time a prompt and tokens."""
         setting = self.setting
-        time.sleep(_SETTLE_S)
-        amounts = {"num_prompt_tokens": setting.num_prompt_tokens, "num_new_tokens": setting.num_new_tokens}
+        time.sleep(SETTLE_S)
+        amounts = {"num_prompt_tokens": num_prompt_tokens or setting.num_prompt_tokens}
+        amounts |= {"num_new_tokens": setting.num_new_tokens}
         return process.ask("round", limit_s=setting.limit_s, **amounts)
+
+
+def start_worker(spec: Spec, *, log: Path, threads: int, prefix: Sequence[str] = (), **order: Any) -> Process:
+    """Start a worker in the interpreter that has its packages, and load an engine there.
+
+    Raises:
+        Unavailable: it cannot run here.
+        LiteError: it failed.
+    """
+    order |= {name: getattr(spec, name) for name in ("module", "form", "packages", "install")} | {"threads": threads}
+    python = str(PEERS_PYTHON) if spec.lives_apart and PEERS_PYTHON.exists() else sys.executable
+    command = [*prefix, python, "-m", "benchmarks.speed.peers.worker", json.dumps(order)]
+    return Process(command, log=log, threads=threads)
 
 
 def measure(specs: Sequence[Spec], setting: Setting) -> dict[str, Report]:
@@ -145,7 +162,7 @@ def measure(specs: Sequence[Spec], setting: Setting) -> dict[str, Report]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers-")))
         try:
-            bench = Bench(setting, folder, stack)
+            bench = Bench(setting, folder, ours(setting.device), stack)
         except Unavailable as error:
             raise LiteError(f"{ours(setting.device).name}: {error}") from error
         for spec in specs:
@@ -194,14 +211,14 @@ def _phase(rounds: list[dict[str, list[float]]] | str, what: str) -> Rounds | st
     return rounds if isinstance(rounds, str) else [one[what] for one in rounds]
 
 
-def with_real_depth(times: Mapping[int, Rounds | str]) -> dict[int, Rounds | str]:
-    """Add what the line through the medians says of `REAL_LAYERS`, round by round; nothing where one depth failed."""
+def with_real_depth(times: Mapping[int, Rounds | str], real_layers: int = REAL_LAYERS) -> dict[int, Rounds | str]:
+    """Add what the line through the medians says of the real depth, round by round; nothing where one depth failed."""
     measured = {layers: rounds for layers, rounds in times.items() if not isinstance(rounds, str)}
-    if REAL_LAYERS in times or len(measured) < len(times):
+    if real_layers in times or len(measured) < len(times):
         return dict(times)
     medians = [[statistics.median(seconds) for seconds in rounds] for rounds in measured.values()]
-    real = [[at(REAL_LAYERS, list(measured), values)] for values in zip(*medians, strict=True)]
-    return {**times, REAL_LAYERS: real if min(real) > [0.0] else "noise: give it more --layers"}
+    real = [[at(real_layers, list(measured), values)] for values in zip(*medians, strict=True)]
+    return {**times, real_layers: real if min(real) > [0.0] else "noise: give it more --layers"}
 
 
 def _describe(row: Row, about: dict[str, Any], what: str, setting: Setting) -> None:

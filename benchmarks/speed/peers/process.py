@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.speed.harness import Unavailable
 from benchmarks.speed.peers.specs import ROOT
@@ -17,6 +17,9 @@ from lite.errors import LiteError
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+SETTLE_S: Final = 0.3
+"""Between two engines: threads that wait for more work go on spinning for a while (OpenMP's do for up to 0.2 s)."""
 
 
 class Process:

@@ -10,10 +10,11 @@ from typing import Final, Literal, TypeAlias
 ROOT: Final = Path(__file__).resolve().parents[3]
 CHECKED_LAYERS: Final = 2
 PEERS_PYTHON: Final = ROOT / "build" / "peers-venv" / "bin" / "python"
-"""Made by `make peers`. Where there is none, our own interpreter is asked for llama.cpp."""
+"""Made by `make peers`. Where there is none, our own interpreter is asked for their packages."""
 
 
-Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp"]
+Module: TypeAlias = Literal["lite", "hugging_face", "llamacpp", "openvino", "products"]
+_MAKE_PEERS: Final = "make peers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,11 @@ class Spec:
     our random weights to 4 bits gives 0.2 to 0.32; a rotary embedding that pairs the wrong components gives 0.67, and
     logits that have nothing to do with ours 1.4."""
 
+    @property
+    def lives_apart(self) -> bool:
+        """Whether the peers' environment has its packages, and ours does not."""
+        return self.install == _MAKE_PEERS
+
     def allowed_difference(self, num_layers: int) -> float:
         """Return `max_difference` at a depth: with 8 and 32 layers 1.7 and 2.3 times as much was seen as with 2."""
         return self.max_difference * math.sqrt(max(1.0, num_layers / CHECKED_LAYERS))
@@ -43,7 +49,8 @@ _PACKAGES: Final = {
         ("torch", "transformers", "accelerate", "bitsandbytes"),
         'pip install "llava-rad-lite[bnb,bench]" accelerate',
     ),
-    "llama.cpp": (("llama-cpp-python", "gguf", "safetensors"), "make peers"),
+    "llama.cpp": (("llama-cpp-python", "gguf", "safetensors"), _MAKE_PEERS),
+    "OpenVINO": (("openvino", "safetensors"), _MAKE_PEERS),
 }
 # What rounding to so many bits may do.
 _EXACT, _BFLOAT16, _EIGHT, _FOUR = 0.005, 0.03, 0.06, 0.4
@@ -60,6 +67,8 @@ _TABLE: Final[tuple[tuple[str, str, Module, str, float], ...]] = (
     ("llama.cpp", "Q4_0 flash", "llamacpp", "Q4_0 flash", _FOUR),
     ("llama.cpp", "Q8_0", "llamacpp", "Q8_0", _EIGHT),
     ("llama.cpp", "Q8_0 flash", "llamacpp", "Q8_0 flash", _EIGHT),
+    ("OpenVINO", "int4", "openvino", "int4 f32", _FOUR),
+    ("OpenVINO", "int4 u8-cache", "openvino", "int4 u8", _FOUR),
 )
 SPECS: Final = {
     f"{engine} {variant}": Spec(
@@ -69,7 +78,6 @@ SPECS: Final = {
     for engine, variant, module, form, allowed in _TABLE
 }  # fmt: skip
 DENSE: Final = SPECS["lite dense"]
-"""The others' logits are compared with its own."""
 
 
 def ours(device: str) -> Spec:

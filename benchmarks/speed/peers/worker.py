@@ -27,6 +27,8 @@ CHECK_TOKENS: Final = 8
 
 # Linux: what a process says of itself, and where a 5 resets its peak of resident memory.
 _STATUS: Final = Path("/proc/self/status")
+# What each processor has spent, in microjoules.
+_COUNTERS: Final = sorted(Path("/sys/class/powercap").glob("*-rapl:?/energy_uj"))
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 
 
@@ -111,12 +113,14 @@ class Worker:
         """Time a prompt, then tokens, one by one: the most probable ones, so that the host waits for each."""
         self.engine.reset()
         newest = self._token_ids(num_prompt_tokens)
-        seconds = []
+        seconds, energy = [], joules()
         for _ in range(2 + num_new_tokens):  # the first after the prompt does not count
             started = time.perf_counter()
             newest = [int(self.engine.read(newest).argmax())]
             seconds.append(time.perf_counter() - started)
-        return {"prefill": seconds[:1], "decode": seconds[2:]}
+        spent = None if energy is None else joules() - energy
+        watts = [spent / sum(seconds)] if spent is not None and spent > 0 else []  # the counters begin anew at times
+        return {"prefill": seconds[:1], "decode": seconds[2:], "watts": watts}
 
     def peak(self) -> dict[str, Any]:
         """Say how much memory it has held since it was loaded, if that can be told from what loading took."""
@@ -144,6 +148,14 @@ class Worker:
         return True
 
 
+def joules() -> float | None:
+    """Return what the processors have spent since some time; None where that cannot be read."""
+    try:
+        return sum(int(file.read_text(encoding="ascii")) for file in _COUNTERS) / 1e6 if _COUNTERS else None
+    except OSError:
+        return None
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -157,7 +169,8 @@ def _answers(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield worker.about()
     for line in sys.stdin:
         asked = json.loads(line)
-        yield getattr(worker, asked.pop("do"))(**asked)
+        what = asked.pop("do")
+        yield getattr(worker if hasattr(worker, what) else worker.engine, what)(**asked)
 
 
 def main() -> int:
