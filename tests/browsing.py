@@ -48,7 +48,7 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
 
     def open_page(width: int = 1440, *, url: str = served.url, **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": 900}, permissions=COPYING, **options)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(180_000)
         context.add_init_script(WATCH)
         contexts.append(context)
         page = context.new_page()
