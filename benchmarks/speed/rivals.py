@@ -60,8 +60,9 @@ class GemmaBench(Bench):
         from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
         torch.manual_seed(0)
-        config = Gemma3TextConfig(**self.config, num_hidden_layers=layers)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(out / "dense" / "decoder")
+        make: Any = AutoModelForCausalLM  # without types
+        drawn = make.from_config(Gemma3TextConfig(**self.config, num_hidden_layers=layers), dtype=torch.float16)
+        drawn.save_pretrained(out / "dense" / "decoder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,7 @@ def test_a_film_is_its_tower_a_prompt_and_a_hundred_tokens_at_full_depth() -> No
 
 def test_what_fails_in_a_round_is_told() -> None:
     found: Any = {("r", 256, 1): "its process ended"}
-    rival: Any = Rival(name="r", image_tokens=256, bench=None, loaded={1: None}, tower={})  # type: ignore[arg-type, dict-item]
+    rival: Any = Rival(name="r", image_tokens=256, bench=None, loaded={1: None}, tower={})
     with pytest.raises(LiteError, match="its process ended"):
         row_of(rival, found, None)
 

@@ -88,7 +88,8 @@ class SiglipTower(Engine):
             image_size=image_size, patch_size=14,
         )  # fmt: skip
         config.vision_use_head = False
-        self.model = SiglipVisionModel(config).eval()
+        model: Any = SiglipVisionModel(config)
+        self.model = model.eval()
         self.computes_in, self.weight_bytes, self.cache_bytes_per_token = "float32", 0, 0
 
     @torch.inference_mode()

@@ -113,13 +113,15 @@ class Worker:
         """Time a prompt, then tokens, one by one: the most probable ones, so that the host waits for each."""
         self.engine.reset()
         newest = self._token_ids(num_prompt_tokens)
-        seconds, energy = [], joules()
+        seconds, before = [], joules()
         for _ in range(2 + num_new_tokens):  # the first after the prompt does not count
             started = time.perf_counter()
             newest = [int(self.engine.read(newest).argmax())]
             seconds.append(time.perf_counter() - started)
-        spent = None if energy is None else joules() - energy
-        watts = [spent / sum(seconds)] if spent is not None and spent > 0 else []  # the counters begin anew at times
+        after = joules()
+        watts = []
+        if before is not None and after is not None and after > before:  # counters begin anew at times
+            watts = [(after - before) / sum(seconds)]
         return {"prefill": seconds[:1], "decode": seconds[2:], "watts": watts}
 
     def peak(self) -> dict[str, Any]:
