@@ -310,8 +310,10 @@ def test_an_error_right_behind_the_last_tokens_is_told(served: Served) -> None:
     draft = Draft(outcome, TextStream(served.model.tokenizer), cancel=lambda: None, finish=finish)
 
     async def read() -> list[Any]:
-        async with asyncio.timeout(30):
-            return [piece async for piece in Live([draft], Record(route="/")).pieces()]
+        live = Live([draft], Record(route="/"))
+        await asyncio.sleep(0)  # what tells of the end has told
+        async with asyncio.timeout(5):
+            return [piece async for piece in live.pieces()]
 
     with pytest.raises(Refusal, match="got an overflow"):
         asyncio.run(read())
