@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from lite.prompt import Tokenizer
     from lite.serve.logs import Record
     from lite.serve.service import Service
     from lite.session.draft import Draft
@@ -64,13 +65,14 @@ async def findings(request: Request, service: Service) -> Response:
     """Answer `POST /findings`."""
     record: Record = request.state.record
     fields = await _fields(request)
+    model = service.model_or_refuse()  # here and not later: what has begun may end while the server stops
 
     def submit() -> tuple[Asked, Draft]:
         asked = _asked(fields, service)
         fields.clear()  # it holds the film
         if asked.sr:
             header_of(asked.film)  # refused before the work, not behind it
-        return dataclasses.replace(asked, film=asked.film if asked.sr else b""), service.model_or_refuse().submit(
+        return dataclasses.replace(asked, film=asked.film if asked.sr else b""), model.submit(
             asked.film,
             asked.reason,
             query=asked.query,
@@ -85,7 +87,7 @@ async def findings(request: Request, service: Service) -> Response:
     asked, draft = await unless_gone(request, service.in_thread(submit))
     live = Live([draft], record)
     record.texts |= {"reason": asked.reason, "query": asked.query}
-    finish = functools.partial(_finished, asked, draft, record, service)
+    finish = functools.partial(_finished, asked, draft, record, service, model.tokenizer)
     if asked.stream or "text/event-stream" in request.headers.get("accept", ""):
         return streamed(_events(live, finish, record), service.settings)
 
@@ -98,14 +100,15 @@ async def findings(request: Request, service: Service) -> Response:
     return json_response(await unless_gone(request, whole()))
 
 
-async def _finished(asked: Asked, draft: Draft, record: Record, service: Service) -> dict[str, Any]:
+async def _finished(
+    asked: Asked, draft: Draft, record: Record, service: Service, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """Return the object of a draft that has ended."""
     made = draft.result()
     record.queued_s = made.timings.queued_s
     record.texts["text"] = made.text
     study = Study(asked.film, asked.reason, asked.query, id=record.id)
     value: dict[str, Any] = json.loads(Result.of(study, made).to_json())
-    tokenizer = service.model_or_refuse().tokenizer
     value["sentences"] = await service.in_thread(lambda: sentence_confidence(made, tokenizer))
     if asked.sr:
         report = await service.in_thread(lambda: encoded_report(asked.film, made))
