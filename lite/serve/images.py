@@ -74,15 +74,17 @@ def _fetched(url: str, settings: Settings, param: str) -> bytes:
         raise refuse("an address that films are not fetched from", "one that the server was started with")
     secure, name = parts.scheme == "https", parts.hostname
     port = parts.port or (443 if secure else 80)
-    sock = None
     try:
         address = _resolved(name, port)
         if address is None:
             raise refuse("a name that leads into this machine's own network", "the address itself as --image-origin")
         sock = socket.create_connection((address, port), timeout=_FETCH_S)
+        if secure:
+            tls = ssl.create_default_context()
+            sock = tls.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
         with contextlib.closing(sock), _ending(sock):
-            if secure:
-                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=name)
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
             connection = http.client.HTTPConnection(name, port, timeout=_FETCH_S)
             connection.sock = sock
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -123,10 +125,12 @@ def _resolved(name: str, port: int) -> str | None:
 @contextlib.contextmanager
 def _ending(sock: socket.socket) -> Iterator[None]:
     """Break a connection off that takes too long as a whole, a byte at a time or not."""
+    is_over = threading.Event()
 
     def end() -> None:
+        is_over.set()
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS, too, without its good-bye
 
     timer = threading.Timer(_FETCH_S, end)
     timer.daemon = True
@@ -135,3 +139,5 @@ def _ending(sock: socket.socket) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+    if is_over.is_set():
+        raise TimeoutError

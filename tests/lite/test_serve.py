@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -19,7 +20,14 @@ from PIL import Image
 from serving import Gate, Served, events, png, serving, wait_until
 
 from lite.artifact.open import Artifact
+from lite.errors import LiteError
 from lite.loading import load
+from lite.prompt import TextStream
+from lite.serve.logs import Record
+from lite.serve.refusal import Refusal
+from lite.serve.service import Live
+from lite.session.draft import Draft
+from lite.session.request import Outcome
 from lite.studies.results import Result
 
 pytest.importorskip("starlette")
@@ -291,6 +299,22 @@ def test_a_full_queue_refuses_and_a_deadline_ends(
         wait_until(lambda: gate.step() or len(answers) == 3)
         assert [answer.json()["error"]["code"] for answer in answers[1:]] == ["timeout"] * 2
         assert [answer.status_code for answer in answers[1:]] == [504] * 2
+
+
+def test_an_error_right_behind_the_last_tokens_is_told(served: Served) -> None:
+    """Nothing tells of it a second time."""
+    outcome = Outcome("s1")
+    outcome.token_ids, outcome.logprobs, outcome.error = [30, 31], [-1.0, -1.0], LiteError("got an overflow")
+    outcome._has_ended = True
+    finish = lambda: served.model.findings(png())  # noqa: E731
+    draft = Draft(outcome, TextStream(served.model.tokenizer), cancel=lambda: None, finish=finish)
+
+    async def read() -> list[Any]:
+        async with asyncio.timeout(30):
+            return [piece async for piece in Live([draft], Record(route="/")).pieces()]
+
+    with pytest.raises(Refusal, match="got an overflow"):
+        asyncio.run(read())
 
 
 def test_what_fails_in_a_stream_is_its_last_event(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +19,7 @@ import pytest
 from serving import KEY, png
 
 from lite.errors import LiteError
+from lite.serve import images
 from lite.serve.images import _resolved, film_of
 from lite.serve.refusal import Refusal
 from lite.serve.settings import Settings, read_key
@@ -79,6 +85,53 @@ def test_a_film_is_fetched_from_where_it_may_be_and_nowhere_else(films: Any) -> 
         assert len(films.asked) - before == (1 if url.startswith(f"{here}/") else 0)
     with pytest.raises(Refusal, match="--image-origin"):
         film_of(f"{here}/film.png", Settings(), param="p")
+
+
+def test_a_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("there is no openssl here to make a certificate")
+    key, cert = tmp_path / "key", tmp_path / "cert"
+    new = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert]
+    named = ["-subj", "/CN=here", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([openssl, *new, *named], check=True, capture_output=True)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(cert, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Films) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        origin = f"https://127.0.0.1:{server.server_port}"
+        try:
+            with pytest.raises(Refusal, match="no answer"):
+                film_of(f"{origin}/film.png", Settings(image_origins=(origin,)), param="p")
+            monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+            assert film_of(f"{origin}/film.png", Settings(image_origins=(origin,)), param="p") == png(3)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_who_sends_too_slowly_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, and all of them would take for ever."""
+    monkeypatch.setattr(images, "_FETCH_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def trickle() -> None:
+            client, _ = listening.accept()
+            with client, contextlib.suppress(OSError):
+                client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while True:
+                    client.sendall(b"x")
+                    time.sleep(0.01)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        origin = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(Refusal, match="no answer"):
+            film_of(f"{origin}/film.png", Settings(image_origins=(origin,)), param="p")
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(
