@@ -145,6 +145,7 @@ def test_a_report_that_cannot_be_is_refused_before_the_work(served: Served) -> N
         ({"film": "PNG", "max_new_tokens": "many"}, "value", "max_new_tokens"),
         ({"film": "PNG", "max_new_tokens": True}, "value", "max_new_tokens"),
         ({"film": "PNG", "any_film": "perhaps"}, "value", "any_film"),
+        ({"film": "PNG", "any_film": 2}, "value", "any_film"),
         ({"film": "PNG", "rendering": "nice"}, "value", "mimic-cxr-jpg"),
         ({"film": "PNG", "reason": 5}, "value", "reason"),
     ],
@@ -312,7 +313,7 @@ def test_an_error_right_behind_the_last_tokens_is_told(served: Served) -> None:
     async def read() -> list[Any]:
         live = Live([draft], Record(route="/"))
         await asyncio.sleep(0)  # what tells of the end has told
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return [piece async for piece in live.pieces()]
 
     with pytest.raises(Refusal, match="got an overflow"):
