@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _SEND_S: Final = 60  # a client that reads nothing for so long is gone
 _FILM_THREADS: Final = 4
+_TOGETHER_S: Final = 0.05  # tokens that come within it are one event: of a small model an event costs what a token does
 _AHEAD: Final = 8  # requests whose film is being read, beside those that wait or have a row
 
 
@@ -99,6 +100,8 @@ class Live:
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
+            if changed.is_set():  # it will be cleared before the drafts are looked at
+                return
             with contextlib.suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(changed.set)
 
@@ -125,7 +128,9 @@ class Live:
                         del left[index]
                     if text or tokens or is_all:
                         yield index, text, tokens, is_all
-                if left and not is_new:  # an error comes behind the last tokens, and tells of itself once
+                if left and is_new:  # not to wait: an error comes behind the last tokens, and tells of itself once
+                    await asyncio.sleep(_TOGETHER_S)
+                elif left:
                     await self._changed.wait()
         except Exception as error:
             refusal = refusal_of(error, before_work=False)
