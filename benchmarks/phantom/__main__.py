@@ -1,4 +1,4 @@
-"""`python -m benchmarks.phantom`: write films, look at them, train the model, score drafts."""
+"""`python -m benchmarks.phantom`: write films, look at them, train the model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.phantom import score
 from lite.console import run_command
 
 _EPILOG = """\
 examples:
   python -m benchmarks.phantom write build/films --count 200 --seed 1
   python -m lite run build/demo/artifact build/films/studies.json --out build/predictions.jsonl
-  python -m benchmarks.phantom score build/predictions.jsonl
+  python -m lite score build/predictions.jsonl
 
 exit status: 0 done, 1 something was skipped or failed, 2 wrong use, 130 interrupted.
 """
@@ -106,8 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
     _add_adapt_arguments(add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens"))
-
-    score.add_arguments(add("score", score.run, "score drafted findings against the truth"))
     return parser
 
 
