@@ -30,6 +30,13 @@ def _write(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plant(arguments: argparse.Namespace) -> int:
+    from benchmarks.phantom.plant import plant
+
+    sys.stdout.write(f"{plant(arguments.out, count=arguments.count, seed=arguments.seed)} pairs in {arguments.out}\n")
+    return 0
+
+
 def _contact_sheet(arguments: argparse.Namespace) -> int:
     from benchmarks.phantom.contact_sheet import contact_sheet
 
@@ -85,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--count", type=int, required=True, metavar="N", help="how many studies")
     write.add_argument("--seed", type=int, default=0, metavar="S", help="which studies (default: %(default)s)")
     write.add_argument("--dicom", action="store_true", help="also 12-bit DICOM films, alternately MONOCHROME2 and 1")
+
+    pairs = add("plant", _plant, "write pairs of reports with one known error each, to try a judge on")
+    pairs.add_argument("out", type=Path, metavar="OUT.jsonl", help="the file to write")
+    pairs.add_argument("--count", type=int, default=20, metavar="N", help="pairs of each kind (default: %(default)s)")
+    pairs.add_argument("--seed", type=int, default=0, metavar="S", help="which pairs (default: %(default)s)")
 
     sheet = add("contact-sheet", _contact_sheet, "save a page of films with their findings as captions")
     sheet.add_argument("out", type=Path, metavar="PNG", help="the picture to write")

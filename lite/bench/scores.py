@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.columns import TITLES
@@ -20,18 +20,15 @@ from lite.eval.scoring import ScoredStudy, Scores
 _NONE = "–"
 
 
-class _Table(NamedTuple):
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+_Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 
 
 def format_scores(scores: Scores, *, num_studies: int) -> str:
     """Return the scores as text: a table of figures, one of labels, and the studies where two systems differ most."""
     tables = [markdown_table(*table) for table in _tables(scores)]
-    studies = [_study_text(study, _names(scores)) for study in scores.studies[:num_studies] if study.other is not None]
-    return "\n\n".join(
-        [*([verdict] if (verdict := _verdict(scores)) else []), *tables, " ".join(_notes(scores)), *studies]
-    )
+    shown = scores.studies[:num_studies] if len(scores.files) > 1 else ()
+    studies = [_study_text(study, _names(scores)) for study in shown]
+    return "\n\n".join(filter(None, [_verdict(scores), *tables, " ".join(_notes(scores)), *studies]))
 
 
 def render_scores(scores: Scores, *, command: str, num_studies: int) -> str:
@@ -40,7 +37,7 @@ def render_scores(scores: Scores, *, command: str, num_studies: int) -> str:
     Raises:
         BackendUnavailable: Jinja2 is not installed.
     """
-    studies = [_PageStudy(study, list(_writings(study, _names(scores)))) for study in scores.studies[:num_studies]]
+    studies = [(study, list(_writings(study, _names(scores)))) for study in scores.studies[:num_studies]]
     return render(
         "score.html.j2",
         scores=scores,
@@ -58,46 +55,38 @@ def render_scores(scores: Scores, *, command: str, num_studies: int) -> str:
 
 def _names(scores: Scores) -> list[str]:
     """Return what the systems are called: their files."""
-    return short_names([Path(file) for file in (scores.predictions, scores.compared_with) if file is not None])
+    return short_names(list(map(Path, scores.files)))
 
 
 def _tables(scores: Scores) -> list[_Table]:
     """Return the figures, and the labels where they were read."""
     whole = f"{scores.count} studies"
-    if scores.compared_with is not None:
+    if len(scores.files) > 1:
         columns = (*_names(scores), "difference", "95 % interval", "p", "better", "worse", "same")
         compared = [_versus(title(name), row) for name, row in scores.comparisons.items()]
         labels = [_versus(f"F1 {label}", row) for label, row in scores.label_comparisons.items()]
-        tables = [_Table((whole, *columns), compared), _Table(("label", *columns), labels)]
+        tables: list[_Table] = [((whole, *columns), compared), (("label", *columns), labels)]
         return tables if labels else tables[:1]
-    figures = [_figure(name, figure) for name, figure in scores.figures.items()]
-    tables = [_Table((whole, "value", "95 % interval", "over"), figures)]
-    if scores.labels:
-        header = ("label", "F1", "95 % interval", "precision", "recall", "in references", "in predictions")
-        lines = [
-            (
-                row.label,
-                *_value(row.f1),
-                _shown(row.precision),
-                _shown(row.recall),
-                str(row.support),
-                str(row.predicted),
-            )
-            for row in scores.labels
-        ]
-        tables.append(_Table(header, lines))
-    return tables
+    figures = [_figure(name, figure, scores.spreads.get(name)) for name, figure in scores.figures.items()]
+    header = ("label", "F1", "95 % interval", "precision", "recall", "in references", "in predictions")
+    lines = [
+        (row.label, *_value(row.f1), *map(_shown, (row.precision, row.recall)), f"{row.support}", f"{row.predicted}")
+        for row in scores.labels
+    ]
+    tables = [((whole, "value", "95 % interval", "over"), figures), (header, lines)]
+    return tables if lines else tables[:1]
 
 
 def title(name: str) -> str:
     """Return what a figure is called in a table."""
-    return TITLES.get(name, name.replace("chexbert_f1", "CheXbert F1"))
+    return TITLES.get(name, name.replace("chexbert_f1", "CheXbert F1").replace("_", " "))
 
 
-def _figure(name: str, figure: Estimate | Missing) -> tuple[str, ...]:
+def _figure(name: str, figure: Estimate | Missing, spread: float | None) -> tuple[str, ...]:
     if isinstance(figure, Missing):
         return (title(name), figure.why, _NONE, _NONE)
-    return (title(name), *_value(figure), f"{figure.count} {'findings' if name.endswith('_accuracy') else 'studies'}")
+    over = f"{figure.count} {'findings' if name.endswith('_accuracy') else 'studies'}"
+    return (title(name), *_value(figure), over if spread is None else f"{over}, sd {_shown(spread)}")
 
 
 def _versus(name: str, comparison: Comparison | Missing) -> tuple[str, ...]:
@@ -125,15 +114,12 @@ def _shown(value: float) -> str:
 
 def _verdict(scores: Scores) -> str:
     """Say in a sentence which system is the better one, where there are two."""
-    if scores.compared_with is None:
+    if len(scores.files) == 1:
         return ""
     ours, theirs = _names(scores)
-    compared = {name: row for name, row in scores.comparisons.items() if isinstance(row, Comparison)}
-    named = {
-        verdict: [title(name) for name, row in compared.items() if row.verdict == verdict]
-        for verdict in ("better", "worse")
-    }
-    parts = [f"{verdict} in {len(found)} ({'; '.join(found)})" for verdict, found in named.items() if found]
+    compared = {title(name): row for name, row in scores.comparisons.items() if isinstance(row, Comparison)}
+    found = {word: [name for name, row in compared.items() if row.verdict == word] for word in ("better", "worse")}
+    parts = [f"{word} in {len(names)} ({'; '.join(names)})" for word, names in found.items() if names]
     if not parts:
         return f"{ours} and {theirs}: none of {len(compared)} figures differs by more than chance explains."
     return f"{ours} beside {theirs}: {' and '.join(parts)} of {len(compared)} figures, by more than chance explains."
@@ -141,9 +127,10 @@ def _verdict(scores: Scores) -> str:
 
 def _notes(scores: Scores) -> Iterator[str]:
     """Yield what a reader of the tables has to know."""
-    yield "Uncertain labels count as negative; a dash is a figure with nothing to measure it on."
-    yield f"Intervals: studies drawn again {RESAMPLES} times, the middle 95 %."
-    if scores.compared_with is not None:
+    yield f"Intervals: studies drawn again {RESAMPLES} times, the middle 95 %. A dash: there is nothing to measure."
+    if scores.labels:
+        yield "Uncertain labels count as negative."
+    if len(scores.files) > 1:
         yield (
             "Difference: the first file's figure less the second's, its interval by drawing the same studies for both. "
             f"p: how often results exchanged study by study ({EXCHANGES:,} times; all ways up to {EXACT_STUDIES} "
@@ -152,7 +139,8 @@ def _notes(scores: Scores) -> Iterator[str]:
         )
     if scores.remark:
         yield f"In no figure: {scores.remark}."
-    figures = scores.figures if scores.compared_with is None else scores.comparisons
+    yield from scores.notes
+    figures = scores.comparisons or scores.figures
     yield from dict.fromkeys(figure.todo for figure in figures.values() if isinstance(figure, Missing) and figure.todo)
 
 
@@ -161,27 +149,20 @@ class _Writing(NamedTuple):
     passages: Sequence[Passage]
 
 
-class _PageStudy(NamedTuple):
-    study: ScoredStudy
-    texts: Sequence[_Writing]
-
-
 def _writings(study: ScoredStudy, names: Sequence[str]) -> Iterator[_Writing]:
     """Yield the texts of a study: the last with its words marked that the one before it has not, and the other way."""
-    texts = [("reference", study.reference)]
-    texts += [(names[1], study.other)] if study.other is not None else []
+    texts = [("reference", study.reference), *zip(names[1:], study.texts[1:], strict=True)]
     for name, text in texts:
         yield _Writing(name, [Passage(kind="same", text=text)] if text else [])
-    yield _Writing(names[0], compare_words(texts[-1][1], study.prediction))
+    yield _Writing(names[0], compare_words(texts[-1][1], study.texts[0]))
 
 
 _MARKS = {"same": "{}", "removed": "[-{}-]", "added": "{{+{}+}}"}
 
 
 def _study_text(study: ScoredStudy, names: Sequence[str]) -> str:
-    first = next(iter(study.figures), None)
-    figures = f"{title(first)} {_shown(study.figures[first])}, {_shown(study.other_figures[first])}" if first else ""
-    lines = [f"{study.id}: {figures}"]
+    figures = [f"{title(name)} {', '.join(map(_shown, values))}" for name, values in study.figures.items()]
+    lines = [": ".join([study.id, *figures[:1]])]
     for writing in _writings(study, names):
         text = "".join(_MARKS[passage.kind].format(passage.text) for passage in writing.passages)
         lines.append(f"  {writing.name}: {text or '(no words)'}")

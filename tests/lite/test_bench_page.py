@@ -20,7 +20,8 @@ from lite.artifact.manifest import NOTICE
 from lite.bench.report import render_report
 from lite.bench.results import Bench, RecordQuality
 from lite.bench.scores import render_scores
-from lite.eval.scoring import score
+from lite.eval.measures import text_sums
+from lite.eval.scoring import read_pairs, score
 from lite.memory.sizes import shown_bytes
 
 OURS = {"id": "a", "reference": "Small left pleural effusion. No edema.", "prediction": "Small left pleural effusion."}
@@ -350,7 +351,7 @@ def test_a_page_of_scores_shows_all_without_scrolling_to_the_right(
     for file, row in zip(files, (OURS, THEIRS), strict=True):
         file.write_text(json.dumps(row), encoding="utf-8")
     page = tmp_path / "scores.html"
-    page.write_text(render_scores(score(files[0], compare_with=files[1]), command="x", num_studies=5), encoding="utf-8")
+    page.write_text(render_scores(score(read_pairs(files), text_sums), command="x", num_studies=5), encoding="utf-8")
     opened = open_page(page, width)
     assert opened.evaluate("document.documentElement.scrollWidth") == width
     tables = opened.locator(".scroll")

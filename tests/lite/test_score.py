@@ -21,8 +21,9 @@ from lite.cohort.formats import write_reference, write_rexrank
 from lite.errors import LiteError
 from lite.eval.figures import Estimate
 from lite.eval.labels import LABELS
+from lite.eval.measures import text_sums
 from lite.eval.paired import Comparison
-from lite.eval.scoring import Scores, score
+from lite.eval.scoring import Scores, read_pairs, score
 from lite.studies.predictions import read_predictions
 from lite.studies.results import read_results
 
@@ -41,6 +42,10 @@ def write_rows(path: Path, *rows: dict[str, object] | str) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def scored(*files: Path, truth: Path | None = None) -> Scores:
+    return score(read_pairs(files, truth=truth), text_sums)
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_json_is_one_strict_object_with_the_figures(
         assert 0 < figures[name]["value"] < 1
     # The study that is furthest off comes first.
     assert [study["id"] for study in result["studies"]] == ["2", "1"]
-    assert result["studies"][1]["figures"]["label_f1_micro"] == 1.0
+    assert result["studies"][1]["figures"]["label_f1_micro"] == [1.0]
 
 
 def test_the_tables_are_complete(predictions: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +98,7 @@ def test_a_grammar_text_against_itself_is_perfect(tmp_path: Path) -> None:
     """Whatever the labeller reads wrongly in our own texts would show here or in its own tests."""
     texts = [write_findings(sample_study(seed), np.random.default_rng(seed)).text for seed in range(40)]
     rows = [{"id": str(index), "query": "", "reference": text, "prediction": text} for index, text in enumerate(texts)]
-    scores = score(write_rows(tmp_path / "p.jsonl", *rows))
+    scores = scored(write_rows(tmp_path / "p.jsonl", *rows))
     values = [figure.value for figure in scores.figures.values() if isinstance(figure, Estimate)]
     assert values == pytest.approx([1.0] * 8)
     assert isinstance(sides := scores.figures["side_accuracy"], Estimate)
@@ -110,9 +115,9 @@ FAILED: dict[str, object] = {"id": "3", "image": "3.png", "error": "got noise"}
 
 
 def test_what_has_no_reference_is_in_no_figure_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = to_json(score(write_rows(tmp_path / "p.jsonl", *ROWS)))
+    whole = to_json(scored(write_rows(tmp_path / "p.jsonl", *ROWS)))
     flawed = write_rows(tmp_path / "p.jsonl", *ROWS, FAILED, *FLAWED.values())
-    scores = to_json(score(flawed))
+    scores = to_json(scored(flawed))
     left_out = {"that failed": 1, "whose reference is empty": 3, "whose reference is not in English": 1}
     assert scores.pop("left_out") == left_out
     assert whole.pop("left_out") == {}
@@ -125,7 +130,7 @@ def test_what_has_no_reference_is_in_no_figure_and_said(tmp_path: Path, capsys: 
 @pytest.mark.parametrize("rows", [(), *FLAWED.values()])
 def test_predictions_without_any_reference_are_refused(tmp_path: Path, rows: dict[str, object] | tuple[()]) -> None:
     with pytest.raises(LiteError, match="none with a prediction and a reference in English .* with --truth"):
-        score(write_rows(tmp_path / "p.jsonl", FAILED, *([rows] if rows else [])))
+        scored(write_rows(tmp_path / "p.jsonl", FAILED, *([rows] if rows else [])))
 
 
 @pytest.mark.parametrize("named", ["id", "image"])
@@ -138,14 +143,14 @@ def test_the_truth_takes_the_place_of_references(tmp_path: Path, named: str) -> 
         {named: name, "prediction": entry["conversations"][1]["value"], **({"reference": "Nothing."} if wrong else {})}
         for wrong, (name, entry) in enumerate(zip(called[named], entries, strict=True))
     ]
-    figures = score(write_rows(tmp_path / "p.jsonl", *rows), truth=listed).figures
+    figures = scored(write_rows(tmp_path / "p.jsonl", *rows), truth=listed).figures
     assert {figures[name].value for name in ("label_f1_macro", "rouge_l")} == {1.0}  # type: ignore[union-attr]
 
 
 def test_a_truth_of_other_films_is_refused(tmp_path: Path, predictions: Path) -> None:
     listed = write_studies(tmp_path / "films", count=1, seed=1, dicom=False)
     with pytest.raises(LiteError, match=r"got study '1', which is not in .* · expected predictions for the films"):
-        score(predictions, truth=listed)
+        scored(predictions, truth=listed)
 
 
 # -- Forms -----------------------------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ def test_of_whole_reports_the_findings_are_taken(tmp_path: Path) -> None:
     rows = read_predictions(path)
     texts = [(row.study.reference, row.prediction) for row in rows]
     assert texts == [("Clear lungs.", "Clear lungs."), ("Edema.", "Edema: none."), ("", "Edema.")]
-    assert score(path).left_out == {"whose reference is empty": 1}
+    assert scored(path).left_out == {"whose reference is empty": 1}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +201,7 @@ def test_of_whole_reports_the_findings_are_taken(tmp_path: Path) -> None:
 def test_malformed_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "p.json").write_text(content, encoding="utf-8")
     with pytest.raises(LiteError, match=message):
-        score(tmp_path / "p.json")
+        scored(tmp_path / "p.json")
 
 
 # -- Two systems -----------------------------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def compared(two: tuple[Path, Path]) -> Scores:
-    return score(two[0], compare_with=two[1])
+    return scored(*two)
 
 
 def test_two_systems_are_compared_study_by_study(two: tuple[Path, Path]) -> None:
@@ -230,7 +235,7 @@ def test_two_systems_are_compared_study_by_study(two: tuple[Path, Path]) -> None
     assert scores.left_out == {"in one of the files only": 1}
     micro = scores.comparisons["label_f1_micro"]
     assert isinstance(micro, Comparison)
-    alone = score(two[1]).figures["label_f1_micro"]
+    alone = scored(two[1]).figures["label_f1_micro"]
     assert isinstance(alone, Estimate)
     assert (micro.value.value, micro.other.value) == (1.0, alone.value)
     assert micro.difference.value == pytest.approx(1.0 - alone.value)
@@ -242,14 +247,14 @@ def test_two_systems_are_compared_study_by_study(two: tuple[Path, Path]) -> None
 
 def test_the_studies_that_differ_most_come_first_with_their_words_marked(two: tuple[Path, Path]) -> None:
     scores = compared(two)
-    gaps = [study.figures["label_f1_micro"] - study.other_figures["label_f1_micro"] for study in scores.studies]
+    gaps = [study.figures["label_f1_micro"][0] - study.figures["label_f1_micro"][1] for study in scores.studies]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > gaps[-1] == 0
     text = format_scores(scores, num_studies=2)
     *_, first, second = text.split("\n\n")
     marked = first.splitlines()[-1].partition(": ")[2]
-    assert re.sub(r"\[-.*?-\]|\{\+|\+\}", "", marked) == scores.studies[0].prediction
-    assert re.sub(r"\{\+.*?\+\}|\[-|-\]", "", marked) == scores.studies[0].other
+    assert re.sub(r"\[-.*?-\]|\{\+|\+\}", "", marked) == scores.studies[0].texts[0]
+    assert re.sub(r"\{\+.*?\+\}|\[-|-\]", "", marked) == scores.studies[0].texts[1]
     assert second.startswith(f"{scores.studies[1].id}: label F1, micro ")
     assert text.startswith("good.jsonl beside worse.jsonl: better in ")
 
@@ -257,9 +262,9 @@ def test_the_studies_that_differ_most_come_first_with_their_words_marked(two: tu
 def test_files_with_other_references_are_not_compared(two: tuple[Path, Path], tmp_path: Path) -> None:
     other = write_rows(tmp_path / "o.jsonl", {"id": "3", "reference": "Clear lungs.", "prediction": "Edema."})
     with pytest.raises(LiteError, match="got two references of study '3' .* with --truth"):
-        score(two[0], compare_with=other)
+        scored(two[0], other)
     bare = write_rows(tmp_path / "o.jsonl", {"id": "3", "prediction": "Edema."})
-    assert score(two[0], compare_with=bare).count == 1
+    assert scored(two[0], bare).count == 1
 
 
 # -- What is not here ------------------------------------------------------------------------------------------------
@@ -295,7 +300,7 @@ def test_the_page_is_whole_escaped_and_asks_for_nothing(two: tuple[Path, Path], 
         tmp_path / "h.jsonl",
         {"id": "<b>1</b>", "reference": "Edema <script>x</script>.", "prediction": "Clear & well."},
     )
-    page = render_scores(score(hostile), command="python -m lite score h.jsonl", num_studies=5)
+    page = render_scores(scored(hostile), command="python -m lite score h.jsonl", num_studies=5)
     assert "<script" not in page
     assert "&lt;b&gt;1&lt;/b&gt;" in page
     assert "default-src 'none'" in page
