@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from lite.console import ProgressLine
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.chexprompt import ERRORS, SEVERITIES, Counts, Prompt, parse_answer
-from lite.files import check_writable
+from lite.files import check_writable, disk_errors_explained
 
 ATTEMPTS: Final = 4
 LONGEST_WAIT_S: Final = 600.0
@@ -265,7 +265,7 @@ class Judge:
         self._answers[key] = counts
         if self.options.cache is None:
             return
-        with self.options.cache.open("ab+") as file:
+        with disk_errors_explained(self.options.cache), self.options.cache.open("ab+") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             torn = file.read(1) not in (b"", b"\n")  # a run was killed while it wrote
             line = json.dumps({"key": key, "counts": counts})

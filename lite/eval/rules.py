@@ -14,7 +14,7 @@ from lite.eval.chexprompt import ERRORS, SEVERITIES, Counts
 from lite.eval.labels import Label, Reading, read_labels
 from lite.eval.labels.places import SIZES
 
-LABEL: Final = "the judge rules: labels, sides, zones, sizes and words of change, without a model"
+LABEL: Final = "The judge rules: labels, sides, zones, sizes and words of change, without a model"
 
 # Small ones, and these, seldom change what is done.
 _MINOR: Final[frozenset[Label]] = frozenset(

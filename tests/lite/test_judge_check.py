@@ -100,7 +100,7 @@ def test_rules_are_a_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["score", str(path), "--metrics", "rules"]) == 0
     out = capsys.readouterr().out
     assert "| rules: significant incorrect severity          | 1.000 |" in out
-    assert "the judge rules: labels, sides" in out
+    assert "The judge rules: labels, sides" in out
     with pytest.raises(
         LiteError, match="got results without planted errors .* make them: python -m benchmarks.phantom plant"
     ):
