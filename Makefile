@@ -1,7 +1,7 @@
 # `make` lists the targets. Everything runs in .venv, which `make venv` builds from pyproject.toml and constraints.txt.
 
 PYTHON ?= python3
-EXTRAS ?= cpu,torch,bnb,export,dicom,receive,serve,parquet,bench,dev,clients
+EXTRAS ?= cpu,torch,bnb,export,dicom,receive,serve,parquet,bench,judge,dev,clients
 # Further arguments for pip, such as another index for torch.
 PIP_ARGS ?=
 

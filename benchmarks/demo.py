@@ -271,7 +271,7 @@ def _say_what_next(artifact: Path, film: Path, listed: Path) -> None:
         ),
         "hundreds of films": f"-m benchmarks.phantom write {more} --count 300 --seed 7",
         "findings for all films of a list": (f"-m lite run {_shown(artifact)} {_shown(listed)} --out {predictions}"),
-        "how good they are": f"-m benchmarks.phantom score {predictions}",
+        "how good they are": f"-m lite score {predictions}",
         "what each format loses, on 240 films (half an hour)": "-m benchmarks quality formats",
         "the real checkpoint, from your own download": "-m export --help",
     }

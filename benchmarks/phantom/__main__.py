@@ -1,4 +1,4 @@
-"""`python -m benchmarks.phantom`: write films, look at them, train the model, score drafts."""
+"""`python -m benchmarks.phantom`: write films, look at them, train the model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.phantom import score
 from lite.console import run_command
 
 _EPILOG = """\
 examples:
   python -m benchmarks.phantom write build/films --count 200 --seed 1
   python -m lite run build/demo/artifact build/films/studies.json --out build/predictions.jsonl
-  python -m benchmarks.phantom score build/predictions.jsonl
+  python -m lite score build/predictions.jsonl
 
 exit status: 0 done, 1 something was skipped or failed, 2 wrong use, 130 interrupted.
 """
@@ -28,6 +27,13 @@ def _write(arguments: argparse.Namespace) -> int:
 
     path = write_studies(arguments.out, count=arguments.count, seed=arguments.seed, dicom=arguments.dicom)
     sys.stdout.write(f"{arguments.count} studies in {path}\n")
+    return 0
+
+
+def _plant(arguments: argparse.Namespace) -> int:
+    from benchmarks.phantom.plant import plant
+
+    sys.stdout.write(f"{plant(arguments.out, count=arguments.count, seed=arguments.seed)} pairs in {arguments.out}\n")
     return 0
 
 
@@ -87,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--seed", type=int, default=0, metavar="S", help="which studies (default: %(default)s)")
     write.add_argument("--dicom", action="store_true", help="also 12-bit DICOM films, alternately MONOCHROME2 and 1")
 
+    pairs = add("plant", _plant, "write pairs of reports with one known error each, to try a judge on")
+    pairs.add_argument("out", type=Path, metavar="OUT.jsonl", help="the file to write")
+    pairs.add_argument("--count", type=int, default=20, metavar="N", help="pairs of each kind (default: %(default)s)")
+    pairs.add_argument("--seed", type=int, default=0, metavar="S", help="which pairs (default: %(default)s)")
+
     sheet = add("contact-sheet", _contact_sheet, "save a page of films with their findings as captions")
     sheet.add_argument("out", type=Path, metavar="PNG", help="the picture to write")
     sheet.add_argument("--count", type=int, default=24, metavar="N", help="how many films (default: %(default)s)")
@@ -106,8 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
     _add_adapt_arguments(add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens"))
-
-    score.add_arguments(add("score", score.run, "score drafted findings against the truth"))
     return parser
 
 

@@ -129,6 +129,11 @@ def _state(finding: Finding, rng: np.random.Generator) -> str:
     )
 
 
+def state_finding(finding: Finding, rng: np.random.Generator) -> str:
+    """Write the sentence that states a finding."""
+    return _sentence(_state(finding, rng))
+
+
 def _joint_side(findings: Sequence[Finding]) -> Side | None:
     sides = {finding.side for finding in findings if finding.side}
     return None if not sides else sides.pop() if len(sides) == 1 else "bilateral"

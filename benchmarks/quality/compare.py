@@ -214,7 +214,9 @@ def figures(artifact: Artifact, findings: Sequence[lite.Findings], studies: Sequ
 
 def _loss(findings: Sequence[lite.Findings], reference: Reference, divergence: DivergenceSummary) -> Loss:
     texts = [found.text for found in reference.findings], [found.text for found in findings]
-    return Loss(reference=reference.name, divergence=divergence, same_text=same_text(*texts), rouge_l=rouge_l(*texts))
+    return Loss(
+        reference=reference.name, divergence=divergence, same_text=same_text(*texts), rouge_l=rouge_l(*texts).estimate()
+    )
 
 
 # -- Printing --------------------------------------------------------------------------------------------------------

@@ -151,6 +151,10 @@ _TEXT_FIGURES: Final = (
     ("BLEU-4", "", "bleu_4"),
 )
 _RADGRAPH: Final = ("RadGraph F1", "", "radgraph_f1")
+TITLES: Final = {
+    name: f"{title}, {unit}" if unit else title for title, unit, name in (_LABEL_F1, *_TEXT_FIGURES, _RADGRAPH)
+}
+"""Of figures of texts, by their names."""
 
 SUMMARY: Final = (
     _column("decoder", "", "decoder_format", str),

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lite.bench.results import Draft, RecordQuality, ReportQuality
-from lite.errors import BackendUnavailable
 from lite.eval.chexbert import chexbert_f1
 from lite.eval.divergence import StudyDivergence, summarise
-from lite.eval.figures import Estimate, Missing
-from lite.eval.labels import read_labels, unreadable
-from lite.eval.metrics import Attribute, attribute_accuracy, bleu, label_f1, rouge_l, same_text
+from lite.eval.figures import Missing, Sums
+from lite.eval.labels import unreadable
+from lite.eval.measures import text_sums
+from lite.eval.metrics import same_text
 from lite.eval.radgraph import radgraph_f1
 from lite.eval.record import ReferenceRecord
 
@@ -57,7 +57,7 @@ def against_record(
         divergence=summarise(divergences),
         kl_gap_limit=float(np.mean(gaps)),
         same_text=same_text(theirs, ours),
-        **_text_figures(theirs, ours),
+        **_estimates(text_sums(theirs, ours)),
     )
 
 
@@ -66,10 +66,11 @@ def against_reports(reports: Sequence[str], drafts: Sequence[Draft], clinical: C
     theirs, ours = _pairs([None if unreadable(report) else report for report in reports], drafts)
     if not theirs:
         return NOT_ENGLISH if any(unreadable(report) == "not in English" for report in reports) else NO_REPORTS
+    radgraph = radgraph_f1(theirs, ours, device=clinical.device) if clinical.radgraph else _no_radgraph()
+    chexbert = chexbert_f1(theirs, ours, weights=clinical.chexbert, device=clinical.device)
     return ReportQuality(
-        radgraph_f1=radgraph_f1(theirs, ours, device=clinical.device) if clinical.radgraph else _no_radgraph(),
-        chexbert=chexbert_f1(theirs, ours, weights=clinical.chexbert, device=clinical.device),
-        **_text_figures(theirs, ours),
+        chexbert=chexbert if isinstance(chexbert, Missing) else _estimates(chexbert),
+        **_estimates({"radgraph_f1": radgraph} | text_sums(theirs, ours)),
     )
 
 
@@ -80,25 +81,8 @@ def _pairs(texts: Sequence[str | None], drafts: Sequence[Draft]) -> tuple[list[s
     return [text for text, _ in pairs], [draft for _, draft in pairs]
 
 
-def _text_figures(theirs: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a `TextQuality`."""
-    readings = [read_labels(text) for text in theirs], [read_labels(text) for text in ours]
-    labels = label_f1(*readings)
-    figures: dict[str, Any] = {"label_f1_micro": labels.micro, "label_f1_macro": labels.macro}
-    for attribute in get_args(Attribute):
-        found = attribute_accuracy(*readings, attribute)
-        figures[f"{attribute}_accuracy"] = found if found.count else Missing(why="in no report")
-    measured: dict[str, Callable[[], Estimate]] = {
-        "rouge_l": lambda: rouge_l(theirs, ours),
-        "bleu_1": lambda: bleu(theirs, ours, 1),
-        "bleu_4": lambda: bleu(theirs, ours, 4),
-    }
-    for name, measure in measured.items():
-        try:
-            figures[name] = measure()
-        except BackendUnavailable as error:
-            figures[name] = Missing(why="not installed", todo=str(error))
-    return figures
+def _estimates(figures: Mapping[str, Sums | Missing]) -> dict[str, Any]:
+    return {name: figure if isinstance(figure, Missing) else figure.estimate() for name, figure in figures.items()}
 
 
 def _no_radgraph() -> Missing:

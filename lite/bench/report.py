@@ -23,7 +23,7 @@ from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.image.files import load_image
 from lite.memory.sizes import shown_bytes
 
-_TEMPLATE: Final = "report.html.j2"
+_TEMPLATES: Final = ("report.html.j2", "score.html.j2")
 _FILM_PX: Final = 256
 _ROUNDING_KL: Final = 1e-12
 
@@ -44,6 +44,21 @@ def check_packages() -> None:
         raise BackendUnavailable(msg) from error
 
 
+def render(template: str, **values: object) -> str:
+    """Lay out a page of this package, with every text escaped."""
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    folder = resources.files("lite.bench")
+    environment = Environment(
+        loader=DictLoader({name: folder.joinpath(name).read_text(encoding="utf-8") for name in _TEMPLATES}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values)
+
+
 def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> str:
     """Return the report as HTML.
 
@@ -55,16 +70,13 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
         BackendUnavailable: Jinja2 or matplotlib is not installed.
     """
     check_packages()
-    from jinja2 import Environment, StrictUndefined
-
     rows = [row for row in bench.rows if isinstance(row, Row)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("lite.bench").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     shown = [_table(name, groups, bench) for name, groups in tables(rows).items()]
     cells = (cell for table in shown for _, groups in table.lines for group in groups for cell in group)
     footnotes = list(dict.fromkeys(cell.footnote for cell in cells if cell.footnote))
     notices = list(dict.fromkeys(row.notice for row in rows))
-    return template.render(
+    return render(
+        "report.html.j2",
         bench=bench,
         notices=notices if any(NOTICE in notice for notice in notices) else [NOTICE, *notices],
         notes=[note for note in bench.notes if not note.endswith(tuple(footnotes))],  # those stand below the table

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lite.errors import CheckpointError
-from lite.eval.figures import Estimate, Floats, Missing, bootstrap_interval, check_paired, f1
+from lite.eval.figures import Floats, Missing, Sums, check_paired, f1
 from lite.eval.labels import Label
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def check_chexbert_files(weights: Path) -> None:
 
 def chexbert_f1(
     references: Sequence[str], predictions: Sequence[str], *, weights: Path | None, device: str
-) -> dict[str, Estimate] | Missing:
+) -> dict[str, Sums] | Missing:
     """Compare the labels that CheXbert reads from the references with those it reads from the predictions.
 
     As in the reference evaluation, a condition that neither side has counts 0 in a macro average, and so does a micro
@@ -120,15 +120,15 @@ def chexbert_f1(
     classes = read_classes([*references, *predictions], weights=weights, device=device)
     truth, drafted = np.split(classes, 2)
 
-    def estimate(average: str, conditions: Sequence[Label], uncertain: str) -> Estimate:
+    def sums_of(average: str, conditions: Sequence[Label], uncertain: str) -> Sums:
         columns = [CONDITIONS.index(condition) for condition in conditions]
         positive = (_POSITIVE, _UNCERTAIN) if uncertain == "positive" else (_POSITIVE,)
         there, said = (np.isin(side[:, columns], positive) for side in (truth, drafted))
         counts = np.stack([there & said, ~there & said, there & ~said], axis=-1).astype(np.float64)
-        return bootstrap_interval(counts.reshape(len(references), -1), _AVERAGES[average])
+        return Sums(per_study=counts.reshape(len(references), -1), statistic=_AVERAGES[average])
 
     return {
-        f"{average}-{len(conditions)} uncertain {uncertain}": estimate(average, conditions, uncertain)
+        f"{average}-{len(conditions)} uncertain {uncertain}": sums_of(average, conditions, uncertain)
         for uncertain, conditions, average in product(("negative", "positive"), (CONDITIONS, COMPETITION), _AVERAGES)
     }
 

@@ -49,6 +49,26 @@ class Quantiles:
     count: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """A figure before it is one: what each study adds to each of k sums, and the figure as a function of these.
+
+    Rows of two systems about the same studies can be exchanged or drawn together: see `lite.eval.paired`.
+    """
+
+    per_study: Floats  # [num_studies, k]
+    statistic: Callable[[Floats], Floats]  # sums [n, k] to figures [n], row by row
+    count: int | None = None  # what it was measured on; the number of studies when None
+    lower_is_better: bool = False
+    own_cases: bool = (
+        False  # what it is measured on is up to the system: the findings that it shares with the reference
+    )
+
+    def estimate(self) -> Estimate:
+        """Return the figure with its interval."""
+        return bootstrap_interval(self.per_study, self.statistic, count=self.count)
+
+
 def quantiles(values: Sequence[float]) -> Quantiles:
     """Summarise how long something took: at least one value."""
     p20, p50, p80, p90, p99 = np.percentile(values, (20, 50, 80, 90, 99)).tolist()
@@ -94,9 +114,14 @@ def ratio(part: Floats, whole: Floats) -> Floats:
     return divided
 
 
-def mean_estimate(values: Sequence[float]) -> Estimate:
+def mean_sums(values: Sequence[float]) -> Sums:
     """Average one value a study."""
-    return bootstrap_interval(np.array([[value, 1.0] for value in values]), lambda sums: sums[:, 0] / sums[:, 1])
+    return Sums(per_study=np.array([[value, 1.0] for value in values]), statistic=lambda sums: sums[:, 0] / sums[:, 1])
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """Average one value a study, with the interval."""
+    return mean_sums(values).estimate()
 
 
 def f1(counts: Floats) -> Floats:

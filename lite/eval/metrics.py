@@ -1,6 +1,7 @@
 """How good drafted findings are beside the reference: label F1, side and size accuracy, ROUGE-L, BLEU.
 
-Every figure is a fraction between 0 and 1 and comes with a bootstrap interval, see `lite.eval.figures`.
+Every figure is a fraction between 0 and 1. Most come as `Sums`, of which an estimate with its interval is made, or a
+comparison: see `lite.eval.figures` and `lite.eval.paired`.
 
 A figure that has nothing to be measured on is NaN, not 0 and not 1: the precision of a label that was never predicted,
 the F1 of a label that neither side has. F1 is 2tp / (2tp + fp + fn), so a label that is in the reference and was never
@@ -10,14 +11,24 @@ predicted has F1 0. An uncertain label counts as negative.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from lite.errors import BackendUnavailable
-from lite.eval.figures import Estimate, Floats, bootstrap_interval, check_paired, f1, mean_estimate, ratio
-from lite.eval.labels import LABELS, Label, Reading, read_labels
+from lite.eval.figures import (
+    Estimate,
+    Floats,
+    Sums,
+    bootstrap_interval,
+    check_paired,
+    f1,
+    mean_estimate,
+    mean_sums,
+    ratio,
+)
+from lite.eval.labels import LABELS, Label, Reading
 
 Readings: TypeAlias = Mapping[Label, Reading]
 Attribute = Literal["side", "size", "zone"]
@@ -46,44 +57,48 @@ class LabelF1:
     per_label: tuple[LabelScore, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FindingsScores:
-    """Everything this module measures, on one set of studies."""
-
-    count: int
-    left_out: Mapping[str, int] = field(default_factory=dict)  # studies that are in no figure, by what is wrong
-    label_f1: LabelF1
-    side_accuracy: Estimate
-    size_accuracy: Estimate
-    zone_accuracy: Estimate
-    rouge_l: Estimate
-    bleu_1: Estimate
-    bleu_4: Estimate
-
-
-def label_f1(references: Sequence[Readings], predictions: Sequence[Readings]) -> LabelF1:
-    """Compare what `read_labels` says of each reference text with what it says of the predicted one."""
+def label_counts(references: Sequence[Readings], predictions: Sequence[Readings]) -> Floats:
+    """Count true positives, false positives and false negatives of each label in each study: [num_studies, 14, 3]."""
     check_paired(references, predictions)
     truth, drafted = (
         np.array([[study[label].status == "positive" for label in LABELS] for study in side])
         for side in (references, predictions)
     )
-    counts = np.stack([truth & drafted, ~truth & drafted, truth & ~drafted], axis=-1).astype(np.float64)
-    per_study = counts.reshape(len(references), -1)
+    return np.stack([truth & drafted, ~truth & drafted, truth & ~drafted], axis=-1).astype(np.float64)
 
-    def by_label(sums: Floats) -> Floats:
-        return sums.reshape(-1, len(LABELS), 3)
 
-    def macro(sums: Floats) -> Floats:
-        supported = by_label(sums)[..., 0] + by_label(sums)[..., 2] > 0
-        kept = np.where(supported, f1(by_label(sums)), 0.0)
-        return ratio(kept.sum(axis=1), supported.sum(axis=1).astype(np.float64))
+def label_sums(counts: Floats) -> dict[str, Sums]:
+    """Return label F1 over all labels at once, "label_f1_micro", and averaged over labels, "label_f1_macro"."""
+    per_study = counts.reshape(len(counts), -1)
+    return {
+        "label_f1_micro": Sums(per_study=per_study, statistic=_micro),
+        "label_f1_macro": Sums(per_study=per_study, statistic=_macro),
+    }
 
+
+def _by_label(sums: Floats) -> Floats:
+    return sums.reshape(-1, len(LABELS), 3)
+
+
+def _micro(sums: Floats) -> Floats:
+    return f1(_by_label(sums).sum(axis=1))
+
+
+def _macro(sums: Floats) -> Floats:
+    supported = _by_label(sums)[..., 0] + _by_label(sums)[..., 2] > 0
+    kept = np.where(supported, f1(_by_label(sums)), 0.0)
+    return ratio(kept.sum(axis=1), supported.sum(axis=1).astype(np.float64))
+
+
+def label_f1(references: Sequence[Readings], predictions: Sequence[Readings]) -> LabelF1:
+    """Compare what `read_labels` says of each reference text with what it says of the predicted one."""
+    counts = label_counts(references, predictions)
+    whole = label_sums(counts)
     tp, fp, fn = np.moveaxis(counts.sum(axis=0), -1, 0)
     precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
     return LabelF1(
-        micro=bootstrap_interval(per_study, lambda sums: f1(by_label(sums).sum(axis=1))),
-        macro=bootstrap_interval(per_study, macro),
+        micro=whole["label_f1_micro"].estimate(),
+        macro=whole["label_f1_macro"].estimate(),
         per_label=tuple(
             LabelScore(
                 label=label,
@@ -98,9 +113,7 @@ def label_f1(references: Sequence[Readings], predictions: Sequence[Readings]) ->
     )
 
 
-def attribute_accuracy(
-    references: Sequence[Readings], predictions: Sequence[Readings], attribute: Attribute
-) -> Estimate:
+def attribute_accuracy(references: Sequence[Readings], predictions: Sequence[Readings], attribute: Attribute) -> Sums:
     """Say how often a finding that both sides report is on the same side (of the same size, in the same zone).
 
     Counted are the labels that are positive on both sides and whose reference carries the attribute; a prediction that
@@ -113,10 +126,11 @@ def attribute_accuracy(
             expected = getattr(reading, attribute)
             if reading.status == drafted[label].status == "positive" and expected is not None:
                 row += (getattr(drafted[label], attribute) == expected, 1)
-    return bootstrap_interval(per_study, lambda sums: ratio(sums[:, 0], sums[:, 1]), count=int(per_study[:, 1].sum()))
+    found = int(per_study[:, 1].sum())
+    return Sums(per_study=per_study, statistic=lambda sums: ratio(sums[:, 0], sums[:, 1]), count=found, own_cases=True)
 
 
-def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> Estimate:
+def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> Sums:
     """Average the ROUGE-L F-measure of each study: rouge-score, its own tokeniser (lower case), no stemming.
 
     Raises:
@@ -130,10 +144,10 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> Estimate:
         raise BackendUnavailable(msg) from error
     scorer = RougeScorer(["rougeL"])
     pairs = zip(references, predictions, strict=True)
-    return mean_estimate([scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs])
+    return mean_sums([scorer.score(reference, prediction)["rougeL"].fmeasure for reference, prediction in pairs])
 
 
-def bleu(references: Sequence[str], predictions: Sequence[str], order: int) -> Estimate:
+def bleu(references: Sequence[str], predictions: Sequence[str], order: int) -> Sums:
     """Compute the BLEU of the whole corpus up to n-grams of an order: sacrebleu, lower case, 13a tokens, exp smoothing.
 
     Published report-generation figures come from several other tokenisers: compare within this instrument only.
@@ -158,7 +172,10 @@ def bleu(references: Sequence[str], predictions: Sequence[str], order: int) -> E
         score = BLEU.compute_bleu(matched, total, sys_len, ref_len, smooth_method="exp", max_ngram_order=order)
         return score.score / 100
 
-    return bootstrap_interval(per_study, lambda sums: np.array([of_row(row) for row in sums.astype(int).tolist()]))
+    def statistic(sums: Floats) -> Floats:
+        return np.array([of_row(row) for row in sums.astype(int).tolist()])
+
+    return Sums(per_study=per_study, statistic=statistic)
 
 
 def same_text(references: Sequence[str], predictions: Sequence[str]) -> Estimate:
@@ -166,30 +183,3 @@ def same_text(references: Sequence[str], predictions: Sequence[str]) -> Estimate
     check_paired(references, predictions)
     pairs = zip(references, predictions, strict=True)
     return mean_estimate([reference == prediction for reference, prediction in pairs])
-
-
-def score_findings(
-    references: Sequence[str], predictions: Sequence[str], *, truth: Sequence[Readings] | None = None
-) -> FindingsScores:
-    """Measure everything on pairs of texts.
-
-    Args:
-        truth: the labels of the references where they are known; otherwise they are read from the texts, as those of
-            the predictions always are.
-
-    Raises:
-        BackendUnavailable: rouge-score or sacrebleu is not installed.
-    """
-    check_paired(references, predictions)
-    truth = [read_labels(text) for text in references] if truth is None else truth
-    drafted = [read_labels(text) for text in predictions]
-    return FindingsScores(
-        count=len(references),
-        label_f1=label_f1(truth, drafted),
-        side_accuracy=attribute_accuracy(truth, drafted, "side"),
-        size_accuracy=attribute_accuracy(truth, drafted, "size"),
-        zone_accuracy=attribute_accuracy(truth, drafted, "zone"),
-        rouge_l=rouge_l(references, predictions),
-        bleu_1=bleu(references, predictions, 1),
-        bleu_4=bleu(references, predictions, 4),
-    )

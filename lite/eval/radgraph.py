@@ -20,12 +20,12 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from lite.errors import LiteError
-from lite.eval.figures import Estimate, Missing, check_paired, mean_estimate
+from lite.eval.figures import Missing, Sums, check_paired, mean_sums
 
 _INSTALL: Final = 'install it with: pip install "llava-rad-lite[clinical]", in an environment without the extra "bench"'
 
 
-def radgraph_f1(references: Sequence[str], predictions: Sequence[str], *, device: str) -> Estimate | Missing:
+def radgraph_f1(references: Sequence[str], predictions: Sequence[str], *, device: str) -> Sums | Missing:
     """Average the F1-RadGraph ("partial") of each study.
 
     The model is loaded, used and let go; the package reads one text at a time.
@@ -53,7 +53,7 @@ def radgraph_f1(references: Sequence[str], predictions: Sequence[str], *, device
         return Missing(why="needs transformers 4", todo=todo)
     cuda = _cuda_index(device)
     try:
-        return mean_estimate(_rewards(radgraph, references, predictions, cuda))
+        return mean_sums(_rewards(radgraph, references, predictions, cuda))
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         # For files neither here nor to be had, the package raises this very type, and transformers a bare OSError.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import re
@@ -18,8 +19,15 @@ from bench_rows import NO_RECORD, NOT_INSTALLED, SCRIPT, Shown, measured, no_rec
 from lite.artifact.manifest import NOTICE
 from lite.bench.report import render_report
 from lite.bench.results import Bench, RecordQuality
+from lite.bench.scores import render_scores
+from lite.eval.measures import text_sums
+from lite.eval.scoring import read_pairs, score
 from lite.memory.sizes import shown_bytes
 
+OURS = {"id": "a", "reference": "Small left pleural effusion. No edema.", "prediction": "Small left pleural effusion."}
+THEIRS = OURS | {
+    "prediction": "Small right pleural effusion and a veryveryverylongwordthatnoscreenofaphonecouldshowinoneline."
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.full
 shown, bench = bench_rows.shown, bench_rows.bench
@@ -333,3 +341,27 @@ def test_without_a_record_quality_is_that_of_the_reports(bench: Bench, tmp_path:
     # No text is the yardstick: nothing is marked, and texts are the same or not.
     assert page.locator("article del, article ins").count() == 0
     assert page.locator("details summary").all_inner_texts() == ["study-0: the same from all"]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_page_of_scores_shows_all_without_scrolling_to_the_right(
+    open_page: Callable[..., Any], tmp_path: Path, width: int
+) -> None:
+    files = [tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"]
+    for file, row in zip(files, (OURS, THEIRS), strict=True):
+        file.write_text(json.dumps(row), encoding="utf-8")
+    page = tmp_path / "scores.html"
+    page.write_text(render_scores(score(read_pairs(files), text_sums), command="x", num_studies=5), encoding="utf-8")
+    opened = open_page(page, width)
+    assert opened.evaluate("document.documentElement.scrollWidth") == width
+    tables = opened.locator(".scroll")
+    assert tables.count() == 2
+    assert all(table.evaluate("table => table.scrollWidth <= table.clientWidth") for table in tables.all())
+    for scheme in ("light", "dark"):
+        opened.emulate_media(color_scheme=scheme)
+        marked = [opened.locator(f"article {name}").first for name in ("ins", "del")]
+        assert [text.inner_text() for text in marked] == ["left", "right"]
+        assert all(inside(box(text), {"x": 0, "y": 0, "width": width, "height": 1e6}) for text in marked)
+    row = opened.locator("tr", has_text="same side").inner_text()
+    assert re.sub(r"\s+", " ", row).startswith("same side, of findings that both have")
+    assert "+1.000" in row

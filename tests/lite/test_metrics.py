@@ -13,7 +13,7 @@ import pytest
 from lite.errors import BackendUnavailable
 from lite.eval.figures import Floats, bootstrap_interval
 from lite.eval.labels import LABELS, Label, Reading, Side, Size, Status
-from lite.eval.metrics import Readings, attribute_accuracy, bleu, label_f1, rouge_l, same_text, score_findings
+from lite.eval.metrics import Readings, attribute_accuracy, bleu, label_f1, rouge_l, same_text
 
 
 def read(
@@ -66,7 +66,7 @@ def test_nothing_to_measure_is_nan_and_never_a_warning() -> None:
     result = label_f1([read()], [read()])
     assert math.isnan(result.micro.value)
     assert math.isnan(result.macro.low)
-    assert math.isnan(attribute_accuracy([read()], [read()], "side").value)
+    assert math.isnan(attribute_accuracy([read()], [read()], "side").estimate().value)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_nothing_to_measure_is_nan_and_never_a_warning() -> None:
     ],
 )
 def test_side_accuracy(drafted: Readings, value: float, count: int) -> None:
-    estimate = attribute_accuracy([read("Pneumothorax", side="left")], [drafted], "side")
+    estimate = attribute_accuracy([read("Pneumothorax", side="left")], [drafted], "side").estimate()
     assert estimate.value == pytest.approx(value, nan_ok=True)
     assert estimate.count == count
 
@@ -87,7 +87,7 @@ def test_side_accuracy(drafted: Readings, value: float, count: int) -> None:
 def test_size_accuracy_ignores_references_without_a_size() -> None:
     references = [read("Edema", "Pneumothorax", size="small"), read("Edema")]
     predictions = [read("Edema", "Pneumothorax", size="large"), read("Edema", size="large")]
-    estimate = attribute_accuracy(references, predictions, "size")
+    estimate = attribute_accuracy(references, predictions, "size").estimate()
     assert (estimate.value, estimate.count) == (0.0, 2)
 
 
@@ -114,7 +114,7 @@ def lcs_f(reference: str, prediction: str) -> float:
 
 def test_rouge_l_is_the_mean_over_studies_of_the_definition() -> None:
     expected = np.mean([lcs_f(reference, prediction) for reference, prediction in TEXTS])
-    assert rouge_l(TEXT_REFERENCES, TEXT_PREDICTIONS).value == pytest.approx(expected)
+    assert rouge_l(TEXT_REFERENCES, TEXT_PREDICTIONS).estimate().value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("order", [1, 4])
@@ -126,14 +126,14 @@ def test_bleu_from_sums_is_sacrebleus_own_corpus_figure(order: int, count: int) 
     theirs = sacrebleu.BLEU(lowercase=True, max_ngram_order=order)
     expected = theirs.corpus_score(predictions, [references]).score / 100
     assert 0 < expected < 1
-    assert bleu(references, predictions, order).value == pytest.approx(expected)
-    assert bleu(references, [""] * count, order).value == 0.0
+    assert bleu(references, predictions, order).estimate().value == pytest.approx(expected)
+    assert bleu(references, [""] * count, order).estimate().value == 0.0
 
 
 def test_bleu_1_of_a_worked_example() -> None:
     # Of "a small effusion ." two words and the full stop are in the reference; it is 4 long, the reference 5: the
     # brevity penalty is exp(1 - 5/4).
-    estimate = bleu(["Small left pleural effusion."], ["A small effusion."], 1)
+    estimate = bleu(["Small left pleural effusion."], ["A small effusion."], 1).estimate()
     assert estimate.value == pytest.approx(3 / 4 * math.exp(1 - 5 / 4))
 
 
@@ -188,24 +188,4 @@ def test_unpaired_texts_are_refused() -> None:
     with pytest.raises(ValueError, match="got 2 references and 1 predictions"):
         rouge_l(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="at least one"):
-        score_findings([], [])
-
-
-def test_identical_texts_score_one_on_everything() -> None:
-    texts = [
-        "There is a small left pleural effusion. Heart size is normal.",
-        "Consolidation in the right lower zone. No pleural effusion or pneumothorax.",
-    ]
-    scores = score_findings(texts, texts)
-    estimates = (scores.label_f1.micro, scores.label_f1.macro, scores.side_accuracy, scores.size_accuracy)
-    for estimate in (*estimates, scores.zone_accuracy, scores.rouge_l, scores.bleu_1, scores.bleu_4):
-        assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1.0, 1.0, 1.0))
-    assert scores.side_accuracy.count == 2
-    assert scores.count == 2
-
-
-def test_the_truth_can_be_given_instead_of_read() -> None:
-    texts = ["The lungs are clear."]
-    scores = score_findings(texts, texts, truth=[read("Edema")])
-    edema = next(row for row in scores.label_f1.per_label if row.label == "Edema")
-    assert (edema.support, edema.recall) == (1, 0.0)
+        rouge_l([], [])

@@ -17,7 +17,7 @@ import torch
 
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval import radgraph
-from lite.eval.figures import Estimate, Missing
+from lite.eval.figures import Missing, Sums
 from lite.eval.radgraph import radgraph_f1
 
 
@@ -52,8 +52,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_the_rewards_of_radgraph_become_a_mean_with_an_interval(
     stand_in: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    estimate = radgraph_f1(["small effusion", "edema", "clear", "x"], ["small", "edema", " \n", ""], device="cpu")
-    assert isinstance(estimate, Estimate)
+    sums = radgraph_f1(["small effusion", "edema", "clear", "x"], ["small", "edema", " \n", ""], device="cpu")
+    assert isinstance(sums, Sums)
+    estimate = sums.estimate()
     assert (estimate.value, estimate.count) == (pytest.approx(1.5 / 4), 4)
     assert 0 <= estimate.low < estimate.value < estimate.high <= 1
     assert stand_in.arguments == {"reward_level": "partial", "model_type": "radgraph", "cuda": -1}

@@ -68,7 +68,7 @@ def read_entries(path: Path, entries: object, options: SourceOptions, *, unique:
     if isinstance(entries, dict) and entries and all(isinstance(entry, dict) for entry in entries.values()):
         kind = "ReXrank's studies"
         rows = list(entries.values())
-        entries = [_of_rexrank(name, entry) for name, entry in entries.items()]
+        entries = [rexrank_entry(name, entry) for name, entry in entries.items()]
     if not isinstance(entries, list) or not isinstance(rows, list) or not entries:
         msg = f"{path}: got no list, or an empty one · expected a JSON list of studies · check the path"
         raise LiteError(msg)
@@ -139,7 +139,7 @@ def _text(entry: dict[str, Any], name: str) -> str | None:
     return value
 
 
-def _of_rexrank(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def rexrank_entry(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return a study of ReXrank's as an entry of a list; its README and its files disagree on `report`."""
     if "image_path" not in entry and "key_image_path" not in entry:
         return entry | {"id": entry.get("id", name)}
