@@ -72,7 +72,7 @@ def open_judge(arguments: argparse.Namespace) -> Judge:
         JudgeOptions(
             url=arguments.judge_url,
             model=arguments.judge_model,
-            key=arguments.judge_key_file.read_text(encoding="utf-8").strip() if arguments.judge_key_file else "",
+            key=_read_key(arguments.judge_key_file) if arguments.judge_key_file else "",
             send_reports_to=arguments.send_reports_to,
             prompt=read_prompt(arguments.prompt_file),
             options=dict(arguments.judge_option),
@@ -82,6 +82,14 @@ def open_judge(arguments: argparse.Namespace) -> Judge:
             cache=arguments.judge_cache or file.with_suffix(".judged.jsonl"),
         )
     )
+
+
+def _read_key(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "letters that are not ASCII"
+        raise LiteError(f"{file}: got {what} · expected the judge's key on one line · check the path") from error
 
 
 def say_cost(

@@ -309,3 +309,18 @@ def test_the_page_is_whole_escaped_and_asks_for_nothing(two: tuple[Path, Path], 
     assert both.count("<article") == 3
     assert "better in" in both
     assert NOTICE in both
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "No such file"), ("schlüssel".encode(), "not ASCII")])
+def test_a_judges_key_that_cannot_be_read_is_one_line(
+    predictions: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, said: str
+) -> None:
+    key = predictions.with_name("key")
+    if content is not None:
+        key.write_bytes(content)
+    asked = ("--metrics", "chexprompt", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m")
+    assert main(["score", str(predictions), *asked, "--judge-key-file", str(key)]) == 1
+    told = capsys.readouterr().err
+    assert f"{key}: got" in told
+    assert said in told
+    assert "Traceback" not in told
