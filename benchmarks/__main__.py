@@ -17,6 +17,7 @@ COMMANDS: Final = {
         "benchmarks.quality.command",
         "what is lost: artifacts, engines, formats, and interop with other programs",
     ),
+    "serve": ("benchmarks.serve.command", "what a server withstands: clients, hostile ones, and its own end"),
     "slim": ("benchmarks.gates.slim", "install the base and the cpu extra alone, without torch, and draft with them"),
     "speed": ("benchmarks.speed", "time and memory: gpu, peers, profile, depth"),
     "synthetic": ("benchmarks.speed.synthetic", "write a checkpoint of the real shapes with random weights"),

@@ -133,6 +133,10 @@ class Report:
         if row.is_wrong:
             self.wrong.append(f"{row.label}: {row.why}")
 
+    def bar(self, what: str, bar: str, *, is_met: bool) -> None:
+        """Say whether a bar is met; one that is missed is wrong."""
+        (self.notes if is_met else self.wrong).append(f"{what}; bar {bar}: {'met' if is_met else 'missed'}")
+
     def markdown(self) -> str:
         """Return it for people."""
         parts = [f"## {self.title}"]
