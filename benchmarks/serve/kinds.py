@@ -40,25 +40,41 @@ _NAMES: Final = (
     *("evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "", "127.0.0.2", "a@evil", "[::2]", "0", None),
     *("evil.example:80", "127.0.0.1, evil.example", "é", "127.0.0.1/"),
 )
-_KEYS: Final = ("", KEY[:-1], KEY + "x", KEY.upper(), "x" * 9000, "é", "null")
-_ORIGINS: Final = ("https://evil.example", "null", "http://127.0.0.1.evil.example", "http://localhost:1", "file://", "")
+_KEYS: Final = (
+    None,
+    KEY,
+    "Basic %%%",
+    "Basic OmE=",
+    *(f"Bearer {key}" for key in ("", KEY[:-1], KEY + "x", "é", "x" * 9000)),
+)
+_ORIGINS: Final = (
+    *(
+        "Origin: https://evil.example",
+        "Origin: null",
+        "Origin: http://127.0.0.1.evil.example",
+        "Origin: file://",
+        "Origin:",
+    ),
+    *("Origin: http://localhost:1", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site"),
+)
 _METHODS: Final = ("PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "OPTIONS", "BREW", "get", "P" * 9000, "PO ST", "\0")
 _URIS: Final = ("http://{}/a.png", "HTTPS://{}/", "file:///etc/passwd", "ftp://{}/x", "//{}/x", "gopher://{}/_")
 _NO_FILMS: Final = (
     *("=" * 50_000, "AAA", "%%%", "\ud800", "A" * 400_000, "", "data:,", "data:image/png,abc", "data:;base64"),
     *("data:image/png;base64,", "DATA:;BASE64,=", "data:image/png;base64," + "A" * 400_000, "a\0b", " \n"),
 )
-_IMPOSSIBLE: Final[tuple[Mapping[str, Any], ...]] = (
-    *({"reason": text} for text in ("x" * 100_000, "<image>", 1, ["a"])),
-    *({"max_new_tokens": count} for count in (-1, 1.5, "many", True)),
-    *({"rendering": "x"}, {"any_film": "maybe"}, {"stream": 2}, {"query": "b"}, {"film": None}, {"": 1}, {"../x": 1}),
-)
-_IMPOSSIBLE_CHAT: Final[tuple[Mapping[str, Any], ...]] = (
-    *({"n": count} for count in (0, 10**6, -1, "2")),
-    *({"temperature": heat} for heat in (-1, 1e308, "hot", [])),
-    *({"stop": ["a"] * 10**5}, {"stop": 1}, {"model": "gpt-4o"}, {"top_p": 2}, {"top_logprobs": 3}, {"messages": []}),
-    *({"logprobs": True, "top_logprobs": 10**9}, {"max_tokens": 0}, {"seed": 1 << 99}, {"reason": "x" * 100_000}),
-)
+_IMPOSSIBLE: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
+    FINDINGS: (
+        *({"reason": "x" * 100_000}, {"reason": "<image>"}, {"reason": 1}, {"query": "b"}, {"film": None}, {"": 1}),
+        *({"max_new_tokens": -1}, {"max_new_tokens": 1.5}, {"max_new_tokens": "many"}, {"max_new_tokens": True}),
+        *({"rendering": "x"}, {"any_film": "maybe"}, {"stream": 2}, {"../x": 1}),
+    ),
+    CHAT: (
+        *({"n": 0}, {"n": 10**6}, {"n": "2"}, {"temperature": -1}, {"temperature": 1e308}, {"temperature": []}),
+        *({"stop": ["a"] * 10**5}, {"stop": 1}, {"model": "gpt-4o"}, {"top_p": 2}, {"messages": []}, {"max_tokens": 0}),
+        *({"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 10**9}, {"seed": 1 << 99}, {"reason": "x" * 100_000}),
+    ),
+}
 _PROTOCOLS: Final = (
     *(
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -123,8 +139,9 @@ def _size(to: Target, rng: random.Random) -> Sequence[Part]:
         return [to.request(content_length=None, transfer_encoding="chunked"), *[chunk] * 20, b"0\r\n\r\n"]
     if way == 1:
         return [to.request(transfer_encoding=rng.choice(("chunked", "gzip, chunked", "x"))) + body, 0.1, None]
-    expect = {"expect": "100-continue"} if rng.random() < 0.3 else {}
-    return [to.request(content_length=rng.choice(_HUGE if way == 2 else _NO_SIZES), **expect) + body, 0.1, None]
+    expect = ["Expect: 100-continue"] if rng.random() < 0.3 else []
+    size = rng.choice(_HUGE if way == 2 else _NO_SIZES)
+    return [to.request(more=expect, content_length=size) + body, 0.1, None]
 
 
 def _slow(to: Target, rng: random.Random) -> Sequence[Part]:
@@ -146,6 +163,18 @@ def _pipelined(to: Target, rng: random.Random) -> Sequence[Part]:
     first = to.request(_no_object(rng), connection="keep-alive")
     rest = rng.choice((rng.randbytes(99), first * 20, b"\r\n" * 999, first[9:]))
     return [first, rng.choice((0.0, 0.05)), rest, 0.2, None]
+
+
+def _fields(to: Target, rng: random.Random) -> Sequence[Part]:
+    path = rng.choice(ROUTES)
+    if rng.random() < 0.3:
+        return [to.asked(path, **{"film" if path == FINDINGS else "messages": hostile_value(rng)})]
+    return [to.request(mutate_json(rng, json.dumps(_document(path, "AAAA"))), path=path)]
+
+
+def _value(to: Target, rng: random.Random) -> Sequence[Part]:
+    path = rng.choice(ROUTES)
+    return [to.asked(path, **rng.choice(_IMPOSSIBLE[path]))]
 
 
 def _multipart(to: Target, rng: random.Random) -> Sequence[Part]:
@@ -206,29 +235,12 @@ KINDS: Final[Mapping[str, Kind]] = {
     ],
     "method": lambda to, rng: [to.request(_no_object(rng), rng.choice(_METHODS), rng.choice(_PLACES)[1])],
     "host": lambda to, rng: [to.request(_no_object(rng), *rng.choice(_PLACES), host=rng.choice(_NAMES))],
-    "two hosts": lambda to, rng: [to.request(_no_object(rng), *rng.choice(_PLACES), [f"Host: {rng.choice(_NAMES)}"])],
-    "key": lambda to, rng: [
-        to.request(
-            *(_no_object(rng), *rng.choice(_PLACES)),
-            authorization=rng.choice((None, KEY, "Basic %%%", "Basic OmE=", *(f"Bearer {key}" for key in _KEYS))),
-        )
-    ],
-    "origin": lambda to, rng: [to.request(_no_object(rng), *rng.choice(_PLACES), origin=rng.choice(_ORIGINS))],
-    "site": lambda to, rng: [
-        to.request(_no_object(rng), *rng.choice(_PLACES), sec_fetch_site=rng.choice(("cross-site", "same-site")))
-    ],
+    "hosts": lambda to, rng: [to.request(_no_object(rng), *rng.choice(_PLACES), [f"Host: {rng.choice(_NAMES)}"])],
+    "key": lambda to, rng: [to.request(_no_object(rng), *rng.choice(_PLACES), authorization=rng.choice(_KEYS))],
+    "origin": lambda to, rng: [to.request(_no_object(rng), *rng.choice(_PLACES), [rng.choice(_ORIGINS)])],
     "json": lambda to, rng: [to.request(_no_object(rng), path=rng.choice(ROUTES), content_encoding="gzip")],
-    "fields": lambda to, rng: [
-        to.request(mutate_json(rng, json.dumps(_document(path, "AAAA"))), path=path) for path in [rng.choice(ROUTES)]
-    ],
-    "hostile value": lambda to, rng: [
-        to.asked(path, **{name: hostile_value(rng)})
-        for path, name in [rng.choice(((FINDINGS, "film"), (CHAT, "messages")))]
-    ],
-    "value": lambda to, rng: [
-        to.asked(path, **rng.choice(_IMPOSSIBLE if path == FINDINGS else _IMPOSSIBLE_CHAT))
-        for path in [rng.choice(ROUTES)]
-    ],
+    "fields": _fields,
+    "value": _value,
     "multipart": _multipart,
     "base64": lambda to, rng: [to.asked(rng.choice(ROUTES), rng.choice(_NO_FILMS))],
     "address": lambda to, rng: [to.asked(rng.choice(ROUTES), rng.choice(_URIS).format(to.decoy))],

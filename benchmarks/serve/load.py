@@ -43,8 +43,8 @@ def measure_load(artifact: Path, studies: Sequence[Study], *, clients: int, roun
         for turn in (batch, served):
             turn(parts[-1][:ROWS])
         answers.clear()
-        left = {turn: iter(parts) for turn in (batch, served)}
-        turns = in_turns({turn.__name__: lambda turn=turn: turn(next(left[turn])) for turn in left}, len(parts))
+        left, again = iter(parts), iter(parts)
+        turns = in_turns({"batch": lambda: batch(next(left)), "served": lambda: served(next(again))}, len(parts))
     for name, what in (("batch", "findings_batch"), ("served", "HTTP, both routes in turns")):
         row = Row(names={"studies by": what}, against="findings_batch" if name == "served" else "")
         row.took(turns[name], turns["batch"] if row.against else "")

@@ -38,8 +38,9 @@ class Running:
         self.url = (self.process.stdout.readline() if self.process.stdout else "").strip()
         if not self.url:
             self.process.wait()
-            said = os.pread(self._log.fileno(), 1 << 12, 0).decode("utf-8", "replace")
-            raise LiteError(f"got an end of the server, {said!r} · expected its address · start it by hand: {program}")
+            raise LiteError(
+                f"got an end of the server, {self.log!r} · expected its address · start it by hand: {program}"
+            )
         self.get("/health")
         self.ready_s = time.perf_counter() - started
 
@@ -60,6 +61,11 @@ class Running:
     def port(self) -> int:
         """Where it listens."""
         return int(self.url.rpartition(":")[2])
+
+    @property
+    def log(self) -> str:
+        """What it has written on stderr."""
+        return os.pread(self._log.fileno(), 1 << 30, 0).decode("utf-8", "replace")
 
     def client(self) -> httpx.AsyncClient:
         """Return a client with its key, and as many connections as are asked for."""
@@ -83,13 +89,14 @@ class Running:
         return {",".join(sample.labels.values()): sample.value for sample in samples}
 
     def idle_after_s(self) -> float:
-        """Wait until no request has a row or waits for one, and return how long that took; infinity: too long."""
-        started = time.perf_counter()
+        """Ask until no request has a row or waits for one; return when that was asked first. Infinity: too late."""
+        started = asked = time.perf_counter()
         while any(self.counts(name)[""] for name in ("rows_busy", "queue_length")):
-            if time.perf_counter() - started > PATIENCE_S:
+            if asked - started > PATIENCE_S:
                 return float("inf")
             time.sleep(0.01)
-        return time.perf_counter() - started
+            asked = time.perf_counter()
+        return asked - started
 
     def proc(self, name: str) -> str:
         """Return a file of the system about the process."""
