@@ -84,7 +84,8 @@ def load_image(source: ImageSource, *, rendering: Rendering = "mimic-cxr-jpg", a
     if isinstance(source, Image.Image):
         with decoding("<image>", "a readable Pillow image"):
             return loader.pillow(source, "<image>")
-    if (pydicom := sys.modules.get("pydicom")) and isinstance(source, pydicom.Dataset):
+    # Another thread may be importing pydicom: then it has no data sets yet, and nobody can have given one.
+    if (dataset := getattr(sys.modules.get("pydicom"), "Dataset", None)) and isinstance(source, dataset):
         return load_dicom(source, "<dataset>", rendering, any_film=any_film)
     name, data = _contents(source)
     if not data:

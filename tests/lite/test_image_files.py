@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -208,6 +210,12 @@ def test_arrays_of_8_bits_are_pictures() -> None:
     assert (grey(load_image(values > 127)) == np.where(values > 127, 255, 0)).all()
     loaded = load_image(values)
     assert (loaded.rendering, loaded.film.format) == ("as-is", "array")
+
+
+def test_a_film_is_read_while_another_thread_imports_pydicom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds the module then finds nothing in it yet."""
+    monkeypatch.setitem(sys.modules, "pydicom", ModuleType("pydicom"))
+    assert load_image(saved(Image.fromarray(noise((12, 9))), "PNG")).size == (9, 12)
 
 
 def test_the_source_is_left_alone() -> None:
