@@ -204,7 +204,7 @@ def _asked(fields: dict[str, Any], service: Service) -> Asked:
 def _read(name: str, given: object) -> Any:  # noqa: ANN401 - as the field has it
     """Read a field, which a form has as text."""
     kind, text = _FIELDS[name], given.strip() if isinstance(given, str) else None
-    if kind == "bool" and (given in (True, False) or (text or "").lower() in (*_TRUE, *_FALSE)):
+    if kind == "bool" and (given in (True, False) if text is None else text.lower() in (*_TRUE, *_FALSE)):
         return given if text is None else text.lower() in _TRUE
     if kind.startswith("int") and (type(given) is int or text == "" or (text or "").isdecimal()):
         return given if text is None else int(text[:_MAX_DIGITS]) if text else None

@@ -145,6 +145,7 @@ def test_a_report_that_cannot_be_is_refused_before_the_work(served: Served) -> N
         ({"film": "PNG", "max_new_tokens": "many"}, "value", "max_new_tokens"),
         ({"film": "PNG", "max_new_tokens": True}, "value", "max_new_tokens"),
         ({"film": "PNG", "any_film": "perhaps"}, "value", "any_film"),
+        ({"film": "PNG", "any_film": 2}, "value", "any_film"),
         ({"film": "PNG", "rendering": "nice"}, "value", "mimic-cxr-jpg"),
         ({"film": "PNG", "reason": 5}, "value", "reason"),
     ],
