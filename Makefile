@@ -52,8 +52,10 @@ slim: $(STAMP)  ## draft in a new environment without torch, and say what that t
 hostile: export OMP_NUM_THREADS ?= 1
 ARGS ?=
 
-hostile: $(STAMP)  ## spoilt inputs for a minute, then programs that are killed for a minute
+hostile: $(STAMP)  ## spoilt inputs for a minute, programs that are killed for a minute, hostile requests to a server
 	@$(BIN)/python -m benchmarks hostile --minutes 1 --kills 1000 $(ARGS)
+	@$(DEMO_ARTIFACT)
+	@$(BIN)/python -m benchmarks serve build/demo/artifact --only hang-ups hostile --hang-ups 40 --hostile 200
 
 # The peers bring their own versions of everything, so they live in environments of their own.
 INTEROP_VENV := build/interop-venv
