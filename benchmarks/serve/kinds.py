@@ -214,7 +214,7 @@ def _bomb(to: Target, rng: random.Random) -> Sequence[Part]:
         (b"IEND", b""),
     ]
     if rng.random() < 0.3:
-        chunks.insert(1, (b"zTXt", b"x\0\0" + zlib.compress(bytes(1 << 25))))
+        chunks.insert(1, (b"zTXt", b"x\0\0" + zlib.compress(bytes(1 << 24))))
     written = (
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )

@@ -43,7 +43,8 @@ def target(port: int, studies: list[Study]) -> Target:
 
 
 def beside(answer: str | None, use: Callable[[int], Awaitable[object]]) -> object:
-    """Use a server that answers everything alike; None: not at all."""
+    """Use a server once that answers everything alike; None: not at all."""
+    has_ended = asyncio.Event()
 
     async def answered(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -52,10 +53,13 @@ def beside(answer: str | None, use: Callable[[int], Awaitable[object]]) -> objec
                 writer.write_eof()
             await reader.read(-1)
         writer.close()
+        has_ended.set()
 
     async def run() -> object:
         async with await asyncio.start_server(answered, "127.0.0.1", 0, limit=1 << 24) as server:
-            return await use(server.sockets[0].getsockname()[1])
+            found = await use(server.sockets[0].getsockname()[1])
+            await has_ended.wait()
+            return found
 
     return asyncio.run(run())
 
@@ -85,8 +89,8 @@ def test_what_is_neither_refused_nor_closed_is_told(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_is_an_input(kind: str, studies: list[Study]) -> None:
     to = target(9, studies)
-    made = [KINDS[kind](to, random.Random(f"{kind}:{seed}")) for seed in (*range(9), *range(9))]
-    assert made[:9] == made[9:]
+    made = [KINDS[kind](to, random.Random(f"{kind}:{seed}")) for seed in (*range(5), *range(5))]
+    assert made[:5] == made[5:]
     assert any(parts != made[0] for parts in made)
 
 
