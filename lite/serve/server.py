@@ -133,7 +133,12 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Have who connects ask for something before long."""
         super().connection_made(transport)
-        self.loop.call_later(_SILENCE_S, self._close_unless_asked)
+        self._silence = self.loop.call_later(_SILENCE_S, self._close_unless_asked)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Leave nothing behind that holds the connection: a client may come with a new one for each request."""
+        self._silence.cancel()
+        super().connection_lost(exc)
 
     def _close_unless_asked(self) -> None:
         cycle: RequestResponseCycle | None = self.cycle
