@@ -10,6 +10,7 @@ from lite.artifact.open import load_artifact
 from lite.cli.options import add_artifact, add_loading, load_model, size
 from lite.console import positive, print_line, say
 from lite.errors import BackendUnavailable
+from lite.memory.process import map_large_blocks
 
 if TYPE_CHECKING:
     import argparse
@@ -104,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         image_origins=tuple(arguments.image_origin),
         max_body_bytes=arguments.max_body,
     )
+    map_large_blocks()
     server = Server(settings, lambda: load_model(arguments), ready=print_line)
     say(f"listens at {server.url}, loading {arguments.artifact} …")
     server.run()

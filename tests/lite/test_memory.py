@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import re
@@ -291,3 +292,20 @@ def test_memory_is_unknown_where_nothing_tells(monkeypatch: pytest.MonkeyPatch) 
     assert (peak_rss_bytes() or 0) > 10_000_000  # getrusage
     monkeypatch.setattr("sys.platform", "win32")
     assert peak_rss_bytes() is None
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.parametrize("mapped", [True, False])
+def test_large_blocks_go_back_to_the_system_from_between_small_ones(mapped: bool) -> None:
+    code = f"""
+from lite.memory.process import map_large_blocks, rss_bytes
+if {mapped}:
+    map_large_blocks()
+before, blocks = rss_bytes(), []
+for _ in range(300):
+    blocks += [bytearray(b"x" * 100_000), bytearray(b"x" * 2_000)]
+del blocks[::2]
+print(rss_bytes() - before)
+"""
+    left = int(run_python("-c", code))
+    assert left < 10_000_000 if mapped else left > 20_000_000
