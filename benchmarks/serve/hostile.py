@@ -46,7 +46,7 @@ def measure_hang_ups(artifact: Path, studies: Sequence[Study], *, count: int, cl
     report = Report(title=f"{count} clients that hang up, {clients} at a time")
     rng = random.Random(f"hang-ups:{seed}")
     ways = [WAYS[number % len(WAYS)] for number in range(count)]
-    with Running(artifact) as server:
+    with Running(artifact, "--max-queue", str(16 * count)) as server:
         before = _texts(server, studies)
         tokens = server.counts("tokens_total")[""]
         asyncio.run(at_a_time(clients, [hang_up(server, rng.choice(studies), way, rng) for way in ways]))
@@ -61,10 +61,10 @@ def measure_hang_ups(artifact: Path, studies: Sequence[Study], *, count: int, cl
 
 
 async def hang_up(server: Running, study: Study, way: str, rng: random.Random) -> None:
-    """Ask for a long text, and go in one of `WAYS`."""
+    """Ask for a text, or for so many that a server which went on would be busy for long; and go in one of `WAYS`."""
     route = rng.choice(ROUTES)
-    hot = {"temperature": 2.0} if route == CHAT else {}
-    request = httpx.Request("POST", server.url + route, **body_of(route, study, 256, **hot))
+    many = {"temperature": 2.0, "n": 16} if route == CHAT else {}
+    request = httpx.Request("POST", server.url + route, **body_of(route, study, 256, **many))
     lines = [f"POST {route} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items()), "", ""]
     sent = "\r\n".join(lines).encode() + request.read()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
