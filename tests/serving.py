@@ -10,6 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
+# Whatever imports this is skipped where the extra `serve` is not installed.
+pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+
 import httpx
 from tiny import film
 

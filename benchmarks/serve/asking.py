@@ -32,12 +32,13 @@ class Answer(NamedTuple):
     ttft_s: float  # from the request to the first text
 
 
-def body_of(route: str, study: Study, max_new_tokens: int = 256, **more: object) -> dict[str, Any]:
+def body_of(route: str, study: Study, max_new_tokens: int | None = None, **more: object) -> dict[str, Any]:
     """Return what asks for a study, a film that is a file, as httpx takes it."""
     film = study.path.read_bytes()
     if route == FINDINGS:
-        fields = {"reason": study.reason or "", "stream": "true", "max_new_tokens": str(max_new_tokens)}
-        return {"files": {"film": film}, "data": fields | more}
+        fields = {"reason": study.reason or "", "stream": "true"}
+        most = {} if max_new_tokens is None else {"max_new_tokens": str(max_new_tokens)}
+        return {"files": {"film": film}, "data": fields | most | more}
     url = f"data:image/png;base64,{base64.b64encode(film).decode()}"
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
     if study.reason:
@@ -50,7 +51,7 @@ async def ask(
     client: httpx.AsyncClient,
     route: str,
     study: Study,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     *,
     on_start: Callable[[], object] = lambda: None,
 ) -> Answer:
@@ -79,7 +80,7 @@ async def ask(
 
 
 async def ask_all(
-    server: Running, studies: Sequence[Study], *, clients: int, max_new_tokens: int = 256
+    server: Running, studies: Sequence[Study], *, clients: int, max_new_tokens: int | None = None
 ) -> list[Answer | Exception]:
     """Ask for studies by both routes in turns, so many at a time."""
 

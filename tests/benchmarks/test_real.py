@@ -297,7 +297,7 @@ def test_the_command_prints_rows_and_what_they_depend_on(llama: Path, capsys: py
     assert [row["name"] for row in found["rows"]] == [DEFAULT, "rtn", "gptq-int4-g128"]
     assert "got 64 inputs · expected whole groups of 128" in found["rows"][2]["skipped"]
     assert found["rows"][1]["judged"]["divergence"]["mean_kl"]["value"] > 0
-    assert found["calibration"].startswith("2 blocks of 256 tokens, sha256 ")
+    assert found["calibration"].startswith("2 blocks of 128 tokens, sha256 ")
     assert math.isfinite(found["rows"][1]["judged"]["kl_ratio"]["high"])
 
 

@@ -30,8 +30,6 @@ from lite.session.draft import Draft
 from lite.session.request import Outcome
 from lite.studies.results import Result
 
-pytest.importorskip("starlette")
-
 
 @pytest.fixture(scope="module")
 def served(tiny_onnx_artifact: Artifact) -> Iterator[Served]:

@@ -15,7 +15,6 @@ from serving import KEY, Served, png, serving
 from lite.artifact.open import Artifact
 from lite.loading import load
 
-pytest.importorskip("starlette")
 URI = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
 PARTS = [
     {"type": "text", "text": "Reason for the exam: cough."},

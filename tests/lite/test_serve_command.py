@@ -25,8 +25,6 @@ from lite.__main__ import main
 from lite.artifact.open import Artifact
 from lite.loading import load
 
-pytest.importorskip("starlette")
-
 
 class Running:
     """A server in a process of its own, and all that it says."""

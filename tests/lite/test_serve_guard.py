@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import select
 import socket
@@ -18,8 +19,8 @@ from serving import KEY, Gate, Served, png, serving, wait_until
 from lite.artifact.open import Artifact
 from lite.loading import load
 from lite.model import FindingsModel
+from lite.serve.server import _Protocol
 
-pytest.importorskip("starlette")
 # starlette leaves it to the collector to close the file of a form that breaks off.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 BODY = 64 * 1024
@@ -267,6 +268,28 @@ def test_heads_that_are_none_are_refused(open_one: Served, head: bytes) -> None:
     except ConnectionError:  # it went while the rest was being sent
         assert len(head) > 32_000
     assert open_one.client.get("/health").status_code == 200
+
+
+def test_who_asks_for_nothing_is_let_go(model: FindingsModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite.serve.server._SILENCE_S", 0.05)
+    with serving(lambda: model) as served, socket.create_connection(("127.0.0.1", served.port), timeout=30) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_a_connection_that_has_gone_is_not_held(model: FindingsModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite.serve.server._SILENCE_S", 3600)
+
+    def num_held() -> int:
+        gc.collect()
+        return sum(type(item) is _Protocol for item in gc.get_objects())
+
+    with serving(lambda: model) as served:
+        before = num_held()
+        connections = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(3)]
+        wait_until(lambda: num_held() == before + 3)
+        for connection in connections:
+            connection.close()
+        wait_until(lambda: num_held() == before)
 
 
 def test_one_client_may_not_have_everything(model: FindingsModel, monkeypatch: pytest.MonkeyPatch) -> None:

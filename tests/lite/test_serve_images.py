@@ -24,7 +24,6 @@ from lite.serve.images import _resolved, film_of
 from lite.serve.refusal import Refusal
 from lite.serve.settings import Settings, read_key
 
-pytest.importorskip("starlette")
 BODY = 64 * 1024
 
 

@@ -18,7 +18,6 @@ from lite.serve.refusal import Refusal
 from lite.serve.stops import Choice
 from lite.session.request import Token
 
-pytest.importorskip("starlette")
 CHAT = "/v1/chat/completions"
 IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png()).decode()}"}}
 

@@ -30,7 +30,6 @@ MIDDLE = """canvas => {
 }"""
 browser, open_page, page = browsing.browser, browsing.open_page, browsing.page
 pytestmark = pytest.mark.full
-pytest.importorskip("starlette")
 
 
 @pytest.fixture(scope="module")

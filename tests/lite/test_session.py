@@ -205,4 +205,5 @@ def test_a_session_that_nobody_holds_ends_its_threads() -> None:
     while (threading.active_count() > before or gone() is not None) and time.monotonic() < until:
         gc.collect()
         time.sleep(0.001)
-    assert (gone(), threading.active_count()) == (None, before)
+    assert gone() is None
+    assert threading.active_count() <= before  # others' may have ended meanwhile, too
