@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import base64
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import chromium
 import pytest
 from serving import Served
 
 COPYING = ["clipboard-read", "clipboard-write"]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+browser = chromium.browser
 # What a page of ours never does: told to the window itself, before any script of it runs.
 WATCH = """addEventListener("securitypolicyviolation", event => console.error(`policy: ${event.violatedDirective}`))"""
 DROP = """(files) => {
@@ -23,20 +22,6 @@ DROP = """(files) => {
     }
     return dataTransfer;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"got no browser · expected one of {', '.join(BROWSERS)} on the PATH · apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]
-        browser = playwright.chromium.launch(executable_path=found, args=sandbox)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

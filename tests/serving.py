@@ -115,3 +115,11 @@ def events(text: str) -> list[tuple[str, Any]]:
             data = lines["data"]
             found.append((lines.get("event", ""), data if data == "[DONE]" else json.loads(data)))
     return found
+
+
+@pytest.fixture
+def gate(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(served.model, monkeypatch)
+    yield gate
+    gate.open()
+    served.wait_until_idle()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import bench_rows
+import chromium
 import pytest
 from bench_rows import NO_RECORD, NOT_INSTALLED, SCRIPT, Shown, measured, no_record
 
@@ -28,36 +27,26 @@ OURS = {"id": "a", "reference": "Small left pleural effusion. No edema.", "predi
 THEIRS = OURS | {
     "prediction": "Small right pleural effusion and a veryveryverylongwordthatnoscreenofaphonecouldshowinoneline."
 }
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.full
-shown, bench = bench_rows.shown, bench_rows.bench
+shown, bench, browser = bench_rows.shown, bench_rows.bench, chromium.browser
 
 
 @pytest.fixture(scope="module")
-def open_page(shown: Shown) -> Iterator[Callable[..., Any]]:
+def open_page(shown: Shown, browser: Any) -> Iterator[Callable[..., Any]]:
     """Open the report in a window of some size; nothing but the file itself may be asked for, or go wrong."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"got no browser · expected one of {', '.join(BROWSERS)} on the PATH · apt-get install chromium")
-    from playwright.sync_api import sync_playwright
+    wrong: list[str] = []
 
-    with sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]
-        browser = playwright.chromium.launch(executable_path=found, args=sandbox)
-        wrong: list[str] = []
+    def open_page(path: Path = shown.path, width: int = 1440) -> Any:
+        page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
+        page.on("request", lambda request: None if allowed(request.url, path) else wrong.append(request.url))
+        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+        page.on("console", lambda message: wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.goto(path.as_uri())
+        return page
 
-        def open_page(path: Path = shown.path, width: int = 1440) -> Any:
-            page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
-            page.on("request", lambda request: None if allowed(request.url, path) else wrong.append(request.url))
-            page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-            page.on("console", lambda message: wrong.append(f"console: {message.text}"))
-            page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-            page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-            page.goto(path.as_uri())
-            return page
-
-        yield open_page
-        browser.close()
+    yield open_page
     assert wrong == []
 
 

@@ -18,6 +18,7 @@ from made_films import dicom
 from made_films import film as stored_film
 from PIL import Image
 from serving import Gate, Served, events, png, serving, wait_until
+from serving import gate as serving_gate
 
 from lite.artifact.open import Artifact
 from lite.errors import LiteError
@@ -30,19 +31,13 @@ from lite.session.draft import Draft
 from lite.session.request import Outcome
 from lite.studies.results import Result
 
+gate = serving_gate
+
 
 @pytest.fixture(scope="module")
 def served(tiny_onnx_artifact: Artifact) -> Iterator[Served]:
     with serving(lambda: load(tiny_onnx_artifact.path, device="cpu", rows=4), max_queue=40) as served:
         yield served
-
-
-@pytest.fixture
-def gate(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(served.model, monkeypatch)
-    yield gate
-    gate.open()
-    served.wait_until_idle()
 
 
 def asked(served: Served, film: bytes, **fields: Any) -> httpx.Response:

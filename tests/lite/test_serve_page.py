@@ -15,6 +15,7 @@ import browsing
 import pytest
 from browsing import DROP, ask, choose, download, drop, text_of
 from serving import Gate, Served, serving
+from serving import gate as serving_gate
 
 from benchmarks.phantom.write import write_studies
 from lite.artifact.open import Artifact
@@ -28,7 +29,7 @@ MIDDLE = """canvas => {
     const [x, y] = [canvas.width / 2, canvas.height / 2];
     return [...canvas.getContext("2d").getImageData(x, y, 1, 1).data.slice(0, 3)];
 }"""
-browser, open_page, page = browsing.browser, browsing.open_page, browsing.page
+browser, open_page, page, gate = browsing.browser, browsing.open_page, browsing.page, serving_gate
 pytestmark = pytest.mark.full
 
 
@@ -36,14 +37,6 @@ pytestmark = pytest.mark.full
 def served(demo_artifact: Artifact) -> Iterator[Served]:
     with serving(lambda: load(demo_artifact.path, device="cpu", rows=2), max_queue=1) as served:
         yield served
-
-
-@pytest.fixture
-def gate(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(served.model, monkeypatch)
-    yield gate
-    gate.open()
-    served.wait_until_idle()
 
 
 @pytest.fixture(scope="module")
