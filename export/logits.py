@@ -204,10 +204,15 @@ def _expanded(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
 
 
 def onnx_logits(
-    artifact: Artifact, films: Sequence[FilmStudies], features: Sequence[Tensor], cache_dtype: CacheDtype | None
+    artifact: Artifact,
+    films: Sequence[FilmStudies],
+    features: Sequence[Tensor],
+    cache_dtype: CacheDtype | None,
+    *,
+    int8_prompts: bool = False,
 ) -> list[Tensor]:
     """Compute the same with decoder.onnx."""
-    decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype)
+    decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype, int8_prompts=int8_prompts)
     pairs = zip(films, features, strict=True)
     return [torch.from_numpy(read[2]) for film, image in pairs for read in read_film(decoder, film, image.numpy())]
 

@@ -142,7 +142,7 @@ def _keep_measured(
         shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
         artifact = Artifact(path=staged.path, manifest=manifest, id=UNHASHED)
         if settings.onnx:
-            part = write_onnx_part(artifact, for_cache, activations=settings.activations, show_progress=show)
+            part = write_onnx_part(artifact, for_cache, settings)
             artifact = artifact.with_parts(decoder_onnx=part)
         parts = verify.measure(source, artifact, judged, device=settings.device, show_progress=show)
         try:
@@ -203,7 +203,7 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     """Return all that the bytes of decoder/ and vision.onnx depend on, by the names a user knows."""
     given: dict[str, Any] = dataclasses.asdict(settings)
     # How it is measured, and what is made of decoder/, changes no weight.
-    not_decoder = ("onnx", "activations", "other_base", "overwrite", "keep_anyway", "show_progress")
+    not_decoder = ("onnx", "activations", "prompt_weights", "other_base", "overwrite", "keep_anyway", "show_progress")
     for name in (*not_decoder, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")
@@ -228,6 +228,8 @@ def _require_space(
     if settings.onnx:
         # The same once more, an 8-bit head, and scales of twice the bytes.
         needed += needed + needed // 20
+        weights = sum(math.prod(shape) for shape in base_shapes(source.decoder).values())
+        needed += weights if settings.prompt_weights == "int8" else 0
     needed += vision * {"fp32": 4, "fp16": 2, "int8": 2}[settings.vision_format] + (1 << 20)
     if calibration is not None:
         lengths = [study.num_tokens(source.tower.num_patches) for study in calibration.studies]

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-from lite.artifact.parts import OnnxFloat
+from lite.artifact.parts import OnnxFloat, PromptWeights
 from lite.config import DecoderFormat, VisionFormat
 from lite.errors import ArtifactError
 
@@ -108,6 +108,8 @@ class OnnxSettings(ParitySettings):
 
     activations: OnnxFloat = DEFAULT_ACTIVATIONS
     """What it computes in, beside its integers: float32 for CPUs, float16 for the providers of GPUs."""
+    prompt_weights: PromptWeights = "stored"
+    """What prompts are read by: int8 writes a second set of weights for them, a byte for each; for CPUs with VNNI."""
     calibration_data: str | Path | None = None
     """JSON list of studies to find the scales of the int8 cache on; None takes built-in ones."""
     calibration_images: str | Path | None = None
@@ -116,6 +118,7 @@ class OnnxSettings(ParitySettings):
     def __post_init__(self) -> None:
         """Refuse values that no export can have."""
         ParitySettings.__post_init__(self)
+        _require_float32(self.prompt_weights, self.activations)
         _require_list(self, images="calibration_images", data="calibration_data")
 
 
@@ -135,6 +138,8 @@ class ExportSettings(ParitySettings):
     onnx: bool = False
     """Write decoder.onnx too, with which a decoder in GPTQ runs without torch."""
     activations: OnnxFloat = DEFAULT_ACTIVATIONS
+    """See `OnnxSettings`."""
+    prompt_weights: PromptWeights = "stored"
     """See `OnnxSettings`."""
     other_base: bool = False
     """Take a base whose name is not the one that the adapter asks for."""
@@ -165,6 +170,7 @@ class ExportSettings(ParitySettings):
             ("decoder format", self.decoder_format, DecoderFormat),
             ("vision format", self.vision_format, VisionFormat),
             ("activations", self.activations, OnnxFloat),
+            ("prompt weights", self.prompt_weights, PromptWeights),
             ("group size", gptq.group_size, GroupSize),
             ("method", gptq.method, Method),
             ("lm_head format", gptq.lm_head, HeadFormat),
@@ -182,9 +188,11 @@ class ExportSettings(ParitySettings):
         if self.onnx and not self.decoder_format.startswith("gptq"):
             msg = f"got the onnx engine for {self.decoder_format} · expected gptq-int4 or gptq-int8, whose integers it "
             raise ArtifactError(f"{msg}takes over · choose one of them, or leave it out")
-        if self.activations != DEFAULT_ACTIVATIONS and not self.onnx:
-            msg = f"got activations {self.activations} without the onnx engine · expected them with it, as only "
-            raise ArtifactError(f"{msg}decoder.onnx computes in them · give --engine onnx, or leave them out")
+        for name, default in (("activations", DEFAULT_ACTIVATIONS), ("prompt_weights", "stored")):
+            if (got := getattr(self, name)) != default and not self.onnx:
+                msg = f"got {name} {got} without the onnx engine · expected it with that, as only decoder.onnx"
+                raise ArtifactError(f"{msg} has a choice of them · give --engine onnx, or leave it out")
+        _require_float32(self.prompt_weights, self.activations)
         used = {field.name for field in dataclasses.fields(gptq)}
         if not self.decoder_format.startswith("gptq"):
             used, where = set(), "with gptq-int4 or gptq-int8 only"
@@ -205,6 +213,12 @@ class ExportSettings(ParitySettings):
     def calibrates(self) -> bool:
         """Whether the decoder is rounded by what it sees, which takes studies and goes layer after layer."""
         return self.decoder_format.startswith("gptq") and self.gptq.method == "gptq"
+
+
+def _require_float32(prompt_weights: PromptWeights, activations: OnnxFloat) -> None:
+    if prompt_weights == "int8" and activations != "float32":
+        msg = f"got prompt_weights int8 with activations {activations} · expected float32: they are for CPUs"
+        raise ArtifactError(f"{msg} · leave one of them out")
 
 
 def _require_list(settings: object, *, images: str, data: str) -> None:

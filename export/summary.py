@@ -73,6 +73,12 @@ def _onnx_rows(part: OnnxPart | None) -> list[tuple[str, str]]:
         rows.append(("that is", judged(fidelity).text))
         cache = fidelity.int8_cache and f"{fidelity.int8_cache}, from its float cache"
         rows.append(("its int8 cache", cache or "none: it takes onnxruntime 1.27 or newer at export"))
+        if part.prompts is not None:
+            lost = part.prompts.divergence
+            what = (
+                f"{lost}, from prompts by the stored weights" if lost else "not measured: this CPU adds up too little"
+            )
+            rows.append(("its int8 prompts", what))
         studies, tokens = fidelity.divergence.studies, fidelity.divergence.tokens
         rows.append(("along", f"the reports of {studies} studies ({fidelity.data}), {tokens} tokens"))
     return rows

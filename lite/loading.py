@@ -44,8 +44,8 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     Args:
         path: the artifact's folder.
         **options: those of `lite.engines.options.LoadOptions`, which says what each is: engine, device, dtype,
-            provider, cache_dtype, memory_limit, fp16_accumulation, rows, image_tokens, image_method,
-            drafts and verify.
+            provider, cache_dtype, prompt_weights, memory_limit, fp16_accumulation, rows, image_tokens,
+            image_method, drafts and verify.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
@@ -157,6 +157,7 @@ def _decoder(artifact: Artifact, plan: RunPlan, positions: NDArray[np.float64] |
             cache_dtype=cache_dtype,
             positions=positions,
             two_rows=plan.drafts != "off",
+            int8_prompts=plan.workload.int8_prompts,
         )
     from lite.engines.torch_engine.load import load_decoder
 

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 GRAPH_NAME: Final = "decoder.onnx"
 DATA_NAME: Final = "decoder.onnx.data"
 EMBEDDINGS_NAME: Final = "embed_tokens.npy"
+LM_HEAD: Final = "lm_head"
 ACCURACY_LEVEL: Final = 4
 """Inputs of MatMulNBits are rounded to int8. Without it (level 0 or 1) a 4-bit product of one row takes four times as
 long (2 cores, AVX2, ONNX Runtime 1.32, November 2026)."""
@@ -134,7 +135,7 @@ def _decoder(graph: _Graph, source: _Source, config: DecoderConfig) -> None:
         following = "model.norm.weight" if last else f"model.layers.{layer + 1}.input_layernorm.weight"
         following_name = "norm" if last else f"layers.{layer + 1}.input_layernorm"
         x, residual = norm(x, residual, following_name, source.vector(following))
-    logits = graph.linear(x, "lm_head", [source.head()])
+    logits = graph.linear(x, LM_HEAD, [source.head()])
     graph.add("Cast", logits, to=TensorProto.FLOAT, outputs=["logits"])
 
 
@@ -200,19 +201,24 @@ class _Graph(Graph):
 
     def external(self, name: str, values: Array) -> str:
         """Write values to the data file, and add a constant that says where they are."""
-        self.data.write(b"\0" * (-self.data.tell() % _ALIGNMENT))
-        tensor = TensorProto(
-            name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
-            dims=values.shape,
-            data_location=TensorProto.EXTERNAL,
-        )
-        place = {"location": DATA_NAME, "offset": str(self.data.tell()), "length": str(values.nbytes)}
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=value)
-        self.constants.append(tensor)
-        self.data.write(np.ascontiguousarray(values).data)
+        self.constants.append(external_tensor(self.data, name, values, location=DATA_NAME))
         return name
+
+
+def external_tensor(data: BinaryIO, name: str, values: Array, *, location: str) -> TensorProto:
+    """Write values to a data file of a graph; return the constant that says where they are."""
+    data.write(b"\0" * (-data.tell() % _ALIGNMENT))
+    tensor = TensorProto(
+        name=name,
+        data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+        dims=values.shape,
+        data_location=TensorProto.EXTERNAL,
+    )
+    place = {"location": location, "offset": str(data.tell()), "length": str(values.nbytes)}
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=value)
+    data.write(np.ascontiguousarray(values).data)
+    return tensor
 
 
 def _model(graph: _Graph, config: DecoderConfig) -> onnx.ModelProto:

@@ -23,8 +23,9 @@ from export.write.decoder_onnx import (
     write_decoder_onnx,
 )
 from export.write.int8_cache_graph import INT8_CACHE_GRAPH_NAME, write_int8_cache_graph
+from export.write.prompt_graphs import EXACTNESS_NAME, PROMPTS_DATA_NAME, write_prompt_graphs
 from lite.artifact.open import Artifact, load_artifact
-from lite.artifact.parts import Int8CacheGraph, OnnxFloat, OnnxPart, unhashed
+from lite.artifact.parts import Int8CacheGraph, OnnxFloat, OnnxPart, PromptGraphs, unhashed
 from lite.artifact.write import staged_artifact
 from lite.engines.machine import check_device
 from lite.engines.onnx_engine.decoder import OnnxDecoder
@@ -34,7 +35,7 @@ from lite.files import link_or_copy
 from lite.vision import VisionEncoder
 
 if TYPE_CHECKING:
-    from export.settings import OnnxSettings
+    from export.settings import ExportSettings, OnnxSettings
 
 MAX_CACHE_STUDIES: Final = 16
 """Studies that the scales of the cache are found on, at most: each has a thousand tokens and more."""
@@ -42,22 +43,46 @@ CACHE_TOKENS: Final = 256
 """Findings tokens of each, at most."""
 
 
-def write_onnx_part(
-    artifact: Artifact, cache: NamedStudies, *, activations: OnnxFloat, show_progress: bool
-) -> OnnxPart:
+def write_onnx_part(artifact: Artifact, cache: NamedStudies, settings: OnnxSettings | ExportSettings) -> OnnxPart:
     """Write the files of `decoder.onnx` into an artifact that is being written.
 
     Args:
         artifact: Its other files, and what its manifest will say of them.
         cache: What the int8 cache is calibrated on: the first `MAX_CACHE_STUDIES`.
-        activations: See `OnnxSettings`.
-        show_progress: Draw a bar.
+        settings: How.
 
     Returns:
         The part. With an ONNX Runtime that has no int8 cache there is no graph with one.
     """
+    show_progress = settings.show_progress
     with stage("writing decoder.onnx", show=show_progress):
-        part = _write_float_graph(artifact, activations)
+        part = _write_float_graph(artifact, settings.activations)
+    part = _with_int8_cache(artifact, part, cache, show_progress=show_progress)
+    if settings.prompt_weights == "stored":
+        return part
+    with stage("writing weights for prompts", show=show_progress):
+        return _with_prompts(artifact, part)
+
+
+def _with_prompts(artifact: Artifact, part: OnnxPart) -> OnnxPart:
+    """Write the graphs for prompts, and what they read."""
+    has_int8 = part.int8_cache is not None
+    prompts = PromptGraphs(
+        graph=f"decoder.prompts.{GRAPH_NAME.partition('.')[2]}",
+        int8_cache=f"decoder.prompts.{INT8_CACHE_GRAPH_NAME.partition('.')[2]}" if has_int8 else None,
+        data=PROMPTS_DATA_NAME,
+        exactness=EXACTNESS_NAME,
+    )
+    graphs = {part.graph: prompts.graph}
+    if part.int8_cache is not None and prompts.int8_cache is not None:
+        graphs[part.int8_cache.graph] = prompts.int8_cache
+    write_prompt_graphs(artifact.path, graphs)
+    files = unhashed(*graphs.values(), prompts.data, prompts.exactness)
+    return dataclasses.replace(part, files=part.files | files, prompts=prompts)
+
+
+def _with_int8_cache(artifact: Artifact, part: OnnxPart, cache: NamedStudies, *, show_progress: bool) -> OnnxPart:
+    """Write the graph with an int8 cache, if this ONNX Runtime has one."""
     written = artifact.with_parts(decoder_onnx=part)
     encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
     if not is_at_least(import_onnxruntime().__version__, INT8_CACHE_SINCE):
@@ -132,7 +157,7 @@ def add_onnx(path: str | Path, settings: OnnxSettings, *, out: str | Path | None
         artifact = dataclasses.replace(artifact, path=staged.path).with_parts(decoder_onnx=None)
         for name in artifact.manifest.files:
             link_or_copy(source / name, staged.path / name)
-        part = write_onnx_part(artifact, with_own_films(cache), activations=settings.activations, show_progress=show)
+        part = write_onnx_part(artifact, with_own_films(cache), settings)
         artifact = artifact.with_parts(decoder_onnx=part)
         part = verify.measure_onnx(artifact, part, judged, device=device, show_progress=show)
         manifest = artifact.manifest.with_parts(decoder_onnx=part)

@@ -13,6 +13,8 @@ from lite.config import DecoderFormat, VisionFormat
 
 OnnxFloat = Literal["float32", "float16"]
 CacheDtype = Literal["float32", "float16", "int8"]
+PromptWeights = Literal["int8", "stored"]
+"""What a prompt is read by: int8 weights of its own, or those that tokens are decoded by."""
 
 UNHASHED = "0" * 64
 
@@ -220,6 +222,17 @@ class Int8CacheGraph:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PromptGraphs:
+    """Graphs for prompts alone, whose linears are int8, and what they lose."""
+
+    graph: str
+    int8_cache: str | None = None  # the one with an int8 cache
+    data: str  # the int8 weights of both
+    exactness: str  # a product that shows whether a CPU adds up exactly
+    divergence: Divergence | None = None  # of texts behind such prompts, from those behind prompts by the stored bits
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxPart(Part):
     """The decoder once more, for ONNX Runtime: the integers of `decoder/`, which has to be GPTQ."""
 
@@ -230,12 +243,21 @@ class OnnxPart(Part):
     accuracy_level: int  # of MatMulNBits; 4: its inputs are rounded to int8
     lm_head_bits: Literal[4, 8]
     int8_cache: Int8CacheGraph | None = None
+    prompts: PromptGraphs | None = None
     fidelity: DecoderFidelity | None = None
 
     def named(self) -> tuple[str, ...]:
         """Return the graphs and what they read."""
-        names = (self.graph, self.data, self.embeddings)
-        return names if self.int8_cache is None else (*names, self.int8_cache.graph)
+        cache, prompts = self.int8_cache, self.prompts
+        names = (
+            (self.graph, self.data, self.embeddings)
+            if cache is None
+            else (self.graph, self.data, self.embeddings, cache.graph)
+        )
+        if prompts is None:
+            return names
+        of_prompts = (prompts.graph, prompts.int8_cache, prompts.data, prompts.exactness)
+        return (*names, *(name for name in of_prompts if name is not None))
 
     @property
     def cache_dtypes(self) -> tuple[CacheDtype, ...]:

@@ -138,7 +138,17 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
 def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[str, Any]:
     """Return what a row says of the artifact and its settings."""
     parts = artifact.manifest.parts
-    names = ("artifact_id", "engine", "device", "dtype", "cache_dtype", "backend", "fallbacks", "notice")
+    names = (
+        "artifact_id",
+        "engine",
+        "device",
+        "dtype",
+        "cache_dtype",
+        "prompt_weights",
+        "backend",
+        "fallbacks",
+        "notice",
+    )
     return {field: getattr(first, field) for field in names} | {
         "model": artifact.manifest.model,
         "decoder_format": parts.decoder.describe(),

@@ -146,6 +146,7 @@ class Row:
     device: str  # of the decoder
     dtype: str
     cache_dtype: str
+    prompt_weights: str
     provider: str  # of ONNX Runtime: for the tower, and for the decoder of the onnx engine
     backend: str  # what the decoder's operations ran on, see `Findings`
     fallbacks: tuple[str, ...]  # what was slower than it has to be on such a machine
@@ -178,7 +179,8 @@ class Row:
     def run_by(self) -> str:
         """The engine and its settings, in words."""
         cache = f", {self.cache_dtype} cache" if self.cache_dtype != self.dtype else ""
-        return f"{self.engine} on {self.device}, {self.dtype}{cache}"
+        prompts = ", int8 prompts" if self.prompt_weights == "int8" else ""
+        return f"{self.engine} on {self.device}, {self.dtype}{cache}{prompts}"
 
     @property
     def decode_tokens_per_s(self) -> float:

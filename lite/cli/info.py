@@ -61,7 +61,8 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
     if manifest.parts.decoder_onnx is not None:
         part = manifest.parts.decoder_onnx
         caches = " or ".join(part.cache_dtypes)
-        yield "decoder.onnx", f"{part.dtype} activations, {part.lm_head_bits}-bit head, cache in {caches}"
+        prompts = "" if part.prompts is None else ", int8 weights for prompts"
+        yield "decoder.onnx", f"{part.dtype} activations, {part.lm_head_bits}-bit head, cache in {caches}{prompts}"
     yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
     for name, record in manifest.files.items():
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"

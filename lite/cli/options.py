@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from lite.artifact.parts import CacheDtype
+from lite.artifact.parts import CacheDtype, PromptWeights
 from lite.console import positive
 from lite.engines.options import Dtype, EngineChoice, LoadOptions
 from lite.errors import LiteError
@@ -70,6 +70,12 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         choices=get_args(CacheDtype),
         help="what keys and values are kept in: int8, or what the decoder computes in (default: int8 where it "
         "is faster or all that fits, and loses little as measured at export)",
+    )
+    parser.add_argument(
+        "--prompt-weights",
+        choices=get_args(PromptWeights),
+        help="what onnx reads prompts by: int8, for which some artifacts have weights of their own, faster and a byte "
+        "of memory for each; or the stored ones (default: int8 where there is all that it takes)",
     )
     parser.add_argument(
         "--memory-limit",

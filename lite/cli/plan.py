@@ -113,6 +113,8 @@ def _others(
     changes: dict[str, dict[str, Any]] = {
         f"--cache-dtype {dtype}": {"cache_dtype": dtype} for dtype in ("int8", plan.dtype) if dtype != plan.cache_dtype
     }
+    if plan.prompt_weights == "int8":
+        changes["--prompt-weights stored"] = {"prompt_weights": "stored"}
     changes |= {f"--rows {rows}": {"rows": rows} for rows in (1, 4, 8, 16) if rows != plan.rows}
     if plan.engine == "torch" and plan.device == "cpu":
         changes |= {f"--dtype {dtype}": {"dtype": dtype} for dtype in get_args(Dtype) if dtype != plan.dtype}
@@ -126,6 +128,8 @@ def _others(
             continue
         lost = other.losses.get("int8 cache, from a float one")
         loses = "" if lost is None else f", loses {lost:.2g} nats a token more"
+        if other.prompt_weights != plan.prompt_weights:
+            loses += f", prompts by {other.prompt_weights} weights"
         what = f"{other.rows} row{'s' * (other.rows > 1)}, {other.cache_dtype} cache{loses}"
         lines.append((name, shown_bytes(other.memory.card_bytes), what))
     yield "\nwith another option"

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from lite.prompt import PromptEncoder
 
 _COLUMNS: Final = ("id", "image", "reason", "query", "reference", "prediction", "error")
-_HOW: Final = ("finish_reason", "num_prompt_tokens", "rendering", "artifact_id", "engine", "device", "cache_dtype")
+_HOW: Final = (
+    "finish_reason",
+    "num_prompt_tokens",
+    "rendering",
+    "artifact_id",
+    "engine",
+    "device",
+    "cache_dtype",
+    "prompt_weights",
+)
 
 
 def iterate_results(path: Path, prompt: PromptEncoder) -> Iterator[Result]:

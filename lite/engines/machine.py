@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from lite.engines.cores import available_cores
-from lite.engines.onnx_session import import_onnxruntime
+from lite.engines.onnx_session import adds_int8_exactly, import_onnxruntime
 from lite.errors import BackendUnavailable
 from lite.memory.process import memory_of_machine, rss_bytes
 
@@ -48,6 +48,7 @@ class Machine:
     resident_bytes: int = 0  # what the process has now, with the packages that it will need
     memory_bytes: int | None = None  # of the machine, or of the container; None if unknown
     num_cores: int = 1
+    adds_int8_exactly: bool | None = None  # None: the artifact has nothing that asks for it
 
 
 def look(options: LoadOptions, artifact: Artifact) -> Machine:
@@ -70,6 +71,8 @@ def look(options: LoadOptions, artifact: Artifact) -> Machine:
                 raise
             problem = str(error)
     runtime = import_onnxruntime()
+    part = artifact.manifest.parts.decoder_onnx
+    asks = part is not None and part.prompts is not None and options.prompt_weights != "stored" and asked != "torch"
     return Machine(
         gpus=gpus,
         gpu_problem=problem,
@@ -79,6 +82,7 @@ def look(options: LoadOptions, artifact: Artifact) -> Machine:
         resident_bytes=rss_bytes() or 0,
         memory_bytes=memory_of_machine(),
         num_cores=available_cores(),
+        adds_int8_exactly=adds_int8_exactly(artifact.file(part.prompts.exactness)) if asks else None,
     )
 
 

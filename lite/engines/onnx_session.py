@@ -7,6 +7,8 @@ import mmap
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from lite.engines.cores import available_cores
 from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudgetError
 
@@ -36,6 +38,8 @@ GRAPH_SINCE: Final = "1.22"
 """The first version with all operators of `decoder.onnx`: 8-bit MatMulNBits."""
 INT8_CACHE_SINCE: Final = "1.27"
 """The first with those of the graph with an int8 cache."""
+EXACT_SHAPE: Final = (32, 64, 64)
+"""M, K and N of the product of `adds_int8_exactly`: several rows, as a prompt has."""
 
 
 def import_onnxruntime() -> types.ModuleType:
@@ -111,7 +115,7 @@ def open_session(
     file: Path,
     *,
     provider: str,
-    data: str | None = None,
+    data: Sequence[str] = (),
     patterns: bool = True,
     whole: bool = False,
     profile: Path | None = None,
@@ -122,7 +126,7 @@ def open_session(
     Args:
         file: of an artifact that has been checked.
         provider: from `provider_of_device` or `check_provider`.
-        data: the file beside it that holds its weights; None: it has them itself.
+        data: the files beside it that hold its weights; none: it has them itself.
         patterns: allocate the activations of a run by what they took in a run of the same shape before. Where shapes
             are many that takes more memory, and no less time.
         whole: refuse the graph unless the provider computes all of it: an operator that it lacks would be computed on
@@ -134,7 +138,7 @@ def open_session(
         An `onnxruntime.InferenceSession`.
 
     Raises:
-        ArtifactError: ONNX Runtime does not take the file, or it names weights in another file than `data`.
+        ArtifactError: ONNX Runtime does not take the file, or it names weights in another file than those.
         BackendUnavailable: the provider cannot be started, or does not have all operators.
     """
     runtime = import_onnxruntime()
@@ -176,6 +180,21 @@ def open_session(
     return session
 
 
+def adds_int8_exactly(file: Path) -> bool:
+    """Say whether int8 products are exact here: without VNNI and the like, two of them are added up in 16 bits.
+
+    Args:
+        file: `int8_product.onnx` of an artifact.
+
+    Raises:
+        ArtifactError: ONNX Runtime does not take it.
+    """
+    rows, inner, columns = EXACT_SHAPE
+    x, largest = np.full((rows, inner), 255, np.uint8), 255 * 127
+    (product,) = open_session(file, provider=CPU).run(None, {"x": x})
+    return bool(product.shape == (rows, columns) and (product == inner * largest).all())
+
+
 @contextlib.contextmanager
 def errors_explained(provider: str) -> Iterator[None]:
     """Say in this project's words what goes wrong while a graph is computed.
@@ -211,8 +230,8 @@ _DEEPEST: Final = 100
 """Messages within messages that protobuf reads."""
 
 
-def _check_external_data(file: Path, data: str | None) -> None:
-    """Refuse a graph that reads other files than the one the manifest lists: before 1.24 ONNX Runtime would.
+def _check_external_data(file: Path, data: Sequence[str]) -> None:
+    """Refuse a graph that reads other files than those the manifest lists: before 1.24 ONNX Runtime would.
 
     Raises:
         ArtifactError: it names another one, or is no graph.
@@ -226,8 +245,9 @@ def _check_external_data(file: Path, data: str | None) -> None:
     except (OSError, ValueError, IndexError) as error:
         msg = f"{file}: got something that ONNX Runtime cannot load ({error}) · expected the graph written at export"
         raise ArtifactError(f"{msg} · export the artifact again") from error
-    if other := [name for name in named if name != data]:
-        msg = f"{file}: got a graph that reads its weights from {other[0]!r} · expected them in {data or 'itself'}"
+    if other := [name for name in named if name not in data]:
+        expected = " and ".join(data) or "itself"
+        msg = f"{file}: got a graph that reads its weights from {other[0]!r} · expected them in {expected}"
         raise ArtifactError(f"{msg} · do not use this artifact")
 
 

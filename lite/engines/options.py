@@ -11,7 +11,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Final, Literal, NoReturn, TypedDict, get_args
 
-from lite.artifact.parts import ImageMethod
+from lite.artifact.parts import ImageMethod, PromptWeights
 from lite.engines.protocol import EngineName
 from lite.errors import BackendUnavailable, LiteError
 from lite.memory.sizes import parse_bytes
@@ -42,6 +42,7 @@ class LoadArguments(TypedDict, total=False):
     dtype: Dtype | None
     provider: str | None
     cache_dtype: str | None
+    prompt_weights: PromptWeights | None
     memory_limit: int | str | None
     fp16_accumulation: bool
     rows: int | None
@@ -65,6 +66,9 @@ class LoadOptions:
         cpu, cuda; "cuda:1" for the second GPU. None takes the CPU for the decoder, and for the tower CUDA where the
         decoder is on a GPU and this ONNX Runtime has it.
     cache_dtype: what keys and values are kept in: "int8", or what the decoder computes in. None chooses: see `resolve`.
+    prompt_weights: what the onnx engine reads prompts by: "int8", a second set of weights that some artifacts have for
+        it, or "stored", those that tokens are decoded by. None takes int8 where the artifact has them, this CPU adds
+        int8 products up exactly, and there is the memory: a byte for each weight.
     memory_limit: bytes, or text such as "12GiB": refuse, before anything is loaded, what would take more, and run as
         many studies at a time as fit. On a GPU all that the model has there counts, and None takes what is free; on a
         CPU what the process has resident, with all that it holds already, and None sets no limit.
@@ -85,6 +89,7 @@ class LoadOptions:
     dtype: Dtype | None = None
     provider: str | None = None
     cache_dtype: str | None = None
+    prompt_weights: PromptWeights | None = None
     memory_limit: int | str | None = None
     fp16_accumulation: bool = False
     rows: int | None = None
@@ -107,6 +112,8 @@ class LoadOptions:
             raise BackendUnavailable(msg)
         if self.dtype is not None and self.dtype not in get_args(Dtype):
             _refuse(f"dtype {self.dtype!r}", f"{', '.join(get_args(Dtype))} or None", "choose one of them")
+        if self.prompt_weights not in (None, *get_args(PromptWeights)):
+            _refuse(f"prompt_weights {self.prompt_weights!r}", "int8, stored or None", "choose one of them")
         if self.provider is not None and not isinstance(self.provider, str):
             _refuse(f"provider {self.provider!r}", "one name, a text such as cpu or cuda:1", "give only one")
         if self.rows is not None and (type(self.rows) is not int or self.rows < 1):
@@ -127,6 +134,9 @@ class LoadOptions:
         if self.provider is not None and self.device == "cpu" and not self.provider.lower().startswith("cpu"):
             _refuse(f"device 'cpu' and provider {self.provider!r}", "one of them", "leave one out")
 
+        if self.prompt_weights == "int8" and (self.engine == "torch" or self.asks_for_torch):
+            _refuse("prompt_weights 'int8' for the torch engine", "it for onnx only", "leave it out")
+
     @property
     def asks_for_torch(self) -> bool:
         """Whether something that only torch has is asked for."""
@@ -135,7 +145,8 @@ class LoadOptions:
     @property
     def asks_for_onnx(self) -> bool:
         """Whether the onnx engine is asked for, or something that only it has."""
-        return self.engine == "onnx" or (self.engine == "auto" and self.provider is not None)
+        only_onnx = self.provider is not None or self.prompt_weights == "int8"
+        return self.engine == "onnx" or (self.engine == "auto" and only_onnx)
 
     @property
     def limit_bytes(self) -> int | None:

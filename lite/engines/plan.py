@@ -54,6 +54,11 @@ class RunPlan:
         return self.choices["cache"][0]
 
     @property
+    def prompt_weights(self) -> str:
+        """What prompts are read by: "int8", weights of their own, or "stored" ones."""
+        return "int8" if self.workload.int8_prompts else "stored"
+
+    @property
     def chunk_size(self) -> int:
         """How many tokens of a prompt go through torch's decoder together."""
         return self.workload.chunk_size
@@ -96,6 +101,6 @@ class RunPlan:
 
 
 _PRINTED: Final = (
-    "engine", "device", "dtype", "cache_dtype", "provider", "vision_provider", "chunk_size", "rows", "max_seq_len",
-    "fp16_accumulation", "drafts", "limit", "limit_from", "losses", "fallbacks", "notes",
+    "engine", "device", "dtype", "cache_dtype", "prompt_weights", "provider", "vision_provider", "chunk_size", "rows",
+    "max_seq_len", "fp16_accumulation", "drafts", "limit", "limit_from", "losses", "fallbacks", "notes",
 )  # fmt: skip

@@ -140,6 +140,10 @@ class Engine(Protocol[C, F]):
         """What keys and values are stored as."""
 
     @property
+    def prompt_weights(self) -> str:
+        """What prompts are read by: "int8" weights of their own, or the "stored" ones."""
+
+    @property
     def backend(self) -> str:
         """What computes, for people."""
 

@@ -150,6 +150,10 @@ class _Resolver:
         """Yield the caches that may be taken, the preferred first, each with the reason."""
         raise NotImplementedError
 
+    def prompts(self) -> Iterator[tuple[bool, str]]:
+        """Yield whether prompts may be read by int8 weights of their own, the preferred first, each with the reason."""
+        yield False, ""
+
     @property
     def int8_reason(self) -> str:
         """What speaks for an int8 cache, or against it."""
@@ -177,8 +181,10 @@ class _Resolver:
             resident_bytes=0 if self.gpu is not None else self.machine.resident_bytes,
             capability=self.gpu.capability if self.gpu is not None else (8, 6),
         )
-        chosen, why = self._that_fits(workload, limit)
+        chosen, why, why_prompts = self._that_fits(workload, limit)
         self.choices["cache"] = chosen.cache_dtype or self.computed, why
+        if self.engine == "onnx":
+            self.choices["prompts"] = "int8" if chosen.int8_prompts else "stored", why_prompts
         if self.engine == "torch":
             shorter = chosen.chunk_size != CHUNK_SIZES[0]
             why = "shorter, for the memory limit" if shorter else "a usual prompt is one chunk"
@@ -193,35 +199,43 @@ class _Resolver:
             memory=plan_memory(self.shapes, chosen),
             limit=limit,
             limit_from=limit_from,
-            losses=self._losses(chosen.cache_dtype == "int8"),
+            losses=self._losses(chosen),
             choices=self.choices,
             fallbacks=tuple(self.fallbacks),
             notes=tuple(self.notes),
         )
 
-    def _that_fits(self, workload: Workload, limit: int | None) -> tuple[Workload, str]:
-        """Return the workload with rows, cache and chunks, and the reason of its cache; see `resolve` for the order."""
+    def _that_fits(self, workload: Workload, limit: int | None) -> tuple[Workload, str, str]:
+        """Return the workload, and the reasons of its cache and of what reads prompts; see `resolve` for the order."""
         ways = [
-            (dataclasses.replace(workload, cache_dtype=cache_dtype, chunk_size=chunk_size), why)
+            (
+                dataclasses.replace(workload, cache_dtype=cache_dtype, int8_prompts=int8, chunk_size=chunk_size),
+                why,
+                why_prompts,
+            )
+            for int8, why_prompts in self.prompts()
             for cache_dtype, why in self.caches()
             for chunk_size in self.chunk_sizes
         ]
         asked = self.options.rows
         if limit is None:
-            (way, why), (rows, because) = ways[0], self._rows_without_limit(ways[0][0])
+            memory = self.machine.memory_bytes or sys.maxsize
+            fitting = (one for one in ways if not one[0].int8_prompts or self._bytes(one[0], 1) <= memory)
+            way, why, why_prompts = next(fitting, ways[0])
+            rows, because = self._rows_without_limit(way)
         else:
-            each = ((rows, way, why) for rows in range(asked or 1, 0, -1) for way, why in ways)
+            each = ((rows, *one) for rows in range(asked or 1, 0, -1) for one in ways)
             found = next((one for one in each if self._bytes(one[1], one[0]) <= limit), None)
             if found is None:
                 raise self._refusal(ways[-1][0], limit)
-            rows, way, why = found
+            rows, way, why, why_prompts = found
             because = "asked for" if rows == asked else f"{asked} do not fit"
             if asked is None:
                 rows, because = self._most_rows(way, limit)
         self.choices["rows"] = str(rows), because
         if asked is not None and rows < asked:
             self.notes.append(f"{rows} studies at a time in place of {asked}, which do not fit the memory")
-        return dataclasses.replace(way, num_rows=rows), why
+        return dataclasses.replace(way, num_rows=rows), why, why_prompts
 
     def _bytes(self, workload: Workload, rows: int) -> int:
         return plan_memory(self.shapes, dataclasses.replace(workload, num_rows=rows)).card_bytes
@@ -263,14 +277,16 @@ class _Resolver:
             self.notes.append(self.drafts_note)
         return drafts
 
-    def _losses(self, int8: bool) -> dict[str, float | None]:
+    def _losses(self, chosen: Workload) -> dict[str, float | None]:
         """Return what each step from the checkpoint to what runs has lost."""
         of_torch, of_onnx = (_fidelity(self.artifact, engine) for engine in ("torch", "onnx"))
         losses = {"decoder, from the checkpoint": of_torch.divergence.mean_kl if of_torch is not None else None}
         if self.engine == "onnx":
             losses["decoder.onnx, from decoder"] = of_onnx.divergence.mean_kl if of_onnx is not None else None
-        if int8:
+        if chosen.cache_dtype == "int8":
             losses["int8 cache, from a float one"] = self.loss
+        if chosen.int8_prompts and self.shapes.onnx is not None and (part := self.shapes.onnx.prompts) is not None:
+            losses["int8 prompts, from stored ones"] = part.divergence.mean_kl if part.divergence is not None else None
         return losses
 
 
@@ -367,3 +383,22 @@ class _Onnx(_Resolver):
             yield self.computed, f"no int8 one: {old}"
         else:
             yield "int8", f"1.4 times as fast on a CPU, a quarter of the memory; {self.int8_reason}"
+
+    def prompts(self) -> Iterator[tuple[bool, str]]:
+        """Yield int8 prompts where there is all that they take, and stored ones where they were not asked for."""
+        asked, part = self.options.prompt_weights, self.shapes.onnx
+        problem = None
+        if part is None or part.prompts is None:
+            problem = "the artifact has no int8 weights for them"
+        elif self.provider != CPU:
+            problem = "int8 ones are for CPUs"
+        elif not self.machine.adds_int8_exactly:
+            problem = "this CPU does not add int8 products up exactly"
+        if asked == "int8" and problem is not None:
+            msg = f"{self.artifact.path}: got prompt_weights 'int8' · expected what they take: {problem} · leave it out"
+            raise LiteError(f"{msg}, or export with --prompt-weights int8 for a CPU with VNNI")
+        if asked != "stored" and problem is None:
+            yield True, "asked for" if asked == "int8" else "the artifact has them: a prompt takes 0.6 of its time"
+        if asked != "int8":
+            why = "asked for" if asked == "stored" else problem or "int8 ones do not fit the memory"
+            yield False, why

@@ -114,6 +114,14 @@ def onnx_decoder_bytes(config: DecoderConfig, part: OnnxPart) -> int:
     return onnx_read_bytes(config, part, bytes_per_block=4 + 4 + 4) + norms + rotary
 
 
+def onnx_prompt_bytes(config: DecoderConfig, part: OnnxPart) -> int:
+    """Return what the graph for prompts takes beside that: a byte for each of the layers' weights, and its own head."""
+    shapes = onnx_linear_shapes(config)
+    del shapes["lm_head"]
+    int8 = sum(out_features * (in_features + 4) for out_features, in_features in shapes.values())
+    return config.num_hidden_layers * int8 + onnx_linear_bytes("lm_head", config, part, bytes_per_block=4 + 4 + 4)
+
+
 def onnx_read_bytes(config: DecoderConfig, part: OnnxPart, *, bytes_per_block: int = 4) -> int:
     """Return what decoding one token reads of `decoder.onnx`: the integers of every linear, and their scales."""
     sizes = {

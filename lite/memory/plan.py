@@ -28,6 +28,7 @@ from lite.memory.counts import (
     onnx_linear_bytes,
     onnx_linear_shapes,
     onnx_prefill_work_bytes,
+    onnx_prompt_bytes,
     prefill_work_bytes,
     vision_memory_bytes,
 )
@@ -94,6 +95,7 @@ class Workload:
     device: str  # "cpu", "cuda" or "cuda:N"
     dtype: str | None = None  # of torch; None: float32 on a CPU, the stored one on a GPU
     cache_dtype: str | None = None  # "int8", or what is computed in, which is None, too
+    int8_prompts: bool = False  # of onnx: by weights of their own
     num_rows: int = 1  # studies that can be under way at a time
     num_prompt_tokens: int  # places of the longest prompt, the image's included
     max_new_tokens: int
@@ -180,6 +182,7 @@ def plan_memory(shapes: Shapes, workload: Workload) -> MemoryPlan:
     if workload.engine == "onnx" and shapes.onnx is not None:
         part, itemsize = shapes.onnx, ITEMSIZE[shapes.onnx.dtype]
         resident, decoder = ONNX_FIRST_USE_BYTES, onnx_decoder_bytes(config, part)
+        decoder += onnx_prompt_bytes(config, part) if workload.int8_prompts else 0
         per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
         # The largest linear's integers as they are on the disk, beside what they were repacked into.
         load_work = max(onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config))

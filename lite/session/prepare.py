@@ -183,6 +183,7 @@ class Preparer:
             "device": str(decoder.device),
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "cache_dtype": decoder.cache_dtype,
+            "prompt_weights": decoder.prompt_weights,
             "provider": self.vision.provider,
             "num_image_tokens": self.prompt.num_image_tokens,
             "image_method": self.artifact.manifest.parts.vision.reduction,

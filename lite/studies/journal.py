@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from lite.studies.study import Study
 
-SETTINGS: Final = ("engine", "device", "dtype", "cache_dtype", "provider", "num_image_tokens", "image_method")
+SETTINGS: Final = (
+    "engine",
+    "device",
+    "dtype",
+    "cache_dtype",
+    "prompt_weights",
+    "provider",
+    "num_image_tokens",
+    "image_method",
+)
 """What all results in a file share beside artifact and request: names of fields of `Findings`."""
 _BEGINNING: Final = b'{"id": '
 

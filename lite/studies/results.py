@@ -105,6 +105,7 @@ class Findings:
     device: str  # of the decoder: "cpu", "cuda"
     dtype: str  # what the decoder computes in
     cache_dtype: str  # what keys and values are stored as
+    prompt_weights: str | None = None  # what the prompt was read by: "int8" or "stored"; None: by an older version
     num_image_tokens: int | None = None  # of these places, the image's; None: written by an older version
     image_method: str | None = None  # how the film's patches became fewer tokens; None: they did not
     provider: str  # ONNX Runtime's, for the vision tower, and for the decoder of the onnx engine

@@ -22,7 +22,7 @@ from lite.config import IMAGE_TOKEN_ID
 from lite.engines.onnx_engine.cache import DTYPES, OnnxCache, OnnxChosen
 from lite.engines.onnx_session import CPU, CUDA, DML, errors_explained, open_session, require_onnxruntime
 from lite.engines.protocol import NO_DRAFTS, Segment
-from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError
+from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError
 from lite.memory.counts import ONNX_CHUNK_SIZE
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import CacheDtype
+    from lite.artifact.parts import CacheDtype, PromptWeights
     from lite.config import DecoderConfig
     from lite.engines.protocol import ChosenTokens, EngineName
 
@@ -59,6 +59,7 @@ class OnnxDecoder:
         cache_dtype: CacheDtype | None = None,
         positions: NDArray[np.float64] | None = None,
         two_rows: bool = False,
+        int8_prompts: bool = False,
         profile: Path | None = None,
     ) -> None:
         """Load the graph.
@@ -72,12 +73,14 @@ class OnnxDecoder:
             two_rows: decode a token by itself as one of two, so that it is what it is behind drafts: MatMulNBits in 4
                 bits rounds one row otherwise than two or more, which are all alike. It takes 9 % longer (int4 and int8
                 cache at 7B widths, 1,450 tokens, AVX2, November 2026).
+            int8_prompts: read prompts by the artifact's int8 weights for them (see `export.write.prompt_graphs`), on a
+                CPU that adds them up exactly (`adds_int8_exactly`).
             profile: for `end_profile`, how the name of its file begins; None writes none.
 
         Raises:
             ArtifactError: there is no `decoder.onnx`, or it is not what the manifest says.
             BackendUnavailable: ONNX Runtime is missing or too old, or the provider lacks an operator.
-            LiteError: there is no such cache.
+            LiteError: there is no such cache, or there are no such prompts.
         """
         self._part = artifact.onnx_part(cache_dtype)
         self.config = artifact.decoder_config()
@@ -96,18 +99,31 @@ class OnnxDecoder:
             raise BackendUnavailable(msg)
         # What ONNX Runtime calls the place of a provider's memory.
         self._place = _DEVICES.get(self.provider, "cpu"), int(index or 0)
-        file = artifact.file(self._part.int8_cache.graph if int8 and self._part.int8_cache else self._part.graph)
         self._two_ways = int8 and self.dtype == "float32"
-        self._session = open_session(
-            file,
-            provider=provider,
-            data=self._part.data,
-            patterns=False,
-            whole=True,
-            profile=profile,
-            constants={} if positions is None else _rotary_tables(self.config, positions, self.dtype),
-        )
-        self._check_signature(str(file))
+        self.prompt_weights: PromptWeights = "int8" if int8_prompts else "stored"
+
+        def opened(graph: str, *data: str) -> Any:  # noqa: ANN401 - of ONNX Runtime
+            session = open_session(
+                artifact.file(graph),
+                provider=provider,
+                data=data,
+                patterns=False,
+                whole=True,
+                profile=profile,
+                constants={} if positions is None else _rotary_tables(self.config, positions, self.dtype),
+            )
+            self._check_signature(session, str(artifact.file(graph)))
+            return session
+
+        part, prompts = self._part, self._part.prompts
+        self._session = opened(part.int8_cache.graph if int8 and part.int8_cache else part.graph, part.data)
+        self._prompt_session = self._session
+        if int8_prompts:
+            graph = prompts and (prompts.int8_cache if int8 else prompts.graph)
+            if prompts is None or graph is None:
+                msg = f"{artifact.path}: got int8_prompts · expected a graph for them, with an {self.cache_dtype} cache"
+                raise LiteError(f"{msg} · export with --prompt-weights int8, or leave it out")
+            self._prompt_session = opened(graph, part.data, prompts.data)
         self._embeddings = _embeddings(artifact, self.config)
 
     @property
@@ -168,10 +184,11 @@ class OnnxDecoder:
         cache.is_active[row] = False
         # The graph computes logits of one token at least.
         logits_at = range(length - max(1, segment.num_logits), length)
-        binding = self._session.io_binding()
+        session = self._prompt_session if segment.is_prompt else self._session
+        binding = session.io_binding()
         cache.bind(binding, row, 1)
         found = self._run(
-            binding, cache, inputs_embeds, [segment.end], logits_at=logits_at, is_prefill=segment.is_prompt
+            session, binding, cache, inputs_embeds, [segment.end], logits_at=logits_at, is_prefill=segment.is_prompt
         )
         cache.num_cached_tokens[row] = segment.end
         return found[0, len(logits_at) - segment.num_logits :]
@@ -211,7 +228,13 @@ class OnnxDecoder:
             cache.bind(cache.bindings[first, count], first, count)
         inputs_embeds = self.embed(input_ids).reshape(count, length, -1)
         logits = self._run(
-            cache.bindings[first, count], cache, inputs_embeds, totals, logits_at=range(length), is_prefill=False
+            self._session,
+            cache.bindings[first, count],
+            cache,
+            inputs_embeds,
+            totals,
+            logits_at=range(length),
+            is_prefill=False,
         )
         cache.last_logits, logits = logits[:, :1], logits[:, 0]
         active = [row for row in rows if cache.is_active[row]]
@@ -222,10 +245,13 @@ class OnnxDecoder:
 
     def end_profile(self) -> Path:
         """End the profile that was asked for, and return its file: what each operator of each run has taken."""
+        if self._prompt_session is not self._session:
+            Path(self._prompt_session.end_profiling()).unlink()
         return Path(self._session.end_profiling())
 
     def _run(
         self,
+        session: Any,  # noqa: ANN401 - of ONNX Runtime
         binding: Any,  # noqa: ANN401 - of ONNX Runtime
         cache: OnnxCache,
         inputs_embeds: Array,
@@ -255,11 +281,11 @@ class OnnxDecoder:
         logits = np.empty((len(totals), len(logits_at), self.config.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         with errors_explained(self.provider):
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         return logits
 
-    def _check_signature(self, file: str) -> None:
-        """Compare the graph's inputs and outputs with the manifest and config.json."""
+    def _check_signature(self, session: Any, file: str) -> None:  # noqa: ANN401 - of ONNX Runtime
+        """Compare a graph's inputs and outputs with the manifest and config.json."""
         config, kinds = self.config, {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
         cache = (config.num_key_value_heads, config.head_dim), kinds[self.cache_dtype]
         expected = {
@@ -274,7 +300,7 @@ class OnnxDecoder:
         for layer in range(config.num_hidden_layers):
             for kind in ("key", "value"):
                 expected |= {f"past_key_values.{layer}.{kind}": cache, f"present.{layer}.{kind}": cache}
-        values = [*self._session.get_inputs(), *self._session.get_outputs()]
+        values = [*session.get_inputs(), *session.get_outputs()]
         got = {value.name: (tuple(n for n in value.shape if isinstance(n, int)), value.type) for value in values}
         if got != expected:
             name = min(name for name in {*got, *expected} if got.get(name) != expected.get(name))

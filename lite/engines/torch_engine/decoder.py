@@ -47,6 +47,7 @@ class LlamaDecoder(nn.Module):
     """A Llama decoder that reads images."""
 
     engine: EngineName = "torch"
+    prompt_weights = "stored"
     verifies_together = True
 
     def __init__(self, config: DecoderConfig, *, cache_dtype: CacheDtype | None = None) -> None:
