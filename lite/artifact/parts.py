@@ -248,16 +248,17 @@ class OnnxPart(Part):
 
     def named(self) -> tuple[str, ...]:
         """Return the graphs and what they read."""
-        cache, prompts = self.int8_cache, self.prompts
-        names = (
-            (self.graph, self.data, self.embeddings)
-            if cache is None
-            else (self.graph, self.data, self.embeddings, cache.graph)
-        )
-        if prompts is None:
-            return names
-        of_prompts = (prompts.graph, prompts.int8_cache, prompts.data, prompts.exactness)
-        return (*names, *(name for name in of_prompts if name is not None))
+        names = [self.graph, self.data, self.embeddings]
+        if self.int8_cache is not None:
+            names.append(self.int8_cache.graph)
+        if (prompts := self.prompts) is not None:
+            names += [
+                prompts.graph,
+                prompts.data,
+                prompts.exactness,
+                *([prompts.int8_cache] if prompts.int8_cache else []),
+            ]
+        return tuple(names)
 
     @property
     def cache_dtypes(self) -> tuple[CacheDtype, ...]:

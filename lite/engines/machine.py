@@ -72,7 +72,7 @@ def look(options: LoadOptions, artifact: Artifact) -> Machine:
             problem = str(error)
     runtime = import_onnxruntime()
     part = artifact.manifest.parts.decoder_onnx
-    asks = part is not None and part.prompts is not None and options.prompt_weights != "stored" and asked != "torch"
+    prompts = part.prompts if part is not None and options.prompt_weights != "stored" and asked != "torch" else None
     return Machine(
         gpus=gpus,
         gpu_problem=problem,
@@ -82,7 +82,7 @@ def look(options: LoadOptions, artifact: Artifact) -> Machine:
         resident_bytes=rss_bytes() or 0,
         memory_bytes=memory_of_machine(),
         num_cores=available_cores(),
-        adds_int8_exactly=adds_int8_exactly(artifact.file(part.prompts.exactness)) if asks else None,
+        adds_int8_exactly=adds_int8_exactly(artifact.file(prompts.exactness)) if prompts else None,
     )
 
 

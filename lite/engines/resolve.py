@@ -20,6 +20,7 @@ from lite.engines.onnx_session import (
     require_onnxruntime,
 )
 from lite.engines.plan import RunPlan
+from lite.engines.prompt_weights import prompt_ways
 from lite.errors import BackendUnavailable, LiteError, MemoryBudgetError
 from lite.memory.plan import CHUNK_SIZES, FIXED_TEXT_TOKENS, REASON_TOKENS, Shapes, Workload, plan_memory, refusal
 from lite.memory.sizes import shown_bytes
@@ -55,8 +56,9 @@ def resolve(
 
     1. Prompts go through torch in shorter chunks: the same numbers, a little later.
     2. The cache becomes int8, if it loses no more than `MAX_CACHE_KL`.
-    3. There are fewer rows: studies wait for one another. `options.rows` comes first in this: for rows that were asked
-       for, chunks and cache are given up. For rows that were not, neither is: there are as many as fit beside what one
+    3. Prompts are read by the stored weights, if the artifact has others for them that were not asked for.
+    4. There are fewer rows: studies wait for one another. `options.rows` comes first in this: for rows that were asked
+       for, all of these are given up. For rows that were not, neither is: there are as many as fit beside what one
        study wants.
 
     Args:
@@ -208,14 +210,10 @@ class _Resolver:
     def _that_fits(self, workload: Workload, limit: int | None) -> tuple[Workload, str, str]:
         """Return the workload, and the reasons of its cache and of what reads prompts; see `resolve` for the order."""
         ways = [
-            (
-                dataclasses.replace(workload, cache_dtype=cache_dtype, int8_prompts=int8, chunk_size=chunk_size),
-                why,
-                why_prompts,
-            )
+            (dataclasses.replace(workload, cache_dtype=cache, int8_prompts=int8, chunk_size=size), why, why_prompts)
             for int8, why_prompts in self.prompts()
-            for cache_dtype, why in self.caches()
-            for chunk_size in self.chunk_sizes
+            for cache, why in self.caches()
+            for size in self.chunk_sizes
         ]
         asked = self.options.rows
         if limit is None:
@@ -385,20 +383,4 @@ class _Onnx(_Resolver):
             yield "int8", f"1.4 times as fast on a CPU, a quarter of the memory; {self.int8_reason}"
 
     def prompts(self) -> Iterator[tuple[bool, str]]:
-        """Yield int8 prompts where there is all that they take, and stored ones where they were not asked for."""
-        asked, part = self.options.prompt_weights, self.shapes.onnx
-        problem = None
-        if part is None or part.prompts is None:
-            problem = "the artifact has no int8 weights for them"
-        elif self.provider != CPU:
-            problem = "int8 ones are for CPUs"
-        elif not self.machine.adds_int8_exactly:
-            problem = "this CPU does not add int8 products up exactly"
-        if asked == "int8" and problem is not None:
-            msg = f"{self.artifact.path}: got prompt_weights 'int8' · expected what they take: {problem} · leave it out"
-            raise LiteError(f"{msg}, or export with --prompt-weights int8 for a CPU with VNNI")
-        if asked != "stored" and problem is None:
-            yield True, "asked for" if asked == "int8" else "the artifact has them: a prompt takes 0.6 of its time"
-        if asked != "int8":
-            why = "asked for" if asked == "stored" else problem or "int8 ones do not fit the memory"
-            yield False, why
+        yield from prompt_ways(self.options.prompt_weights, self.artifact, self.provider, self.machine)

@@ -54,7 +54,7 @@ def build(order: Order) -> LiteEngine:
     Raises:
         NotHere: ONNX Runtime is asked for on a GPU.
     """
-    kind, _, cache_dtype = order.form.partition(" ")
+    kind, cache_dtype, *prompts = f"{order.form} ".split(" ")
     artifact = load_artifact(order.folder / ("dense" if kind == "dense" else "int4"))
     decoder: Any
     if kind == "onnx":
@@ -64,7 +64,7 @@ def build(order: Order) -> LiteEngine:
         if order.device != "cpu":
             raise NotHere("measured on CPUs only")
         dtype: Any = cache_dtype
-        decoder = OnnxDecoder(artifact, cache_dtype=dtype)
+        decoder = OnnxDecoder(artifact, cache_dtype=dtype, int8_prompts="prompts" in prompts)
         read = onnx_read_bytes(decoder.config, artifact.onnx_part())
         return LiteEngine(order, artifact, decoder, read, f"4-bit blocks × int8, cache {cache_dtype}")
     import torch

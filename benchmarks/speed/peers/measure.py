@@ -33,7 +33,18 @@ SHAPES: Final = replace(Shapes(), image_size=42, tower_dim=128, tower_depth=3)
 """The real decoder's, with a small tower: nobody looks at it."""
 EXPORTS: Final = {
     "dense": ("--decoder", "fp16"),
-    "int4": ("--decoder", "gptq-int4", "--method", "rtn", "--engine", "onnx", "--vision", "int8"),
+    "int4": (
+        "--decoder",
+        "gptq-int4",
+        "--method",
+        "rtn",
+        "--engine",
+        "onnx",
+        "--prompt-weights",
+        "int8",
+        "--vision",
+        "int8",
+    ),
 }
 
 

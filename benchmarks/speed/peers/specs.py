@@ -59,6 +59,7 @@ _TABLE: Final[tuple[tuple[str, str, Module, str, float], ...]] = (
     ("lite", "gptq-int4", "lite", "gptq-int4", _FOUR),
     ("lite onnx", "int4", "lite", "onnx float32", _FOUR),
     ("lite onnx", "int4 int8-cache", "lite", "onnx int8", _FOUR),
+    ("lite onnx", "int4 int8-cache int8-prompts", "lite", "onnx int8 prompts", _FOUR),
     ("transformers", "float32", "hugging_face", "float32", _EXACT),
     ("transformers", "bfloat16", "hugging_face", "bfloat16", _BFLOAT16),
     ("bitsandbytes", "nf4", "hugging_face", "nf4", _FOUR),

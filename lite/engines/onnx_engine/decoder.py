@@ -13,6 +13,7 @@ A prompt goes through a chunk at a time, which bounds the memory of activations.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -102,29 +103,33 @@ class OnnxDecoder:
         self._two_ways = int8 and self.dtype == "float32"
         self.prompt_weights: PromptWeights = "int8" if int8_prompts else "stored"
 
-        def opened(graph: str, *data: str) -> Any:  # noqa: ANN401 - of ONNX Runtime
-            session = open_session(
-                artifact.file(graph),
-                provider=provider,
-                data=data,
-                patterns=False,
-                whole=True,
-                profile=profile,
-                constants={} if positions is None else _rotary_tables(self.config, positions, self.dtype),
-            )
-            self._check_signature(session, str(artifact.file(graph)))
-            return session
-
-        part, prompts = self._part, self._part.prompts
-        self._session = opened(part.int8_cache.graph if int8 and part.int8_cache else part.graph, part.data)
+        opened = functools.partial(self._opened, artifact, provider, positions, profile)
+        cached, prompts = self._part.int8_cache, self._part.prompts
+        self._session = opened(cached.graph if int8 and cached else self._part.graph, self._part.data)
         self._prompt_session = self._session
         if int8_prompts:
             graph = prompts and (prompts.int8_cache if int8 else prompts.graph)
-            if prompts is None or graph is None:
+            if not prompts or not graph:
                 msg = f"{artifact.path}: got int8_prompts · expected a graph for them, with an {self.cache_dtype} cache"
                 raise LiteError(f"{msg} · export with --prompt-weights int8, or leave it out")
-            self._prompt_session = opened(graph, part.data, prompts.data)
+            self._prompt_session = opened(graph, self._part.data, prompts.data)
         self._embeddings = _embeddings(artifact, self.config)
+
+    def _opened(
+        self, artifact: Artifact, provider: str, positions: Array | None, profile: Path | None, graph: str, *data: str
+    ) -> Any:  # noqa: ANN401 - of ONNX Runtime
+        """Load a graph that reads its weights from some files."""
+        session = open_session(
+            artifact.file(graph),
+            provider=provider,
+            data=data,
+            patterns=False,
+            whole=True,
+            profile=profile,
+            constants={} if positions is None else _rotary_tables(self.config, positions, self.dtype),
+        )
+        self._check_signature(session, str(artifact.file(graph)))
+        return session
 
     @property
     def device(self) -> str:
