@@ -119,6 +119,12 @@ def _real(arguments: argparse.Namespace, command: str) -> int:
     return run(arguments, command)
 
 
+def _prompts(arguments: argparse.Namespace, command: str) -> int:
+    from benchmarks.quality.real.prompts import run
+
+    return run(arguments, command)
+
+
 def _attention(arguments: argparse.Namespace, _: str) -> int:
     from benchmarks.quality.real.attention import run
 
@@ -158,13 +164,24 @@ def _parser() -> argparse.ArgumentParser:
     real = commands.add_parser("real", help="what each way of rounding loses on a decoder with trained weights")
     real.set_defaults(run=_real)
     _add_real(real)
+    prompts = commands.add_parser("prompts", help="what int8 weights for prompts lose on such a decoder")
+    prompts.set_defaults(run=_prompts)
+    _add_group_size(prompts, "of the stored weights")
+    prompts.add_argument("--model", **_MODEL)
+    prompts.add_argument(
+        "--blocks",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="of 512 tokens to calibrate on, and as many to judge by",
+    )
     attention = commands.add_parser("attention", help="how much attention positions receive, and a picture of it")
     attention.set_defaults(run=_attention)
     _add_attention(attention)
     for command, count, seed in ((engines, 100, ENGINES_SEED), (formats, 240, FORMATS_SEED)):
         command.add_argument("--films", type=positive, default=count, metavar="N", help="films (default: %(default)s)")
         command.add_argument("--seed", type=int, default=seed, metavar="S", help="which ones (default: %(default)s)")
-    for command in (artifacts, formats, real):
+    for command in (artifacts, formats, real, prompts):
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     for command in (interop, real):
         command.add_argument(
@@ -198,12 +215,16 @@ def _add_real(real: argparse.ArgumentParser) -> None:
     real.add_argument(
         "--only", nargs="+", metavar="NAME", help="only these rows, beside the default: --only help lists them"
     )
-    real.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128, -1), default=64, metavar="G",
-        help="of rows that do not name one: 32, 64, 128 or -1 (default: %(default)s, which fits the default decoder)",
-    )  # fmt: skip
+    _add_group_size(real, "of rows that do not name one")
     real.add_argument("--blocks", type=positive, metavar="N", help="of 512 tokens, to calibrate on (default: 64)")
     real.add_argument("--tokens", type=positive, metavar="N", help="to judge by (default: 20480)")
+
+
+def _add_group_size(parser: argparse.ArgumentParser, of_what: str) -> None:
+    parser.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, -1), default=64, metavar="G",
+        help=f"{of_what}: 32, 64, 128 or -1 (default: %(default)s, which fits the default decoder)",
+    )  # fmt: skip
 
 
 def _add_attention(attention: argparse.ArgumentParser) -> None:

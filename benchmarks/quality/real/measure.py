@@ -9,9 +9,10 @@ blocks (512 tokens of SmolLM2 are 1.2 MB). Logits are never kept: those of 20,48
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,12 +69,17 @@ class States:
         self.hidden = [embeddings[torch.tensor(block)].to(device) for block in blocks]
 
     @torch.inference_mode()
-    def through(self, norms: Mapping[str, Tensor], linears: Mapping[str, Tensor]) -> None:
-        """Go through a layer; its linears [N, K] by name without ".weight"."""
+    def through(
+        self,
+        norms: Mapping[str, Tensor],
+        linears: Mapping[str, Tensor],
+        product: Callable[[Tensor, Tensor], Tensor] = functional.linear,
+    ) -> None:
+        """Go through a layer; its linears [N, K] by name without ".weight", each computed by a product."""
         here = {name: weight.to(self._device, torch.float32) for name, weight in linears.items()}
         for place, hidden in enumerate(self.hidden):
             self.hidden[place] = forward.decoder_layer(
-                self._config, norms, lambda name, x: functional.linear(x, here[name]), hidden
+                self._config, norms, lambda name, x: product(x, here[name]), hidden
             )
 
 
@@ -100,16 +106,18 @@ class Judge:
         """Return the blocks' embeddings."""
         return States(self.decoder, self.blocks, self.device)
 
-    def compare(self, states: States) -> list[StudyDivergence]:
-        """Return each block's divergence, of all tokens but the first, which nothing predicts."""
+    def compare(self, states: States, begin: int = 1, beside: States | None = None) -> list[StudyDivergence]:
+        """Return each block's divergence from the float decoder or other states, of all tokens from `begin` on."""
+        logits = functools.partial(self._logits, begin=begin - 1)
+        reference = self._hidden if beside is None else beside.hidden
         return [
-            compare_logits(self._logits(own).cpu().numpy(), self._logits(other).cpu().numpy(), block[1:])
-            for own, other, block in zip(self._hidden, states.hidden, self.blocks, strict=True)
+            compare_logits(logits(own).cpu().numpy(), logits(other).cpu().numpy(), block[begin:])
+            for own, other, block in zip(reference, states.hidden, self.blocks, strict=True)
         ]
 
     @torch.inference_mode()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        normed = forward.rms_norm(hidden[:-1], self._norm, self.decoder.config.rms_norm_eps)
+    def _logits(self, hidden: Tensor, begin: int = 0) -> Tensor:
+        normed = forward.rms_norm(hidden[begin:-1], self._norm, self.decoder.config.rms_norm_eps)
         return functional.linear(normed, self._head)
 
 

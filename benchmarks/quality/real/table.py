@@ -65,12 +65,16 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def report(rows: Sequence[Row], about: Mapping[str, Any], *, command: str, as_json: bool) -> int:
     """Print rows and what they depend on, or all of it as one JSON object; return 1 when a row failed, else 0."""
+    tell(to_json(list(rows)), f"{format_table(rows)}\n\n{NOTE}", about, command=command, as_json=as_json)
+    return int(any(row.error is not None for row in rows))
+
+
+def tell(rows: Any, table: str, about: Mapping[str, Any], *, command: str, as_json: bool) -> None:  # noqa: ANN401 - JSON
+    """Print a table, or its rows as one JSON object, and what they depend on."""
     known: dict[str, Any] = {**about, "machine": machine(), "versions": versions(), "command": command}
     if as_json:
-        found = {"rows": to_json(list(rows)), **known}
-        sys.stdout.write(f"{json.dumps(found, ensure_ascii=False, allow_nan=False)}\n")
-    else:
-        known["versions"] = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
-        lines = "\n".join(f"- {name.capitalize()}: {value}." for name, value in known.items())
-        sys.stdout.write("\n\n".join([format_table(rows), NOTE, lines]) + "\n")
-    return int(any(row.error is not None for row in rows))
+        sys.stdout.write(f"{json.dumps({'rows': rows, **known}, ensure_ascii=False, allow_nan=False)}\n")
+        return
+    known["versions"] = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    lines = "\n".join(f"- {name.capitalize()}: {value}." for name, value in known.items())
+    sys.stdout.write(f"{table}\n\n{lines}\n")
