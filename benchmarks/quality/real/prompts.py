@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     header = ("prompts by", "KL mean, nats/token", "same top", "KL × stored", "KL from stored", "same top as stored")
     about = {
         "decoder": f"{decoder.name}, GPTQ in 4 bits, groups of {arguments.group_size}",
-        "blocks": f"{len(evaluation)}, {PROMPT_TOKENS} tokens of a prompt and {BLOCK_TOKENS - PROMPT_TOKENS} of a text each",
+        "blocks": f"{len(evaluation)}, {PROMPT_TOKENS} of a prompt and {BLOCK_TOKENS - PROMPT_TOKENS} of a text each",
     }
     as_json = [dict(zip(header, row, strict=True)) for row in rows]
     tell(as_json, markdown_table(header, rows, left=1), about, command=command, as_json=arguments.json)
