@@ -28,7 +28,7 @@ from benchmarks.exports import FP16, ROOT, Recipe, Source
 from benchmarks.phantom.write import write_studies
 from benchmarks.quality.compare import draft
 from lite.console import print_line, run_command
-from lite.eval.labels import Label, Reading, read_labels
+from lite.eval.agreement import Verdict, compare_findings
 from lite.image.files import load_image
 from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
@@ -47,11 +47,6 @@ GPTQ_INT4 = Recipe(
     calibrated=True,
 )
 
-# The labeller knows three sizes of everything; of these, reports say how severe they are.
-AGREES = "agrees"
-_BY_DEGREE: frozenset[Label] = frozenset({"Cardiomegaly", "Edema"})
-_DEGREES = {"small": "mild", "large": "severe"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafted:
@@ -62,9 +57,9 @@ class Drafted:
     fp16: lite.Findings
 
     @property
-    def verdicts(self) -> dict[Label, str]:
+    def verdicts(self) -> list[Verdict]:
         """What the 4-bit artifact has right."""
-        return compare(self.study.reference, self.findings.text)
+        return compare_findings(self.study.reference, self.findings.text)
 
     @property
     def beside(self) -> str:
@@ -72,37 +67,18 @@ class Drafted:
         return "the same" if self.fp16.text == self.findings.text else self.fp16.text
 
 
-def compare(truth: str, draft: str) -> dict[Label, str]:
-    """Return for each label that either findings text reports "agrees", or what is wrong with the draft."""
-    expected, got = read_labels(truth), read_labels(draft)
-    return {
-        label: _verdict(label, expected[label], got[label])
-        for label in expected
-        if "positive" in (expected[label].status, got[label].status)
-    }
-
-
-def _verdict(label: Label, truth: Reading, draft: Reading) -> str:
-    if draft.status != "positive":
-        return "missed"
-    if truth.status != "positive":
-        return "not there"
-    for name in ("side", "zone", "size"):
-        drawn, drafted = getattr(truth, name), getattr(draft, name)
-        if drawn and drawn != drafted:
-            words = _DEGREES if label in _BY_DEGREE else {}
-            return f"{words.get(drafted, drafted) or f'no {name}'}, should be {words.get(drawn, drawn)}"
-    return AGREES
-
-
 def _score(drafted: Sequence[Drafted]) -> str:
-    ours = [verdict for film in drafted for verdict in film.verdicts.values()]
-    theirs = [verdict for film in drafted for verdict in compare(film.study.reference, film.fp16.text).values()]
+    ours = [verdict for film in drafted for verdict in film.verdicts]
+    theirs = [verdict for film in drafted for verdict in compare_findings(film.study.reference, film.fp16.text)]
     same = sum(film.fp16.text == film.findings.text for film in drafted)
     return (
-        f"{ours.count(AGREES)} of {len(ours)} findings agree in label, side, zone and size, "
-        f"{theirs.count(AGREES)} of {len(theirs)} in fp16; {same} of {len(drafted)} texts are the same."
+        f"{_num_right(ours)} of {len(ours)} findings agree in label, side, zone and size, "
+        f"{_num_right(theirs)} of {len(theirs)} in fp16; {same} of {len(drafted)} texts are the same."
     )
+
+
+def _num_right(verdicts: Sequence[Verdict]) -> int:
+    return sum(not verdict.wrong for verdict in verdicts)
 
 
 # -- On the terminal -------------------------------------------------------------------------------------------------
@@ -122,10 +98,8 @@ def _print_film(number: int, drafted: Drafted, width: int) -> None:
         for line in _side_by_side(*columns, width):
             print_line(line)
     # A no-break space keeps a mark and its words on one line.
-    marks = [
-        f"✓ {label}" if verdict == AGREES else f"✗ {label}: {verdict}" for label, verdict in drafted.verdicts.items()
-    ]
-    for text in (f"fp16 drafts: {drafted.beside}", "   ".join(mark.replace(" ", "\xa0") for mark in marks)):
+    marks = "   ".join(str(verdict).replace(" ", "\xa0") for verdict in drafted.verdicts)
+    for text in (f"fp16 drafts: {drafted.beside}", marks):
         for line in textwrap.wrap(text, width - 2, break_long_words=False):
             print_line(f"  {line}".replace("\xa0", " "))
     print_line("")
@@ -164,8 +138,8 @@ def _set(paragraphs: Sequence[Paragraph], width: int) -> Image.Image:
 
 def _draw_card(number: int, drafted: Drafted) -> Image.Image:
     verdicts = [
-        Paragraph(f"{label}: {verdict}", 14, _RIGHT if verdict == AGREES else _WRONG)
-        for label, verdict in drafted.verdicts.items()
+        Paragraph(f"{verdict.label}: {verdict.wrong or 'agrees'}", 14, _WRONG if verdict.wrong else _RIGHT)
+        for verdict in drafted.verdicts
     ]
     text = _set(
         [

@@ -14,6 +14,7 @@ from PIL import Image
 import lite
 from benchmarks import demo
 from benchmarks.exports import Source
+from lite.eval.agreement import compare_findings
 from lite.studies.sources.listed import read_studies
 from lite.studies.study import Study
 
@@ -23,7 +24,7 @@ TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumot
 @pytest.mark.parametrize(
     ("draft", "verdicts"),
     [
-        (TRUTH, {"Pleural Effusion": "agrees", "Consolidation": "agrees"}),
+        (TRUTH, {"Pleural Effusion": "", "Consolidation": ""}),
         (
             "Small right pleural effusion. Right lower zone consolidation.",
             {"Pleural Effusion": "right, should be left", "Consolidation": "lower, should be upper"},
@@ -34,23 +35,24 @@ TRUTH = "Small left pleural effusion. Right upper zone consolidation. No pneumot
         ),
         (
             "Small left pleural effusion. Right upper zone consolidation. The heart is severely enlarged.",
-            {"Pleural Effusion": "agrees", "Consolidation": "agrees", "Cardiomegaly": "not there"},
+            {"Pleural Effusion": "", "Consolidation": "", "Cardiomegaly": "not there"},
         ),
         (
             "Small pleural effusion. Right upper zone consolidation.",
-            {"Pleural Effusion": "no side, should be left", "Consolidation": "agrees"},
+            {"Pleural Effusion": "no side, should be left", "Consolidation": ""},
         ),
     ],
 )
 def test_agreement_is_by_label_side_zone_and_size(draft: str, verdicts: dict[str, str]) -> None:
     # Labels that follow from others, such as Lung Opacity from consolidation, are the labeller's business.
-    found = demo.compare(TRUTH, draft)
-    assert {label: verdict for label, verdict in found.items() if label != "Lung Opacity"} == verdicts
+    found = {verdict.label: verdict.wrong for verdict in compare_findings(TRUTH, draft)}
+    assert {label: wrong for label, wrong in found.items() if label != "Lung Opacity"} == verdicts
 
 
 def test_the_size_of_a_heart_is_a_degree() -> None:
-    found = demo.compare("Moderate cardiomegaly.", "The heart is severely enlarged.")
-    assert found == {"Cardiomegaly": "severe, should be moderate"}
+    (found,) = compare_findings("Moderate cardiomegaly.", "The heart is severely enlarged.")
+    assert found == ("Cardiomegaly", "moderate", "severe, should be moderate")
+    assert compare_findings("No edema.", "Large left pneumothorax.")[1] == ("Pneumothorax", "left, large", "not there")
 
 
 def test_columns_fit_the_terminal_and_lose_no_word() -> None:
