@@ -6,25 +6,22 @@ The records of `lite.bench.results` become what a page is made of: tables of cel
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Final, NamedTuple
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.columns import Cell, Group, duration, milliseconds, number, reference_figures, tables
 from lite.bench.plots import LossKind, Point, draw_pareto
-from lite.bench.results import Bench, Draft, FailedRow, ModelledTable, RecordQuality, Row, StudyShown
-from lite.bench.words import Passage, compare_words
-from lite.errors import BackendUnavailable, LiteError
+from lite.bench.results import Bench, FailedRow, ModelledTable, RecordQuality, Row
+from lite.bench.studies import Card, Writing, filters, study_card, with_films
+from lite.bench.verdict import RECORD, choose
+from lite.errors import BackendUnavailable
 from lite.eval.figures import Estimate, Missing, Quantiles
-from lite.image.files import load_image
 from lite.memory.sizes import shown_bytes
 
-_TEMPLATES: Final = ("report.html.j2", "score.html.j2")
-_FILM_PX: Final = 256
+_TEMPLATES: Final = ("page.html.j2", "parts.html.j2", "report.html.j2", "score.html.j2")
 _ROUNDING_KL: Final = 1e-12
 
 
@@ -71,8 +68,10 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
     """
     check_packages()
     rows = [row for row in bench.rows if isinstance(row, Row)]
+    choice, cards = choose(bench), _cards(bench, rows)
     shown = [_table(name, groups, bench) for name, groups in tables(rows).items()]
-    cells = (cell for table in shown for _, groups in table.lines for group in groups for cell in group)
+    weighed = _table("weighed", [Group("What was weighed", choice.columns)], bench)
+    cells = (cell for table in (weighed, *shown) for _, groups in table.lines for group in groups for cell in group)
     footnotes = list(dict.fromkeys(cell.footnote for cell in cells if cell.footnote))
     notices = list(dict.fromkeys(row.notice for row in rows))
     return render(
@@ -80,7 +79,9 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
         bench=bench,
         notices=notices if any(NOTICE in notice for notice in notices) else [NOTICE, *notices],
         notes=[note for note in bench.notes if not note.endswith(tuple(footnotes))],  # those stand below the table
-        tables=shown if rows else shown[:1],
+        choice=choice,
+        weighed=weighed,
+        tables=shown if rows else [],
         footnotes=footnotes,
         reference_figures=reference_figures(bench.reference_report_quality),
         plot=_plot(rows),
@@ -89,7 +90,8 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
         memory=[_memory_bars(row) for row in rows],
         largest=max((max(row.memory.peak_bytes, row.plan.peak_bytes) for row in rows), default=0),
         modelled=modelled,
-        studies=list(_studies(bench.studies, rows)),
+        cards=cards,
+        filters=filters(cards),
     )
 
 
@@ -97,7 +99,8 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
 
 
 _CAPTIONS: Final = {
-    "results": "Everything at a glance",
+    "weighed": "What was weighed",
+    "results": "Everything that decides",
     "costs": "More about time and memory",
     "texts": "More about the texts",
     "artifacts": "What was measured",
@@ -122,7 +125,7 @@ def _table(table_id: str, groups: Sequence[Group], bench: Bench) -> _Table:
 
 
 class _Plot(NamedTuple):
-    svg: str  # empty where no artifact has both figures
+    svg: str  # empty where fewer than two artifacts have both figures
     kind: LossKind
     names: Sequence[str]  # of the numbered bubbles, each with its peak memory
     left_out: Sequence[tuple[str, str]]  # name and why
@@ -138,7 +141,7 @@ def _plot(rows: Sequence[Row]) -> _Plot:
             continue
         points.append(Point(total=row.latency.total, loss=loss, peak_bytes=row.memory.peak_bytes))
         names.append(f"{row.name} · {shown_bytes(row.memory.peak_bytes)}")
-    return _Plot(draw_pareto(points, kind) if points else "", kind, names, left_out)
+    return _Plot(draw_pareto(points, kind) if len(points) > 1 else "", kind, names, left_out)
 
 
 def _loss(row: Row, kind: LossKind) -> Estimate | Missing:
@@ -229,48 +232,17 @@ def _memory_bar(title: str, parts: Sequence[tuple[str, str, int]]) -> _Bar:
 # -- Studies ---------------------------------------------------------------------------------------------------------
 
 
-class _Text(NamedTuple):
-    name: str
-    passages: Sequence[Passage]
-    error: str | None
-
-
-class _Study(NamedTuple):
-    shown: StudyShown
-    film: str  # a data URI, or empty
-    film_error: str
-    same: Sequence[str]  # the artifacts that wrote the reference's text, character for character
-    texts: Sequence[_Text]  # of the others
-    differs: bool  # there is something to look at: an error, a text that is not the reference's, or no two the same
-
-
-def _studies(studies: Sequence[StudyShown], rows: Sequence[Row]) -> Iterator[_Study]:
-    for index, shown in enumerate(studies):
-        reference = shown.reference_text
-        drafts = [(row.name, row.drafts[index]) for row in rows]
-        same = [name for name, draft in drafts if draft.error is None and draft.text == reference]
-        texts = [_text(name, draft, reference) for name, draft in drafts if name not in same]
-        differs = bool(texts)
-        if reference is None and all(text.error is None for text in texts):
-            differs = len({draft.text for _, draft in drafts}) > 1
-        yield _Study(shown, *_film(shown.image), same, texts, differs)
-
-
-def _text(name: str, draft: Draft, reference: str | None) -> _Text:
-    if draft.error is not None:
-        return _Text(name, [], draft.error)
-    if reference is None:
-        return _Text(name, [Passage(kind="same", text=draft.text)], None)
-    return _Text(name, compare_words(reference, draft.text), None)
-
-
-def _film(path: str) -> tuple[str, str]:
-    """Return a film as a data URI, small, or what is wrong with it."""
-    try:
-        image = load_image(path).image
-    except LiteError as error:
-        return "", str(error)
-    image.thumbnail((_FILM_PX, _FILM_PX))
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}", ""
+def _cards(bench: Bench, rows: Sequence[Row]) -> list[Card]:
+    """Return the studies' cards, those with the most wrong first."""
+    # Without a record the largest artifact is the yardstick: its text comes first.
+    recorded = any(study.reference_text is not None for study in bench.studies)
+    ordered = rows if recorded else sorted(rows, key=lambda row: -row.weight_bytes)
+    cards = []
+    for index, shown in enumerate(bench.studies):
+        drafts = [Writing(row.name, row.drafts[index].text, row.drafts[index].error) for row in ordered]
+        if shown.reference_text is not None:
+            drafts.insert(0, Writing(RECORD, shown.reference_text))
+        marked = len(drafts) > 1
+        cards.append(study_card(shown.id, shown.image, shown.report, drafts, marked=marked, reason=shown.reason))
+    cards.sort(key=lambda card: ("failed" in card.tags, len(card.wrong), "differs" in card.tags), reverse=True)
+    return list(with_films(cards))

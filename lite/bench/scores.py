@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.columns import TITLES
 from lite.bench.report import render
+from lite.bench.studies import Card, Writing, filters, study_card, with_films
 from lite.bench.table import markdown_table
-from lite.bench.words import Passage, compare_words
+from lite.bench.words import compare_words
 from lite.console import short_names
 from lite.eval.figures import RESAMPLES, Estimate, Missing
 from lite.eval.paired import EXACT_STUDIES, EXCHANGES, SIGNIFICANT, Comparison
 from lite.eval.scoring import ScoredStudy, Scores
 
 _NONE = "–"
-
-
+_MAX_FIGURES: Final = 5  # of a study
 _Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 
 
@@ -37,7 +37,7 @@ def render_scores(scores: Scores, *, command: str, num_studies: int) -> str:
     Raises:
         BackendUnavailable: Jinja2 is not installed.
     """
-    studies = [(study, list(_writings(study, _names(scores)))) for study in scores.studies[:num_studies]]
+    cards = list(with_films(_card(study, _names(scores)) for study in scores.studies))
     return render(
         "score.html.j2",
         scores=scores,
@@ -46,8 +46,22 @@ def render_scores(scores: Scores, *, command: str, num_studies: int) -> str:
         command=command,
         tables=_tables(scores),
         notes=list(_notes(scores)),
-        studies=studies,
+        cards=cards,
+        filters=filters(cards),
+        names=_names(scores),
+        num_open=num_studies,
     )
+
+
+def _card(study: ScoredStudy, names: Sequence[str]) -> Card:
+    """Make a study's card; of two systems the first one's words are marked beside the other's."""
+    shown = [name for name, values in study.figures.items() if not name.endswith("_accuracy")][:_MAX_FIGURES]
+    scores = [
+        " · ".join(f"{title(name)} {_shown(study.figures[name][system])}" for name in shown)
+        for system in range(len(names))
+    ]
+    ours, *other = (Writing(*of) for of in zip(names, study.texts, [None] * len(names), scores, strict=True))
+    return study_card(study.id, study.image, study.reference, [*other, ours], marked=bool(other))
 
 
 # -- Tables ----------------------------------------------------------------------------------------------------------
@@ -113,16 +127,23 @@ def _shown(value: float) -> str:
 
 
 def _verdict(scores: Scores) -> str:
-    """Say in a sentence which system is the better one, where there are two."""
-    if len(scores.files) == 1:
-        return ""
-    ours, theirs = _names(scores)
+    """Say in a sentence how good a system is, or which of two is the better one."""
+    ours, *other = _names(scores)
+    if not other:
+        name, figure = next(iter(scores.figures.items()))
+        value, between = (figure.why, _NONE) if isinstance(figure, Missing) else _value(figure)
+        return f"{ours}: {title(name)} {value} ({between}) beside {scores.count} reports."
     compared = {title(name): row for name, row in scores.comparisons.items() if isinstance(row, Comparison)}
     found = {word: [name for name, row in compared.items() if row.verdict == word] for word in ("better", "worse")}
     parts = [f"{word} in {len(names)} ({'; '.join(names)})" for word, names in found.items() if names]
+    name, value, _, apart, between, *_ = _versus(*next(iter(scores.comparisons.items())))
+    first = f"{name} {value}, {apart} ({between})"
     if not parts:
-        return f"{ours} and {theirs}: none of {len(compared)} figures differs by more than chance explains."
-    return f"{ours} beside {theirs}: {' and '.join(parts)} of {len(compared)} figures, by more than chance explains."
+        return (
+            f"{ours} beside {other[0]}: {first}. None of {len(compared)} figures differs by more than chance explains."
+        )
+    found_in = " and ".join(parts)
+    return f"{ours} beside {other[0]}: {found_in} of {len(compared)} figures, by more than chance explains; {first}."
 
 
 def _notes(scores: Scores) -> Iterator[str]:
@@ -144,26 +165,14 @@ def _notes(scores: Scores) -> Iterator[str]:
     yield from dict.fromkeys(figure.todo for figure in figures.values() if isinstance(figure, Missing) and figure.todo)
 
 
-class _Writing(NamedTuple):
-    name: str
-    passages: Sequence[Passage]
-
-
-def _writings(study: ScoredStudy, names: Sequence[str]) -> Iterator[_Writing]:
-    """Yield the texts of a study: the last with its words marked that the one before it has not, and the other way."""
-    texts = [("reference", study.reference), *zip(names[1:], study.texts[1:], strict=True)]
-    for name, text in texts:
-        yield _Writing(name, [Passage(kind="same", text=text)] if text else [])
-    yield _Writing(names[0], compare_words(texts[-1][1], study.texts[0]))
-
-
 _MARKS = {"same": "{}", "removed": "[-{}-]", "added": "{{+{}+}}"}
 
 
 def _study_text(study: ScoredStudy, names: Sequence[str]) -> str:
+    """Return a study of two systems: the first one's words are marked that the other has not, and the other way."""
     figures = [f"{title(name)} {', '.join(map(_shown, values))}" for name, values in study.figures.items()]
-    lines = [": ".join([study.id, *figures[:1]])]
-    for writing in _writings(study, names):
-        text = "".join(_MARKS[passage.kind].format(passage.text) for passage in writing.passages)
-        lines.append(f"  {writing.name}: {text or '(no words)'}")
-    return "\n".join(lines)
+    ours, other = study.texts
+    marked = "".join(_MARKS[passage.kind].format(passage.text) for passage in compare_words(other, ours))
+    texts = {"reference": study.reference, names[1]: other, names[0]: marked}
+    lines = [f"  {name}: {text or '(no words)'}" for name, text in texts.items()]
+    return "\n".join([": ".join([study.id, *figures[:1]]), *lines])

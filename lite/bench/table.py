@@ -11,6 +11,7 @@ from typing import Any
 
 from lite.bench.columns import SUMMARY, Cell, Group, tables
 from lite.bench.results import Bench, ModelledTable, Row
+from lite.bench.verdict import choose
 from lite.files import write_whole
 
 
@@ -19,6 +20,8 @@ def format_tables(bench: Bench, modelled: Sequence[ModelledTable]) -> str:
     rows = [row for row in bench.rows if isinstance(row, Row)]
     parts = [f"{notice}\n" for notice in dict.fromkeys(row.notice for row in rows)]
     if rows:
+        choice = choose(bench)
+        parts.append("\n".join([choice.verdict, *choice.remarks, ""]))
         lines = [(row.name, *(column.cell(row).text for column in SUMMARY)) for row in rows]
         parts.append(f"{markdown_table(('artifact', *(column.title for column in SUMMARY)), lines, left=3)}\n")
         parts += [f"{_details(group, rows)}\n" for groups in tables(rows).values() for group in groups]

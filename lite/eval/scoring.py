@@ -35,6 +35,7 @@ class Pairs:
     files: tuple[str, ...]  # of each system
     truth: str | None  # where the references are from, if not from the files
     ids: list[str]
+    images: list[str]  # the films' paths; empty where none is named
     references: list[str]
     texts: list[list[str]]  # of each system
     left_out: dict[str, int]  # how many other studies there are, by the reason
@@ -45,6 +46,7 @@ class ScoredStudy:
     """One study's texts, and its own figures: NaN where it has nothing to measure. The other system's, if any, last."""
 
     id: str
+    image: str  # the film's path, or empty
     reference: str
     texts: tuple[str, ...]
     figures: Mapping[str, tuple[float, ...]]
@@ -91,9 +93,9 @@ def read_pairs(files: Sequence[Path], *, truth: Path | None = None) -> Pairs:
         systems = [_with_references(rows, truth, file) for rows, file in zip(systems, files, strict=True)]
     by_id = [{row.study.id: row for row in rows} for rows in systems]
     references: dict[str, str] = {}
+    named = {name: [rows[name] for rows in by_id if name in rows] for rows in by_id for name in rows}
     left_out: Counter[str] = Counter()
-    for name in dict.fromkeys(name for rows in by_id for name in rows):
-        rows = [rows[name] for rows in by_id if name in rows]
+    for name, rows in named.items():
         reference = _reference(rows, files)
         if len(rows) < len(by_id):
             left_out["in one of the files only"] += 1
@@ -113,6 +115,7 @@ def read_pairs(files: Sequence[Path], *, truth: Path | None = None) -> Pairs:
         files=tuple(map(str, files)),
         truth=None if truth is None else str(truth),
         ids=[*references],
+        images=[str(next((row.study.image for row in named[name] if row.study.image), "")) for name in references],
         references=[*references.values()],
         texts=[[rows[name].prediction or "" for name in references] for rows in by_id],
         left_out=dict(left_out),
@@ -212,6 +215,7 @@ def _studies(pairs: Pairs, found: Sequence[Mapping[str, Sums | Missing]]) -> tup
     return tuple(
         ScoredStudy(
             id=pairs.ids[row],
+            image=pairs.images[row],
             reference=pairs.references[row],
             texts=tuple(texts[row] for texts in pairs.texts),
             figures={name: tuple(float(of[row, column]) for of in values) for column, name in enumerate(names)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from lite.artifact.manifest import NOTICE
 from lite.bench.report import render_report
 from lite.bench.results import Bench, RecordQuality
 from lite.bench.scores import render_scores
+from lite.bench.verdict import choose
 from lite.eval.measures import text_sums
 from lite.eval.scoring import read_pairs, score
 from lite.memory.sizes import shown_bytes
@@ -83,54 +85,78 @@ def overlap(a: dict[str, float], b: dict[str, float]) -> bool:
     return across and a["y"] < b["y"] + b["height"] and b["y"] < a["y"] + a["height"]
 
 
-def test_the_notice_is_the_first_thing_seen(page: Any, phone: Any) -> None:
+def test_the_notice_is_on_the_first_screen(page: Any, phone: Any) -> None:
     for opened in (page, phone):
         notice = opened.locator(".notice")
         assert NOTICE in notice.inner_text()
         assert "Not for clinical use" in notice.inner_text()
-        assert box(notice)["y"] + box(notice)["height"] < 450
+        assert box(notice)["y"] + box(notice)["height"] < 600
     assert page.title() == "lite.bench: 6 artifacts, 5 studies"
-    seen = page.inner_text("header")
+    seen = page.inner_text("#everything .facts")
     assert "16 cores of an unnamed processor" in seen
     assert "python -m lite.bench fp16 int8 int4 nf4" in seen
     assert "torch\xa02.13.0" in seen
 
 
-def test_every_artifact_has_a_line_with_its_figures(page: Any, bench: Bench) -> None:
-    lines = page.locator("#results tbody tr")
-    assert lines.count() == len(bench.rows)
-    headings = [text.split("\n")[0] for text in page.locator("#results thead tr:nth-child(2) th").all_inner_texts()]
-    for index, row in enumerate(measured(bench)):
-        assert lines.nth(index).locator("th").inner_text().startswith(row.name)
-        cells = [text.split("\n") for text in lines.nth(index).locator("td").all_inner_texts()]
-        shown = dict(zip(headings, cells, strict=True))
-        assert shown["on disk"] == [shown_bytes(row.disk_bytes), shown_bytes(row.weight_bytes)]
+FIGURES = """table => {
+    const found = {};
+    for (const line of document.querySelectorAll(`[id^=${table}-] tbody tr`)) {
+        const name = line.querySelector("th").innerText.split("\\n")[0].replace(/ to be run$/, "");
+        for (const cell of line.querySelectorAll("td")) (found[name] ??= {})[cell.dataset.title] = cell.innerText;
+    }
+    return found;
+}"""
+
+
+def figures(page: Any, table: str) -> dict[str, dict[str, list[str]]]:
+    """Return the lines of each artifact's cells, by their titles, from all groups of a table."""
+    found = page.evaluate(FIGURES, table)
+    return {name: {title: text.split("\n") for title, text in cells.items()} for name, cells in found.items()}
+
+
+def test_every_artifact_has_its_figures(page: Any, bench: Bench) -> None:
+    found = figures(page, "results")
+    assert list(found) == [row.name for row in measured(bench)]
+    for row in measured(bench):
+        shown = found[row.name]
+        assert shown["on disk, in memory"] == [shown_bytes(row.disk_bytes), shown_bytes(row.weight_bytes)]
         assert shown["measured"][0] == shown_bytes(row.memory.peak_bytes)
         error = 100 * (row.plan.peak_bytes / row.memory.peak_bytes - 1)
-        assert shown["planned"] == [shown_bytes(row.plan.peak_bytes), f"+{error:.1f}\xa0%"]
+        assert shown["planned, its error"] == [shown_bytes(row.plan.peak_bytes), f"+{error:.1f}\xa0%"]
         for heading, stage, scale in (
-            ("TTFT", row.latency.ttft, 1e3),
-            ("decode", row.latency.decode_token, 1e3),
-            ("whole study", row.latency.total, 1),
+            ("TTFT, ms", row.latency.ttft, 1e3),
+            ("decode, ms/token", row.latency.decode_token, 1e3),
+            ("whole study, s", row.latency.total, 1),
         ):
             texts = [shown[heading][0], *re.findall(r"p9[09]\s([\d.,]+)", " ".join(shown[heading][1:]))]
             expected = [scale * seconds for seconds in (stage.p50, stage.p90, stage.p99)]
             assert [float(text.replace(",", "")) for text in texts] == pytest.approx(expected, rel=5e-3)
         assert float(shown["tokens/s"][0]) == pytest.approx(1 / row.latency.decode_token.p50, rel=5e-3)
-    skipped = lines.nth(3).locator("th").inner_text()
-    assert "1 of 5 studies skipped" in skipped
-    last = lines.nth(len(bench.rows) - 1)
-    assert "got no manifest.json" in last.inner_text()
-    assert box(last.locator("td"))["width"] > 300
+    lines = page.locator("#weighed tbody tr")
+    assert lines.count() == len(bench.rows)
+    assert "1 of 5 studies skipped" in lines.nth(3).locator("th").inner_text()
+    assert "got no manifest.json" in lines.last.inner_text()
+    assert box(lines.last.locator("td"))["width"] > 300
+
+
+def test_the_cover_says_which_to_run_and_what_it_loses(page: Any, phone: Any, bench: Bench) -> None:
+    for opened in (page, phone):
+        verdict = opened.locator(".verdict")
+        assert box(verdict)["y"] < 150
+        assert verdict.inner_text() == choose(bench).verdict
+        assert verdict.inner_text().startswith("Run int4: 30 % of fp16's size, 35 % of its memory, 2.5 × as fast; ")
+    assert page.locator("tr:has(.chosen) th").inner_text().startswith("int4")
+    loss = page.locator("#weighed tbody tr").nth(2).locator("td").last
+    assert re.sub(r"\s+", " ", loss.inner_text()) == "+0.0 (+0.0 to +0.0)"
 
 
 def test_quality_has_intervals_and_what_is_missing_says_why(page: Any) -> None:
-    lines = page.locator("#results tbody tr")
-    int4 = lines.nth(2).inner_text()
-    assert "0.00610" in int4
-    assert re.search(r"\[0\.00427,\s0\.00793\]", int4)
-    assert "97.1" in int4
-    other = lines.nth(4).locator("td.missing")
+    found = figures(page, "results")
+    mean_kl = found["int4"]["mean KL, nats/token, at least"]
+    assert mean_kl[0] == "0.00610"
+    assert re.search(r"\[0\.00427,\s0\.00793\]", " ".join(mean_kl))
+    assert found["int4"]["same top token, %"][0] == "97.1"
+    other = page.locator("[id^=results-] tr", has_text="other").locator("td.missing")
     assert other.count() == 4
     assert other.first.inner_text().startswith("other tokenizer")
     assert other.first.get_attribute("title") == NO_RECORD.todo
@@ -138,27 +164,51 @@ def test_quality_has_intervals_and_what_is_missing_says_why(page: Any) -> None:
     for todo in (NO_RECORD.todo, NOT_INSTALLED.todo, "Needs 19.3 GiB"):
         assert todo in footnotes
     other.first.locator("a").click()
-    assert page.url.endswith("#todo-2")
-    assert "not run" in lines.nth(0).inner_text()
-    texts = page.locator("#texts tbody tr").nth(2).inner_text()
-    assert "not installed" in texts
-    assert "3.1e-4" in texts  # what the record's tail may hide
+    assert re.search(r"#todo-\d$", page.url)
+    assert NO_RECORD.todo in page.locator(":target").inner_text()
+    assert found["fp16"]["4 at a time"][0].startswith("not run")
+    texts = figures(page, "texts")["int4"]
+    assert texts["RadGraph F1"][0].startswith("not installed")
+    assert texts["KL missed, mean, at most"][0] == "3.1e-4"  # what the record's tail may hide
     assert "The reference's own texts" in page.inner_text("main")
 
 
-def test_cells_do_not_run_into_each_other(page: Any) -> None:
-    texts = """table => [...table.querySelectorAll("th, td")].map(cell => {
+# Whatever is cut, or runs out of its place: of each thing that is shown, how far it reaches beyond: a space may.
+REACHES = """() => [...document.querySelectorAll("body *:not(svg *)")].filter(element => element.checkVisibility()).map(
+    element => {
         const range = document.createRange();
-        range.selectNodeContents(cell);
-        const [inner, outer] = [range.getBoundingClientRect(), cell.getBoundingClientRect()];
-        return [cell.innerText, inner.left - outer.left, outer.right - inner.right, outer.height];
-    })"""
-    for table in ("#results", "#texts", "#artifacts"):
-        cells = page.locator(table).evaluate(texts)
-        assert len(cells) > 50
-        assert [text for text, left, right, height in cells if left < 0 or right < 0 or not height] == []
-    headline = [box(cell) for cell in page.locator("#results tbody tr:first-child > *").all()]
-    assert not any(overlap(a, b) for a, b in itertools.pairwise(headline))
+        range.selectNodeContents(element);
+        const [inner, outer] = [range.getBoundingClientRect(), element.getBoundingClientRect()];
+        const inline = getComputedStyle(element).display === "inline";
+        const scrolled = inline ? 0 : element.scrollWidth - element.clientWidth;
+        const reach = Math.max(scrolled, inner.right - outer.right, outer.right - innerWidth);
+        return [element.outerHTML.slice(0, 90), reach];
+    }).filter(([_, reach]) => reach > 6)"""
+
+
+@pytest.mark.parametrize("width", [1280, 800, 390])
+def test_nothing_is_cut_at_any_width(
+    open_page: Callable[..., Any], bench: Bench, shown: Shown, tmp_path: Path, width: int
+) -> None:
+    bare, alone = tmp_path / "bare.html", tmp_path / "alone.html"
+    bare.write_text(render_report(no_record(bench)), encoding="utf-8")
+    alone.write_text(render_report(dataclasses.replace(no_record(bench), rows=bench.rows[:1])), encoding="utf-8")
+    for path in (shown.path, bare, alone):
+        page = open_page(path, width)
+        page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate(REACHES) == []
+        assert len(page.locator("td").all()) > 50
+        page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(page: Any, phone: Any, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for opened in (page, phone):
+        opened.emulate_media(color_scheme=scheme)
+        found = axe.run(opened).response["violations"]
+        assert [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found] == []
 
 
 def apart(number: dict[str, float], bubble: dict[str, float]) -> bool:
@@ -223,29 +273,45 @@ def test_bars_are_as_long_as_what_they_show(page: Any, bench: Bench) -> None:
 
 
 def test_changed_words_are_marked_and_not_by_colour_alone(page: Any) -> None:
-    studies = page.locator("#studies article")
-    nf4 = studies.nth(0).locator("dl > div").last
+    failed, one, two = (page.locator("#studies .card").nth(index) for index in range(3))
+    assert "error: films/none.png" in failed.inner_text()
+    nf4 = one.locator("dl > div").last
     assert nf4.locator("del").all_inner_texts() == ["small left"]
     assert nf4.locator("ins").all_inner_texts() == ["moderate right"]
     lines = [
         nf4.locator(tag).evaluate("element => getComputedStyle(element).textDecorationLine") for tag in ("del", "ins")
     ]
     assert lines == ["line-through", "underline"]
-    assert "the same from fp16, int8, int4, other" in studies.nth(0).inner_text()
-    assert studies.nth(1).locator("del").all_inner_texts() == ["Right lower", " No pleural effusion."]
-    assert "error: films/none.png" in studies.nth(2).inner_text()
+    assert "the reference record, fp16, int8, int4, other" in one.inner_text()
+    assert two.locator("del").all_inner_texts() == ["Right lower", " No pleural effusion."]
 
 
-def test_studies_with_differences_come_first_and_the_others_are_folded(page: Any) -> None:
-    names = [text.strip() for text in page.locator("#studies h3").all_text_contents()]
-    assert names == ["study-1", "study-2", "study-3", "study-4", "study-0"]
-    folded = page.locator("details")
-    assert folded.count() == 1
-    assert folded.locator("summary").inner_text() == "study-0: the same as the reference"
-    assert not folded.locator("article").is_visible()
-    folded.locator("summary").click()
-    assert "Both lungs are clear." in folded.inner_text()
-    assert "4 of 5 studies differ" in page.inner_text("#studies")
+def test_every_study_shows_film_texts_and_what_is_right_of_them_the_worst_first(page: Any) -> None:
+    cards = page.locator("#studies .card")
+    assert cards.locator("h3").all_text_contents() == ["study-3", "study-1", "study-2", "study-4", "study-0"]
+    assert page.locator("#studies .card[open]").count() == 5
+    said = [re.sub(r"\s+", " ", text) for text in cards.locator("summary").all_inner_texts()]
+    assert said[1] == "study-1 ✗ 1 of 2 findings wrong texts differ"
+    marks = cards.nth(1).locator("dl > div").last.locator(".marks li")
+    assert marks.all_inner_texts() == [
+        "✓ Cardiomegaly (mild)", "✗ Pleural Effusion (left, small): right, should be left",
+    ]  # fmt: skip
+    assert cards.nth(1).locator(".marks .wrong").count() == 1
+    assert cards.nth(1).locator("small", has_text=".dcm").count() == 1
+    # The last has no report: what its texts are held against is the record's, which all of them wrote.
+    assert said[-1] == "study-0 the same words from all"
+
+
+def test_studies_can_be_chosen_without_a_script(page: Any) -> None:
+    cards = page.locator("#studies .card:visible h3")
+    for chosen, shown in (
+        ("a wrong finding (2)", ["study-1", "study-2"]),
+        ("failed (1)", ["study-3"]),
+        ("✗ Consolidation (1)", ["study-2"]),
+        ("all (5)", ["study-3", "study-1", "study-2", "study-4", "study-0"]),
+    ):
+        page.get_by_label(chosen).check()
+        assert cards.all_text_contents() == shown
 
 
 def test_films_are_pictures(page: Any, shown: Shown) -> None:
@@ -271,22 +337,25 @@ def test_what_is_modelled_looks_modelled(page: Any) -> None:
     assert "~19.4 ms" in section.inner_text()
     style = section.evaluate("s => [getComputedStyle(s).borderTopStyle, getComputedStyle(s).fontStyle]")
     assert style == ["dashed", "italic"]
-    assert "~" not in page.inner_text("#results")
+    assert "~" not in page.inner_text("#everything")
 
 
-def test_a_phone_scrolls_tables_and_not_the_page(phone: Any) -> None:
-    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
-    table = phone.locator(".scroll").first
-    assert table.evaluate("element => element.scrollWidth") > 800
-    table.evaluate("element => element.scrollTo(9999, 0)")
-    name, last = phone.locator("#results tbody th").first, phone.locator("#results tbody tr:first-child td").last
-    assert 0 <= box(name)["x"] < box(last)["x"] < 390 - box(last)["width"]
-    assert not overlap(box(name), box(last))
+def test_on_a_phone_each_line_of_a_table_is_a_card_of_titled_figures(phone: Any, page: Any) -> None:
+    cells = phone.locator("#results-2 tbody tr").first.locator("td")
+    places = [box(cell) for cell in cells.all()]
+    assert not any(overlap(a, b) for a, b in itertools.combinations(places, 2))
+    assert places[0]["y"] < places[-1]["y"]
+    title = "cell => getComputedStyle(cell, '::before').content"
+    assert cells.first.evaluate(title) == '"load, s"'
     assert box(phone.locator("svg.plot"))["width"] > 300
+    wide = page.locator("#results-2 tbody tr").first.locator("td")
+    assert wide.first.evaluate(title) == "none"
+    assert len({box(cell)["y"] for cell in wide.all()}) == 1
 
 
 CONTRAST = """() => [...document.querySelectorAll(
     ".notice strong, .notice p, .quiet, dt, del, ins, td small, td.missing, a, .failed, figcaption, .parts li, .badge"
+    + ", .marks li, summary span, .chosen"
 )].filter(element => element.checkVisibility()).map(element => {
     let behind = element;
     while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
@@ -326,10 +395,17 @@ def test_without_a_record_quality_is_that_of_the_reports(bench: Bench, tmp_path:
     page = open_page(path)
     assert "1 − label F1" in page.inner_text("figcaption")
     assert page.locator("[id^=pareto-bubble]").count() == 5
-    assert "no reference" in page.inner_text("#results")
-    # No text is the yardstick: nothing is marked, and texts are the same or not.
-    assert page.locator("article del, article ins").count() == 0
-    assert page.locator("details summary").all_inner_texts() == ["study-0: the same from all"]
+    assert figures(page, "results")["int4"]["mean KL, nats/token, at least"][0].startswith("no reference")
+    # The largest artifact's texts are the yardstick.
+    assert " from fp16." in page.inner_text(".verdict")
+    assert page.locator("#weighed tbody tr").first.locator("td").last.inner_text() == "the yardstick"
+    assert page.locator("article del").all_inner_texts() == [
+        "small left",
+        "Right lower",
+        " No pleural effusion.",
+        "3.4",
+    ]
+    assert page.locator("details dt", has_text="fp16").first.inner_text() == "fp16, int8, other, int4"
 
 
 @pytest.mark.parametrize("width", [360, 1280])
@@ -343,7 +419,7 @@ def test_a_page_of_scores_shows_all_without_scrolling_to_the_right(
     page.write_text(render_scores(score(read_pairs(files), text_sums), command="x", num_studies=5), encoding="utf-8")
     opened = open_page(page, width)
     assert opened.evaluate("document.documentElement.scrollWidth") == width
-    tables = opened.locator(".scroll")
+    tables = opened.locator(".table")
     assert tables.count() == 2
     assert all(table.evaluate("table => table.scrollWidth <= table.clientWidth") for table in tables.all())
     for scheme in ("light", "dark"):

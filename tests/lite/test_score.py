@@ -85,7 +85,8 @@ def test_json_is_one_strict_object_with_the_figures(
 
 
 def test_the_tables_are_complete(predictions: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures, labels, _ = run(capsys, predictions).strip().split("\n\n")
+    verdict, figures, labels, _ = run(capsys, predictions).strip().split("\n\n")
+    assert re.fullmatch(r".*jsonl: label F1, micro 0\.\d{3} \(0\.\d{3} – 1\.000\) beside 2 reports\.", verdict)
     assert re.search(r"\| label F1, macro +\| +0\.500 \|", figures)
     assert {"ROUGE-L", "BLEU-1", "BLEU-4"} <= set(re.findall(r"\| ([\w-]+)", figures))
     rows = labels.splitlines()
@@ -306,7 +307,8 @@ def test_the_page_is_whole_escaped_and_asks_for_nothing(two: tuple[Path, Path], 
     assert "default-src 'none'" in page
     assert re.findall(r"(?:src|href)=\"(?!data:|#)", page) == []
     both = render_scores(compared(two), command="x", num_studies=3)
-    assert both.count("<article") == 3
+    assert both.count("<article") == 30  # all, of which three are open
+    assert len(re.findall(r"<details [^>]* open>", both)) == 3
     assert "better in" in both
     assert NOTICE in both
 
