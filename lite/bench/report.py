@@ -7,7 +7,7 @@ The records of `lite.bench.results` become what a page is made of: tables of cel
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Final, NamedTuple
 
@@ -85,10 +85,11 @@ def render_report(bench: Bench, *, modelled: Sequence[ModelledTable] = ()) -> st
         footnotes=footnotes,
         reference_figures=reference_figures(bench.reference_report_quality),
         plot=_plot(rows),
-        stages=[_Bars(row.name, [_stage_bar(row)]) for row in rows],
-        longest=max((row.latency.total.p50 for row in rows), default=0.0),
-        memory=[_memory_bars(row) for row in rows],
-        largest=max((max(row.memory.peak_bytes, row.plan.peak_bytes) for row in rows), default=0),
+        rows=rows,
+        spread=_spread,
+        duration=duration,
+        milliseconds=milliseconds,
+        shown_bytes=shown_bytes,
         modelled=modelled,
         cards=cards,
         filters=filters(cards),
@@ -159,74 +160,9 @@ def _loss(row: Row, kind: LossKind) -> Estimate | Missing:
     return loss if all(map(math.isfinite, (loss.value, loss.low, loss.high))) else Missing(why="nothing to measure")
 
 
-# -- Bars ------------------------------------------------------------------------------------------------------------
-
-
-class _Segment(NamedTuple):
-    kind: str  # its colour
-    title: str
-    text: str
-    amount: float
-
-
-class _Bar(NamedTuple):
-    title: str
-    total: str
-    segments: Sequence[_Segment]
-
-
-class _Bars(NamedTuple):
-    name: str
-    bars: Sequence[_Bar]
-
-
-def _stage_bar(row: Row) -> _Bar:
-    latency = row.latency
-    stages = (("image", latency.image), ("vision", latency.vision), ("prefill", latency.prefill))
-    segments = [_Segment(kind, kind, _spread(stage), stage.p50) for kind, stage in stages]
-    decode_s = max(0.0, latency.total.p50 - sum(segment.amount for segment in segments))
-    token = latency.decode_token
-    tokens = f"{duration(decode_s)}, {milliseconds(token.p50)} ms a token ({_between(token, milliseconds)})"
-    return _Bar("", _spread(latency.total), [*segments, _Segment("decode", "decode", tokens, decode_s)])
-
-
 def _spread(times: Quantiles) -> str:
     show = number if times.p50 >= 1 else milliseconds
-    return f"{duration(times.p50)} ({_between(times, show)})"
-
-
-def _between(times: Quantiles, show: Callable[[float], str]) -> str:
-    return f"{show(times.p20)} to {show(times.p80)}"
-
-
-def _memory_bars(row: Row) -> _Bars:
-    """Show by how much each stage raised the peak, and what makes up the plan's."""
-    use, plan = row.memory, row.plan
-    stages = ("before", "load", "image", "vision", "prefill", "decode")
-    peaks = [0, *(getattr(use, f"{stage}_bytes") for stage in stages)]
-    measured = [
-        (stage, stage if stage == "before" else f"+ {stage}", peaks[index + 1] - peaks[index])
-        for index, stage in enumerate(stages)
-    ]
-    stays = [
-        ("before", "libraries", plan.resident_bytes),
-        ("load", "decoder", plan.decoder_bytes),
-        ("load", "tower", plan.vision_bytes),
-    ]
-    passes = [
-        ("vision", "tower's work", plan.vision_work_bytes),
-        ("prefill", "cache", plan.cache_bytes),
-        ("prefill", "prefill's work", plan.prefill_work_bytes),
-    ]
-    if plan.load_work_bytes > plan.study_bytes:  # loading passes before the work of a study begins
-        passes = [("load", "loading's work", plan.load_work_bytes)]
-    bars = [_memory_bar(use.kind, measured), *([_memory_bar("plan", [*stays, *passes])] if row.is_planned else [])]
-    return _Bars(row.name, bars)
-
-
-def _memory_bar(title: str, parts: Sequence[tuple[str, str, int]]) -> _Bar:
-    segments = [_Segment(kind, name, shown_bytes(size), size) for kind, name, size in parts if size]
-    return _Bar(title, shown_bytes(sum(size for _, _, size in parts)), segments)
+    return f"{duration(times.p50)} ({show(times.p20)} to {show(times.p80)})"
 
 
 # -- Studies ---------------------------------------------------------------------------------------------------------

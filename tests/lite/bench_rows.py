@@ -170,6 +170,7 @@ def row(
         dtype="float16",
         cache_dtype="float16",
         provider="CUDAExecutionProvider",
+        prompt_weights="stored",
         backend="triton, CUDA graphs",
         fallbacks=(),
         disk_bytes=weights + 190_000_000,
