@@ -56,9 +56,9 @@ class Prompt:
         return hashlib.sha256(f"{self.system}\n---\n{self.message}".encode()).hexdigest()
 
     @property
-    def schema(self) -> dict[str, Any] | None:
-        """What an endpoint with structured output is held to; None for a prompt that does not name our keys."""
-        return _SCHEMA if all(severity in self.message for severity in SEVERITIES) else None
+    def formats(self) -> list[dict[str, Any]]:
+        """What an endpoint is held to, the best first; nothing for a prompt that does not name our keys."""
+        return list(_FORMATS) if all(severity in self.message for severity in SEVERITIES) else []
 
     def messages(self, reference: str, candidate: str) -> list[dict[str, str]]:
         """Return what is sent for a pair of texts."""
@@ -93,7 +93,10 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 _ANSWER: Final = _object({name: _object({kind: {"type": "integer"} for kind in ERRORS}) for name in SEVERITIES})
-_SCHEMA: Final = {"type": "json_schema", "json_schema": {"name": "errors", "strict": True, "schema": _ANSWER}}
+_FORMATS: Final[tuple[dict[str, Any], ...]] = (
+    {"type": "json_schema", "json_schema": {"name": "errors", "strict": True, "schema": _ANSWER}},
+    {"type": "json_object", "schema": _ANSWER},  # llama-cpp-python's server, which does not know the other
+)
 
 # -- Answers ---------------------------------------------------------------------------------------------------------
 

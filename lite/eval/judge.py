@@ -15,6 +15,7 @@ import ipaddress
 import itertools
 import json
 import os
+import re
 import statistics
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ LONGEST_WAIT_S: Final = 600.0
 OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({"temperature": 0, "max_tokens": 512})
 """What is sent beside the messages unless other options are given."""
 _AGAIN: Final = frozenset({408, 409, 425, 429})
+_FORMAT: Final = re.compile(r"response_format|json_schema|json_object|grammar", re.IGNORECASE)
 _CHARACTERS_A_TOKEN: Final = 4
 _ANSWER_TOKENS: Final = 120  # of our JSON object
 
@@ -125,10 +127,11 @@ class Judge:
     num_requests: int = 0
     _answers: dict[str, Counts] = field(default_factory=dict)
     _not_before: float = 0.0  # where the endpoint has asked for patience
-    _structured: bool = True
+    _formats: list[dict[str, Any]] = field(default_factory=list)  # to ask for, the best first
 
     def __post_init__(self) -> None:
         """Read what has been answered before."""
+        self._formats = self.options.prompt.formats
         if self.options.cache is not None:
             check_writable(self.options.cache)
             self._answers = dict(_read_cache(self.options.cache))
@@ -219,23 +222,26 @@ class Judge:
         """Ask once; return the answer, or why there is none yet."""
         import openai
 
-        schema = self.options.prompt.schema if self._structured else None
+        form = self._formats[0] if self._formats else None
         try:
             reply = await client.chat.completions.create(
                 model=self.options.model,
                 messages=self.options.prompt.messages(ask.reference, ask.candidate),
-                extra_body=self.options.sent_options | ({"response_format": schema} if schema else {}),
+                extra_body=self.options.sent_options | ({"response_format": form} if form else {}),
             )
             content = reply.choices[0].message.content
         except openai.APIStatusError as error:
-            return None, self._refused(error, structured=schema is not None)
+            if form and _FORMAT.search(str(error)):  # one it does not know: llama-cpp-python's server says so by a 500
+                self._formats = [other for other in self._formats if other != form]
+                return None, f"status {error.status_code} to each format"
+            return None, self._refused(error)
         except openai.APIConnectionError:
             return None, "no connection, or one that was cut"
         except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError):
             return None, "an answer that is none of the API's"
         return parse_answer(content) if isinstance(content, str) else None, "an answer without all counts"
 
-    def _refused(self, error: Any, *, structured: bool) -> str:  # noqa: ANN401 - openai's error
+    def _refused(self, error: Any) -> str:  # noqa: ANN401 - openai's error
         """Say what a status means for one question, and how long all have to wait.
 
         Raises:
@@ -244,10 +250,8 @@ class Judge:
         """
         status: int = error.status_code
         if status in (400, 422):
-            if not structured:
-                raise _Unscored(f"refused with status {status}")
-            self._structured = False  # it may not know the schema; if that is not why, the next attempt says so
-        elif status in _AGAIN or status >= 500:
+            raise _Unscored(f"refused with status {status}")
+        if status in _AGAIN or status >= 500:
             wait = _retry_after(error.response.headers.get("retry-after"))
             if wait > LONGEST_WAIT_S:
                 raise _Unscored(f"asked to wait longer than {LONGEST_WAIT_S:.0f} s")

@@ -44,8 +44,8 @@ def say(content: object) -> Step:
     return send(json.dumps(reply))
 
 
-def refuse(status: int, **headers: str) -> Step:
-    return send(json.dumps({"error": {"message": f"scripted {status}"}}), status, **headers)
+def refuse(status: int, why: str = "", **headers: str) -> Step:
+    return send(json.dumps({"error": {"message": f"scripted {status}{why}"}}), status, **headers)
 
 
 def cut(handler: BaseHTTPRequestHandler) -> None:

@@ -160,14 +160,27 @@ def test_retry_after_holds_everybody(server: Server) -> None:
     assert "asked to wait longer" in next(iter(asked.unscored))
 
 
-def test_an_endpoint_without_schemas_is_asked_without(server: Server) -> None:
-    server.script = [refuse(400)]
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_an_endpoint_that_refuses_the_schema_is_asked_for_it_otherwise_and_without(server: Server, status: int) -> None:
+    """As llama-cpp-python's server does, with a 500."""
+    server.script = [refuse(status, "Input should be 'text' or 'json_object' ('body', 'response_format', 'type')")]
     assert judge(server).judge(TEXTS, TEXTS[::-1]) == [NONE] * 3
-    assert ["response_format" in request for request in server.requests] == [True, False, False, False]
-    server.default = refuse(400)
+    formats = [request.get("response_format", {}).get("type") for request in server.requests]
+    assert formats == ["json_schema", *["json_object"] * 3]
+    assert server.requests[1]["response_format"]["schema"]["required"] == list(SEVERITIES)
+    server.requests.clear()
+    server.script = [refuse(status, "unknown field json_schema"), refuse(status, "Invalid grammar")]
+    assert judge(server).judge(TEXTS[:1], TEXTS[:1]) == [NONE]
+    assert ["response_format" in request for request in server.requests] == [True, True, False]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refusal_for_another_reason_leaves_the_schema_on(server: Server, status: int) -> None:
+    server.script = [refuse(status, "this text is too long for the context")]
     asked = judge(server)
-    assert asked.judge(TEXTS[:1], TEXTS[:1]) == [None]
-    assert dict(asked.unscored) == {"refused with status 400": 1}
+    assert asked.judge(TEXTS, TEXTS[::-1]) == [None, NONE, NONE]
+    assert dict(asked.unscored) == {f"refused with status {status}": 1}
+    assert [request["response_format"]["type"] for request in server.requests] == ["json_schema"] * 3
 
 
 @pytest.mark.parametrize("status", [401, 404])
