@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 CODE := lite export kernels benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench gate slim hostile peers interop real test test-full check fix coverage clean
+.PHONY: help venv demo bench gate slim hostile peers interop real judge test test-full check fix coverage clean
 # A recipe that fails half-way leaves no stamp behind.
 .DELETE_ON_ERROR:
 
@@ -92,6 +92,12 @@ PEERS_STAMP := $(PEERS_VENV)/.installed
 
 peers: $(STAMP) $(PEERS_STAMP)  ## time other engines at the same shapes: make peers ARGS="--layers 1 4"
 	@$(BIN)/python -m benchmarks speed peers $(ARGS)
+
+# As many pairs of each kind as JUDGE_PAIRS says: 20 seconds a pair on one core.
+judge: export JUDGE_PAIRS ?= 4
+
+judge: $(STAMP) $(REAL_STAMP) $(PEERS_STAMP)  ## let a small open model count planted errors: it is not to be believed
+	@$(BIN)/python -m pytest --full -q tests/lite/test_real_judge.py
 
 $(PEERS_STAMP): benchmarks/speed/peers-requirements.txt
 	@test -x $(PEERS_VENV)/bin/python && $(PEERS_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(PEERS_VENV) || { echo "make: $(PYTHON) could not make a virtual environment · expected its venv module (Debian: the python3-venv package)"; exit 1; }

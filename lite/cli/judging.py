@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lite.eval.chexprompt import Counts
     from lite.eval.judge import Judge
 
+BELIEVED: Final = 0.9  # of the pairs of each kind, as planted
 JUDGES: Final = ("rules", "chexprompt")
 
 
@@ -141,6 +142,13 @@ def run_check(arguments: argparse.Namespace) -> int:
     lines = [(row.kind, row.num_pairs, *row.seen, row.exactly, row.unscored) for row in rows]
     print_line(markdown_table(header, [tuple(map(str, line)) for line in lines]))
     print_line("\nPairs in which the judge counts such an error; as planted: that one, once, and nothing else.")
+    right, unscored = sum(row.exactly for row in rows), sum(row.unscored for row in rows)
+    believed = all(row.exactly >= BELIEVED * row.num_pairs for row in rows)
+    so = "to be tried on reports of your own" if believed else "not to be believed"
+    print_line(
+        f"{right} of {len(pairs)} pairs as planted, {unscored} unscored: this judge is {so} "
+        f"(it takes {BELIEVED:.0%} of each kind)."
+    )
     for note in judge_notes(judge) if judge else [rules.LABEL]:
         say(note)
     return 0

@@ -48,6 +48,7 @@ def test_the_rules_count_what_was_planted(planted: Path, capsys: pytest.CaptureF
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.out.splitlines() if line[:1] == "|"]
     for index, row in enumerate(rows[2:]):
         assert row[1:] == ["8", *("8" if column == index else "0" for column in range(6)), "8", "0"], row
+    assert "56 of 56 pairs as planted, 0 unscored: this judge is to be tried on reports of your own" in shown.out
     assert "rules" in shown.err
     assert "CheXprompt" not in shown.err + shown.out
 
@@ -60,6 +61,7 @@ def test_a_blind_judge_is_found_out(planted: Path, capsys: pytest.CaptureFixture
         asked = ["--judge-url", server.url, "--judge-model", "m", "--judge-cache", str(cache)]
         assert main(["score", "--judge-check", str(planted), *asked]) == 0
     out = capsys.readouterr().out
+    assert "8 of 56 pairs as planted, 0 unscored: this judge is not to be believed (it takes 90% of each kind)." in out
     cells = {line.split("|")[1].strip(): line.split("|")[3:-1] for line in out.splitlines() if line.startswith("|")}
     assert [cell.strip() for cell in cells["omission"]] == ["0", "8", "0", "0", "0", "0", "8", "0"]
     assert [cell.strip() for cell in cells["harmless rewording"]] == ["0", "8", "0", "0", "0", "0", "0", "0"]
