@@ -136,8 +136,8 @@ def _verdict(scores: Scores) -> str:
     compared = {title(name): row for name, row in scores.comparisons.items() if isinstance(row, Comparison)}
     found = {word: [name for name, row in compared.items() if row.verdict == word] for word in ("better", "worse")}
     parts = [f"{word} in {len(names)} ({'; '.join(names)})" for word, names in found.items() if names]
-    name, value, _, apart, between, *_ = _versus(*next(iter(scores.comparisons.items())))
-    first = f"{name} {value}, {apart} ({between})"
+    versus = [_versus(*of) for of in compared.items()][:1]
+    first = "".join(f"{name} {value}, {apart} ({between})" for name, value, _, apart, between, *_ in versus)
     if not parts:
         return (
             f"{ours} beside {other[0]}: {first}. None of {len(compared)} figures differs by more than chance explains."

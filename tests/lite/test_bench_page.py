@@ -7,14 +7,15 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bench_rows
-import chromium
 import pytest
+import report_pages
 from bench_rows import NO_RECORD, NOT_INSTALLED, SCRIPT, Shown, measured, no_record
+from report_pages import box, inside, overlap
 
 from lite.artifact.manifest import NOTICE
 from lite.bench.report import render_report
@@ -30,30 +31,8 @@ THEIRS = OURS | {
     "prediction": "Small right pleural effusion and a veryveryverylongwordthatnoscreenofaphonecouldshowinoneline."
 }
 pytestmark = pytest.mark.full
-shown, bench, browser = bench_rows.shown, bench_rows.bench, chromium.browser
-
-
-@pytest.fixture(scope="module")
-def open_page(shown: Shown, browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open the report in a window of some size; nothing but the file itself may be asked for, or go wrong."""
-    wrong: list[str] = []
-
-    def open_page(path: Path = shown.path, width: int = 1440) -> Any:
-        page = browser.new_context(viewport={"width": width, "height": 900}, offline=True).new_page()
-        page.on("request", lambda request: None if allowed(request.url, path) else wrong.append(request.url))
-        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-        page.on("console", lambda message: wrong.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    assert wrong == []
-
-
-def allowed(url: str, path: Path) -> bool:
-    return url == path.as_uri() or url.startswith("data:")
+shown, bench, browser = bench_rows.shown, bench_rows.bench, report_pages.browser
+open_page = report_pages.open_page
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +43,6 @@ def page(open_page: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def phone(open_page: Callable[..., Any]) -> Any:
     return open_page(width=390)
-
-
-def box(locator: Any) -> dict[str, float]:
-    """Where something is drawn; it has a size."""
-    found: dict[str, float] | None = locator.bounding_box()
-    assert found is not None, "it is not shown"
-    assert found["width"] > 0
-    assert found["height"] > 0
-    return found
-
-
-def inside(a: dict[str, float], b: dict[str, float]) -> bool:
-    across = b["x"] <= a["x"] and a["x"] + a["width"] <= b["x"] + b["width"]
-    return across and b["y"] <= a["y"] and a["y"] + a["height"] <= b["y"] + b["height"]
-
-
-def overlap(a: dict[str, float], b: dict[str, float]) -> bool:
-    across = a["x"] < b["x"] + b["width"] and b["x"] < a["x"] + a["width"]
-    return across and a["y"] < b["y"] + b["height"] and b["y"] < a["y"] + a["height"]
 
 
 def test_the_notice_is_on_the_first_screen(page: Any, phone: Any) -> None:

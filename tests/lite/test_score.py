@@ -258,6 +258,7 @@ def test_the_studies_that_differ_most_come_first_with_their_words_marked(two: tu
     assert re.sub(r"\{\+.*?\+\}|\[-|-\]", "", marked) == scores.studies[0].texts[1]
     assert second.startswith(f"{scores.studies[1].id}: label F1, micro ")
     assert text.startswith("good.jsonl beside worse.jsonl: better in ")
+    assert re.search(r"; label F1, micro 1\.000, \+0\.\d{3} \(\+0\.\d{3} – \+0\.\d{3}\)\.$", text.partition("\n")[0])
 
 
 def test_files_with_other_references_are_not_compared(two: tuple[Path, Path], tmp_path: Path) -> None:
