@@ -140,18 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     artifacts = commands.add_parser("artifacts", help="what artifacts lose against a reference, on a list of studies")
     artifacts.set_defaults(run=_artifacts)
-    artifacts.add_argument(
-        "list", type=Path, metavar="LIST.json", help="studies and their reports: see python -m benchmarks phantom write"
-    )
-    artifacts.add_argument("candidates", type=Path, nargs="+", metavar="CANDIDATE", help="artifacts to compare with it")
-    artifacts.add_argument(
-        "--reference", type=Path, required=True, metavar="ARTIFACT", help="the artifact to compare with: fp16"
-    )
-    artifacts.add_argument("--image-folder", type=Path, metavar="DIR", help="of the films (default: beside the list)")
-    artifacts.add_argument("--limit", type=positive, metavar="N", help="only the first N films")
-    artifacts.add_argument(
-        "--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help="films at a time (default: %(default)s)"
-    )
+    _add_artifacts(artifacts)
     engines = commands.add_parser("engines", help="torch, ONNX Runtime and their int8 caches, on one artifact")
     engines.set_defaults(run=_engines)
     engines.add_argument("artifact", type=Path, metavar="ARTIFACT", help="one of the phantom model with decoder.onnx")
@@ -190,6 +179,21 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
+
+
+def _add_artifacts(artifacts: argparse.ArgumentParser) -> None:
+    artifacts.add_argument(
+        "list", type=Path, metavar="LIST.json", help="studies and their reports: see python -m benchmarks phantom write"
+    )
+    artifacts.add_argument("candidates", type=Path, nargs="+", metavar="CANDIDATE", help="artifacts to compare with it")
+    artifacts.add_argument(
+        "--reference", type=Path, required=True, metavar="ARTIFACT", help="the artifact to compare with: fp16"
+    )
+    artifacts.add_argument("--image-folder", type=Path, metavar="DIR", help="of the films (default: beside the list)")
+    artifacts.add_argument("--limit", type=positive, metavar="N", help="only the first N films")
+    artifacts.add_argument(
+        "--batch-size", type=positive, default=BATCH_SIZE, metavar="N", help="films at a time (default: %(default)s)"
+    )
 
 
 def _add_exports(formats: argparse.ArgumentParser) -> None:
