@@ -65,7 +65,7 @@ def adapter_config_json(rank: int, base_name: str) -> dict[str, Any]:
 
 def tower_config_json(image_size: int) -> dict[str, Any]:
     """Return open_clip's model configuration, which holds the tower's name and its image size."""
-    published = _published("llava-rad-phantom/biomedclipcxr_112.json")
+    published = _published("llava-rad-phantom/biomedclipcxr_112.json") | {"embed_dim": 512}
     published["vision_cfg"]["image_size"] = image_size
     return published
 
