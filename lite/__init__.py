@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lite.engines.protocol import Sampling
     from lite.loading import load
     from lite.model import FindingsModel
+    from lite.retrieval.towers import Retrieval, load_retrieval
     from lite.session.draft import Draft, as_completed
     from lite.studies.results import Findings, Memory, StudyError, Timings
     from lite.studies.study import Study
@@ -52,6 +53,7 @@ __all__ = [
     "MemoryBudgetError",
     "PromptError",
     "QueueFull",
+    "Retrieval",
     "Sampling",
     "Study",
     "StudyError",
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "as_completed",
     "load",
+    "load_retrieval",
 ]
 
 
@@ -67,12 +70,14 @@ _HOMES = {
     "Findings": "lite.studies.results",
     "FindingsModel": "lite.model",
     "Memory": "lite.studies.results",
+    "Retrieval": "lite.retrieval.towers",
     "Sampling": "lite.engines.protocol",
     "Study": "lite.studies.study",
     "StudyError": "lite.studies.results",
     "Timings": "lite.studies.results",
     "as_completed": "lite.session.draft",
     "load": "lite.loading",
+    "load_retrieval": "lite.retrieval.towers",
 }
 """What is imported when it is first asked for, and where it is."""
 

@@ -62,10 +62,8 @@ class VisionEncoder:
         self._projector = open_session(projector, provider=provider)
         patches = (part.num_patches, part.tower.hidden_size)
         pixels = (3, part.image_size, part.image_size)
-        _check_signature(self._tower, tower, {PIXELS: pixels}, {PATCHES: patches, ATTENTION: patches[:1]})
-        _check_signature(
-            self._projector, projector, {PATCHES: (None, patches[1])}, {FEATURES: (None, part.hidden_size)}
-        )
+        check_signature(self._tower, tower, {PIXELS: pixels}, {PATCHES: patches, ATTENTION: patches[:1]})
+        check_signature(self._projector, projector, {PATCHES: (None, patches[1])}, {FEATURES: (None, part.hidden_size)})
 
     @property
     def provider(self) -> str:
@@ -124,7 +122,7 @@ class VisionEncoder:
         return ("cuda", int(index or 0)) if same else None
 
 
-def _check_signature(
+def check_signature(
     session: Any,  # noqa: ANN401 - ONNX Runtime's have no types
     file: Path,
     inputs: dict[str, tuple[int | None, ...]],
@@ -148,7 +146,7 @@ def _check_signature(
 
 
 def _fits(value: Any, expected: tuple[int | None, ...]) -> bool:  # noqa: ANN401
-    if value.type != "tensor(float)" or len(value.shape) != len(expected) + 1:
+    if value.type not in ("tensor(float)", "tensor(int64)") or len(value.shape) != len(expected) + 1:
         return False
     pairs = zip(value.shape[1:], expected, strict=True)
     return all(not isinstance(got, int) or size is None or got == size for got, size in pairs)

@@ -37,10 +37,10 @@ LITE = (
     {"vision"},
     {"session"},
     {"model"},
-    {"loading"},
+    {"loading", "retrieval"},
     {"lite"},  # the façade: what `import lite` gives
     {"eval"},
-    {"bench", "cohort", "retrieval", "serve"},
+    {"bench", "cohort", "serve"},
     {"cli"},
     {"__main__"},
 )

@@ -48,7 +48,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """Write the manifest as JSON text, always the same text for the same manifest."""
-        return json.dumps(to_json(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        value = to_json(self)
+        # What is not there is not named: a part that older versions do not know is no obstacle to them then.
+        value["parts"] = {name: part for name, part in value["parts"].items() if part is not None}
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def parse(cls, text: str, *, where: str = MANIFEST_NAME) -> Manifest:

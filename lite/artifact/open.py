@@ -22,12 +22,15 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lite.artifact.manifest import MANIFEST_NAME, Manifest
 from lite.artifact.parts import FileRecord, OnnxPart
 from lite.config import DecoderConfig
 from lite.errors import ArtifactError, LiteError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +86,8 @@ class Artifact:
             raise LiteError(f"{msg} decoder.onnx was exported with · choose one of them")
         return part
 
-    def verify(self, *, engine: Literal["torch", "onnx"] | None = None) -> None:
-        """Hash every listed file, or those that an engine reads.
+    def verify(self, *, engine: Literal["torch", "onnx"] | None = None, names: Collection[str] | None = None) -> None:
+        """Hash every listed file, or those that an engine reads, or those that are named.
 
         Raises:
             ArtifactError: a file is not what the manifest says; it names the first.
@@ -92,6 +95,8 @@ class Artifact:
         parts = self.manifest.parts
         read = parts.by_name().values() if engine is None else parts.read_by(engine)
         for name, record in ((name, record) for part in read for name, record in part.files.items()):
+            if names is not None and name not in names:
+                continue
             got = sha256_of(self.path / name)
             if got != record.sha256:
                 msg = (

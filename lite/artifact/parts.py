@@ -101,6 +101,19 @@ class DecoderFidelity:
     int8_cache: Divergence | None  # from itself with a float cache
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalFidelity:
+    """How far the embeddings are from the checkpoint's, and what that changes of who is found."""
+
+    data: str  # the list's file name, or "built-in"
+    films: int
+    texts: int
+    film_cosine: float  # the smallest
+    text_cosine: float  # the smallest
+    recall: dict[str, float] = dataclasses.field(default_factory=dict)  # "text to film @5": of pairs in that list
+    source_recall: dict[str, float] = dataclasses.field(default_factory=dict)  # the checkpoint's own
+
+
 # -- The parts -------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +280,24 @@ class OnnxPart(Part):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalPart(Part):
+    """The towers of retrieval: films and texts as vectors of one space."""
+
+    text: str  # a graph: input_ids → text_embeds
+    film: str  # what continues the graph of the part `vision`: its last hidden states → film_embeds
+    vocabulary: str  # of BERT's WordPiece, a piece a line
+    text_format: VisionFormat  # the film's is that of `vision`
+    dim: int
+    vocab_size: int
+    max_tokens: int  # what a text is cut to
+    fidelity: RetrievalFidelity | None = None
+
+    def named(self) -> tuple[str, ...]:
+        """Return the graphs and the vocabulary."""
+        return self.text, self.film, self.vocabulary
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """All parts of an artifact, a field each; None is a part that it does without."""
 
@@ -275,6 +306,7 @@ class Parts:
     decoder_config: DecoderConfigPart
     decoder: DecoderPart
     decoder_onnx: OnnxPart | None = None
+    retrieval: RetrievalPart | None = None
 
     def by_name(self) -> dict[str, Part]:
         """Return the parts that are there."""

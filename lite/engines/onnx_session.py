@@ -120,6 +120,8 @@ def open_session(
     whole: bool = False,
     profile: Path | None = None,
     constants: Mapping[str, Any] = MappingProxyType({}),
+    tail: Path | None = None,
+    threads: int | None = None,
 ) -> Any:  # noqa: ANN401 - of ONNX Runtime
     """Load a graph.
 
@@ -133,6 +135,9 @@ def open_session(
             the CPU, with copies to and fro.
         constants: arrays to take in the place of the graph's own, by name.
         profile: let ONNX Runtime write down what each operator takes, into a file whose name begins like this one.
+        tail: of the same artifact, nodes and outputs that continue the graph. Two messages of protobuf behind each
+            other are one, with the entries of both: https://protobuf.dev/programming-guides/encoding/#last-one-wins
+        threads: of an operator; None: one for each core.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -142,9 +147,11 @@ def open_session(
         BackendUnavailable: the provider cannot be started, or does not have all operators.
     """
     runtime = import_onnxruntime()
-    _check_external_data(file, data)
+    for read in (file, tail):
+        if read is not None:
+            _check_external_data(read, data)
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = available_cores()
+    options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
     options.enable_mem_pattern = patterns
     if profile is not None:
@@ -161,11 +168,12 @@ def open_session(
         providers.append(CPU)
     try:
         # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
-        session = runtime.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
+        model: str | bytes = str(file) if tail is None else file.read_bytes() + tail.read_bytes()
+        session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # its errors have no common base but Exception
         if name != CPU and not whole:
             again: dict[str, Any] = {"data": data, "patterns": patterns, "profile": profile, "constants": constants}
-            return open_session(file, provider=CPU, **again)
+            return open_session(file, provider=CPU, tail=tail, threads=threads, **again)
         reason = str(error).strip().partition("\n")[0][:200]
         if name != CPU:
             msg = f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one"

@@ -1,0 +1,265 @@
+"""The two towers of retrieval: films and texts become vectors of one space, where what belongs together is near.
+
+    film ─image─▶ pixel_values ─vision.onnx─▶ last hidden states ─film.onnx─▶ film_embeds [B, dim]
+    text ─WordPiece─▶ input_ids ─text.onnx──────────────────────────────────▶ text_embeds [B, dim]
+
+`film.onnx` is no graph of its own but the end of another: behind the bytes of `vision.onnx` it makes one graph of both,
+so that the tower is stored once. Vectors have length 1: their product is the cosine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from lite.artifact.open import load_artifact
+from lite.config import to_json
+from lite.engines.onnx_session import CPU, check_provider, errors_explained, import_onnxruntime, open_session
+from lite.errors import ArtifactError, LiteError, MemoryBudgetError
+from lite.image.files import load_image
+from lite.image.preprocess import preprocess
+from lite.memory.process import release_free_memory, rss_bytes
+from lite.memory.sizes import parse_bytes, shown_bytes
+from lite.retrieval.wordpiece import WordPiece
+from lite.vision import ATTENTION, PATCHES, PIXELS, check_signature
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from lite.artifact.open import Artifact
+    from lite.artifact.parts import RetrievalPart
+    from lite.config import VisionFormat
+    from lite.image.files import ImageSource
+    from lite.image.film import Rendering
+
+FILM_EMBEDS, TEXT_EMBEDS, INPUT_IDS = "film_embeds", "text_embeds", "input_ids"
+MAX_BATCH: Final = 32
+"""Texts that are computed at a time, all of one length: then none of them is padded."""
+_LOG: Final = logging.getLogger(__name__)
+_LOADED: Final[dict[VisionFormat, float]] = {"fp32": 1.1, "fp16": 3.2, "int8": 2.0}
+"""Memory of a loaded graph on a CPU, of the bytes of its file: there float16 is computed in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Retrieval:
+    """Towers ready to embed. Made by `load_retrieval`. Safe to use from several threads at once.
+
+    It is a context manager: leaving the block closes it.
+
+    Attributes:
+        artifact: what it was loaded from.
+        artifact_id: 16 hex digits, a hash of all that embeddings depend on: both graphs of the film's tower, that of
+            the text's, vocabulary and preprocessing. Embeddings of another id are of another space.
+    """
+
+    artifact: Artifact
+    artifact_id: str
+    wordpiece: WordPiece
+    _sessions: dict[str, Any]
+
+    @property
+    def dim(self) -> int:
+        """The numbers of an embedding."""
+        return _part(self.artifact).dim
+
+    @property
+    def provider(self) -> str:
+        """The ONNX Runtime execution provider that computes, such as "CPUExecutionProvider"."""
+        name: str = self._session(TEXT_EMBEDS).get_providers()[0]
+        return name
+
+    def close(self) -> None:
+        """Give the memory back. Nothing can be embedded any more."""
+        self._sessions.clear()
+        release_free_memory()
+
+    def __enter__(self) -> Retrieval:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def embed_images(
+        self, films: Iterable[ImageSource], *, rendering: Rendering = "mimic-cxr-jpg", any_film: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed films, one after another: each is read when it is its turn.
+
+        Args:
+            films: of each whatever `lite.image.files.load_image` takes.
+            rendering: how stored values are rendered.
+            any_film: read also what the rules take for another film than a frontal one of the chest.
+
+        Returns:
+            float32 [N, dim], rows of length 1.
+
+        Raises:
+            ImageError: a film cannot be read, or is not a frontal one; the films before it are lost.
+            BackendUnavailable: it is DICOM, and pydicom is not installed.
+            LiteError: the towers are closed, or ONNX Runtime fails.
+        """
+        if isinstance(films, str | bytes):
+            msg = f"got one {type(films).__name__} · expected several films · put it into a list"
+            raise LiteError(msg)
+        how = self.artifact.manifest.preprocessing
+        rows = []
+        for film in films:
+            pixels = preprocess(load_image(film, rendering=rendering, any_film=any_film).image, how)
+            rows.append(self.embed_pixels(pixels[None])[0])
+        return np.stack(rows) if rows else np.empty((0, self.dim), np.float32)
+
+    def embed_pixels(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed films as `lite.image.preprocess.preprocess` makes them, float32 [B, 3, S, S]: float32 [B, dim]."""
+        return self._run(FILM_EMBEDS, PIXELS, pixel_values)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts. One of more tokens than the tower reads (`max_tokens`) is cut there, with a warning in the log.
+
+        Returns:
+            float32 [N, dim], rows of length 1.
+
+        Raises:
+            PromptError: one is no text.
+            LiteError: the towers are closed, or ONNX Runtime fails.
+        """
+        if isinstance(texts, str):
+            raise LiteError("got one text · expected several · put it into a list")
+        ids = [self._cut(number, row) for number, row in enumerate(self.wordpiece.encode(texts))]
+        embeddings = np.empty((len(ids), self.dim), np.float32)
+        by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        start = 0
+        while start < len(by_length):
+            length = len(ids[by_length[start]])
+            batch = [number for number in by_length[start : start + MAX_BATCH] if len(ids[number]) == length]
+            embeddings[batch] = self.embed_ids(np.array([ids[number] for number in batch], np.int64))
+            start += len(batch)
+        return embeddings
+
+    def embed_ids(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Embed texts as ids, int64 [B, T], 0 behind the end of the shorter ones: float32 [B, dim]."""
+        return self._run(TEXT_EMBEDS, INPUT_IDS, input_ids)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has, before it is cut to `wordpiece.max_tokens`."""
+        return [len(row) for row in self.wordpiece.encode(texts)]
+
+    def _cut(self, number: int, ids: list[int]) -> list[int]:
+        cut = self.wordpiece.cut(ids)
+        if len(cut) < len(ids):
+            _LOG.warning("text %d: %d tokens, of which the tower reads the first %d", number, len(ids), len(cut))
+        return cut
+
+    def _session(self, output: str) -> Any:  # noqa: ANN401 - of ONNX Runtime
+        session = self._sessions.get(output)
+        if session is None:
+            raise LiteError("got towers that are closed · expected open ones · load them again")
+        return session
+
+    def _run(self, output: str, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
+        session = self._session(output)
+        with errors_explained(session.get_providers()[0]):
+            rows: NDArray[np.float32] = session.run([output], {name: values})[0]
+        if not np.isfinite(rows).all():
+            raise LiteError(f"got {output} that are not finite · expected numbers · a tower overflowed: export in fp32")
+        return rows
+
+
+def load_retrieval(
+    path: str | os.PathLike[str],
+    *,
+    provider: str = CPU,
+    threads: int | None = None,
+    memory_limit: int | str | None = None,
+    verify: bool = True,
+) -> Retrieval:
+    """Load the towers of an artifact that was exported with `--retrieval`. Its decoder is not touched.
+
+    Args:
+        path: the artifact's folder.
+        provider: of ONNX Runtime: a name of its own, or cpu, cuda …
+        threads: that compute; None: one for each core.
+        memory_limit: refuse to take more memory in this process, in bytes or text such as "2GiB".
+        verify: compare the sha256 of the files with the manifest first.
+
+    Raises:
+        ArtifactError: there is none, it has no such part, or it is damaged.
+        BackendUnavailable: onnxruntime, tokenizers or the provider is not there.
+        MemoryBudgetError: the towers would take more than `memory_limit`.
+        LiteError: a number is out of its range.
+    """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise LiteError(f"got threads={threads!r} · expected a whole number from 1, or None · leave it out")
+    artifact = load_artifact(path)
+    files = _files(artifact)
+    if memory_limit is not None:
+        _require_memory(artifact, parse_bytes(memory_limit))
+    runtime = import_onnxruntime()
+    chosen = check_provider(provider, runtime.get_available_providers(), version=runtime.__version__)
+    if verify:
+        artifact.verify(names=files.values())
+    return open_towers(artifact, provider=chosen, threads=threads)
+
+
+def open_towers(artifact: Artifact, *, provider: str = CPU, threads: int | None = None) -> Retrieval:
+    """Load the towers of an artifact that has been checked, or is being written; see `load_retrieval`."""
+    part, vision = _part(artifact), artifact.manifest.parts.vision
+    wordpiece = WordPiece(artifact.file(part.vocabulary), vocab_size=part.vocab_size, max_tokens=part.max_tokens)
+    text, film = artifact.file(part.text), artifact.file(part.film)
+    sessions = {
+        FILM_EMBEDS: open_session(artifact.file(vision.graph), provider=provider, threads=threads, tail=film),
+        TEXT_EMBEDS: open_session(text, provider=provider, threads=threads),
+    }
+    pixels = (3, vision.image_size, vision.image_size)
+    seen = {PATCHES: (vision.num_patches, vision.tower.hidden_size), ATTENTION: (vision.num_patches,)}
+    check_signature(sessions[FILM_EMBEDS], film, {PIXELS: pixels}, seen | {FILM_EMBEDS: (part.dim,)})
+    check_signature(sessions[TEXT_EMBEDS], text, {INPUT_IDS: (None,)}, {TEXT_EMBEDS: (part.dim,)})
+    return Retrieval(artifact=artifact, artifact_id=embeddings_id(artifact), wordpiece=wordpiece, _sessions=sessions)
+
+
+def embeddings_id(artifact: Artifact) -> str:
+    """Return the id of the space that an artifact's embeddings are of: see `Retrieval.artifact_id`.
+
+    Raises:
+        ArtifactError: it has no towers for retrieval.
+    """
+    manifest = artifact.manifest
+    depends: dict[str, Any] = {what: manifest.files[name].sha256 for what, name in _files(artifact).items()}
+    depends |= {"preprocessing": to_json(manifest.preprocessing), "max_tokens": _part(artifact).max_tokens}
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _part(artifact: Artifact) -> RetrievalPart:
+    part = artifact.manifest.parts.retrieval
+    if part is None:
+        msg = f"{artifact.path}: got an artifact without towers for retrieval · expected one that was exported with "
+        raise ArtifactError(f"{msg}--retrieval --text-vocab DIR · export it again")
+    return part
+
+
+def _files(artifact: Artifact) -> dict[str, str]:
+    """Return the files that embeddings depend on, by what they are."""
+    part = _part(artifact)
+    graphs = {"vision": artifact.manifest.parts.vision.graph, "film": part.film, "text": part.text}
+    return graphs | {"vocabulary": part.vocabulary}
+
+
+def _require_memory(artifact: Artifact, limit: int) -> None:
+    """Refuse towers that would not fit, by the size of their files."""
+    part, vision = _part(artifact), artifact.manifest.parts.vision
+    record = artifact.manifest.files
+    film, text = record[vision.graph].bytes + record[part.film].bytes, record[part.text].bytes
+    # The film's graph is handed over as bytes: once more, and once as a message, until it is loaded.
+    needed = film * max(_LOADED[vision.format], 3.0) + text * _LOADED[part.text_format]
+    expected = rss_bytes() + int(needed)
+    if expected > limit:
+        msg = f"{artifact.path}: got a memory limit of {shown_bytes(limit)} · expected at least {shown_bytes(expected)}"
+        raise MemoryBudgetError(f"{msg}, towers and what this process has already · raise it")
