@@ -19,6 +19,7 @@ from lite.errors import ArtifactError
 from lite.image_tokens import reduce_patches
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from lite.artifact.open import Artifact
@@ -125,12 +126,13 @@ class VisionEncoder:
 def check_signature(
     session: Any,  # noqa: ANN401 - ONNX Runtime's have no types
     file: Path,
-    inputs: dict[str, tuple[int | None, ...]],
-    outputs: dict[str, tuple[int | None, ...]],
+    inputs: Mapping[str, tuple[int | None, ...]],
+    outputs: Mapping[str, tuple[int | None, ...]],
 ) -> None:
     """Compare names, types and fixed dimensions with the manifest, so that a wrong graph fails at load.
 
-    A dimension of None is free; so is one that export left symbolic, which has a name instead of a number.
+    Values are float32, but for ids, whose names end in `_ids`. A dimension of None is free; so is one that export left
+    symbolic, which has a name instead of a number.
     """
     for kind, values, expected in (("input", session.get_inputs(), inputs), ("output", session.get_outputs(), outputs)):
         fits = [value.name for value in values] == list(expected)
@@ -138,7 +140,7 @@ def check_signature(
         if not fits:
             got = ", ".join(f"{value.name} {value.type} {value.shape}" for value in values)
             wanted = ", ".join(
-                f"{name} tensor(float) [B, {', '.join('T' if size is None else str(size) for size in shape)}]"
+                f"{name} {_type_of(name)} [B, {', '.join('T' if size is None else str(size) for size in shape)}]"
                 for name, shape in expected.items()
             )
             msg = f"{file}: got {kind} {got} · expected {wanted} by the manifest · export the artifact again"
@@ -146,7 +148,11 @@ def check_signature(
 
 
 def _fits(value: Any, expected: tuple[int | None, ...]) -> bool:  # noqa: ANN401
-    if value.type not in ("tensor(float)", "tensor(int64)") or len(value.shape) != len(expected) + 1:
+    if value.type != _type_of(value.name) or len(value.shape) != len(expected) + 1:
         return False
     pairs = zip(value.shape[1:], expected, strict=True)
     return all(not isinstance(got, int) or size is None or got == size for got, size in pairs)
+
+
+def _type_of(name: str) -> str:
+    return "tensor(int64)" if name.endswith("_ids") else "tensor(float)"

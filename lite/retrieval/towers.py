@@ -259,7 +259,7 @@ def _require_memory(artifact: Artifact, limit: int) -> None:
     film, text = record[vision.graph].bytes + record[part.film].bytes, record[part.text].bytes
     # The film's graph is handed over as bytes: once more, and once as a message, until it is loaded.
     needed = film * max(_LOADED[vision.format], 3.0) + text * _LOADED[part.text_format]
-    expected = rss_bytes() + int(needed)
+    expected = (rss_bytes() or 0) + int(needed)
     if expected > limit:
         msg = f"{artifact.path}: got a memory limit of {shown_bytes(limit)} · expected at least {shown_bytes(expected)}"
         raise MemoryBudgetError(f"{msg}, towers and what this process has already · raise it")

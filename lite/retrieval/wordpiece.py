@@ -45,19 +45,22 @@ class WordPiece:
             PromptError: one is no text, or cannot be written as UTF-8.
         """
         for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                msg = f"text {number}: got a value of type {type(text).__name__} · expected a str · convert it"
-                raise PromptError(msg)
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                msg = f"text {number}: got half a surrogate pair ({error.reason}) · expected Unicode text"
-                raise PromptError(f"{msg} · decode it with errors='replace'") from error
+            _check_text(number, text)
         return [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def cut(self, ids: list[int]) -> list[int]:
         """Return at most `max_tokens` of a text's ids; the last one stays `[SEP]`."""
         return ids if len(ids) <= self.max_tokens else [*ids[: self.max_tokens - 1], ids[-1]]
+
+
+def _check_text(number: int, text: object) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"text {number}: got a value of type {type(text).__name__} · expected a str · convert it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        msg = f"text {number}: got half a surrogate pair ({error.reason}) · expected Unicode text"
+        raise PromptError(f"{msg} · decode it with errors='replace'") from error
 
 
 def _read_pieces(file: Path) -> list[str]:
@@ -81,7 +84,7 @@ def _read_pieces(file: Path) -> list[str]:
 
 def _tokenizer(vocabulary: dict[str, int]) -> Any:  # noqa: ANN401 - of a library without types
     try:
-        from tokenizers.implementations import BertWordPieceTokenizer
+        from tokenizers import BertWordPieceTokenizer
     except ImportError as error:
         msg = f"got no tokenizers ({error}) · expected it for retrieval by text"
         raise BackendUnavailable(f'{msg} · pip install "llava-rad-lite[retrieval]"') from error
