@@ -67,6 +67,15 @@ def _adapt(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _train_retrieval(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as for training
+    from benchmarks.phantom.retrieve import RetrievalPlan, train_retrieval
+
+    size = train_retrieval(arguments.out, plan=RetrievalPlan(**_given(arguments, RetrievalPlan)), work=arguments.work)
+    sys.stdout.write(f"{arguments.out}: {size / 1e6:.2f} MB of towers for retrieval added\n")
+    return 0
+
+
 def _given(arguments: argparse.Namespace, plan: type[Any]) -> dict[str, Any]:
     """Return what was said of a plan."""
     names = {field.name for field in dataclasses.fields(plan)}
@@ -116,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--write-steps", type=int, metavar="N", help="steps of stage 2, the whole model")
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
+    _add_retrieval_arguments(add("train-retrieval", _train_retrieval, "give a trained phantom its retrieval towers"))
     _add_adapt_arguments(add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens"))
     return parser
 
@@ -135,6 +145,19 @@ def _add_adapt_arguments(adapt: argparse.ArgumentParser) -> None:
     adapt.add_argument("--films", type=int, metavar="N", help="training films")
     adapt.add_argument("--steps", type=int, metavar="N", help="of 32 films")
     adapt.add_argument("--lora-rank", type=int, metavar="R", help="of the LoRA that is written, the published 8 in it")
+
+
+def _add_retrieval_arguments(retrieval: argparse.ArgumentParser) -> None:
+    retrieval.add_argument(
+        "out", type=Path, metavar="OUT", help="the folder that `train` has written, changed in place"
+    )
+    retrieval.add_argument(
+        "--work", type=Path, default=Path("build/retrieval"), metavar="DIR",
+        help="where films, features and state are kept; an interrupted run goes on from there (default: %(default)s)",
+    )  # fmt: skip
+    retrieval.add_argument("--seed", type=int, metavar="S", help="of everything")
+    retrieval.add_argument("--films", type=int, metavar="N", help="training films")
+    retrieval.add_argument("--steps", type=int, metavar="N", help="of 128 films")
 
 
 def main(argv: list[str] | None = None) -> int:

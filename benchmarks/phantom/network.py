@@ -6,7 +6,7 @@ two independent implementations of the same model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalL
 
 from benchmarks.phantom.dataset import GRID, IMAGE_SIZE, PATCH_SIZE
 from benchmarks.phantom.findings import DRAWN_LABELS, Study
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 TOWER_WIDTH = 192
 TOWER_BLOCKS = 5
@@ -34,6 +37,20 @@ LLAMA_CONFIG: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+
+TRUNK_PREFIX = "module.visual.trunk."
+# timm's names, which the checkpoint has, and transformers' own.
+_EMBEDDINGS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_PLAIN = {
+    "attn.proj": "attention.o_proj", "norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+}  # fmt: skip
 
 _SIDED = (
     "Pleural Effusion", "Pneumothorax", "Consolidation", "Atelectasis", "Lung Lesion", "Fracture",
@@ -60,6 +77,44 @@ def study_attributes(study: Study) -> np.ndarray:
             sides = ("left", "right") if finding.side == "bilateral" else (finding.side,)
             true.update((name, str(value)) for value in (*sides, finding.size, finding.zone))
     return np.array([attribute in true for attribute in ATTRIBUTES], dtype=np.float32)
+
+
+def dinov2_config(num_hidden_layers: int) -> Dinov2Config:
+    """Return the tower's shape, with so many blocks."""
+    return Dinov2Config(
+        hidden_size=TOWER_WIDTH,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=TOWER_WIDTH // 64,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        layerscale_value=0.5,
+        layer_norm_eps=1e-6,
+        qkv_bias=True,
+    )
+
+
+def load_trunk(tower: Dinov2Model, published: Mapping[str, Tensor]) -> None:
+    """Load the weights that `PhantomNetwork.trunk` has given, from a published state dict, into as many blocks."""
+    trunk = {name.removeprefix(TRUNK_PREFIX): t for name, t in published.items() if name.startswith(TRUNK_PREFIX)}
+    state = {theirs: trunk[ours] for ours, theirs in _EMBEDDINGS.items()}
+    for index in range(len(tower.encoder.layer)):
+        layer, block = f"encoder.layer.{index}", f"blocks.{index}"
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", trunk[f"{block}.attn.qkv.{kind}"].chunk(3), strict=True):
+                state[f"{layer}.attention.{name}_proj.{kind}"] = part
+            state |= {f"{layer}.{theirs}.{kind}": trunk[f"{block}.{ours}.{kind}"] for ours, theirs in _PLAIN.items()}
+        state |= {f"{layer}.layer_scale{i}.lambda1": trunk[f"{block}.ls{i}.gamma"] for i in (1, 2)}
+    wanted = tower.state_dict()
+    tower.load_state_dict(state | {name: wanted[name] for name in wanted.keys() - state.keys() if "mask_token" in name})
+
+
+def run_blocks(tower: Dinov2Model, pixel_values: Tensor) -> Tensor:
+    """Return what comes out of the tower's last block, before its norm: [B, 1 + P, D], CLS first."""
+    hidden: Tensor = tower.embeddings(pixel_values)
+    for layer in tower.encoder.layer:
+        output = layer(hidden)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _sine_positions(grid: int, width: int) -> Tensor:
@@ -124,18 +179,7 @@ class PhantomNetwork(nn.Module):
 
     def __init__(self, *, patch_prior: Tensor, attribute_prior: Tensor) -> None:
         super().__init__()
-        self.tower = Dinov2Model(
-            Dinov2Config(
-                hidden_size=TOWER_WIDTH,
-                num_hidden_layers=TOWER_BLOCKS - 1,
-                num_attention_heads=TOWER_WIDTH // 64,
-                image_size=IMAGE_SIZE,
-                patch_size=PATCH_SIZE,
-                layerscale_value=0.5,
-                layer_norm_eps=1e-6,
-                qkv_bias=True,
-            )
-        )
+        self.tower = Dinov2Model(dinov2_config(TOWER_BLOCKS - 1))
         self.writer = PhantomWriter()
         self.norm = nn.LayerNorm(TOWER_WIDTH)
         self.patch_head = nn.Linear(TOWER_WIDTH, len(patch_prior))
@@ -148,11 +192,7 @@ class PhantomNetwork(nn.Module):
 
     def see(self, pixel_values: Tensor) -> Tensor:
         """Run the tower: pixel_values [B, 3, S, S] → patch features [B, P, D] of the last block that the model uses."""
-        hidden: Tensor = self.tower.embeddings(pixel_values)
-        for layer in self.tower.encoder.layer:
-            output = layer(hidden)
-            hidden = output[0] if isinstance(output, tuple) else output
-        return hidden[:, 1:]
+        return run_blocks(self.tower, pixel_values)[:, 1:]
 
     def recognise(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Answer the training-only questions: logits [B, P, labels] per patch and [B, attributes] per film."""
@@ -163,18 +203,7 @@ class PhantomNetwork(nn.Module):
     def trunk(self) -> dict[str, Tensor]:
         """Give the tower under timm's names, float32, the never-run last block and final norm included."""
         source = self.tower.state_dict()
-        trunk = {
-            "cls_token": source["embeddings.cls_token"],
-            "pos_embed": source["embeddings.position_embeddings"],
-            "patch_embed.proj.weight": source["embeddings.patch_embeddings.projection.weight"],
-            "patch_embed.proj.bias": source["embeddings.patch_embeddings.projection.bias"],
-            "norm.weight": source["layernorm.weight"],
-            "norm.bias": source["layernorm.bias"],
-        }
-        plain = {
-            "attn.proj": "attention.o_proj", "norm1": "norm1", "norm2": "norm2",
-            "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-        }  # fmt: skip
+        trunk = {ours: source[theirs] for ours, theirs in _EMBEDDINGS.items()}
         for index in range(TOWER_BLOCKS):
             # The block that is never run repeats its neighbour: it must be there, and nobody may need it.
             layer = f"encoder.layer.{min(index, TOWER_BLOCKS - 2)}"
@@ -183,7 +212,7 @@ class PhantomNetwork(nn.Module):
                 trunk[f"{block}.attn.qkv.{kind}"] = torch.cat(
                     [source[f"{layer}.attention.{name}_proj.{kind}"] for name in ("q", "k", "v")]
                 )
-                for name, theirs in plain.items():
+                for name, theirs in _PLAIN.items():
                     trunk[f"{block}.{name}.{kind}"] = source[f"{layer}.{theirs}.{kind}"]
             trunk[f"{block}.ls1.gamma"] = source[f"{layer}.layer_scale1.lambda1"]
             trunk[f"{block}.ls2.gamma"] = source[f"{layer}.layer_scale2.lambda1"]
