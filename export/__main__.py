@@ -40,6 +40,7 @@ Turn a LLaVA-Rad checkpoint, as downloaded, into an artifact: the folder that `p
 Two downloads are needed. Both stay as they are and are only read:
   --checkpoint   microsoft/llava-rad: LoRA adapter, projector, vision tower
   --base         lmsys/vicuna-7b-v1.5: the language model it was trained from
+With --retrieval the tokenizer of its text tower is a third, of which two small files are read.
 
 The LoRA is merged in float32, the vision tower becomes one ONNX file, and both are measured against the
 checkpoint before anything is kept. The decoder goes one layer at a time: 7B takes a few GiB of memory, whatever its
@@ -55,6 +56,7 @@ examples:
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --vision fp16 \\
                    --decoder gptq-int4 --calibration-data studies/studies.json
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --decoder bnb-nf4
+  python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact --retrieval --text-vocab biomedbert
   python -m export onnx artifact             (add decoder.onnx to an artifact in GPTQ: `python -m export onnx --help`)
   python -m export --checkpoint llava-rad --base vicuna-7b-v1.5 --out artifact \\
                    --verify-data studies/studies.json
@@ -102,6 +104,7 @@ def _settings(options: argparse.Namespace) -> ExportSettings:
         vision_format=options.vision,
         gptq=GptqSettings(**_given(GptqSettings, options)),
         onnx=options.engine == "onnx",
+        text_format=options.text,
         **_given(ExportSettings, options),
     )
 
@@ -218,6 +221,24 @@ _FORMATS: Final[_Options] = {
     },
     **_ACTIVATIONS,
 }
+_RETRIEVAL: Final[_Options] = {
+    "--retrieval": {
+        "action": "store_true",
+        "help": "write the towers of cross-modal retrieval too: text.onnx, and film.onnx, which goes on where "
+        "vision.onnx ends (docs/retrieval.md)",
+    },
+    "--text-vocab": _FOLDER
+    | {
+        "help": "with --retrieval: the folder with vocab.txt and config.json of its text tower's BERT, "
+        "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+    },
+    "--text": {
+        "choices": get_args(VisionFormat),
+        "default": DEFAULTS.text_format,
+        "help": "the text tower: fp32, or fp16, half the bytes, or int8, a quarter; that of the film is --vision's "
+        "(default: %(default)s)",
+    },
+}
 _PARITY: Final[_Options] = {
     "--verify-data": _LIST | {"help": f"studies to measure on, {_JSON_LIST} (default: a few built-in ones)"},
     "--image-folder": _IMAGES,
@@ -289,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(parser.add_argument_group("what to read and write"), _REQUIRED)
     _add(parser.add_argument_group("formats"), _FORMATS, DEFAULTS)
     _add(parser.add_argument_group("GPTQ (--decoder gptq-int4, gptq-int8)"), _GPTQ, DEFAULTS.gptq)
+    _add(parser.add_argument_group("retrieval of films and reports"), _RETRIEVAL, DEFAULTS)
     _add(parser.add_argument_group("measuring parity with the checkpoint"), _PARITY | _KEEP, DEFAULTS)
     _add(parser, _MACHINE, DEFAULTS)
     return parser

@@ -33,6 +33,7 @@ from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, requ
 from export.write.decoder_onnx import require_head_dim
 from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
 from export.write.onnx_part import write_onnx_part
+from export.write.retrieval_part import measure_retrieval, write_retrieval
 from export.write.work import PROJECTOR_NAME, VISION_NAME, work_folder, work_path
 from lite._version import __version__
 from lite.artifact.manifest import NOTICE, Manifest
@@ -91,7 +92,8 @@ def export_artifact(
     # A wrong device should not show only when everything is written.
     settings = dataclasses.replace(settings, device=check_device(settings.device))
     check_target(out.absolute(), overwrite=settings.overwrite)
-    source = open_checkpoint(Path(checkpoint), Path(base), other_base=settings.other_base)
+    text_vocab = None if settings.text_vocab is None else Path(settings.text_vocab)
+    source = open_checkpoint(Path(checkpoint), Path(base), other_base=settings.other_base, text_vocab=text_vocab)
     require_divisible(base_shapes(source.decoder), settings)
     if settings.onnx:
         require_head_dim(source.decoder)
@@ -145,6 +147,11 @@ def _keep_measured(
             part = write_onnx_part(artifact, for_cache, settings)
             artifact = artifact.with_parts(decoder_onnx=part)
         parts = verify.measure(source, artifact, judged, device=settings.device, show_progress=show)
+        if source.retrieval is not None:
+            with stage("writing and measuring retrieval", show=show):
+                retrieval = write_retrieval(source, source.retrieval, artifact, settings)
+                retrieval = measure_retrieval(source, source.retrieval, artifact, retrieval, judged)
+            parts = dataclasses.replace(parts, retrieval=retrieval)
         try:
             refused = verify.require_parity(parts, keep_anyway=settings.keep_anyway)
         except ArtifactError as error:
@@ -204,6 +211,7 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     given: dict[str, Any] = dataclasses.asdict(settings)
     # How it is measured, and what is made of decoder/, changes no weight.
     not_decoder = ("onnx", "activations", "prompt_weights", "other_base", "overwrite", "keep_anyway", "show_progress")
+    not_decoder += ("retrieval", "text_vocab", "text_format")
     for name in (*not_decoder, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")
@@ -231,6 +239,10 @@ def _require_space(
         weights = sum(math.prod(shape) for shape in base_shapes(source.decoder).values())
         needed += weights if settings.prompt_weights == "int8" else 0
     needed += vision * {"fp32": 4, "fp16": 2, "int8": 2}[settings.vision_format] + (1 << 20)
+    if source.retrieval is not None:
+        # At most: what of a checkpoint is not the trunk, and a block of it once more.
+        others = sum(math.prod(entry.shape) for entry in source.retrieval.others.entries.values())
+        needed += (others + vision // 8) * 4
     if calibration is not None:
         lengths = [study.num_tokens(source.tower.num_patches) for study in calibration.studies]
         # A layer's inputs and outputs; before that, of a few studies, what all layers read and gradients.

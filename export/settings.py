@@ -141,6 +141,12 @@ class ExportSettings(ParitySettings):
     """See `OnnxSettings`."""
     prompt_weights: PromptWeights = "stored"
     """See `OnnxSettings`."""
+    retrieval: bool = False
+    """Write the towers of retrieval too, with which films and texts are embedded."""
+    text_vocab: str | Path | None = None
+    """Folder with vocab.txt and config.json of the text tower's BERT, which the checkpoint lacks."""
+    text_format: VisionFormat = "fp32"
+    """What the text tower's linears are stored as and computed in."""
     other_base: bool = False
     """Take a base whose name is not the one that the adapter asks for."""
     overwrite: bool = False
@@ -169,6 +175,7 @@ class ExportSettings(ParitySettings):
         for what, chosen, known in (
             ("decoder format", self.decoder_format, DecoderFormat),
             ("vision format", self.vision_format, VisionFormat),
+            ("text format", self.text_format, VisionFormat),
             ("activations", self.activations, OnnxFloat),
             ("prompt weights", self.prompt_weights, PromptWeights),
             ("group size", gptq.group_size, GroupSize),
@@ -193,6 +200,12 @@ class ExportSettings(ParitySettings):
                 msg = f"got {name} {got} without the onnx engine · expected it with that, as only decoder.onnx"
                 raise ArtifactError(f"{msg} has a choice of them · give --engine onnx, or leave it out")
         _require_float32(self.prompt_weights, self.activations)
+        if self.retrieval and self.text_vocab is None:
+            msg = "got retrieval without text_vocab · expected the folder with vocab.txt and config.json of the text "
+            raise ArtifactError(f"{msg}tower's BERT, which the checkpoint lacks · give --text-vocab DIR")
+        if not self.retrieval and (self.text_vocab is not None or self.text_format != "fp32"):
+            msg = "got text_vocab or a text format without retrieval · expected them with it, as only its text tower "
+            raise ArtifactError(f"{msg}has them · give --retrieval, or leave them out")
         used = {field.name for field in dataclasses.fields(gptq)}
         if not self.decoder_format.startswith("gptq"):
             used, where = set(), "with gptq-int4 or gptq-int8 only"

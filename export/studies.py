@@ -73,6 +73,7 @@ class EncodedStudy:
     preprocessing: Preprocessing
     input_ids: tuple[int, ...]  # with IMAGE_TOKEN_ID once
     target_ids: tuple[int, ...]
+    findings: str = ""  # the text of which the targets are the first tokens
 
     @property
     def pixel_values(self) -> Array:
@@ -217,7 +218,11 @@ class StudyReader:
         room = self.max_seq_len - self.prompts.num_tokens(input_ids)
         target_ids = [*self.tokenizer.encode(findings), self.eos_token_id][: min(self.max_tokens, room)]
         return EncodedStudy(
-            film=film, preprocessing=self.preprocessing, input_ids=tuple(input_ids), target_ids=tuple(target_ids)
+            film=film,
+            preprocessing=self.preprocessing,
+            input_ids=tuple(input_ids),
+            target_ids=tuple(target_ids),
+            findings=findings,
         )
 
 

@@ -8,7 +8,7 @@ from lite.artifact.judgement import judged, warnings_of
 
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import DecoderPart, OnnxPart
+    from lite.artifact.parts import DecoderPart, OnnxPart, RetrievalPart
 
 
 def export_summary(artifact: Artifact) -> str:
@@ -30,7 +30,7 @@ def export_summary(artifact: Artifact) -> str:
     rows += _calibration_rows(parts.decoder)
     if (merge := parts.decoder.merge) is not None:
         rows.append(("merge", f"LoRA scale {merge.lora_scale:g}, largest rounding {merge.max_abs_rounding:.2g}"))
-    rows += _onnx_rows(parts.decoder_onnx)
+    rows += [*_onnx_rows(parts.decoder_onnx), *_retrieval_rows(parts.retrieval)]
     return _lines(artifact, rows)
 
 
@@ -81,6 +81,23 @@ def _onnx_rows(part: OnnxPart | None) -> list[tuple[str, str]]:
             rows.append(("its int8 prompts", what))
         studies, tokens = fidelity.divergence.studies, fidelity.divergence.tokens
         rows.append(("along", f"the reports of {studies} studies ({fidelity.data}), {tokens} tokens"))
+    return rows
+
+
+def _retrieval_rows(part: RetrievalPart | None) -> list[tuple[str, str]]:
+    if part is None:
+        return []
+    rows = [(f"retrieval ({part.text_format})", f"{_megabytes(part.nbytes)}, beside vision.onnx")]
+    if (fidelity := part.fidelity) is not None:
+        shown = f"smallest cosine of a film {fidelity.film_cosine:.6f}, of a text {fidelity.text_cosine:.6f}"
+        rows.append(("embeddings", f"{shown} ({fidelity.films} films, {fidelity.texts} texts, {fidelity.data})"))
+        changed = {
+            name: f"{fidelity.source_recall[name]:.3f} to {value:.3f}"
+            for name, value in fidelity.recall.items()
+            if value != fidelity.source_recall[name]
+        }
+        shown = ", ".join(f"{name} from {change}" for name, change in changed.items())
+        rows.append(("recall among these", f"changed: {shown}" if changed else "the checkpoint's"))
     return rows
 
 

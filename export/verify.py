@@ -78,6 +78,10 @@ TOLERANCES: Final = {
     "decoder.int8_cache.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
     # Against itself, its prompts by the stored weights. A CPU that does not add up exactly measures above 1.
     "decoder.prompts.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
+    # Of embeddings of length 1, the film's by the format of the vision tower.
+    "retrieval fp32": Tolerance(min_cosine=0.99999),
+    "retrieval fp16": Tolerance(min_cosine=0.999),
+    "retrieval int8": Tolerance(min_cosine=0.98),
 }
 """By part and format. The decoder is measured behind the exported vision part, as a user will run it."""
 
@@ -166,6 +170,9 @@ def _measured(parts: Parts) -> Iterator[tuple[str, str, float, str]]:
     if (vision := parts.vision.fidelity) is not None:
         yield f"vision {parts.vision.format}", "cosine", vision.min_cosine, "min_cosine"
         yield f"vision {parts.vision.format}", "relative error", vision.relative_error, "max_relative_error"
+    if parts.retrieval is not None and (embedded := parts.retrieval.fidelity) is not None:
+        yield f"retrieval {parts.vision.format}", "cosine of films", embedded.film_cosine, "min_cosine"
+        yield f"retrieval {parts.retrieval.text_format}", "cosine of texts", embedded.text_cosine, "min_cosine"
     measured: list[tuple[str, Divergence | None]] = []
     if (fidelity := parts.decoder.fidelity) is not None:
         measured += [(f"decoder {parts.decoder.format}", fidelity.divergence), ("int8 cache", fidelity.int8_cache)]

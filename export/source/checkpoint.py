@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from export.source.lora import AdapterConfig, LoraPair, merge
+from export.source.retrieval import RetrievalSource, open_retrieval
 from export.source.shapes import ADAPTER_PREFIX, adapter_shapes, base_shapes, layer_shapes
 from export.source.tensors import TensorFiles, open_tensors, read_json
 from export.source.tower import TowerConfig, open_tower, trunk_shapes
@@ -78,7 +79,8 @@ class Checkpoint:
     trunk: TensorFiles  # timm's names, without prefix
     tokenizer: Path
     notice: str | None  # what the folder's NOTICE says to whoever reads the findings; None without one
-    files: dict[str, Path]  # every file that was read, under "checkpoint/..." or "base/..."
+    files: dict[str, Path]  # every file that was read, under "checkpoint/...", "base/..." or "text/..."
+    retrieval: RetrievalSource | None = None
 
     def read_layer(self, index: int) -> SourceLayer:
         """Read one decoder layer, in the dtype it is stored in."""
@@ -115,13 +117,16 @@ class Checkpoint:
         return tensors
 
 
-def open_checkpoint(checkpoint: Path, base: Path, *, other_base: bool = False) -> Checkpoint:
+def open_checkpoint(
+    checkpoint: Path, base: Path, *, other_base: bool = False, text_vocab: Path | None = None
+) -> Checkpoint:
     """Open a LLaVA-Rad download and its base model's, and check them, without reading their weights.
 
     Args:
         checkpoint: Folder of the download.
         base: Folder of its base.
         other_base: Take a base whose name is not the one that the adapter asks for.
+        text_vocab: Folder with vocab.txt and config.json of the text tower's BERT: open the towers of retrieval too.
 
     Raises:
         CheckpointError: A folder or file is not what it should be; the message says which, and what to do.
@@ -142,6 +147,7 @@ def open_checkpoint(checkpoint: Path, base: Path, *, other_base: bool = False) -
     adapter.require(adapter_shapes(decoder, adapter_config))
 
     tower = open_tower(checkpoint, llava)
+    retrieval = None if text_vocab is None else open_retrieval(tower, text_vocab)
     projector = open_tensors(checkpoint, "non_lora_trainables", what="the projector")
     projector.require(projector_shapes(decoder, tower.config))
 
@@ -154,6 +160,7 @@ def open_checkpoint(checkpoint: Path, base: Path, *, other_base: bool = False) -
     in_checkpoint += [checkpoint / NOTICE_NAME] if notice is not None else []
     files = {f"checkpoint/{file.name}": file for file in in_checkpoint}
     files |= {f"base/{file.name}": file for file in (base / "config.json", tokenizer, *base_tensors.files)}
+    files |= retrieval.files if retrieval is not None else {}
     return Checkpoint(
         name=_model_name(checkpoint),
         decoder=decoder,
@@ -168,6 +175,7 @@ def open_checkpoint(checkpoint: Path, base: Path, *, other_base: bool = False) -
         tokenizer=tokenizer,
         notice=notice,
         files=dict(sorted(files.items())),
+        retrieval=retrieval,
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from export.source.checkpoint import SourceLayer
+    from export.source.retrieval import BertShape
     from export.source.tower import TowerConfig
     from lite.config import DecoderConfig
 
@@ -42,17 +43,74 @@ def image_features(tensors: Mapping[str, Tensor], tower: TowerConfig, pixel_valu
         float32 [B, P, C].
     """
     weights = {name: tensor.float() for name, tensor in tensors.items()}
+    x = _hidden_states(weights, tower, pixel_values, tower.num_blocks)
+    x = functional.gelu(functional.linear(x[:, 1:], weights["projector.0.weight"], weights["projector.0.bias"]))
+    return functional.linear(x, weights["projector.2.weight"], weights["projector.2.bias"])
+
+
+def _hidden_states(weights: Mapping[str, Tensor], tower: TowerConfig, pixel_values: Tensor, num_blocks: int) -> Tensor:
     # The patch embedding is a linear map of each patch. Not conv2d: cuDNN computes that in TF32 unless told otherwise,
     # and a yardstick of 10 mantissa bits would be worse than what it measures.
     patches = functional.unfold(pixel_values, tower.patch_size, stride=tower.patch_size).transpose(1, 2)
     x = functional.linear(patches, weights["patch_embed.proj.weight"].flatten(1), weights["patch_embed.proj.bias"])
     x = torch.cat([weights["cls_token"].expand(x.shape[0], -1, -1), x], dim=1) + weights["pos_embed"]
-    for block in range(tower.num_blocks):
+    for block in range(num_blocks):
         prefix = f"blocks.{block}."
         here = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
         x = _vit_block(here, x, num_heads=tower.num_heads)
-    x = functional.gelu(functional.linear(x[:, 1:], weights["projector.0.weight"], weights["projector.0.bias"]))
-    return functional.linear(x, weights["projector.2.weight"], weights["projector.2.bias"])
+    return x
+
+
+def film_embeddings(tensors: Mapping[str, Tensor], tower: TowerConfig, pixel_values: Tensor) -> Tensor:
+    """Run the whole tower, norm and head; return the CLS token's, of length 1.
+
+    Args:
+        tensors: As `Checkpoint.read_tower` and `RetrievalSource.read_film` return them.
+        tower: The tower's shape.
+        pixel_values: float32 [B, 3, S, S].
+
+    Returns:
+        float32 [B, dim].
+    """
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+    x = _hidden_states(weights, tower, pixel_values, tower.depth)
+    x = functional.layer_norm(x, (tower.dim,), weights["norm.weight"], weights["norm.bias"], LAYER_NORM_EPS)
+    return functional.normalize(functional.linear(x[:, 0], weights["head.proj.weight"]), dim=-1)
+
+
+def text_embedding(tensors: Mapping[str, Tensor], bert: BertShape, input_ids: Tensor) -> Tensor:
+    """Run the text tower on one text.
+
+    Args:
+        tensors: As `RetrievalSource.read_text` returns them.
+        bert: The tower's shape.
+        input_ids: int64 [T], without padding.
+
+    Returns:
+        float32 [dim], of length 1.
+    """
+    weights = {name: tensor.float() for name, tensor in tensors.items()}
+
+    def linear(name: str, y: Tensor) -> Tensor:
+        return functional.linear(y, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def layer_norm(name: str, y: Tensor) -> Tensor:
+        affine = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return functional.layer_norm(y, (bert.hidden_size,), *affine, bert.layer_norm_eps)
+
+    tables = {name: weights[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")}
+    x = tables["word"][input_ids] + tables["position"][: len(input_ids)] + tables["token_type"][0]
+    x = layer_norm("embeddings.LayerNorm", x)
+    for layer in range(bert.num_hidden_layers):
+        prefix = f"encoder.layer.{layer}"
+        parts = (linear(f"{prefix}.attention.self.{name}", x) for name in ("query", "key", "value"))
+        q, k, v = (part.view(len(x), bert.num_attention_heads, -1).transpose(0, 1) for part in parts)
+        attended = functional.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1).flatten(1)
+        x = layer_norm(f"{prefix}.attention.output.LayerNorm", x + linear(f"{prefix}.attention.output.dense", attended))
+        inner = functional.gelu(linear(f"{prefix}.intermediate.dense", x))
+        x = layer_norm(f"{prefix}.output.LayerNorm", x + linear(f"{prefix}.output.dense", inner))
+    hidden = functional.gelu(functional.linear(x[0], weights["proj.0.weight"]))
+    return functional.normalize(functional.linear(hidden, weights["proj.2.weight"]), dim=-1)
 
 
 def _vit_block(weights: Mapping[str, Tensor], x: Tensor, *, num_heads: int) -> Tensor:

@@ -18,6 +18,7 @@ from export.source.tensors import TensorFiles, entries_of, load_pickle, plain_fi
 from lite.config import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, Preprocessing
 from lite.errors import CheckpointError
 
+MODULE_PREFIX: Final = "module."
 TRUNK_PREFIX: Final = "module.visual.trunk."
 VIT_HEAD_DIM: Final = 64
 """Heads are not recorded in the weights; every DINOv2 tower has heads of 64 channels."""
@@ -57,6 +58,7 @@ class Tower:
     config: TowerConfig
     preprocessing: Preprocessing
     trunk: TensorFiles  # timm's names, without prefix
+    others: TensorFiles  # what findings do not need, without "module."
     files: tuple[Path, Path]
 
 
@@ -68,14 +70,15 @@ def open_tower(checkpoint: Path, llava: dict[str, Any]) -> Tower:
     """
     tower_json = _find_tower_json(checkpoint, llava)
     tower_file = _find_tower_checkpoint(checkpoint, llava)
-    trunk = _open_trunk(tower_file)
+    trunk, others = _open_trunk(tower_file)
     config, preprocessing = _tower_config(tower_json, trunk, tower_file, int(llava["mm_vision_select_layer"]))
     unused_blocks = "|".join(str(block) for block in range(config.num_blocks, config.depth))
     trunk.require(trunk_shapes(config), unneeded=(*UNNEEDED_TRUNK, rf"blocks\.({unused_blocks})\..*"))
     if llava.get("mm_hidden_size", config.dim) != config.dim:
         msg = f"{checkpoint / 'config.json'}: got mm_hidden_size={llava['mm_hidden_size']} · expected the tower's"
         raise CheckpointError(f"{msg} {config.dim} · config.json and {tower_file.name} belong to different models")
-    return Tower(config=config, preprocessing=preprocessing, trunk=trunk, files=(tower_json, tower_file))
+    files = (tower_json, tower_file)
+    return Tower(config=config, preprocessing=preprocessing, trunk=trunk, others=others, files=files)
 
 
 def trunk_shapes(tower: TowerConfig) -> dict[str, tuple[int, ...]]:
@@ -132,8 +135,8 @@ def _find_tower_checkpoint(checkpoint: Path, llava: dict[str, Any]) -> Path:
     return path
 
 
-def _open_trunk(file: Path) -> TensorFiles:
-    """Index the trunk inside an open_clip training checkpoint; everything else in it must be known."""
+def _open_trunk(file: Path) -> tuple[TensorFiles, TensorFiles]:
+    """Index the trunk inside an open_clip training checkpoint, and what else is in it, which must be known."""
     what = "the vision tower"
     content = load_pickle(file, what=what)
     state = content.get("state_dict") if isinstance(content, dict) else None
@@ -147,14 +150,16 @@ def _open_trunk(file: Path) -> TensorFiles:
             raise CheckpointError(f"{msg}state · check that this is the right file")
     entries = entries_of(file, state, group="state_dict")
     known = [re.compile(pattern) for pattern in UNNEEDED_TOWER]
-    trunk = {}
+    trunk, others = {}, {}
     for name, entry in entries.items():
         if name.startswith(TRUNK_PREFIX):
             trunk[name.removeprefix(TRUNK_PREFIX)] = entry
-        elif not any(pattern.fullmatch(name) for pattern in known):
+        elif any(pattern.fullmatch(name) for pattern in known):
+            others[name.removeprefix(MODULE_PREFIX)] = entry
+        else:
             msg = f"{file}: got the tensor {name!r}, which this exporter does not know · expected {TRUNK_PREFIX}*"
             raise CheckpointError(f"{msg} and the text tower · check that this is the right model")
-    return TensorFiles(trunk, what=what)
+    return TensorFiles(trunk, what=what), TensorFiles(others, what="the towers of retrieval")
 
 
 def _tower_config(

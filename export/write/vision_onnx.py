@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 GELU_MIN: Final = -0.17
 """A bound from below of Gelu, which has its minimum of -0.16997 at -0.75."""
 
+_INTEGER: Final = ("blocks.", "encoder.")
+"""How the names of linears begin that int8 is for: those of the blocks, of a film's tower and a text's."""
 _SYMMETRIC_ZERO: Final = 128
 # With 32 steps below zero Gelu's whole negative side fits once the largest value passes 1.2; it loses 1 step in 8.
 _GELU_ZERO: Final = 32
@@ -83,7 +85,21 @@ def build_vision_onnx(
     """
     if vision_format == "int8":
         tensors = rotate_residual(tensors, tower)
-    graph = _Graph(tensors, vision_format)
+    graph, _ = tower_graph(tensors, tower, vision_format)
+    patches: list[str | int | None] = ["batch", tower.num_patches]
+    model = graph.model(
+        model_name,
+        [float_value("pixel_values", ["batch", 3, tower.image_size, tower.image_size])],
+        [float_value("patch_features", [*patches, tower.dim]), float_value("class_attention", patches)],
+    )
+    return model, _build_projector(tensors, tower, vision_format, f"{model_name}-projector")
+
+
+def tower_graph(
+    tensors: Mapping[str, Tensor], tower: TowerConfig, vision_format: VisionFormat
+) -> tuple[TowerGraph, str]:
+    """Build the nodes of the tower; return them, and the name of the last hidden states [B, 1 + P, D]."""
+    graph = TowerGraph(tensors, vision_format)
     dim, tokens = tower.dim, 1 + tower.num_patches
     x = graph.add("Cast", "pixel_values", to=TensorProto.FLOAT16) if vision_format == "fp16" else "pixel_values"
     x = graph.add(
@@ -103,26 +119,20 @@ def build_vision_onnx(
     x = graph.add("Add", x, graph.matrix("cls_and_position", position), name="embedding")
     attention = ""
     for block in range(tower.num_blocks):
-        x, attention = _block(graph, x, f"blocks.{block}", dim=dim, tokens=tokens)
+        x, attention = vit_block(graph, x, f"blocks.{block}", dim=dim, tokens=tokens)
     ends = graph.shape("one", [1]), graph.shape("all", [tokens])
     graph.give("patch_features", graph.add("Slice", x, *ends, graph.shape("token_axis", [1]), name="drop_cls"))
     first = graph.shape("none", [0]), graph.shape("one", [1])
     seen = graph.add("Slice", attention, *first, graph.shape("queries", [2]))
     seen = graph.add("Slice", seen, *ends, graph.shape("keys", [3]))
     graph.give("class_attention", graph.add("ReduceMean", seen, graph.shape("heads_and_query", [1, 2]), keepdims=0))
-    patches: list[str | int | None] = ["batch", tower.num_patches]
-    model = graph.model(
-        model_name,
-        [_float("pixel_values", ["batch", 3, tower.image_size, tower.image_size])],
-        [_float("patch_features", [*patches, dim]), _float("class_attention", patches)],
-    )
-    return model, _build_projector(tensors, tower, vision_format, f"{model_name}-projector")
+    return graph, x
 
 
 def _build_projector(
     tensors: Mapping[str, Tensor], tower: TowerConfig, vision_format: VisionFormat, model_name: str
 ) -> onnx.ModelProto:
-    graph = _Graph(tensors, vision_format)
+    graph = TowerGraph(tensors, vision_format)
     x = "patch_features"
     x = graph.add("Cast", x, to=TensorProto.FLOAT16) if vision_format == "fp16" else x
     x = graph.linear(graph.add("Gelu", graph.linear(x, "projector.0")), "projector.2")
@@ -130,12 +140,13 @@ def _build_projector(
     hidden_size = tensors["projector.2.weight"].shape[0]
     return graph.model(
         model_name,
-        [_float("patch_features", ["batch", "tokens", tower.dim])],
-        [_float("image_features", ["batch", "tokens", hidden_size])],
+        [float_value("patch_features", ["batch", "tokens", tower.dim])],
+        [float_value("image_features", ["batch", "tokens", hidden_size])],
     )
 
 
-def _float(name: str, shape: list[str | int | None]) -> onnx.ValueInfoProto:
+def float_value(name: str, shape: list[str | int | None]) -> onnx.ValueInfoProto:
+    """Name a float32 input or output."""
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
@@ -148,13 +159,22 @@ def write_vision_onnx(model: onnx.ModelProto, path: Path) -> None:
     if model.ByteSize() >= 2**31:
         msg = f"got a vision tower of {model.ByteSize() / 2**30:.1f} GiB · expected less than 2 GiB,"
         raise CheckpointError(f"{msg} the limit of one ONNX file · export it with --vision fp16")
+    checked(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def checked(model: onnx.ModelProto | bytes) -> None:
+    """Check a model with ONNX's own checker.
+
+    Raises:
+        CheckpointError: The graph is not valid.
+    """
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().splitlines()[0]
-        msg = f"vision tower: got a graph that ONNX's checker refuses ({reason}) · expected a valid one · report this"
+        msg = f"tower: got a graph that ONNX's checker refuses ({reason}) · expected a valid one · report this"
         raise CheckpointError(msg) from error
-    path.write_bytes(model.SerializeToString())
 
 
 def rotate_residual(tensors: Mapping[str, Tensor], tower: TowerConfig) -> dict[str, Tensor]:
@@ -229,21 +249,13 @@ def _rotation(dim: int) -> Array:
     return rotation
 
 
-def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> tuple[str, str]:
+def vit_block(graph: TowerGraph, x: str, prefix: str, *, dim: int, tokens: int) -> tuple[str, str]:
     """Add one pre-norm block, attention, then MLP; return its output, and how much each token looks at each."""
     scale = np.ones(3 * dim)
     scale[:dim] = VIT_HEAD_DIM**-0.5
     heads = graph.shape("heads_shape", [0, tokens, 3, dim // VIT_HEAD_DIM, VIT_HEAD_DIM])
     normed = graph.layer_norm(x, f"{prefix}.norm1")
-    qkv = graph.add("Reshape", graph.linear(normed, f"{prefix}.attn.qkv", row_scale=scale), heads)
-    parts = [f"{prefix}.{name}" for name in ("q", "k", "v")]
-    split = graph.split(graph.add("Transpose", qkv, perm=[2, 0, 3, 1, 4]), parts, axis=0)
-    q, k, v = (graph.add("Squeeze", part, graph.shape("part_axis", [0])) for part in split)
-    scores = graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), name=f"{prefix}.attn.scores")
-    attention = graph.add("Softmax", scores, axis=-1)
-    attended = graph.add("MatMul", attention, v, name=f"{prefix}.attn.attend")
-    merged = graph.add("Transpose", attended, perm=[0, 2, 1, 3])
-    merged = graph.add("Reshape", merged, graph.shape("merged_shape", [0, tokens, dim]))
+    merged, attention = attend(graph, normed, prefix, heads, dim=dim, tokens=tokens, row_scale=scale)
     proj = graph.linear(merged, f"{prefix}.attn.proj", row_scale=graph.source(f"{prefix}.ls1.gamma"))
     x = graph.add("Add", x, proj, name=f"{prefix}.attn.residual")
     hidden = graph.add("Gelu", graph.linear(graph.layer_norm(x, f"{prefix}.norm2"), f"{prefix}.mlp.fc1"))
@@ -251,7 +263,43 @@ def _block(graph: _Graph, x: str, prefix: str, *, dim: int, tokens: int) -> tupl
     return graph.add("Add", x, out, name=f"{prefix}.mlp.residual"), attention
 
 
-class _Graph(Graph):
+def attend(
+    graph: TowerGraph, x: str, prefix: str, heads: str, *, dim: int, tokens: int, row_scale: Array, hidden: str = ""
+) -> tuple[str, str]:
+    """Add the attention of all tokens to all.
+
+    Args:
+        graph: To add to.
+        x: What is looked at, [B, T, D].
+        prefix: What has `attn.qkv`.
+        heads: The shape [B, T, 3, heads, head_dim].
+        dim: D.
+        tokens: T; 0: as many as x has.
+        row_scale: Of the output channels of `attn.qkv`.
+        hidden: Bool [B, 1, 1, T], the tokens that nobody looks at; empty: there are none.
+
+    Returns:
+        What was seen, [B, T, D], and how much each token looks at each, [B, heads, T, T].
+    """
+    qkv = graph.add("Reshape", graph.linear(x, f"{prefix}.attn.qkv", row_scale=row_scale), heads)
+    parts = [f"{prefix}.{name}" for name in ("q", "k", "v")]
+    split = graph.split(graph.add("Transpose", qkv, perm=[2, 0, 3, 1, 4]), parts, axis=0)
+    q, k, v = (graph.add("Squeeze", part, graph.shape("part_axis", [0])) for part in split)
+    merged, attention = weigh(graph, q, k, v, prefix, hidden=hidden)
+    return graph.add("Reshape", merged, graph.shape("merged_shape", [0, tokens, dim])), attention
+
+
+def weigh(graph: TowerGraph, q: str, k: str, v: str, prefix: str, *, hidden: str = "") -> tuple[str, str]:
+    """Add softmax(qkᵀ)v of [B, heads, T, head_dim] each, as [B, T, heads, head_dim]; see `attend`."""
+    scores = graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), name=f"{prefix}.attn.scores")
+    if hidden:
+        scores = graph.add("Where", hidden, graph.once("hidden_score", np.array(-np.inf, graph.dtype)), scores)
+    attention = graph.add("Softmax", scores, axis=-1)
+    attended = graph.add("MatMul", attention, v, name=f"{prefix}.attn.attend")
+    return graph.add("Transpose", attended, perm=[0, 2, 1, 3]), attention
+
+
+class TowerGraph(Graph):
     """The tower's, with the linears and constants of a format."""
 
     def __init__(self, tensors: Mapping[str, Tensor], vision_format: VisionFormat) -> None:
@@ -270,14 +318,16 @@ class _Graph(Graph):
 
     def linear(self, x: str, name: str, *, row_scale: Array | None = None, after_gelu: bool = False) -> str:
         """Add x Wᵀ + b, with output channels multiplied by row_scale; after_gelu says that x is at least GELU_MIN."""
-        weight, bias = self.source(f"{name}.weight"), self.source(f"{name}.bias")
+        weight, bias = self.source(f"{name}.weight"), None
+        if f"{name}.bias" in self.tensors:
+            bias = self.source(f"{name}.bias") if row_scale is None else self.source(f"{name}.bias") * row_scale
         if row_scale is not None:
-            weight, bias = weight * row_scale[:, None], bias * row_scale
-        if self.vision_format == "int8" and name.startswith("blocks."):
+            weight = weight * row_scale[:, None]
+        if self.vision_format == "int8" and name.startswith(_INTEGER):
             product = self.integer_product(x, name, weight, after_gelu=after_gelu)
         else:
             product = self.add("MatMul", x, self.matrix(f"{name}.weight", weight.T), name=name)
-        return self.add("Add", product, self.constant(f"{name}.bias", bias))
+        return product if bias is None else self.add("Add", product, self.constant(f"{name}.bias", bias))
 
     def integer_product(self, x: str, name: str, weight: Array, *, after_gelu: bool) -> str:
         """Add x Wᵀ in uint8 × int8: u = round(x / step) + zero, y = (u - zero) · q · step · scales."""
@@ -299,9 +349,10 @@ class _Graph(Graph):
         product = self.add("Mul", self.add("Cast", product, to=TensorProto.FLOAT), step)
         return self.add("Mul", product, self.constant(f"{name}.scales", scales))
 
-    def layer_norm(self, x: str, name: str) -> str:
+    def layer_norm(self, x: str, name: str, eps: float = LAYER_NORM_EPS) -> str:
+        """Add the LayerNorm of a name."""
         affine = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
-        return self.add("LayerNormalization", x, *affine, axis=-1, epsilon=LAYER_NORM_EPS, name=name)
+        return self.add("LayerNormalization", x, *affine, axis=-1, epsilon=eps, name=name)
 
     def source(self, name: str) -> Array:
         """Return a source tensor in float64: what is computed with it is rounded once."""
@@ -309,6 +360,7 @@ class _Graph(Graph):
         return values
 
     def weight(self, name: str) -> str:
+        """Add a source tensor as a constant."""
         return self.constant(name, self.source(name))
 
     def matrix(self, name: str, values: Array) -> str:
@@ -318,6 +370,7 @@ class _Graph(Graph):
         return self.add("Cast", self.constant(name, values, np.dtype(np.float16)), to=TensorProto.FLOAT)
 
     def integers(self, name: str, values: Array) -> str:
+        """Add a constant of whole numbers."""
         return self.once(name, np.ascontiguousarray(values))
 
     def once(self, name: str, values: Array) -> str:
@@ -328,6 +381,7 @@ class _Graph(Graph):
         return name
 
     def constant(self, name: str, values: Array, dtype: np.dtype[Any] | None = None) -> str:
+        """Add a constant in the format's dtype, or another."""
         dtype = dtype or self.dtype
         with np.errstate(over="ignore"):  # it is reported below, with the tensor's name
             rounded = values.astype(dtype, order="C")
@@ -337,4 +391,5 @@ class _Graph(Graph):
         return self.once(name, rounded)
 
     def shape(self, name: str, values: list[int]) -> str:
+        """Add a shape, or places along an axis."""
         return self.integers(name, np.array(values, np.int64))
