@@ -97,7 +97,8 @@ def _retrieval_rows(part: RetrievalPart | None) -> list[tuple[str, str]]:
             if value != fidelity.source_recall[name]
         }
         shown = ", ".join(f"{name} from {change}" for name, change in changed.items())
-        rows.append(("recall among these", f"changed: {shown}" if changed else "the checkpoint's"))
+        if fidelity.recall:
+            rows.append(("recall among these", f"changed: {shown}" if changed else "the checkpoint's"))
     return rows
 
 

@@ -87,8 +87,8 @@ def measure_retrieval(
         texts=len(texts),
         film_cosine=_smallest_cosine(*film_pairs),
         text_cosine=_smallest_cosine(*text_pairs),
-        recall=_recall(film_pairs[1], text_pairs[1], of_text),
-        source_recall=_recall(film_pairs[0], text_pairs[0], of_text),
+        recall=_recall(film_pairs[1], text_pairs[1], of_text) if len(films) > 1 else {},
+        source_recall=_recall(film_pairs[0], text_pairs[0], of_text) if len(films) > 1 else {},
     )
     return dataclasses.replace(part, fidelity=fidelity)
 
