@@ -147,9 +147,8 @@ def open_session(
         BackendUnavailable: the provider cannot be started, or does not have all operators.
     """
     runtime = import_onnxruntime()
-    for read in (file, tail):
-        if read is not None:
-            _check_external_data(read, data)
+    for read in filter(None, (file, tail)):
+        _check_external_data(read, data)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text

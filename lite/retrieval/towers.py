@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.artifact.parts import RetrievalPart
-    from lite.config import VisionFormat
     from lite.image.files import ImageSource
     from lite.image.film import Rendering
 
@@ -44,20 +43,16 @@ FILM_EMBEDS, TEXT_EMBEDS, INPUT_IDS = "film_embeds", "text_embeds", "input_ids"
 MAX_BATCH: Final = 32
 """Texts that are computed at a time, all of one length: then none of them is padded."""
 _LOG: Final = logging.getLogger(__name__)
-_LOADED: Final[dict[VisionFormat, float]] = {"fp32": 1.1, "fp16": 3.2, "int8": 2.0}
-"""Memory of a loaded graph on a CPU, of the bytes of its file: there float16 is computed in float32."""
+_LOADED: Final = 3.2
+"""What a graph takes at most while it is loaded, of its bytes: as bytes, as a message, and float16 made float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Retrieval:
-    """Towers ready to embed. Made by `load_retrieval`. Safe to use from several threads at once.
+    """Towers ready to embed, made by `load_retrieval`, for several threads at once. A context manager: it closes them.
 
-    It is a context manager: leaving the block closes it.
-
-    Attributes:
-        artifact: what it was loaded from.
-        artifact_id: 16 hex digits, a hash of all that embeddings depend on: both graphs of the film's tower, that of
-            the text's, vocabulary and preprocessing. Embeddings of another id are of another space.
+    `artifact_id` is a hash of all that embeddings depend on, 16 hex digits: the graphs of both towers, vocabulary and
+    preprocessing. Embeddings of another id are of another space.
     """
 
     artifact: Artifact
@@ -69,12 +64,6 @@ class Retrieval:
     def dim(self) -> int:
         """The numbers of an embedding."""
         return _part(self.artifact).dim
-
-    @property
-    def provider(self) -> str:
-        """The ONNX Runtime execution provider that computes, such as "CPUExecutionProvider"."""
-        name: str = self._session(TEXT_EMBEDS).get_providers()[0]
-        return name
 
     def close(self) -> None:
         """Give the memory back. Nothing can be embedded any more."""
@@ -92,37 +81,30 @@ class Retrieval:
     def embed_images(
         self, films: Iterable[ImageSource], *, rendering: Rendering = "mimic-cxr-jpg", any_film: bool = False
     ) -> NDArray[np.float32]:
-        """Embed films, one after another: each is read when it is its turn.
-
-        Args:
-            films: of each whatever `lite.image.files.load_image` takes.
-            rendering: how stored values are rendered.
-            any_film: read also what the rules take for another film than a frontal one of the chest.
+        """Embed films, one after another, each whatever `lite.image.files.load_image` takes and read as it would.
 
         Returns:
             float32 [N, dim], rows of length 1.
 
         Raises:
-            ImageError: a film cannot be read, or is not a frontal one; the films before it are lost.
+            ImageError: a film cannot be read, or is not a frontal one.
             BackendUnavailable: it is DICOM, and pydicom is not installed.
             LiteError: the towers are closed, or ONNX Runtime fails.
         """
         if isinstance(films, str | bytes):
-            msg = f"got one {type(films).__name__} · expected several films · put it into a list"
-            raise LiteError(msg)
-        how = self.artifact.manifest.preprocessing
-        rows = []
+            raise LiteError(f"got one {type(films).__name__} · expected several films · put it into a list")
+        how, rows = self.artifact.manifest.preprocessing, []
         for film in films:
-            pixels = preprocess(load_image(film, rendering=rendering, any_film=any_film).image, how)
-            rows.append(self.embed_pixels(pixels[None])[0])
-        return np.stack(rows) if rows else np.empty((0, self.dim), np.float32)
+            loaded = load_image(film, rendering=rendering, any_film=any_film)
+            rows.append(self.embed_pixels(preprocess(loaded.image, how)[None])[0])
+        return np.array(rows, np.float32).reshape(-1, self.dim)
 
     def embed_pixels(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed films as `lite.image.preprocess.preprocess` makes them, float32 [B, 3, S, S]: float32 [B, dim]."""
         return self._run(FILM_EMBEDS, PIXELS, pixel_values)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embed texts. One of more tokens than the tower reads (`max_tokens`) is cut there, with a warning in the log.
+        """Embed texts. One of more tokens than the tower reads (`count_tokens`) is cut, with a warning in the log.
 
         Returns:
             float32 [N, dim], rows of length 1.
@@ -135,13 +117,11 @@ class Retrieval:
             raise LiteError("got one text · expected several · put it into a list")
         ids = [self._cut(number, row) for number, row in enumerate(self.wordpiece.encode(texts))]
         embeddings = np.empty((len(ids), self.dim), np.float32)
-        by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-        start = 0
-        while start < len(by_length):
-            length = len(ids[by_length[start]])
-            batch = [number for number in by_length[start : start + MAX_BATCH] if len(ids[number]) == length]
+        left = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        while left:
+            batch = [number for number in left[:MAX_BATCH] if len(ids[number]) == len(ids[left[0]])]
             embeddings[batch] = self.embed_ids(np.array([ids[number] for number in batch], np.int64))
-            start += len(batch)
+            left = left[len(batch) :]
         return embeddings
 
     def embed_ids(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -158,14 +138,10 @@ class Retrieval:
             _LOG.warning("text %d: %d tokens, of which the tower reads the first %d", number, len(ids), len(cut))
         return cut
 
-    def _session(self, output: str) -> Any:  # noqa: ANN401 - of ONNX Runtime
+    def _run(self, output: str, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
         session = self._sessions.get(output)
         if session is None:
             raise LiteError("got towers that are closed · expected open ones · load them again")
-        return session
-
-    def _run(self, output: str, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
-        session = self._session(output)
         with errors_explained(session.get_providers()[0]):
             rows: NDArray[np.float32] = session.run([output], {name: values})[0]
         if not np.isfinite(rows).all():
@@ -201,7 +177,11 @@ def load_retrieval(
     artifact = load_artifact(path)
     files = _files(artifact)
     if memory_limit is not None:
-        _require_memory(artifact, parse_bytes(memory_limit))
+        bytes_of = [artifact.manifest.files[name].bytes for name in files.values()]
+        limit, expected = parse_bytes(memory_limit), (rss_bytes() or 0) + int(_LOADED * sum(bytes_of))
+        if expected > limit:
+            msg = f"{artifact.path}: got a memory limit of {shown_bytes(limit)} · expected {shown_bytes(expected)},"
+            raise MemoryBudgetError(f"{msg} the towers and what this process has already · raise it")
     runtime = import_onnxruntime()
     chosen = check_provider(provider, runtime.get_available_providers(), version=runtime.__version__)
     if verify:
@@ -212,7 +192,6 @@ def load_retrieval(
 def open_towers(artifact: Artifact, *, provider: str = CPU, threads: int | None = None) -> Retrieval:
     """Load the towers of an artifact that has been checked, or is being written; see `load_retrieval`."""
     part, vision = _part(artifact), artifact.manifest.parts.vision
-    wordpiece = WordPiece(artifact.file(part.vocabulary), vocab_size=part.vocab_size, max_tokens=part.max_tokens)
     text, film = artifact.file(part.text), artifact.file(part.film)
     sessions = {
         FILM_EMBEDS: open_session(artifact.file(vision.graph), provider=provider, threads=threads, tail=film),
@@ -222,19 +201,8 @@ def open_towers(artifact: Artifact, *, provider: str = CPU, threads: int | None 
     seen = {PATCHES: (vision.num_patches, vision.tower.hidden_size), ATTENTION: (vision.num_patches,)}
     check_signature(sessions[FILM_EMBEDS], film, {PIXELS: pixels}, seen | {FILM_EMBEDS: (part.dim,)})
     check_signature(sessions[TEXT_EMBEDS], text, {INPUT_IDS: (None,)}, {TEXT_EMBEDS: (part.dim,)})
-    return Retrieval(artifact=artifact, artifact_id=embeddings_id(artifact), wordpiece=wordpiece, _sessions=sessions)
-
-
-def embeddings_id(artifact: Artifact) -> str:
-    """Return the id of the space that an artifact's embeddings are of: see `Retrieval.artifact_id`.
-
-    Raises:
-        ArtifactError: it has no towers for retrieval.
-    """
-    manifest = artifact.manifest
-    depends: dict[str, Any] = {what: manifest.files[name].sha256 for what, name in _files(artifact).items()}
-    depends |= {"preprocessing": to_json(manifest.preprocessing), "max_tokens": _part(artifact).max_tokens}
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+    wordpiece = WordPiece(artifact.file(part.vocabulary), vocab_size=part.vocab_size, max_tokens=part.max_tokens)
+    return Retrieval(artifact=artifact, artifact_id=_space(artifact), wordpiece=wordpiece, _sessions=sessions)
 
 
 def _part(artifact: Artifact) -> RetrievalPart:
@@ -247,19 +215,12 @@ def _part(artifact: Artifact) -> RetrievalPart:
 
 def _files(artifact: Artifact) -> dict[str, str]:
     """Return the files that embeddings depend on, by what they are."""
-    part = _part(artifact)
-    graphs = {"vision": artifact.manifest.parts.vision.graph, "film": part.film, "text": part.text}
-    return graphs | {"vocabulary": part.vocabulary}
-
-
-def _require_memory(artifact: Artifact, limit: int) -> None:
-    """Refuse towers that would not fit, by the size of their files."""
     part, vision = _part(artifact), artifact.manifest.parts.vision
-    record = artifact.manifest.files
-    film, text = record[vision.graph].bytes + record[part.film].bytes, record[part.text].bytes
-    # The film's graph is handed over as bytes: once more, and once as a message, until it is loaded.
-    needed = film * max(_LOADED[vision.format], 3.0) + text * _LOADED[part.text_format]
-    expected = (rss_bytes() or 0) + int(needed)
-    if expected > limit:
-        msg = f"{artifact.path}: got a memory limit of {shown_bytes(limit)} · expected at least {shown_bytes(expected)}"
-        raise MemoryBudgetError(f"{msg}, towers and what this process has already · raise it")
+    return {"vision": vision.graph, "film": part.film, "text": part.text, "vocabulary": part.vocabulary}
+
+
+def _space(artifact: Artifact) -> str:
+    """Return the id of the space that embeddings are of: see `Retrieval`."""
+    depends: dict[str, Any] = {what: artifact.manifest.files[name].sha256 for what, name in _files(artifact).items()}
+    depends |= {"preprocessing": to_json(artifact.manifest.preprocessing), "max_tokens": _part(artifact).max_tokens}
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]

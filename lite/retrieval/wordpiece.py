@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from lite.errors import ArtifactError, BackendUnavailable, PromptError
 
@@ -10,10 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-PAD, UNKNOWN, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 PAD_ID: Final = 0
 """What the graph leaves out of attention; the first line of every BERT's vocabulary."""
-_MAX_BYTES: Final = 1 << 24
+_SPECIAL: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class WordPiece:
@@ -31,12 +30,30 @@ class WordPiece:
             ArtifactError: it is not such a file, or one of another size.
             BackendUnavailable: the `tokenizers` library is not installed.
         """
-        pieces = _read_pieces(file)
-        if len(pieces) != vocab_size:
-            msg = f"{file}: got {len(pieces)} pieces · expected {vocab_size}, a row of the text tower's embeddings each"
-            raise ArtifactError(f"{msg} · take vocab.txt of the model that the tower was trained with")
-        self.vocab_size, self.max_tokens = vocab_size, max_tokens
-        self._tokenizer = _tokenizer({piece: number for number, piece in enumerate(pieces)})
+        try:
+            from tokenizers import BertWordPieceTokenizer
+        except ImportError as error:
+            msg = f"got no tokenizers ({error}) · expected it for retrieval by text"
+            raise BackendUnavailable(f'{msg} · pip install "llava-rad-lite[retrieval]"') from error
+        try:
+            pieces = [line.rstrip("\r") for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(
+                f"{file}: got {error} · expected a vocab.txt, a piece a line · fetch it again"
+            ) from error
+        by_piece = {piece: number for number, piece in enumerate(pieces)}
+        missing = [piece for piece in _SPECIAL if piece not in by_piece]
+        for got, wrong, expected in (
+            (f"{len(pieces)} pieces", len(pieces) != vocab_size, f"{vocab_size}, a row of the embeddings each"),
+            (f"{len(pieces) - len(by_piece)} pieces twice", len(by_piece) < len(pieces), "each once"),
+            (f"no {', '.join(missing)}", missing, "all special pieces of a BERT"),
+            (f"{pieces[PAD_ID]!r} in the first line", pieces[PAD_ID] != _SPECIAL[0], _SPECIAL[0]),
+        ):
+            if wrong:
+                msg = f"{file}: got {got} · expected {expected} · take vocab.txt of the BERT that the tower began as"
+                raise ArtifactError(msg)
+        self.max_tokens = max_tokens
+        self._tokenizer = BertWordPieceTokenizer(by_piece, lowercase=True)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, `[CLS]` and `[SEP]` around them, however many they are.
@@ -61,31 +78,3 @@ def _check_text(number: int, text: object) -> None:
     except UnicodeEncodeError as error:
         msg = f"text {number}: got half a surrogate pair ({error.reason}) · expected Unicode text"
         raise PromptError(f"{msg} · decode it with errors='replace'") from error
-
-
-def _read_pieces(file: Path) -> list[str]:
-    expected = "expected the vocab.txt of an uncased BERT, a piece in each line · fetch it again"
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ArtifactError(f"{file}: got {file.stat().st_size:,} bytes · {expected}")
-        pieces = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{file}: got {error} · {expected}") from error
-    pieces = [piece.removesuffix("\r") for piece in (pieces[:-1] if pieces[-1] == "" else pieces)]
-    if len(set(pieces)) != len(pieces):
-        twice = next(piece for number, piece in enumerate(pieces) if piece in pieces[:number])
-        raise ArtifactError(f"{file}: got the piece {twice!r} twice · {expected}")
-    if missing := [piece for piece in (PAD, UNKNOWN, CLS, SEP, MASK) if piece not in pieces]:
-        raise ArtifactError(f"{file}: got no {missing[0]} · {expected}")
-    if pieces[PAD_ID] != PAD:
-        raise ArtifactError(f"{file}: got {pieces[PAD_ID]!r} in the first line, not {PAD} · {expected}")
-    return pieces
-
-
-def _tokenizer(vocabulary: dict[str, int]) -> Any:  # noqa: ANN401 - of a library without types
-    try:
-        from tokenizers import BertWordPieceTokenizer
-    except ImportError as error:
-        msg = f"got no tokenizers ({error}) · expected it for retrieval by text"
-        raise BackendUnavailable(f'{msg} · pip install "llava-rad-lite[retrieval]"') from error
-    return BertWordPieceTokenizer(vocabulary, lowercase=True)
