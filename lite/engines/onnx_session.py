@@ -150,9 +150,8 @@ def open_session(
     for read in filter(None, (file, tail)):
         _check_external_data(read, data)
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
+    options.intra_op_num_threads, options.enable_mem_pattern = threads or available_cores(), patterns
     options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
-    options.enable_mem_pattern = patterns
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     values = {constant: runtime.OrtValue.ortvalue_from_numpy(array) for constant, array in constants.items()}
