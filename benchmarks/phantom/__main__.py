@@ -76,6 +76,13 @@ def _train_retrieval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _find(arguments: argparse.Namespace) -> int:
+    from benchmarks.phantom.find import find
+
+    sys.stdout.write(f"{find(arguments.artifact, arguments.list)}\n")
+    return 0
+
+
 def _given(arguments: argparse.Namespace, plan: type[Any]) -> dict[str, Any]:
     """Return what was said of a plan."""
     names = {field.name for field in dataclasses.fields(plan)}
@@ -126,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
     _add_retrieval_arguments(add("train-retrieval", _train_retrieval, "give a trained phantom its retrieval towers"))
+    found = add("find", _find, "measure how well an artifact's towers find films by reports and by descriptions")
+    found.add_argument("artifact", type=Path, metavar="ARTIFACT", help="exported with --retrieval")
+    found.add_argument("list", type=Path, metavar="STUDIES.json", help="a list that `write` has written")
     _add_adapt_arguments(add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens"))
     return parser
 

@@ -63,10 +63,10 @@ def adapter_config_json(rank: int, base_name: str) -> dict[str, Any]:
     return published | {"base_model_name_or_path": base_name, "lora_alpha": 2 * rank, "r": rank}
 
 
-def tower_config_json(image_size: int, embed_dim: int = 512) -> dict[str, Any]:
-    """Return open_clip's model configuration, which holds the tower's name, its image size and an embedding's."""
-    published = _published("llava-rad-phantom/biomedclipcxr_112.json")
-    published["embed_dim"], published["vision_cfg"]["image_size"] = embed_dim, image_size
+def tower_config_json(image_size: int) -> dict[str, Any]:
+    """Return open_clip's model configuration, which holds the tower's name and its image size."""
+    published = _published("llava-rad-phantom/biomedclipcxr_112.json") | {"embed_dim": 512}
+    published["vision_cfg"]["image_size"] = image_size
     return published
 
 
@@ -75,28 +75,22 @@ def tokenizer_config_json(model_max_length: int) -> dict[str, Any]:
     return _published("base/tokenizer_config.json") | {"model_max_length": model_max_length}
 
 
-def training_checkpoint(trunk: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """Dress the trunk as an open_clip training checkpoint: text tower, logit scale, optimizer, numpy scalars.
-
-    Args:
-        trunk: timm's names.
-        others: The towers of retrieval without `module.`; None: a few tensors that only look like them.
-    """
+def training_checkpoint(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Dress the trunk as an open_clip training checkpoint: text tower, logit scale, optimizer, numpy scalars."""
     import torch  # the peers' own environment, which needs the small files, has none
 
     dim = int(trunk["cls_token"].shape[-1])
     state = {f"module.visual.trunk.{name}": tensor for name, tensor in trunk.items()}
-    if others is None:
-        others = {
-            "logit_scale": torch.tensor(4.6052),
-            "visual.head.proj.weight": torch.zeros(8, dim),
-            "text.transformer.embeddings.word_embeddings.weight": torch.zeros(16, 8),
-            "text.transformer.encoder.layer.0.attention.self.query.weight": torch.zeros(8, 8),
-            "text.transformer.pooler.dense.weight": torch.zeros(8, 8),
-            "text.transformer.pooler.dense.bias": torch.zeros(8),
-            "text.proj.0.weight": torch.zeros(8, 8),
-        }
-    state |= {f"module.{name}": tensor for name, tensor in others.items()}
+    text = "module.text.transformer"
+    state |= {
+        "module.logit_scale": torch.tensor(4.6052),
+        "module.visual.head.proj.weight": torch.zeros(8, dim),
+        f"{text}.embeddings.word_embeddings.weight": torch.zeros(16, 8),
+        f"{text}.encoder.layer.0.attention.self.query.weight": torch.zeros(8, 8),
+        f"{text}.pooler.dense.weight": torch.zeros(8, 8),
+        f"{text}.pooler.dense.bias": torch.zeros(8),
+        "module.text.proj.0.weight": torch.zeros(8, 8),
+    }
     moments = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(8), "exp_avg_sq": torch.zeros(8)}
     group = {"lr": np.float64(1e-5), "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": np.float64(0.2), "params": [0]}
     return {

@@ -62,12 +62,12 @@ class RetrievalPlan(Plan):
     """Everything that decides the towers. Seed 0 would draw the films that the phantom itself was grown on."""
 
     seed: int = 2
-    films: int = 6_000
+    films: int = 4_000
     batch_size: int = 128
     queries: int = 96  # descriptions in a batch
-    steps: int = 600
+    steps: int = 350
     learning_rate: float = 1.5e-3
-    warm_up_steps: int = 40
+    warm_up_steps: int = 20
     weight_decay: float = 0.05
     lora_rank: int = 0  # none of them
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from export.source.tensors import TensorFiles, read_json
 from export.source.tower import trunk_shapes
+from lite.config import from_json
 from lite.errors import ArtifactError, CheckpointError
 from lite.retrieval.wordpiece import WordPiece
 
@@ -47,15 +48,6 @@ _BERT_REQUIRED: Final[dict[str, Any]] = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
-_COUNTS: Final = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,30 +150,19 @@ def _bert_shape(tower: Tower, file: Path) -> BertShape:
         if config.get(name, wanted) != wanted:
             msg = f"{file}: got {name}={config[name]!r} · expected {wanted!r}, as an uncased BERT has"
             raise CheckpointError(f"{msg} · others are not implemented")
-    counts: dict[str, Any] = {name: config.get(name, 2 if name == "type_vocab_size" else None) for name in _COUNTS}
-    text = described.get("text_cfg")
-    context = text.get("context_length", 256) if isinstance(text, dict) else None
-    proj = tower.others.entries.get("text.proj.0.weight")
-    eps = config.get("layer_norm_eps", 1e-12)
-    for where, name, value in (
-        *((file, name, value) for name, value in counts.items()),
-        (tower.files[0], "text_cfg.context_length", context),
-        (tower.files[0], "embed_dim", described.get("embed_dim")),
-    ):
-        if type(value) is not int or value < 1:
-            msg = f"{where}: got {name}={value!r} · expected a whole number from 1 · fetch the file again"
-            raise CheckpointError(msg)
-    if type(eps) is not float or not 0 < eps < 1:
-        raise CheckpointError(f"{file}: got layer_norm_eps={eps!r} · expected a small number · fetch the file again")
-    if proj is None or len(proj.shape) != 2:
-        msg = f"{tower.files[1]}: got no tensor 'module.text.proj.0.weight' of two dimensions · expected a text tower"
-        raise CheckpointError(f"{msg} with an MLP behind it · export without --retrieval, or fetch the file again")
-    bert = BertShape(
-        **counts, layer_norm_eps=eps, dim=described["embed_dim"], proj_dim=proj.shape[0], max_tokens=context or 0
-    )
-    if bert.hidden_size % bert.num_attention_heads or not 2 < bert.max_tokens <= bert.max_position_embeddings:
-        msg = f"{file}: got {bert.num_attention_heads} heads, {bert.max_position_embeddings} positions"
+    text, proj = described.get("text_cfg"), tower.others.entries.get("text.proj.0.weight")
+    values = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "dim": described.get("embed_dim")}
+    values |= {field.name: config[field.name] for field in dataclasses.fields(BertShape) if field.name in config}
+    values["max_tokens"] = text.get("context_length", 256) if isinstance(text, dict) else 256
+    values["proj_dim"] = proj.shape[0] if proj is not None and proj.shape else 1  # compared with the tensors' shapes
+    try:
+        bert = from_json(BertShape, values, where=str(file))
+    except ArtifactError as error:
+        raise CheckpointError(str(error).replace("export it again", "fetch it again")) from error
+    fits = min(value for value in dataclasses.astuple(bert) if type(value) is int) > 0 and 0 < bert.layer_norm_eps < 1
+    if not fits or bert.hidden_size % bert.num_attention_heads or bert.max_tokens > bert.max_position_embeddings:
         raise CheckpointError(
-            f"{msg} · expected heads of equal width and the {context} tokens of {tower.files[0].name}"
+            f"{file}: got {bert} · expected whole numbers from 1, heads of equal width, and positions for max_tokens · "
+            f"take config.json of the BERT that {tower.files[0].name} names"
         )
     return bert

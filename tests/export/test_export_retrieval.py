@@ -272,11 +272,11 @@ def test_another_vocabulary_is_refused(source: tuple[Path, Path, Path], tmp_path
         ({"vocab_size": 90}, r"word_embeddings.weight' of shape \[\d+, 64\] · expected \[90, 64\]"),
         ({"num_hidden_layers": 2}, "got the tensor 'text.transformer.encoder.layer.2"),
         ({"num_hidden_layers": 4}, "got no tensor 'text.transformer.encoder.layer.3"),
-        ({"num_attention_heads": 7}, "got 7 heads"),
-        ({"max_position_embeddings": 128}, "128 positions · expected .* the 256 tokens"),
+        ({"num_attention_heads": 7}, "num_attention_heads=7.* heads of equal width"),
+        ({"max_position_embeddings": 128}, "max_position_embeddings=128.* positions for max_tokens"),
         ({"hidden_act": "relu"}, "got hidden_act='relu' · expected 'gelu'"),
-        ({"hidden_size": "64"}, "got hidden_size='64'"),
-        ({"layer_norm_eps": 2}, "got layer_norm_eps=2"),
+        ({"hidden_size": "64"}, "hidden_size: got '64' · expected int"),
+        ({"layer_norm_eps": 2}, "layer_norm_eps=2.0"),
     ],
 )
 def test_another_bert_is_refused(
