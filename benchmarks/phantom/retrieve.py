@@ -51,6 +51,12 @@ _BERT: Final[dict[str, Any]] = {
     "num_attention_heads": 2,
     "max_position_embeddings": 256,
 }
+# The rest of an uncased BERT's config.json, as published.
+_BERT_JSON: Final = {
+    "architectures": ["BertForMaskedLM"], "model_type": "bert", "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "initializer_range": 0.02, "layer_norm_eps": 1e-12,
+    "pad_token_id": 0, "type_vocab_size": 2,
+}  # fmt: skip
 _SPECIAL: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MAX_SCALE: Final = 100.0
 _SEEN: Final = 100
@@ -242,27 +248,11 @@ def train_retrieval(out: Path, *, plan: RetrievalPlan, work: Path) -> int:
     folder = out / BERT_FOLDER
     folder.mkdir(exist_ok=True)
     write_whole(folder / "vocab.txt", "".join(f"{piece}\n" for piece in training.pieces))
-    write_json(folder / "config.json", _bert_config_json(len(training.pieces)))
+    write_json(folder / "config.json", {**_BERT_JSON, **_BERT, "vocab_size": len(training.pieces)})
     described = file.with_name("biomedclipcxr_112.json")
     write_json(described, json.loads(described.read_text(encoding="utf-8")) | {"embed_dim": EMBED_DIM})
     write_json(out / "retrieval.json", dataclasses.asdict(plan))
     return file.stat().st_size - before
-
-
-def _bert_config_json(vocab_size: int) -> dict[str, Any]:
-    """Return the config.json of an uncased BERT, with the keys that the published one has."""
-    fixed = {
-        "architectures": ["BertForMaskedLM"],
-        "model_type": "bert",
-        "attention_probs_dropout_prob": 0.1,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-12,
-        "pad_token_id": 0,
-        "type_vocab_size": 2,
-    }
-    return fixed | _BERT | {"vocab_size": vocab_size}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -115,7 +115,11 @@ class Retrieval:
         """
         if isinstance(texts, str):
             raise LiteError("got one text · expected several · put it into a list")
-        ids = [self._cut(number, row) for number, row in enumerate(self.wordpiece.encode(texts))]
+        whole = self.wordpiece.encode(texts)
+        ids = [self.wordpiece.cut(row) for row in whole]
+        for number, (row, kept) in enumerate(zip(whole, ids, strict=True)):
+            if len(kept) < len(row):
+                _LOG.warning("text %d: %d tokens, of which the tower reads the first %d", number, len(row), len(kept))
         embeddings = np.empty((len(ids), self.dim), np.float32)
         left = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         while left:
@@ -131,12 +135,6 @@ class Retrieval:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens each text has, before it is cut to `wordpiece.max_tokens`."""
         return [len(row) for row in self.wordpiece.encode(texts)]
-
-    def _cut(self, number: int, ids: list[int]) -> list[int]:
-        cut = self.wordpiece.cut(ids)
-        if len(cut) < len(ids):
-            _LOG.warning("text %d: %d tokens, of which the tower reads the first %d", number, len(ids), len(cut))
-        return cut
 
     def _run(self, output: str, name: str, values: NDArray[Any]) -> NDArray[np.float32]:
         session = self._sessions.get(output)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from lite.errors import ArtifactError, BackendUnavailable, PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 PAD_ID: Final = 0
@@ -61,20 +61,13 @@ class WordPiece:
         Raises:
             PromptError: one is no text, or cannot be written as UTF-8.
         """
-        for number, text in enumerate(texts):
-            _check_text(number, text)
+        given: Iterable[object] = texts
+        for number, text in enumerate(given):
+            if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+                msg = f"text {number}: got {str(text)[:40]!r} of type {type(text).__name__} · expected Unicode text"
+                raise PromptError(f"{msg}, without halves of surrogate pairs · convert it")
         return [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def cut(self, ids: list[int]) -> list[int]:
         """Return at most `max_tokens` of a text's ids; the last one stays `[SEP]`."""
         return ids if len(ids) <= self.max_tokens else [*ids[: self.max_tokens - 1], ids[-1]]
-
-
-def _check_text(number: int, text: object) -> None:
-    if not isinstance(text, str):
-        raise PromptError(f"text {number}: got a value of type {type(text).__name__} · expected a str · convert it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        msg = f"text {number}: got half a surrogate pair ({error.reason}) · expected Unicode text"
-        raise PromptError(f"{msg} · decode it with errors='replace'") from error

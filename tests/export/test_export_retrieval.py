@@ -355,9 +355,9 @@ def test_films_are_refused_by_the_rules_of_findings(towers: Retrieval, tmp_path:
 def test_texts_that_are_none_are_refused(towers: Retrieval) -> None:
     with pytest.raises(LiteError, match="got one text"):
         towers.embed_texts("left")
-    with pytest.raises(PromptError, match="text 1: got a value of type NoneType"):
+    with pytest.raises(PromptError, match="text 1: got 'None' of type NoneType"):
         towers.embed_texts(["left", None])  # type: ignore[list-item]
-    with pytest.raises(PromptError, match="half a surrogate"):
+    with pytest.raises(PromptError, match="without halves of surrogate pairs"):
         towers.embed_texts(["\ud800"])
     assert towers.embed_texts([]).shape == (0, random_towers.EMBED_DIM)
 
