@@ -235,7 +235,7 @@ _RETRIEVAL: Final[_Options] = {
     "--text": {
         "choices": get_args(VisionFormat),
         "default": DEFAULTS.text_format,
-        "help": "the text tower: fp32, or fp16, half the bytes, or int8, a quarter; that of the film is --vision's "
+        "help": "the text tower: fp32, or fp16, half the bytes, or int8, a third; that of the film is --vision's "
         "(default: %(default)s)",
     },
 }

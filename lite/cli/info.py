@@ -63,6 +63,8 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
         caches = " or ".join(part.cache_dtypes)
         prompts = "" if part.prompts is None else ", int8 weights for prompts"
         yield "decoder.onnx", f"{part.dtype} activations, {part.lm_head_bits}-bit head, cache in {caches}{prompts}"
+    if (towers := manifest.parts.retrieval) is not None:
+        yield "retrieval", f"{towers.text_format} text tower, {towers.dim} numbers, {towers.max_tokens} tokens at most"
     yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
     for name, record in manifest.files.items():
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"
@@ -76,6 +78,9 @@ def _fidelity(parts: Parts) -> Iterator[tuple[str, str]]:
     """Say what was measured at export, of the parts that have been."""
     if (vision := parts.vision.fidelity) is not None:
         yield "fidelity vision", f"smallest cosine {vision.min_cosine:.6f} on {vision.films} films ({vision.data})"
+    if parts.retrieval is not None and (found := parts.retrieval.fidelity) is not None:
+        cosines = f"smallest cosine {found.film_cosine:.6f} of films, {found.text_cosine:.6f} of texts"
+        yield "fidelity retrieval", f"{cosines} ({found.films} films, {found.texts} texts, {found.data})"
     for name, part, source in (
         ("decoder", parts.decoder, "the checkpoint"),
         ("decoder.onnx", parts.decoder_onnx, "decoder/"),
