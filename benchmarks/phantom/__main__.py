@@ -167,7 +167,7 @@ def _add_retrieval_arguments(retrieval: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     retrieval.add_argument("--seed", type=int, metavar="S", help="of everything")
     retrieval.add_argument("--films", type=int, metavar="N", help="training films")
-    retrieval.add_argument("--steps", type=int, metavar="N", help="of 128 films")
+    retrieval.add_argument("--steps", type=int, metavar="N", help="of 96 films")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, Dinov2Model
 
@@ -60,6 +61,7 @@ _BERT_JSON: Final = {
 _SPECIAL: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MAX_SCALE: Final = 100.0
 _SEEN: Final = 100
+_TOGETHER: Final = 24
 _LAST: Final = TOWER_BLOCKS - 1
 
 
@@ -69,9 +71,9 @@ class RetrievalPlan(Plan):
 
     seed: int = 2
     films: int = 4_000
-    batch_size: int = 128
-    queries: int = 96  # descriptions in a batch
-    steps: int = 350
+    batch_size: int = 96
+    queries: int = 64  # descriptions in a batch
+    steps: int = 320
     learning_rate: float = 1.5e-3
     warm_up_steps: int = 20
     weight_decay: float = 0.05
@@ -162,7 +164,6 @@ class RetrievalTraining(Training):
         torch.manual_seed(plan.seed)
         self.pieces = vocabulary(seed=plan.seed)
         self.tokenizer = BertWordPieceTokenizer({piece: i for i, piece in enumerate(self.pieces)}, lowercase=True)
-        self.tokenizer.enable_padding()
         films = draw_films(work / "films", count=plan.films, seed=plan.seed)
         self.studies = [sample_study(int(seed)) for seed in films.seeds]
         self.answers = [answers(study) for study in self.studies]
@@ -172,8 +173,15 @@ class RetrievalTraining(Training):
     def _parts(self) -> Iterator[tuple[Iterator[nn.Parameter], float]]:
         yield self.network.parameters(), 1.0
 
-    def _ids(self, texts: list[str]) -> Tensor:
-        return torch.tensor([encoding.ids for encoding in self.tokenizer.encode_batch(texts)])
+    def _embed(self, texts: list[str]) -> Tensor:
+        """Embed texts, those of like length together: padding costs as much as words."""
+        ids = [torch.tensor(encoding.ids) for encoding in self.tokenizer.encode_batch(texts)]
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        parts = [
+            [ids[number] for number in order[start : start + _TOGETHER]] for start in range(0, len(ids), _TOGETHER)
+        ]
+        rows = torch.cat([self.network.texts(pad_sequence(part, batch_first=True)) for part in parts])
+        return rows[torch.tensor(order).argsort()]
 
     def _loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         epoch, place = divmod(step, len(self.studies) // self.plan.batch_size)
@@ -182,8 +190,8 @@ class RetrievalTraining(Training):
         rng = np.random.default_rng([self.plan.seed, epoch, place])
         studies, found = [self.studies[row] for row in rows], [self.answers[row] for row in rows]
         queries = [draw_query(studies[number], rng) for number in rng.integers(len(rows), size=self.plan.queries)]
-        reports = self.network.texts(self._ids([write_findings(study, rng).text for study in studies]))
-        asked = self.network.texts(self._ids([describe(query) for query in queries]))
+        reports = self._embed([write_findings(study, rng).text for study in studies])
+        asked = self._embed([describe(query) for query in queries])
         films = F.normalize(self.network.film(torch.from_numpy(self.hidden[rows]).float()), dim=-1)
         scale = self.network.logit_scale.exp().clamp(max=_MAX_SCALE)
         same = torch.tensor([[a == b for b in found] for a in found])
