@@ -10,9 +10,8 @@
 `vision.onnx`, which are one message then. So findings run the same file with or without retrieval, and the tower is
 stored once.
 
-In the last block of either only CLS is computed, and of the others the keys and values it looks at. What stands behind
-a text (id 0) has a score of -inf, and so a weight of exactly zero. The formats are those of `export.write.vision_onnx`;
-of a text's int8 embeddings, which are float16, the rows of a text are widened, not all.
+What stands behind a text (id 0) has a score of -inf, and so a weight of exactly zero. The formats are those of
+`export.write.vision_onnx`; of int8's word embeddings, which are float16, the rows of a text are widened, not all.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from export.write.vision_onnx import TowerGraph, attend, float_value, rotate_residual, tower_graph, vit_block, weigh
+from export.write.vision_onnx import TowerGraph, attend, float_value, rotate_residual, tower_graph, vit_block
 from lite.retrieval.towers import FILM_EMBEDS, INPUT_IDS, TEXT_EMBEDS
 from lite.retrieval.wordpiece import PAD_ID
 
@@ -62,17 +61,9 @@ def build_film_onnx(
         tensors = _rotated(tensors, whole)
     graph, x = tower_graph(tensors, tower, vision_format)
     nodes, constants = len(graph.nodes), len(graph.constants)
-    dim, tokens, last = tower.dim, 1 + tower.num_patches, f"blocks.{tower.depth - 1}"
-    for block in range(tower.num_blocks, tower.depth - 1):
-        x, _ = vit_block(graph, x, f"blocks.{block}", dim=dim, tokens=tokens)
-    graph.tensors = _class_first(graph.tensors, last, dim)
-    normed = graph.layer_norm(x, f"{last}.norm1")
-    seen = _class_attends(graph, normed, last, heads=tower.num_heads, dim=dim, tokens=tokens)
-    proj = graph.linear(seen, f"{last}.attn.proj", row_scale=graph.source(f"{last}.ls1.gamma"))
-    x = graph.add("Add", _class_of(graph, x), proj, name=f"{last}.attn.residual")
-    hidden = graph.add("Gelu", graph.linear(graph.layer_norm(x, f"{last}.norm2"), f"{last}.mlp.fc1"))
-    out = graph.linear(hidden, f"{last}.mlp.fc2", row_scale=graph.source(f"{last}.ls2.gamma"), after_gelu=True)
-    x = graph.layer_norm(graph.add("Add", x, out, name=f"{last}.mlp.residual"), "norm")
+    for block in range(tower.num_blocks, tower.depth):
+        x, _ = vit_block(graph, x, f"blocks.{block}", dim=tower.dim, tokens=1 + tower.num_patches)
+    x = graph.layer_norm(_class_of(graph, x), "norm")
     _give_embedding(graph, graph.linear(x, _HEAD), FILM_EMBEDS)
     tail = onnx.ModelProto()
     tail.graph.node.extend(graph.nodes[nodes:])
@@ -105,14 +96,14 @@ def build_text_onnx(
     Raises:
         CheckpointError: A weight does not fit into float16.
     """
-    dim, last, eps = bert.hidden_size, f"encoder.layer.{bert.num_hidden_layers - 1}", bert.layer_norm_eps
+    dim, eps = bert.hidden_size, bert.layer_norm_eps
     named = dict(tensors)
     for layer in range(bert.num_hidden_layers):
         prefix = f"encoder.layer.{layer}"
         for kind in ("weight", "bias"):
             parts = [tensors[f"{prefix}.attention.self.{name}.{kind}"] for name in ("query", "key", "value")]
             named[f"{prefix}.attn.qkv.{kind}"] = torch.cat(parts)
-    graph = TowerGraph(_class_first(named, last, dim), text_format)
+    graph = TowerGraph(named, text_format)
     head_dim = dim // bert.num_attention_heads
     x = _embeddings(graph, bert)
     padding = graph.add("Equal", INPUT_IDS, graph.integers("padding_id", np.array(PAD_ID)))
@@ -122,17 +113,13 @@ def build_text_onnx(
     heads = graph.shape("heads_shape", [0, 0, 3, bert.num_attention_heads, head_dim])
     for layer in range(bert.num_hidden_layers):
         prefix = f"encoder.layer.{layer}"
-        if prefix == last:
-            seen = _class_attends(graph, x, prefix, heads=bert.num_attention_heads, dim=dim, tokens=0, hidden=padding)
-            x = _class_of(graph, x)
-        else:
-            seen, _ = attend(graph, x, prefix, heads, dim=dim, tokens=0, row_scale=scale, hidden=padding)
+        seen, _ = attend(graph, x, prefix, heads, dim=dim, tokens=0, row_scale=scale, hidden=padding)
         added = graph.add("Add", x, graph.linear(seen, f"{prefix}.attention.output.dense"))
         x = graph.layer_norm(added, f"{prefix}.attention.output.LayerNorm", eps)
         inner = graph.add("Gelu", graph.linear(x, f"{prefix}.intermediate.dense"))
         added = graph.add("Add", x, graph.linear(inner, f"{prefix}.output.dense", after_gelu=True))
         x = graph.layer_norm(added, f"{prefix}.output.LayerNorm", eps)
-    x = graph.linear(graph.add("Gelu", graph.linear(x, "proj.0")), "proj.2")
+    x = graph.linear(graph.add("Gelu", graph.linear(_class_of(graph, x), "proj.0")), "proj.2")
     _give_embedding(graph, x, TEXT_EMBEDS)
     ids = helper.make_tensor_value_info(INPUT_IDS, TensorProto.INT64, ["batch", "tokens"])
     return graph.model(model_name, [ids], [float_value(TEXT_EMBEDS, ["batch", bert.dim])])
@@ -151,31 +138,6 @@ def _embeddings(graph: TowerGraph, bert: BertShape) -> str:
     if graph.vision_format == "int8":
         x, positions = (graph.add("Cast", rows, to=TensorProto.FLOAT) for rows in (x, positions))
     return graph.layer_norm(graph.add("Add", x, positions), "embeddings.LayerNorm", bert.layer_norm_eps)
-
-
-def _class_first(tensors: Mapping[str, Tensor], prefix: str, dim: int) -> dict[str, Tensor]:
-    """Name the query's rows of a block's `attn.qkv`, and the others, by themselves: they read other tokens there."""
-    split = dict(tensors)
-    for kind in ("weight", "bias"):
-        rows = tensors[f"{prefix}.attn.qkv.{kind}"]
-        split |= {f"{prefix}.attn.q.{kind}": rows[:dim], f"{prefix}.attn.kv.{kind}": rows[dim:]}
-    return split
-
-
-def _class_attends(
-    graph: TowerGraph, x: str, prefix: str, *, heads: int, dim: int, tokens: int, hidden: str = ""
-) -> str:
-    """Add the attention of CLS to all tokens of x [B, T, D]: [B, 1, D]. See `attend`."""
-    head_dim, one = dim // heads, graph.shape("part_axis", [0])
-    q = graph.linear(_class_of(graph, x), f"{prefix}.attn.q", row_scale=np.full(dim, head_dim**-0.5))
-    q = graph.add("Reshape", q, graph.shape("class_heads_shape", [0, 1, heads, head_dim]))
-    q = graph.add("Transpose", q, perm=[0, 2, 1, 3])
-    shape = graph.shape("kv_heads_shape", [0, tokens, 2, heads, head_dim])
-    kv = graph.add("Reshape", graph.linear(x, f"{prefix}.attn.kv"), shape)
-    parts = graph.split(graph.add("Transpose", kv, perm=[2, 0, 3, 1, 4]), [f"{prefix}.{name}" for name in "kv"], axis=0)
-    k, v = (graph.add("Squeeze", part, one) for part in parts)
-    merged, _ = weigh(graph, q, k, v, prefix, hidden=hidden)
-    return graph.add("Reshape", merged, graph.shape("class_shape", [0, 1, dim]))
 
 
 def _class_of(graph: TowerGraph, x: str) -> str:

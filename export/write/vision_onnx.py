@@ -285,18 +285,13 @@ def attend(
     parts = [f"{prefix}.{name}" for name in ("q", "k", "v")]
     split = graph.split(graph.add("Transpose", qkv, perm=[2, 0, 3, 1, 4]), parts, axis=0)
     q, k, v = (graph.add("Squeeze", part, graph.shape("part_axis", [0])) for part in split)
-    merged, attention = weigh(graph, q, k, v, prefix, hidden=hidden)
-    return graph.add("Reshape", merged, graph.shape("merged_shape", [0, tokens, dim])), attention
-
-
-def weigh(graph: TowerGraph, q: str, k: str, v: str, prefix: str, *, hidden: str = "") -> tuple[str, str]:
-    """Add softmax(qkᵀ)v of [B, heads, T, head_dim] each, as [B, T, heads, head_dim]; see `attend`."""
     scores = graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), name=f"{prefix}.attn.scores")
     if hidden:
         scores = graph.add("Where", hidden, graph.once("hidden_score", np.array(-np.inf, graph.dtype)), scores)
     attention = graph.add("Softmax", scores, axis=-1)
     attended = graph.add("MatMul", attention, v, name=f"{prefix}.attn.attend")
-    return graph.add("Transpose", attended, perm=[0, 2, 1, 3]), attention
+    merged = graph.add("Transpose", attended, perm=[0, 2, 1, 3])
+    return graph.add("Reshape", merged, graph.shape("merged_shape", [0, tokens, dim])), attention
 
 
 class TowerGraph(Graph):
