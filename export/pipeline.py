@@ -211,8 +211,8 @@ def _arguments(manifest: Manifest, calibration: CalibrationStudies | None, setti
     given: dict[str, Any] = dataclasses.asdict(settings)
     # How it is measured, and what is made of decoder/, changes no weight.
     not_decoder = ("onnx", "activations", "prompt_weights", "other_base", "overwrite", "keep_anyway", "show_progress")
-    not_decoder += ("retrieval", "text_vocab", "text_format")
-    for name in (*not_decoder, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
+    of_retrieval = ("retrieval", "text_vocab", "text_format")
+    for name in (*not_decoder, *of_retrieval, "verify_data", "image_folder", "verify_studies", "verify_tokens"):
         del given[name]
     gptq: dict[str, Any] = given.pop("gptq")
     weights = settings.gptq.token_weights

@@ -66,7 +66,8 @@ def others(seed: int = 7) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        drawn: Tensor = torch.randn(shape, generator=generator) * float(shape[-1]) ** -0.5
+        return drawn
 
     named = {f"text.transformer.{name}": tensor for name, tensor in bert_state(seed).items()}
     named["text.transformer.embeddings.position_ids"] = torch.arange(512)[None]
