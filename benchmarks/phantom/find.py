@@ -39,14 +39,14 @@ def find(artifact: Path, listed: Path) -> str:
     }
     lines = [f"{len(found)} studies, {len(set(found))} of them with other findings", f"{'':22} R@1   R@5   R@10"]
     lines += [f"{name:20} " + " ".join(f"{value:5.3f}" for value in values) for name, values in rows.items()]
-    lines += ["", f"{'':34}P@10  chance  answer"]
+    lines += ["", f"{'':38}P@10  chance  answer"]
     nearest = np.argsort(-(queries @ films.T), axis=1, kind="stable")[:, : TOP[-1]]
     means = []
     for query, rows_found in zip(LABEL_QUERIES, nearest, strict=True):
         right = np.array([query in here for here in found])
         means.append(right[rows_found].mean())
-        lines.append(f"{describe(query):34}{means[-1]:4.2f}  {right.mean():6.3f}  {right.sum():6}")
-    return "\n".join([*lines, f"{'mean':34}{np.mean(means):4.2f}"])
+        lines.append(f"{describe(query):38}{means[-1]:4.2f}  {right.mean():6.3f}  {right.sum():6}")
+    return "\n".join([*lines, f"{'mean':38}{np.mean(means):4.2f}"])
 
 
 def recall(similarity: NDArray[np.float32]) -> list[float]:

@@ -142,7 +142,6 @@ def test_films_are_embedded_as_by_transformers(
 
 
 def test_a_text_does_not_depend_on_those_beside_it(artifacts: dict[str, Artifact]) -> None:
-    """Neither on how many there are, nor on the padding that a longer one takes."""
     for form, atol in (("fp32", 1e-6), ("fp16", 1e-6), ("int8", 5e-3)):
         with load_retrieval(artifacts[form].path) as towers:
             alone = np.concatenate([towers.embed_texts([text]) for text in TEXTS])
@@ -163,7 +162,6 @@ def test_findings_run_the_same_files_with_retrieval_and_without(
         assert set(ours) - set(theirs) == {"film.onnx", "text.onnx", "vocab.txt"}
     with pytest.raises(ArtifactError, match="without towers for retrieval .* --retrieval --text-vocab"):
         load_retrieval(plain.path)
-    # The tower is stored once: of the film's there is one block and the head beside it.
     dim = random_checkpoint.DIM
     assert artifacts["fp32"].manifest.files["film.onnx"].bytes < 4 * (12 * dim**2 + 20 * dim + 48 * dim) + 8000
 
@@ -198,7 +196,6 @@ def test_the_id_is_of_what_embeddings_depend_on(
     assert len(ids) == len(FORMATS)
     other = export(source, tmp_path / "other", "fp32", decoder_format="bnb-int8")
     assert load_retrieval(other.path).artifact_id in ids
-    assert other.id != artifacts["fp32"].id
     other = export(source, tmp_path / "text", "fp32", text_format="fp16")
     assert load_retrieval(other.path).artifact_id not in ids
 
