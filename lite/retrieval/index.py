@@ -1,6 +1,6 @@
 """An index: the vectors of films and of their reports in files that grow, and that are searched whole.
 
-    INDEX/index.json     format_version, the artifact whose towers have made the vectors, their length
+    INDEX/index.json     format_version, artifact_id of the towers, dim, and where the artifact was
           films.f32      float32 [num_studies, dim]: a row a study, of length 1
           reports.f32    float32 [num_reports, dim]: a row a study that has a report, in the same order
           studies.jsonl  {"id", "image", "report"}: a line a study
@@ -50,8 +50,9 @@ class Header:
     """What all vectors of an index share."""
 
     format_version: int
-    artifact_id: str
+    artifact_id: str  # of the embeddings: see `lite.retrieval.towers.Retrieval`
     dim: int
+    artifact: str  # where it was: an absolute path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +173,18 @@ class Index:
 class IndexWriter:
     """An index on its way. Enter it to see what is there, and to add to it."""
 
-    def __init__(self, path: Path, *, artifact_id: str, dim: int) -> None:
-        """Say whose vectors are to be written, and where. Nothing is read or written yet."""
+    def __init__(self, path: Path, *, artifact_id: str, dim: int, artifact: str = "") -> None:
+        """Say whose vectors are to be written, and where. Nothing is read or written yet.
+
+        Args:
+            path: the folder; it may be there.
+            artifact_id: of the embeddings.
+            dim: how many numbers one has.
+            artifact: where the artifact is, for whoever searches.
+        """
         self.path = path
         self.num_reports = 0
-        self._header = Header(format_version=FORMAT_VERSION, artifact_id=artifact_id, dim=dim)
+        self._header = Header(format_version=FORMAT_VERSION, artifact_id=artifact_id, dim=dim, artifact=artifact)
         self._known: dict[str, int] = {}  # by id: a hash of all else that is known of it
         self._num_bytes = 0
         self._files: dict[str, BinaryIO] = {}
@@ -249,7 +257,7 @@ class IndexWriter:
     def add(
         self, studies: Sequence[Indexed], films: NDArray[np.float32], reports: NDArray[np.float32] | None = None
     ) -> None:
-        """Add studies; when it returns they are on the disk, and else none of them is in the index.
+        """Add studies: when it returns they are on the disk. Where it fails, the first of them may be: see `len`.
 
         Args:
             studies: each of an id that is not there yet.
@@ -274,11 +282,15 @@ class IndexWriter:
         content = (films.astype(_FLOAT).tobytes(), reports.astype(_FLOAT).tobytes(), b"".join(lines), ends.tobytes())
         if not studies:
             return
-        for (name, size), data in zip(self._sizes().items(), content, strict=True):
-            with disk_errors_explained(self.path / name):
-                _write(self._files[name], size, data)
-        self._known |= {study.id: _rest_of(study.image, study.report) for study in studies}
-        self._num_bytes, self.num_reports = (int(last) for last in ends[-1])
+        try:
+            for (name, size), data in zip(self._sizes().items(), content, strict=True):
+                with disk_errors_explained(self.path / name):
+                    _write(self._files[name], size, data)
+        finally:  # whoever reads sees whole rows, whatever came in between: what is there is there
+            count = os.fstat(self._files[ROWS].fileno()).st_size // (2 * _INT.itemsize) - len(self)
+            self._known |= {study.id: _rest_of(study.image, study.report) for study in studies[:count]}
+            if count:
+                self._num_bytes, self.num_reports = map(int, ends[count - 1])
 
 
 def _write(file: BinaryIO, at: int, data: bytes) -> None:
