@@ -23,7 +23,7 @@ from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.image.files import load_image
 from lite.memory.sizes import shown_bytes
 
-_TEMPLATES: Final = ("report.html.j2", "score.html.j2")
+_TEMPLATES: Final = ("report.html.j2", "score.html.j2", "search.html.j2")
 _FILM_PX: Final = 256
 _ROUNDING_KL: Final = 1e-12
 
@@ -253,7 +253,7 @@ def _studies(studies: Sequence[StudyShown], rows: Sequence[Row]) -> Iterator[_St
         differs = bool(texts)
         if reference is None and all(text.error is None for text in texts):
             differs = len({draft.text for _, draft in drafts}) > 1
-        yield _Study(shown, *_film(shown.image), same, texts, differs)
+        yield _Study(shown, *film_thumbnail(shown.image), same, texts, differs)
 
 
 def _text(name: str, draft: Draft, reference: str | None) -> _Text:
@@ -264,10 +264,10 @@ def _text(name: str, draft: Draft, reference: str | None) -> _Text:
     return _Text(name, compare_words(reference, draft.text), None)
 
 
-def _film(path: str) -> tuple[str, str]:
-    """Return a film as a data URI, small, or what is wrong with it."""
+def film_thumbnail(path: str, *, any_film: bool = False) -> tuple[str, str]:
+    """Return a film as a data URI, small, or what is wrong with it; `any_film` as in `load_image`."""
     try:
-        image = load_image(path).image
+        image = load_image(path, any_film=any_film).image
     except LiteError as error:
         return "", str(error)
     image.thumbnail((_FILM_PX, _FILM_PX))

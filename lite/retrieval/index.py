@@ -194,6 +194,11 @@ class IndexWriter:
         """Return how many studies there are."""
         return len(self._known)
 
+    @property
+    def num_bytes(self) -> int:
+        """What all of it takes on the disk."""
+        return sum(self._sizes().values())
+
     def __enter__(self) -> Self:
         """Lock the index, make it where there is none, and cut off what was not finished.
 
