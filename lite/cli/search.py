@@ -107,7 +107,6 @@ def _beginning(hit: Hit) -> str:
 
 
 def _page(arguments: argparse.Namespace, index: Index, answer: Answer) -> str:
-    from lite.artifact.manifest import NOTICE
     from lite.bench.report import film_thumbnail, render
 
     cards = [(hit, *film_thumbnail(hit.study.image, any_film=True)) for hit in answer.hits]
@@ -121,6 +120,5 @@ def _page(arguments: argparse.Namespace, index: Index, answer: Answer) -> str:
         of_what=_of_what(index, answer),
         index=index,
         cards=cards,
-        notice=NOTICE,
         command=shlex.join(["python", "-m", "lite", *sys.argv[1:]]),
     )
