@@ -12,7 +12,6 @@ from lite.retrieval.index import Hit, Index, What
 from lite.retrieval.towers import embeddings_id
 
 if TYPE_CHECKING:
-    from lite.image.film import Rendering
     from lite.retrieval.towers import Retrieval
 
 
@@ -22,26 +21,12 @@ class Answer:
 
     what: What  # what the question was compared with
     hits: tuple[Hit, ...]  # the nearest first
-    num_tokens: int = 0  # of a question in words; the towers may read less
-    cut: int | None = None  # how many of them the tower has read, where that is less
-
-    @property
-    def remark(self) -> str | None:
-        """What to know of it, in words."""
-        return (
-            None if self.cut is None else f"the text has {self.num_tokens} tokens, of which the first {self.cut} count"
-        )
+    remark: str | None = None  # what to know of it, in words
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return what `json.dumps` takes, an object a study."""
         return [
-            {
-                "rank": rank,
-                "similarity": round(hit.similarity, 6),
-                "id": hit.study.id,
-                "image": hit.study.image,
-                "report": hit.study.report,
-            }
+            {"rank": rank, "similarity": round(hit.similarity, 6), **hit.study.to_dict()}
             for rank, hit in enumerate(self.hits, start=1)
         ]
 
@@ -57,9 +42,7 @@ def open_index(path: Path, artifact: Path | None = None) -> tuple[Index, Path]:
         LiteError: there is no index, it has no study or is of another artifact, or the artifact is not there.
     """
     index = Index(path)
-    if not len(index):
-        msg = f"{path}: got an index with no study · expected at least one to search in"
-        raise LiteError(f"{msg} · add some: python -m lite index ARTIFACT SOURCE --out {path}")
+    index.require("films")
     found = Path(index.header.artifact) if artifact is None else artifact
     if artifact is None and not found.is_dir():
         msg = f"{path}: got an index by an artifact that is not at {found} any more · expected it, to read the question"
@@ -75,10 +58,10 @@ def ask_words(index: Index, towers: Retrieval, text: str, what: What = "films", 
     """
     if not text.strip():
         raise LiteError("got a text without words · expected what to look for · write some")
-    (num_tokens,) = towers.count_tokens([text])
-    most = towers.wordpiece.max_tokens
+    (count,), most = towers.count_tokens([text]), towers.wordpiece.max_tokens
+    remark = f"the text has {count} tokens, of which the first {most} count" if count > most else None
     (hits,) = index.search(towers.embed_texts([text]), what, top=top)
-    return Answer(what=what, hits=tuple(hits), num_tokens=num_tokens, cut=most if num_tokens > most else None)
+    return Answer(what=what, hits=tuple(hits), remark=remark)
 
 
 def ask_film(
@@ -88,15 +71,17 @@ def ask_film(
     what: What | None = None,
     *,
     top: int,
-    rendering: Rendering = "mimic-cxr-jpg",
-    any_film: bool = False,
+    **how: Any,
 ) -> Answer:
     """Find the reports, or the films, that are nearest to a film; None: reports where there are any.
+
+    Args:
+        how: rendering and any_film, as `load_image` takes them.
 
     Raises:
         ImageError: it cannot be read, or is not a frontal one.
         LiteError: there is nothing to search in.
     """
     what = what or ("reports" if len(index.reports) else "films")
-    vector = towers.embed_images([film], rendering=rendering, any_film=any_film)
-    return Answer(what=what, hits=tuple(index.search(vector, what, top=top)[0]))
+    (hits,) = index.search(towers.embed_images([film], **how), what, top=top)
+    return Answer(what=what, hits=tuple(hits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,21 +12,13 @@ from lite.errors import LiteError
 from lite.retrieval.index import Indexed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
-    from lite.image.film import Rendering
     from lite.retrieval.index import IndexWriter
     from lite.retrieval.towers import Retrieval
     from lite.studies.study import Study
-
-
-class Listener(Protocol):
-    """Whoever is told of each study as it ends."""
-
-    def __call__(self, study: Study, result: int | LiteError) -> None:
-        """Take it: how many tokens its report has, 0 without one, once it is on the disk; or why it is not."""
 
 
 def entry_of(study: Study) -> Indexed:
@@ -44,10 +36,9 @@ def fill(
     towers: Retrieval,
     studies: Iterable[Study],
     *,
-    told: Listener,
+    told: Callable[[Study, int | LiteError], None],
     batch_size: int,
-    rendering: Rendering = "mimic-cxr-jpg",
-    any_film: bool = False,
+    **how: Any,
 ) -> None:
     """Add studies that are not in the index yet; one whose film cannot be used is told of, and left out.
 
@@ -55,10 +46,9 @@ def fill(
         writer: open.
         towers: those that the index is of.
         studies: read lazily.
-        told: of each study that ends.
+        told: of each study: how many tokens its report has, 0 without one, once it is on the disk; or why it is not.
         batch_size: how many are sent to the disk together, and at most lost by a kill.
-        rendering: how stored values are rendered.
-        any_film: take also what the rules take for another film than a frontal one of the chest.
+        how: rendering and any_film, as `load_image` takes them.
 
     Raises:
         LiteError: there is no room.
@@ -69,7 +59,7 @@ def fill(
         taken: list[tuple[Study, Indexed]] = []
         for study in some:
             try:
-                films += list(towers.embed_images([study.image], rendering=rendering, any_film=any_film))
+                films += list(towers.embed_images([study.image], **how))
             except LiteError as error:
                 told(study, error)
             else:

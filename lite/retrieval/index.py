@@ -63,9 +63,9 @@ class Indexed:
     image: str  # its film's file: an absolute path
     report: str | None = None
 
-    def to_line(self) -> bytes:
-        """Return its line. ASCII: a file's name may hold half a surrogate pair."""
-        return f"{json.dumps({'id': self.id, 'image': self.image, 'report': self.report})}\n".encode()
+    def to_dict(self) -> dict[str, str | None]:
+        """Return what `json.dumps` takes."""
+        return {"id": self.id, "image": self.image, "report": self.report}
 
     @classmethod
     def from_line(cls, line: bytes) -> Indexed:
@@ -142,6 +142,19 @@ class Index:
         """Read all studies in their order."""
         return map(self.__getitem__, range(len(self)))
 
+    def require(self, what: What) -> NDArray[np.float32]:
+        """Return the vectors to search in: float32 [N, dim].
+
+        Raises:
+            LiteError: there are none.
+        """
+        matrix = self.films if what == "films" else self.reports
+        if not len(matrix):
+            got = "no study" if not len(self) else f"{len(self)} studies, none with a report"
+            msg = f"{self.path}: got an index with {got} · expected at least one to search in"
+            raise LiteError(f"{msg} · add some: python -m lite index ARTIFACT SOURCE --out {self.path}")
+        return matrix
+
     def search(self, queries: NDArray[np.float32], what: What, *, top: int) -> list[list[Hit]]:
         """Find the studies whose films, or whose reports, are most similar to each query: the nearest first.
 
@@ -155,11 +168,7 @@ class Index:
         Raises:
             LiteError: there is nothing to search in, or the queries are of another length.
         """
-        matrix = self.films if what == "films" else self.reports
-        if not len(matrix):
-            got = "no study" if not len(self) else f"{len(self)} studies, none with a report"
-            msg = f"{self.path}: got an index with {got} · expected at least one to search in"
-            raise LiteError(f"{msg} · add some: python -m lite index ARTIFACT SOURCE --out {self.path}")
+        matrix = self.require(what)
         _check(queries, len(queries), self.header.dim, "queries")
         found, similarities = nearest(matrix, queries, top)
         if what == "reports":  # a report's study is the first with so many reports up to it
@@ -280,7 +289,7 @@ class IndexWriter:
         if len(ids) < len(studies) or ids & self._known.keys():
             msg = f"{self.path}: got a study that is in the index already · expected each once · leave it out"
             raise LiteError(msg)
-        lines = [study.to_line() for study in studies]
+        lines = [f"{json.dumps(study.to_dict())}\n".encode() for study in studies]  # ASCII: half surrogate pairs, too
         ends = np.empty((len(studies), 2), _INT)
         ends[:, 0] = self._num_bytes + np.cumsum([len(line) for line in lines])
         ends[:, 1] = self.num_reports + np.cumsum([study.report is not None for study in studies])
