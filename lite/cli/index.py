@@ -109,8 +109,7 @@ def _fill(arguments: argparse.Namespace, writer: IndexWriter, todo: Sequence[Stu
         how = {"rendering": arguments.rendering, "any_film": arguments.any_film}
         fill(writer, towers, todo, told=told, batch_size=arguments.batch_size, **how)
     if cut:
-        such = f", such as that of {cut[0]}" if len(cut) > 1 else f": that of {cut[0]}"
-        say(f"note: {len(cut)} reports have more than {most} tokens, of which the first {most} count{such}")
+        say(f"note: reports of more tokens than the {most} that count: {len(cut)}, such as that of {cut[0]}")
     if not arguments.quiet:
         say(f"{len(todo) / (time.monotonic() - started):.3g} studies/s")
     return len(failed)

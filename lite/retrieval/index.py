@@ -3,7 +3,7 @@
     INDEX/index.json     format_version, artifact_id of the towers, dim, and where the artifact was
           films.f32      float32 [num_studies, dim]: a row a study, of length 1
           reports.f32    float32 [num_reports, dim]: a row a study that has a report, in the same order
-          studies.jsonl  {"id", "image", "report"}: a line a study
+          studies.jsonl  {"id", "image"}, and "report" where there is one: a line a study
           rows.i64       int64 [num_studies, 2]: where a study's line ends, and how many reports there are up to it
 
 A study is in the index once its row of `rows.i64` is whole. That row is written after all else of it has been sent to
@@ -63,9 +63,9 @@ class Indexed:
     image: str  # its film's file: an absolute path
     report: str | None = None
 
-    def to_dict(self) -> dict[str, str | None]:
-        """Return what `json.dumps` takes."""
-        return {"id": self.id, "image": self.image, "report": self.report}
+    def to_dict(self) -> dict[str, str]:
+        """Return what `json.dumps` takes; without a report, where there is none."""
+        return {"id": self.id, "image": self.image} | ({} if self.report is None else {"report": self.report})
 
     @classmethod
     def from_line(cls, line: bytes) -> Indexed:
@@ -75,10 +75,9 @@ class Indexed:
             ValueError: it is something else.
         """
         value = json.loads(line)
-        if not isinstance(value, dict) or value.keys() != {"id", "image", "report"}:
+        if not isinstance(value, dict) or value.keys() - {"report"} != {"id", "image"}:
             raise ValueError("a line that is no study")
-        texts = value["id"], value["image"], value["report"] or ""
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) for text in value.values()):
             raise ValueError("a study of something else than text")
         return cls(**value)
 
@@ -289,7 +288,9 @@ class IndexWriter:
         if len(ids) < len(studies) or ids & self._known.keys():
             msg = f"{self.path}: got a study that is in the index already · expected each once · leave it out"
             raise LiteError(msg)
-        lines = [f"{json.dumps(study.to_dict())}\n".encode() for study in studies]  # ASCII: half surrogate pairs, too
+        lines = [
+            f"{json.dumps(study.to_dict(), separators=(',', ':'))}\n".encode() for study in studies
+        ]  # ASCII: half surrogate pairs, too
         ends = np.empty((len(studies), 2), _INT)
         ends[:, 0] = self._num_bytes + np.cumsum([len(line) for line in lines])
         ends[:, 1] = self.num_reports + np.cumsum([study.report is not None for study in studies])

@@ -317,7 +317,9 @@ def test_a_damaged_index_is_not_searched_and_not_gone_on_with(tmp_path: Path, na
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("line", ["[]", '{"id": 1, "image": "a", "report": null}', '{"id": "a", "image": "a"}', "x"])
+@pytest.mark.parametrize(
+    "line", ["[]", '{"id":1,"image":"a"}', '{"id":"a","image":"a","report":null}', '{"id":"a"}', "x"]
+)
 def test_a_line_that_is_no_study_is_named(tmp_path: Path, line: str) -> None:
     with writer(tmp_path) as out:
         add(out, 0, 3)
