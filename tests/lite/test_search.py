@@ -1,4 +1,4 @@
-"""Films and reports indexed, searched, shown beside a draft and measured, by the commands on the phantom's towers."""
+"""Films and reports indexed, searched, shown beside a draft and measured, by the commands, on exported towers."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import random_checkpoint
+import random_towers
+from exported import check_unchanged, exported
 from repository import ROOT
 
 import lite
 from benchmarks.phantom.write import write_studies
+from export import ExportSettings, export_artifact
 from lite.__main__ import main
 from lite.artifact.open import Artifact
 from lite.bench.__main__ import main as bench
 from lite.bench.retrieval import diagonal_ranks
+from lite.retrieval.ask import ask_words
 from lite.retrieval.index import FILMS, REPORTS, ROWS, STUDIES, Index
 from lite.studies.sources.listed import read_studies
 
@@ -28,11 +34,20 @@ COUNT = 7
 LONG = "There is a <b>left</b> pleural effusion. " * 60
 
 
-@pytest.fixture(scope="session")
-def towers_artifact():
-    from lite.artifact.open import load_artifact
+@pytest.fixture(scope="module")
+def towers_artifact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Artifact]:
+    """A random checkpoint, exported with its towers."""
 
-    return load_artifact("/tmp/rindex/scratch")
+    def make(out: Path) -> Artifact:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        checkpoint, base = random_checkpoint.write(folder / "random")
+        random_towers.add_towers(checkpoint)
+        settings = ExportSettings(retrieval=True, text_vocab=random_towers.bert_folder(folder / "bert"))
+        return export_artifact(checkpoint, base, out, settings)
+
+    artifact = exported("searched", make, Path(random_towers.__file__).read_text())
+    yield artifact
+    check_unchanged(artifact.path.parent)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +242,7 @@ def test_past_studies_stand_beside_a_draft_that_is_the_same_without_them(
         assert main([*command, *more]) == 0
         return capsys.readouterr().out
 
+    towers = lite.load_retrieval(towers_artifact.path)
     plain, beside = drafted("--json").splitlines(), drafted("--json", "--index", str(index)).splitlines()
     for before, after in zip(map(json.loads, plain), map(json.loads, beside), strict=True):
         past = after.pop("past")
@@ -234,8 +250,8 @@ def test_past_studies_stand_beside_a_draft_that_is_the_same_without_them(
             del value["timings"], value["memory"]
         assert after == before
         assert past["in"] == "reports"
-        wanted = found(capsys, index, before["prediction"], "--in", "reports", "--top", "3")
-        assert past["hits"] == wanted["hits"]
+        wanted = ask_words(Index(index), towers, before["prediction"], "reports", top=3)
+        assert past["hits"] == wanted.to_dicts()
     text = drafted("--index", str(index))
     for value in map(json.loads, beside):
         part = text.partition(value["image"])[2]
