@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOP: Final = 10
-_AT_A_TIME: Final = 5_000
 _CHECKED: Final = 3
 _BAR_S: Final = 0.05
 _BAR_BYTES: Final = 0.8e9
@@ -40,9 +39,7 @@ _BAR_BYTES: Final = 0.8e9
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0 all well, 1 something is wrong, 2 wrong use."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks speed search", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks speed search", description="Time exact searches.")
     parser.add_argument("--films", type=positive, default=377_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--dim", type=positive, default=512, metavar="N", help="default: %(default)s")
     parser.add_argument("--queries", type=positive, default=100, metavar="N", help="default: %(default)s")
@@ -80,11 +77,11 @@ def write_random(path: Path, count: int, dim: int) -> int:
     progress = ProgressLine("writing", count)
     with IndexWriter(path, artifact_id="random", dim=dim) as writer:
         while (start := len(writer)) < count:
-            numbers = range(start, min(start + _AT_A_TIME, count))
+            numbers = range(start, min(start + 5_000, count))
             studies = [Indexed(id=f"{n}", image=f"/films/{n}.png") for n in numbers]
             writer.add(studies, random_vectors(len(studies), dim, start))
             progress.show(len(writer))
-    return Index(path).num_bytes
+        return writer.num_bytes
 
 
 def _in_a_process(path: Path, threads: int, num_queries: int) -> Row:
@@ -94,9 +91,9 @@ def _in_a_process(path: Path, threads: int, num_queries: int) -> Row:
         found = pool.submit(search, path, num_queries).result()
     row = Row(names={"threads": f"{threads}"}, nbytes=path.joinpath(FILMS).stat().st_size)
     row.took("another answer than by brute force" if found["wrong"] else [found["warm_s"]])
-    row.cells = {"opened, ms": shown(1e3 * found["open_s"]), "first, ms": shown(1e3 * found["first_s"])}
-    row.cells["peak memory"] = shown_bytes(found["peak_bytes"] or 0)
     row.figures = {name: found[name] for name in ("open_s", "first_s", "peak_bytes")}
+    row.cells = {f"{name}, ms": shown(1e3 * found[f"{name}_s"]) for name in ("open", "first")}
+    row.cells["peak memory"] = shown_bytes(found["peak_bytes"] or 0)
     return row
 
 

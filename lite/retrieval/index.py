@@ -118,11 +118,6 @@ class Index:
         """Return how many studies there are."""
         return len(self._ends)
 
-    @property
-    def num_bytes(self) -> int:
-        """What all of it takes on the disk."""
-        return sum(array.nbytes for array in (self._ends, self.films, self.reports, self._lines))
-
     def __getitem__(self, row: int) -> Indexed:
         """Read a study by its row.
 
@@ -288,9 +283,8 @@ class IndexWriter:
         if len(ids) < len(studies) or ids & self._known.keys():
             msg = f"{self.path}: got a study that is in the index already · expected each once · leave it out"
             raise LiteError(msg)
-        lines = [
-            f"{json.dumps(study.to_dict(), separators=(',', ':'))}\n".encode() for study in studies
-        ]  # ASCII: half surrogate pairs, too
+        # ASCII: a file's name may hold half a surrogate pair.
+        lines = [f"{json.dumps(study.to_dict(), separators=(',', ':'))}\n".encode() for study in studies]
         ends = np.empty((len(studies), 2), _INT)
         ends[:, 0] = self._num_bytes + np.cumsum([len(line) for line in lines])
         ends[:, 1] = self.num_reports + np.cumsum([study.report is not None for study in studies])
