@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def shortened(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     FILMS: shortened,
     REPORTS: shortened,
     STUDIES: shortened,

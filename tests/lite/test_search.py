@@ -135,7 +135,7 @@ def test_killed_it_goes_on_to_the_same_bytes(
     assert main([*program[3:], "--batch-size", "1"]) == 0
     for name in (FILMS, STUDIES, ROWS):
         assert (out / name).read_bytes() == (index / name).read_bytes()
-    assert np.allclose(*(np.fromfile(path / REPORTS, np.float32) for path in (out, index)), atol=1e-6)
+    assert np.allclose(np.fromfile(out / REPORTS, np.float32), np.fromfile(index / REPORTS, np.float32), atol=1e-6)
 
 
 # -- Search ----------------------------------------------------------------------------------------------------------
