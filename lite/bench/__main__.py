@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         "its own, one study at a time and in batches. A research tool: not for clinical use.",
         epilog="python -m lite.bench record ARTIFACT --data LIST.json --out R keeps what the fp16 model does on a list "
         "of studies; with --reference R any other artifact is compared with that, on machines where fp16 does not "
-        "fit.\n\nexit status: 0 done, 1 an artifact or a study failed, 2 wrong use, 130 interrupted.",
+        "fit. python -m lite.bench retrieval is about the towers that find films.\n\n"
+        "exit status: 0 done, 1 an artifact or a study failed, 2 wrong use, 130 interrupted.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"llava-rad-lite {__version__}")

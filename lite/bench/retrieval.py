@@ -102,7 +102,7 @@ def run_retrieval(
     reports = [study.reference for study, use in zip(studies, usable, strict=True) if use]
     if len(reports) < 2:
         msg = f"got {len(reports)} pairs of film and report · expected at least two"
-        raise LiteError(f"{msg} · {' '.join(embedded[0].notes) or 'take a longer list'}")
+        raise LiteError(" ".join((f"{msg} · take a longer list.", *embedded[0].notes)))
     readings = [read_labels(report) for report in reports]
     has = {name: np.array([of[name].status == "positive" for of in readings]) for name in LABELS}
     has = {name: of for name, of in has.items() if of.any()}
