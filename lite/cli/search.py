@@ -27,6 +27,7 @@ EPILOG: Final = """\
 examples:
   python -m lite search past "right apical pneumothorax" --html found.html
   python -m lite search past --image film.dcm --in films"""
+NOTICE: Final = "Research use only: not for clinical use."
 TOP: Final = 10
 WIDTH: Final = 72
 
@@ -55,7 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     from lite.bench.report import check_packages
     from lite.files import check_writable, write_whole
     from lite.retrieval.ask import ask_film, ask_words, open_index
-    from lite.studies.results import SHORT_NOTICE
 
     if (arguments.text is None) == (arguments.image is None):
         got = "neither a TEXT nor" if arguments.text is None else "a TEXT and"
@@ -78,9 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         asked = {"text": arguments.text, "image": arguments.image and str(arguments.image), "in": answer.what}
         found = {"index": str(index.path), "artifact_id": index.header.artifact_id, "hits": answer.to_dicts()}
-        print_line(json.dumps(asked | found | {"notice": SHORT_NOTICE}, ensure_ascii=False))
+        print_line(json.dumps(asked | found | {"notice": NOTICE}, ensure_ascii=False))
         return 0
-    for line in (_of_what(index, answer), *table(answer.hits), SHORT_NOTICE):
+    for line in (_of_what(index, answer), *table(answer.hits), NOTICE):
         print_line(line)
     return 0
 
