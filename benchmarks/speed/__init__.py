@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "gpu": ("benchmarks.speed.gpu", "the whole runtime on a GPU at full size, and its kernels, beside other libraries"),
     "peers": ("benchmarks.speed.peers", "other runtimes at the same shapes, whichever are installed"),
     "products": ("benchmarks.speed.products", "4-bit products by OpenVINO beside ONNX Runtime's"),
+    "search": ("benchmarks.speed.search", "what a search takes in an index as large as a cohort"),
     "rivals": ("benchmarks.speed.rivals", "what a user would take instead, one film end to end"),
     "profile": ("benchmarks.speed.profile", "where the onnx engine's time goes, operator by operator"),
 }

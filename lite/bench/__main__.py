@@ -7,6 +7,7 @@ is one line on stderr), 2 wrong use, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from lite._version import __version__
 from lite.artifact.open import load_artifact
 from lite.bench.quality import Clinical
 from lite.bench.results import FailedRow
-from lite.cli.options import ENGINES, add_engine, add_image_folder, add_memory, load_model, load_options
+from lite.cli.options import ENGINES, add_engine, add_image_folder, add_memory, add_towers, load_model, load_options
 from lite.console import EXIT_FAILED, positive, run_command, say, short_names, show_progress
 from lite.engines.options import LoadOptions
 from lite.errors import LiteError
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == ["record"]:
         recorded = _record_parser().parse_args(given[1:])
         return run_command(lambda: _record(recorded))
+    if given[:1] == ["retrieval"]:
+        asked = _retrieval_parser().parse_args(given[1:])
+        return run_command(lambda: _retrieval(asked))
     arguments = _parser().parse_args(given)
     return run_command(lambda: _bench(arguments, shlex.join(["python", "-m", "lite.bench", *given])))
 
@@ -52,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         "its own, one study at a time and in batches. A research tool: not for clinical use.",
         epilog="python -m lite.bench record ARTIFACT --data LIST.json --out R keeps what the fp16 model does on a list "
         "of studies; with --reference R any other artifact is compared with that, on machines where fp16 does not "
-        "fit.\n\nexit status: 0 done, 1 an artifact or a study failed, 2 wrong use, 130 interrupted.",
+        "fit. python -m lite.bench retrieval is about the towers that find films.\n\n"
+        "exit status: 0 done, 1 an artifact or a study failed, 2 wrong use, 130 interrupted.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"llava-rad-lite {__version__}")
@@ -114,6 +119,19 @@ def _record_parser() -> argparse.ArgumentParser:
     _add_data(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="R", help="writes R.json and R.safetensors")
     add_engine(parser)
+    return parser
+
+
+def _retrieval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lite.bench retrieval",
+        description="Measure the towers of retrieval: how often a report finds its film and a film its report, of all "
+        "in a list, and what embedding costs. Others are compared with the first.",
+    )
+    parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="exported with --retrieval")
+    _add_data(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
+    add_towers(parser)
     return parser
 
 
@@ -227,6 +245,27 @@ def _recorded_studies(arguments: argparse.Namespace, studies: Sequence[Study]) -
         say(f"the record is of the first {len(recorded)} of {len(studies)} studies: taking those")
         return recorded
     return studies
+
+
+def _retrieval(arguments: argparse.Namespace) -> int:
+    from lite.bench.retrieval import format_retrieval, run_retrieval
+    from lite.bench.table import to_json
+    from lite.retrieval.towers import embeddings_id
+
+    check_writable(arguments.json)
+    for path in arguments.artifacts:
+        embeddings_id(load_artifact(path))
+    studies = [study for study in _studies(arguments) if study.reference]
+    if not studies:
+        msg = f"{arguments.data}: got no study with a report · expected pairs of film and report · take another list"
+        raise LiteError(msg)
+    options = {name: getattr(arguments, name) for name in ("provider", "threads", "verify")}
+    artifacts = list(zip(short_names(arguments.artifacts), arguments.artifacts, strict=True))
+    bench = run_retrieval(artifacts, studies, options)
+    sys.stdout.write(f"{format_retrieval(bench)}\n")
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps(to_json(bench), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return 0
 
 
 def _report_failures(bench: Bench) -> int:

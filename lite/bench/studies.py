@@ -89,18 +89,23 @@ def study_card(
 def with_films(cards: Iterable[Card]) -> Iterator[Card]:
     """Put the films in, small, or what is wrong with them."""
     for index, card in enumerate(cards):
-        try:
-            image = load_image(card.image).image if card.image and index < _MAX_FILMS else None
-        except LiteError as error:
-            yield card._replace(film_error=str(error))
-            continue
-        if image is None:
+        if not card.image or index >= _MAX_FILMS:
             yield card._replace(film_error=f"The first {_MAX_FILMS} are shown." if card.image else "None is named.")
             continue
-        image.thumbnail((_FILM_PX, _FILM_PX))
-        written = io.BytesIO()
-        image.save(written, "JPEG", quality=85)
-        yield card._replace(film=f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}")
+        film, error = film_thumbnail(card.image)
+        yield card._replace(film=film, film_error=error)
+
+
+def film_thumbnail(path: str, *, any_film: bool = False) -> tuple[str, str]:
+    """Return a film as a data URI, small, or what is wrong with it; `any_film` as in `load_image`."""
+    try:
+        image = load_image(path, any_film=any_film).image
+    except LiteError as error:
+        return "", str(error)
+    image.thumbnail((_FILM_PX, _FILM_PX))
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}", ""
 
 
 def filters(cards: Sequence[Card]) -> list[tuple[str, str, int]]:

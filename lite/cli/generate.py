@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Final
 
-from lite.cli.notes import Notes, report
+from lite.cli.notes import Notes, print_pieces, report
 from lite.cli.options import add_artifact, add_drafting, add_loading, load_model
+from lite.cli.past import Past, add_index
 from lite.console import EXIT_FAILED, print_line, say
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from lite.model import FindingsModel
-    from lite.session.draft import Draft
 
 HELP: Final = "draft the findings of one or more films"
 DESCRIPTION: Final = (
@@ -31,24 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     question.add_argument("--reason", metavar="TEXT", help="the reason for the exam, used for every film")
     question.add_argument("--query", metavar="TEXT", help="ask this instead of the question the model was trained with")
     parser.add_argument("--json", action="store_true", help="print one JSON object per film, one per line")
+    add_index(parser)
     add_drafting(parser, batch_size=1)
     add_loading(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    past = Past(arguments)
     with load_model(arguments) as model:
         # One reason for all films: if it cannot be used, say so once and not for each film.
         model.prompt.encode(arguments.reason, query=arguments.query)
         if arguments.json:
-            return _print_results(model, arguments)
+            return _print_results(model, arguments, past)
         say(f"note: {model.notice}")
         if arguments.batch_size == 1:
-            return _print_streams(model, arguments)
-        return _print_results(model, arguments)
+            return _print_streams(model, arguments, past)
+        return _print_results(model, arguments, past)
 
 
-def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
+def _print_streams(model: FindingsModel, arguments: argparse.Namespace, past: Past) -> int:
     """Print the text of each film as it is made."""
     status, notes = 0, Notes()
     for image in arguments.images:
@@ -62,7 +63,8 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
                 any_film=arguments.any_film,
             )
             _print_heading(image, arguments)
-            _print_pieces(stream)
+            print_pieces(stream)
+            past.show(image, stream.result().text)
             notes.tell(image, stream.result())
         except LiteError as error:
             report(image, error)
@@ -70,16 +72,7 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
     return status
 
 
-def _print_pieces(stream: Draft) -> None:
-    try:
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    finally:  # also when it fails or is interrupted: what follows begins on a line of its own
-        print_line("")
-
-
-def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
+def _print_results(model: FindingsModel, arguments: argparse.Namespace, past: Past) -> int:
     """Print what comes of each film, in order, when it is done: its text, or one JSON object."""
     from lite.studies.results import Result, StudyError
     from lite.studies.study import Study
@@ -100,10 +93,11 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
             report(study.id, found)
             status = EXIT_FAILED
         if arguments.json:
-            print_line(Result.of(study, found).to_json())
+            print_line(past.added(Result.of(study, found).to_json(), study.id, found))
         elif not isinstance(found, LiteError):
             _print_heading(study.id, arguments)
             print_line(found.text)
+            past.show(study.id, found.text)
         if not isinstance(found, LiteError):
             notes.tell(study.id, found, cut=not arguments.json)
     return status

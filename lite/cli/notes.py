@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lite.console import say
+from lite.console import print_line, say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lite.errors import LiteError
     from lite.studies.results import Findings
 
@@ -36,3 +39,13 @@ def report(image: str, error: LiteError, *, what: str = "error") -> None:
     text = str(error)
     named = text.startswith((f"{image}:", f"{Path(image)}:"))
     say(f"{what}: {text if named else f'{image}: {text}'}")
+
+
+def print_pieces(pieces: Iterable[str]) -> None:
+    """Print a text as it is made."""
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:  # also when it fails or is interrupted: what follows begins on a line of its own
+        print_line("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lite.model import FindingsModel
+    from lite.retrieval.towers import Retrieval
 
 ENGINES: Final = get_args(EngineChoice)
 DEFAULTS: Final = LoadOptions()
@@ -121,6 +123,11 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="auto: guess how a text goes on by the earlier ones of this run, and verify several tokens in one step "
         "where that pays; FILE: by a table of past reports, too, from `lite drafts build` (default %(default)s)",
     )
+    add_verify(parser)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Add whether the artifact's files are checked first."""
     parser.add_argument(
         "--no-verify",
         dest="verify",
@@ -157,6 +164,16 @@ def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=positive, help="stop after N tokens (default: the artifact's)"
     )
+    add_films(parser, "also draft findings for what, by its file, is not a frontal chest film; a remark says so")
+
+
+def add_films(parser: argparse.ArgumentParser, any_film: str) -> None:
+    """Add how films are read.
+
+    Args:
+        parser: of the command.
+        any_film: what that option does there.
+    """
     parser.add_argument(
         "--rendering",
         choices=["mimic-cxr-jpg", "voi-lut"],
@@ -164,11 +181,25 @@ def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
         help="how DICOM values become grey levels: the way of the training films, or the file's own window "
         "(default %(default)s)",
     )
+    parser.add_argument("--any-film", action="store_true", help=any_film)
+
+
+def add_towers(parser: argparse.ArgumentParser) -> None:
+    """Add all that `lite.load_retrieval` can be told."""
     parser.add_argument(
-        "--any-film",
-        action="store_true",
-        help="also draft findings for what, by its file, is not a frontal chest film; a remark says so",
+        "--provider", metavar="NAME", default="cpu", help="what ONNX Runtime computes with (default: the CPU)"
     )
+    parser.add_argument("--threads", metavar="N", type=positive, help="threads that compute (default: one a core)")
+    add_verify(parser)
+
+
+def load_towers(arguments: argparse.Namespace, artifact: Path | str) -> Retrieval:
+    """Load the towers of an artifact; its text is cut without a word: the commands say of what."""
+    from lite.retrieval.towers import load_retrieval
+
+    logging.getLogger("lite.retrieval.towers").setLevel(logging.ERROR)
+    given = {name: value for name, value in vars(arguments).items() if name in ("threads", "verify")}
+    return load_retrieval(artifact, provider=arguments.provider or "cpu", **given)
 
 
 def size(text: str) -> int:

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 from lite.artifact.open import load_artifact
 from lite.cli.drafting import draft, draft_arriving, draft_on_cluster
-from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model
+from lite.cli.options import add_artifact, add_drafting, add_loading, load_model
+from lite.cli.sources import SOURCE, add_source, source_options, tell_source
 from lite.cohort.formats import FORMATS, formatted_name, iterate_results
 from lite.cohort.run import DRAFTING, Extras, in_shard
 from lite.cohort.tally import Tally
 from lite.console import EXIT_FAILED, positive, print_line, say
 from lite.errors import LiteError
 from lite.files import check_writable
-from lite.studies.films import check_films
 from lite.studies.sources import read_source
-from lite.studies.sources.base import SourceOptions, StudyList, Where
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.studies.journal import Journal
+    from lite.studies.sources.base import SourceOptions
     from lite.studies.study import Study
 
 BATCH_SIZE: Final = 8
@@ -36,8 +36,7 @@ DESCRIPTION: Final = (
     "failed."
 )
 EPILOG: Final = (
-    "SOURCE is a JSON list, a CSV or TSV table, a folder of films or a DICOM tree, a pattern in quotes, or\n"
-    "a public data set in its own layout: see docs/cohorts.md.\n\n"
+    f"{SOURCE}"
     "example: python -m lite run artifact studies.json --image-folder films --out findings.jsonl\n"
     "example: python -m lite run artifact studies.csv --reason-column Indication --out results --format csv"
 )
@@ -60,35 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the source")
-    add_image_folder(group)
-    for name, what in (
-        ("image", "the films"),
-        ("id", "what the studies are called"),
-        ("reason", "the reasons for the exams"),
-        ("reference", "the findings that there are"),
-    ):
-        group.add_argument(f"--{name}-column", metavar="NAME", help=f"of a table: {what} (default: guessed, and said)")
-    group.add_argument(
-        "--reason-from-header",
-        dest="header_reason",
-        action="store_true",
-        help="of a DICOM tree: the reason is what the header gives for the exam, else its StudyDescription",
-    )
-    group.add_argument(
-        "--where",
-        type=_where,
-        default=Where(),
-        metavar="WHICH",
-        help="only these: frontal, chest (by DICOM headers), COLUMN=VALUE, with commas between them",
-    )
+    group = add_source(parser)
     group.add_argument(
         "--watch", action="store_true", help="go on with what arrives in the folder, until Ctrl-C or SIGTERM"
     )
     group.add_argument(
         "--interval", type=float, default=5.0, metavar="S", help="with --watch: seconds between two looks (default 5)"
     )
-    group.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
     group.add_argument(
         "--shard", type=_shard, metavar="I/N", help="only part I of N, by the studies' ids: one on each machine"
     )
@@ -144,11 +121,11 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(formatted_name(out, name))
     if arguments.watch:
         return _watch(arguments, out)
-    listed = read_source(arguments.source, source_options(arguments))
+    listed = read_source(arguments.source, _source_options(arguments))
     studies = [study for study in listed if arguments.shard is None or in_shard(study.id, arguments.shard)]
     studies = studies[: arguments.limit]
     artifact = load_artifact(arguments.artifact)
-    _tell_source(arguments, listed, studies)
+    tell_source(arguments, listed, studies)
     request = {name: getattr(arguments, name) for name in DRAFTING}
     extras = Extras(text_dir=arguments.text_dir, sr_dir=arguments.sr_dir)
     own = {"artifact_id": artifact.id, "request": request, "mix": arguments.mix}
@@ -178,7 +155,7 @@ def _watch(arguments: argparse.Namespace, out: Path) -> int:
         raise LiteError(f"got {got} · expected a folder, and all that arrives in it · correct it")
 
     def arriving(_journal: Journal, stop: Event) -> Generator[Study | None]:
-        for study in watch_folder(folder, source_options(arguments), stop, interval_s=arguments.interval):
+        for study in watch_folder(folder, _source_options(arguments), stop, interval_s=arguments.interval):
             if study is None or arguments.shard is None or in_shard(study.id, arguments.shard):
                 yield study
 
@@ -201,28 +178,9 @@ def journal_path(out: Path, shard: tuple[int, int] | None) -> Path:
     return out / (RESULTS if shard is None else f"results-{shard[0]}-of-{shard[1]}.jsonl")
 
 
-def source_options(arguments: argparse.Namespace) -> SourceOptions:
-    """Return how the source is read."""
+def _source_options(arguments: argparse.Namespace) -> SourceOptions:
     keep_rows = arguments.columns or any(FORMATS[name].needs_rows for name in arguments.formats)
-    names = ("image_folder", "image_column", "id_column", "reason_column", "reference_column", "header_reason", "where")
-    return SourceOptions(keep_rows=keep_rows, **{name: getattr(arguments, name) for name in names})
-
-
-def _tell_source(arguments: argparse.Namespace, listed: StudyList, studies: Sequence[Study]) -> None:
-    """Say what the source is, what was left out of it, and which films are not there, before any work."""
-    missing = check_films(studies, Path(arguments.source), every=False)
-    if missing:
-        say(f"note: {missing} of {len(studies)} films are not there: these studies will fail")
-    if arguments.quiet:
-        return
-    say(f"{arguments.source}: {listed.kind}, {len(listed)} studies{_part_of(listed, studies)}")
-    for note in (*listed.notes, listed.remark):
-        if note:
-            say(f"note: {note}")
-
-
-def _part_of(listed: StudyList, studies: Sequence[Study]) -> str:
-    return f", {len(studies)} of them to do here" if len(studies) < len(listed) else ""
+    return source_options(arguments, keep_rows=keep_rows)
 
 
 def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Journal, extras: Extras) -> int:
@@ -258,13 +216,6 @@ def _write_formats(arguments: argparse.Namespace, artifact: Artifact, out: Path)
     _, prompt = prompt_of(artifact)
     for name in arguments.formats:
         FORMATS[name].write(iterate_results(out, prompt), formatted_name(out, name))
-
-
-def _where(text: str) -> Where:
-    try:
-        return Where.parse(text)
-    except LiteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -200,7 +200,7 @@ def open_towers(artifact: Artifact, *, provider: str = CPU, threads: int | None 
     check_signature(sessions[FILM_EMBEDS], film, {PIXELS: pixels}, seen | {FILM_EMBEDS: (part.dim,)})
     check_signature(sessions[TEXT_EMBEDS], text, {INPUT_IDS: (None,)}, {TEXT_EMBEDS: (part.dim,)})
     wordpiece = WordPiece(artifact.file(part.vocabulary), vocab_size=part.vocab_size, max_tokens=part.max_tokens)
-    return Retrieval(artifact=artifact, artifact_id=_space(artifact), wordpiece=wordpiece, _sessions=sessions)
+    return Retrieval(artifact=artifact, artifact_id=embeddings_id(artifact), wordpiece=wordpiece, _sessions=sessions)
 
 
 def _part(artifact: Artifact) -> RetrievalPart:
@@ -217,8 +217,12 @@ def _files(artifact: Artifact) -> dict[str, str]:
     return {"vision": vision.graph, "film": part.film, "text": part.text, "vocabulary": part.vocabulary}
 
 
-def _space(artifact: Artifact) -> str:
-    """Return the id of the space that embeddings are of: see `Retrieval`."""
+def embeddings_id(artifact: Artifact) -> str:
+    """Return the id of the space that an artifact's embeddings are of: see `Retrieval.artifact_id`.
+
+    Raises:
+        ArtifactError: it has no towers for retrieval.
+    """
     depends: dict[str, Any] = {what: artifact.manifest.files[name].sha256 for what, name in _files(artifact).items()}
     depends |= {"preprocessing": to_json(artifact.manifest.preprocessing), "max_tokens": _part(artifact).max_tokens}
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
