@@ -10,6 +10,7 @@ one thread that decodes. `submit` is the way in; all else here is a few lines ar
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from lite.memory.plan import STUDIES_AHEAD
 from lite.prompt import TextStream
 from lite.session.draft import Draft, in_order
 from lite.session.loop import Loop
-from lite.session.prepare import Asked, Options, Preparer, check_count
+from lite.session.prepare import Asked, Options, Preparer, again, check_count
 from lite.session.request import Lot
 from lite.session.session import Session
 from lite.studies.study import Study, as_study
@@ -34,11 +35,13 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.engines.plan import RunPlan
-    from lite.engines.protocol import Engine
+    from lite.engines.protocol import Engine, Sampling
     from lite.image.files import ImageSource
     from lite.image.film import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
     from lite.session.drafting import Drafting
+    from lite.session.prepare import Prepared
+    from lite.session.request import Progress
     from lite.studies.results import Findings, StudyError
     from lite.vision import VisionEncoder
 
@@ -141,6 +144,22 @@ class FindingsModel:
     stream = submit
     """The same, for whoever iterates over the draft: it gives the text a piece at a time."""
 
+    def submit_each(
+        self,
+        image: ImageSource,
+        reason: str | None = None,
+        *,
+        query: str | None = None,
+        samplings: Sequence[Sampling],
+        **options: Unpack[Options],
+    ) -> list[Draft]:
+        """Ask for several findings of one film, each drawn in its own way: `submit`, but the film is read once."""
+        check_names(options, Options.__annotations__)
+        asked = Asked(**options)
+        prepared = self._preparer.request(Study(image, reason, query), asked)
+        ways = [dataclasses.replace(how, num_top=asked.top_logprobs or 0) for how in samplings]
+        return self._begin([dataclasses.replace(prepared, request=again(prepared.request, "", how)) for how in ways])
+
     def findings(
         self, image: ImageSource, reason: str | None = None, *, query: str | None = None, **options: Unpack[Options]
     ) -> Findings:
@@ -238,12 +257,18 @@ class FindingsModel:
         return np.concatenate(outcome.logits)
 
     def _submit(self, study: Study, asked: Asked, *, lot: Lot | None = None) -> Draft:
-        prepared = self._preparer.request(study, asked, lot=lot)
+        return self._begin([self._preparer.request(study, asked, lot=lot)])[0]
+
+    def _begin(self, asked: Sequence[Prepared]) -> list[Draft]:
+        outcomes = iter(self.session.submit_all([one for each in asked for one in (each.request, *each.samples)]))
+        return [self._draft(each, *itertools.islice(outcomes, 1 + len(each.samples))) for each in asked]
+
+    def _draft(self, prepared: Prepared, outcome: Progress[Any], *samples: Progress[Any]) -> Draft:
         session, preparer = self.session, self._preparer
-        outcome = session.submit(prepared.request)
         return Draft(
             outcome,
             TextStream(self.tokenizer),
-            cancel=lambda: session.cancel(outcome),
-            finish=lambda: preparer.findings(prepared, outcome),
+            cancel=lambda: [session.cancel(each) for each in (outcome, *samples)],
+            finish=lambda: preparer.findings(prepared, outcome, samples),
+            samples=samples,
         )
