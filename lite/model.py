@@ -183,6 +183,8 @@ class FindingsModel:
         rendering: Rendering = "mimic-cxr-jpg",
         any_film: bool = False,
         reuse: bool = True,
+        top_logprobs: int | None = None,
+        samples: int = 0,
     ) -> Iterator[Findings | StudyError]:
         """Draft the findings of many films, several at a time: one that has ended makes room for the next.
 
@@ -195,6 +197,8 @@ class FindingsModel:
             rendering: see there.
             any_film: see there.
             reuse: see there.
+            top_logprobs: see there.
+            samples: see there.
 
         Yields:
             One result per study, in order; a `StudyError` for one that cannot be used or computed.
@@ -209,7 +213,14 @@ class FindingsModel:
             msg = f"got one study (a {type(studies).__name__}) · expected several · wrap it in a list: [study]"
             raise LiteError(msg)
         check_count("batch_size", batch_size, "1 runs the studies one by one")
-        asked = Asked(max_new_tokens=max_new_tokens, rendering=rendering, any_film=any_film, reuse=reuse)
+        asked = Asked(
+            max_new_tokens=max_new_tokens,
+            rendering=rendering,
+            any_film=any_film,
+            reuse=reuse,
+            top_logprobs=top_logprobs,
+            samples=samples,
+        )
         asked.check()
         if isinstance(studies, Sized):
             batch_size = max(1, min(batch_size, len(studies)))
@@ -268,7 +279,7 @@ class FindingsModel:
         return Draft(
             outcome,
             TextStream(self.tokenizer),
-            cancel=lambda: [session.cancel(each) for each in (outcome, *samples)],
+            cancel=lambda: session.cancel(outcome, *samples),
             finish=lambda: preparer.findings(prepared, outcome, samples),
             samples=samples,
         )

@@ -7,13 +7,22 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from lite.cli.notes import Notes, report
-from lite.cli.options import add_artifact, add_drafting, add_loading, load_model
+from lite.cli.options import (
+    add_artifact,
+    add_confidence,
+    add_drafting,
+    add_loading,
+    asked_for_confidence,
+    confident,
+    load_model,
+)
 from lite.console import EXIT_FAILED, print_line, say
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from lite.model import FindingsModel
     from lite.session.draft import Draft
+    from lite.studies.results import Findings
 
 HELP: Final = "draft the findings of one or more films"
 DESCRIPTION: Final = (
@@ -21,6 +30,9 @@ DESCRIPTION: Final = (
     "done."
 )
 EPILOG: Final = 'example: python -m lite generate artifact film.dcm --reason "Cough and fever for three days."'
+UNCALIBRATED: Final = (
+    "how sure the model was of what each sentence means, uncalibrated (calibrate it by: python -m lite confidence):"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     question.add_argument("--reason", metavar="TEXT", help="the reason for the exam, used for every film")
     question.add_argument("--query", metavar="TEXT", help="ask this instead of the question the model was trained with")
     parser.add_argument("--json", action="store_true", help="print one JSON object per film, one per line")
+    add_confidence(parser)
     add_drafting(parser, batch_size=1)
     add_loading(parser)
 
@@ -50,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
     """Print the text of each film as it is made."""
-    status, notes = 0, Notes()
+    status, notes, add_sentences = 0, Notes(), confident(arguments, model)
     for image in arguments.images:
         try:
             stream = model.stream(
@@ -60,9 +73,11 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
                 max_new_tokens=arguments.max_new_tokens,
                 rendering=arguments.rendering,
                 any_film=arguments.any_film,
+                **asked_for_confidence(arguments),
             )
             _print_heading(image, arguments)
             _print_pieces(stream)
+            _print_sentences(add_sentences(stream.result()))
             notes.tell(image, stream.result())
         except LiteError as error:
             report(image, error)
@@ -84,7 +99,7 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
     from lite.studies.results import Result, StudyError
     from lite.studies.study import Study
 
-    status, notes = 0, Notes()
+    status, notes, add_sentences = 0, Notes(), confident(arguments, model)
     # Each film is called by its path.
     studies = [Study(image, arguments.reason, arguments.query, id=image) for image in arguments.images]
     results = model.findings_batch(
@@ -93,9 +108,10 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         rendering=arguments.rendering,
         any_film=arguments.any_film,
+        **asked_for_confidence(arguments),
     )
     for study, result in zip(studies, results, strict=True):
-        found = result.error if isinstance(result, StudyError) else result
+        found = result.error if isinstance(result, StudyError) else add_sentences(result)
         if isinstance(found, LiteError):
             report(study.id, found)
             status = EXIT_FAILED
@@ -104,9 +120,27 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
         elif not isinstance(found, LiteError):
             _print_heading(study.id, arguments)
             print_line(found.text)
+            _print_sentences(found)
         if not isinstance(found, LiteError):
             notes.tell(study.id, found, cut=not arguments.json)
     return status
+
+
+def _print_sentences(findings: Findings) -> None:
+    """Print how sure the model was of each sentence: the less, the more question marks."""
+    if findings.sentences is None:
+        return
+    calibrated = findings.calibration is not None
+    print_line(
+        f"how likely each sentence is true, by calibration {findings.calibration}:" if calibrated else UNCALIBRATED
+    )
+    for one in findings.sentences:
+        sure = one.probability if calibrated else one.score
+        share = f"{sure:4.0%}" if calibrated and sure is not None else f"{sure:4.2f}" if sure is not None else "   –"
+        agree = "" if one.agreement is None else f"  {one.agreement * len(findings.samples or ()):.0f} of "
+        agree += f"{len(findings.samples or ())}" if agree else ""
+        mark = "" if sure is None or not calibrated else "??" if sure < 0.75 else "?" if sure < 0.9 else ""
+        print_line(f"  {mark:2} {share}{agree}  {' '.join(one.text.split())}")
 
 
 def _print_heading(image: str, arguments: argparse.Namespace) -> None:

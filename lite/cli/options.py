@@ -15,9 +15,10 @@ from lite.image_tokens import METHODS
 from lite.memory.sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lite.model import FindingsModel
+    from lite.studies.results import Findings
 
 ENGINES: Final = get_args(EngineChoice)
 DEFAULTS: Final = LoadOptions()
@@ -133,7 +134,7 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
     """Return what the options above ask for. As many studies can be under way as go through the decoder together."""
     given = vars(arguments)
     names = {field.name for field in dataclasses.fields(LoadOptions)} & given.keys()
-    rows = {"rows": given["batch_size"]} if "batch_size" in given else {}
+    rows = {"rows": max(given["batch_size"], 1 + (given.get("samples") or 0))} if "batch_size" in given else {}
     return LoadOptions(**{name: given[name] for name in names}, **rows)
 
 
@@ -169,6 +170,48 @@ def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
         action="store_true",
         help="also draft findings for what, by its file, is not a frontal chest film; a remark says so",
     )
+
+
+def add_confidence(parser: argparse.ArgumentParser) -> None:
+    """Add how sure the model is to say it was."""
+    parser.add_argument(
+        "--confidence",
+        metavar="WHICH",
+        default="off",
+        help="say how sure the model was of each sentence: by FILE, from `lite confidence`; auto: by the one beside the "
+        "artifact, and without one uncalibrated (default %(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=positive,
+        help="draw N more drafts of each film and say how many agree with each sentence; with --confidence auto, "
+        "unless another is named",
+    )
+
+
+def asked_for_confidence(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what that asks of a draft: options of `submit`."""
+    from lite.eval.confidence import TOP
+
+    if arguments.samples and arguments.confidence == "off":
+        arguments.confidence = "auto"
+    return {} if arguments.confidence == "off" else {"top_logprobs": TOP, "samples": arguments.samples or 0}
+
+
+def confident(arguments: argparse.Namespace, model: FindingsModel) -> Callable[[Findings], Findings]:
+    """Return what adds sentences to findings, where that was asked for.
+
+    Raises:
+        LiteError: the calibration cannot be used.
+    """
+    from lite.eval.calibration import find_calibration
+    from lite.eval.confidence import with_sentences
+
+    if not asked_for_confidence(arguments):
+        return lambda findings: findings
+    calibration = find_calibration(arguments.confidence, model)
+    return lambda findings: with_sentences(findings, model.tokenizer, calibration)
 
 
 def size(text: str) -> int:

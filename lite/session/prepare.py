@@ -64,7 +64,9 @@ class Asked:
     any_film: bool = False  # draft also what the rules take for another film than a frontal one of the chest
     sampling: Sampling = GREEDY  # how tokens are chosen
     top_logprobs: int | None = None  # tell each token's log-probability, and the most probable ones beside it
-    samples: int = 0  # so many more drafts of the film, drawn at random: they read nothing of the prompt but its question
+    samples: int = (
+        0  # so many more drafts of the film, drawn at random: they read nothing of the prompt but its question
+    )
     timeout_s: float | None = None  # end it with DeadlineExceeded when so much time has passed
     request_id: str | None = None  # what it is called; None numbers it
     reuse: bool = True  # take up what a row still holds of the same film; a measurement wants all of it computed
@@ -238,7 +240,6 @@ class Preparer:
             fallbacks=self.fallbacks + decoder.fallbacks,
             notice=self.artifact.manifest.notice,
         )
-
 
     def _sample(self, drawn: Outcome) -> Sample:
         return Sample(

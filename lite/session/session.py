@@ -87,12 +87,13 @@ class Session(Generic[C, F]):
         self._decoder.ring()
         return all_progress
 
-    def cancel(self, progress: Progress[F]) -> None:
-        """Have a request end at the next step, and its row be free."""
+    def cancel(self, *requests: Progress[F]) -> None:
+        """Have requests end at the next step, and their rows be free."""
         # Garbage collection may call this anywhere: it takes no lock.
-        if not progress.has_ended:
-            progress.cancelled = True
-            self._decoder.ring()
+        for progress in requests:
+            if not progress.has_ended:
+                progress.cancelled = True
+                self._decoder.ring()
 
     def close(self, timeout_s: float | None = None) -> None:
         """End everything that waits or is under way, and let go of the cache; wait for the step that is being computed.
