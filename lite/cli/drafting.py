@@ -7,11 +7,11 @@ import dataclasses
 import signal
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lite.artifact.open import load_artifact
 from lite.cli.notes import Notes, report
-from lite.cli.options import load_model, load_options
+from lite.cli.options import asked_for_confidence, confident, load_model, load_options
 from lite.cohort.run import DRAFTING, Extras, draft_studies
 from lite.cohort.tally import Tally
 from lite.console import print_line, say
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from lite.studies.study import Study
 
 
+def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a command asks for beside its studies: options of `submit`, which its lines say, too."""
+    return {name: getattr(arguments, name) for name in DRAFTING} | asked_for_confidence(arguments)
+
+
 def draft(
     arguments: argparse.Namespace,
     model: FindingsModel,
@@ -39,9 +44,10 @@ def draft(
     ended: Listener | None = None,
 ) -> None:
     """Draft studies as `draft_studies` does, by the options of a command; say what failed and was noted, and count."""
-    request = {name: getattr(arguments, name) for name in DRAFTING}
+    request = request_of(arguments)
     size, told = arguments.batch_size, _teller(arguments, tally, ended)
-    draft_studies(model, studies, journal, request=request, batch_size=size, extras=extras, told=told)
+    own: dict[str, Any] = {"extras": extras, "told": told, "add_sentences": confident(arguments, model)}
+    draft_studies(model, studies, journal, request=request, batch_size=size, **own)
 
 
 def draft_on_cluster(
@@ -51,13 +57,15 @@ def draft_on_cluster(
     from lite.cohort.ray_run import draft_on_ray
     from lite.cohort.worker import Work
 
+    if asked_for_confidence(arguments):
+        raise LiteError("got --confidence with --ray · expected one of them · use --shard on each machine")
     artifact = load_artifact(arguments.artifact)
     say(f"note: {artifact.manifest.notice}")
     work = Work(
         artifact=str(artifact.path.absolute()),
         artifact_id=artifact.id,
         options=dataclasses.asdict(load_options(arguments)),
-        request={name: getattr(arguments, name) for name in DRAFTING},
+        request=request_of(arguments),
         batch_size=arguments.batch_size,
         folder=str(Path.cwd()),
     )
@@ -102,7 +110,7 @@ def draft_arriving(
     journal = Journal(
         out,
         artifact_id=load_artifact(arguments.artifact).id,
-        request={name: getattr(arguments, name) for name in DRAFTING},
+        request=request_of(arguments),
         mix=getattr(arguments, "mix", False),
         kept=(lambda _: None) if extras.lasting else extras.mend,
     )

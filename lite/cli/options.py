@@ -178,8 +178,8 @@ def add_confidence(parser: argparse.ArgumentParser) -> None:
         "--confidence",
         metavar="WHICH",
         default="off",
-        help="say how sure the model was of each sentence: by FILE, from `lite confidence`; auto: by the one beside the "
-        "artifact, and without one uncalibrated (default %(default)s)",
+        help="say how sure the model was of each sentence: by FILE, from `lite confidence`; auto: by the one beside "
+        "the artifact, and without one uncalibrated (default %(default)s)",
     )
     parser.add_argument(
         "--samples",
@@ -192,11 +192,12 @@ def add_confidence(parser: argparse.ArgumentParser) -> None:
 
 def asked_for_confidence(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what that asks of a draft: options of `submit`."""
+    which, samples = getattr(arguments, "confidence", "off"), getattr(arguments, "samples", None) or 0
+    if which == "off" and not samples:
+        return {}
     from lite.eval.confidence import TOP
 
-    if arguments.samples and arguments.confidence == "off":
-        arguments.confidence = "auto"
-    return {} if arguments.confidence == "off" else {"top_logprobs": TOP, "samples": arguments.samples or 0}
+    return {"top_logprobs": TOP, "samples": samples}
 
 
 def confident(arguments: argparse.Namespace, model: FindingsModel) -> Callable[[Findings], Findings]:
@@ -205,12 +206,12 @@ def confident(arguments: argparse.Namespace, model: FindingsModel) -> Callable[[
     Raises:
         LiteError: the calibration cannot be used.
     """
+    if not asked_for_confidence(arguments):
+        return lambda findings: findings
     from lite.eval.calibration import find_calibration
     from lite.eval.confidence import with_sentences
 
-    if not asked_for_confidence(arguments):
-        return lambda findings: findings
-    calibration = find_calibration(arguments.confidence, model)
+    calibration = find_calibration("auto" if arguments.confidence == "off" else arguments.confidence, model)
     return lambda findings: with_sentences(findings, model.tokenizer, calibration)
 
 

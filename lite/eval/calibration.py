@@ -28,8 +28,6 @@ from lite.errors import ArtifactError, LiteError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
-
     from lite.eval.confidence import Stated
     from lite.eval.figures import Floats
     from lite.model import FindingsModel
@@ -54,6 +52,11 @@ class Scale:
         """Return scores from 0 to 1, [n], of features [n, k]."""
         score: Floats = 1 / (1 + np.exp(-(self.weights[0] + features @ np.array(self.weights[1:]))))
         return score
+
+    def probability(self, scores: Floats) -> Floats:
+        """Return the probabilities that nothing is false."""
+        probability: Floats = np.interp(scores, *np.array(self.levels).T)
+        return probability
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,7 @@ class Calibration:
             return [(None, None)] * len(found)
         scale = self.scales[all(one.agreement is not None for one in known)]
         scores = scale.score(features(known, self.rates, with_samples=scale.with_samples))
-        pairs = iter(zip(scores.tolist(), np.interp(scores, *np.array(scale.levels).T).tolist(), strict=True))
+        pairs = iter(zip(scores.tolist(), scale.probability(scores).tolist(), strict=True))
         return [(None, None) if one.contrast is None else next(pairs) for one in found]
 
     def check(self, settings: Mapping[str, Any], where: object) -> None:
@@ -258,35 +261,3 @@ def isotonic(scores: Floats, true: Floats) -> tuple[tuple[float, float], ...]:
     least = 1 / (len(scores) + 2)
     levels = [(min(max(total / count, least), 1 - least), first, last) for total, count, first, last in blocks]
     return tuple(step for level, first, last in levels for step in dict.fromkeys(((first, level), (last, level))))
-
-
-# -- Measuring -------------------------------------------------------------------------------------------------------
-
-
-def auroc(scores: Floats, false: NDArray[np.bool_]) -> float:
-    """Return how often a true sentence scores above a false one, ties half; NaN without both."""
-    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]
-    num_true, pairs = int((~false).sum()), int(false.sum()) * int((~false).sum())
-    return float(ranks[~false].sum() - num_true * (num_true + 1) / 2) / pairs if pairs else math.nan
-
-
-def removed(scores: Floats, false: NDArray[np.bool_], share: float = 0.2) -> float:
-    """Return which share of the false sentences is among the least certain `share` of all; of ties, their part."""
-    room, gone = share * len(scores), 0.0
-    for score in np.unique(scores):
-        same = scores == score
-        part = min(1.0, room / same.sum())
-        gone, room = gone + part * false[same].sum(), room - part * same.sum()
-    return gone / false.sum() if false.any() else math.nan
-
-
-def bins(probabilities: Floats, false: NDArray[np.bool_], count: int = 10) -> list[tuple[float, float, int]]:
-    """Return mean probability, share of true sentences and number of as many sentences each, from the least certain."""
-    parts = np.array_split(np.argsort(probabilities, kind="stable"), count)
-    return [(float(probabilities[part].mean()), float((~false[part]).mean()), len(part)) for part in parts if len(part)]
-
-
-def calibration_error(probabilities: Floats, false: NDArray[np.bool_]) -> float:
-    """Return the expected calibration error: how far the bins' probabilities are from their shares, on average."""
-    return sum(abs(said - share) * count for said, share, count in bins(probabilities, false)) / len(false)
