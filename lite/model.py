@@ -10,7 +10,6 @@ one thread that decodes. `submit` is the way in; all else here is a few lines ar
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,9 @@ from PIL import Image
 from lite.engines.options import check_names
 from lite.errors import LiteError, PromptError
 from lite.memory.plan import STUDIES_AHEAD
-from lite.prompt import TextStream
-from lite.session.draft import Draft, in_order
+from lite.session.draft import Draft, in_order, submit_drafts
 from lite.session.loop import Loop
-from lite.session.prepare import Asked, Options, Preparer, again, check_count
+from lite.session.prepare import Asked, Options, Preparer, check_count
 from lite.session.request import Lot
 from lite.session.session import Session
 from lite.studies.study import Study, as_study
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from lite.image.film import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
     from lite.session.drafting import Drafting
-    from lite.session.prepare import Prepared
-    from lite.session.request import Progress
     from lite.studies.results import Findings, StudyError
     from lite.vision import VisionEncoder
 
@@ -157,8 +153,7 @@ class FindingsModel:
         check_names(options, Options.__annotations__)
         asked = Asked(**options)
         prepared = self._preparer.request(Study(image, reason, query), asked)
-        ways = [dataclasses.replace(how, num_top=asked.top_logprobs or 0) for how in samplings]
-        return self._begin([dataclasses.replace(prepared, request=again(prepared.request, "", how)) for how in ways])
+        return submit_drafts(self.session, self._preparer, [prepared.drawn(how) for how in samplings])
 
     def findings(
         self, image: ImageSource, reason: str | None = None, *, query: str | None = None, **options: Unpack[Options]
@@ -179,12 +174,7 @@ class FindingsModel:
         studies: Iterable[Study | tuple[Any, ...] | ImageSource],
         *,
         batch_size: int = 8,
-        max_new_tokens: int | None = None,
-        rendering: Rendering = "mimic-cxr-jpg",
-        any_film: bool = False,
-        reuse: bool = True,
-        top_logprobs: int | None = None,
-        samples: int = 0,
+        **options: Unpack[Options],
     ) -> Iterator[Findings | StudyError]:
         """Draft the findings of many films, several at a time: one that has ended makes room for the next.
 
@@ -193,12 +183,7 @@ class FindingsModel:
                 than fit in memory. What has ended is handed out before the next study is asked for; where studies come
                 slowly, `submit` each.
             batch_size: how many go through the decoder together, if there are as many rows (see `load`).
-            max_new_tokens: this and what follows: as for `submit`.
-            rendering: see there.
-            any_film: see there.
-            reuse: see there.
-            top_logprobs: see there.
-            samples: see there.
+            options: as for `submit`.
 
         Yields:
             One result per study, in order; a `StudyError` for one that cannot be used or computed.
@@ -213,14 +198,8 @@ class FindingsModel:
             msg = f"got one study (a {type(studies).__name__}) · expected several · wrap it in a list: [study]"
             raise LiteError(msg)
         check_count("batch_size", batch_size, "1 runs the studies one by one")
-        asked = Asked(
-            max_new_tokens=max_new_tokens,
-            rendering=rendering,
-            any_film=any_film,
-            reuse=reuse,
-            top_logprobs=top_logprobs,
-            samples=samples,
-        )
+        check_names(options, Options.__annotations__)
+        asked = Asked(**options)
         asked.check()
         if isinstance(studies, Sized):
             batch_size = max(1, min(batch_size, len(studies)))
@@ -268,18 +247,4 @@ class FindingsModel:
         return np.concatenate(outcome.logits)
 
     def _submit(self, study: Study, asked: Asked, *, lot: Lot | None = None) -> Draft:
-        return self._begin([self._preparer.request(study, asked, lot=lot)])[0]
-
-    def _begin(self, asked: Sequence[Prepared]) -> list[Draft]:
-        outcomes = iter(self.session.submit_all([one for each in asked for one in (each.request, *each.samples)]))
-        return [self._draft(each, *itertools.islice(outcomes, 1 + len(each.samples))) for each in asked]
-
-    def _draft(self, prepared: Prepared, outcome: Progress[Any], *samples: Progress[Any]) -> Draft:
-        session, preparer = self.session, self._preparer
-        return Draft(
-            outcome,
-            TextStream(self.tokenizer),
-            cancel=lambda: session.cancel(outcome, *samples),
-            finish=lambda: preparer.findings(prepared, outcome, samples),
-            samples=samples,
-        )
+        return submit_drafts(self.session, self._preparer, [self._preparer.request(study, asked, lot=lot)])[0]

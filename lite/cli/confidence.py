@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model
+from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model, request_of
 from lite.console import positive, print_line, say
 from lite.errors import LiteError
 
@@ -107,9 +107,8 @@ def _drafted(model: FindingsModel, arguments: argparse.Namespace, data: str) -> 
         return
     listed = read_source(data, SourceOptions(image_folder=arguments.image_folder))
     studies = [study for study in listed if not unreadable(study.reference)]
-    names = ("batch_size", "max_new_tokens", "rendering", "any_film")
-    options = {name: getattr(arguments, name) for name in names} | {"samples": arguments.samples or 0}
-    drafts = model.findings_batch(studies, top_logprobs=TOP, **options)
+    options = request_of(arguments) | {"top_logprobs": TOP, "samples": arguments.samples or 0}
+    drafts = model.findings_batch(studies, batch_size=arguments.batch_size, **options)
     for number, (study, made) in enumerate(zip(studies, drafts, strict=True), start=1):
         if isinstance(made, StudyError):
             say(f"{study.id}: left out: {made.error}")

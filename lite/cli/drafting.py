@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lite.artifact.open import load_artifact
 from lite.cli.notes import Notes, report
-from lite.cli.options import asked_for_confidence, confident, load_model, load_options
-from lite.cohort.run import DRAFTING, Extras, draft_studies
+from lite.cli.options import confident, load_model, load_options, request_of
+from lite.cohort.run import Extras, draft_studies
 from lite.cohort.tally import Tally
 from lite.console import print_line, say
 from lite.errors import LiteError
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from lite.studies.journal import Journal
     from lite.studies.results import Findings
     from lite.studies.study import Study
-
-
-def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what a command asks for beside its studies: options of `submit`, which its lines say, too."""
-    return {name: getattr(arguments, name) for name in DRAFTING} | asked_for_confidence(arguments)
 
 
 def draft(
@@ -57,7 +52,7 @@ def draft_on_cluster(
     from lite.cohort.ray_run import draft_on_ray
     from lite.cohort.worker import Work
 
-    if asked_for_confidence(arguments):
+    if "samples" in request_of(arguments):
         raise LiteError("got --confidence with --ray · expected one of them · use --shard on each machine")
     artifact = load_artifact(arguments.artifact)
     say(f"note: {artifact.manifest.notice}")

@@ -6,23 +6,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Final
 
-from lite.cli.notes import Notes, report
-from lite.cli.options import (
-    add_artifact,
-    add_confidence,
-    add_drafting,
-    add_loading,
-    asked_for_confidence,
-    confident,
-    load_model,
-)
+from lite.cli.notes import Notes, print_sentences, report
+from lite.cli.options import add_artifact, add_confidence, add_drafting, add_loading, confident, load_model, request_of
 from lite.console import EXIT_FAILED, print_line, say
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
     from lite.model import FindingsModel
     from lite.session.draft import Draft
-    from lite.studies.results import Findings
 
 HELP: Final = "draft the findings of one or more films"
 DESCRIPTION: Final = (
@@ -30,9 +21,6 @@ DESCRIPTION: Final = (
     "done."
 )
 EPILOG: Final = 'example: python -m lite generate artifact film.dcm --reason "Cough and fever for three days."'
-UNCALIBRATED: Final = (
-    "how sure the model was of what each sentence means, uncalibrated (calibrate it by: python -m lite confidence):"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,18 +54,10 @@ def _print_streams(model: FindingsModel, arguments: argparse.Namespace) -> int:
     status, notes, add_sentences = 0, Notes(), confident(arguments, model)
     for image in arguments.images:
         try:
-            stream = model.stream(
-                image,
-                arguments.reason,
-                query=arguments.query,
-                max_new_tokens=arguments.max_new_tokens,
-                rendering=arguments.rendering,
-                any_film=arguments.any_film,
-                **asked_for_confidence(arguments),
-            )
+            stream = model.stream(image, arguments.reason, query=arguments.query, **request_of(arguments))
             _print_heading(image, arguments)
             _print_pieces(stream)
-            _print_sentences(add_sentences(stream.result()))
+            print_sentences(add_sentences(stream.result()))
             notes.tell(image, stream.result())
         except LiteError as error:
             report(image, error)
@@ -102,14 +82,7 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
     status, notes, add_sentences = 0, Notes(), confident(arguments, model)
     # Each film is called by its path.
     studies = [Study(image, arguments.reason, arguments.query, id=image) for image in arguments.images]
-    results = model.findings_batch(
-        studies,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-        rendering=arguments.rendering,
-        any_film=arguments.any_film,
-        **asked_for_confidence(arguments),
-    )
+    results = model.findings_batch(studies, batch_size=arguments.batch_size, **request_of(arguments))
     for study, result in zip(studies, results, strict=True):
         found = result.error if isinstance(result, StudyError) else add_sentences(result)
         if isinstance(found, LiteError):
@@ -120,27 +93,10 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace) -> int:
         elif not isinstance(found, LiteError):
             _print_heading(study.id, arguments)
             print_line(found.text)
-            _print_sentences(found)
+            print_sentences(found)
         if not isinstance(found, LiteError):
             notes.tell(study.id, found, cut=not arguments.json)
     return status
-
-
-def _print_sentences(findings: Findings) -> None:
-    """Print how sure the model was of each sentence: the less, the more question marks."""
-    if findings.sentences is None:
-        return
-    calibrated = findings.calibration is not None
-    print_line(
-        f"how likely each sentence is true, by calibration {findings.calibration}:" if calibrated else UNCALIBRATED
-    )
-    for one in findings.sentences:
-        sure = one.probability if calibrated else one.score
-        share = f"{sure:4.0%}" if calibrated and sure is not None else f"{sure:4.2f}" if sure is not None else "   –"
-        agree = "" if one.agreement is None else f"  {one.agreement * len(findings.samples or ()):.0f} of "
-        agree += f"{len(findings.samples or ())}" if agree else ""
-        mark = "" if sure is None or not calibrated else "??" if sure < 0.75 else "?" if sure < 0.9 else ""
-        print_line(f"  {mark:2} {share}{agree}  {' '.join(one.text.split())}")
 
 
 def _print_heading(image: str, arguments: argparse.Namespace) -> None:

@@ -1,15 +1,19 @@
-"""What commands that draft say on stderr beside their results."""
+"""What commands that draft say beside their results: of films and texts on stderr, of sentences below the text."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from lite.console import say
+from lite.console import print_line, say
 
 if TYPE_CHECKING:
     from lite.errors import LiteError
     from lite.studies.results import Findings
+
+UNCALIBRATED: Final = (
+    "how sure the model was of what each sentence means, uncalibrated (calibrate it by: python -m lite confidence):"
+)
 
 
 class Notes:
@@ -36,3 +40,20 @@ def report(image: str, error: LiteError, *, what: str = "error") -> None:
     text = str(error)
     named = text.startswith((f"{image}:", f"{Path(image)}:"))
     say(f"{what}: {text if named else f'{image}: {text}'}")
+
+
+def print_sentences(findings: Findings) -> None:
+    """Print how sure the model was of each sentence: the less, the more question marks."""
+    if findings.sentences is None:
+        return
+    calibrated = findings.calibration is not None
+    print_line(
+        f"how likely each sentence is true, by calibration {findings.calibration}:" if calibrated else UNCALIBRATED
+    )
+    for one in findings.sentences:
+        sure = one.probability if calibrated else one.score
+        share = f"{sure:4.0%}" if calibrated and sure is not None else f"{sure:4.2f}" if sure is not None else "   –"
+        agree = "" if one.agreement is None else f"  {one.agreement * len(findings.samples or ()):.0f} of "
+        agree += f"{len(findings.samples or ())}" if agree else ""
+        mark = "" if sure is None or not calibrated else "??" if sure < 0.75 else "?" if sure < 0.9 else ""
+        print_line(f"  {mark:2} {share}{agree}  {' '.join(one.text.split())}")

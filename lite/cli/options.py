@@ -190,14 +190,17 @@ def add_confidence(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def asked_for_confidence(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what that asks of a draft: options of `submit`."""
-    which, samples = getattr(arguments, "confidence", "off"), getattr(arguments, "samples", None) or 0
-    if which == "off" and not samples:
-        return {}
+def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a command asks for beside its studies: options of `submit`, which the lines of `run` say, too."""
+    from lite.cohort.run import DRAFTING
+
+    request = {name: getattr(arguments, name) for name in DRAFTING}
+    samples = getattr(arguments, "samples", None) or 0
+    if not samples and getattr(arguments, "confidence", "off") == "off":
+        return request
     from lite.eval.confidence import TOP
 
-    return {"top_logprobs": TOP, "samples": samples}
+    return request | {"top_logprobs": TOP, "samples": samples}
 
 
 def confident(arguments: argparse.Namespace, model: FindingsModel) -> Callable[[Findings], Findings]:
@@ -206,10 +209,9 @@ def confident(arguments: argparse.Namespace, model: FindingsModel) -> Callable[[
     Raises:
         LiteError: the calibration cannot be used.
     """
-    if not asked_for_confidence(arguments):
+    if "samples" not in request_of(arguments):
         return lambda findings: findings
-    from lite.eval.calibration import find_calibration
-    from lite.eval.confidence import with_sentences
+    from lite.eval.calibration import find_calibration, with_sentences
 
     calibration = find_calibration("auto" if arguments.confidence == "off" else arguments.confidence, model)
     return lambda findings: with_sentences(findings, model.tokenizer, calibration)

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lite.artifact.open import load_artifact
-from lite.cli.drafting import draft, draft_arriving, draft_on_cluster, request_of
-from lite.cli.options import add_artifact, add_confidence, add_drafting, add_image_folder, add_loading, load_model
+from lite.cli.drafting import draft, draft_arriving, draft_on_cluster
+from lite.cli.options import (
+    add_artifact,
+    add_confidence,
+    add_drafting,
+    add_image_folder,
+    add_loading,
+    load_model,
+    request_of,
+)
 from lite.cohort.formats import FORMATS, formatted_name, iterate_results
 from lite.cohort.run import Extras, in_shard
 from lite.cohort.tally import Tally

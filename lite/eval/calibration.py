@@ -24,13 +24,16 @@ import numpy as np
 from lite.artifact.open import read_json_object
 from lite.config import from_json, to_json
 from lite.errors import ArtifactError, LiteError
+from lite.eval.confidence import Stated, stated
+from lite.studies.results import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lite.eval.confidence import Stated
     from lite.eval.figures import Floats
     from lite.model import FindingsModel
+    from lite.prompt import Tokenizer
+    from lite.studies.results import Findings
 
 _LOG: Final = logging.getLogger(__name__)
 SETTINGS: Final = ("artifact_id", "engine", "cache_dtype", "num_image_tokens", "image_method")
@@ -154,6 +157,39 @@ def read_calibration(file: Path) -> Calibration:
     if sealed != _hash(read):
         raise LiteError(f"{file}: got a calibration that was changed · expected it as it was written · {_TODO}")
     return read
+
+
+def with_sentences(findings: Findings, tokenizer: Tokenizer, calibration: Calibration | None) -> Findings:
+    """Return findings that say how sure the model was of each of their sentences.
+
+    Args:
+        findings: with `token_logprobs` and the `TOP` most probable tokens; perhaps with samples.
+        tokenizer: the one that made them.
+        calibration: of the same artifact and settings; None: the scores are contrasts, and mean nothing by themselves.
+    """
+    found = stated(findings, tokenizer)
+    numbers = [(one.contrast, None) for one in found] if calibration is None else calibration.numbers(found)
+    parts = (
+        Sentence(
+            text=one.text,
+            mean_probability=_rounded(_mean([math.exp(token.logprob) for token in one.tokens])),
+            score=_rounded(score),
+            probability=_rounded(probability),
+            agreement=_rounded(one.agreement),
+        )
+        for one, (score, probability) in zip(found, numbers, strict=True)
+    )
+    return dataclasses.replace(
+        findings, sentences=tuple(parts), calibration=None if calibration is None else calibration.id
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 # -- Learning --------------------------------------------------------------------------------------------------------

@@ -23,12 +23,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from lite.eval.labels import Mention, read_mentions
 from lite.eval.labels.sentences import sentences
 from lite.prompt import TextStream
-from lite.studies.results import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from lite.eval.calibration import Calibration
     from lite.prompt import Tokenizer
     from lite.studies.results import Findings
 
@@ -144,34 +142,3 @@ def contrast(tokens: Sequence[Token], tokenizer: Tokenizer) -> float:
                 against += math.exp(logprob - token.logprob)
         product /= 1 + against
     return product
-
-
-def with_sentences(findings: Findings, tokenizer: Tokenizer, calibration: Calibration | None) -> Findings:
-    """Return findings that say how sure the model was of each of their sentences.
-
-    Args:
-        findings: with `token_logprobs` and the `TOP` most probable tokens; perhaps with samples.
-        tokenizer: the one that made them.
-        calibration: of the same artifact and settings; None: the scores are contrasts, and mean nothing by themselves.
-    """
-    found = stated(findings, tokenizer)
-    numbers = [(one.contrast, None) for one in found] if calibration is None else calibration.numbers(found)
-    parts = (
-        Sentence(
-            text=one.text,
-            mean_probability=_rounded(_mean([math.exp(token.logprob) for token in one.tokens])),
-            score=_rounded(score),
-            probability=_rounded(probability),
-            agreement=_rounded(one.agreement),
-        )
-        for one, (score, probability) in zip(found, numbers, strict=True)
-    )
-    return replace(findings, sentences=tuple(parts), calibration=None if calibration is None else calibration.id)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

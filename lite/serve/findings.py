@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from starlette.datastructures import UploadFile
 
-from lite.eval.confidence import TOP, with_sentences
+from lite.eval.calibration import with_sentences
+from lite.eval.confidence import TOP
 from lite.image.files import load_image
 from lite.image.film import Rendering
 from lite.serve.images import film_of

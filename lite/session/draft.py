@@ -8,16 +8,18 @@ import itertools
 import queue
 import time
 import weakref
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lite.errors import DeadlineExceeded, LiteError
+from lite.prompt import TextStream
 from lite.studies.results import StudyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from lite.prompt import TextStream
+    from lite.session.prepare import Prepared, Preparer
     from lite.session.request import Outcome, Token
+    from lite.session.session import Session
     from lite.studies.results import Findings
 
 T = TypeVar("T")
@@ -35,7 +37,7 @@ class Draft:
         outcome: Outcome,
         text: TextStream,
         *,
-        cancel: Callable[[], object],
+        cancel: Callable[[], None],
         finish: Callable[[], Findings],
         samples: Sequence[Outcome] = (),
     ) -> None:
@@ -146,6 +148,24 @@ class Draft:
         left = itertools.count(len(self._all) - 1, -1)
         for outcome in self._all:
             outcome.on_end(lambda: None if next(left) else listener())
+
+
+def submit_drafts(session: Session[Any, Any], preparer: Preparer, asked: Sequence[Prepared]) -> list[Draft]:
+    """Submit studies with their samples, one behind the other."""
+    requests = [request for prepared in asked for request in (prepared.request, *prepared.samples)]
+    outcomes = iter(session.submit_all(requests))
+
+    def draft(prepared: Prepared) -> Draft:
+        outcome, *samples = mine = tuple(itertools.islice(outcomes, 1 + len(prepared.samples)))
+        return Draft(
+            outcome,
+            TextStream(preparer.tokenizer),
+            cancel=lambda: session.cancel(*mine),
+            finish=lambda: preparer.findings(prepared, outcome, samples),
+            samples=samples,
+        )
+
+    return [draft(prepared) for prepared in asked]
 
 
 def as_completed(drafts: Iterable[Draft]) -> Iterator[Draft]:

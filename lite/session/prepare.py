@@ -103,6 +103,11 @@ class Prepared:
     tells_logprobs: bool
     samples: tuple[Request[Any], ...]  # of the same prompt: they take up the film where its row holds it
 
+    def drawn(self, how: Sampling) -> Prepared:
+        """Return the same study, to be drawn in another way; as many of the most probable tokens are told."""
+        sampling = dataclasses.replace(how, num_top=self.request.sampling.num_top)
+        return dataclasses.replace(self, request=dataclasses.replace(self.request, sampling=sampling))
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Preparer:
@@ -164,7 +169,7 @@ class Preparer:
             image_peaks=self.peaks(),
             tells_logprobs=asked.top_logprobs is not None,
             samples=tuple(
-                again(request, f"/{seed}", Sampling(temperature=SAMPLE_TEMPERATURE, seed=seed))
+                dataclasses.replace(request, id=f"{request.id}/{seed}", sampling=_sampled(seed))
                 for seed in range(1, asked.samples + 1)
             ),
         )
@@ -251,9 +256,8 @@ class Preparer:
         )
 
 
-def again(request: Request[Any], suffix: str, sampling: Sampling) -> Request[Any]:
-    """Return a request for another text about the same film: its prompt is read once where it has a film."""
-    return dataclasses.replace(request, id=f"{request.id}{suffix}", sampling=sampling)
+def _sampled(seed: int) -> Sampling:
+    return Sampling(temperature=SAMPLE_TEMPERATURE, seed=seed)
 
 
 def check_count(name: str, value: object, hint: str) -> None:
