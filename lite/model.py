@@ -151,8 +151,7 @@ class FindingsModel:
     ) -> list[Draft]:
         """Ask for several findings of one film, each drawn in its own way: `submit`, but the film is read once."""
         check_names(options, Options.__annotations__)
-        asked = Asked(**options)
-        prepared = self._preparer.request(Study(image, reason, query), asked)
+        prepared = self._preparer.request(Study(image, reason, query), Asked(**options))
         return submit_drafts(self.session, self._preparer, [prepared.drawn(how) for how in samplings])
 
     def findings(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lite.studies.results import Findings
 
 _LOG: Final = logging.getLogger(__name__)
-SETTINGS: Final = ("artifact_id", "engine", "cache_dtype", "num_image_tokens", "image_method")
+SETTINGS: Final = ("artifact_id", "engine", "cache_dtype", "prompt_weights", "num_image_tokens", "image_method")
 """What a calibration is of: fields of `Findings`."""
 FOLDS: Final = 5
 _PRIOR: Final = 20  # sentences: the weight of all such statements beside those of a label
@@ -69,6 +69,7 @@ class Calibration:
     artifact_id: str
     engine: str
     cache_dtype: str
+    prompt_weights: str | None
     num_image_tokens: int | None
     image_method: str | None
     data: str
