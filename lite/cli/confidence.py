@@ -81,7 +81,11 @@ def _judged(model: FindingsModel, arguments: argparse.Namespace, data: str) -> t
     found, ways, rows = [], set(), _drafted(model, arguments, data)
     for number, (reference, made) in enumerate(rows):
         if made.token_logprobs is None or made.top_logprobs is None or len(made.top_logprobs[0]) < TOP:
-            raise LiteError(f"{data}: got drafts without log-probabilities · expected those of run --confidence auto")
+            msg = f"{data}: got drafts without log-probabilities · expected some · draft them by run --confidence auto"
+            raise LiteError(msg)
+        if made.artifact_id != model.artifact.id:
+            msg = f"{data}: got drafts of the artifact {made.artifact_id} · expected {model.artifact.id}, as named"
+            raise LiteError(f"{msg} · draft them with it, or name the other one")
         ways.add((*(getattr(made, name) for name in SETTINGS), len(made.samples or ())))
         truth = read_mentions(reference)
         sentences = (one for one in stated(made, model.tokenizer) if one.contrast is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -50,10 +51,10 @@ def print_sentences(findings: Findings) -> None:
     print_line(
         f"how likely each sentence is true, by calibration {findings.calibration}:" if calibrated else UNCALIBRATED
     )
+    count = len(findings.samples or ())
     for one in findings.sentences:
         sure = one.probability if calibrated else one.score
-        share = f"{sure:4.0%}" if calibrated and sure is not None else f"{sure:4.2f}" if sure is not None else "   –"
-        agree = "" if one.agreement is None else f"  {one.agreement * len(findings.samples or ()):.0f} of "
-        agree += f"{len(findings.samples or ())}" if agree else ""
+        share = "–" if sure is None else f"{math.floor(100 * sure)}%" if calibrated else f"{sure:.2f}"
+        agree = "" if one.agreement is None else f"{one.agreement * count:.0f} of {count}"
         mark = "" if sure is None or not calibrated else "??" if sure < 0.75 else "?" if sure < 0.9 else ""
-        print_line(f"  {mark:2} {share}{agree}  {' '.join(one.text.split())}")
+        print_line(f"  {mark:2} {share:>4}  {agree:{len(f'{count} of {count}')}}  {' '.join(one.text.split())}")

@@ -82,7 +82,7 @@ async def findings(request: Request, service: Service) -> Response:
             rendering=asked.rendering,
             any_film=asked.any_film,
             top_logprobs=TOP,
-            samples=min(asked.samples, service.settings.max_drafts),
+            samples=asked.samples,
             timeout_s=service.settings.timeout_s,
             request_id=record.id,
         )

@@ -38,7 +38,7 @@ class Settings:
         10.0  # a body may take so long, and as much longer as `min_body_rate` allows for what has come
     )
     min_body_rate: int = 64 * 1024  # bytes a second
-    max_drafts: int = 16  # of one request: `n`, `samples`
+    max_drafts: int = 16  # of one request: `n`
     confidence: str = "auto"  # what calibrates sentences: a file, or the one beside the artifact if it fits
     max_connections: int = 1024
     ping_s: float = 5.0  # between the signs of life of a stream that has nothing to say yet

@@ -367,6 +367,10 @@ def test_run_writes_what_confidence_learns_from(
     for data, samples in ((out, []), (listed, ["--samples", "2"])):
         assert main(["confidence", artifact, str(data), "--out", str(tmp_path / "c.json"), *samples, *more]) == 1
         assert "0 sentences that state something" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    other.write_text(out.read_text().replace(tiny_model.artifact.id, "0" * 16))
+    assert main(["confidence", artifact, str(other), "--out", str(tmp_path / "c.json"), *more]) == 1
+    assert f"expected {tiny_model.artifact.id}" in capsys.readouterr().err
     assert not (tmp_path / "c.json").exists()
     assert main(["run", artifact, str(listed), "--out", str(tmp_path / "plain.jsonl"), *more]) == 0
     assert "sentences" not in (tmp_path / "plain.jsonl").read_text()
