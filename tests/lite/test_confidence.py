@@ -106,6 +106,8 @@ def test_the_contrast_counts_what_would_contradict_and_nothing_else() -> None:
     words: Any = Words()
     sure = [token(1, 0.5, (6, 0.5)), token(3, 0.9, (0, 0.1)), token(5, 1.0)]  # another phrase, and an end
     assert contrast(sure, words) == 1.0
+    nothing = [*sure[:2], token(5, 0.8, (7, 0.2))]  # without the finding there is nothing to contradict
+    assert contrast(nothing, words) == 1.0
     size = [token(1, 0.3, (2, 0.1), (6, 0.6)), *sure[1:]]
     assert contrast(size, words) == pytest.approx(0.75)
     both = [size[0], token(3, 0.4, (4, 0.6)), sure[2]]
