@@ -235,7 +235,7 @@ def _rates(judged: Sequence[Judged]) -> dict[str, tuple[int, int]]:
     return {key: (counts[key], wrong[key]) for key in sorted(counts)}
 
 
-def _logistic(raw: Floats, true: Floats) -> tuple[float, ...]:
+def logistic(raw: Floats, true: Floats) -> tuple[float, ...]:
     """Fit by Newton's method; weights of features of one spread are drawn towards 0."""
     means, spreads = raw.mean(axis=0), raw.std(axis=0) + 1e-9
     table = np.column_stack([np.ones(len(raw)), (raw - means) / spreads])
@@ -250,7 +250,7 @@ def _logistic(raw: Floats, true: Floats) -> tuple[float, ...]:
 def _fit(judged: Sequence[Judged], *, with_samples: bool) -> tuple[Scale, dict[str, tuple[int, int]]]:
     rates = _rates(judged)
     table = features([one.sentence for one in judged], rates, with_samples=with_samples)
-    weights = _logistic(table, np.array([not one.is_false for one in judged], float))
+    weights = logistic(table, np.array([not one.is_false for one in judged], float))
     return Scale(with_samples=with_samples, weights=weights, levels=()), rates
 
 

@@ -27,6 +27,7 @@ from lite.eval.calibration import (
     find_calibration,
     isotonic,
     learn,
+    logistic,
     read_calibration,
     with_sentences,
 )
@@ -188,6 +189,13 @@ def test_isotonic_levels_are_the_best_rising_ones(seed: int) -> None:
 def test_equal_scores_have_one_level() -> None:
     levels = isotonic(np.array([0.5, 0.5, 0.5, 0.9]), np.array([1.0, 0.0, 1.0, 1.0]))
     assert [level for step in levels for level in step] == pytest.approx([0.5, 2 / 3, 0.9, 5 / 6])
+
+
+def test_the_logistic_model_finds_the_weights_that_made_the_data() -> None:
+    rng = np.random.default_rng(0)
+    raw = np.column_stack([rng.normal(5, 0.1, 20000), rng.normal(0, 30, 20000)])
+    true = rng.random(20000) < 1 / (1 + np.exp(-(-49 + 10 * raw[:, 0] + 0.04 * raw[:, 1])))
+    assert logistic(raw, true.astype(float)) == pytest.approx((-49, 10, 0.04), rel=0.1)
 
 
 def cases(seed: int, count: int = 60) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
