@@ -163,5 +163,11 @@ def render_page(measured: Measured, calibration: Calibration) -> str:
         shown.append((signal.name, bins(sure, measured.false), list(zip(*map(np.ndarray.tolist, curve), strict=True))))
     risk = float(measured.false.mean())
     return render(
-        "confidence.html.j2", measured=measured, calibration=calibration, shown=shown, risk=risk, notice=NOTICE
+        "confidence.html.j2",
+        filters=(),
+        measured=measured,
+        calibration=calibration,
+        shown=shown,
+        risk=risk,
+        notice=NOTICE,
     )
