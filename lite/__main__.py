@@ -19,7 +19,9 @@ from lite.console import run_command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS: Final = ("generate", "run", "score", "receive", "serve", "index", "search", "plan", "info", "drafts")
+COMMANDS: Final = (
+    "generate", "run", "score", "confidence", "receive", "serve", "index", "search", "plan", "info", "drafts"
+)  # fmt: skip
 """The modules of `lite.cli` that are commands. Each has HELP, `add_arguments` and `run`."""
 DOORS: Final = {
     "bench": ("lite.bench.__main__", "measure artifacts, like python -m lite.bench"),

@@ -20,8 +20,7 @@ from PIL import Image
 from lite.engines.options import check_names
 from lite.errors import LiteError, PromptError
 from lite.memory.plan import STUDIES_AHEAD
-from lite.prompt import TextStream
-from lite.session.draft import Draft, in_order
+from lite.session.draft import Draft, in_order, submit_drafts
 from lite.session.loop import Loop
 from lite.session.prepare import Asked, Options, Preparer, check_count
 from lite.session.request import Lot
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from lite.artifact.open import Artifact
     from lite.engines.plan import RunPlan
-    from lite.engines.protocol import Engine
+    from lite.engines.protocol import Engine, Sampling
     from lite.image.files import ImageSource
     from lite.image.film import Rendering
     from lite.prompt import PromptEncoder, Tokenizer
@@ -141,6 +140,20 @@ class FindingsModel:
     stream = submit
     """The same, for whoever iterates over the draft: it gives the text a piece at a time."""
 
+    def submit_each(
+        self,
+        image: ImageSource,
+        reason: str | None = None,
+        *,
+        query: str | None = None,
+        samplings: Sequence[Sampling],
+        **options: Unpack[Options],
+    ) -> list[Draft]:
+        """Ask for several findings of one film, each drawn in its own way: `submit`, but the film is read once."""
+        check_names(options, Options.__annotations__)
+        prepared = self._preparer.request(Study(image, reason, query), Asked(**options))
+        return submit_drafts(self.session, self._preparer, [prepared.drawn(how) for how in samplings])
+
     def findings(
         self, image: ImageSource, reason: str | None = None, *, query: str | None = None, **options: Unpack[Options]
     ) -> Findings:
@@ -160,10 +173,7 @@ class FindingsModel:
         studies: Iterable[Study | tuple[Any, ...] | ImageSource],
         *,
         batch_size: int = 8,
-        max_new_tokens: int | None = None,
-        rendering: Rendering = "mimic-cxr-jpg",
-        any_film: bool = False,
-        reuse: bool = True,
+        **options: Unpack[Options],
     ) -> Iterator[Findings | StudyError]:
         """Draft the findings of many films, several at a time: one that has ended makes room for the next.
 
@@ -172,10 +182,7 @@ class FindingsModel:
                 than fit in memory. What has ended is handed out before the next study is asked for; where studies come
                 slowly, `submit` each.
             batch_size: how many go through the decoder together, if there are as many rows (see `load`).
-            max_new_tokens: this and what follows: as for `submit`.
-            rendering: see there.
-            any_film: see there.
-            reuse: see there.
+            options: as for `submit`.
 
         Yields:
             One result per study, in order; a `StudyError` for one that cannot be used or computed.
@@ -190,7 +197,8 @@ class FindingsModel:
             msg = f"got one study (a {type(studies).__name__}) · expected several · wrap it in a list: [study]"
             raise LiteError(msg)
         check_count("batch_size", batch_size, "1 runs the studies one by one")
-        asked = Asked(max_new_tokens=max_new_tokens, rendering=rendering, any_film=any_film, reuse=reuse)
+        check_names(options, Options.__annotations__)
+        asked = Asked(**options)
         asked.check()
         if isinstance(studies, Sized):
             batch_size = max(1, min(batch_size, len(studies)))
@@ -238,12 +246,4 @@ class FindingsModel:
         return np.concatenate(outcome.logits)
 
     def _submit(self, study: Study, asked: Asked, *, lot: Lot | None = None) -> Draft:
-        prepared = self._preparer.request(study, asked, lot=lot)
-        session, preparer = self.session, self._preparer
-        outcome = session.submit(prepared.request)
-        return Draft(
-            outcome,
-            TextStream(self.tokenizer),
-            cancel=lambda: session.cancel(outcome),
-            finish=lambda: preparer.findings(prepared, outcome),
-        )
+        return submit_drafts(self.session, self._preparer, [self._preparer.request(study, asked, lot=lot)])[0]

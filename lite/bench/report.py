@@ -21,7 +21,7 @@ from lite.errors import BackendUnavailable
 from lite.eval.figures import Estimate, Missing, Quantiles
 from lite.memory.sizes import shown_bytes
 
-_TEMPLATES: Final = ("page.html.j2", "parts.html.j2", "report.html.j2", "score.html.j2", "search.html.j2")
+_TEMPLATES: Final = tuple(f"{name}.html.j2" for name in ("page", "parts", "report", "score", "confidence", "search"))
 _ROUNDING_KL: Final = 1e-12
 
 

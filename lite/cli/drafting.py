@@ -7,12 +7,12 @@ import dataclasses
 import signal
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lite.artifact.open import load_artifact
 from lite.cli.notes import Notes, report
-from lite.cli.options import load_model, load_options
-from lite.cohort.run import DRAFTING, Extras, draft_studies
+from lite.cli.options import confident, load_model, load_options, request_of
+from lite.cohort.run import Extras, draft_studies
 from lite.cohort.tally import Tally
 from lite.console import print_line, say
 from lite.errors import LiteError
@@ -39,9 +39,10 @@ def draft(
     ended: Listener | None = None,
 ) -> None:
     """Draft studies as `draft_studies` does, by the options of a command; say what failed and was noted, and count."""
-    request = {name: getattr(arguments, name) for name in DRAFTING}
+    request = request_of(arguments)
     size, told = arguments.batch_size, _teller(arguments, tally, ended)
-    draft_studies(model, studies, journal, request=request, batch_size=size, extras=extras, told=told)
+    own: dict[str, Any] = {"extras": extras, "told": told, "add_sentences": confident(arguments, model)}
+    draft_studies(model, studies, journal, request=request, batch_size=size, **own)
 
 
 def draft_on_cluster(
@@ -51,13 +52,15 @@ def draft_on_cluster(
     from lite.cohort.ray_run import draft_on_ray
     from lite.cohort.worker import Work
 
+    if "samples" in request_of(arguments):
+        raise LiteError("got --confidence with --ray · expected one of them · use --shard on each machine")
     artifact = load_artifact(arguments.artifact)
     say(f"note: {artifact.manifest.notice}")
     work = Work(
         artifact=str(artifact.path.absolute()),
         artifact_id=artifact.id,
         options=dataclasses.asdict(load_options(arguments)),
-        request={name: getattr(arguments, name) for name in DRAFTING},
+        request=request_of(arguments),
         batch_size=arguments.batch_size,
         folder=str(Path.cwd()),
     )
@@ -102,7 +105,7 @@ def draft_arriving(
     journal = Journal(
         out,
         artifact_id=load_artifact(arguments.artifact).id,
-        request={name: getattr(arguments, name) for name in DRAFTING},
+        request=request_of(arguments),
         mix=getattr(arguments, "mix", False),
         kept=(lambda _: None) if extras.lasting else extras.mend,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Final
 
-from lite.cli.notes import Notes, print_pieces, report
-from lite.cli.options import add_artifact, add_drafting, add_loading, load_model
+from lite.cli.notes import Notes, print_pieces, print_sentences, report
+from lite.cli.options import add_artifact, add_confidence, add_drafting, add_loading, confident, load_model, request_of
 from lite.cli.past import Past, add_index
 from lite.console import EXIT_FAILED, print_line, say
 from lite.errors import LiteError
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     question.add_argument("--reason", metavar="TEXT", help="the reason for the exam, used for every film")
     question.add_argument("--query", metavar="TEXT", help="ask this instead of the question the model was trained with")
     parser.add_argument("--json", action="store_true", help="print one JSON object per film, one per line")
+    add_confidence(parser)
     add_index(parser)
     add_drafting(parser, batch_size=1)
     add_loading(parser)
@@ -51,19 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_streams(model: FindingsModel, arguments: argparse.Namespace, past: Past) -> int:
     """Print the text of each film as it is made."""
-    status, notes = 0, Notes()
+    status, notes, add_sentences = 0, Notes(), confident(arguments, model)
     for image in arguments.images:
         try:
-            stream = model.stream(
-                image,
-                arguments.reason,
-                query=arguments.query,
-                max_new_tokens=arguments.max_new_tokens,
-                rendering=arguments.rendering,
-                any_film=arguments.any_film,
-            )
+            stream = model.stream(image, arguments.reason, query=arguments.query, **request_of(arguments))
             _print_heading(image, arguments)
             print_pieces(stream)
+            print_sentences(add_sentences(stream.result()))
             past.show(image, stream.result().text)
             notes.tell(image, stream.result())
         except LiteError as error:
@@ -77,18 +72,12 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace, past: Pa
     from lite.studies.results import Result, StudyError
     from lite.studies.study import Study
 
-    status, notes = 0, Notes()
+    status, notes, add_sentences = 0, Notes(), confident(arguments, model)
     # Each film is called by its path.
     studies = [Study(image, arguments.reason, arguments.query, id=image) for image in arguments.images]
-    results = model.findings_batch(
-        studies,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-        rendering=arguments.rendering,
-        any_film=arguments.any_film,
-    )
+    results = model.findings_batch(studies, batch_size=arguments.batch_size, **request_of(arguments))
     for study, result in zip(studies, results, strict=True):
-        found = result.error if isinstance(result, StudyError) else result
+        found = result.error if isinstance(result, StudyError) else add_sentences(result)
         if isinstance(found, LiteError):
             report(study.id, found)
             status = EXIT_FAILED
@@ -97,6 +86,7 @@ def _print_results(model: FindingsModel, arguments: argparse.Namespace, past: Pa
         elif not isinstance(found, LiteError):
             _print_heading(study.id, arguments)
             print_line(found.text)
+            print_sentences(found)
             past.show(study.id, found.text)
         if not isinstance(found, LiteError):
             notes.tell(study.id, found, cut=not arguments.json)

@@ -1,10 +1,11 @@
-"""What commands that draft say on stderr beside their results."""
+"""What commands that draft say beside their results: of films and texts on stderr, of sentences below the text."""
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lite.console import print_line, say
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
     from lite.errors import LiteError
     from lite.studies.results import Findings
+
+UNCALIBRATED: Final = (
+    "how sure the model was of what each sentence means, uncalibrated (calibrate it by: python -m lite confidence):"
+)
 
 
 class Notes:
@@ -49,3 +54,20 @@ def print_pieces(pieces: Iterable[str]) -> None:
             sys.stdout.flush()
     finally:  # also when it fails or is interrupted: what follows begins on a line of its own
         print_line("")
+
+
+def print_sentences(findings: Findings) -> None:
+    """Print how sure the model was of each sentence: the less, the more question marks."""
+    if findings.sentences is None:
+        return
+    calibrated = findings.calibration is not None
+    print_line(
+        f"how likely each sentence is true, by calibration {findings.calibration}:" if calibrated else UNCALIBRATED
+    )
+    count = len(findings.samples or ())
+    for one in findings.sentences:
+        sure = one.probability if calibrated else one.score
+        share = "–" if sure is None else f"{math.floor(100 * sure)}%" if calibrated else f"{sure:.2f}"
+        agree = "" if one.agreement is None else f"{one.agreement * count:.0f} of {count}"
+        mark = "" if sure is None or not calibrated else "??" if sure < 0.75 else "?" if sure < 0.9 else ""
+        print_line(f"  {mark:2} {share:>4}  {agree:{len(f'{count} of {count}')}}  {' '.join(one.text.split())}")

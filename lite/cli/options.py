@@ -16,10 +16,11 @@ from lite.image_tokens import METHODS
 from lite.memory.sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lite.model import FindingsModel
     from lite.retrieval.towers import Retrieval
+    from lite.studies.results import Findings
 
 ENGINES: Final = get_args(EngineChoice)
 DEFAULTS: Final = LoadOptions()
@@ -140,7 +141,7 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
     """Return what the options above ask for. As many studies can be under way as go through the decoder together."""
     given = vars(arguments)
     names = {field.name for field in dataclasses.fields(LoadOptions)} & given.keys()
-    rows = {"rows": given["batch_size"]} if "batch_size" in given else {}
+    rows = {"rows": max(given["batch_size"], 1 + (given.get("samples") or 0))} if "batch_size" in given else {}
     return LoadOptions(**{name: given[name] for name in names}, **rows)
 
 
@@ -200,6 +201,51 @@ def load_towers(arguments: argparse.Namespace, artifact: Path | str) -> Retrieva
     logging.getLogger("lite.retrieval.towers").setLevel(logging.ERROR)
     given = {name: value for name, value in vars(arguments).items() if name in ("threads", "verify")}
     return load_retrieval(artifact, provider=arguments.provider or "cpu", **given)
+
+
+def add_confidence(parser: argparse.ArgumentParser) -> None:
+    """Add how sure the model is to say it was."""
+    parser.add_argument(
+        "--confidence",
+        metavar="WHICH",
+        default="off",
+        help="say how sure the model was of each sentence: by FILE, from `lite confidence`; auto: by the one beside "
+        "the artifact, and without one uncalibrated (default %(default)s)",
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=positive,
+        help="draw N more drafts of each film and say how many agree with each sentence; with --confidence auto, "
+        "unless another is named",
+    )
+
+
+def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a command asks for beside its studies: options of `submit`, which the lines of `run` say, too."""
+    from lite.cohort.run import DRAFTING
+
+    request = {name: getattr(arguments, name) for name in DRAFTING}
+    samples = getattr(arguments, "samples", None) or 0
+    if not samples and getattr(arguments, "confidence", "off") == "off":
+        return request
+    from lite.eval.confidence import TOP
+
+    return request | {"top_logprobs": TOP, "samples": samples}
+
+
+def confident(arguments: argparse.Namespace, model: FindingsModel) -> Callable[[Findings], Findings]:
+    """Return what adds sentences to findings, where that was asked for.
+
+    Raises:
+        LiteError: the calibration cannot be used.
+    """
+    if "samples" not in request_of(arguments):
+        return lambda findings: findings
+    from lite.eval.calibration import find_calibration, with_sentences
+
+    calibration = find_calibration("auto" if arguments.confidence == "off" else arguments.confidence, model)
+    return lambda findings: with_sentences(findings, model.tokenizer, calibration)
 
 
 def size(text: str) -> int:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 from lite.artifact.open import load_artifact
 from lite.cli.drafting import draft, draft_arriving, draft_on_cluster
-from lite.cli.options import add_artifact, add_drafting, add_loading, load_model
+from lite.cli.options import add_artifact, add_confidence, add_drafting, add_loading, load_model, request_of
 from lite.cli.sources import SOURCE, add_source, source_options, tell_source
 from lite.cohort.formats import FORMATS, formatted_name, iterate_results
-from lite.cohort.run import DRAFTING, Extras, in_shard
+from lite.cohort.run import Extras, in_shard
 from lite.cohort.tally import Tally
 from lite.console import EXIT_FAILED, positive, print_line, say
 from lite.errors import LiteError
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_results(parser)
     _add_ray(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing on the way but what failed")
+    add_confidence(parser)
     add_drafting(parser, batch_size=BATCH_SIZE)
     add_loading(parser)
 
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     studies = studies[: arguments.limit]
     artifact = load_artifact(arguments.artifact)
     tell_source(arguments, listed, studies)
-    request = {name: getattr(arguments, name) for name in DRAFTING}
+    request = request_of(arguments)
     extras = Extras(text_dir=arguments.text_dir, sr_dir=arguments.sr_dir)
     own = {"artifact_id": artifact.id, "request": request, "mix": arguments.mix}
     with Journal(out, listed, **own, kept=extras.mend) as journal:

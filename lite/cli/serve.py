@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grace-s", type=float, default=30.0, metavar="S", help="what runs may take to end (default 30)"
     )
     group.add_argument("--log-texts", action="store_true", help="log reasons and drafted texts, too")
+    group.add_argument(
+        "--confidence",
+        metavar="WHICH",
+        default="auto",
+        help="what calibrates how sure the model was of a sentence: FILE, from `lite confidence`, or auto: the one "
+        "beside the artifact, if it fits (default %(default)s)",
+    )
     _add_access(parser)
     add_loading(parser)
 

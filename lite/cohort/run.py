@@ -13,7 +13,7 @@ from lite.session.draft import as_they_end
 from lite.studies.results import SHORT_NOTICE, Findings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from lite.model import FindingsModel
@@ -108,6 +108,7 @@ def draft_studies(
     batch_size: int,
     extras: Extras,
     told: Listener,
+    add_sentences: Callable[[Findings], Findings] = lambda findings: findings,
 ) -> None:
     """Draft what is not in the journal yet, and write each result when it is there.
 
@@ -117,10 +118,11 @@ def draft_studies(
         model: loaded for as many rows.
         studies: read lazily; None: there is nothing new now, and what has ended is written.
         journal: open.
-        request: DRAFTING.
+        request: DRAFTING, and what else `submit` is told.
         batch_size: how many studies decode together. Twice as many lines at most are not yet on the disk.
         extras: what is written beside.
         told: of each study, once its line is written.
+        add_sentences: to findings, before they are written.
 
     Raises:
         LiteError: the journal is of other settings, or there is no room.
@@ -131,11 +133,13 @@ def draft_studies(
         return model.submit(study.image, study.reason, query=study.query, request_id=study.id, **request)
 
     todo = (study for study in studies if study is None or study.id not in journal.done)
-    unsynced = 0
-    for study, result in as_they_end(_ticking(todo, journal), submit, window=model.window(batch_size)):
+    unsynced, samples = 0, request.get("samples", 0)
+    window = max(2, model.window(batch_size) // (1 + samples)) if samples else model.window(batch_size)
+    for study, result in as_they_end(_ticking(todo, journal), submit, window=window):
         if isinstance(result, Cancelled):
             raise result
         if isinstance(result, Findings):
+            result = add_sentences(result)
             extras.write(study, result)
         journal.add(study, result)
         unsynced += 1

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from starlette.datastructures import UploadFile
 
+from lite.eval.calibration import with_sentences
+from lite.eval.confidence import TOP
 from lite.image.files import load_image
 from lite.image.film import Rendering
-from lite.serve.confidence import sentence_confidence
 from lite.serve.images import film_of
 from lite.serve.refusal import Refusal, json_response
 from lite.serve.service import Live, event, streamed, unless_gone
@@ -54,6 +55,7 @@ class Asked:
     max_new_tokens: int | None = None
     rendering: Rendering = "mimic-cxr-jpg"
     any_film: bool = False
+    samples: int = 0  # drafts to compare it with: see `lite.eval.confidence`
     sr: bool = False  # a DICOM report of the findings, too
     stream: bool = False
 
@@ -79,7 +81,8 @@ async def findings(request: Request, service: Service) -> Response:
             max_new_tokens=asked.max_new_tokens,
             rendering=asked.rendering,
             any_film=asked.any_film,
-            top_logprobs=0,
+            top_logprobs=TOP,
+            samples=asked.samples,
             timeout_s=service.settings.timeout_s,
             request_id=record.id,
         )
@@ -104,12 +107,13 @@ async def _finished(
     asked: Asked, draft: Draft, record: Record, service: Service, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Return the object of a draft that has ended."""
-    made = draft.result()
+    drafted = draft.result()
+    scored = await service.in_thread(lambda: with_sentences(drafted, tokenizer, service.calibration))
+    made = dataclasses.replace(scored, top_logprobs=None)
     record.queued_s = made.timings.queued_s
     record.texts["text"] = made.text
     study = Study(asked.film, asked.reason, asked.query, id=record.id)
     value: dict[str, Any] = json.loads(Result.of(study, made).to_json())
-    value["sentences"] = await service.in_thread(lambda: sentence_confidence(made, tokenizer))
     if asked.sr:
         report = await service.in_thread(lambda: encoded_report(asked.film, made))
         value["sr"] = base64.b64encode(report).decode("ascii")

@@ -49,19 +49,16 @@ async def chat_completions(request: Request, service: Service) -> Response:
     def submit() -> tuple[Chat, list[Draft]]:
         chat = read_chat(value, model=model.artifact.manifest.model, max_drafts=settings.max_drafts)
         film = film_of(chat.film, settings, param="messages")
-        return chat, [
-            model.submit(
-                film,
-                chat.reason,
-                query=chat.query,
-                max_new_tokens=chat.max_new_tokens,
-                sampling=chat.sampling(index),
-                top_logprobs=chat.top_logprobs,
-                timeout_s=settings.timeout_s,
-                request_id=record.id,
-            )
-            for index in range(chat.n)
-        ]
+        return chat, model.submit_each(
+            film,
+            chat.reason,
+            query=chat.query,
+            max_new_tokens=chat.max_new_tokens,
+            samplings=[chat.sampling(index) for index in range(chat.n)],
+            top_logprobs=chat.top_logprobs,
+            timeout_s=settings.timeout_s,
+            request_id=record.id,
+        )
 
     chat, drafts = await unless_gone(request, service.in_thread(submit))
     value.clear()  # it holds the film

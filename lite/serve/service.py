@@ -18,6 +18,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect
 
 from lite.errors import LiteError
+from lite.eval.calibration import find_calibration
 from lite.serve.logs import Log
 from lite.serve.metrics import Metrics
 from lite.serve.refusal import Refusal, json_text, refusal_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from lite.eval.calibration import Calibration
     from lite.model import FindingsModel
     from lite.serve.logs import Record
     from lite.serve.settings import Settings
@@ -50,12 +52,18 @@ class Service:
         self.log = Log(with_texts=settings.log_texts)
         self.metrics = Metrics()
         self.model: FindingsModel | None = None
+        self.calibration: Calibration | None = None
         self.is_stopping = False
         self.under_way: collections.Counter[str] = collections.Counter()  # requests that take work, by address
         self._films = anyio.CapacityLimiter(_FILM_THREADS)
 
     def take(self, model: FindingsModel) -> None:
-        """Be ready."""
+        """Be ready.
+
+        Raises:
+            LiteError: the calibration cannot be used.
+        """
+        self.calibration = find_calibration(self.settings.confidence, model)
         model.session.max_queue = self.settings.max_queue
         self.model = model
 

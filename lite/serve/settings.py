@@ -39,6 +39,7 @@ class Settings:
     )
     min_body_rate: int = 64 * 1024  # bytes a second
     max_drafts: int = 16  # of one request: `n`
+    confidence: str = "auto"  # what calibrates sentences: a file, or the one beside the artifact if it fits
     max_connections: int = 1024
     ping_s: float = 5.0  # between the signs of life of a stream that has nothing to say yet
     grace_s: float = 30.0  # what runs when the server is told to stop has so long to end

@@ -6,17 +6,20 @@ import collections
 import functools
 import itertools
 import queue
+import time
 import weakref
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lite.errors import DeadlineExceeded, LiteError
+from lite.prompt import TextStream
 from lite.studies.results import StudyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from lite.prompt import TextStream
+    from lite.session.prepare import Prepared, Preparer
     from lite.session.request import Outcome, Token
+    from lite.session.session import Session
     from lite.studies.results import Findings
 
 T = TypeVar("T")
@@ -30,10 +33,20 @@ class Draft:
     """
 
     def __init__(
-        self, outcome: Outcome, text: TextStream, *, cancel: Callable[[], None], finish: Callable[[], Findings]
+        self,
+        outcome: Outcome,
+        text: TextStream,
+        *,
+        cancel: Callable[[], None],
+        finish: Callable[[], Findings],
+        samples: Sequence[Outcome] = (),
     ) -> None:
-        """Take what a session has given: `finish` puts the findings together once it has ended without an error."""
+        """Take what a session has given: `finish` puts the findings together once it has ended without an error.
+
+        Its pieces are those of `outcome`; it ends when the samples beside it have ended, too.
+        """
         self._outcome = outcome
+        self._all = (outcome, *samples)
         self._text = text
         self._finish = finish
         self._num_tokens = 0  # that were turned into text
@@ -48,7 +61,7 @@ class Draft:
     @property
     def findings(self) -> Findings | None:
         """The findings; None while it goes on, or where an error ended it."""
-        return self._made if self._outcome.has_ended and self._outcome.error is None else None
+        return self._made if self.done() and self.error is None else None
 
     @functools.cached_property
     def _made(self) -> Findings:
@@ -57,11 +70,11 @@ class Draft:
     @property
     def error(self) -> Exception | None:
         """What ended it; None while it goes on, or where it has ended well."""
-        return self._outcome.error
+        return next((outcome.error for outcome in self._all if outcome.error is not None), None)
 
     def done(self) -> bool:
         """Say whether it has ended."""
-        return self._outcome.has_ended
+        return all(outcome.has_ended for outcome in self._all)
 
     def __iter__(self) -> Iterator[str]:
         """Return itself: the pieces come once."""
@@ -91,11 +104,13 @@ class Draft:
             DeadlineExceeded: it has not ended by then.
             LiteError: the study has ended with that.
         """
-        if not self._outcome.wait(timeout_s):
-            msg = f"{self.id}: got no findings within {timeout_s} s · expected some · wait longer, or cancel it"
-            raise DeadlineExceeded(msg)
-        if self._outcome.error is not None:
-            raise self._outcome.error
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for outcome in self._all:
+            if not outcome.wait(None if until is None else max(0.0, until - time.monotonic())):
+                msg = f"{self.id}: got no findings within {timeout_s} s · expected some · wait longer, or cancel it"
+                raise DeadlineExceeded(msg)
+        if self.error is not None:
+            raise self.error
         return self._made
 
     def cancel(self) -> None:
@@ -115,12 +130,13 @@ class Draft:
         Raises:
             LiteError: the study has ended with that, and all of its text was given before.
         """
-        tokens, has_ended = self._outcome.tokens_from(self._num_tokens)
-        if has_ended and not tokens and self._outcome.error is not None:
-            raise self._outcome.error
+        has_ended = self.done()  # before its tokens are taken: what comes in between is taken the next time
+        tokens, _ = self._outcome.tokens_from(self._num_tokens)
+        if has_ended and not tokens and self.error is not None:
+            raise self.error
         self._num_tokens += len(tokens)
         text = "".join(self._text.push(token.id) for token in tokens)
-        is_all = has_ended and self._outcome.error is None
+        is_all = has_ended and self.error is None
         return text + (self._text.finish() if is_all else ""), tokens, is_all
 
     def on_tokens(self, listener: Callable[[], None]) -> None:
@@ -129,7 +145,27 @@ class Draft:
 
     def on_end(self, listener: Callable[[], None]) -> None:
         """Call a function when it ends, in the session's thread, or at once if it has ended."""
-        self._outcome.on_end(listener)
+        left = itertools.count(len(self._all) - 1, -1)
+        for outcome in self._all:
+            outcome.on_end(lambda: None if next(left) else listener())
+
+
+def submit_drafts(session: Session[Any, Any], preparer: Preparer, asked: Sequence[Prepared]) -> list[Draft]:
+    """Submit studies with their samples, one behind the other."""
+    requests = [request for prepared in asked for request in (prepared.request, *prepared.samples)]
+    outcomes = iter(session.submit_all(requests))
+
+    def draft(prepared: Prepared) -> Draft:
+        outcome, *samples = mine = tuple(itertools.islice(outcomes, 1 + len(prepared.samples)))
+        return Draft(
+            outcome,
+            TextStream(preparer.tokenizer),
+            cancel=lambda: session.cancel(*mine),
+            finish=lambda: preparer.findings(prepared, outcome, samples),
+            samples=samples,
+        )
+
+    return [draft(prepared) for prepared in asked]
 
 
 def as_completed(drafts: Iterable[Draft]) -> Iterator[Draft]:

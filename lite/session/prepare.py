@@ -19,7 +19,7 @@ from lite.image.files import load_image
 from lite.image.preprocess import preprocess
 from lite.memory.process import Peaks, peak_rss_bytes
 from lite.session.request import Lot, Request
-from lite.studies.results import Findings, Memory, Timings
+from lite.studies.results import Findings, Memory, Sample, Timings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from lite.studies.study import Study
     from lite.vision import VisionEncoder
 
+MAX_SAMPLES: Final = 16
+SAMPLE_TEMPERATURE: Final = 1.0
+"""What samples are drawn at: the model's own distribution. Sample i has the seed i, from 1."""
 _FILMS_AT_A_TIME: Final = 2
 """Films that are read at a time, whatever the number of threads: a large one takes some hundred MB meanwhile."""
 
@@ -46,6 +49,7 @@ class Options(TypedDict, total=False):
     any_film: bool
     sampling: Sampling
     top_logprobs: int | None
+    samples: int
     timeout_s: float | None
     request_id: str | None
     reuse: bool
@@ -60,6 +64,9 @@ class Asked:
     any_film: bool = False  # draft also what the rules take for another film than a frontal one of the chest
     sampling: Sampling = GREEDY  # how tokens are chosen
     top_logprobs: int | None = None  # tell each token's log-probability, and the most probable ones beside it
+    samples: int = (
+        0  # so many more drafts of the film, drawn at random: they read nothing of the prompt but its question
+    )
     timeout_s: float | None = None  # end it with DeadlineExceeded when so much time has passed
     request_id: str | None = None  # what it is called; None numbers it
     reuse: bool = True  # take up what a row still holds of the same film; a measurement wants all of it computed
@@ -77,6 +84,7 @@ class Asked:
             ("top_p", how.top_p, 0 < how.top_p <= 1, "more than 0, at most 1"),
             ("seed", how.seed, type(how.seed) is int and -(2**63) <= how.seed < 2**63, "a whole number of 64 bits"),
             ("top_logprobs", self.top_logprobs, self.top_logprobs in (None, *range(MAX_TOP + 1)), f"0 to {MAX_TOP}"),
+            ("samples", self.samples, self.samples in range(MAX_SAMPLES + 1), f"0 to {MAX_SAMPLES}"),
             ("timeout_s", self.timeout_s, self.timeout_s is None or self.timeout_s > 0, "more than 0, or None"),
         ):
             if not fits:
@@ -93,6 +101,12 @@ class Prepared:
     image_s: float
     image_peaks: Peaks
     tells_logprobs: bool
+    samples: tuple[Request[Any], ...]  # of the same prompt: they take up the film where its row holds it
+
+    def drawn(self, how: Sampling) -> Prepared:
+        """Return the same study, to be drawn in another way; as many of the most probable tokens are told."""
+        sampling = dataclasses.replace(how, num_top=self.request.sampling.num_top)
+        return dataclasses.replace(self, request=dataclasses.replace(self.request, sampling=sampling))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,23 +149,29 @@ class Preparer:
         sampling = asked.sampling
         if asked.top_logprobs is not None:
             sampling = dataclasses.replace(sampling, num_top=asked.top_logprobs)
+        own = object() if asked.samples else None  # what the samples share, and no other request does
+        request: Request[Any] = Request(
+            id=asked.request_id or study.id or str(next(self._ids)),
+            input_ids=input_ids,
+            film=hashlib.sha256(pixel_values.tobytes()).digest() if asked.reuse else own,
+            see=functools.partial(self._see, pixel_values),
+            max_new_tokens=asked.max_new_tokens or self.artifact.manifest.decoding.max_new_tokens,
+            sampling=sampling,
+            target_ids=tuple(target_ids),
+            deadline=deadline,
+            lot=lot,
+        )
         return Prepared(
-            request=Request(
-                id=asked.request_id or study.id or str(next(self._ids)),
-                input_ids=input_ids,
-                film=hashlib.sha256(pixel_values.tobytes()).digest() if asked.reuse else None,
-                see=functools.partial(self._see, pixel_values),
-                max_new_tokens=asked.max_new_tokens or self.artifact.manifest.decoding.max_new_tokens,
-                sampling=sampling,
-                target_ids=tuple(target_ids),
-                deadline=deadline,
-                lot=lot,
-            ),
+            request=request,
             rendering=loaded.rendering,
             film=loaded.film,
             image_s=time.perf_counter() - started,
             image_peaks=self.peaks(),
             tells_logprobs=asked.top_logprobs is not None,
+            samples=tuple(
+                dataclasses.replace(request, id=f"{request.id}/{seed}", sampling=_sampled(seed))
+                for seed in range(1, asked.samples + 1)
+            ),
         )
 
     def _check_answer(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
@@ -189,8 +209,8 @@ class Preparer:
             "image_method": self.artifact.manifest.parts.vision.reduction,
         }
 
-    def findings(self, prepared: Prepared, outcome: Outcome) -> Findings:
-        """Put the findings of a study that has ended together."""
+    def findings(self, prepared: Prepared, outcome: Outcome, samples: Sequence[Outcome]) -> Findings:
+        """Put the findings of a study that has ended together, with those that were drawn beside it."""
         decoder, peaks = self.decoder, outcome.decode_peaks or self.peaks()
         return Findings(
             text=self.tokenizer.decode(outcome.token_ids),
@@ -198,6 +218,7 @@ class Preparer:
             token_ids=tuple(outcome.token_ids),
             token_logprobs=tuple(outcome.logprobs) if prepared.tells_logprobs else None,
             top_logprobs=tuple(outcome.top) if outcome.top else None,
+            samples=tuple(self._sample(drawn) for drawn in samples) or None,
             num_prompt_tokens=len(prepared.request.input_ids),
             num_reused_tokens=outcome.num_reused_tokens,
             num_drafted_tokens=outcome.num_drafted_tokens,
@@ -224,6 +245,19 @@ class Preparer:
             fallbacks=self.fallbacks + decoder.fallbacks,
             notice=self.artifact.manifest.notice,
         )
+
+    def _sample(self, drawn: Outcome) -> Sample:
+        return Sample(
+            text=self.tokenizer.decode(drawn.token_ids),
+            num_reused_tokens=drawn.num_reused_tokens,
+            vision_s=drawn.vision_s,
+            prefill_s=drawn.prefill_s,
+            decode_s=sum(drawn.decode_steps_s),
+        )
+
+
+def _sampled(seed: int) -> Sampling:
+    return Sampling(temperature=SAMPLE_TEMPERATURE, seed=seed)
 
 
 def check_count(name: str, value: object, hint: str) -> None:

@@ -21,7 +21,7 @@ from lite.errors import Cancelled, LiteError, MemoryBudgetError, QueueFull
 from lite.session.request import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lite.session.loop import Loop
     from lite.session.request import Request
@@ -64,26 +64,36 @@ class Session(Generic[C, F]):
             QueueFull: too many wait already.
             LiteError: the session is closed.
         """
-        progress = Progress(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request[F]]) -> list[Progress[F]]:
+        """Take several requests one behind the other, or none of them: of one film, it is read once for all.
+
+        Raises:
+            QueueFull: too many wait already.
+            LiteError: the session is closed.
+        """
+        all_progress, name = [Progress(request) for request in requests], requests[0].id
         with self._lock:
             if self._closed:
-                raise LiteError(f"{request.id}: {_CLOSED}")
-            if len(self.waiting) >= self.max_queue:
-                msg = f"{request.id}: got a request while {len(self.waiting)} wait · expected at most"
+                raise LiteError(f"{name}: {_CLOSED}")
+            if self.waiting and len(self.waiting) + len(requests) > self.max_queue:
+                msg = f"{name}: got a request while {len(self.waiting)} wait · expected at most"
                 raise QueueFull(f"{msg} {self.max_queue} waiting · try again when some have ended")
-            self.waiting.append(progress)
+            self.waiting += all_progress
             self._eyes.start()
             self._decoder.start()
         self._eyes.ring()
         self._decoder.ring()
-        return progress
+        return all_progress
 
-    def cancel(self, progress: Progress[F]) -> None:
-        """Have a request end at the next step, and its row be free."""
+    def cancel(self, *requests: Progress[F]) -> None:
+        """Have requests end at the next step, and their rows be free."""
         # Garbage collection may call this anywhere: it takes no lock.
-        if not progress.has_ended:
-            progress.cancelled = True
-            self._decoder.ring()
+        for progress in requests:
+            if not progress.has_ended:
+                progress.cancelled = True
+                self._decoder.ring()
 
     def close(self, timeout_s: float | None = None) -> None:
         """End everything that waits or is under way, and let go of the cache; wait for the step that is being computed.

@@ -84,6 +84,31 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A draft of the same film and question, drawn at random beside the findings: see `lite.session.prepare.Asked`."""
+
+    text: str
+    num_reused_tokens: int  # of the prompt, what a row still held: the film
+    vision_s: float  # 0 where a row still held the film
+    prefill_s: float
+    decode_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sentence:
+    """A part of a text, with the white space behind it, and how sure the model was of it: see `lite.eval.confidence`.
+
+    Joined, the parts are the text.
+    """
+
+    text: str
+    mean_probability: float | None  # of its tokens; None: it has no token of its own
+    score: float | None = None  # the signal, from 0 to 1: uncalibrated
+    probability: float | None = None  # that nothing in it is false; None: uncalibrated
+    agreement: float | None = None  # the share of the samples that do not contradict it; None: there are none
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
     """The drafted findings of one study, and how they were made."""
 
@@ -92,6 +117,9 @@ class Findings:
     token_ids: tuple[int, ...]  # generated, without EOS
     token_logprobs: tuple[float, ...] | None = None  # of each, on request
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # token ids beside each, the likeliest first
+    samples: tuple[Sample, ...] | None = None  # on request
+    sentences: tuple[Sentence, ...] | None = None  # how sure the model was of each, where that was asked for
+    calibration: str | None = None  # the id of what their probabilities are from
     num_prompt_tokens: int  # places in the context, the image's included
     num_reused_tokens: int = 0  # of these, what a row still held: the film, for another question
     num_drafted_tokens: int = 0  # guesses that the decoder verified beside the tokens that it chose
@@ -124,7 +152,7 @@ class Findings:
         times = {name: getattr(self.timings, name) for name in _DERIVED} | value["timings"]
         times["decode_steps_s"] = [round(step, 6) for step in times["decode_steps_s"]]
         value["timings"] = {name: round(time, 6) if isinstance(time, float) else time for name, time in times.items()}
-        for name in ("token_logprobs", "top_logprobs"):
+        for name in ("token_logprobs", "top_logprobs", "samples", "sentences", "calibration"):
             if value[name] is None:
                 del value[name]
         return value | {"notice": SHORT_NOTICE}

@@ -49,6 +49,16 @@ def of_dicom(**attributes: Any) -> bytes:
     return dicom(stored_film(60, 50), **(uids | attributes))
 
 
+def test_samples_come_with_the_answer(served: Served) -> None:
+    value = asked(served, png(), max_new_tokens="9", samples="2").json()
+    assert len(value["samples"]) == 2
+    assert "".join(one["text"] for one in value["sentences"]) == value["prediction"]
+    assert {"mean_probability", "score", "probability", "agreement"} < value["sentences"][0].keys()
+    assert not {"top_logprobs", "calibration"} & value.keys()
+    refused = asked(served, png(), samples="17")
+    assert (refused.status_code, "0 to 16" in refused.json()["error"]["message"]) == (400, True)
+
+
 def test_the_answer_is_the_object_of_generate(served: Served) -> None:
     response = asked(served, png(), reason="Cough.", max_new_tokens=9)
     value = response.json()

@@ -232,6 +232,7 @@ def test_a_stop_string_cuts_the_text_and_ends_the_draft(served: Served, monkeypa
         "POST", CHAT, json={"messages": [user(None, IMAGE)], "stop": stop, "stream": True, "max_tokens": 400}
     ) as response:
         lines = response.iter_lines()
+        wait_until(lambda: gate.num_waiting > 0)
         wait_until(lambda: gate.step() or not served.model.session.loop.rows.taken())
         assert any('"finish_reason":"stop"' in line for line in lines)
     gate.open()

@@ -94,10 +94,11 @@ export class Draft {
   }
 }
 
-function sentences({ prediction, sentences: scored }) {
+function sentences({ prediction, sentences: scored, calibration }) {
   if (!scored) return [prediction];
-  return scored.map(({ text, mean_probability: sure }) => {
+  return scored.map(({ text, mean_probability: mean, probability }) => {
     const words = text.trimEnd();
+    const sure = calibration ? probability : mean; // calibrated: that nothing in it is false
     const share = sure !== null && el("small", { class: "share" }, `\u00a0${Math.floor(100 * sure)}\u00a0%`);
     const step = STEPS.filter((least) => (sure ?? 1) >= least).length;
     const shaded = el("span", { class: `sure-${step}` }, words, share);

@@ -146,6 +146,10 @@ function arrange() {
   $("draft-all").textContent = all ? "Stop all" : "Draft all";
   $("draft-all").disabled = !all && !studies.some(pending);
   $("legend").hidden = !shown?.drafts.some((draft) => draft.result?.sentences);
+  const calibrated = shown?.drafts.some((draft) => draft.result?.calibration);
+  $("meaning").textContent = calibrated
+    ? "How likely it is that nothing in a sentence is false: measured on other studies of the kind it was calibrated on."
+    : "How sure the model was of its words; not how likely they are true.";
 }
 
 /** Draft one film; it raises nothing: what goes wrong is told where the text would be. */
