@@ -161,7 +161,7 @@ def test_a_source_that_cannot_be_read_is_named_and_no_full_disk_is_blamed(
 def test_a_graph_that_onnx_refuses_is_an_error_of_ours(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    graph = export.write.vision_onnx._Graph
+    graph = export.write.vision_onnx.TowerGraph
     right = graph.constant
     if fault == "operator":
         monkeypatch.setattr("export.write.onnx_graph.OPSET", 17)  # from before Gelu

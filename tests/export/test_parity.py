@@ -166,10 +166,10 @@ def test_a_wrong_merge_is_refused(
 def test_a_wrong_tower_is_refused(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    graph = export.write.vision_onnx._Graph
+    graph = export.write.vision_onnx.TowerGraph
     right = graph.source
     if fault == "eps":
-        monkeypatch.setattr(export.write.vision_onnx, "LAYER_NORM_EPS", 1e-2)
+        monkeypatch.setattr(graph.layer_norm, "__defaults__", (1e-2,))
     else:
         part = {"layer scale": "ls2.gamma", "position": "pos_embed"}[fault]
         monkeypatch.setattr(graph, "source", lambda self, name: right(self, name) * (1 - 0.05 * (part in name)))

@@ -216,7 +216,7 @@ def _product(weight: Array, *, after_gelu: bool, until_cast: bool = False) -> An
     """One integer product as a graph of its own, run by ONNX Runtime: x [B,T,K] -> y [B,T,N], or what is cast to u."""
     import onnxruntime
 
-    graph = export.write.vision_onnx._Graph({}, "int8")
+    graph = export.write.vision_onnx.TowerGraph({}, "int8")
     product = graph.integer_product("x", "linear", weight, after_gelu=after_gelu)
     outputs, inputs = weight.shape
     if until_cast:
