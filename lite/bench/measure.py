@@ -30,6 +30,8 @@ from lite.engines.options import LoadOptions
 from lite.engines.protocol import EngineName
 from lite.engines.resolve import resolve
 from lite.errors import LiteError, MemoryBudgetError
+from lite.eval.calibration import find_calibration, with_sentences
+from lite.eval.confidence import TOP
 from lite.eval.figures import Missing, quantiles
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
@@ -40,8 +42,9 @@ from lite.studies.study import Study
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
     from lite.artifact.parts import ImageMethod
+    from lite.eval.calibration import Calibration
     from lite.model import FindingsModel
-    from lite.studies.results import Findings
+    from lite.studies.results import Findings, Sentence
 
 T = TypeVar("T")
 
@@ -98,7 +101,8 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
     verify_s, _ = _timed(lambda: artifact.verify(engine=engine))
     load_s, model = _timed(lambda: lite.load(path, **dataclasses.asdict(options)))
     loaded = peak_now(model)
-    loop = _Loop(model=model, job=job, on_progress=on_progress)
+    # A calibration that cannot be read is refused now, and not when all is measured.
+    loop = _Loop(model=model, job=job, on_progress=on_progress, calibration=find_calibration("auto", model))
     warm = loop.warm_up()
     runs, energy_j, drafts = loop.one_by_one()
     longest = max(findings.num_prompt_tokens for findings in runs)
@@ -172,6 +176,7 @@ class _Loop:
     model: FindingsModel
     job: Job
     on_progress: Progress
+    calibration: Calibration | None = None
 
     def draft(self, study: Study) -> Findings:
         """Run one study by itself."""
@@ -219,7 +224,22 @@ class _Loop:
                 drafts.append(Draft(id=study.id, text="", error=str(error)))
         for study in itertools.islice(itertools.cycle(usable), max(job.min_runs - len(runs), 0)):
             run(study)
-        return runs, meter if isinstance(meter, Missing) else joules, tuple(drafts)
+        return runs, meter if isinstance(meter, Missing) else joules, self._with_confidence(drafts)
+
+    def _with_confidence(self, drafts: Sequence[Draft]) -> tuple[Draft, ...]:
+        """Say how likely each sentence is true, where a calibration lies beside the artifact: nothing is timed here."""
+        if self.calibration is None:
+            return tuple(drafts)
+        found = []
+        for study, draft in zip(self.job.studies, drafts, strict=True):
+            told: tuple[Sentence, ...] = ()
+            if draft.error is None:
+                limit = self.job.max_new_tokens
+                findings = self.model.findings(study.image, study.reason, max_new_tokens=limit, top_logprobs=TOP)
+                told = with_sentences(findings, self.model.tokenizer, self.calibration).sentences or ()
+            likely = tuple((" ".join(one.text.split()), one.probability) for one in told if one.probability is not None)
+            found.append(dataclasses.replace(draft, sentences=likely))
+        return tuple(found)
 
     def scores(self, reference: ReferenceRecord) -> Iterator[NDArray[np.float32]]:
         """Yield the model's logits along the reference's texts."""

@@ -175,7 +175,10 @@ def _cards(bench: Bench, rows: Sequence[Row]) -> list[Card]:
     ordered = rows if recorded else sorted(rows, key=lambda row: -row.weight_bytes)
     cards = []
     for index, shown in enumerate(bench.studies):
-        drafts = [Writing(row.name, row.drafts[index].text, row.drafts[index].error) for row in ordered]
+        drafts = [
+            Writing(row.name, draft.text, draft.error, sentences=draft.sentences)
+            for row, draft in ((row, row.drafts[index]) for row in ordered)
+        ]
         if shown.reference_text is not None:
             drafts.insert(0, Writing(RECORD, shown.reference_text))
         marked = len(drafts) > 1

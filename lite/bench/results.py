@@ -129,6 +129,7 @@ class Draft:
     id: str
     text: str
     error: str | None = None
+    sentences: tuple[tuple[str, float], ...] = ()  # how likely each is true, where a calibration is beside the artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

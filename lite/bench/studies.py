@@ -17,6 +17,7 @@ from lite.image.files import load_image
 _FILM_PX: Final = 256
 _MAX_FILMS: Final = 200  # of 10 kB each, in the page
 _MAX_LABELS: Final = 8  # to filter by
+_SURE: Final = 0.9
 _STATES: Final = {"wrong": "a wrong finding", "differs": "texts that differ", "failed": "failed"}
 
 
@@ -27,6 +28,7 @@ class Writing(NamedTuple):
     text: str
     error: str | None = None
     score: str = ""  # its figures on this study
+    sentences: Sequence[tuple[str, float]] = ()  # how likely each is true
 
 
 class Text(NamedTuple):
@@ -36,6 +38,7 @@ class Text(NamedTuple):
     error: str | None
     score: str
     passages: Sequence[Passage]
+    unsure: Sequence[tuple[str, float]]  # sentences that are less likely true than `_SURE`, the least likely first
     verdicts: Sequence[Verdict]  # beside the findings that the card holds it against
 
 
@@ -77,7 +80,8 @@ def study_card(
         passages = compare_words(first.text if first else text, text) if error is None else []
         known = (first.text if first and first not in of else None) if unreadable(truth) else truth
         verdicts = [] if known is None or error is not None else compare_findings(known, text)
-        texts.append(Text([writing.name for writing in of], error, of[0].score, passages, verdicts))
+        unsure = sorted((one for one in of[0].sentences if one[1] < _SURE), key=lambda one: one[1])
+        texts.append(Text([writing.name for writing in of], error, of[0].score, passages, unsure, verdicts))
     flaws = [([verdict for verdict in text.verdicts if verdict.wrong], len(text.verdicts)) for text in texts]
     wrong, num_findings = max(flaws, key=lambda of: (len(of[0]), of[1]), default=([], 0))
     holds = bool(wrong), len(texts) > 1, any(text.error is not None for text in texts)
