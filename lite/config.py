@@ -260,8 +260,10 @@ def _read(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401 - see to_js
     if origin is Literal and value in arguments:
         return value
     if origin in (Union, types.UnionType):
-        for choice in arguments:
-            if type(value) is choice or (choice not in _PLAIN and value is not None):
+        exact = [choice for choice in arguments if type(value) is choice]
+        for choice in exact or arguments:
+            whole = choice is float and type(value) is int  # 1.0, as JavaScript writes it
+            if exact or whole or (choice not in _PLAIN and value is not None):
                 return _read(choice, value, where)
     if origin in (list, tuple) and isinstance(value, list | tuple):
         any_length = origin is list or arguments[1:] == (...,)

@@ -17,7 +17,7 @@ from lite.artifact.open import Artifact
 from lite.errors import ImageError, LiteError
 from lite.image.film import FilmInfo
 from lite.model import FindingsModel
-from lite.studies.results import SHORT_NOTICE, Findings, Result, read_results
+from lite.studies.results import SHORT_NOTICE, Findings, Result, Sentence, read_results
 from lite.studies.study import Study
 
 
@@ -185,3 +185,16 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, lines: tuple[object, 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LiteError, match="cannot be read"):
         read_results(tmp_path / "none.jsonl")
+
+
+def test_a_number_is_read_as_javascript_writes_it(findings: Findings) -> None:
+    """A page that saves what the server has sent makes 1 of 1.0."""
+    sentences = (Sentence(text=findings.text, mean_probability=1.0, score=0.0, probability=None),)
+    told = json.loads(json.dumps(dataclasses.replace(findings, sentences=sentences).to_dict()))
+    told["sentences"][0] |= {"mean_probability": 1, "score": 0}
+    read = Findings.from_dict(told).sentences
+    assert read == sentences
+    assert type(read[0].score) is float
+    told["sentences"][0]["score"] = True
+    with pytest.raises(LiteError, match="got True|got true"):
+        Findings.from_dict(told)
