@@ -70,10 +70,10 @@ class RetrievalPlan(Plan):
     """Everything that decides the towers. Seed 0 would draw the films that the phantom itself was grown on."""
 
     seed: int = 2
-    films: int = 4_000
+    films: int = 10_000
     batch_size: int = 96
     queries: int = 64  # descriptions in a batch
-    steps: int = 320
+    steps: int = 1000
     learning_rate: float = 1.5e-3
     warm_up_steps: int = 20
     weight_decay: float = 0.05
