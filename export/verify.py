@@ -76,7 +76,7 @@ TOLERANCES: Final = {
     # films that the model knows. And against itself with a float cache.
     "decoder.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
     "decoder.int8_cache.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
-    # Against itself, its prompts by the stored weights. A CPU that does not add up exactly measures above 1.
+    # Against itself, its prompts by the stored weights: 6e-6 to 4e-4 nats on the phantom.
     "decoder.prompts.onnx": Tolerance(max_mean_kl=0.3, min_same_top=0.8),
     # Of embeddings of length 1, the film's by the format of the vision tower.
     "retrieval fp32": Tolerance(min_cosine=0.99999),

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tiny import random_llama
 
 from benchmarks.quality.command import INTEROP_PYTHON, main
-from benchmarks.quality.real import command, texts
+from benchmarks.quality.real import command, prompts, texts
 from benchmarks.quality.real.decoder import EMBEDDINGS, FINAL_NORM, HEAD, LlamaFolder, write_folder
 from benchmarks.quality.real.experiments import asymmetric, eight_bits, low_rank, worst
 from benchmarks.quality.real.measure import Judge, Judged, Row, States, kl_ratio, measure
@@ -192,6 +192,30 @@ def test_rounding_is_judged_beside_the_float_decoder(llama: Path) -> None:
     assert rtn.kl_ratio.value == pytest.approx(kl["rtn"] / kl[DEFAULT])
     assert set(default.errors) > {"model.layers.1.mlp.down_proj"}
     assert (rtn.errors, len(default.errors)) == ({}, 14)
+
+
+def test_prompts_are_judged_by_the_text_behind_them(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas of the exporter's graph; and a way that computes a prompt as the text has no loss of its own."""
+    rng = np.random.default_rng(0)
+    x, weight = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((5, 64), (7, 64)))
+    steps, token = weight.abs().amax(1) / 127, x.abs().amax(1, keepdim=True) / 127
+    rounded = ((x / token).round() @ (weight / steps[:, None]).round().T) * token * steps
+    torch.testing.assert_close(prompts._int8(x, weight), rounded)
+    of_groups = [prompts._int8(x[:, at : at + 32], torch.eye(32)) for at in (0, 32)]
+    torch.testing.assert_close(prompts._stored(x, weight, 32), torch.cat(of_groups, dim=1) @ weight.T)
+    monkeypatch.setattr(prompts, "PROMPT_TOKENS", 2)
+    both = prompts._both(lambda x, _: x, lambda x, _: -x, x, weight)
+    assert torch.equal(both, torch.cat((x[:2], -x[2:])))
+    monkeypatch.setattr(prompts, "PROMPT_TOKENS", 24)
+    decoder = LlamaFolder(llama)
+    blocks = [tuple(decoder.encode(f"{text} " * 20)[:40]) for text in ("Mild cardiomegaly.", "The lungs are clear.")]
+    judge = Judge(decoder, blocks, "cpu")
+    states = prompts._read(judge, blocks, 32)
+    apart = {name: judge.compare(each, 24, states["stored"]) for name, each in states.items()}
+    kl = {name: float(np.mean([block.kl.mean() for block in blocks])) for name, blocks in apart.items()}
+    assert kl["stored"] == 0 < min(kl["exact"], kl["int8"])
+    assert max(kl["exact"], kl["int8"]) < 0.1
+    assert all(len(block.kl) == 16 for block in apart["int8"]), "the text alone is judged"
 
 
 def test_a_layer_is_calibrated_on_what_rounded_ones_before_it_make(tmp_path: Path, llama: Path) -> None:

@@ -12,6 +12,8 @@ from lite.engines.protocol import Sampling
 from lite.errors import LiteError, QueueFull
 from lite.loading import load
 from lite.model import FindingsModel
+from lite.session.draft import Draft
+from lite.session.request import Outcome
 
 
 def counted(model: FindingsModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -84,6 +86,17 @@ def test_a_draft_ends_with_its_samples_and_not_before(tiny_model: FindingsModel)
     gone.cancel()
     with pytest.raises(LiteError, match="cancel"):
         gone.result(20)
+
+
+def test_a_draft_is_not_done_before_its_samples() -> None:
+    own, sample = Outcome("own"), Outcome("sample")
+    own._has_ended = True
+    made: list[bool] = []
+    given: Any = {"text": None, "cancel": lambda: None, "finish": lambda: made.append(True)}
+    draft = Draft(own, **given, samples=[sample])
+    assert (draft.done(), draft.findings, made) == (False, None, [])
+    sample._has_ended = True
+    assert draft.done()
 
 
 def test_all_samples_are_taken_or_none(tiny_model: FindingsModel, monkeypatch: pytest.MonkeyPatch) -> None:
