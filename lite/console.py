@@ -113,6 +113,20 @@ def keeping_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def default_interrupts() -> Iterator[None]:
+    """Have Python's own handler take Ctrl-C: asyncio cancels its tasks in good order only where that one is set."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def print_line(line: str) -> None:
     """Write a line to stdout, at once."""
     sys.stdout.write(f"{line}\n")

@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
-from lite.console import ProgressLine
+from lite.console import ProgressLine, default_interrupts
 from lite.errors import BackendUnavailable, LiteError
 from lite.eval.chexprompt import ERRORS, SEVERITIES, Counts, Prompt, parse_answer
 from lite.files import check_writable, disk_errors_explained
@@ -155,7 +155,8 @@ class Judge:
         reasons: dict[str, str] = {}
         if asks:
             try:
-                asyncio.run(self._ask_all(asks, reasons))
+                with default_interrupts():
+                    asyncio.run(self._ask_all(asks, reasons))
             except* LiteError as refusals:
                 raise refusals.exceptions[0] from None
         found: list[Counts | None] = []

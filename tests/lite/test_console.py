@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 import threading
@@ -10,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from lite.console import EXIT_FAILED, EXIT_INTERRUPTED, ProgressLine, keeping_interrupts, run_command
+from lite.console import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ProgressLine,
+    default_interrupts,
+    keeping_interrupts,
+    run_command,
+)
 from lite.errors import ImageError, LiteError
 
 
@@ -107,3 +116,33 @@ def test_in_another_thread_a_command_runs_all_the_same() -> None:
     thread.start()
     thread.join()
     assert found == [7]
+
+
+def test_ctrl_c_while_asyncio_computes_is_one_line(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a task's step: with another handler than Python's it ends the loop, and leaves tracebacks."""
+
+    async def compute() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # where Python looks for signals
+            pass
+        await asyncio.sleep(60)
+
+    async def all_of_it() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(compute())
+
+    def command() -> int:
+        with default_interrupts():
+            asyncio.run(all_of_it())
+        return 0
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run_command(command) == EXIT_INTERRUPTED
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    gc.collect()  # a task whose error nobody has asked for says so when it goes
+    assert (capfd.readouterr().err, caplog.text) == ("interrupted\n", "")
