@@ -8,7 +8,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from lite.artifact.parts import FileRecord, OneFilePart, Parts
+from lite.artifact.parts import ADAPTER_NAME, FileRecord, OneFilePart, Parts
 from lite.config import DecodingDefaults, Preprocessing, PromptTemplate, from_json, to_json
 from lite.errors import ArtifactError
 
@@ -50,7 +50,7 @@ class Manifest:
         """Write the manifest as JSON text, always the same text for the same manifest."""
         value = to_json(self)
         # What is not there is not named: a part that older versions do not know is no obstacle to them then.
-        value["parts"] = {name: part for name, part in value["parts"].items() if part is not None}
+        value["parts"] = {name: part for name, part in value["parts"].items() if part not in (None, {})}
         return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -82,6 +82,9 @@ class Manifest:
 
 def _check_files(parts: Parts, where: str) -> None:
     """Refuse a file that belongs to two parts, and a part that names a file it does not own."""
+    if wrong := [name for name in parts.adapters if not ADAPTER_NAME.fullmatch(name)]:
+        msg = f"{where}: got an adapter named {wrong[0]!r} · expected letters, digits, ., _ and - · export it again"
+        raise ArtifactError(msg)
     owners: dict[str, str] = {}
     for owner, part in parts.by_name().items():
         if not part.files or (isinstance(part, OneFilePart) and len(part.files) > 1):

@@ -7,6 +7,7 @@
       decoder/            a Hugging Face Llama folder: config.json, model.safetensors
       decoder.onnx        perhaps: the decoder once more, for ONNX Runtime alone; with it decoder.onnx.data,
                           embed_tokens.npy, and decoder.int8_cache.onnx, the graph with another cache
+      adapters/NAME/      perhaps: a hospital's LoRA beside the decoder, and its projector
       tokenizer.model     SentencePiece
 
 These are the names that the exporter gives. The manifest alone decides: each part names the files it owns, and the
@@ -25,12 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lite.artifact.manifest import MANIFEST_NAME, Manifest
-from lite.artifact.parts import FileRecord, OnnxPart
+from lite.artifact.parts import AdapterPart, FileRecord, OnnxPart
 from lite.config import DecoderConfig
 from lite.errors import ArtifactError, LiteError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,19 @@ class Artifact:
         file = self.file(self.manifest.parts.decoder_config.file)
         return DecoderConfig.from_hf(read_json_object(file), where=str(file))
 
+    def adapter_part(self, name: str) -> AdapterPart:
+        """Return what an adapter is.
+
+        Raises:
+            LiteError: there is none of that name.
+        """
+        adapters = self.manifest.parts.adapters
+        if name not in adapters:
+            known = f"one of {', '.join(adapters)}" if adapters else "none, as the artifact has no adapters"
+            msg = f"{self.path}: got the adapter {name!r} · expected {known} · choose one of them, or add it"
+            raise LiteError(f"{msg} with `python -m export adapter`")
+        return adapters[name]
+
     def onnx_part(self, cache_dtype: str | None = None) -> OnnxPart:
         """Return what `decoder.onnx` is, and see that it has a graph for such a cache; None: any.
 
@@ -86,14 +100,20 @@ class Artifact:
             raise LiteError(f"{msg} decoder.onnx was exported with · choose one of them")
         return part
 
-    def verify(self, *, engine: Literal["torch", "onnx"] | None = None, names: Collection[str] | None = None) -> None:
-        """Hash every listed file, or those that an engine reads, or those that are named.
+    def verify(
+        self,
+        *,
+        engine: Literal["torch", "onnx"] | None = None,
+        adapters: Iterable[str] = (),
+        names: Collection[str] | None = None,
+    ) -> None:
+        """Hash every listed file, or those that an engine reads with some adapters, or those that are named.
 
         Raises:
             ArtifactError: a file is not what the manifest says; it names the first.
         """
         parts = self.manifest.parts
-        read = parts.by_name().values() if engine is None else parts.read_by(engine)
+        read = parts.by_name().values() if engine is None else parts.read_by(engine, adapters)
         for name, record in ((name, record) for part in read for name, record in part.files.items()):
             if names is not None and name not in names:
                 continue

@@ -7,9 +7,13 @@ part, and who wants a part reads the files that the part names, whatever they ar
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import re
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lite.config import DecoderFormat, VisionFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 OnnxFloat = Literal["float32", "float16"]
 CacheDtype = Literal["float32", "float16", "int8"]
@@ -17,6 +21,10 @@ PromptWeights = Literal["int8", "stored"]
 """What a prompt is read by: int8 weights of its own, or those that tokens are decoded by."""
 
 UNHASHED = "0" * 64
+ADAPTER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What an adapter may be called: its name is a folder's, a model's for clients, and stands between commas."""
+PUBLISHED: Final = "published"
+"""The checkpoint's own LoRA, where it was kept beside the base instead of merged into it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +120,23 @@ class RetrievalFidelity:
     text_cosine: float  # the smallest
     recall: dict[str, float] = dataclasses.field(default_factory=dict)  # "text to film @5": of pairs in that list
     source_recall: dict[str, float] = dataclasses.field(default_factory=dict)  # the checkpoint's own
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFidelity:
+    """What an adapter loses beside the artifact's decoder, and what it is worth: all from the same yardstick.
+
+    That is the adapter beside the checkpoint's own weights, in float32.
+    """
+
+    data: str  # the list's file name, or "built-in"
+    divergence: Divergence  # of the artifact with the adapter
+    without: Divergence  # of the artifact as it is without
+    onnx: Divergence | None = None  # of decoder.onnx with the adapter, from `decoder/` with it
+    texts: int = 0  # that were drafted with the adapter
+    same_texts: float = 0.0  # the share of these that the yardstick would write, token for token
+    label_f1: float | None = None  # macro F1 of these texts against the reports; None: the list has none
+    label_f1_without: float | None = None  # of the artifact's texts without the adapter
 
 
 # -- The parts -------------------------------------------------------------------------------------------------------
@@ -298,6 +323,24 @@ class RetrievalPart(Part):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPart(Part):
+    """A LoRA beside the decoder, and perhaps a projector of its own."""
+
+    factors: str  # safetensors, float16: of each adapted linear lora_A [rank, in] and lora_B [out, rank]: + B (A x)
+    projector: str | None = None  # in the place of the vision part's
+    on: Literal["base", "published"]  # what it was trained on: the base model, or that with the published LoRA
+    rank: int  # the largest of a linear, with what undoes the published LoRA and with the correction
+    correction: int = 0  # of this rank what makes up for the rounding of the decoder
+    is_default: bool = False  # what a request gets that names none
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)  # file of the adapter's folder -> sha256
+    fidelity: AdapterFidelity | None = None
+
+    def named(self) -> tuple[str, ...]:
+        """Return the factors and the projector."""
+        return (self.factors,) if self.projector is None else (self.factors, self.projector)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """All parts of an artifact, a field each; None is a part that it does without."""
 
@@ -307,14 +350,29 @@ class Parts:
     decoder: DecoderPart
     decoder_onnx: OnnxPart | None = None
     retrieval: RetrievalPart | None = None
+    adapters: dict[str, AdapterPart] = dataclasses.field(default_factory=dict)  # by name
 
     def by_name(self) -> dict[str, Part]:
-        """Return the parts that are there."""
+        """Return the parts that are there; an adapter is called adapters/NAME."""
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: part for name, part in parts.items() if part is not None}
+        adapters = {f"adapters/{name}": part for name, part in parts.pop("adapters").items()}
+        return {name: part for name, part in (parts | adapters).items() if part is not None}
 
-    def read_by(self, engine: Literal["torch", "onnx"]) -> tuple[Part, ...]:
-        """Return the parts that an engine reads."""
+    def with_files(self, files: Callable[[Part], dict[str, FileRecord]]) -> Parts:
+        """Return the parts with other records of their files."""
+        parts: dict[str, Any] = {
+            name: dataclasses.replace(part, files=files(part)) for name, part in self.by_name().items()
+        }
+        adapters = {name: parts.pop(f"adapters/{name}") for name in self.adapters}
+        return dataclasses.replace(self, adapters=adapters, **parts)
+
+    @property
+    def default_adapter(self) -> str | None:
+        """The adapter of a request that names none; None: the decoder as it is."""
+        return next((name for name, part in self.adapters.items() if part.is_default), None)
+
+    def read_by(self, engine: Literal["torch", "onnx"], adapters: Iterable[str] = ()) -> tuple[Part, ...]:
+        """Return the parts that an engine reads, with these adapters."""
         weights = self.decoder if engine == "torch" else self.decoder_onnx
-        shared = (self.tokenizer, self.vision, self.decoder_config)
+        shared = (self.tokenizer, self.vision, self.decoder_config, *(self.adapters[name] for name in adapters))
         return shared if weights is None else (*shared, weights)

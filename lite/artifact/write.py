@@ -48,11 +48,8 @@ class StagedArtifact:
             got = f"no file {wrong[0]}" if wrong[0] in owned else f"the file {wrong[0]}, which no part owns"
             msg = f"{self.path}: got {got} · expected the files that the parts name, and no other · report this"
             raise ArtifactError(msg)
-        hashed = {
-            name: dataclasses.replace(part, files={file: self._record(file) for file in sorted(part.files)})
-            for name, part in manifest.parts.by_name().items()
-        }
-        text = manifest.with_parts(**hashed).to_json()
+        parts = manifest.parts.with_files(lambda part: {file: self._record(file) for file in sorted(part.files)})
+        text = dataclasses.replace(manifest, parts=parts).to_json()
         # A manifest that could not be read back must fail here, on the exporter's machine.
         Manifest.parse(text, where=str(self.path / MANIFEST_NAME))
         (self.path / MANIFEST_NAME).write_text(text, encoding="utf-8")

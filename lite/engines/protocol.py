@@ -46,6 +46,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+NO_ADAPTER: Final = -1
+"""In the place of an adapter's number: the decoder as it is."""
 NO_DRAFTS: Final[Mapping[int, Sequence[int]]] = MappingProxyType({})
 MAX_TOP = 20
 """The most probable tokens that can be told of."""
@@ -63,6 +65,7 @@ class Segment(Generic[F]):
     num_logits: int  # choose behind so many of the last tokens: 0 in a prompt, 1 at its end, K + 1 to verify K drafts
     is_prompt: bool = True  # tokens of a text see the cache as if each had been decoded by itself
     sampling: Sampling = GREEDY  # of the row, from here on
+    adapter: int = NO_ADAPTER  # of the row: its place in `Engine.adapters`; all that the row holds was read with it
 
     @property
     def end(self) -> int:
@@ -126,6 +129,10 @@ class Engine(Protocol[C, F]):
 
     engine: EngineName
     config: DecoderConfig
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """The names of the adapters that rows may use."""
 
     @property
     def device(self) -> object:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
-from lite.engines.protocol import GREEDY, Cache, Sampling, Segment
+from lite.engines.protocol import GREEDY, NO_ADAPTER, Cache, Sampling, Segment
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def divide(
     image_features: F | None,
     scores: bool = False,
     sampling: Sampling = GREEDY,
+    adapter: int = NO_ADAPTER,
 ) -> Iterator[Segment[F]]:
     """Divide what a row has to read, from `start` on, into segments.
 
@@ -62,6 +63,7 @@ def divide(
         scores: ask for the logits that each token of the text, and one more, is predicted from; otherwise for one
             token behind all of it.
         sampling: how that is chosen.
+        adapter: of the row.
     """
     ids = (*input_ids, *text)
     bounds = sorted({start, num_prefix_tokens(input_ids), len(input_ids), len(ids)})
@@ -82,6 +84,7 @@ def divide(
                 num_logits=num_logits,
                 is_prompt=is_prompt,
                 sampling=sampling,
+                adapter=adapter,
             )
 
 
@@ -94,6 +97,7 @@ def score(
     num_image_tokens: int = 0,
     cache: C | None = None,
     start: int = 0,
+    adapter: int = NO_ADAPTER,
 ) -> NDArray[np.float32]:
     """Return the logits from which each target token is predicted, all given the ones before it (teacher forcing).
 
@@ -105,6 +109,7 @@ def score(
         num_image_tokens: P.
         cache: with a row that is long enough; for who wants to see what is written into it, or has begun to.
         start: how much of the prompt its row 0 holds already.
+        adapter: to use.
 
     Returns:
         logits float32 [len(target_ids), vocab_size]; row i belongs to target_ids[i].
@@ -115,7 +120,10 @@ def score(
     prompt = expand_image(input_ids, num_image_tokens)
     text = target_ids[:-1]
     cache = cache or engine.new_cache(1, len(prompt) + len(text))
-    parts = divide(prompt, text, start=start, chunk_size=engine.chunk_size, image_features=image_features, scores=True)
+    chunk_size = engine.chunk_size
+    parts = divide(
+        prompt, text, start=start, chunk_size=chunk_size, image_features=image_features, scores=True, adapter=adapter
+    )
     logits = np.concatenate([engine.logits(segment, cache) for segment in parts])
     if not np.isfinite(logits).all():
         raise LiteError(engine.overflow)

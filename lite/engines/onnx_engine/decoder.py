@@ -51,6 +51,7 @@ class OnnxDecoder:
     fallbacks: tuple[str, ...] = ()
     run_ahead = 0
     verifies_together = False
+    adapters: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class LlamaDecoder(nn.Module):
         self.chunk_size = CHUNK_SIZES[0]
         self.capture: Capture | None = None
         """How a step of decoding is captured; None runs it launch by launch."""
+        self.adapters: tuple[str, ...] = ()
         self.positions: NDArray[np.float64] | None = None  # that the places of a row stand for; None: each its own
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._graph_problem: str | None = None
