@@ -112,6 +112,21 @@ def quant_matmul(x: Tensor, weight: StoredWeight) -> Tensor:
     return product.to(x.dtype)
 
 
+def lora_add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, slots: Tensor, *, parts: tuple[int, ...]) -> Tensor:
+    """Add B (A x) of its adapter to each row of y, part by part, in place; a row without an adapter is not touched.
+
+    The rows of an adapter are computed together, so that an adapter that none has costs nothing.
+    """
+    slots = slots.view(y.shape[:-1])
+    for slot in torch.unique(slots).tolist():
+        if slot >= 0:
+            rows = slots == slot
+            hidden = (x[rows].float() @ a[slot].float().t()).chunk(len(parts), dim=-1)  # [rows, rank] of each part
+            outputs = [h @ part.float().t() for h, part in zip(hidden, torch.split(b[slot], list(parts)), strict=True)]
+            y[rows] = (y[rows].float() + torch.cat(outputs, dim=-1)).to(y.dtype)
+    return y
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + residual, rounded to their dtype, and `rms_norm` of that."""
     total = (x.float() + residual.float()).to(x.dtype)

@@ -33,6 +33,7 @@ TOLERANCES: Final = {
     ("quant_matmul decode", 8): _SUMS,
     ("quant_matmul prefill", 4): _ROUNDED_WEIGHTS,
     ("quant_matmul prefill", 8): _ROUNDED_WEIGHTS,
+    ("lora_add", 16): _SUMS,
     # exp() of a GPU is right to 2^-22 or so, of scores up to some tens; then sums as above.
     ("decode_attention", 16): Tolerance(rtol=1e-5, atol=1e-5),
     ("decode_attention", 8): Tolerance(rtol=1e-5, atol=1e-5),

@@ -18,7 +18,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.backend import Card
-from kernels.gpu import add_rms_norm, decode_attention, quant_matmul, rotary_and_cache, sample, silu_mul
+from kernels.gpu import add_rms_norm, decode_attention, lora_add, quant_matmul, rotary_and_cache, sample, silu_mul
+from kernels.lora_add import lora_plan
 from kernels.quant_matmul import decode_plan
 from kernels.reference import Sampled
 
@@ -77,9 +78,20 @@ def launch_all(capability: int) -> None:
     x = torch.empty(1, HIDDEN_SIZE, dtype=float16)
     add_rms_norm.add_rms_norm(x, x, x[0], 1e-5, x, x)
     silu_mul.silu_mul(torch.empty(1, 2 * INNER, dtype=float16), torch.empty(1, INNER, dtype=float16))
+    launch_lora_add(card, torch.bfloat16 if capability >= 80 else float16)
     logits, ids, floats = torch.empty(2, VOCAB_SIZE, dtype=float16), torch.empty(2, 5).long(), torch.empty(2, 5)
     sampled = Sampled(ids[:, 0], floats[:, 0], ids, floats, torch.empty(2, dtype=torch.bool))
     sample.sample(logits, floats[:, 0], floats[:, 0], ids[:, 0], ids[:, 0], sampled)
+
+
+def launch_lora_add(card: Card, dtype: torch.dtype) -> None:
+    """Add adapters of one rank and of an odd one, to parts of one output too: Triton takes a 1 for a constant."""
+    for M, K, ends, rank in ((1, HIDDEN_SIZE, (4096, 8192, 12288), 64), (16, INNER, (4096,), 16), (1, 40, (1, 2), 300)):
+        a, b = torch.empty(2, len(ends) * rank, K, dtype=dtype), torch.empty(2, ends[-1], rank, dtype=dtype)
+        x, y, slots = torch.empty(M, K, dtype=dtype), torch.empty(M, ends[-1], dtype=dtype), torch.zeros(M).long()
+        plan = lora_plan(M, K, len(ends), rank, card)
+        hidden = torch.empty(plan.splits, M, a.shape[1])
+        lora_add.lora_add(y, x, a, b, slots, hidden, ends=ends, **plan._asdict())
 
 
 def main(capabilities: list[int]) -> None:

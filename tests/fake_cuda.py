@@ -53,6 +53,7 @@ H100: Final = Card(capability=(9, 0), multiprocessors=132)
 LAUNCHERS: Final = {
     "add_rms_norm": ("add_rms_norm",),
     "decode_attention": ("decode_attention",),
+    "lora_add": ("lora_add",),
     "quant_matmul": ("decode", "dequantize"),
     "rotary_and_cache": ("rotary_and_cache",),
     "sample": ("sample",),

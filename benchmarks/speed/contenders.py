@@ -16,6 +16,7 @@ from benchmarks.speed.linears import PEERS, bytes_of, random_gptq
 from kernels import reference
 from kernels.add_rms_norm import add_rms_norm
 from kernels.decode_attention import decode_attention
+from kernels.lora_add import lora_add
 from kernels.quant_matmul import quant_matmul
 from kernels.quant_weight import QuantWeight
 from kernels.rotary_and_cache import rotary_and_cache
@@ -77,6 +78,7 @@ def contenders(
         functools.partial(_rotary, tokens=num_cached_tokens),
         _pointwise,
         _sampling,
+        _adapters,
     ]
     for op in ops:
         for M in rows:
@@ -273,3 +275,37 @@ def _sampling(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contende
             runs["torch"] = lambda logits: logits.float().log_softmax(-1).max(-1).values
         shape = f"{shapes.vocab_size} tokens, {M} rows, {how}"
         yield from _all_of("sample", shape, {"logits": logits}, logits.nbytes, expected, runs)
+
+
+def _adapters(shapes: Shapes, M: int, device: torch.device) -> Iterator[Contender]:
+    """Rank 64, the rows of two adapters in turn."""
+    hidden, inner, rank = shapes.hidden_size, shapes.intermediate_size, 64
+    q, kv = (n * shapes.head_dim for n in (shapes.num_attention_heads, shapes.num_key_value_heads))
+    linears = {
+        "qkv": ((q, kv, kv), hidden), "o": ((hidden,), q), "gate_up": ((inner, inner), hidden),
+        "down": ((hidden,), inner),
+    }  # fmt: skip
+    slots = torch.arange(M, device=device) % 2
+    for name, (parts, K) in linears.items():
+        N, P = sum(parts), len(parts)
+        drawn = functools.partial(torch.randn, device=device, dtype=torch.float16)
+        inputs = {"y": drawn(M, N), "x": drawn(M, K)}
+        inputs |= {"a": drawn(2, P * rank, K) / K**0.5, "b": drawn(2, N, rank) / rank**0.5}
+        given: dict[str, Any] = {"slots": slots, "parts": parts}
+        floats: dict[str, Any] = {name: tensor.float() for name, tensor in inputs.items()}
+        read = sum(inputs[name].nbytes for name in ("a", "b")) * min(M, 2) // 2
+        yield from _all_of(
+            "lora_add",
+            f"{name} {K}→{N}, rank {rank}, {M} rows",
+            inputs,
+            read + inputs["x"].nbytes + 2 * inputs["y"].nbytes,
+            reference.lora_add(**floats, **given),
+            {"lite": functools.partial(lora_add, **given), "torch": functools.partial(_gathered, **given)},
+        )
+
+
+def _gathered(y: Tensor, x: Tensor, a: Tensor, b: Tensor, slots: Tensor, parts: tuple[int, ...]) -> Tensor:
+    """Copy each row's adapter together for a batched product, as is done without a kernel."""
+    h = torch.bmm(a[slots], x.unsqueeze(-1)).chunk(len(parts), dim=1)
+    products = [torch.bmm(part, some) for part, some in zip(torch.split(b[slots], list(parts), dim=1), h, strict=True)]
+    return y.add_(torch.cat(products, dim=1).squeeze(-1))

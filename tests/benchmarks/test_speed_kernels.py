@@ -20,7 +20,7 @@ from benchmarks.speed.weights import Shapes
 from lite.eval.figures import Quantiles, quantiles
 
 SHAPES = Shapes(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)
-OPS = {"quant_matmul", "decode_attention", "rotary_and_cache", "add_rms_norm", "silu_mul", "sample"}
+OPS = {"quant_matmul", "decode_attention", "rotary_and_cache", "add_rms_norm", "silu_mul", "sample", "lora_add"}
 
 
 def no_clock(calls: Sequence[Callable[[], Tensor]]) -> tuple[Quantiles, bool]:

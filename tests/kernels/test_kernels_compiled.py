@@ -12,10 +12,12 @@ KERNELS = {
     "add_rms_norm_kernel",
     "combine_kernel",
     "dequantize_kernel",
+    "expand_kernel",
     "partial_attention_kernel",
     "partial_products_kernel",
     "rotary_and_cache_kernel",
     "sample_kernel",
+    "shrink_kernel",
     "silu_mul_kernel",
     "sum_partials_kernel",
 }
@@ -53,3 +55,5 @@ def test_every_kernel_compiles(capability: int, compiled: dict[str, Any]) -> Non
     # Weights and cache are read 16 bytes at a time, as their layouts are made for.
     for name in ("partial_products_kernel", "dequantize_kernel", "partial_attention_kernel"):
         assert all(found["loads_of_16_bytes"] >= 2 for found in kernels[name]), name
+    for name in ("shrink_kernel", "expand_kernel"):  # but for the last, of a rank and widths that are odd
+        assert all(found["loads_of_16_bytes"] >= 2 for found in kernels[name][:2]), name
