@@ -11,15 +11,29 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from export.settings import ExportSettings, GptqSettings, OnnxSettings, TokenWeights
+from export.settings import AdapterSettings, ExportSettings, GptqSettings, OnnxSettings, TokenWeights
 from lite.errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    from export.adapter import add_adapter
     from export.pipeline import export_artifact
     from export.write.onnx_part import add_onnx
 
-__all__ = ["ExportSettings", "GptqSettings", "OnnxSettings", "TokenWeights", "add_onnx", "export_artifact"]
-_HEAVY = {"add_onnx": "export.write.onnx_part", "export_artifact": "export.pipeline"}
+__all__ = [
+    "AdapterSettings",
+    "ExportSettings",
+    "GptqSettings",
+    "OnnxSettings",
+    "TokenWeights",
+    "add_adapter",
+    "add_onnx",
+    "export_artifact",
+]
+_HEAVY = {
+    "add_adapter": "export.adapter",
+    "add_onnx": "export.write.onnx_part",
+    "export_artifact": "export.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562

@@ -8,7 +8,8 @@ is read, and what is packed is expanded, once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +18,8 @@ from export.quantize.calibration import embed
 from export.source import forward
 from kernels.reference import ROWS_VALUES, quantize_vectors
 from lite.engines.onnx_engine.decoder import OnnxDecoder
-from lite.engines.segments import score
+from lite.engines.protocol import NO_ADAPTER
+from lite.engines.segments import divide, expand_image, score
 from lite.engines.torch_engine.linear import linears_of
 from lite.engines.torch_engine.load import load_decoder
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from lite.artifact.open import Artifact
     from lite.artifact.parts import CacheDtype
     from lite.engines.onnx_engine.cache import OnnxCache
+    from lite.engines.protocol import Engine
     from lite.engines.torch_engine.cache import KVCache
     from lite.engines.torch_engine.decoder import LlamaDecoder
 
@@ -97,9 +100,15 @@ class _Film:
     """A film and its studies on their way through the decoder, as the runtime reads them (`lite.engines.segments`)."""
 
     def __init__(
-        self, decoder: LlamaDecoder, film: FilmStudies, image: Tensor, cache_dtypes: Sequence[CacheDtype | None]
+        self,
+        decoder: LlamaDecoder,
+        film: FilmStudies,
+        image: Tensor,
+        cache_dtypes: Sequence[CacheDtype | None],
+        adapter: int,
     ) -> None:
         """Embed it."""
+        self.adapter = adapter
         first, at = film.studies[0], film.studies[0].image_at
         self.shared = decoder.embed(first.input_ids[: at + 1], image)
         texts = [
@@ -114,7 +123,7 @@ class _Film:
         A text is computed behind its prompt, as it is when it is decoded: what an int8 cache loses is lost there.
         """
         cache, num_shared = decoder.new_cache(1, self.room), len(self.shared)
-        after, _ = decoder(self.shared[None], cache)
+        after, _ = decoder(self.shared[None], cache, adapter=self.adapter)
         self.shared = after[0]
         scored = {}
         for dtype, texts in self.texts.items():
@@ -128,12 +137,13 @@ class _Film:
     ) -> Tensor:
         question, text = texts[place]
         start = len(self.shared)
-        after, normed = decoder(question[None], cache, start=start)
+        after, normed = decoder(question[None], cache, start=start, adapter=self.adapter)
         texts[place] = after[0], text
         last: Tensor = normed[0, -1:]
         if not len(text):
             return last
-        after_text, normed = decoder(text[None], cache, start=start + len(question), reads_cache=True)
+        behind = start + len(question)
+        after_text, normed = decoder(text[None], cache, start=behind, reads_cache=True, adapter=self.adapter)
         texts[place] = after[0], after_text[0]
         return torch.cat((last, normed.squeeze(0)))
 
@@ -162,24 +172,59 @@ def artifact_logits(
     *,
     show: bool,
     cache_dtypes: Sequence[CacheDtype | None] = (None,),
+    adapter: str | None = None,
+    inputs: InputSizes | None = None,
 ) -> list[list[Tensor]]:
-    """Compute the same with the runtime's decoder from the files just written, once for each kind of cache."""
+    """Compute the same with the runtime's decoder from the files just written, once for each kind of cache.
+
+    With an adapter beside it, if one is named; `inputs` sees what the linears read.
+    """
+    adapters, slot = ((), NO_ADAPTER) if adapter is None else ((adapter,), 0)
     reading: list[_Film] = []
     scored: list[dict[CacheDtype | None, list[Tensor]]] = []
     num_hidden_layers = artifact.decoder_config().num_hidden_layers
     for index in progress_bar("running the artifact", range(num_hidden_layers), unit="layer", show=show):
-        decoder = load_decoder(artifact, device=device, layers=range(index, index + 1))
-        _expand(decoder)
+        decoder = load_decoder(artifact, device=device, layers=range(index, index + 1), adapters=adapters)
+        expand(decoder)
+        if inputs is not None:
+            inputs.watch(decoder, index)
         if not reading:
             pairs = zip(films, features, strict=True)
-            reading = [_Film(decoder, film, image, cache_dtypes) for film, image in pairs]
+            reading = [_Film(decoder, film, image, cache_dtypes, slot) for film, image in pairs]
         scored = [film.through_layer(decoder) for film in reading]
         if index + 1 < num_hidden_layers:
             del decoder
     return [[decoder.head_logits(x).cpu() for film in scored for x in film[dtype]] for dtype in cache_dtypes]
 
 
-def _expand(decoder: LlamaDecoder) -> None:
+class InputSizes:
+    """How large the inputs of each linear are: the root mean square of each channel, over all tokens that pass."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def watch(self, decoder: LlamaDecoder, layer: int) -> None:
+        """Look at what the linears of a decoder of one layer read."""
+        for name, linear in linears_of(decoder.model.layers[0]).items():
+            owner = name.rpartition(".")[0]
+            parts = [f"model.layers.{layer}.{owner}.{part}" for part in linear.parts]
+
+            def note(_: object, given: tuple[Tensor, ...], parts: list[str] = parts) -> None:
+                x = given[0].flatten(0, -2).float()
+                for part in parts:
+                    total, count = self._sums.get(part, (torch.zeros(()), 0))
+                    self._sums[part] = total + x.square().sum(0).cpu(), count + len(x)
+
+            linear.register_forward_pre_hook(note)
+
+    def of(self, linear: str) -> Tensor:
+        """Return the sizes of `model.layers.0.self_attn.q_proj`, [in]."""
+        total, count = self._sums[linear]
+        return (total / count).sqrt()
+
+
+def expand(decoder: LlamaDecoder) -> None:
     """Expand what is packed, where each product would do it anew: on a GPU there are kernels that need not."""
     if decoder.device.type != "cpu":
         return
@@ -210,19 +255,72 @@ def onnx_logits(
     cache_dtype: CacheDtype | None,
     *,
     int8_prompts: bool = False,
+    adapter: str | None = None,
 ) -> list[Tensor]:
     """Compute the same with decoder.onnx."""
-    decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype, int8_prompts=int8_prompts)
-    pairs = zip(films, features, strict=True)
-    return [torch.from_numpy(read[2]) for film, image in pairs for read in read_film(decoder, film, image.numpy())]
+    adapters, slot = ((), NO_ADAPTER) if adapter is None else ((adapter,), 0)
+    decoder = OnnxDecoder(artifact, cache_dtype=cache_dtype, int8_prompts=int8_prompts, adapters=adapters)
+    read = (read_film(decoder, film, image.numpy(), slot) for film, image in zip(films, features, strict=True))
+    return [torch.from_numpy(logits) for studies in read for _, _, logits in studies]
 
 
 def read_film(
-    decoder: OnnxDecoder, film: FilmStudies, image: NDArray[np.float32]
+    decoder: OnnxDecoder, film: FilmStudies, image: NDArray[np.float32], adapter: int = NO_ADAPTER
 ) -> Iterator[tuple[EncodedStudy, OnnxCache, NDArray[np.float32]]]:
     """Read the studies of a film; yield each, the cache that then holds it, and its logits."""
     cache, start = decoder.new_cache(1, max(study.num_tokens(len(image)) for study in film.studies)), 0
     for study in film.studies:
         ids = study.input_ids, study.target_ids
-        yield study, cache, score(decoder, *ids, image, num_image_tokens=len(image), cache=cache, start=start)
+        logits = score(decoder, *ids, image, num_image_tokens=len(image), cache=cache, start=start, adapter=adapter)
+        yield study, cache, logits
         start = film.num_shared(len(image))
+
+
+# -- Texts -----------------------------------------------------------------------------------------------------------
+
+
+def draft_texts(
+    engine: Engine[Any, Any],
+    films: Sequence[FilmStudies],
+    features: Sequence[Tensor],
+    *,
+    adapter: int,
+    limit: int,
+    eos_token_id: int,
+    show: bool,
+) -> list[list[EncodedStudy]]:
+    """Write the findings of each study, greedily; return the studies, by film, with these as their targets.
+
+    Args:
+        engine: What the runtime would compute with.
+        films: The studies.
+        features: Of each film, [P, hidden_size].
+        adapter: Its place among those of the engine.
+        limit: Tokens of a text, at most.
+        eos_token_id: Ends a text, and is its last target.
+        show: Draw a bar.
+    """
+    drafted = []
+    pairs = list(zip(films, features, strict=True))
+    for film, image in progress_bar("drafting", pairs, unit="film", show=show):
+        texts: dict[tuple[int, ...], tuple[int, ...]] = {}  # what several studies ask is answered once
+        for study in film.studies:
+            if study.input_ids not in texts:
+                ids = expand_image(study.input_ids, len(image))
+                texts[study.input_ids] = _draft(engine, ids, image.numpy(), adapter, limit, eos_token_id)
+        drafted.append([dataclasses.replace(study, target_ids=texts[study.input_ids]) for study in film.studies])
+    return drafted
+
+
+def _draft(
+    engine: Engine[Any, Any], ids: tuple[int, ...], image: NDArray[np.float32], adapter: int, limit: int, eos: int
+) -> tuple[int, ...]:
+    length = min(len(ids) + limit, engine.config.max_position_embeddings)
+    cache, token_ids = engine.new_cache(1, length), []
+    chosen = None
+    for segment in divide(ids, chunk_size=engine.chunk_size, image_features=image, adapter=adapter):
+        chosen = engine.extend(segment, cache)
+    while chosen is not None:
+        token_ids.append(chosen.wait()[0].token_ids[0])
+        chosen = None if token_ids[-1] == eos or len(ids) + len(token_ids) >= length else engine.decode(cache)
+    return tuple(token_ids)

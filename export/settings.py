@@ -17,6 +17,7 @@ HeadFormat = Literal["fp16", "int8"]
 ActivationOrder = Literal["none", "group"]
 Clip = Literal["none", "mse"]
 Signs = Literal["positive", "either"]
+TrainedOn = Literal["base", "published"]
 
 LARGEST_WEIGHT: Final = 1000
 DEFAULT_ACTIVATIONS: Final[OnnxFloat] = "float32"
@@ -120,6 +121,29 @@ class OnnxSettings(ParitySettings):
         ParitySettings.__post_init__(self)
         _require_float32(self.prompt_weights, self.activations)
         _require_list(self, images="calibration_images", data="calibration_data")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSettings(ParitySettings):
+    """How a hospital's adapter is added to an artifact that is there."""
+
+    on: TrainedOn | None = None
+    """What it was trained on: the base model, or that with the published LoRA. None reads it from its configuration."""
+    correction: int = 0
+    """Rank of what is added to make up for the rounding of the decoder; each costs what a rank of the adapter does."""
+    tolerance: float | None = None
+    """The most it may lose, in nats a token; None: what 4 bits usually lose, or twice what the decoder itself lost."""
+    replace: bool = False
+    """Take the place of an adapter of that name."""
+    keep_anyway: bool = False
+    """Keep it even if it measures worse than is tolerated; the artifact says so."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no adapter can have."""
+        ParitySettings.__post_init__(self)
+        if self.correction < 0 or not (self.tolerance is None or self.tolerance > 0):
+            msg = f"got correction={self.correction} tolerance={self.tolerance} · expected a rank and nats a token"
+            raise ArtifactError(f"{msg} · leave them out")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lite.artifact.judgement import judged, warnings_of
+from lite.artifact.judgement import judge, judged, warnings_of
 
 if TYPE_CHECKING:
     from lite.artifact.open import Artifact
@@ -37,6 +37,34 @@ def export_summary(artifact: Artifact) -> str:
 def onnx_summary(artifact: Artifact) -> str:
     """Return the same of a `decoder.onnx` that was added."""
     return _lines(artifact, _onnx_rows(artifact.manifest.parts.decoder_onnx), " --engine onnx")
+
+
+def adapter_summary(artifact: Artifact, name: str) -> str:
+    """Return the same of an adapter that was added."""
+    part, decoder = artifact.manifest.parts.adapters[name], artifact.manifest.parts.decoder
+    own = ", a projector of its own" if part.projector is not None else ""
+    corrected = f", {part.correction} of it a correction of the decoder's rounding" if part.correction else ""
+    rows = [
+        (f"adapter {name}", f"{_megabytes(part.nbytes)}, rank {part.rank}{corrected}{own}"),
+        ("trained on", "the base model" if part.on == "base" else "the published model"),
+    ]
+    if (found := part.fidelity) is not None:
+        rows += [
+            ("with it", f"{found.divergence}, from the checkpoint with it"),
+            ("that is", judge(found.divergence.mean_kl, found.divergence.same_top).text),
+            ("without it", f"{found.without}, from the same"),
+        ]
+        if decoder.fidelity is not None:
+            rows.append(("the decoder", f"{decoder.fidelity.divergence}, from the checkpoint as published"))
+        rows += [("decoder.onnx", f"{found.onnx}, from decoder/ with it")] if found.onnx is not None else []
+        said = f"{found.same_texts:.0%} of {found.texts} are the checkpoint's with it, token for token"
+        rows.append(("texts", said if found.texts else "none drafted: on a CPU it takes decoder.onnx"))
+        if found.label_f1 is not None:
+            without = f", {found.label_f1_without:.3f} without it" if found.label_f1_without is not None else ""
+            rows.append(("label F1", f"{found.label_f1:.3f} against the reports{without}"))
+        tokens = found.divergence.tokens
+        rows.append(("measured on", f"{found.divergence.studies} studies ({found.data}), {tokens} tokens"))
+    return _lines(artifact, rows, f" --adapter {name}")
 
 
 def _lines(artifact: Artifact, rows: list[tuple[str, str]], flags: str = "") -> str:

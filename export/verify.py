@@ -27,6 +27,7 @@ from export.source import forward
 from export.studies import by_film
 from lite.artifact.parts import DecoderFidelity, Divergence, VisionFidelity
 from lite.engines.onnx_session import adds_int8_exactly
+from lite.engines.protocol import NO_ADAPTER
 from lite.errors import ArtifactError
 from lite.eval.divergence import compare_logits, summarise
 from lite.vision import VisionEncoder
@@ -100,19 +101,19 @@ def measure(
     """Measure the artifact being written against its source; return its parts with what was measured of each."""
     data, films, parts, show = judged.data, by_film(judged.studies), artifact.manifest.parts, show_progress
     with stage("parity, features", show=show):
-        source_features, features = _source_features(checkpoint, films, device), _artifact_features(artifact, films)
+        of_source, features = source_features(checkpoint, films, device), artifact_features(artifact, films)
     with stage("parity, the source", show=show):
-        expected = source_logits(checkpoint, films, source_features, device, show=show)
+        expected = source_logits(checkpoint, films, of_source, device, show=show)
     with stage("parity, the artifact", show=show):
         logits, with_int8 = artifact_logits(artifact, films, features, device, show=show, cache_dtypes=(None, "int8"))
     fidelity = DecoderFidelity(
         data=data,
-        divergence=_compare_logits(films, expected, logits),
-        int8_cache=_compare_logits(films, logits, with_int8),
+        divergence=divergence_of(films, expected, logits),
+        int8_cache=divergence_of(films, logits, with_int8),
     )
     parts = dataclasses.replace(
         parts,
-        vision=dataclasses.replace(parts.vision, fidelity=_compare_features(source_features, features, data)),
+        vision=dataclasses.replace(parts.vision, fidelity=_compare_features(of_source, features, data)),
         decoder=dataclasses.replace(parts.decoder, fidelity=fidelity),
     )
     if parts.decoder_onnx is None:
@@ -128,7 +129,7 @@ def measure_onnx(
     """Measure the decoder.onnx of an artifact being written against its decoder/; see `measure`."""
     films = by_film(judged.studies)
     with stage("parity", show=show_progress):
-        features = _artifact_features(artifact, films)
+        features = artifact_features(artifact, films)
         (logits,) = artifact_logits(artifact, films, features, device, show=show_progress)
         return _compare_onnx(artifact, part, judged.data, films, features, logits)
 
@@ -200,25 +201,28 @@ def _compare_onnx(
     with_int8 = onnx_logits(artifact, films, features, "int8") if part.int8_cache else None
     fidelity = DecoderFidelity(
         data=data,
-        divergence=_compare_logits(films, logits, with_float),
-        int8_cache=None if with_int8 is None else _compare_logits(films, with_float, with_int8),
+        divergence=divergence_of(films, logits, with_float),
+        int8_cache=None if with_int8 is None else divergence_of(films, with_float, with_int8),
     )
     if (prompts := part.prompts) is not None and adds_int8_exactly(artifact.file(prompts.exactness)):
         behind = onnx_logits(artifact, films, features, None, int8_prompts=True)
-        prompts = dataclasses.replace(prompts, divergence=_compare_logits(films, with_float, behind))
+        prompts = dataclasses.replace(prompts, divergence=divergence_of(films, with_float, behind))
     return dataclasses.replace(part, fidelity=fidelity, prompts=prompts)
 
 
-def _source_features(checkpoint: Checkpoint, films: Sequence[FilmStudies], device: str) -> list[Tensor]:
+def source_features(checkpoint: Checkpoint, films: Sequence[FilmStudies], device: str) -> list[Tensor]:
+    """Return of each film what the source's tower and projector make of it, [P, hidden_size]."""
     tensors = {name: tensor.to(device) for name, tensor in checkpoint.read_tower().items()}
     with torch.inference_mode():
         pixels = [torch.from_numpy(film.pixel_values)[None].to(device) for film in films]
         return [forward.image_features(tensors, checkpoint.tower, values)[0].cpu() for values in pixels]
 
 
-def _artifact_features(artifact: Artifact, films: Sequence[FilmStudies]) -> list[Tensor]:
-    encoder = VisionEncoder(artifact)
-    return [torch.from_numpy(encoder(film.pixel_values[None])[0]) for film in films]
+def artifact_features(artifact: Artifact, films: Sequence[FilmStudies], adapter: str | None = None) -> list[Tensor]:
+    """Return the same of the artifact's, with the projector of an adapter if it has one."""
+    encoder = VisionEncoder(artifact, adapters=() if adapter is None else (adapter,))
+    slot = NO_ADAPTER if adapter is None else 0
+    return [torch.from_numpy(encoder(film.pixel_values[None], adapter=slot)[0]) for film in films]
 
 
 def _compare_features(source: Sequence[Tensor], ours: Sequence[Tensor], data: str) -> VisionFidelity:
@@ -236,7 +240,8 @@ def _compare_features(source: Sequence[Tensor], ours: Sequence[Tensor], data: st
     )
 
 
-def _compare_logits(films: Sequence[FilmStudies], source: Sequence[Tensor], ours: Sequence[Tensor]) -> Divergence:
+def divergence_of(films: Sequence[FilmStudies], source: Sequence[Tensor], ours: Sequence[Tensor]) -> Divergence:
+    """Compare logits of all studies along their targets."""
     studies = [study for film in films for study in film.studies]
     pairs = zip(studies, source, ours, strict=True)
     compared = [compare_logits(p.numpy(), q.numpy(), study.target_ids) for study, p, q in pairs]

@@ -45,7 +45,7 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
         path: the artifact's folder.
         **options: those of `lite.engines.options.LoadOptions`, which says what each is: engine, device, dtype,
             provider, cache_dtype, prompt_weights, memory_limit, fp16_accumulation, rows, image_tokens,
-            image_method, drafts and verify.
+            image_method, drafts, adapters and verify.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, newer than this version or inconsistent.
@@ -64,11 +64,11 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     tokenizer, prompt = prompt_of(artifact)
     plan = plan_run(artifact, prompt, chosen, look(chosen, artifact))
     if chosen.verify:
-        artifact.verify(engine=plan.engine)
+        artifact.verify(engine=plan.engine, adapters=plan.adapters)
     texts = _texts(artifact, plan)
     # Before the tower: on a GPU it wants memory in one piece.
     decoder = _decoder(artifact, plan, _positions(artifact, prompt))
-    vision = VisionEncoder(artifact, provider=plan.vision_provider)
+    vision = VisionEncoder(artifact, provider=plan.vision_provider, adapters=plan.adapters)
     fallbacks, drafting = plan.fallbacks, None
     if plan.drafts != "off":
         drafting = Drafting(measure_costs(decoder, plan.max_seq_len), eos_token_id=tokenizer.eos_token_id, texts=texts)
@@ -158,6 +158,7 @@ def _decoder(artifact: Artifact, plan: RunPlan, positions: NDArray[np.float64] |
             positions=positions,
             two_rows=plan.drafts != "off",
             int8_prompts=plan.workload.int8_prompts,
+            adapters=plan.adapters,
         )
     from lite.engines.torch_engine.load import load_decoder
 
@@ -169,6 +170,7 @@ def _decoder(artifact: Artifact, plan: RunPlan, positions: NDArray[np.float64] |
         chunk_size=plan.chunk_size,
         fp16_accumulation=plan.fp16_accumulation,
         positions=positions,
+        adapters=plan.adapters,
     )
 
 

@@ -214,17 +214,19 @@ class FindingsModel:
         *,
         query: str | None = None,
         rendering: Rendering = "mimic-cxr-jpg",
+        adapter: str | None = None,
     ) -> np.ndarray:
         """Return the logits with which the model predicts each of the given tokens, one after the other.
 
         This is teacher forcing: what a comparison of two artifacts on the same text needs.
 
         Args:
-            image: this, reason, query and rendering are as for `submit`.
+            image: this, reason, query, rendering and adapter are as for `submit`.
             token_ids: an answer, such as `Findings.token_ids` of a reference, with EOS if its end counts too.
             reason: see there.
             query: see there.
             rendering: see there.
+            adapter: see there.
 
         Returns:
             logits, float32 [len(token_ids), vocab_size].
@@ -235,7 +237,8 @@ class FindingsModel:
         """
         if not token_ids:
             raise PromptError("got no token_ids · expected at least one · give the answer that is to be scored")
-        prepared = self._preparer.request(Study(image, reason, query), Asked(rendering=rendering), target_ids=token_ids)
+        asked = Asked(rendering=rendering, adapter=adapter)
+        prepared = self._preparer.request(Study(image, reason, query), asked, target_ids=token_ids)
         outcome = self.session.submit(prepared.request)
         try:
             outcome.wait()

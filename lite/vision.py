@@ -15,11 +15,12 @@ import numpy as np
 
 from lite.engines.cuda_lock import CAPTURING
 from lite.engines.onnx_session import CPU, CUDA, errors_explained, open_session
+from lite.engines.protocol import NO_ADAPTER
 from lite.errors import ArtifactError
 from lite.image_tokens import reduce_patches
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lite.artifact.open import Artifact
@@ -45,11 +46,12 @@ class Buffer(Protocol):
 class VisionEncoder:
     """Pixels to the embeddings that take the image's place in the prompt."""
 
-    def __init__(self, artifact: Artifact, *, provider: str = CPU) -> None:
-        """Load the graph.
+    def __init__(self, artifact: Artifact, *, provider: str = CPU, adapters: Sequence[str] = ()) -> None:
+        """Load the graphs.
 
         Args:
             artifact: a checked artifact.
+            adapters: whose projectors are loaded, too, of those that have one.
             provider: from `check_provider` or `provider_of_device`. What it lacks is computed on the CPU, and all of it
                 where it does not start; `provider` says what computes.
 
@@ -58,13 +60,22 @@ class VisionEncoder:
             BackendUnavailable: onnxruntime is not installed.
         """
         self._part = part = artifact.manifest.parts.vision
-        tower, projector = artifact.file(part.graph), artifact.file(part.projector)
+        tower, width = artifact.file(part.graph), part.tower.hidden_size
         self._tower = open_session(tower, provider=provider)
-        self._projector = open_session(projector, provider=provider)
-        patches = (part.num_patches, part.tower.hidden_size)
+        patches = (part.num_patches, width)
         pixels = (3, part.image_size, part.image_size)
         check_signature(self._tower, tower, {PIXELS: pixels}, {PATCHES: patches, ATTENTION: patches[:1]})
-        check_signature(self._projector, projector, {PATCHES: (None, patches[1])}, {FEATURES: (None, part.hidden_size)})
+
+        def projector(name: str) -> Any:  # noqa: ANN401 - of ONNX Runtime
+            session = open_session(artifact.file(name), provider=provider)
+            check_signature(
+                session, artifact.file(name), {PATCHES: (None, width)}, {FEATURES: (None, part.hidden_size)}
+            )
+            return session
+
+        self._projector = projector(part.projector)
+        own = [artifact.adapter_part(name).projector for name in adapters]
+        self._projectors = [self._projector if name is None else projector(name) for name in own]
 
     @property
     def provider(self) -> str:
@@ -72,13 +83,14 @@ class VisionEncoder:
         name: str = self._projector.get_providers()[0]
         return name
 
-    def __call__(self, pixel_values: np.ndarray, out: Buffer | None = None) -> Any:  # noqa: ANN401 - an array, or out
+    def __call__(self, pixel_values: np.ndarray, out: Buffer | None = None, *, adapter: int = NO_ADAPTER) -> Any:  # noqa: ANN401 - an array, or out
         """Run the tower and the projector.
 
         Args:
             pixel_values: float32 [B, 3, S, S], from `lite.image.preprocess.preprocess`.
             out: contiguous float32 [B, T, C] that nobody writes or reads meanwhile. Where the provider computes on the
                 same device, the features are written there and never pass through the host.
+            adapter: its place among those that were loaded: it may have another projector.
 
         Returns:
             image_features, float32 [B, T, C]: `out` if it was written to, or else a numpy array.
@@ -88,15 +100,16 @@ class VisionEncoder:
             LiteError: ONNX Runtime fails.
         """
         place = None if out is None else self._place(out.device)
+        projector = self._projector if adapter == NO_ADAPTER else self._projectors[adapter]
         # On a GPU ONNX Runtime waits for all of it, which a capture in another thread would not survive.
         with CAPTURING if self.provider == CUDA else contextlib.nullcontext(), errors_explained(self.provider):
             patches = self.patches(pixel_values)
             if out is None or place is None:
-                return self._projector.run([FEATURES], {PATCHES: patches})[0]
-            binding = self._projector.io_binding()
+                return projector.run([FEATURES], {PATCHES: patches})[0]
+            binding = projector.io_binding()
             binding.bind_cpu_input(PATCHES, patches)
             binding.bind_output(FEATURES, *place, np.float32, tuple(out.shape), out.data_ptr())
-            self._projector.run_with_iobinding(binding)  # it has ended when this returns
+            projector.run_with_iobinding(binding)  # it has ended when this returns
         return out
 
     def patches(self, pixel_values: np.ndarray) -> np.ndarray:

@@ -18,9 +18,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from export.source.adapter import PROJECTOR_PREFIX, AdapterSource, HasPairs, open_adapter
 from export.source.lora import AdapterConfig, LoraPair, merge
 from export.source.retrieval import RetrievalSource, open_retrieval
-from export.source.shapes import ADAPTER_PREFIX, adapter_shapes, base_shapes, layer_shapes
+from export.source.shapes import base_shapes, layer_shapes
 from export.source.tensors import TensorFiles, open_tensors, read_json
 from export.source.tower import TowerConfig, open_tower, trunk_shapes
 from lite.config import DecoderConfig, DecodingDefaults, Preprocessing
@@ -30,7 +31,6 @@ from lite.prompt import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROJECTOR_PREFIX: Final = "base_model.model.model.mm_projector."
 NOTICE_NAME: Final = "NOTICE"
 MAX_NOTICE_CHARS: Final = 1000
 
@@ -70,32 +70,24 @@ class Checkpoint:
     name: str
     decoder: DecoderConfig
     decoding: DecodingDefaults
-    adapter_config: AdapterConfig
     tower: TowerConfig
     preprocessing: Preprocessing
     base: TensorFiles
-    adapter: TensorFiles
+    adapter: AdapterSource
     projector: TensorFiles
     trunk: TensorFiles  # timm's names, without prefix
     tokenizer: Path
     notice: str | None  # what the folder's NOTICE says to whoever reads the findings; None without one
     files: dict[str, Path]  # every file that was read, under "checkpoint/...", "base/..." or "text/..."
     retrieval: RetrievalSource | None = None
+    beside: HasPairs | None = None  # in the place of the published LoRA, where another one is meant
 
     def read_layer(self, index: int) -> SourceLayer:
         """Read one decoder layer, in the dtype it is stored in."""
         prefix = f"model.layers.{index}."
         names = [prefix + name for name in layer_shapes(self.decoder)]
         weights = {name.removeprefix(prefix): tensor for name, tensor in self.base.read(names).items()}
-        pairs = [f"{ADAPTER_PREFIX}{prefix}{linear}.lora_" for linear in self.adapter_config.linears]
-        factors = self.adapter.read([pair + factor for pair in pairs for factor in ("A.weight", "B.weight")])
-        lora = {
-            linear: LoraPair(
-                a=factors[f"{pair}A.weight"], b=factors[f"{pair}B.weight"], scale=self.adapter_config.scale
-            )
-            for linear, pair in zip(self.adapter_config.linears, pairs, strict=True)
-        }
-        return SourceLayer(weights=weights, lora=lora)
+        return SourceLayer(weights=weights, lora=(self.beside or self.adapter).pairs(index))
 
     def read_part(self, part: int) -> dict[str, Tensor]:
         """Read the embeddings (part 0), layer `part - 1`, or the last norm and the head; in float32, LoRA merged."""
@@ -143,19 +135,16 @@ def open_checkpoint(
 
     base_tensors = open_tensors(base, "pytorch_model", what="the base model")
     base_tensors.require(base_shapes(decoder), unneeded=UNNEEDED_BASE)
-    adapter = open_tensors(checkpoint, "adapter_model", what="the LoRA adapter")
-    adapter.require(adapter_shapes(decoder, adapter_config))
-
     tower = open_tower(checkpoint, llava)
     retrieval = None if text_vocab is None else open_retrieval(tower, text_vocab)
-    projector = open_tensors(checkpoint, "non_lora_trainables", what="the projector")
-    projector.require(projector_shapes(decoder, tower.config))
+    adapter = open_adapter(checkpoint, decoder, projector_shapes(decoder, tower.config))
+    projector = adapter.projector or open_tensors(checkpoint, "non_lora_trainables", what="the projector")
 
     tokenizer = base / "tokenizer.model"
     ids = {key: llava[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if type(llava.get(key)) is int}
     decoding = DecodingDefaults(**ids)
     _check_tokenizer(tokenizer, decoding, decoder.vocab_size)
-    in_checkpoint = [checkpoint / "config.json", adapter_file, *tower.files, *adapter.files, *projector.files]
+    in_checkpoint = [checkpoint / "config.json", *tower.files, *adapter.files]
     notice = _notice(checkpoint / NOTICE_NAME)
     in_checkpoint += [checkpoint / NOTICE_NAME] if notice is not None else []
     files = {f"checkpoint/{file.name}": file for file in in_checkpoint}
@@ -165,7 +154,6 @@ def open_checkpoint(
         name=_model_name(checkpoint),
         decoder=decoder,
         decoding=decoding,
-        adapter_config=adapter_config,
         tower=tower.config,
         preprocessing=tower.preprocessing,
         base=base_tensors,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 from export.source.lora import LINEARS
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from export.source.lora import AdapterConfig
     from lite.config import DecoderConfig
 
@@ -35,14 +37,25 @@ def base_shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def adapter_shapes(decoder: DecoderConfig, adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every LoRA factor."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def linear_shapes(decoder: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of every linear of the layers: `model.layers.0.self_attn.q_proj`."""
     in_layer = layer_shapes(decoder)
-    for layer in range(decoder.num_hidden_layers):
-        for linear in adapter.linears:
-            rows, columns = in_layer[f"{linear}.weight"]
-            module = f"{ADAPTER_PREFIX}model.layers.{layer}.{linear}"
-            shapes[f"{module}.lora_A.weight"] = (adapter.r, columns)
-            shapes[f"{module}.lora_B.weight"] = (rows, adapter.r)
+    return {
+        f"model.layers.{layer}.{linear}": (in_layer[f"{linear}.weight"][0], in_layer[f"{linear}.weight"][1])
+        for layer in range(decoder.num_hidden_layers)
+        for linear in LINEARS
+    }
+
+
+def adapter_shapes(
+    decoder: DecoderConfig, adapter: AdapterConfig, has: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every LoRA factor: of the linears that it targets, or that it `has` tensors for."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, (rows, columns) in linear_shapes(decoder).items():
+        targets = adapter.linears
+        if module in has if targets is None else module.split(".", 3)[3] in targets:
+            rank = adapter.rank(module)
+            shapes[f"{ADAPTER_PREFIX}{module}.lora_A.weight"] = (rank, columns)
+            shapes[f"{ADAPTER_PREFIX}{module}.lora_B.weight"] = (rows, rank)
     return shapes

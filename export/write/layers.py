@@ -188,7 +188,7 @@ def merge_record(source: Checkpoint, work: WorkFolder) -> MergeRecord:
     """Say what merging and storing the parts in 16 bits has rounded."""
     whole = work.whole_report()
     return MergeRecord(
-        lora_scale=source.adapter_config.scale,
+        lora_scale=source.adapter.config.lora_alpha / source.adapter.config.r,
         max_abs_rounding=whole.max_abs,
         max_abs_rounding_tensor=whole.max_abs_tensor,
         relative_rms_rounding=whole.relative_rms,

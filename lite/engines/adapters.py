@@ -3,8 +3,8 @@
     y += B[slot] (A[slot] x)        slot: which adapter a row uses, `NO_ADAPTER` for none
 
 A file has float16 tensors such as `model.layers.0.self_attn.q_proj.lora_A` [rank, in] and `….lora_B` [out, rank]; the
-scale is in B. An engine computes q, k and v as one linear, and gate and up as another: a `Stack` has the factors of all parts of such
-a linear, of all adapters, padded with zeros to one rank.
+scale is in B. An engine computes q, k and v as one linear, and gate and up as another: a `Stack` has the factors of all
+parts of such a linear, of all adapters, padded with zeros to one rank.
 """
 
 from __future__ import annotations

@@ -59,6 +59,11 @@ class RunPlan:
         return "int8" if self.workload.int8_prompts else "stored"
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that rows may use, in the order of their slots."""
+        return self.workload.adapters
+
+    @property
     def chunk_size(self) -> int:
         """How many tokens of a prompt go through torch's decoder together."""
         return self.workload.chunk_size
@@ -102,5 +107,5 @@ class RunPlan:
 
 _PRINTED: Final = (
     "engine", "device", "dtype", "cache_dtype", "prompt_weights", "provider", "vision_provider", "chunk_size", "rows",
-    "max_seq_len", "fp16_accumulation", "drafts", "limit", "limit_from", "losses", "fallbacks", "notes",
+    "max_seq_len", "fp16_accumulation", "drafts", "adapters", "limit", "limit_from", "losses", "fallbacks", "notes",
 )  # fmt: skip

@@ -182,6 +182,7 @@ class _Resolver:
             tower_on_gpu=self.vision_provider.startswith(CUDA) and self.gpu is not None,
             resident_bytes=0 if self.gpu is not None else self.machine.resident_bytes,
             capability=self.gpu.capability if self.gpu is not None else (8, 6),
+            adapters=self._adapters(),
         )
         chosen, why, why_prompts = self._that_fits(workload, limit)
         self.choices["cache"] = chosen.cache_dtype or self.computed, why
@@ -263,6 +264,17 @@ class _Resolver:
             hint = f"; cache_dtype='int8' would fit, but {why} to be taken without being asked for"
         return refusal(plan_memory(self.shapes, smallest), limit, what=str(self.artifact.path), hint=hint)
 
+    def _adapters(self) -> tuple[str, ...]:
+        """Return the adapters to load: those asked for, and what requests get that name none."""
+        default = self.artifact.manifest.parts.default_adapter
+        names = tuple(dict.fromkeys((*([] if default is None else [default]), *self.options.adapters)))
+        for name in names:
+            self.artifact.adapter_part(name)
+        if names:
+            kept = "" if default is None else f"; {default} is what requests get that name none"
+            self.choices["adapters"] = ", ".join(names), f"asked for{kept}" if self.options.adapters else kept[2:]
+        return names
+
     def _drafts(self) -> str:
         """Return where drafts come from, and say what they may change."""
         drafts = str(self.options.drafts)
@@ -285,6 +297,9 @@ class _Resolver:
             losses["int8 cache, from a float one"] = self.loss
         if chosen.int8_prompts and self.shapes.onnx is not None and (part := self.shapes.onnx.prompts) is not None:
             losses["int8 prompts, from stored ones"] = part.divergence.mean_kl if part.divergence is not None else None
+        for name in chosen.adapters:
+            lost = self.artifact.adapter_part(name).fidelity
+            losses[f"with {name}, from the checkpoint"] = lost.divergence.mean_kl if lost is not None else None
         return losses
 
 

@@ -11,6 +11,8 @@ import math
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lite.artifact.parts import OnnxPart, VisionPart
     from lite.config import DecoderConfig, Quantization
 
@@ -88,6 +90,12 @@ def linear_bytes(shape: tuple[int, int], quantization: Quantization | None, *, i
         return count // 2 + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
     group_size = in_features if quantization.group_size in (-1, None) else quantization.group_size
     return count * quantization.bits // 8 + 2 * out_features * (in_features // group_size)  # float16 scales
+
+
+def adapter_bytes(config: DecoderConfig, ranks: Sequence[int], *, itemsize: int) -> int:
+    """Return what adapters of these ranks take in torch's decoder: stacked, and so all of the largest rank."""
+    values = sum(sum(shape) for shape in layer_linear_shapes(config).values())
+    return config.num_hidden_layers * len(ranks) * max(ranks, default=0) * values * itemsize
 
 
 def onnx_linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -309,3 +317,8 @@ def vision_memory_bytes(part: VisionPart, file_bytes: int) -> tuple[int, int]:
     projected = 3 * part.num_image_tokens * part.hidden_size
     held = round(_VISION_HELD[part.format] * file_bytes)
     return held, 4 * max(stream + max(scores, gated), projected)
+
+
+def onnx_adapter_bytes(config: DecoderConfig, ranks: Sequence[int]) -> int:
+    """Return what adapters take in the onnx engine (to be replaced)."""
+    return adapter_bytes(config, ranks, itemsize=1)

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Final, Literal
 from lite.errors import MemoryBudgetError
 from lite.memory.counts import (
     ITEMSIZE,
+    adapter_bytes,
     cache_bytes_per_token,
     cache_scale_bytes_per_token,
     cublas_workspace_bytes,
     decoder_bytes,
     gpu_load_work_bytes,
+    onnx_adapter_bytes,
     onnx_decoder_bytes,
     onnx_linear_bytes,
     onnx_linear_shapes,
@@ -35,8 +37,10 @@ from lite.memory.counts import (
 from lite.memory.sizes import shown_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import OnnxPart, VisionPart
+    from lite.artifact.parts import AdapterPart, OnnxPart, VisionPart
     from lite.config import DecoderConfig
 
 FIRST_USE_BYTES: Final = 40 << 20
@@ -69,6 +73,7 @@ class Shapes:
     vision: VisionPart
     vision_bytes: int  # of its file
     onnx: OnnxPart | None = None
+    adapters: Mapping[str, AdapterPart] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, artifact: Artifact) -> Shapes:
@@ -79,6 +84,7 @@ class Shapes:
             vision=parts.vision,
             vision_bytes=parts.vision.nbytes,
             onnx=parts.decoder_onnx,
+            adapters=parts.adapters,
         )
 
     @property
@@ -96,6 +102,7 @@ class Workload:
     dtype: str | None = None  # of torch; None: float32 on a CPU, the stored one on a GPU
     cache_dtype: str | None = None  # "int8", or what is computed in, which is None, too
     int8_prompts: bool = False  # of onnx: by weights of their own
+    adapters: tuple[str, ...] = ()  # that rows may use
     num_rows: int = 1  # studies that can be under way at a time
     num_prompt_tokens: int  # places of the longest prompt, the image's included
     max_new_tokens: int
@@ -128,12 +135,13 @@ class MemoryPlan:
     load_work_bytes: int  # what passes while weights are converted
     vision_work_bytes: int  # activations of the tower: its arena keeps them
     prefill_work_bytes: int  # activations of the decoder, and the logits
+    adapter_bytes: int = 0  # low-rank factors of all adapters
     beside_bytes: int = 0  # on the card, but not of torch's allocator: the tower, libraries; 0 on a CPU
 
     @property
     def weight_bytes(self) -> int:
         """What stays in memory between requests."""
-        return self.resident_bytes + self.decoder_bytes + self.vision_bytes
+        return self.resident_bytes + self.decoder_bytes + self.adapter_bytes + self.vision_bytes
 
     @property
     def study_bytes(self) -> int:
@@ -161,6 +169,7 @@ class MemoryPlan:
         items = {
             "Python and its packages": self.resident_bytes,
             "decoder": self.decoder_bytes,
+            "adapters": self.adapter_bytes,
             "tower": self.vision_bytes,
             f"cache of {self.num_rows} x {self.max_seq_len:,} tokens": self.cache_bytes,
             "activations": self.vision_work_bytes + self.prefill_work_bytes,
@@ -178,11 +187,15 @@ def plan_memory(shapes: Shapes, workload: Workload) -> MemoryPlan:
     """Count what drafting will take at most."""
     config, rows, int8 = shapes.config, workload.num_rows, workload.cache_dtype == "int8"
     max_seq_len = workload.row_len(config)
-    vision, vision_work = vision_memory_bytes(shapes.vision, shapes.vision_bytes)
+    adapters = [shapes.adapters[name] for name in workload.adapters]
+    ranks = [part.rank for part in adapters]
+    projectors = sum(part.files[part.projector].bytes for part in adapters if part.projector is not None)
+    vision, vision_work = vision_memory_bytes(shapes.vision, shapes.vision_bytes + projectors)
     if workload.engine == "onnx" and shapes.onnx is not None:
         part, itemsize = shapes.onnx, ITEMSIZE[shapes.onnx.dtype]
         resident, decoder = ONNX_FIRST_USE_BYTES, onnx_decoder_bytes(config, part)
         decoder += onnx_prompt_bytes(config, part) if workload.int8_prompts else 0
+        factors = onnx_adapter_bytes(config, ranks) * (2 if workload.int8_prompts else 1)
         per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
         # The largest linear's integers as they are on the disk, beside what they were repacked into.
         load_work = max(onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config))
@@ -192,6 +205,7 @@ def plan_memory(shapes: Shapes, workload: Workload) -> MemoryPlan:
     else:
         itemsize = ITEMSIZE[workload.dtype or (config.dtype if workload.on_gpu else "float32")]
         resident, decoder = FIRST_USE_BYTES, decoder_bytes(config, itemsize=itemsize)
+        factors = adapter_bytes(config, ranks, itemsize=itemsize)
         per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
         per_token += cache_scale_bytes_per_token(config) if int8 else 0
         # The largest weight, as it is stored, beside what it becomes.
@@ -213,6 +227,7 @@ def plan_memory(shapes: Shapes, workload: Workload) -> MemoryPlan:
         max_seq_len=max_seq_len,
         resident_bytes=workload.resident_bytes + resident,
         decoder_bytes=decoder,
+        adapter_bytes=factors,
         vision_bytes=vision,
         cache_bytes=rows * max_seq_len * per_token,
         load_work_bytes=load_work,

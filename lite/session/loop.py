@@ -128,6 +128,7 @@ class Loop(Generic[C, F]):
                 image_features=progress.features,
                 scores=bool(request.target_ids),
                 sampling=request.sampling,
+                adapter=request.adapter,
             )
         )
         progress.features = None  # the segments have them, and let go of them one by one

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import numpy as np
 
-from lite.engines.protocol import GREEDY, MAX_TOP, Sampling
+from lite.engines.protocol import GREEDY, MAX_TOP, NO_ADAPTER, Sampling
 from lite.engines.segments import expand_image
 from lite.errors import LiteError, PromptError
 from lite.image.files import load_image
@@ -53,6 +53,7 @@ class Options(TypedDict, total=False):
     timeout_s: float | None
     request_id: str | None
     reuse: bool
+    adapter: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,7 @@ class Asked:
     timeout_s: float | None = None  # end it with DeadlineExceeded when so much time has passed
     request_id: str | None = None  # what it is called; None numbers it
     reuse: bool = True  # take up what a row still holds of the same film; a measurement wants all of it computed
+    adapter: str | None = None  # one of those that were loaded; None: the decoder as it is, or the artifact's default
 
     def check(self) -> None:
         """Refuse numbers out of their range.
@@ -100,6 +102,7 @@ class Prepared:
     film: FilmInfo
     image_s: float
     image_peaks: Peaks
+    adapter: str | None
     tells_logprobs: bool
     samples: tuple[Request[Any], ...]  # of the same prompt: they take up the film where its row holds it
 
@@ -138,6 +141,8 @@ class Preparer:
             ImageError: the film cannot be read, or is not a frontal one.
         """
         asked.check()
+        adapter = asked.adapter or self.artifact.manifest.parts.default_adapter
+        slot = self._slot(adapter)
         deadline = None if asked.timeout_s is None else time.monotonic() + asked.timeout_s
         input_ids = expand_image(self.prompt.encode(study.reason, query=study.query), self.prompt.num_image_tokens)
         if target_ids:
@@ -153,10 +158,11 @@ class Preparer:
         request: Request[Any] = Request(
             id=asked.request_id or study.id or str(next(self._ids)),
             input_ids=input_ids,
-            film=hashlib.sha256(pixel_values.tobytes()).digest() if asked.reuse else own,
-            see=functools.partial(self._see, pixel_values),
+            film=(hashlib.sha256(pixel_values.tobytes()).digest(), slot) if asked.reuse else own,
+            see=functools.partial(self._see, pixel_values, slot),
             max_new_tokens=asked.max_new_tokens or self.artifact.manifest.decoding.max_new_tokens,
             sampling=sampling,
+            adapter=slot,
             target_ids=tuple(target_ids),
             deadline=deadline,
             lot=lot,
@@ -167,12 +173,23 @@ class Preparer:
             film=loaded.film,
             image_s=time.perf_counter() - started,
             image_peaks=self.peaks(),
+            adapter=adapter,
             tells_logprobs=asked.top_logprobs is not None,
             samples=tuple(
                 dataclasses.replace(request, id=f"{request.id}/{seed}", sampling=_sampled(seed))
                 for seed in range(1, asked.samples + 1)
             ),
         )
+
+    def _slot(self, adapter: str | None) -> int:
+        """Return the place of an adapter among those that were loaded."""
+        loaded = list(self.decoder.adapters)
+        if adapter is None:
+            return NO_ADAPTER
+        if adapter not in loaded:
+            known = f"one of {', '.join(loaded)}, which are loaded" if loaded else "none, as none is loaded"
+            raise LiteError(f"got the adapter {adapter!r} · expected {known} · load it, too: adapters=[{adapter!r}]")
+        return loaded.index(adapter)
 
     def _check_answer(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         vocab_size = self.decoder.config.vocab_size
@@ -181,12 +198,12 @@ class Preparer:
             raise PromptError(f"{msg} that they come from the same tokenizer")
         self.prompt.check_length(num_prompt_tokens + len(token_ids) - 1, what="prompt and answer", shorten="answer")
 
-    def _see(self, pixel_values: NDArray[np.float32]) -> Any:  # noqa: ANN401 - the engine's own
+    def _see(self, pixel_values: NDArray[np.float32], slot: int) -> Any:  # noqa: ANN401 - the engine's own
         """Run the tower on a film: image_features [P, hidden_size], where the decoder computes if possible."""
         out = None
         if self.vision.writes_to(self.decoder.device):
             out = self.decoder.image_buffer(self.prompt.num_image_tokens)
-        features = self.vision(pixel_values[None], out)[0]
+        features = self.vision(pixel_values[None], out, adapter=slot)[0]
         # An int8 cache of ONNX Runtime's would make numbers of them. torch keeps what is none, up to the logits.
         if isinstance(features, np.ndarray) and not np.isfinite(features).all():
             msg = "got image features that are not finite · expected numbers · the tower overflowed: export it in fp32"
@@ -240,6 +257,7 @@ class Preparer:
             ),
             rendering=prepared.rendering,
             film=prepared.film,
+            adapter=prepared.adapter,
             **self.settings,
             backend=decoder.backend,
             fallbacks=self.fallbacks + decoder.fallbacks,

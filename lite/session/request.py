@@ -12,7 +12,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from lite.engines.protocol import GREEDY, Sampling
+from lite.engines.protocol import GREEDY, NO_ADAPTER, Sampling
 from lite.engines.segments import num_prefix_tokens
 from lite.errors import Cancelled, DeadlineExceeded, LiteError
 
@@ -47,6 +47,7 @@ class Request(Generic[F]):
     see: Callable[[], F]  # makes the image's features; called when they are needed, perhaps more than once
     max_new_tokens: int  # at least 1; EOS does not count
     sampling: Sampling = GREEDY
+    adapter: int = NO_ADAPTER  # its place in `Engine.adapters`
     target_ids: tuple[int, ...] = ()  # score these instead of choosing tokens
     deadline: float | None = None  # on time.monotonic's clock
     lot: Lot | None = None

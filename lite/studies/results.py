@@ -136,6 +136,7 @@ class Findings:
     prompt_weights: str | None = None  # what the prompt was read by: "int8" or "stored"; None: by an older version
     num_image_tokens: int | None = None  # of these places, the image's; None: written by an older version
     image_method: str | None = None  # how the film's patches became fewer tokens; None: they did not
+    adapter: str | None = None  # what was beside the decoder; None: nothing
     provider: str  # ONNX Runtime's, for the vision tower, and for the decoder of the onnx engine
     backend: str  # what the decoder's operations ran on: "triton, CUDA graphs", "triton", "torch" or "onnxruntime"
     fallbacks: tuple[str, ...]  # what was slower than it has to be on such a machine, each with its reason

@@ -7,6 +7,7 @@ One allocation for all rows:
     position_ids         [B]   the slot that the newest token goes to; -1: the row is not active
     input_ids            [B]   the newest token
     temperature …        [B]   how tokens are chosen: see `kernels.sample`
+    adapters             [B]   which adapter reads them; -1: none
 
 Slot p of row b holds the token at position p of study b. A query at position p sees slots 0 … p, so what an earlier
 study has left behind is never seen. All of it stays where it was allocated, on the device that computes: decoding a
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from kernels.sample import sample
-from lite.engines.protocol import GREEDY, MAX_TOP, ChosenTokens, Sampling
+from lite.engines.protocol import GREEDY, MAX_TOP, NO_ADAPTER, ChosenTokens, Sampling
 from lite.errors import ContextLengthError
 
 if TYPE_CHECKING:
@@ -126,14 +127,17 @@ class KVCache:
         self.temperature = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.top_p = torch.ones(num_rows, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.adapters = torch.full((num_rows,), NO_ADAPTER, dtype=torch.long, device=device)
         self.told = torch.zeros(num_rows * (1 + MAX_DRAFTS), 3 + 2 * MAX_TOP, dtype=torch.float64, device=device)
         self.num_cached_tokens = [0] * num_rows
         self.is_active = [False] * num_rows
         self.sampling = [GREEDY] * num_rows
+        self.adapter_of = [NO_ADAPTER] * num_rows
         self.last_logits: Tensor | None = None
         """What the newest tokens were chosen from, [rows, T, vocab_size]: for whoever checks an engine."""
-        self.steps: dict[tuple[int, int, int], GraphedStep] = {}
-        """What decodes the first n rows with K drafted tokens each, by n, K, and how many top tokens are told."""
+        self.steps: dict[tuple[int, int, int, bool], GraphedStep] = {}
+        """What decodes the first n rows with K drafted tokens each, by n, K, how many top tokens are told, and whether
+        with adapters."""
 
     # -- What it is --------------------------------------------------------------------------------------------------
 
@@ -167,6 +171,11 @@ class KVCache:
     def tells_top(self) -> bool:
         """Whether an active row wants to know the most probable tokens."""
         return any(active and how.num_top for active, how in zip(self.is_active, self.sampling, strict=True))
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether an active row has an adapter."""
+        return any(active and slot >= 0 for active, slot in zip(self.is_active, self.adapter_of, strict=True))
 
     def layer(self, layer: int, rows: slice) -> LayerCache:
         """Return a layer's keys and values, of some rows."""
@@ -215,6 +224,9 @@ class KVCache:
         row, count = segment.row, len(logits)
         self.last_logits = logits[None]
         self._set_sampling(row, segment.sampling)
+        if self.adapter_of[row] != segment.adapter:
+            self.adapter_of[row] = segment.adapter
+            self.adapters[row].fill_(segment.adapter)
         num_top = MAX_TOP if segment.sampling.num_top else 0
         positions = torch.arange(segment.end - count + 1, segment.end + 1, device=logits.device)
         token_ids, told = self._sample(logits, slice(row, row + 1), positions, num_top)

@@ -22,7 +22,7 @@ from kernels.add_rms_norm import add_rms_norm
 from kernels.backend import Selection, select_backend
 from kernels.reference import rotary_table
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.engines.protocol import MAX_TOP, NO_DRAFTS
+from lite.engines.protocol import MAX_TOP, NO_ADAPTER, NO_DRAFTS
 from lite.engines.torch_engine.cache import KVCache, TorchChosen
 from lite.engines.torch_engine.cuda_graph import GraphedStep
 from lite.engines.torch_engine.device import memory_explained
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lite.artifact.parts import CacheDtype
     from lite.engines.protocol import EngineName, Segment
     from lite.engines.torch_engine.cuda_graph import Capture
+    from lite.engines.torch_engine.linear import RowAdapters
 
     ImageFeatures = Tensor | NDArray[np.float32]
 
@@ -220,7 +221,8 @@ class LlamaDecoder(nn.Module):
         inputs_embeds = self.embed(segment.input_ids, None if image is None else image[segment.image_part])[None]
         del image
         cache.release(segment.row)
-        _, normed = self(inputs_embeds, cache, row=segment.row, start=segment.start, reads_cache=not segment.is_prompt)
+        where = {"row": segment.row, "start": segment.start, "adapter": segment.adapter}
+        _, normed = self(inputs_embeds, cache, reads_cache=not segment.is_prompt, **where)
         cache.num_cached_tokens[segment.row] = segment.end
         # A copy, as a view would keep all of the segment.
         newest = normed[0, normed.shape[1] - segment.num_logits :].clone()
@@ -229,7 +231,14 @@ class LlamaDecoder(nn.Module):
         return logits
 
     def forward(
-        self, inputs_embeds: Tensor, cache: KVCache, *, row: int = 0, start: int = 0, reads_cache: bool = False
+        self,
+        inputs_embeds: Tensor,
+        cache: KVCache,
+        *,
+        row: int = 0,
+        start: int = 0,
+        reads_cache: bool = False,
+        adapter: int = NO_ADAPTER,
     ) -> tuple[Tensor, Tensor]:
         """Run some tokens of one study through the layers, and put their keys and values into the cache.
 
@@ -239,6 +248,7 @@ class LlamaDecoder(nn.Module):
             row: of the cache.
             start: the position of the first token.
             reads_cache: let the tokens see each other as the cache keeps them, as when each is decoded by itself.
+            adapter: of the study.
 
         Returns:
             The last layer's output [1, T, hidden_size], before the final norm and behind it.
@@ -254,7 +264,7 @@ class LlamaDecoder(nn.Module):
         if start and length > 1:
             mask = torch.arange(end, device=self.device) <= slots[:, None, :, None]
         return self._layers(inputs_embeds, cache, slots, slice(row, row + 1), kv_len=end, mask=mask,
-                            reads_cache=reads_cache)  # fmt: skip
+                            reads_cache=reads_cache, adapters=None if adapter < 0 else adapter)  # fmt: skip
 
     def _layers(
         self,
@@ -267,12 +277,13 @@ class LlamaDecoder(nn.Module):
         kv_len: int = 0,
         mask: Tensor | None = None,
         reads_cache: bool = False,
+        adapters: RowAdapters = None,
     ) -> tuple[Tensor, Tensor]:
         cos, sin = self._rotary_table()
         # The slot of a free row is -1, and that of a row that runs ahead may be one too many: neither is used.
         angles = slots.clamp(0, cos.shape[0] - 1)
         tokens = Tokens(rows=rows, slots=slots, cos=cos[angles], sin=sin[angles], lengths=lengths, kv_len=kv_len,
-                        mask=mask, reads_cache=reads_cache)  # fmt: skip
+                        mask=mask, reads_cache=reads_cache, adapters=adapters)  # fmt: skip
         eps = self.config.rms_norm_eps
         layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
         norms = [*(layer.input_layernorm.weight for layer in layers), self.model.norm.weight]
@@ -283,7 +294,7 @@ class LlamaDecoder(nn.Module):
             x, normed = add_rms_norm(
                 layer.self_attn(normed, tokens, cache), x, layer.post_attention_layernorm.weight, eps
             )
-            x, normed = add_rms_norm(layer.mlp(normed), x, following, eps)
+            x, normed = add_rms_norm(layer.mlp(normed, adapters), x, following, eps)
         return x, normed
 
     def _rotary_table(self) -> tuple[Tensor, Tensor]:
@@ -303,13 +314,14 @@ class LlamaDecoder(nn.Module):
         with memory_explained("a token"):
             if self.selection.backend == "triton" or self.capture is not None:
                 rows = _step_rows(cache.num_spanned, cache.num_rows)
-                cache.last_logits = self._captured(cache, (rows, num_drafts, num_top))
+                cache.last_logits = self._captured(cache, (rows, num_drafts, num_top, cache.uses_adapters))
             else:
-                cache.last_logits = self._decode(cache, cache.num_spanned, num_drafts, num_top, kv_len=kv_len)
+                step = cache.num_spanned, num_drafts, num_top, cache.uses_adapters
+                cache.last_logits = self._decode(cache, *step, kv_len=kv_len)
         return cache.advance(1 + num_drafts)
 
-    def _captured(self, cache: KVCache, key: tuple[int, int, int]) -> Tensor:
-        """Run the step for so many rows, drafts and top tokens."""
+    def _captured(self, cache: KVCache, key: tuple[int, int, int, bool]) -> Tensor:
+        """Run the step for so many rows, drafts and top tokens, with adapters or without."""
         if (step := cache.steps.get(key)) is None:
             # Not the cache itself, which holds the step, and not the decoder, which may hold the cache: they would keep
             # each other, and the GPU's memory.
@@ -320,19 +332,24 @@ class LlamaDecoder(nn.Module):
             self._graph_problem = step.problem
         return logits
 
-    def _decode(self, cache: KVCache, rows: int, num_drafts: int, num_top: int, kv_len: int | None = None) -> Tensor:
+    def _decode(
+        self, cache: KVCache, rows: int, num_drafts: int, num_top: int, uses_adapters: bool, kv_len: int | None = None
+    ) -> Tensor:
         """Read and choose the newest tokens of the first rows: nothing here depends on a token, if kv_len is None."""
         first = slice(0, rows)
         newest, slots = cache.newest(first, num_drafts)
         x = self.model.embed_tokens(newest)
+        adapters = cache.adapters[first].repeat_interleave(1 + num_drafts) if uses_adapters else None
         if kv_len is None:
-            _, normed = self._layers(x, cache, slots, first, lengths=slots + 1)
+            _, normed = self._layers(x, cache, slots, first, lengths=slots + 1, adapters=adapters)
         else:
             mask = None
             if num_drafts or any(cache.num_cached_tokens[row] + 1 != kv_len for row in range(rows)):
                 # A free row sees slot 0, as a row that sees none has no softmax.
                 mask = torch.arange(kv_len, device=self.device) <= slots.clamp(min=0)[:, None, :, None]
-            _, normed = self._layers(x, cache, slots, first, kv_len=kv_len, mask=mask, reads_cache=True)
+            _, normed = self._layers(
+                x, cache, slots, first, kv_len=kv_len, mask=mask, reads_cache=True, adapters=adapters
+            )
         logits: Tensor = self.lm_head(normed)
         cache.choose(logits, first, num_top)
         return logits

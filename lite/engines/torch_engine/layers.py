@@ -19,7 +19,7 @@ from torch.nn import functional
 from kernels.decode_attention import decode_attention
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.silu_mul import silu_mul
-from lite.engines.torch_engine.linear import Linear
+from lite.engines.torch_engine.linear import Linear, RowAdapters
 
 if TYPE_CHECKING:
     from lite.config import DecoderConfig
@@ -38,6 +38,7 @@ class Tokens:
     kv_len: int  # slots that any of the tokens sees
     mask: Tensor | None  # bool [B, 1, T, kv_len]; None: a prompt's first chunk, or all of kv_len is seen
     reads_cache: bool  # the tokens see each other as the cache keeps them, as when each had been decoded by itself
+    adapters: RowAdapters  # of each of the B * T tokens
 
 
 class Attention(nn.Module):
@@ -55,7 +56,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens, cache: KVCache) -> Tensor:
         """Put the keys and values of x [B, T, hidden_size] into the cache, and let x attend over it."""
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qkv = self.qkv_proj(x, tokens.adapters).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
         here = cache.layer(self.layer, tokens.rows)
         q, k = rotary_and_cache(q, k, v, tokens.cos, tokens.sin, tokens.slots, **here._asdict())
@@ -63,7 +64,7 @@ class Attention(nn.Module):
             attended = decode_attention(q, lengths=tokens.lengths, **here._asdict())
         else:
             attended = self._attend(q, k, v, tokens, here)
-        out: Tensor = self.o_proj(attended.flatten(-2))
+        out: Tensor = self.o_proj(attended.flatten(-2), tokens.adapters)
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, here: LayerCache) -> Tensor:
@@ -94,9 +95,9 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, parts, config.quantization)
         self.down_proj = Linear(config.intermediate_size, {"down_proj": config.hidden_size}, config.quantization)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return down(silu(gate(x)) * up(x))."""
-        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, adapters: RowAdapters = None) -> Tensor:
+        """Return down(silu(gate(x)) * up(x)), each token with its adapter."""
+        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x, adapters)), adapters)
         return out
 
 

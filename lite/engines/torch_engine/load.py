@@ -14,16 +14,17 @@ from torch import Tensor
 from kernels.bnb import Int8Weight, Nf4Weight, import_bitsandbytes
 from kernels.gptq import GptqWeight
 from kernels.quant_weight import GROUP_SIZES, QuantWeight
+from lite.engines.adapters import Adapters
 from lite.engines.cores import available_cores
 from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.device import DTYPES, memory_explained
-from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.linear import Linear, Lora, linears_of
 from lite.errors import ArtifactError, BackendUnavailable
 from lite.memory.counts import decoder_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -46,6 +47,7 @@ def load_decoder(
     fp16_accumulation: bool = False,
     positions: NDArray[np.float64] | None = None,
     layers: range | None = None,
+    adapters: Sequence[str] = (),
 ) -> LlamaDecoder:
     """Load the decoder of an artifact.
 
@@ -63,6 +65,7 @@ def load_decoder(
         fp16_accumulation: see `kernels.quant_matmul`.
         positions: see `lite.image_tokens.rotary_positions`.
         layers: which layers to load, for whoever computes a large decoder in parts; all by default.
+        adapters: of the artifact, that rows may use.
 
     Raises:
         ArtifactError: a tensor is missing, unknown or misshapen, or the folder is not a plain Llama.
@@ -85,6 +88,8 @@ def load_decoder(
             # what is moved and repacked meanwhile would leave holes, 0.9 GB of them at 7B (by tests/fake_cuda.py).
             torch.empty(decoder_bytes(config, itemsize=wanted.itemsize), dtype=torch.uint8, device=target)
         _fill(decoder, artifact, _tensors(artifact, whole, layers), target, wanted)
+        if adapters:
+            _fill_adapters(decoder, Adapters(artifact, adapters), layers, wanted)
         if target.type == "cuda":
             torch.cuda.empty_cache()  # for the tower, which has another allocator, and for caches, which want one piece
     if target.type == "cuda" and decoder.selection.backend == "triton":
@@ -149,6 +154,18 @@ def _fill(
             raise ArtifactError(msg) from error
     if config.tie_word_embeddings:
         decoder.lm_head.weights = (decoder.model.embed_tokens.weight.detach(),)
+
+
+def _fill_adapters(decoder: LlamaDecoder, adapters: Adapters, layers: range, dtype: torch.dtype) -> None:
+    """Give the linears of some layers the factors of all adapters."""
+    decoder.adapters = adapters.names
+    for place, layer in enumerate(layers):
+        for name, linear in linears_of(decoder.model.layers[place]).items():
+            owner = f"model.layers.{layer}.{name.rpartition('.')[0]}"
+            parts = {f"{owner}.{part}": width for part, width in linear.parts.items()}
+            if (stack := adapters.stack(parts, linear.in_features)) is not None:
+                a, b = (torch.from_numpy(factor).to(decoder.device, dtype) for factor in (stack.a, stack.b))
+                linear.lora = Lora(a, b, stack.parts)
 
 
 def fill_linear(

@@ -1,0 +1,261 @@
+"""A hospital's own adapter, added to an artifact that is there: `python -m export adapter`.
+
+    base + adapter  ─ wanted ─┐
+    what the artifact holds ──┴─▶ low-rank factors beside decoder/ ─▶ measured ─▶ adapters/NAME/
+
+The published LoRA is merged into the artifact's decoder. An adapter that was trained on the base takes its place: the
+factors hold what takes the published one out, too, and are of twice the rank. One that was trained on top of it only
+adds. The decoder's files are not touched: what the artifact drafts without the adapter stays as it was, bit for bit.
+
+It is measured from the checkpoint with the adapter, in float32, as every decoder is (`export.verify`). What loses more
+than is tolerated is not kept; what a correction would make of it is measured then, and said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from safetensors.torch import save
+
+from export.adapter_bench import AdapterBench
+from export.progress import progress_bar, stage
+from export.quantize.low_rank import correction, read_stored, stored_as
+from export.source.adapter import AdapterSource, HasPairs, Together, Undone, open_adapter
+from export.source.checkpoint import Checkpoint, open_checkpoint, projector_shapes
+from export.studies import read_judged
+from export.write.vision_onnx import build_vision_onnx, write_vision_onnx
+from lite.artifact.judgement import USUAL_KL
+from lite.artifact.open import Artifact, load_artifact, sha256_of
+from lite.artifact.parts import ADAPTER_NAME, PUBLISHED, AdapterPart, unhashed
+from lite.artifact.write import check_target, staged_artifact
+from lite.engines.machine import check_device
+from lite.errors import ArtifactError, CheckpointError
+from lite.files import disk_errors_explained, link_or_copy, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from export.logits import InputSizes
+    from export.settings import AdapterSettings, TrainedOn
+    from export.studies import NamedStudies
+
+_LOG = logging.getLogger(__name__)
+OFFERED: Final = (16, 64)
+"""Ranks of the corrections that are tried where an adapter loses too much."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Sources:
+    """What an adapter is made from."""
+
+    wanted: Checkpoint  # the base with the adapter, and its projector: the yardstick
+    stored: Checkpoint  # what the artifact's decoder was made of
+    delta: HasPairs  # what has to be added to that
+    adapter: AdapterSource
+    on: TrainedOn
+
+
+def add_adapter(
+    folder: str | Path,
+    artifact: str | Path,
+    name: str,
+    *,
+    base: str | Path,
+    published: str | Path,
+    settings: AdapterSettings,
+    out: str | Path | None = None,
+) -> Artifact:
+    """Add a hospital's LoRA to an artifact.
+
+    Args:
+        folder: The LoRA's, as PEFT or LLaVA's scripts have left it.
+        artifact: The artifact. Nothing in it is changed.
+        name: What requests will call the adapter.
+        base: Folder of the base model that the artifact was exported from.
+        published: Folder of the LLaVA-Rad download that it was exported from.
+        settings: How.
+        out: The artifact to make, of the same files and the new ones; None puts it in the place of the old one, once it
+            is complete.
+
+    Returns:
+        The finished artifact; its part holds as `fidelity` what was measured.
+
+    Raises:
+        CheckpointError: The adapter cannot be used, or was trained on something else.
+        ArtifactError: The artifact is damaged, was made of something else, has such an adapter already, or the adapter
+            loses too much.
+        BackendUnavailable: A package or device is missing.
+    """
+    settings = dataclasses.replace(settings, device=check_device(settings.device))
+    source = Path(artifact).resolve()
+    target = source if out is None else Path(out).resolve()
+    check_target(target, overwrite=out is None)
+    opened = load_artifact(source)
+    _check_name(opened, name, replace=settings.replace)
+    sources = _open_sources(Path(folder), Path(base), Path(published), opened, settings)
+    opened.verify()
+    _require_same_sources(opened, sources, show=settings.show_progress)
+    config = opened.decoder_config()
+    tokenizer = opened.file(opened.manifest.parts.tokenizer.file)
+    judged = read_judged(tokenizer, opened.manifest, config.max_position_embeddings, settings)
+    with disk_errors_explained(target, ArtifactError), staged_artifact(target, overwrite=out is None) as staged:
+        kept = {key: part for key, part in opened.manifest.parts.adapters.items() if key != name}
+        staging = dataclasses.replace(opened, path=staged.path).with_parts(adapters=kept)
+        for file in staging.manifest.files:
+            link_or_copy(source / file, staged.path / file)
+        part = _written(staging, name, sources, judged, settings)
+        staged.finish(staging.manifest.with_parts(adapters=kept | {name: part}))
+    return load_artifact(target)
+
+
+def _check_name(artifact: Artifact, name: str, *, replace: bool) -> None:
+    adapters, model = artifact.manifest.parts.adapters, artifact.manifest.model
+    if not ADAPTER_NAME.fullmatch(name) or name in (PUBLISHED, "base", "off", model, model.rpartition("/")[2]):
+        msg = f"got the name {name!r} · expected one of letters, digits, ., _ and -, and not the model's own ({model},"
+        raise ArtifactError(f"{msg} {PUBLISHED}, base, off) · choose another --name")
+    if name in adapters and not replace:
+        msg = f"{artifact.path}: got an adapter {name}, which it has · expected a new name · choose another --name, or"
+        raise ArtifactError(f"{msg} give --replace")
+
+
+# -- What it was trained on ------------------------------------------------------------------------------------------
+
+
+def _open_sources(folder: Path, base: Path, published: Path, artifact: Artifact, settings: AdapterSettings) -> _Sources:
+    """Open adapter, base and published model, and find out what is to be added to what."""
+    for option, given in (("the adapter", folder), ("--published", published)):
+        if not (given / "adapter_config.json").is_file():
+            got = "no adapter_config.json" if given.is_dir() else "no folder"
+            raise CheckpointError(f"{option} {given}: got {got} · expected the folder of a LoRA · check the path")
+    source = open_checkpoint(published, base, other_base=True)
+    adapter = open_adapter(folder, source.decoder, projector_shapes(source.decoder, source.tower))
+    on = settings.on or _trained_on(adapter, base, published, artifact)
+    is_merged = PUBLISHED not in artifact.manifest.parts.adapters
+    own: tuple[HasPairs, ...] = (adapter,) if on == "base" else (source.adapter, adapter)
+    taken_out: tuple[HasPairs, ...] = (Undone(source.adapter),) if is_merged and on == "base" else ()
+    added = (adapter,) if is_merged else own
+    return _Sources(
+        wanted=dataclasses.replace(source, beside=Together(own), projector=adapter.projector or source.projector),
+        stored=source if is_merged else dataclasses.replace(source, beside=Together(())),
+        delta=Together((*added, *taken_out)),
+        adapter=adapter,
+        on=on,
+    )
+
+
+def _trained_on(adapter: AdapterSource, base: Path, published: Path, artifact: Artifact) -> TrainedOn:
+    """Read from its configuration on which of the two the adapter was trained."""
+    said = adapter.config.base_name.lower()
+    of_base = {base.resolve().name.lower(), "vicuna-7b-v1.5"}
+    of_published = {published.resolve().name.lower(), artifact.manifest.model.rpartition("/")[2].lower()}
+    if said in of_base - of_published:
+        return "base"
+    if said in of_published - of_base:
+        return "published"
+    named = adapter.config.base_model_name_or_path
+    msg = f"got an adapter whose configuration names {named!r} as its base · expected {base.resolve().name}, or "
+    msg += f"{artifact.manifest.model}, into which the published LoRA was merged"
+    raise CheckpointError(f"{msg} · say which it was trained on: --on base, or --on published")
+
+
+def _require_same_sources(artifact: Artifact, sources: _Sources, *, show: bool) -> None:
+    """Tell by hash that base and published LoRA are those that the artifact was made of."""
+    known = artifact.manifest.sources
+    source = sources.stored
+    wanted = {name: file for name, file in source.files.items() if name.startswith("base/")}
+    wanted |= {f"checkpoint/{file.name}": file for file in source.adapter.files}
+    files = {name: file for name, file in wanted.items() if file.suffix in (".bin", ".safetensors")}
+    for name, file in progress_bar("hashing the sources", list(files.items()), unit="file", show=show):
+        if known.get(name) != sha256_of(file):
+            expected = f"sha256 {known[name][:16]}…" if name in known else f"one of {', '.join(sorted(known))}"
+            msg = f"{file}: got another file than the artifact was made of · expected {expected}"
+            raise CheckpointError(f"{msg} · give the same --base and --published, or export the artifact anew")
+
+
+# -- Writing and measuring -------------------------------------------------------------------------------------------
+
+
+def _written(
+    artifact: Artifact, name: str, sources: _Sources, judged: NamedStudies, settings: AdapterSettings
+) -> AdapterPart:
+    """Write the part's files, measure it, and refuse it where it loses too much."""
+    show, folder = settings.show_progress, artifact.path / "adapters" / name
+    folder.mkdir(parents=True)
+    bench = AdapterBench(sources.wanted, artifact, name, judged, device=settings.device, show_progress=show)
+    part = AdapterPart(
+        files=unhashed(f"adapters/{name}/factors.safetensors"),
+        factors=f"adapters/{name}/factors.safetensors",
+        on=sources.on,
+        rank=1,
+        sources={file.name: sha256_of(file) for file in sources.adapter.files},
+    )
+    if sources.adapter.projector is not None:
+        part = _with_projector(artifact, part, name, sources)
+
+    def written(rank: int) -> AdapterPart:
+        with stage(f"writing the factors{f', corrected by rank {rank}' if rank else ''}", show=show):
+            return _write_factors(artifact, part, sources, rank, bench.inputs if rank else None)
+
+    part = written(0)
+    if settings.correction:
+        bench.measure(part)
+        part = written(settings.correction)
+    lost = bench.measure(part)
+    tolerance = settings.tolerance or _tolerance(artifact)
+    if lost.mean_kl <= tolerance or settings.keep_anyway:
+        return dataclasses.replace(part, fidelity=bench.whole(part, lost))
+    offers = []
+    for rank in OFFERED if not settings.correction else ():
+        corrected = bench.measure(written(rank)).mean_kl
+        offers.append(f"--correction {rank} would make {corrected:.2g} of it")
+    msg = f"{name}: got an adapter that loses {lost.mean_kl:.2g} nats a token beside this decoder · expected at most "
+    todo = "; ".join(
+        [*offers, "--verify-data measures on films of yours, --tolerance or --keep-anyway takes it as it is"]
+    )
+    raise ArtifactError(f"{msg}{tolerance:.2g} · {todo}")
+
+
+def _tolerance(artifact: Artifact) -> float:
+    fidelity = artifact.manifest.parts.decoder.fidelity
+    return max(USUAL_KL, 2 * fidelity.divergence.mean_kl if fidelity is not None else 0.0)
+
+
+def _with_projector(artifact: Artifact, part: AdapterPart, name: str, sources: _Sources) -> AdapterPart:
+    """Write the adapter's own projector, in the format of the tower; none where it is the published one."""
+    source = sources.stored
+    own, theirs = sources.adapter.read_projector(), source.projector.read(source.projector.entries)
+    if all((own[f"projector.{key.rpartition('mm_projector.')[2]}"] == tensor).all() for key, tensor in theirs.items()):
+        return part
+    vision_format = artifact.manifest.parts.vision.format
+    _, model = build_vision_onnx(
+        sources.wanted.read_tower(), source.tower, vision_format=vision_format, model_name=name
+    )
+    file = f"adapters/{name}/projector.onnx"
+    write_vision_onnx(model, artifact.path / file)
+    return dataclasses.replace(part, files=part.files | unhashed(file), projector=file)
+
+
+def _write_factors(
+    artifact: Artifact, part: AdapterPart, sources: _Sources, rank: int, inputs: InputSizes | None
+) -> AdapterPart:
+    """Write the factors of all layers, with a correction of that rank."""
+    tensors: dict[str, Tensor] = {}
+    largest = 0
+    for index in range(artifact.decoder_config().num_hidden_layers):
+        source, pairs = sources.stored.read_layer(index).merged(), sources.delta.pairs(index)
+        layer = read_stored(artifact, index, source)
+        for linear, stored in layer.weights.items():
+            factors = [layer.factors(linear, pairs[linear])] if linear in pairs else []
+            if inputs is not None and rank:
+                wanted = layer.scaled(linear, source[f"{linear}.weight"])
+                factors.append(correction(wanted, stored, inputs.of(f"model.layers.{index}.{linear}"), rank))
+            if factors:
+                a, b = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
+                tensors |= stored_as(f"model.layers.{index}.{linear}", a, b)
+                largest = max(largest, len(a))
+    write_whole(artifact.path / part.factors, save(tensors))
+    return dataclasses.replace(part, rank=largest, correction=rank)
