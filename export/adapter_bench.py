@@ -90,10 +90,13 @@ class AdapterBench:
         )
         artifact = self._with(part)
         if artifact.manifest.parts.decoder_onnx is not None:
+            logits, features = self._logits(part), self._features(artifact)
             with stage("measuring, decoder.onnx", show=self.show):
-                behind = onnx_logits(artifact, films, self._features(artifact), None, adapter=self.name)
-            onnx = divergence_of(films, self._logits(part), behind)
-            fidelity = dataclasses.replace(fidelity, onnx=onnx)
+                behind = onnx_logits(artifact, films, features, None, adapter=self.name)
+            fidelity = dataclasses.replace(fidelity, onnx=divergence_of(films, logits, behind))
+            if artifact.onnx_part().int8_cache is not None:
+                rounded = onnx_logits(artifact, films, features, "int8", adapter=self.name)
+                fidelity = dataclasses.replace(fidelity, int8_cache=divergence_of(films, behind, rounded))
         return self._with_texts(artifact, fidelity)
 
     def _with(self, part: AdapterPart) -> Artifact:

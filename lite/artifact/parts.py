@@ -133,6 +133,7 @@ class AdapterFidelity:
     divergence: Divergence  # of the artifact with the adapter
     without: Divergence  # of the artifact as it is without
     onnx: Divergence | None = None  # of decoder.onnx with the adapter, from `decoder/` with it
+    int8_cache: Divergence | None = None  # of decoder.onnx's int8 cache with the adapter, from its float cache
     texts: int = 0  # that were drafted with the adapter
     same_texts: float = 0.0  # the share of these that the yardstick would write, token for token
     label_f1: float | None = None  # macro F1 of these texts against the reports; None: the list has none
