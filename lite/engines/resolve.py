@@ -296,7 +296,7 @@ class _Resolver:
             losses["int8 cache, from a float one"] = self.loss
         if chosen.int8_prompts and self.shapes.onnx is not None and (part := self.shapes.onnx.prompts) is not None:
             losses["int8 prompts, from stored ones"] = part.divergence.mean_kl if part.divergence is not None else None
-        for name in chosen.adapters:
+        for name in self.options.adapters:
             lost = self.artifact.adapter_part(name).fidelity
             losses[f"with {name}, from the checkpoint"] = lost.divergence.mean_kl if lost is not None else None
         return losses
