@@ -11,7 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from export.source.shapes import linear_shapes
+from lite.artifact.open import Artifact
+from lite.artifact.parts import AdapterPart, unhashed
+from lite.artifact.write import staged_artifact
 from lite.config import DecoderConfig
+from lite.files import link_or_copy
 
 PREFIX = "base_model.model."
 PROJECTOR = "base_model.model.model.mm_projector."
@@ -59,3 +63,27 @@ def write_folder(
     if projector is not None:
         torch.save(projector, folder / "non_lora_trainables.bin")
     return folder
+
+
+def artifact_with_adapters(artifact: Artifact, out: Path, **adapters: dict[str, Tensor]) -> Artifact:
+    """Write a copy of an artifact with adapters, of factors such as `stored_factors` draws."""
+    with staged_artifact(out) as staged:
+        for name in artifact.manifest.files:
+            link_or_copy(artifact.path / name, staged.path / name)
+        parts = {}
+        for name, factors in adapters.items():
+            file = f"adapters/{name}/factors.safetensors"
+            (staged.path / file).parent.mkdir(parents=True)
+            save_file(factors, staged.path / file)
+            rank = max(factor.shape[0] for key, factor in factors.items() if key.endswith("lora_A"))
+            parts[name] = AdapterPart(factors=file, on="base", rank=rank, files=unhashed(file))
+        return staged.finish(artifact.manifest.with_parts(adapters=parts))
+
+
+def stored_factors(
+    decoder: DecoderConfig, *, rank: int = 4, seed: int = 1, size: float = 0.5, only: str = ""
+) -> dict[str, Tensor]:
+    """Draw factors as an artifact has them, of the linears whose names hold `only`."""
+    drawn = random_factors(decoder, rank=rank, seed=seed, size=size, dtype=torch.float16)
+    names = {name: name.removeprefix(PREFIX).removesuffix(".weight") for name in drawn}
+    return {short: drawn[name] for name, short in names.items() if only in name}

@@ -11,11 +11,12 @@ import pytest
 import torch
 from exported import folder_hash
 from random_checkpoint import edit_tensors
-from small_export import Folders, Small
+from small_export import Folders, Small, settings_for
 
-from export import AdapterSettings, ExportSettings, add_adapter, export_artifact
+from export import AdapterSettings, add_adapter, export_artifact
 from export.__main__ import main
 from export.quantize import low_rank
+from export.settings import TrainedOn
 from export.source.checkpoint import Checkpoint
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import PUBLISHED, AdapterPart
@@ -42,7 +43,7 @@ def added(
 
 @pytest.mark.parametrize("on", ["base", "published"])
 def test_beside_float_weights_nothing_is_lost(
-    northside: Path, small: Small, folders: Folders, tmp_path: Path, on: str
+    northside: Path, small: Small, folders: Folders, tmp_path: Path, on: TrainedOn
 ) -> None:
     settings = dataclasses.replace(QUICK, on=on)
     _, part = added(northside, small("fp16"), folders, tmp_path / "out", settings)
@@ -133,7 +134,7 @@ def test_a_projector_of_its_own_is_written_and_the_published_one_is_not(
 def test_a_lora_that_is_kept_is_what_everybody_gets(
     northside: Path, folders: Folders, listed: Path, tmp_path: Path, small: Small
 ) -> None:
-    settings = dataclasses.replace(small_settings(listed), keep_lora=True)
+    settings = dataclasses.replace(settings_for(listed), keep_lora=True)
     kept = export_artifact(*folders, tmp_path / "kept", settings)
     assert kept.manifest.parts.default_adapter == PUBLISHED
     fidelity, merged = kept.manifest.parts.decoder.fidelity, small("gptq-int4").manifest.parts.decoder.fidelity
@@ -144,12 +145,6 @@ def test_a_lora_that_is_kept_is_what_everybody_gets(
     assert part.rank == 4  # nothing has to be taken out
     assert part.fidelity is not None
     assert part.fidelity.divergence.mean_kl < 0.5 * part.fidelity.without.mean_kl
-
-
-def small_settings(listed: Path) -> ExportSettings:
-    from small_export import settings_for
-
-    return settings_for(listed)
 
 
 # -- Refused, with everything as it was ------------------------------------------------------------------------------
