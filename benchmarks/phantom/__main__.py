@@ -180,7 +180,10 @@ def _add_adapt_arguments(adapt: argparse.ArgumentParser) -> None:
     adapt.add_argument("--image-method", metavar="METHOD", help="how patches become fewer (default: diverse)")
     adapt.add_argument("--seed", type=int, metavar="S", help="of everything")
     adapt.add_argument("--films", type=int, metavar="N", help="training films")
-    adapt.add_argument("--steps", type=int, metavar="N", help="of 32 films")
+    adapt.add_argument("--steps", type=int, metavar="N", help="how many batches")
+    adapt.add_argument("--batch-size", type=int, metavar="N", help="films a step")
+    adapt.add_argument("--learning-rate", type=float, metavar="X", help="its highest")
+    adapt.add_argument("--dtype", choices=("float32", "bfloat16"), help="what is computed in (default: float32)")
     adapt.add_argument("--lora-rank", type=int, metavar="R", help="of the LoRA that is written, the published 8 in it")
 
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class AdaptationPlan(Plan):
     image_tokens: int = GRID * GRID
     image_method: ImageMethod = "diverse"
     hospital: HospitalName = "home"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class LoraLinear(nn.Module):
@@ -138,7 +140,9 @@ class Adaptation(Training):
     def _loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rows, *texts = self.texts.batch(step)
         features, after, mask = (t.to(self.device) for t in (torch.from_numpy(self.features[rows]), *texts))
-        loss = F.cross_entropy(self.network(features, self.before, after, mask, self.positions), after[mask])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.dtype == "bfloat16"):
+            logits = self.network(features, self.before, after, mask, self.positions)
+        loss = F.cross_entropy(logits.float(), after[mask])
         return loss, {"text": float(loss.detach())}
 
 

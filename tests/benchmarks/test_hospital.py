@@ -79,3 +79,99 @@ def test_its_films_are_sharper_and_nothing_else_differs(tmp_path: Path) -> None:
     assert not {study_seed(seed, i) for seed in (771, 772, 26_120_101) for i in range(150)} & set(
         training_seeds(20_000, 1).tolist()
     )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, demo_artifact: Artifact) -> Path:
+    folder = tmp_path_factory.mktemp("northside")
+    (folder / "artifact").symlink_to(demo_artifact.path)
+    return folder
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    projector = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    return load_file(folder / "adapter_model.safetensors"), projector
+
+
+def test_adapting_writes_a_plain_peft_folder(work: Path, tmp_path: Path) -> None:
+    size = adapt(tmp_path / "north", plan=PLAN, work=work, peft=True)
+    files = {path.name: path for path in (tmp_path / "north").iterdir()}
+    assert set(files) == {
+        "adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin", "training.json",
+    }  # fmt: skip
+    assert size == sum(files[name].stat().st_size for name in ("adapter_model.safetensors", "non_lora_trainables.bin"))
+    assert json.loads(files["training.json"].read_text()) == dataclasses.asdict(PLAN)
+    published = CHECKPOINT / "llava-rad-phantom"
+    lora, projector = read_adapter(tmp_path / "north")
+    old_lora = torch.load(published / "adapter_model.bin", weights_only=True)
+    old_projector = torch.load(published / "non_lora_trainables.bin", weights_only=True)
+    assert set(lora) == set(old_lora)
+    for name, tensor in lora.items():
+        factor, rank = (tensor, 0) if "lora_A" in name else (tensor.T, 1)
+        assert (factor.dtype, tensor.shape[rank], tensor.shape[1 - rank]) == (
+            torch.bfloat16, 16, old_lora[name].shape[1 - rank],
+        )  # fmt: skip
+        # Three steps: it still begins with the published factors.
+        assert 0 < float((factor[:8] - (old_lora[name] if rank == 0 else old_lora[name].T)).abs().max()) < 0.05, name
+    assert {name: (t.shape, t.dtype) for name, t in projector.items()} == {
+        name: (t.shape, t.dtype) for name, t in old_projector.items()
+    }
+    assert any(not torch.equal(tensor, old_projector[name]) for name, tensor in projector.items())
+
+
+def test_the_committed_adapter_is_small_and_whole() -> None:
+    assert sum(path.stat().st_size for path in NORTHSIDE.iterdir()) <= 1_000_000
+    config = json.loads((NORTHSIDE / "adapter_config.json").read_text())
+    plan = AdaptationPlan(**json.loads((NORTHSIDE / "training.json").read_text()))
+    lora, projector = read_adapter(NORTHSIDE)
+    assert (config["r"], config["lora_alpha"]) == (plan.lora_rank, 2 * plan.lora_rank)
+    assert config["base_model_name_or_path"] == "llava-rad-phantom/base"
+    assert (plan.hospital, len(lora), len(projector)) == ("northside", 4 * 7 * 2, 4)
+    assert {tensor.dtype for tensor in lora.values()} == {torch.bfloat16}
+    assert all(bool(tensor.isfinite().all()) for tensor in (*lora.values(), *projector.values()))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("1. Heart not enlarged. 2. Nodule of 12 mm, left upper zone.", True),
+        ("1. Heart not enlarged. 3. No pneumothorax.", False),
+        ("2. Heart not enlarged. 3. No pneumothorax.", False),
+        ("Heart not enlarged. 1. No pneumothorax.", False),
+        ("1. Heart not enlarged. 2. . 3. No pneumothorax.", False),
+        ("1. Heart not enlarged. 2. No pneumothorax", False),
+        ("1. Heart not enlarged.\n2. No pneumothorax.", False),
+        ("The lungs are clear.", False),
+        ("", False),
+    ],
+)
+def test_what_counts_as_a_numbered_list(text: str, wanted: bool) -> None:
+    assert is_numbered(text) is wanted
+
+
+def test_style_is_measured_beside_the_hospitals_reports(tmp_path: Path) -> None:
+    reference = "1. Heart not enlarged. 2. Nodule of 12 mm, left upper zone. 3. Right effusion of 40 mm."
+    drafts = [
+        "1. Heart not enlarged. 2. Nodule of 6 mm, left upper zone. 3. Right pleural fluid, 15 mm.",
+        "There is a small nodule in the left upper zone. No pleural effusion. No pneumothorax of 9 mm.",
+        reference,
+    ]
+    rows = [
+        {"id": str(n), "image": f"{n}.png", "reference": reference, "prediction": draft}
+        for n, draft in enumerate(drafts)
+    ]
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    found = measure_style(file)
+    # Five findings are in both texts: two, one that was given no number, and two.
+    assert (found["given in mm"].value, found["given in mm"].count) == (4 / 5, 5)
+    assert found["mm of the right size"].value == 3 / 5
+    assert found["numbered list"].value == 2 / 3
+    assert 0.5 < found["ROUGE-L"].value < 0.9
+    assert found["label F1, macro"].value == pytest.approx((1 + 0.8) / 2)
+    assert [band("Lung Lesion", mm) for mm in (5, 6, 14, 20, 35, 60, None)] == [
+        None, "small", "small", None, "large", "large", None,
+    ]  # fmt: skip
+    lines = style_table([file, file]).splitlines()
+    assert len(lines) == 7
+    assert all(line.count("|") == 4 for line in lines)
