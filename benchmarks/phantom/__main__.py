@@ -25,7 +25,9 @@ exit status: 0 done, 1 something was skipped or failed, 2 wrong use, 130 interru
 def _write(arguments: argparse.Namespace) -> int:
     from benchmarks.phantom.write import write_studies
 
-    path = write_studies(arguments.out, count=arguments.count, seed=arguments.seed, dicom=arguments.dicom)
+    path = write_studies(
+        arguments.out, count=arguments.count, seed=arguments.seed, dicom=arguments.dicom, hospital=arguments.hospital
+    )
     sys.stdout.write(f"{arguments.count} studies in {path}\n")
     return 0
 
@@ -59,11 +61,22 @@ def _adapt(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as for training
     from benchmarks.phantom.adapt import AdaptationPlan, adapt
 
-    size = adapt(arguments.out, plan=AdaptationPlan(**_given(arguments, AdaptationPlan)), work=arguments.work)
-    sys.stdout.write(
-        f"{arguments.out}: {size / 1e6:.2f} MB were trained. Next, with lite's --image-tokens as here:\n"
-        f"  python -m export --checkpoint {arguments.out} --base benchmarks/phantom/checkpoint/base --out ARTIFACT\n"
-    )
+    plan = AdaptationPlan(**_given(arguments, AdaptationPlan))
+    out = arguments.out
+    size = adapt(out, plan=plan, work=arguments.work, peft=arguments.peft)
+    sys.stdout.write(f"{out}: {size / 1e6:.2f} MB were trained.\n")
+    if not arguments.peft:
+        sys.stdout.write(
+            "Next, with lite's --image-tokens as here:\n"
+            f"  python -m export --checkpoint {out} --base benchmarks/phantom/checkpoint/base --out ARTIFACT\n"
+        )
+    return 0
+
+
+def _style(arguments: argparse.Namespace) -> int:
+    from benchmarks.phantom.style import style_table
+
+    sys.stdout.write(f"{style_table(arguments.predictions, arguments.truth)}\n")
     return 0
 
 
@@ -108,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--count", type=int, required=True, metavar="N", help="how many studies")
     write.add_argument("--seed", type=int, default=0, metavar="S", help="which studies (default: %(default)s)")
     write.add_argument("--dicom", action="store_true", help="also 12-bit DICOM films, alternately MONOCHROME2 and 1")
+    _add_hospital(write, "home")
 
     pairs = add("plant", _plant, "write pairs of reports with one known error each, to try a judge on")
     pairs.add_argument("out", type=Path, metavar="OUT.jsonl", help="the file to write")
@@ -136,8 +150,17 @@ def _parser() -> argparse.ArgumentParser:
     found = add("find", _find, "measure how well an artifact's towers find films by reports and by descriptions")
     found.add_argument("artifact", type=Path, metavar="ARTIFACT", help="exported with --retrieval")
     found.add_argument("list", type=Path, metavar="STUDIES.json", help="a list that `write` has written")
-    _add_adapt_arguments(add("adapt", _adapt, "train the phantom's LoRA and projector further, on fewer image tokens"))
+    _add_adapt_arguments(add("adapt", _adapt, "train LoRA and projector further: another hospital, fewer image tokens"))
+    style = add("style", _style, "measure how much drafts are written as northside writes")
+    style.add_argument("predictions", type=Path, nargs="+", metavar="PREDICTIONS", help="what `lite run` has written")
+    style.add_argument("--truth", type=Path, metavar="STUDIES.json", help="the list, if the files have no findings")
     return parser
+
+
+def _add_hospital(command: argparse.ArgumentParser, default: str | None) -> None:
+    command.add_argument(
+        "--hospital", default=default, choices=("home", "northside"), help="whose films and texts (default: home)"
+    )
 
 
 def _add_adapt_arguments(adapt: argparse.ArgumentParser) -> None:
@@ -149,11 +172,18 @@ def _add_adapt_arguments(adapt: argparse.ArgumentParser) -> None:
         "--work", type=Path, default=Path("build/adaptation"), metavar="DIR",
         help="where films, features and state are kept; an interrupted run goes on from there (default: %(default)s)",
     )  # fmt: skip
+    _add_hospital(adapt, None)
+    adapt.add_argument(
+        "--peft", action="store_true", help="write LoRA and projector alone, LoRA in bfloat16, as PEFT does"
+    )
     adapt.add_argument("--image-tokens", type=int, metavar="N", help="of a film (default: one a patch)")
     adapt.add_argument("--image-method", metavar="METHOD", help="how patches become fewer (default: diverse)")
     adapt.add_argument("--seed", type=int, metavar="S", help="of everything")
     adapt.add_argument("--films", type=int, metavar="N", help="training films")
-    adapt.add_argument("--steps", type=int, metavar="N", help="of 32 films")
+    adapt.add_argument("--steps", type=int, metavar="N", help="how many batches")
+    adapt.add_argument("--batch-size", type=int, metavar="N", help="films a step")
+    adapt.add_argument("--learning-rate", type=float, metavar="X", help="its highest")
+    adapt.add_argument("--dtype", choices=("float32", "bfloat16"), help="what is computed in (default: float32)")
     adapt.add_argument("--lora-rank", type=int, metavar="R", help="of the LoRA that is written, the published 8 in it")
 
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,10 +29,11 @@ from tqdm import tqdm
 
 from benchmarks.exports import FP16, PHANTOM, ROOT, Source
 from benchmarks.phantom.dataset import GRID, draw_films
+from benchmarks.phantom.hospital import HospitalName
 from benchmarks.phantom.layout import LORA_TARGETS, write_json
 from benchmarks.phantom.loop import Plan, Training
 from benchmarks.phantom.network import LLAMA_CONFIG, PhantomWriter
-from benchmarks.phantom.publish import ADAPTER_PREFIX, LORA_SCALE, NAME, PROJECTOR_PREFIX, write_trained
+from benchmarks.phantom.publish import ADAPTER_PREFIX, LORA_SCALE, NAME, PROJECTOR_PREFIX, write_peft, write_trained
 from benchmarks.phantom.texts import Texts
 from lite.artifact.open import Artifact, load_artifact
 from lite.artifact.parts import ImageMethod
@@ -58,6 +60,8 @@ class AdaptationPlan(Plan):
     steps: int = 120
     image_tokens: int = GRID * GRID
     image_method: ImageMethod = "diverse"
+    hospital: HospitalName = "home"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class LoraLinear(nn.Module):
@@ -117,11 +121,12 @@ class Adaptation(Training):
         writer = published_writer(rank=plan.lora_rank).to(device)
         artifact = _exported(work / "artifact", plan)
         part = artifact.manifest.parts.vision
-        name = f"{part.image_method}-{part.num_image_tokens}"
-        films = draw_films(work / "films", count=plan.films, seed=plan.seed)
+        name = f"{plan.hospital}-{part.image_method}-{part.num_image_tokens}"
+        films = draw_films(work / f"films-{plan.hospital}", count=plan.films, seed=plan.seed, hospital=plan.hospital)
         self.texts = Texts(
             films, PHANTOM / "base" / "tokenizer.model",
             seed=plan.seed, batch_size=plan.batch_size, num_image_tokens=part.num_image_tokens,
+            hospital=plan.hospital,
         )  # fmt: skip
         self.features = _features(artifact, films.pixels, work / f"features-{name}.npy")
         self.device, self.before = device, self.texts.before.to(device)
@@ -135,7 +140,9 @@ class Adaptation(Training):
     def _loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rows, *texts = self.texts.batch(step)
         features, after, mask = (t.to(self.device) for t in (torch.from_numpy(self.features[rows]), *texts))
-        loss = F.cross_entropy(self.network(features, self.before, after, mask, self.positions), after[mask])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.dtype == "bfloat16"):
+            logits = self.network(features, self.before, after, mask, self.positions)
+        loss = F.cross_entropy(logits.float(), after[mask])
         return loss, {"text": float(loss.detach())}
 
 
@@ -160,12 +167,13 @@ def _features(artifact: Artifact, pixels: NDArray[np.uint8], kept: Path) -> NDAr
     return features
 
 
-def adapt(out: Path, *, plan: AdaptationPlan, work: Path) -> int:
+def adapt(out: Path, *, plan: AdaptationPlan, work: Path, peft: bool = False) -> int:
     """Adapt the committed phantom model, and write it in LLaVA-Rad's layout, for the same base.
 
     Args:
         out: the new folder, another `llava-rad-phantom/`, with the plan as `training.json` in it.
         plan: what to do.
+        peft: write what was trained alone, as PEFT does.
         work: folder for films, features and state; a run that was interrupted continues from it.
 
     Returns:
@@ -179,14 +187,14 @@ def adapt(out: Path, *, plan: AdaptationPlan, work: Path) -> int:
         adaptation = Adaptation(plan, work, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         adaptation.run()
         state = adaptation.network.cpu().decoder.state_dict()
-        shutil.copytree(PHANTOM / NAME, staged.path, dirs_exist_ok=True)
-        size = write_trained(
-            staged.path,
-            adapter={f"{ADAPTER_PREFIX}{name}.weight": t for name, t in state.items() if name.endswith(_FACTORS)},
-            projector=adaptation.network.projector.state_dict(),
-            config=json.loads((staged.path / "config.json").read_text(encoding="utf-8")),
-            rank=plan.lora_rank,
-        )
+        adapter = {f"{ADAPTER_PREFIX}{name}.weight": t for name, t in state.items() if name.endswith(_FACTORS)}
+        projector = adaptation.network.projector.state_dict()
+        if peft:
+            size = write_peft(staged.path, adapter=adapter, projector=projector, rank=plan.lora_rank)
+        else:
+            shutil.copytree(PHANTOM / NAME, staged.path, dirs_exist_ok=True)
+            config = json.loads((staged.path / "config.json").read_text(encoding="utf-8"))
+            size = write_trained(staged.path, adapter=adapter, projector=projector, config=config, rank=plan.lora_rank)
         write_json(staged.path / "training.json", dataclasses.asdict(plan))
         staged.finish()
     return size

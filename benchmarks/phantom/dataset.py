@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.phantom.film import draw_film
 from benchmarks.phantom.findings import DRAWN_LABELS, sample_study
+from benchmarks.phantom.hospital import HOSPITALS, HospitalName
 from lite.engines.cores import available_cores
 from lite.errors import LiteError
 from lite.files import whole_file
@@ -44,13 +45,13 @@ class Films:
     regions: NDArray[np.bool_]
 
 
-def _draw_shard(path: Path, seeds: NDArray[np.int64]) -> None:
+def _draw_shard(path: Path, seeds: NDArray[np.int64], hospital: HospitalName) -> None:
     cv2.setNumThreads(1)  # one process per core is enough
     pixels = np.empty((len(seeds), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     regions = np.empty((len(seeds), len(DRAWN_LABELS), GRID, GRID), np.bool_)
     for row, seed in enumerate(seeds):
         film = draw_film(sample_study(int(seed)))
-        grey = Image.fromarray(mimic_cxr_jpg(film.stored, monochrome1=False))
+        grey = Image.fromarray(mimic_cxr_jpg(HOSPITALS[hospital].develop(film.stored), monochrome1=False))
         pixels[row] = np.asarray(grey.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
         fine = film.regions.shape[-1] // GRID
         regions[row] = film.regions.reshape(-1, GRID, fine, GRID, fine).any(axis=(2, 4))
@@ -63,8 +64,8 @@ def training_seeds(count: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, 0, 0x7EAC4]).integers(2**62, size=count)
 
 
-def draw_films(folder: Path, *, count: int, seed: int) -> Films:
-    """Draw `count` training films, in parallel, in shards that are kept in `folder` and not drawn twice.
+def draw_films(folder: Path, *, count: int, seed: int, hospital: HospitalName = "home") -> Films:
+    """Draw `count` training films of a hospital, in parallel, in shards that are kept in `folder` and not drawn twice.
 
     Raises:
         LiteError: the folder holds films of another count or seed.
@@ -75,7 +76,7 @@ def draw_films(folder: Path, *, count: int, seed: int) -> Films:
     missing = [shard for shard in shards if not shard[0].exists()]
     if missing:
         with multiprocessing.get_context("spawn").Pool(min(available_cores(), len(missing))) as pool:
-            tasks = [pool.apply_async(_draw_shard, shard) for shard in missing]
+            tasks = [pool.apply_async(_draw_shard, (*shard, hospital)) for shard in missing]
             for task in tqdm(tasks, desc="drawing films", unit_scale=_SHARD, unit="film"):
                 task.get()
     loaded = [np.load(path) for path, _ in shards]

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.phantom.layout import (
     GENERATION_CONFIG,
@@ -202,13 +203,34 @@ def write_trained(
     Returns:
         Bytes of LoRA and projector.
     """
-    named = {f"{PROJECTOR_PREFIX}{key}": tensor for key, tensor in projector.items()}
-    files = {"adapter_model.bin": adapter, "non_lora_trainables.bin": named}
+    lora = {key: tensor.to(torch.float16) for key, tensor in adapter.items()}
+    files = {"adapter_model.bin": lora, "non_lora_trainables.bin": _named(projector)}
     for name, tensors in files.items():
-        torch.save(_owned({key: tensor.to(torch.float16) for key, tensor in tensors.items()}), checkpoint / name)
+        torch.save(_owned(tensors), checkpoint / name)
     write_json(checkpoint / "config.json", {**config, "lora_alpha": LORA_SCALE * rank, "lora_r": rank})
     write_json(checkpoint / "adapter_config.json", adapter_config_json(rank, f"{NAME}/base"))
     return sum((checkpoint / name).stat().st_size for name in files)
+
+
+def write_peft(folder: Path, *, adapter: Mapping[str, Tensor], projector: Mapping[str, Tensor], rank: int) -> int:
+    """Write what PEFT and LLaVA's training leave of a LoRA: the factors in bfloat16, the projector beside them.
+
+    Args:
+        folder: As for `write_trained`; so are the others.
+
+    Returns:
+        Bytes of LoRA and projector.
+    """
+    lora, trainables = folder / "adapter_model.safetensors", folder / "non_lora_trainables.bin"
+    save_file(_owned({key: tensor.to(torch.bfloat16) for key, tensor in adapter.items()}), lora, {"format": "pt"})
+    torch.save(_owned(_named(projector)), trainables)
+    write_json(folder / "adapter_config.json", adapter_config_json(rank, f"{NAME}/base"))
+    return lora.stat().st_size + trainables.stat().st_size
+
+
+def _named(projector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give a projector's tensors LLaVA's names, in float16."""
+    return {f"{PROJECTOR_PREFIX}{key}": tensor.to(torch.float16) for key, tensor in projector.items()}
 
 
 def _split(llama: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

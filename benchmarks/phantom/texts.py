@@ -12,8 +12,9 @@ from torch import Tensor
 
 from benchmarks.phantom.dataset import Films
 from benchmarks.phantom.findings import sample_study
+from benchmarks.phantom.hospital import HOSPITALS, HospitalName
 from benchmarks.phantom.network import LLAMA_CONFIG
-from benchmarks.phantom.report import write_findings, write_reason
+from benchmarks.phantom.report import write_reason
 from lite.config import IMAGE_TOKEN_ID, DecodingDefaults, PromptTemplate
 from lite.errors import LiteError
 from lite.prompt import PromptEncoder, Tokenizer
@@ -33,8 +34,17 @@ class Texts:
         before: the ids in front of every image.
     """
 
-    def __init__(self, films: Films, tokenizer: Path, *, seed: int, batch_size: int, num_image_tokens: int) -> None:
-        """Take the films that texts are written about, and the SentencePiece model that spells them.
+    def __init__(
+        self,
+        films: Films,
+        tokenizer: Path,
+        *,
+        seed: int,
+        batch_size: int,
+        num_image_tokens: int,
+        hospital: HospitalName = "home",
+    ) -> None:
+        """Take the films that a hospital writes texts about, and the SentencePiece model that spells them.
 
         Raises:
             LiteError: there are too few films.
@@ -43,6 +53,7 @@ class Texts:
             msg = f"got {len(films.seeds)} films · expected at least {_POOLED_BATCHES * batch_size}: {_POOLED_BATCHES}"
             raise LiteError(f"{msg} batches of {batch_size}, sorted by length · draw more")
         self._films, self._seed, self._batch_size = films, seed, batch_size
+        self._write = HOSPITALS[hospital].write
         self._tokenizer = Tokenizer(tokenizer, DecodingDefaults())
         self._prompts = PromptEncoder(
             self._tokenizer,
@@ -89,7 +100,7 @@ class Texts:
         """Write what stands behind the image: the rest of the prompt, and the findings with EOS, as ids."""
         study = sample_study(int(self._films.seeds[row]))
         _, behind = self._split_prompt(write_reason(study, rng))
-        return behind, [*self._tokenizer.encode(write_findings(study, rng).text), LLAMA_CONFIG["eos_token_id"]]
+        return behind, [*self._tokenizer.encode(self._write(study, rng).text), LLAMA_CONFIG["eos_token_id"]]
 
 
 def _padded(texts: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from benchmarks.phantom.film import draw_film
 from benchmarks.phantom.findings import Study, sample_study
-from benchmarks.phantom.report import write_findings, write_reason
+from benchmarks.phantom.hospital import HOSPITALS, Hospital, HospitalName
+from benchmarks.phantom.report import write_reason
 from lite.config import IMAGE_TOKEN, PromptTemplate
 from lite.errors import BackendUnavailable, LiteError
 from lite.files import staged_folder
@@ -66,7 +67,7 @@ def study_seed(seed: int, index: int) -> int:
     return int(child.generate_state(1, np.uint64)[0]) >> 1
 
 
-def write_studies(out: Path, *, count: int, seed: int, dicom: bool) -> Path:
+def write_studies(out: Path, *, count: int, seed: int, dicom: bool, hospital: HospitalName = "home") -> Path:
     """Write `count` studies to a new folder, whole or not at all.
 
     The PNG is always what `load_image` makes of the stored values: with `dicom`, of exactly what the DICOM
@@ -77,6 +78,7 @@ def write_studies(out: Path, *, count: int, seed: int, dicom: bool) -> Path:
         count: at least 1. The first studies of a longer set are those of a shorter one.
         seed: any non-negative integer.
         dicom: write a DICOM film beside each PNG.
+        hospital: whose films and texts. The studies of a seed are the same everywhere.
 
     Returns:
         The path of the JSON list.
@@ -98,7 +100,7 @@ def write_studies(out: Path, *, count: int, seed: int, dicom: bool) -> Path:
     with staged_folder(out, replace=True) as staged:
         (staged.path / FILM_FOLDER).mkdir()
         progress = tqdm(range(count), desc="writing studies", unit="study", disable=None)
-        entries = [_write_study(staged.path, seed, index, dicom=dicom) for index in progress]
+        entries = [_write_study(staged.path, seed, index, HOSPITALS[hospital], dicom=dicom) for index in progress]
         # One study a line: as short as JSON gets, and still to be read with head and grep.
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
         (staged.path / LIST_NAME).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
@@ -106,22 +108,22 @@ def write_studies(out: Path, *, count: int, seed: int, dicom: bool) -> Path:
     return out / LIST_NAME
 
 
-def _write_study(folder: Path, seed: int, index: int, *, dicom: bool) -> dict[str, Any]:
+def _write_study(folder: Path, seed: int, index: int, hospital: Hospital, *, dicom: bool) -> dict[str, Any]:
     study = sample_study(study_seed(seed, index))
     name = f"phantom-{seed}-{index:05d}"
-    film = draw_film(study).stored
+    film = hospital.develop(draw_film(study).stored)
     monochrome1 = dicom and index % 2 == 1
     stored = ((1 << _BITS_STORED) - 1 - film).astype(np.uint16) if monochrome1 else film
     picture = Image.fromarray(mimic_cxr_jpg(stored, monochrome1=monochrome1))
     picture.save(folder / FILM_FOLDER / f"{name}.png")
     if dicom:
         _write_dicom(folder / FILM_FOLDER / f"{name}.dcm", stored, study, name, index, monochrome1=monochrome1)
-    return _entry(study, name, dicom=f"{FILM_FOLDER}/{name}.dcm" if dicom else None)
+    return _entry(study, name, hospital, dicom=f"{FILM_FOLDER}/{name}.dcm" if dicom else None)
 
 
-def _entry(study: Study, name: str, *, dicom: str | None) -> dict[str, Any]:
+def _entry(study: Study, name: str, hospital: Hospital, *, dicom: str | None) -> dict[str, Any]:
     # Words 0 and 1 beside the study's seed are those of its findings and its film.
-    report = write_findings(study, np.random.default_rng([study.seed, 2]))
+    report = hospital.write(study, np.random.default_rng([study.seed, 2]))
     reason = write_reason(study, np.random.default_rng([study.seed, 3]))
     prompt = PromptTemplate()
     question = prompt.question_without_reason if reason is None else prompt.question_with_reason.format(reason=reason)

@@ -110,7 +110,7 @@ def test_only_lora_and_projector_change(adapted: Path, work: Path) -> None:
         assert len(grown) == 16
         assert bool(grown[8:].any()), name
     # A state holds all: the base in it is the base.
-    state = torch.load(work / "state-mean-16.pt", weights_only=True)["network"]
+    state = torch.load(work / "state-home-mean-16.pt", weights_only=True)["network"]
     begun = published_writer(rank=16).state_dict()
     changed = {name for name in begun if not torch.equal(state[name], begun[name])}
     assert changed == {name for name in begun if "lora_" in name or name.startswith("projector")}

@@ -37,6 +37,7 @@ _ABBREVIATION = re.compile(
 _AFTER_PROSE = re.compile(r"[a-z.] [^\w\s] [A-Z][a-z ]")
 _OTHER_SIDE_IS = re.compile(r"\s*(?:the )?(?:left|right)(?: one| side)? (?:is|are|remains?|has)\b", re.IGNORECASE)
 _NO = re.compile(r"(?:\bnos?|[:=] ?[ny])$", re.IGNORECASE)
+_NO_IS_ANSWER = re.compile(r"[:=] ?(?:no?|y)$", re.IGNORECASE)
 _ANSWER = re.compile(
     r"\s*(?:(?:yes|no|none|negative|positive|absent|present|nil)\b\s*(?:[.,;]|$)"
     r"|(?:(?:tiny|trace|small|mild|moderate|large|left|right|bilateral)\b[\s,]*)+(?:[.;]|$))",
@@ -116,7 +117,8 @@ def _ends_sentence(text: str, start: int, stop: re.Match[str]) -> bool:
     before = text[max(start, stop.start() - 12) : stop.start()]
     after = text[stop.end() : stop.end() + 3].lstrip()[:1]
     if _NO.search(before):
-        return not after.isdigit()
+        # "Rib no. 3" counts; "Effusion: no. 3. Edema: no" answers, and a number opens the next item.
+        return not after.isdigit() or bool(_NO_IS_ANSWER.search(before))
     if not _ABBREVIATION.search(before):
         return True
     # A number may end a sentence ("3.4 cm" has no space); a number that opens one is an item of a list.
