@@ -13,9 +13,11 @@ from small_export import RTN, settings_for
 from export import add_adapter, export_artifact
 from export.settings import AdapterSettings
 from lite.artifact.open import Artifact
+from lite.config import to_json
 
 NAMES = ("a", "b")
 """The second one has a projector of its own."""
+SHORT = {"max_new_tokens": 40}
 QUICK = {"verify_studies": 2, "verify_tokens": 16, "device": "cpu", "show_progress": False}
 
 
@@ -36,8 +38,12 @@ def write_adapter(out: Path, published: Path, *, seed: int, projector: bool = Fa
 
 def export_adapted(out: Path) -> Artifact:
     """Export the tiny random checkpoint in 4 bits, and add adapters to it."""
-    published, base = (made_once("small-checkpoint", random_checkpoint.write) / n for n in ("llava-rad-phantom", "base"))
+    published, base = (
+        made_once("small-checkpoint", random_checkpoint.write) / n for n in ("llava-rad-phantom", "base")
+    )
     artifact = export_artifact(published, base, out, settings_for(Path(), **RTN))
+    # Random texts have no end: as short as that, they are drafted and measured soon.
+    random_checkpoint.edit_json(out / "manifest.json", decoding=to_json(artifact.manifest.decoding) | SHORT)
     for seed, name in enumerate(NAMES):
         folder = write_adapter(out.parent / name, published, seed=seed, projector=name == NAMES[1])
         settings = AdapterSettings(on="base", keep_anyway=True, **QUICK)

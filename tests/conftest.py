@@ -98,9 +98,9 @@ def own_onnx_artifact(tmp_path: Path, tiny_onnx_artifact: Artifact) -> Path:
 @pytest.fixture(scope="session")
 def adapted_artifact() -> Iterator[Artifact]:
     """A tiny random model in 4 bits, with the adapters of `adapted.NAMES`. Read only."""
-    from adapted import export_adapted
+    import adapted
 
-    yield from shared("adapted", export_adapted)
+    yield from shared("adapted", adapted.export_adapted, Path(adapted.__file__).read_bytes())
 
 
 @pytest.fixture(scope="session")

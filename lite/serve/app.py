@@ -120,6 +120,7 @@ def about(model: FindingsModel, service: Service) -> dict[str, Any]:
     dicom = importlib.util.find_spec("pydicom") is not None
     return {
         "model": manifest.model,
+        "adapters": model.decoder.adapters,
         "version": __version__,
         **model.settings,
         "backend": model.decoder.backend,
