@@ -18,30 +18,24 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import torch
-from safetensors.torch import save
-
 from export.adapter_bench import AdapterBench
 from export.progress import progress_bar, stage
-from export.quantize.low_rank import correction, read_stored, stored_as
 from export.source.adapter import AdapterSource, HasPairs, Together, Undone, open_adapter
 from export.source.checkpoint import Checkpoint, open_checkpoint, projector_shapes
 from export.studies import read_judged
-from export.write.vision_onnx import build_vision_onnx, write_vision_onnx
+from export.write.adapter_part import new_part, write_factors, write_projector
 from lite.artifact.judgement import USUAL_KL
 from lite.artifact.open import Artifact, load_artifact, sha256_of
-from lite.artifact.parts import ADAPTER_NAME, PUBLISHED, AdapterPart, unhashed
+from lite.artifact.parts import ADAPTER_NAME, PUBLISHED
 from lite.artifact.write import check_target, staged_artifact
 from lite.engines.machine import check_device
 from lite.errors import ArtifactError, CheckpointError
-from lite.files import disk_errors_explained, link_or_copy, write_whole
+from lite.files import disk_errors_explained, link_or_copy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from export.logits import InputSizes
     from export.settings import AdapterSettings, TrainedOn
     from export.studies import NamedStudies
+    from lite.artifact.parts import AdapterPart
 
 _LOG = logging.getLogger(__name__)
 OFFERED: Final = (16, 64)
@@ -140,7 +134,7 @@ def _open_sources(folder: Path, base: Path, published: Path, artifact: Artifact,
     added = (adapter,) if is_merged else own
     return _Sources(
         wanted=dataclasses.replace(source, beside=Together(own), projector=adapter.projector or source.projector),
-        stored=source if is_merged else dataclasses.replace(source, beside=Together(())),
+        stored=source if is_merged else source.apart(),
         delta=Together((*added, *taken_out)),
         adapter=adapter,
         on=on,
@@ -183,22 +177,17 @@ def _written(
     artifact: Artifact, name: str, sources: _Sources, judged: NamedStudies, settings: AdapterSettings
 ) -> AdapterPart:
     """Write the part's files, measure it, and refuse it where it loses too much."""
-    show, folder = settings.show_progress, artifact.path / "adapters" / name
-    folder.mkdir(parents=True)
+    show = settings.show_progress
     bench = AdapterBench(sources.wanted, artifact, name, judged, device=settings.device, show_progress=show)
-    part = AdapterPart(
-        files=unhashed(f"adapters/{name}/factors.safetensors"),
-        factors=f"adapters/{name}/factors.safetensors",
-        on=sources.on,
-        rank=1,
-        sources={file.name: sha256_of(file) for file in sources.adapter.files},
+    part = dataclasses.replace(
+        new_part(name, sources.on), sources={file.name: sha256_of(file) for file in sources.adapter.files}
     )
-    if sources.adapter.projector is not None:
-        part = _with_projector(artifact, part, name, sources)
+    part = write_projector(artifact, part, name, sources.stored, sources.adapter)
 
     def written(rank: int) -> AdapterPart:
         with stage(f"writing the factors{f', corrected by rank {rank}' if rank else ''}", show=show):
-            return _write_factors(artifact, part, sources, rank, bench.inputs if rank else None)
+            stored, delta, inputs = sources.stored, sources.delta, bench.inputs
+            return write_factors(artifact, part, stored, delta, correction_rank=rank, inputs=inputs if rank else None)
 
     part = written(0)
     if settings.correction:
@@ -222,40 +211,3 @@ def _written(
 def _tolerance(artifact: Artifact) -> float:
     fidelity = artifact.manifest.parts.decoder.fidelity
     return max(USUAL_KL, 2 * fidelity.divergence.mean_kl if fidelity is not None else 0.0)
-
-
-def _with_projector(artifact: Artifact, part: AdapterPart, name: str, sources: _Sources) -> AdapterPart:
-    """Write the adapter's own projector, in the format of the tower; none where it is the published one."""
-    source = sources.stored
-    own, theirs = sources.adapter.read_projector(), source.projector.read(source.projector.entries)
-    if all((own[f"projector.{key.rpartition('mm_projector.')[2]}"] == tensor).all() for key, tensor in theirs.items()):
-        return part
-    vision_format = artifact.manifest.parts.vision.format
-    _, model = build_vision_onnx(
-        sources.wanted.read_tower(), source.tower, vision_format=vision_format, model_name=name
-    )
-    file = f"adapters/{name}/projector.onnx"
-    write_vision_onnx(model, artifact.path / file)
-    return dataclasses.replace(part, files=part.files | unhashed(file), projector=file)
-
-
-def _write_factors(
-    artifact: Artifact, part: AdapterPart, sources: _Sources, rank: int, inputs: InputSizes | None
-) -> AdapterPart:
-    """Write the factors of all layers, with a correction of that rank."""
-    tensors: dict[str, Tensor] = {}
-    largest = 0
-    for index in range(artifact.decoder_config().num_hidden_layers):
-        source, pairs = sources.stored.read_layer(index).merged(), sources.delta.pairs(index)
-        layer = read_stored(artifact, index, source)
-        for linear, stored in layer.weights.items():
-            factors = [layer.factors(linear, pairs[linear])] if linear in pairs else []
-            if inputs is not None and rank:
-                wanted = layer.scaled(linear, source[f"{linear}.weight"])
-                factors.append(correction(wanted, stored, inputs.of(f"model.layers.{index}.{linear}"), rank))
-            if factors:
-                a, b = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
-                tensors |= stored_as(f"model.layers.{index}.{linear}", a, b)
-                largest = max(largest, len(a))
-    write_whole(artifact.path / part.factors, save(tensors))
-    return dataclasses.replace(part, rank=largest, correction=rank)

@@ -84,16 +84,20 @@ class AdapterBench:
         films, without = self.films, self.artifact
         with stage("measuring, without the adapter", show=self.show):
             features = artifact_features(without, films)
-            (logits,) = artifact_logits(without, films, features, self.device, show=self.show)
+            default = without.manifest.parts.default_adapter
+            (logits,) = artifact_logits(without, films, features, self.device, show=self.show, adapter=default)
         fidelity = AdapterFidelity(
             data=self.judged.data, divergence=divergence, without=divergence_of(films, self.expected, logits)
         )
         artifact = self._with(part)
         if artifact.manifest.parts.decoder_onnx is not None:
+            logits, features = self._logits(part), self._features(artifact)
             with stage("measuring, decoder.onnx", show=self.show):
-                behind = onnx_logits(artifact, films, self._features(artifact), None, adapter=self.name)
-            onnx = divergence_of(films, self._logits(part), behind)
-            fidelity = dataclasses.replace(fidelity, onnx=onnx)
+                behind = onnx_logits(artifact, films, features, None, adapter=self.name)
+            fidelity = dataclasses.replace(fidelity, onnx=divergence_of(films, logits, behind))
+            if artifact.onnx_part().int8_cache is not None:
+                rounded = onnx_logits(artifact, films, features, "int8", adapter=self.name)
+                fidelity = dataclasses.replace(fidelity, int8_cache=divergence_of(films, behind, rounded))
         return self._with_texts(artifact, fidelity)
 
     def _with(self, part: AdapterPart) -> Artifact:
@@ -126,10 +130,11 @@ class AdapterBench:
         if engine is None:
             return fidelity
         with stage("drafting", show=self.show):
-            drafted = self._drafted(engine, self._features(artifact), 0)
+            drafted = self._drafted(engine, self._features(artifact), self.name)
             plain = []
             if has_reports:
-                plain = self._drafted(engine, artifact_features(artifact, self.films), NO_ADAPTER)
+                default = artifact.manifest.parts.default_adapter
+                plain = self._drafted(engine, artifact_features(artifact, self.films), default)
             del engine
         with stage("measuring, the checkpoint's texts", show=self.show):
             films = [FilmStudies(studies=tuple(studies)) for studies in drafted]
@@ -148,20 +153,25 @@ class AdapterBench:
 
     def _engine(self, artifact: Artifact) -> Engine[Any, Any] | None:
         """Load what the runtime would draft with; None where a token would take many seconds."""
+        default = artifact.manifest.parts.default_adapter
+        names = (self.name,) if default is None else (self.name, default)
         if self.device != "cpu":
-            return load_decoder(artifact, device=self.device, adapters=(self.name,))
+            return load_decoder(artifact, device=self.device, adapters=names)
         if artifact.manifest.parts.decoder_onnx is not None:
-            return OnnxDecoder(artifact, adapters=(self.name,))
+            return OnnxDecoder(artifact, adapters=names)
         if (
             decoder_bytes(dataclasses.replace(artifact.decoder_config(), quantization=None), itemsize=4)
             > MAX_EXPANDED_BYTES
         ):
             return None
-        decoder = load_decoder(artifact, device=self.device, adapters=(self.name,))
+        decoder = load_decoder(artifact, device=self.device, adapters=names)
         expand(decoder)
         return decoder
 
-    def _drafted(self, engine: Engine[Any, Any], features: list[Tensor], slot: int) -> list[list[EncodedStudy]]:
+    def _drafted(
+        self, engine: Engine[Any, Any], features: list[Tensor], adapter: str | None
+    ) -> list[list[EncodedStudy]]:
+        slot = NO_ADAPTER if adapter is None else list(engine.adapters).index(adapter)
         decoding = self.artifact.manifest.decoding
         how = {"limit": decoding.max_new_tokens, "eos_token_id": decoding.eos_token_id}
         return draft_texts(engine, self.films, features, adapter=slot, show=self.show, **how)

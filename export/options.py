@@ -122,6 +122,11 @@ _FORMATS: Final[_Options] = {
         "torch, and faster on a CPU (default: %(default)s)",
     },
     **_ACTIVATIONS,
+    "--keep-lora": {
+        "action": "store_true",
+        "help": "round the base alone, and keep the published LoRA beside it in 16 bits: for hospitals' own adapters "
+        "(docs/adapters.md)",
+    },
 }
 _RETRIEVAL: Final[_Options] = {
     "--retrieval": {

@@ -29,6 +29,7 @@ from export.settings import DEFAULTS, ExportSettings
 from export.source.checkpoint import Checkpoint, open_checkpoint
 from export.source.shapes import base_shapes
 from export.studies import NamedStudies, read_judged, with_own_films
+from export.write.adapter_part import write_published
 from export.write.decoder import CONFIG_NAME, DecoderFolder, decoder_bytes, require_divisible
 from export.write.decoder_onnx import require_head_dim
 from export.write.layers import finish_decoder, merge_record, write_calibrated_layers, write_vision
@@ -143,6 +144,9 @@ def _keep_measured(
         work.link_into(staged.path)
         shutil.copyfile(source.tokenizer, staged.path / TOKENIZER_NAME)
         artifact = Artifact(path=staged.path, manifest=manifest, id=UNHASHED)
+        if settings.keep_lora:
+            with stage("writing the published LoRA", show=show):
+                artifact = write_published(artifact, source)
         if settings.onnx:
             part = write_onnx_part(artifact, for_cache, settings)
             artifact = artifact.with_parts(decoder_onnx=part)

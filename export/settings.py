@@ -165,6 +165,8 @@ class ExportSettings(ParitySettings):
     """See `OnnxSettings`."""
     prompt_weights: PromptWeights = "stored"
     """See `OnnxSettings`."""
+    keep_lora: bool = False
+    """Round the base alone, and keep the published LoRA beside it in 16 bits, as the adapter of whoever names none."""
     retrieval: bool = False
     """Write the towers of retrieval too, with which films and texts are embedded."""
     text_vocab: str | Path | None = None

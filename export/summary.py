@@ -57,6 +57,8 @@ def adapter_summary(artifact: Artifact, name: str) -> str:
         if decoder.fidelity is not None:
             rows.append(("the decoder", f"{decoder.fidelity.divergence}, from the checkpoint as published"))
         rows += [("decoder.onnx", f"{found.onnx}, from decoder/ with it")] if found.onnx is not None else []
+        if found.int8_cache is not None:
+            rows.append(("its int8 cache", f"{found.int8_cache}, from its float cache"))
         said = f"{found.same_texts:.0%} of {found.texts} are the checkpoint's with it, token for token"
         rows.append(("texts", said if found.texts else "none drafted: on a CPU it takes decoder.onnx"))
         if found.label_f1 is not None:

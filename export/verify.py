@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from export.source.checkpoint import Checkpoint
     from export.studies import FilmStudies, NamedStudies
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import OnnxPart, Parts
+    from lite.artifact.parts import CacheDtype, OnnxPart, Parts
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,11 @@ def measure(
     with stage("parity, the source", show=show):
         expected = source_logits(checkpoint, films, of_source, device, show=show)
     with stage("parity, the artifact", show=show):
-        logits, with_int8 = artifact_logits(artifact, films, features, device, show=show, cache_dtypes=(None, "int8"))
+        caches: tuple[CacheDtype | None, ...] = (None, "int8")
+        adapter = parts.default_adapter
+        logits, with_int8 = artifact_logits(
+            artifact, films, features, device, show=show, cache_dtypes=caches, adapter=adapter
+        )
     fidelity = DecoderFidelity(
         data=data,
         divergence=divergence_of(films, expected, logits),
@@ -130,7 +134,8 @@ def measure_onnx(
     films = by_film(judged.studies)
     with stage("parity", show=show_progress):
         features = artifact_features(artifact, films)
-        (logits,) = artifact_logits(artifact, films, features, device, show=show_progress)
+        adapter = artifact.manifest.parts.default_adapter
+        (logits,) = artifact_logits(artifact, films, features, device, show=show_progress, adapter=adapter)
         return _compare_onnx(artifact, part, judged.data, films, features, logits)
 
 
@@ -197,15 +202,16 @@ def _compare_onnx(
     logits: Sequence[Tensor],
 ) -> OnnxPart:
     """Compare decoder.onnx with the logits of decoder/, and its int8 cache with the float one."""
-    with_float = onnx_logits(artifact, films, features, None)
-    with_int8 = onnx_logits(artifact, films, features, "int8") if part.int8_cache else None
+    adapter = artifact.manifest.parts.default_adapter
+    with_float = onnx_logits(artifact, films, features, None, adapter=adapter)
+    with_int8 = onnx_logits(artifact, films, features, "int8", adapter=adapter) if part.int8_cache else None
     fidelity = DecoderFidelity(
         data=data,
         divergence=divergence_of(films, logits, with_float),
         int8_cache=None if with_int8 is None else divergence_of(films, with_float, with_int8),
     )
     if (prompts := part.prompts) is not None and adds_int8_exactly(artifact.file(prompts.exactness)):
-        behind = onnx_logits(artifact, films, features, None, int8_prompts=True)
+        behind = onnx_logits(artifact, films, features, None, int8_prompts=True, adapter=adapter)
         prompts = dataclasses.replace(prompts, divergence=divergence_of(films, with_float, behind))
     return dataclasses.replace(part, fidelity=fidelity, prompts=prompts)
 

@@ -45,21 +45,17 @@ def lora_plan(M: int, K: int, num_parts: int, rank: int, card: Card) -> LoraPlan
     """
     # 2,048 values a tile: with 128 threads two loads of 16 bytes each, under way together.
     block_rows, block_k = 4, 512
-    block_rank = min(_power_of_2(rank), 256)
+    block_rank = min(1 << (rank - 1).bit_length(), 256)
     # No more than 32 outputs: 4,096 of them are 128 programs then, and it is not the bytes of a small rank that count.
     block_n = min(2048 // block_rank, 32)
     programs = M * -(-num_parts * rank // block_rows)
     tiles = -(-K // block_k)
-    # 8 programs of 128 threads find room on a multiprocessor, the smallest (Turing's) with 1,024 threads included.
+    # A multiprocessor has room for 8 programs of 128 threads: a thread takes 64 registers at most (ptxas, 7.5 to 12.0).
     wanted = 8 * card.multiprocessors // programs
     # Each program of expand reads h of all splits: with 8 that is, from the L2 cache, half of what it reads of B.
     splits = max(1, min(wanted, tiles, 8))
     # As many tiles in each, and none without any.
     return LoraPlan(block_rows, block_k, -(-tiles // -(-tiles // splits)), block_n, block_rank)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def lora_add(
@@ -110,13 +106,11 @@ def lora_add(
     if x.numel():
         from kernels.gpu import lora_add as kernels
 
-        flat = x.reshape(M, K)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
         plan = lora_plan(M, K, len(parts), rank, card_of(y.device))
         # Of a row without an adapter neither written nor read.
         hidden = torch.empty(plan.splits, M, rank_rows, dtype=torch.float32, device=y.device)
         ends = tuple(accumulate(parts))
         with device_guard(y.device):
+            flat = x.contiguous().view(M, K)
             kernels.lora_add(y.view(M, N), flat, a, b, slots, hidden, ends=ends, **plan._asdict())
     return y

@@ -88,10 +88,9 @@ def launch_lora_add(card: Card, dtype: torch.dtype) -> None:
     """Add adapters of one rank and of an odd one, to parts of one output too: Triton takes a 1 for a constant."""
     for M, K, ends, rank in ((1, HIDDEN_SIZE, (4096, 8192, 12288), 64), (16, INNER, (4096,), 16), (1, 40, (1, 2), 300)):
         a, b = torch.empty(2, len(ends) * rank, K, dtype=dtype), torch.empty(2, ends[-1], rank, dtype=dtype)
-        x, y, slots = torch.empty(M, K, dtype=dtype), torch.empty(M, ends[-1], dtype=dtype), torch.zeros(M).long()
-        plan = lora_plan(M, K, len(ends), rank, card)
-        hidden = torch.empty(plan.splits, M, a.shape[1])
-        lora_add.lora_add(y, x, a, b, slots, hidden, ends=ends, **plan._asdict())
+        x, y = torch.empty(M, K, dtype=dtype), torch.empty(M, ends[-1], dtype=dtype)
+        plan = lora_plan(M, K, len(ends), rank, card)._asdict()
+        lora_add.lora_add(y, x, a, b, torch.zeros(M).long(), torch.empty(8, M, a.shape[1]), ends=ends, **plan)
 
 
 def main(capabilities: list[int]) -> None:

@@ -10,6 +10,7 @@ passed through the rounded layer, and are the next one's inputs. One layer, one 
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from export.write.decoder import grid_of, require_float16
 from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -83,6 +84,7 @@ class LayerQuantizer:
         config: DecoderConfig,
         settings: ExportSettings,
         *,
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
         advance: Callable[[], object] = lambda: None,
         rounds: RoundsLinear = gptq,
     ) -> None:
@@ -93,6 +95,7 @@ class LayerQuantizer:
             layer: Its weights, float32. Emptied: what has been rounded is not kept.
             config: The decoder's shape.
             settings: How to round, and where to compute.
+            beside: By the name of a weight what is added to its products unrounded, [N, K]: a LoRA that is not merged.
             advance: Called `PASSES` times.
             rounds: Rounds a linear; something else where what is not exported is measured.
 
@@ -106,6 +109,7 @@ class LayerQuantizer:
         self.device = torch.device(settings.device)
         self.pending = {key: tensor.to(self.device) for key, tensor in layer.items()}
         layer.clear()
+        self.beside = {key: tensor.to(self.device) for key, tensor in beside.items()}
         self.norms: dict[str, Tensor] = {}  # float16
         self.linears: dict[str, Quantized] = {}
         self.errors: dict[str, float] = {}  # of each linear's outputs: see `relative_error`
@@ -190,6 +194,9 @@ class LayerQuantizer:
         H, columns = hessian.take(f"{self.name}.{consumers[0]}"), folding.spread(s, heads)
         if folding.is_worth_it(read, columns, H, self.settings.gptq, grid):
             self.pending |= folding.fold(self.pending, producer, names, s, heads=heads)
+            for name in {producer, *names} & self.beside.keys():
+                scale = 1 / s.unsqueeze(1) if name == producer else columns
+                self.beside[name] = self.beside[name] * scale
 
     def _round(self, names: tuple[str, ...], inputs: Callable[[int], Tensor], count: int, weights: _Weights) -> None:
         """Gather the Hessians of some linears that read the same inputs, and round them."""
@@ -219,7 +226,11 @@ class LayerQuantizer:
         return Hessian(self.pending[f"{name}.weight"].shape[1], self.device)
 
     def _source_linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.pending[f"{name}.weight"])
+        return functional.linear(x, self._whole(name, self.pending[f"{name}.weight"]))
+
+    def _whole(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight with what is beside it."""
+        return weight + self.beside[f"{name}.weight"] if f"{name}.weight" in self.beside else weight
 
     def _rounded_linear(self) -> forward.Linear:
         """Return the linears that are rounded, each expanded once."""
@@ -227,7 +238,7 @@ class LayerQuantizer:
 
         def apply(name: str, x: Tensor) -> Tensor:
             if name not in expanded:
-                expanded[name] = self.linears[name].dequantized()
+                expanded[name] = self._whole(name, self.linears[name].dequantized())
             return functional.linear(x, expanded[name])
 
         return apply

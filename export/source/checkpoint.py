@@ -18,7 +18,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from export.source.adapter import PROJECTOR_PREFIX, AdapterSource, HasPairs, open_adapter
+from export.source.adapter import PROJECTOR_PREFIX, AdapterSource, HasPairs, Together, open_adapter
 from export.source.lora import AdapterConfig, LoraPair, merge
 from export.source.retrieval import RetrievalSource, open_retrieval
 from export.source.shapes import base_shapes, layer_shapes
@@ -96,6 +96,10 @@ class Checkpoint:
             return {f"model.layers.{layer}.{name}": tensor for name, tensor in self.read_layer(layer).merged().items()}
         names = ["model.norm.weight", "lm_head.weight"] if part else ["model.embed_tokens.weight"]
         return {name: tensor.float() for name, tensor in self.base.read(names).items()}
+
+    def apart(self) -> Checkpoint:
+        """Return the checkpoint without its LoRA: the base alone, with tower and projector."""
+        return dataclasses.replace(self, beside=Together(()))
 
     def read_base(self, name: str) -> Tensor:
         """Read one tensor of the base model: the embeddings, the final norm or the head."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from export.logits import read_film
+from lite.engines.protocol import NO_ADAPTER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,14 +32,15 @@ def find_cache_scales(
 ) -> tuple[Array, Array]:
     """Return the scales of keys and values, each float32 [num_hidden_layers, kv_heads, head_dim].
 
-    `decoder` has a float cache; `films` are one at least; `features` runs the tower on a film: [P, hidden_size].
+    `decoder` has a float cache, and perhaps the adapter of whoever names none; `films` are one at least; `features`
+    runs the tower on a film: [P, hidden_size].
     """
     config = decoder.config
     shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     largest = {kind: np.full(shape, _SMALLEST, np.float32) for kind in ("key", "value")}
     for film in films:
         image = features(film)
-        for study, cache, _ in read_film(decoder, film, image):
+        for study, cache, _ in read_film(decoder, film, image, 0 if decoder.adapters else NO_ADAPTER):
             length = study.num_tokens(len(image))
             for name, buffer in cache.buffers.items():
                 layer, _, kind = name.partition(".")

@@ -53,10 +53,16 @@ def write_vision(source: Checkpoint, files: Sequence[Path], settings: ExportSett
 
 def write_parts(source: Checkpoint, work: WorkFolder, settings: ExportSettings, *, end: int | None = None) -> None:
     """Write the parts that are not there yet, all or up to an end, in forms that take no calibration."""
+    source = stored_of(source, settings)
     done, end, show = work.decoder.num_finished(), end or work.decoder.num_parts, settings.show_progress
     for part in progress_bar("writing the decoder", range(done, end), total=end, initial=done, unit="part", show=show):
         report = PartReport()
         work.finish_part(part, plain_part(source, part, settings, report), report)
+
+
+def stored_of(source: Checkpoint, settings: ExportSettings) -> Checkpoint:
+    """Return what `decoder/` is made of: the LoRA merged, or the base alone."""
+    return source.apart() if settings.keep_lora else source
 
 
 def write_calibrated_layers(
@@ -84,8 +90,14 @@ def write_calibrated_layers(
     total, done = layers * PASSES, first * PASSES
     with progress_bar("rounding the decoder", total=total, initial=done, unit="pass", show=show) as bar:
         for index in range(first, layers):
-            layer, name = source.read_layer(index).merged(), f"model.layers.{index}"
-            quantizer = LayerQuantizer(name, layer, source.decoder, settings, advance=bar.update)
+            name, stored, beside = f"model.layers.{index}", stored_of(source, settings), {}
+            if settings.keep_lora:
+                pairs = source.read_layer(index).lora
+                beside = {
+                    f"{linear}.weight": pair.scale * (pair.b.float() @ pair.a.float()) for linear, pair in pairs.items()
+                }
+            layer = stored.read_layer(index).merged()
+            quantizer = LayerQuantizer(name, layer, source.decoder, settings, beside=beside, advance=bar.update)
             _round_layer(work, quantizer, index, states(index), states(index + 1), kinds, importance[index])
             bar.set_postfix_str(_errors_shown(index, quantizer.errors))
     return CalibrationRecord(

@@ -84,7 +84,8 @@ def _with_prompts(artifact: Artifact, part: OnnxPart) -> OnnxPart:
 def _with_int8_cache(artifact: Artifact, part: OnnxPart, cache: NamedStudies, *, show_progress: bool) -> OnnxPart:
     """Write the graph with an int8 cache, if this ONNX Runtime has one."""
     written = artifact.with_parts(decoder_onnx=part)
-    encoder, decoder = VisionEncoder(written), OnnxDecoder(written)
+    default = artifact.manifest.parts.default_adapter
+    encoder, decoder = VisionEncoder(written), OnnxDecoder(written, adapters=() if default is None else (default,))
     if not is_at_least(import_onnxruntime().__version__, INT8_CACHE_SINCE):
         return part
     studies = cache.studies[:MAX_CACHE_STUDIES]

@@ -10,7 +10,7 @@ from kernels.gpu import OPTIONS
 @triton.jit
 def shrink_kernel(
     x_ptr: tl.tensor, a_ptr: tl.tensor, slots_ptr: tl.tensor, hidden_ptr: tl.tensor,
-    K: tl.tensor, rank_rows: tl.tensor, x_stride: tl.tensor, tiles_per_split: tl.tensor,
+    K: tl.tensor, rank_rows: tl.tensor, tiles_per_split: tl.tensor,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """Multiply BLOCK_ROWS rows of A by one row of x, over the inputs of one split: hidden [splits, M, rank_rows].
@@ -29,7 +29,7 @@ def shrink_kernel(
             k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             mask = (r < rank_rows)[:, None] & (k < K)[None, :]
             a = tl.load(a_rows + k[None, :], mask=mask, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
             total += a * x[None, :]
         at = (split * tl.num_programs(0) + row) * rank_rows + r
         tl.store(hidden_ptr + at, tl.sum(total, axis=1), mask=r < rank_rows)
@@ -78,12 +78,12 @@ def lora_add(
 ) -> None:  # fmt: skip
     """Launch both kernels.
 
-    x [M, K] has no gaps in its last axis, y is [M, N], hidden float32 [splits, M, rows of A]: memory to work in. `ends`
-    are where the parts end, the last at N. The rest is a `LoraPlan`.
+    x is [M, K] and y [M, N], contiguous; hidden is float32 [splits, M, rows of A], memory to work in. `ends` are where
+    the parts end, the last at N. The rest is a `LoraPlan`.
     """
     (M, K), N, rank_rows = x.shape, y.shape[1], a.shape[1]
     shrink_kernel[(M, triton.cdiv(rank_rows, block_rows), splits)](
-        x, a, slots, hidden, K, rank_rows, x.stride(0), triton.cdiv(triton.cdiv(K, block_k), splits),
+        x, a, slots, hidden, K, rank_rows, triton.cdiv(triton.cdiv(K, block_k), splits),
         BLOCK_ROWS=block_rows, BLOCK_K=block_k, num_warps=4, **OPTIONS,
     )  # fmt: skip
     tiles = sum(triton.cdiv(end - begin, block_n) for begin, end in zip((0, *ends), ends, strict=False))

@@ -131,8 +131,9 @@ class AdapterFidelity:
 
     data: str  # the list's file name, or "built-in"
     divergence: Divergence  # of the artifact with the adapter
-    without: Divergence  # of the artifact as it is without
+    without: Divergence  # of what a request gets that names none
     onnx: Divergence | None = None  # of decoder.onnx with the adapter, from `decoder/` with it
+    int8_cache: Divergence | None = None  # of decoder.onnx's int8 cache with the adapter, from its float cache
     texts: int = 0  # that were drafted with the adapter
     same_texts: float = 0.0  # the share of these that the yardstick would write, token for token
     label_f1: float | None = None  # macro F1 of these texts against the reports; None: the list has none

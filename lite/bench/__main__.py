@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_image_tokens(parser)
     parser.add_argument(
+        "--adapters", type=_names, default=(), metavar="NAME,NAME", help="measure each with these hospitals' adapters, "
+        "too: a row for each that an artifact has",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
     )
     add_engine(parser, engines=(*ENGINES, "both"))
@@ -143,6 +147,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N studies")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(positive(part.strip()) for part in text.split(","))
 
@@ -180,6 +188,10 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
     paths: list[Path] = arguments.artifacts
     for path in paths:
         load_artifact(path)  # a wrong path is found before anything is measured
+    known = {name for path in paths for name in load_artifact(path).manifest.parts.adapters}
+    if unknown := [name for name in arguments.adapters if name not in known]:
+        msg = f"got the adapter {unknown[0]!r} · expected {'one of ' + ', '.join(sorted(known)) if known else 'none'},"
+        raise LiteError(f"{msg} as the artifacts have no other · add it with `python -m export adapter`")
     studies = _studies(arguments)
     if arguments.reference is not None:
         studies = _recorded_studies(arguments, studies)
@@ -192,6 +204,7 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
         ways=_ways(arguments),
         image_tokens=arguments.image_tokens,
         image_methods=tuple(arguments.image_methods),
+        adapters=arguments.adapters,
         studies=tuple(studies),
         data=str(arguments.data),
         record=arguments.reference,
@@ -205,7 +218,12 @@ def _job(arguments: argparse.Namespace, command: str) -> Job:
 
 def _ways(arguments: argparse.Namespace) -> dict[str, LoadOptions]:
     """Return how to load: "", or by the name of each engine what is asked of that one."""
-    given = vars(arguments) | {"rows": max(arguments.batch_sizes), "verify": False, "image_tokens": None}
+    given = vars(arguments) | {
+        "rows": max(arguments.batch_sizes),
+        "verify": False,
+        "image_tokens": None,
+        "adapters": (),
+    }
 
     def way(**changes: str | None) -> LoadOptions:
         return load_options(argparse.Namespace(**given | changes))

@@ -287,6 +287,7 @@ _ARTIFACTS: Final = [
             _column("dtype", "", "dtype", str),
             _column("cache", "", "cache_dtype", str),
             _column("prompts", "by weights", "prompt_weights", str),
+            _column("adapter", "", "adapter", lambda name: name or "none"),
             _column("provider", "of ONNX Runtime", "provider", str),
             Column("backend", "", lambda row: Cell(row.backend, footnote="; ".join(row.fallbacks))),
         ],

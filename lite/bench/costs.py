@@ -12,7 +12,14 @@ from lite.bench.results import Latency, MemoryUse, Traffic
 from lite.engines.protocol import EngineName
 from lite.errors import BackendUnavailable
 from lite.eval.figures import Missing, quantiles
-from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, decode_weight_bytes, onnx_read_bytes
+from lite.memory.counts import (
+    ITEMSIZE,
+    adapter_bytes,
+    cache_bytes_per_token,
+    decode_weight_bytes,
+    onnx_adapter_bytes,
+    onnx_read_bytes,
+)
 from lite.memory.process import Peaks, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -33,9 +40,9 @@ def latency_of(runs: Sequence[Findings]) -> Latency:
     return Latency(**stages, decode_token=quantiles(steps))
 
 
-def disk_bytes(artifact: Artifact, engine: EngineName) -> int:
+def disk_bytes(artifact: Artifact, engine: EngineName, adapters: Sequence[str] = ()) -> int:
     """Add up the files that an engine reads, which are those that `Artifact.verify` hashes for it."""
-    return sum(part.nbytes for part in artifact.manifest.parts.read_by(engine))
+    return sum(part.nbytes for part in artifact.manifest.parts.read_by(engine, adapters))
 
 
 def peak_now(model: FindingsModel) -> Peaks:
@@ -68,10 +75,12 @@ def traffic_of(artifact: Artifact, runs: Sequence[Findings]) -> Traffic | Missin
         bandwidth = streaming_read_bandwidth(first.device)
     except BackendUnavailable as error:
         return Missing(why="not measured", todo=str(error))
+    ranks = [] if first.adapter is None else [artifact.adapter_part(first.adapter).rank]
     if first.engine == "onnx" and part is not None:
-        weights = onnx_read_bytes(config, part)
+        weights = onnx_read_bytes(config, part) + onnx_adapter_bytes(config, ranks)
     else:
-        weights = decode_weight_bytes(config, itemsize=ITEMSIZE[first.dtype])
+        itemsize = ITEMSIZE[first.dtype]
+        weights = decode_weight_bytes(config, itemsize=itemsize) + adapter_bytes(config, ranks, itemsize=itemsize)
     context = np.median([findings.num_prompt_tokens + findings.num_new_tokens / 2 for findings in runs])
     cache = int(context * cache_bytes_per_token(config, itemsize=ITEMSIZE[first.cache_dtype]))
     token_s = latency_of(runs).decode_token.p50

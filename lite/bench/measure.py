@@ -40,10 +40,13 @@ from lite.memory.process import rss_bytes
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from lite.artifact.open import Artifact
     from lite.artifact.parts import ImageMethod
     from lite.eval.calibration import Calibration
     from lite.model import FindingsModel
+    from lite.session.prepare import Options
     from lite.studies.results import Findings, Sentence
 
 T = TypeVar("T")
@@ -62,6 +65,7 @@ class Job:
     ways: dict[str, LoadOptions]  # to load each: one, "", or one by the name of each engine
     image_tokens: tuple[int, ...] = ()  # and each of these so often: with so many image tokens; none: all patches
     image_methods: tuple[ImageMethod, ...] = ("diverse",)  # made in each of these ways
+    adapters: tuple[str, ...] = ()  # and again with each of these
     studies: tuple[Study, ...]  # at least one; a film that cannot be read is counted and left out
     data: str  # where they come from, in words
     record: Path | None = None  # to score against
@@ -98,11 +102,13 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
     engine = resolve(options, artifact, look(options, artifact)).engine
     before = rss_bytes() or 0
     on_progress("loading", 0, 1)
-    verify_s, _ = _timed(lambda: artifact.verify(engine=engine))
+    verify_s, _ = _timed(lambda: artifact.verify(engine=engine, adapters=options.adapters))
     load_s, model = _timed(lambda: lite.load(path, **dataclasses.asdict(options)))
     loaded = peak_now(model)
     # A calibration that cannot be read is refused now, and not when all is measured.
-    loop = _Loop(model=model, job=job, on_progress=on_progress, calibration=find_calibration("auto", model))
+    adapter = next(iter(options.adapters), None)
+    calibration = find_calibration("auto", model)
+    loop = _Loop(model=model, job=job, on_progress=on_progress, adapter=adapter, calibration=calibration)
     warm = loop.warm_up()
     runs, energy_j, drafts = loop.one_by_one()
     longest = max(findings.num_prompt_tokens for findings in runs)
@@ -119,7 +125,7 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
         **_what_ran(artifact, engine, warm[0]),
         name=name,
         path=str(path),
-        weight_bytes=plan.decoder_bytes + plan.vision_bytes,
+        weight_bytes=plan.decoder_bytes + plan.adapter_bytes + plan.vision_bytes,
         verify_s=verify_s,
         load_s=load_s,
         first_total_s=warm[0].timings.total_s,
@@ -149,6 +155,7 @@ def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[s
         "dtype",
         "cache_dtype",
         "prompt_weights",
+        "adapter",
         "backend",
         "fallbacks",
         "notice",
@@ -159,7 +166,7 @@ def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[s
         "vision_format": parts.vision.format,
         "image_tokens": f"{first.num_image_tokens}{f' by {first.image_method}' if first.image_method else ''}",
         "provider": first.provider.removesuffix("ExecutionProvider"),
-        "disk_bytes": disk_bytes(artifact, engine),
+        "disk_bytes": disk_bytes(artifact, engine, () if first.adapter is None else (first.adapter,)),
     }
 
 
@@ -176,11 +183,16 @@ class _Loop:
     model: FindingsModel
     job: Job
     on_progress: Progress
+    adapter: str | None = None
     calibration: Calibration | None = None
 
     def draft(self, study: Study) -> Findings:
         """Run one study by itself."""
-        return self.model.findings(study.image, study.reason, max_new_tokens=self.job.max_new_tokens, reuse=False)
+        return self.model.findings(study.image, study.reason, **self._asking(reuse=False))
+
+    def _asking(self, **more: Unpack[Options]) -> Options:
+        """Return what every study is asked for, and more."""
+        return {"max_new_tokens": self.job.max_new_tokens, "adapter": self.adapter, **more}
 
     def warm_up(self) -> list[Findings]:
         """Run the first studies that can be read; the very first tells what each stage adds to the memory."""
@@ -234,8 +246,7 @@ class _Loop:
         for study, draft in zip(self.job.studies, drafts, strict=True):
             told: tuple[Sentence, ...] = ()
             if draft.error is None:
-                limit = self.job.max_new_tokens
-                findings = self.model.findings(study.image, study.reason, max_new_tokens=limit, top_logprobs=TOP)
+                findings = self.model.findings(study.image, study.reason, **self._asking(top_logprobs=TOP))
                 told = with_sentences(findings, self.model.tokenizer, self.calibration).sentences or ()
             likely = tuple((" ".join(one.text.split()), one.probability) for one in told if one.probability is not None)
             found.append(dataclasses.replace(draft, sentences=likely))
@@ -245,7 +256,7 @@ class _Loop:
         """Yield the model's logits along the reference's texts."""
         for index, study in enumerate(self.job.studies):
             self.on_progress("scoring", index, len(self.job.studies))
-            yield self.model.score(study.image, reference.token_ids(index), study.reason)
+            yield self.model.score(study.image, reference.token_ids(index), study.reason, adapter=self.adapter)
 
     def planned(self, batch_size: int, num_prompt_tokens: int) -> MemoryPlan:
         """Return what so many studies at a time take. A GPU holds the cache of all rows from the first study on."""
@@ -298,8 +309,7 @@ class _Loop:
         for result in self.model.findings_batch(
             [(study.image, study.reason) for study in studies],
             batch_size=batch_size,
-            max_new_tokens=self.job.max_new_tokens,
-            reuse=False,
+            **self._asking(reuse=False),
         ):
             if isinstance(result, lite.StudyError):
                 raise result.error

@@ -148,6 +148,7 @@ class Row:
     dtype: str
     cache_dtype: str
     prompt_weights: str
+    adapter: str | None = None  # beside the decoder
     provider: str  # of ONNX Runtime: for the tower, and for the decoder of the onnx engine
     backend: str  # what the decoder's operations ran on, see `Findings`
     fallbacks: tuple[str, ...]  # what was slower than it has to be on such a machine
@@ -181,7 +182,8 @@ class Row:
         """The engine and its settings, in words."""
         cache = f", {self.cache_dtype} cache" if self.cache_dtype != self.dtype else ""
         prompts = ", int8 prompts" if self.prompt_weights == "int8" else ""
-        return f"{self.engine} on {self.device}, {self.dtype}{cache}{prompts}"
+        adapter = f", with {self.adapter}" if self.adapter is not None else ""
+        return f"{self.engine} on {self.device}, {self.dtype}{cache}{prompts}{adapter}"
 
     @property
     def decode_tokens_per_s(self) -> float:

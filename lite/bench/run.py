@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -93,7 +93,7 @@ def run_bench(job: Job, on_progress: Progress) -> Bench:
 
 def _runs(job: Job) -> Iterator[tuple[str, Path, LoadOptions]]:
     """Yield what is measured: the name of its row, the artifact, and how."""
-    for name, path, options in _by_engine(job):
+    for name, path, options in _by_adapter(job):
         if not job.image_tokens:
             yield name, path, options
         patches = _num_patches(path)
@@ -110,6 +110,23 @@ def _num_patches(path: Path) -> int:
         return load_artifact(path).manifest.parts.vision.num_patches
     except LiteError:  # told of where it is measured
         return 0
+
+
+def _by_adapter(job: Job) -> Iterator[tuple[str, Path, LoadOptions]]:
+    """Yield each as it is, and with each of the adapters that it has."""
+    for name, path, options in _by_engine(job):
+        yield name, path, options
+        has = _adapters(path)
+        yield from (
+            (f"{name} {a}", path, dataclasses.replace(options, adapters=(a,))) for a in job.adapters if a in has
+        )
+
+
+def _adapters(path: Path) -> Collection[str]:
+    try:
+        return load_artifact(path).manifest.parts.adapters.keys()
+    except LiteError:  # told of where it is measured
+        return ()
 
 
 def _by_engine(job: Job) -> Iterator[tuple[str, Path, LoadOptions]]:
@@ -152,6 +169,8 @@ def _notes(job: Job, rows: Sequence[Row | FailedRow]) -> tuple[str, ...]:
     if any(isinstance(row, Row) and row.engine == "onnx" and is_modelled(row.plan.decoder_bytes) for row in rows):
         notes["Other cards are modelled for the torch engine only: --engine torch, or both."] = None
     for name, path in job.artifacts:
+        if missing := [adapter for adapter in job.adapters if adapter not in _adapters(path)]:
+            notes[f"{name}: has no adapter {' or '.join(missing)}."] = None
         if both := _calibrated_on(path, job.studies):
             notes[f"{name}: was calibrated on {both} of these {len(job.studies)} films: what it loses flatters."] = None
     if foreign := sum(unreadable(report) == "not in English" for report in job.reports):

@@ -87,6 +87,20 @@ class Adapters:
         return Stack(a=stacked_a.reshape(len(self.names), -1, in_features), b=stacked_b, parts=tuple(widths))
 
 
+def adapters_to_load(asked: Sequence[str], artifact: Artifact) -> tuple[tuple[str, ...], str]:
+    """Return the adapters to load, and why: those asked for, and what requests get that name none.
+
+    Raises:
+        LiteError: there is none of a name.
+    """
+    default = artifact.manifest.parts.default_adapter
+    names = tuple(dict.fromkeys((*([] if default is None else [default]), *asked)))
+    for name in names:
+        artifact.adapter_part(name)
+    whys = (["asked for"] if asked else []) + ([] if default is None else [f"{default} is for requests that name none"])
+    return names, "; ".join(whys)
+
+
 def _linears(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield (out, in) of each linear that an adapter may change."""
     from lite.memory.counts import layer_linear_shapes

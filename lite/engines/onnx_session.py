@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lite.engines.cores import available_cores
+from lite.engines.protobuf import fields
 from lite.errors import ArtifactError, BackendUnavailable, LiteError, MemoryBudgetError
 
 if TYPE_CHECKING:
     import types
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 CPU: Final = "CPUExecutionProvider"
@@ -38,6 +39,8 @@ GRAPH_SINCE: Final = "1.22"
 """The first version with all operators of `decoder.onnx`: 8-bit MatMulNBits."""
 INT8_CACHE_SINCE: Final = "1.27"
 """The first with those of the graph with an int8 cache."""
+_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+"""The setting that tells where the files are that a graph reads which is not loaded from a file."""
 EXACT_SHAPE: Final = (32, 64, 64)
 """M, K and N of the product of `adds_int8_exactly`: several rows, as a prompt has."""
 
@@ -122,6 +125,8 @@ def open_session(
     constants: Mapping[str, Any] = MappingProxyType({}),
     tail: Path | None = None,
     threads: int | None = None,
+    change: Callable[[bytes], bytes] | None = None,
+    added: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:  # noqa: ANN401 - of ONNX Runtime
     """Load a graph.
 
@@ -138,6 +143,8 @@ def open_session(
         tail: of the same artifact, nodes and outputs that continue the graph. Two messages of protobuf behind each
             other are one, with the entries of both: https://protobuf.dev/programming-guides/encoding/#last-one-wins
         threads: of an operator; None: one for each core.
+        change: makes another graph of the file's content, and is given one whose external data has been checked.
+        added: what that graph names without holding it, as values of ONNX Runtime's by name.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -157,6 +164,10 @@ def open_session(
     values = {constant: runtime.OrtValue.ortvalue_from_numpy(array) for constant, array in constants.items()}
     for constant, value in values.items():
         options.add_initializer(constant, value)
+    if added:
+        options.add_external_initializers(list(added), list(added.values()))
+    if change is not None:
+        options.add_session_config_entry(_FOLDER, str(file.parent))
     name, _, index = provider.partition(":")
     settings: dict[str, Any] = dict(_SETTINGS.get(name, {})) | ({"device_id": int(index)} if index else {})
     providers: list[Any] = [(name, settings)]
@@ -167,11 +178,14 @@ def open_session(
     try:
         # Left to itself it would print that a provider has failed, on stdout, and go on with the CPU.
         model: str | bytes = str(file) if tail is None else file.read_bytes() + tail.read_bytes()
+        if change is not None:
+            model = change(file.read_bytes())
         session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # its errors have no common base but Exception
         if name != CPU and not whole:
             again: dict[str, Any] = {"data": data, "patterns": patterns, "profile": profile, "constants": constants}
-            return open_session(file, provider=CPU, tail=tail, threads=threads, **again)
+            again |= {"tail": tail, "threads": threads, "change": change, "added": added}
+            return open_session(file, provider=CPU, **again)
         reason = str(error).strip().partition("\n")[0][:200]
         if name != CPU:
             msg = f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one"
@@ -182,7 +196,9 @@ def open_session(
     if whole and (got := session.get_providers()[0]) != name:
         msg = f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries"
         raise BackendUnavailable(f"{msg} and its device are there, or use --provider cpu")
-    session.held_constants = values  # ONNX Runtime reads them as long as it computes, and does not hold them
+    session.held_constants = values | dict(
+        added
+    )  # ONNX Runtime reads them as long as it computes, and does not hold them
     return session
 
 
@@ -262,41 +278,10 @@ def _locations(content: mmap.mmap, begin: int, end: int, message: str, depth: in
     if depth > _DEEPEST:
         raise ValueError("messages within messages without end")
     if message == "external_data":
-        entry = [(field, content[at:to]) for field, at, to in _fields(content, begin, end)]
+        entry = [(field, content[at:to]) for field, at, to in fields(content, begin, end)]
         if (1, b"location") in entry:
             yield from (value.decode(errors="replace") for field, value in entry if field == 2)
         return
-    for field, at, to in _fields(content, begin, end):
+    for field, at, to in fields(content, begin, end):
         if field in _MESSAGES[message]:
             yield from _locations(content, at, to, _MESSAGES[message][field], depth + 1)
-
-
-def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the fields of a message that have a length: number, begin and end."""
-    while at < end:
-        key, at = _varint(content, at)
-        if key >= 1 << 32:  # of which ONNX Runtime's reader would keep 32 bits, and see another field
-            raise ValueError("a tag of more than 32 bits")
-        field, kind = key >> 3, key & 7
-        if kind == 0:
-            _, at = _varint(content, at)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        elif kind == 2:
-            length, at = _varint(content, at)
-            yield field, at, at + length
-            at += length
-        else:
-            raise ValueError(f"a field of wire type {kind}")
-    if at != end:
-        raise ValueError("a field that ends behind its message")
-
-
-def _varint(content: mmap.mmap, at: int) -> tuple[int, int]:
-    value = 0
-    for place in range(10):
-        byte = content[at + place]
-        value |= (byte & 127) << (7 * place)
-        if byte < 128:
-            return value, at + place + 1
-    raise ValueError("a number without end")

@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Final
 
+from lite.engines.adapters import adapters_to_load
 from lite.engines.machine import no_such_gpu
 from lite.engines.onnx_session import (
     CPU,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import DecoderFidelity
+    from lite.artifact.parts import AdapterFidelity, DecoderFidelity
     from lite.engines.machine import Gpu, Machine
     from lite.engines.options import LoadOptions
     from lite.engines.protocol import EngineName
@@ -128,14 +129,23 @@ class _Resolver:
         self.choices: dict[str, tuple[str, str]] = {"engine": (self.engine, why)}
         self.fallbacks: list[str] = []
         self.notes: list[str] = []
-        fidelity = _fidelity(artifact, self.engine)
-        # In nats a token, as measured at export; None if it was not.
-        self.loss = fidelity.int8_cache.mean_kl if fidelity is not None and fidelity.int8_cache is not None else None
+        self.adapters, why = adapters_to_load(options.adapters, artifact)
+        if self.adapters:
+            self.choices["adapters"] = ", ".join(self.adapters), why
+        self.loss = self._int8_loss()
         self.small_loss = self.loss is not None and self.loss <= MAX_CACHE_KL
         self.place()
         if options.fp16_accumulation and self.gpu is None:
             msg = f"got fp16_accumulation for {self.engine} on {self.device} · expected it for torch on a GPU only"
             raise LiteError(f"{msg} · leave it out")
+
+    def _int8_loss(self) -> float | None:
+        """Return what an int8 cache loses, in nats a token, with the adapter that it is worst for; None: unknown."""
+        found: list[DecoderFidelity | AdapterFidelity | None] = [_fidelity(self.artifact, self.engine)]
+        if self.engine == "onnx":  # whose scales were found without the adapters; torch finds them for each token
+            found += [self.artifact.adapter_part(name).fidelity for name in self.options.adapters]
+        losses = [one.int8_cache.mean_kl if one is not None and one.int8_cache is not None else None for one in found]
+        return None if None in losses else max(lost for lost in losses if lost is not None)
 
     # What an engine says of itself.
     device: str
@@ -182,7 +192,7 @@ class _Resolver:
             tower_on_gpu=self.vision_provider.startswith(CUDA) and self.gpu is not None,
             resident_bytes=0 if self.gpu is not None else self.machine.resident_bytes,
             capability=self.gpu.capability if self.gpu is not None else (8, 6),
-            adapters=self._adapters(),
+            adapters=self.adapters,
         )
         chosen, why, why_prompts = self._that_fits(workload, limit)
         self.choices["cache"] = chosen.cache_dtype or self.computed, why
@@ -264,17 +274,6 @@ class _Resolver:
             hint = f"; cache_dtype='int8' would fit, but {why} to be taken without being asked for"
         return refusal(plan_memory(self.shapes, smallest), limit, what=str(self.artifact.path), hint=hint)
 
-    def _adapters(self) -> tuple[str, ...]:
-        """Return the adapters to load: those asked for, and what requests get that name none."""
-        default = self.artifact.manifest.parts.default_adapter
-        names = tuple(dict.fromkeys((*([] if default is None else [default]), *self.options.adapters)))
-        for name in names:
-            self.artifact.adapter_part(name)
-        if names:
-            kept = "" if default is None else f"; {default} is what requests get that name none"
-            self.choices["adapters"] = ", ".join(names), f"asked for{kept}" if self.options.adapters else kept[2:]
-        return names
-
     def _drafts(self) -> str:
         """Return where drafts come from, and say what they may change."""
         drafts = str(self.options.drafts)
@@ -297,7 +296,7 @@ class _Resolver:
             losses["int8 cache, from a float one"] = self.loss
         if chosen.int8_prompts and self.shapes.onnx is not None and (part := self.shapes.onnx.prompts) is not None:
             losses["int8 prompts, from stored ones"] = part.divergence.mean_kl if part.divergence is not None else None
-        for name in chosen.adapters:
+        for name in self.options.adapters:
             lost = self.artifact.adapter_part(name).fidelity
             losses[f"with {name}, from the checkpoint"] = lost.divergence.mean_kl if lost is not None else None
         return losses

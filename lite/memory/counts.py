@@ -157,6 +157,11 @@ def onnx_block_size(in_features: int, group_size: int | None) -> int | None:
     return next((size for size in _BLOCK_SIZES if in_features % size == 0), None)
 
 
+def onnx_adapter_block(rank: int) -> int:
+    """Return the ranks of an adapter that have one scale: the ranks of all are padded to whole blocks of them."""
+    return 16 if rank <= 16 else 32
+
+
 def cache_bytes_per_token(config: DecoderConfig, *, itemsize: int) -> int:
     """2 (keys, values) x layers x kv_heads x head_dim x bytes of an element."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize

@@ -41,11 +41,8 @@ def test_each_row_gets_what_its_adapter_makes_of_it(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"y": torch.zeros(2, 3, 8).long()}, "got y torch.int64 · expected float16"),
         ({"y": torch.zeros(8, 3, 2).permute(2, 1, 0)}, "got y with strides .* expected a contiguous tensor"),
         ({"x": torch.zeros(2, 2, 5)}, r"got x \[2, 2, 5\] .* expected \[2, 3, 5\]"),
-        ({"x": torch.zeros(2, 3, 5).half()}, "got x .* torch.float16"),
-        ({"x": torch.zeros(())}, r"got y \[2, 3, 8\], x \[\] .* expected \[..., out\], \[..., in\]"),
         ({"a": torch.zeros(3, 6, 4)}, r"got a \[3, 6, 4\] .* expected \[3, 6, 5\]"),
         ({"a": torch.zeros(6, 5)}, r"a \[6, 5\] · expected"),
         ({"a": torch.zeros(3, 7, 5)}, r"got a \[3, 7, 5\] · expected parts \* rank rows an adapter, for 3 parts"),
@@ -56,7 +53,6 @@ def test_each_row_gets_what_its_adapter_makes_of_it(dtype: torch.dtype) -> None:
         ({"parts": (4, 3)}, r"got parts \[4, 3\] · expected 1 to 3 whose sum is 8"),
         ({"parts": (8, 0)}, "got parts .* the outputs of y"),
         ({"parts": (2, 2, 2, 2)}, "got parts .* expected 1 to 3"),
-        ({"backend": "triton"}, "got backend 'triton' on cpu"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

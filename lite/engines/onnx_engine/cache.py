@@ -13,7 +13,7 @@ import numpy as np
 
 from lite.engines.onnx_engine.sample import sample
 from lite.engines.onnx_session import import_onnxruntime
-from lite.engines.protocol import GREEDY, ChosenTokens
+from lite.engines.protocol import GREEDY, NO_ADAPTER, ChosenTokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +56,7 @@ class OnnxCache:
         self.is_active = [False] * num_rows
         self.input_ids = [0] * num_rows  # the newest token of each row
         self.sampling = [GREEDY] * num_rows
+        self.adapters = [NO_ADAPTER] * num_rows  # what each row computes with
         self.last_logits: Array | None = None  # what the newest tokens were chosen from, [rows, T, vocab_size]
         self.buffers = {
             f"{layer}.{kind}": ort_value.ortvalue_from_shape_and_type(self.shape, self.dtype, *device)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from lite.config import IMAGE_TOKEN_ID
+from lite.engines.adapters import Adapters
+from lite.engines.onnx_engine.adapted import ADAPTER_INPUT, Adapted
 from lite.engines.onnx_engine.cache import DTYPES, OnnxCache, OnnxChosen
 from lite.engines.onnx_session import CPU, CUDA, DML, errors_explained, open_session, require_onnxruntime
 from lite.engines.protocol import NO_DRAFTS, Segment
@@ -51,7 +53,6 @@ class OnnxDecoder:
     fallbacks: tuple[str, ...] = ()
     run_ahead = 0
     verifies_together = False
-    adapters: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class OnnxDecoder:
         positions: NDArray[np.float64] | None = None,
         two_rows: bool = False,
         int8_prompts: bool = False,
+        adapters: Sequence[str] = (),
         profile: Path | None = None,
     ) -> None:
         """Load the graph.
@@ -77,13 +79,15 @@ class OnnxDecoder:
                 cache at 7B widths, 1,450 tokens, AVX2, November 2026).
             int8_prompts: read prompts by the artifact's int8 weights for them (see `export.write.prompt_graphs`), on a
                 CPU that adds them up exactly (`adds_int8_exactly`).
+            adapters: names of adapters of the artifact that rows may use. Without any, graphs are as they were exported.
             profile: for `end_profile`, how the name of its file begins; None writes none.
 
         Raises:
-            ArtifactError: there is no `decoder.onnx`, or it is not what the manifest says.
+            ArtifactError: there is no `decoder.onnx`, or it or an adapter is not what the manifest says.
             BackendUnavailable: ONNX Runtime is missing or too old, or the provider lacks an operator.
-            LiteError: there is no such cache, or there are no such prompts.
+            LiteError: there is no such cache or adapter, or there are no such prompts.
         """
+        self.adapters = tuple(adapters)
         self._part = artifact.onnx_part(cache_dtype)
         self.config = artifact.decoder_config()
         self.cache_dtype: CacheDtype = cache_dtype or self._part.dtype
@@ -104,7 +108,8 @@ class OnnxDecoder:
         self._two_ways = int8 and self.dtype == "float32"
         self.prompt_weights: PromptWeights = "int8" if int8_prompts else "stored"
 
-        opened = functools.partial(self._opened, artifact, provider, positions, profile)
+        added = Adapted(Adapters(artifact, adapters), self.config, self.dtype) if adapters else None
+        opened = functools.partial(self._opened, artifact, provider, positions, profile, added)
         cached, prompts = self._part.int8_cache, self._part.prompts
         self._session = opened(cached.graph if int8 and cached else self._part.graph, self._part.data)
         self._prompt_session = self._session
@@ -114,10 +119,19 @@ class OnnxDecoder:
                 msg = f"{artifact.path}: got int8_prompts · expected a graph for them, with an {self.cache_dtype} cache"
                 raise LiteError(f"{msg} · export with --prompt-weights int8, or leave it out")
             self._prompt_session = opened(graph, self._part.data, prompts.data)
+        if added is not None:
+            added.forget()
         self._embeddings = _embeddings(artifact, self.config)
 
     def _opened(
-        self, artifact: Artifact, provider: str, positions: Array | None, profile: Path | None, graph: str, *data: str
+        self,
+        artifact: Artifact,
+        provider: str,
+        positions: Array | None,
+        profile: Path | None,
+        added: Adapted | None,
+        graph: str,
+        *data: str,
     ) -> Any:  # noqa: ANN401 - of ONNX Runtime
         """Load a graph that reads its weights from some files."""
         session = open_session(
@@ -128,6 +142,8 @@ class OnnxDecoder:
             whole=True,
             profile=profile,
             constants={} if positions is None else _rotary_tables(self.config, positions, self.dtype),
+            change=None if added is None else added.change,
+            added={} if added is None else added.values,
         )
         self._check_signature(session, str(artifact.file(graph)))
         return session
@@ -187,14 +203,21 @@ class OnnxDecoder:
         row, length = segment.row, len(segment.input_ids)
         image = segment.image_features
         inputs_embeds = self.embed(segment.input_ids, None if image is None else image[segment.image_part])[None]
-        cache.is_active[row] = False
+        cache.is_active[row], cache.adapters[row] = False, segment.adapter
         # The graph computes logits of one token at least.
         logits_at = range(length - max(1, segment.num_logits), length)
         session = self._prompt_session if segment.is_prompt else self._session
         binding = session.io_binding()
         cache.bind(binding, row, 1)
         found = self._run(
-            session, binding, cache, inputs_embeds, [segment.end], logits_at=logits_at, is_prefill=segment.is_prompt
+            session,
+            binding,
+            cache,
+            inputs_embeds,
+            range(row, row + 1),
+            [segment.end],
+            logits_at=logits_at,
+            is_prefill=segment.is_prompt,
         )
         cache.num_cached_tokens[row] = segment.end
         return found[0, len(logits_at) - segment.num_logits :]
@@ -215,6 +238,7 @@ class OnnxDecoder:
                 num_logits=1 + len(drafted),
                 is_prompt=False,
                 sampling=cache.sampling[row],
+                adapter=cache.adapters[row],
             )
             chosen = self.extend(segment, cache)
             tokens |= chosen.tokens if chosen is not None else {}
@@ -238,6 +262,7 @@ class OnnxDecoder:
             cache.bindings[first, count],
             cache,
             inputs_embeds,
+            rows,
             totals,
             logits_at=range(length),
             is_prefill=False,
@@ -261,12 +286,13 @@ class OnnxDecoder:
         binding: Any,  # noqa: ANN401 - of ONNX Runtime
         cache: OnnxCache,
         inputs_embeds: Array,
+        rows: range,
         totals: Sequence[int],
         *,
         logits_at: Sequence[int],
         is_prefill: bool,
     ) -> Array:
-        """Run the graph on inputs_embeds [B, T, hidden_size], behind which each row has `totals` tokens."""
+        """Run the graph on inputs_embeds [B, T, hidden_size] of B rows, behind which each has `totals` tokens."""
         if max(totals) > cache.max_seq_len:
             msg = (
                 f"got tokens up to position {max(totals)} · expected at most {cache.max_seq_len}, the cache's "
@@ -282,6 +308,8 @@ class OnnxDecoder:
         }
         if self._two_ways:
             inputs[PREFILL_INPUT] = np.array(is_prefill)
+        if self.adapters:
+            inputs[ADAPTER_INPUT] = np.array(cache.adapters[rows.start : rows.stop]).reshape(-1, 1, 1)
         for name, values in inputs.items():
             binding.bind_cpu_input(name, values)
         logits = np.empty((len(totals), len(logits_at), self.config.vocab_size), np.float32)
@@ -303,6 +331,8 @@ class OnnxDecoder:
         }
         if self._two_ways:
             expected[PREFILL_INPUT] = (), "tensor(bool)"
+        if self.adapters:
+            expected[ADAPTER_INPUT] = (1, 1), "tensor(int64)"
         for layer in range(config.num_hidden_layers):
             for kind in ("key", "value"):
                 expected |= {f"past_key_values.{layer}.{kind}": cache, f"present.{layer}.{kind}": cache}
