@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import random_checkpoint
 import torch
@@ -18,7 +19,7 @@ from lite.config import to_json
 NAMES = ("a", "b")
 """The second one has a projector of its own."""
 SHORT = {"max_new_tokens": 40}
-QUICK = {"verify_studies": 2, "verify_tokens": 16, "device": "cpu", "show_progress": False}
+QUICK: dict[str, Any] = {"verify_studies": 2, "verify_tokens": 16, "device": "cpu", "show_progress": False}
 
 
 def write_adapter(out: Path, published: Path, *, seed: int, projector: bool = False) -> Path:
@@ -38,9 +39,8 @@ def write_adapter(out: Path, published: Path, *, seed: int, projector: bool = Fa
 
 def export_adapted(out: Path) -> Artifact:
     """Export the tiny random checkpoint in 4 bits, and add adapters to it."""
-    published, base = (
-        made_once("small-checkpoint", random_checkpoint.write) / n for n in ("llava-rad-phantom", "base")
-    )
+    checkpoint = made_once("small-checkpoint", random_checkpoint.write)
+    published, base = checkpoint / "llava-rad-phantom", checkpoint / "base"
     artifact = export_artifact(published, base, out, settings_for(Path(), **RTN))
     # Random texts have no end: as short as that, they are drafted and measured soon.
     random_checkpoint.edit_json(out / "manifest.json", decoding=to_json(artifact.manifest.decoding) | SHORT)

@@ -34,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="the studies, as for run; or FILE.jsonl of run --confidence")
     parser.add_argument("--test", metavar="DATA", help="others, to measure on (default: each study by all but a fifth)")
     parser.add_argument("--samples", type=positive, metavar="N", help="learn what the agreement of N samples says, too")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="(default: ARTIFACT.confidence.json, or ARTIFACT.NAME.confidence.json)"
-    )
+    default = "ARTIFACT.confidence.json, or of an adapter ARTIFACT.NAME.confidence.json"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {default})")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the diagrams")
     add_image_folder(parser)
     add_drafting(parser, batch_size=1)
@@ -93,8 +92,9 @@ def _judged(
             msg = f"{data}: got drafts of the artifact {made.artifact_id} · expected {model.artifact.id}, as named"
             raise LiteError(f"{msg} · draft them with it, or name the other one")
         if made.adapter != adapter:
-            msg = f"{data}: got drafts by the adapter {made.adapter} · expected {adapter}"
-            raise LiteError(f"{msg} · name theirs with --adapter, or draft them with this one")
+            got, expected = (f"the adapter {name}" if name else "no adapter" for name in (made.adapter, adapter))
+            msg = f"{data}: got drafts with {got} · expected {expected} · name theirs with --adapter"
+            raise LiteError(f"{msg}, or draft them again")
         ways.add((*(getattr(made, name) for name in SETTINGS), len(made.samples or ())))
         truth = read_mentions(reference)
         sentences = (one for one in stated(made, model.tokenizer) if one.contrast is not None)

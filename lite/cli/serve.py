@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     map_large_blocks()
     server = Server(settings, lambda: load_model(arguments), ready=print_line)
-    adapters = "".join(f", its adapter {name}" for name in arguments.adapters)
+    adapters = f" with {', '.join(arguments.adapters)}" if arguments.adapters else ""
     say(f"listens at {server.url}, loading {arguments.artifact}{adapters} …")
     server.run()
     return 0
