@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lite.artifact.parts import PUBLISHED
 from lite.serve.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def model_names(model: FindingsModel) -> tuple[str, ...]:
-    """Return the names that a request may give, the artifact's model first."""
-    return model.artifact.manifest.model, *model.decoder.adapters
+    """Return the names that a request may give, the artifact's model first: the published LoRA is part of that."""
+    manifest = model.artifact.manifest
+    own = {manifest.parts.default_adapter} & {PUBLISHED}
+    return manifest.model, *(name for name in model.decoder.adapters if name not in own)
 
 
 def asked_model(name: object, names: Sequence[str]) -> str:
