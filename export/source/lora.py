@@ -104,8 +104,8 @@ class AdapterConfig:
             msg = f"{where}: got {r=} {lora_alpha=} · expected two positive numbers · fetch the file again"
             raise CheckpointError(msg)
         ranks, alphas = (_pattern(config, name, where) for name in ("rank_pattern", "alpha_pattern"))
-        if any(type(rank) is not int for rank in ranks.values()):
-            raise CheckpointError(f"{where}: got {ranks=} · expected whole numbers · fetch the file again")
+        if not all(float(rank).is_integer() for rank in ranks.values()):
+            raise CheckpointError(f"{where}: got rank_pattern={ranks} · expected whole numbers · fetch the file again")
         return cls(
             r=r,
             lora_alpha=float(lora_alpha),

@@ -66,11 +66,11 @@ def test_the_exporter_finds_the_published_layout(written: Path, opened: Checkpoi
         "NOTICE",
     }
     assert (opened.decoder.num_hidden_layers, opened.tower.num_blocks, opened.tower.image_size) == (LAYERS, 2, 42)
-    assert opened.adapter_config.scale == 2.0
+    assert opened.adapter.config.scale("model.layers.0.mlp.up_proj") == 2.0
     assert opened.notice is not None
     assert "random weights" in opened.notice
     stored = {
-        entry.dtype for files in (opened.base, opened.adapter, opened.projector) for entry in files.entries.values()
+        entry.dtype for files in (opened.base, opened.adapter.factors, opened.projector) for entry in files.entries.values()
     }
     assert stored == {"float16"}
     assert {entry.dtype for entry in opened.trunk.entries.values()} == {"float32"}
@@ -81,7 +81,7 @@ def test_the_exporter_finds_the_published_layout(written: Path, opened: Checkpoi
 
 def test_names_and_shapes_are_those_the_exporter_expects(opened: Checkpoint) -> None:
     assert SMALL.tensors(LAYERS) == base_shapes(opened.decoder)
-    assert SMALL.lora(LAYERS) == adapter_shapes(opened.decoder, opened.adapter_config)
+    assert SMALL.lora(LAYERS) == adapter_shapes(opened.decoder, opened.adapter.config)
 
 
 def test_shards_are_filled_in_order_and_stay_small(written: Path) -> None:

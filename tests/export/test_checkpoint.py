@@ -41,7 +41,7 @@ def test_reads_shapes_settings_and_files(source: Checkpoint) -> None:
     assert (source.tower.depth, source.tower.num_blocks, source.tower.num_heads) == (3, 2, 2)
     assert (source.tower.image_size, source.tower.num_patches) == (42, 9)
     assert source.preprocessing.mean == OPENAI_CLIP_MEAN
-    assert (source.adapter_config.scale, source.decoding.eos_token_id) == (2.0, 2)
+    assert (source.adapter.config.scale("model.layers.0.mlp.up_proj"), source.decoding.eos_token_id) == (2.0, 2)
     assert set(source.files) == {
         "checkpoint/NOTICE",
         "checkpoint/config.json",

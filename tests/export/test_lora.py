@@ -57,20 +57,22 @@ def test_merge_leaves_its_arguments_alone() -> None:
 
 def test_config_gives_scale_and_linears() -> None:
     config = AdapterConfig.from_json(PLAIN, where="adapter_config.json")
-    assert config.scale == 2.0
+    assert config.scale("model.layers.0.self_attn.q_proj") == 2.0
     assert config.linears == ("self_attn.q_proj", "self_attn.v_proj")
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"use_rslora": True}, "use_rslora"),
         ({"use_dora": True}, "use_dora"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"rank_pattern": {"q_proj": 4.5}}, "rank_pattern={'q_proj': 4.5} · expected whole numbers"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": "a"}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(a+)+b": 4}}, r"alpha_pattern for '\(a\+\)\+b' · expected names of modules"),
+        ({"modules_to_save": ["mm_projector", "lm_head"]}, "modules_to_save"),
         ({"something_of_next_year": 1}, r"something_of_next_year=1 .* only auto_mapping, base_model"),
         ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16', which has changed the base"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
@@ -83,7 +85,8 @@ def test_config_gives_scale_and_linears() -> None:
         ({"lora_alpha": float("inf")}, "lora_alpha"),
         ({"lora_alpha": 10**400}, "lora_alpha"),
         ({"target_modules": [["q_proj"]]}, "target_modules"),
-        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"target_modules": ""}, "target_modules"),
+        ({"target_modules": []}, "target_modules"),
         ({"target_modules": ["q_proj", "lm_head"]}, "target_modules"),
     ],
 )
@@ -93,8 +96,43 @@ def test_other_adapters_are_refused_by_name(change: dict[str, Any], named: str) 
 
 
 @pytest.mark.parametrize(
+    ("change", "rank", "scale"),
+    [
+        ({"use_rslora": True}, 8, 16 / 8**0.5),
+        ({"rank_pattern": {"q_proj": 4}}, 4, 4.0),
+        ({"rank_pattern": {"v_proj": 4}}, 8, 2.0),
+        ({"rank_pattern": {"0.self_attn.q_proj": 4}, "use_rslora": True}, 4, 8.0),
+        ({"rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj$": 2}}, 2, 8.0),
+        ({"rank_pattern": {"1.self_attn.q_proj": 4}}, 8, 2.0),
+        ({"rank_pattern": {"proj": 4}}, 8, 2.0),  # the end of a name, and whole words of it
+        ({"alpha_pattern": {"self_attn.q_proj": 4}}, 8, 0.5),
+        ({"alpha_pattern": {"q_proj": 4}, "rank_pattern": {"q_proj": 2}}, 2, 2.0),
+    ],
+)
+def test_patterns_and_rank_stabilisation_count_as_peft_does(change: dict[str, Any], rank: int, scale: float) -> None:
+    config = AdapterConfig.from_json({**PLAIN, **change}, where="adapter_config.json")
+    module = "model.layers.0.self_attn.q_proj"
+    assert (config.rank(module), config.scale(module)) == (rank, pytest.approx(scale))
+
+
+@pytest.mark.parametrize(
     "change",
     [
+        {"target_modules": "all-linear"},
+        {"target_modules": r"^(?!.*vision).*(?:q_proj|v_proj)"},
+        {"target_modules": ["model.layers.1.self_attn.q_proj"]},
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["o_proj"]},
+    ],
+)
+def test_where_not_all_layers_are_adapted_the_tensors_tell_which(change: dict[str, Any]) -> None:
+    assert AdapterConfig.from_json({**PLAIN, **change}, where="adapter_config.json").linears is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"modules_to_save": ["mm_projector"]},
         {"lora_dropout": 0.1, "peft_version": "0.18.0", "qalora_group_size": 16, "task_type": "CAUSAL_LM"},
         {"something_of_next_year": None, "use_dora": False, "loftq_config": {}},
         *({"init_lora_weights": init} for init in (True, False, None, "gaussian", "eva", "orthogonal")),

@@ -195,7 +195,7 @@ class _OneTokenPerWord(export.studies.Tokenizer):
 def test_the_same_top_token_is_required_of_a_default_export(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = verify._compare_logits
+    right = verify.divergence_of
     tokens: list[int] = []
 
     def worse(*logits: Any) -> Divergence:
@@ -203,7 +203,7 @@ def test_the_same_top_token_is_required_of_a_default_export(
         tokens.append(compared.tokens)
         return dataclasses.replace(compared, same_top=0.95)
 
-    monkeypatch.setattr(verify, "_compare_logits", worse)
+    monkeypatch.setattr(verify, "divergence_of", worse)
     monkeypatch.setattr(export.studies, "Tokenizer", _OneTokenPerWord)
     is_refused(folders, tmp_path / "artifact", ExportSettings(), "parity of decoder fp16: got same top token 0.95")
     assert tokens[0] >= 1.5 * verify.MIN_TOKENS_FOR_SAME_TOP

@@ -144,7 +144,7 @@ def test_engines_read_their_parts_and_the_shared_ones(tiny_onnx_artifact: Artifa
         ({"model": 3}, r"\.model: got 3 · expected str"),
         ({"notice": None}, r"\.notice: got None · expected str"),
         ({"parts": []}, r"\.parts: got \[\] · expected an object"),
-        ({"parts": {"adapters": {}}}, r"\.parts: got an unknown key 'adapters'"),
+        ({"parts": {"projector": {}}}, r"\.parts: got an unknown key 'projector'"),
         ({"files": {"a": RECORD}}, "unknown key 'files'"),
         ({"preprocessing": {"image_size": 28, "mean": [0.5, 0.5]}}, r"\.preprocessing\.mean: got \[0\.5, 0\.5\]"),
         ({"preprocessing": {"image_size": 28.5}}, r"\.preprocessing\.image_size: got 28\.5"),
