@@ -70,7 +70,9 @@ def test_the_exporter_finds_the_published_layout(written: Path, opened: Checkpoi
     assert opened.notice is not None
     assert "random weights" in opened.notice
     stored = {
-        entry.dtype for files in (opened.base, opened.adapter.factors, opened.projector) for entry in files.entries.values()
+        entry.dtype
+        for files in (opened.base, opened.adapter.factors, opened.projector)
+        for entry in files.entries.values()
     }
     assert stored == {"float16"}
     assert {entry.dtype for entry in opened.trunk.entries.values()} == {"float32"}

@@ -36,7 +36,8 @@ def test_generate_and_run_use_it_and_a_file_is_of_one(
         assert (status, json.loads(out)["prediction"], json.loads(out)["adapter"]) == (0, text, name)
     assert run("generate", films[0], *ON, "--adapter", "c")[2].endswith("export adapter`\n")
     listed, results = tmp_path / "list.json", tmp_path / "out.jsonl"
-    listed.write_text(json.dumps([{"id": f"{i}", "image": str(film)} for i, film in enumerate(films[:2])]))
+    entry = {"conversations": [{"value": "<image>\nDescribe."}, {"value": "No effusion."}]}
+    listed.write_text(json.dumps([entry | {"id": f"{i}", "image": str(film)} for i, film in enumerate(films[:2])]))
     command = ("run", listed, "--out", results, *ON)
     assert run(*command, "--adapter", "a", "--limit", "1", "--confidence", "auto")[0] == 0
     line = json.loads(results.read_text())
@@ -49,13 +50,7 @@ def test_generate_and_run_use_it_and_a_file_is_of_one(
     # A calibration is of one adapter. Texts of random weights state nothing: it comes as far as that.
     assert "got drafts with the adapter a · expected no adapter" in run("confidence", results, *ON)[2]
     assert "0 sentences that state something" in run("confidence", results, "--adapter", "a", *ON)[2]
-    assert "0 sentences" in run("confidence", listed_with_reference(listed), "--adapter", "b", *ON)[2]
-
-
-def listed_with_reference(listed: Path) -> Path:
-    entries = [each | {"conversations": [{"value": "?"}, {"value": "No."}]} for each in json.loads(listed.read_text())]
-    listed.write_text(json.dumps(entries))
-    return listed
+    assert "0 sentences that state something" in run("confidence", listed, "--adapter", "b", *ON)[2]
 
 
 def test_a_worker_of_a_cluster_uses_it(adapted_artifact: Artifact, films: list[Path]) -> None:
