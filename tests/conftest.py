@@ -96,6 +96,14 @@ def own_onnx_artifact(tmp_path: Path, tiny_onnx_artifact: Artifact) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapted_artifact() -> Iterator[Artifact]:
+    """A tiny random model in 4 bits, with the adapters of `adapted.NAMES`. Read only."""
+    import adapted
+
+    yield from shared("adapted", adapted.export_adapted, Path(adapted.__file__).read_bytes())
+
+
+@pytest.fixture(scope="session")
 def tiny_artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Artifact:
     """A complete artifact with random weights. Read only: take `own_artifact` to damage one."""
     return write_tiny_artifact(tmp_path_factory.mktemp("tiny") / "artifact", tokenizer_model)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lite.artifact.open import load_artifact
 from lite.cli.options import add_artifact, add_drafting, add_image_folder, add_loading, load_model, request_of
 from lite.console import positive, print_line, say
 from lite.errors import LiteError
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="the studies, as for run; or FILE.jsonl of run --confidence")
     parser.add_argument("--test", metavar="DATA", help="others, to measure on (default: each study by all but a fifth)")
     parser.add_argument("--samples", type=positive, metavar="N", help="learn what the agreement of N samples says, too")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: ARTIFACT.confidence.json)")
+    default = "ARTIFACT.confidence.json, or of an adapter ARTIFACT.NAME.confidence.json"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"(default: {default})")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the diagrams")
     add_image_folder(parser)
     add_drafting(parser, batch_size=1)
@@ -48,17 +50,18 @@ def run(arguments: argparse.Namespace) -> int:
     from lite.eval.calibration import beside, learn
     from lite.files import check_writable, write_whole
 
-    out: Path = arguments.out or beside(Path(arguments.artifact))
+    adapter = arguments.adapter or load_artifact(arguments.artifact).manifest.parts.default_adapter
+    out: Path = arguments.out or beside(Path(arguments.artifact), adapter)
     check_writable(out, arguments.html)
     if arguments.html:
         check_packages()
     with load_model(arguments) as model:
-        learned, settings = _judged(model, arguments, arguments.data)
+        learned, settings = _judged(model, arguments, arguments.data, adapter)
         with_samples = all(one.sentence.agreement is not None for one in learned)
         calibration = learn(learned, with_samples=with_samples, settings=settings, data=Path(arguments.data).name)
         tested = None
         if arguments.test:
-            tested, settings = _judged(model, arguments, arguments.test)
+            tested, settings = _judged(model, arguments, arguments.test, adapter)
             calibration.check(settings, arguments.test)
     measured = measure(calibration, learned, tested)
     write_whole(out, calibration.to_json())
@@ -68,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _judged(model: FindingsModel, arguments: argparse.Namespace, data: str) -> tuple[list[Judged], dict[str, Any]]:
+def _judged(
+    model: FindingsModel, arguments: argparse.Namespace, data: str, adapter: str | None
+) -> tuple[list[Judged], dict[str, Any]]:
     """Return the sentences that state something, of studies that have a reference, and what drafted them.
 
     Raises:
@@ -86,6 +91,10 @@ def _judged(model: FindingsModel, arguments: argparse.Namespace, data: str) -> t
         if made.artifact_id != model.artifact.id:
             msg = f"{data}: got drafts of the artifact {made.artifact_id} · expected {model.artifact.id}, as named"
             raise LiteError(f"{msg} · draft them with it, or name the other one")
+        if made.adapter != adapter:
+            got, expected = (f"the adapter {name}" if name else "no adapter" for name in (made.adapter, adapter))
+            msg = f"{data}: got drafts with {got} · expected {expected} · name theirs with --adapter"
+            raise LiteError(f"{msg}, or draft them again")
         ways.add((*(getattr(made, name) for name in SETTINGS), len(made.samples or ())))
         truth = read_mentions(reference)
         sentences = (one for one in stated(made, model.tokenizer) if one.contrast is not None)
@@ -93,7 +102,7 @@ def _judged(model: FindingsModel, arguments: argparse.Namespace, data: str) -> t
     if len(ways) != 1:
         got = "drafts made in several ways" if ways else "no draft beside findings to compare it with"
         raise LiteError(f"{data}: got {got} · expected one artifact, cache and number of samples · draft them again")
-    return found, dict(zip(SETTINGS, ways.pop(), strict=False))
+    return found, dict(zip(SETTINGS, ways.pop(), strict=False)) | {"adapter": adapter}
 
 
 def _drafted(model: FindingsModel, arguments: argparse.Namespace, data: str) -> Iterator[tuple[str, Findings]]:

@@ -68,10 +68,26 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
     yield "size", f"{artifact.nbytes / 2**20:,.1f} MiB in {len(artifact.manifest.files)} files"
     for name, record in manifest.files.items():
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"
+    yield from _adapters(manifest.parts)
     yield from _fidelity(manifest.parts)
     for warning in warnings_of(manifest):
         yield "warning", warning
     yield "notice", manifest.notice
+
+
+def _adapters(parts: Parts) -> Iterator[tuple[str, str]]:
+    """Say of each adapter what it is, and what was measured with it."""
+    for name, part in parts.adapters.items():
+        default = ", used where none is named" if part.is_default else ""
+        own = ", a projector of its own" if part.projector is not None else ""
+        yield f"adapter {name}", f"rank {part.rank}, trained on the {part.on} model{own}{default}"
+        if (found := part.fidelity) is None:
+            continue
+        along = f"along the reports of {found.divergence.studies} studies ({found.data})"
+        yield "  with it", f"{found.divergence} from the checkpoint with it, {along}"
+        if found.label_f1 is not None:
+            without = "" if found.label_f1_without is None else f", {found.label_f1_without:.3f} without it"
+            yield "  its texts", f"label F1 {found.label_f1:.3f}{without}"
 
 
 def _fidelity(parts: Parts) -> Iterator[tuple[str, str]]:

@@ -107,6 +107,32 @@ def add_image_tokens(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add the adapter that a command uses for all films."""
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="use this adapter of the artifact for all films (default: the artifact's)"
+    )
+
+
+def add_adapters(parser: argparse._ActionsContainer) -> None:
+    """Add the adapters that a command loads."""
+    parser.add_argument(
+        "--adapters",
+        metavar="NAME,NAME",
+        type=_names,
+        default=(),
+        help="load these adapters of the artifact, too (default: none but the artifact's)",
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        msg = f"got {text!r}, expected names of adapters with commas between them"
+        raise argparse.ArgumentTypeError(msg)
+    return names
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add all that `lite.load` can be told, but for the rows."""
     add_engine(parser)
@@ -141,8 +167,12 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
     """Return what the options above ask for. As many studies can be under way as go through the decoder together."""
     given = vars(arguments)
     names = {field.name for field in dataclasses.fields(LoadOptions)} & given.keys()
-    rows = {"rows": max(given["batch_size"], 1 + (given.get("samples") or 0))} if "batch_size" in given else {}
-    return LoadOptions(**{name: given[name] for name in names}, **rows)
+    asked: dict[str, Any] = {name: given[name] for name in names}
+    if given.get("adapter") is not None:
+        asked["adapters"] = (given["adapter"],)
+    if "batch_size" in given:
+        asked["rows"] = max(given["batch_size"], 1 + (given.get("samples") or 0))
+    return LoadOptions(**asked)
 
 
 def load_model(arguments: argparse.Namespace) -> FindingsModel:
@@ -154,7 +184,7 @@ def load_model(arguments: argparse.Namespace) -> FindingsModel:
 
 
 def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """Add how films are read and texts are made."""
+    """Add how films are read and texts are made, and by which adapter."""
     parser.add_argument(
         "--batch-size",
         metavar="N",
@@ -165,6 +195,7 @@ def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=positive, help="stop after N tokens (default: the artifact's)"
     )
+    add_adapter(parser)
     add_films(parser, "also draft findings for what, by its file, is not a frontal chest film; a remark says so")
 
 
@@ -226,6 +257,8 @@ def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
     from lite.cohort.run import DRAFTING
 
     request = {name: getattr(arguments, name) for name in DRAFTING}
+    if arguments.adapter is not None:  # files that were begun before there were adapters do not have it
+        request["adapter"] = arguments.adapter
     samples = getattr(arguments, "samples", None) or 0
     if not samples and getattr(arguments, "confidence", "off") == "off":
         return request
@@ -244,7 +277,8 @@ def confident(arguments: argparse.Namespace, model: FindingsModel) -> Callable[[
         return lambda findings: findings
     from lite.eval.calibration import find_calibration, with_sentences
 
-    calibration = find_calibration("auto" if arguments.confidence == "off" else arguments.confidence, model)
+    which = "auto" if arguments.confidence == "off" else arguments.confidence
+    calibration = find_calibration(which, model, arguments.adapter)
     return lambda findings: with_sentences(findings, model.tokenizer, calibration)
 
 

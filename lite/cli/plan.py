@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from lite.artifact.open import load_artifact
-from lite.cli.options import add_artifact, add_loading, load_options
+from lite.cli.options import add_adapters, add_artifact, add_loading, load_options
 from lite.console import positive, print_line
 from lite.engines.options import Dtype
 from lite.errors import LiteError
@@ -34,6 +34,7 @@ EPILOG: Final = 'example: python -m lite plan artifact --card "RTX 3060" --rows 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_artifact(parser)
+    add_adapters(parser)
     add_loading(parser)
     parser.add_argument(
         "--rows", metavar="N", type=positive, help="studies that can be under way at a time (default: as many as fit)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lite.artifact.open import load_artifact
-from lite.cli.options import add_artifact, add_loading, load_model, size
+from lite.cli.options import add_adapters, add_artifact, add_loading, load_model, size
 from lite.console import positive, print_line, say
 from lite.errors import BackendUnavailable
 from lite.memory.process import map_large_blocks
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what calibrates how sure the model was of a sentence: FILE, from `lite confidence`, or auto: the one "
         "beside the artifact, if it fits (default %(default)s)",
     )
+    add_adapters(group)
     _add_access(parser)
     add_loading(parser)
 
@@ -114,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     map_large_blocks()
     server = Server(settings, lambda: load_model(arguments), ready=print_line)
-    say(f"listens at {server.url}, loading {arguments.artifact} …")
+    adapters = f" with {', '.join(arguments.adapters)}" if arguments.adapters else ""
+    say(f"listens at {server.url}, loading {arguments.artifact}{adapters} …")
     server.run()
     return 0

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from lite.studies.study import Study
 
 DRAFTING: Final = ("max_new_tokens", "rendering", "any_film")
-"""What a run asks for beside its studies, by the names of `lite.session.prepare.Asked`'s fields."""
+"""What a run asks for beside its studies, by the names of `lite.session.prepare.Asked`'s fields; and an adapter, if it
+has one."""
 
 
 class Listener(Protocol):

@@ -10,6 +10,7 @@ fitted to scores of studies that the model had not learned from: a fifth of the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -72,6 +73,7 @@ class Calibration:
     prompt_weights: str | None
     num_image_tokens: int | None
     image_method: str | None
+    adapter: str | None = None  # of the drafts that it was learned from
     data: str
     num_studies: int
     rates: dict[
@@ -111,20 +113,27 @@ class Calibration:
 
 
 def _hash(calibration: Calibration) -> str:
-    return hashlib.sha256(json.dumps(to_json(calibration), sort_keys=True).encode()).hexdigest()
+    value = to_json(calibration)
+    if calibration.adapter is None:  # as those that were written before there were adapters
+        del value["adapter"]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def find_calibration(which: str | os.PathLike[str], model: FindingsModel) -> Calibration | None:
+def find_calibration(
+    which: str | os.PathLike[str], model: FindingsModel, adapter: str | None = None
+) -> Calibration | None:
     """Return the calibration to use.
 
     Args:
         which: its file; or "auto": the one beside the artifact, if there is one that is of this artifact and settings.
         model: what drafts.
+        adapter: by which; each has a calibration of its own. None: the artifact's default.
 
     Raises:
         LiteError: it cannot be read, or is not of this artifact and settings.
     """
-    file = beside(model.artifact.path) if which == "auto" else Path(which)
+    adapter = adapter or model.artifact.manifest.parts.default_adapter
+    file = beside(model.artifact.path, adapter) if which == "auto" else Path(which)
     if which == "auto" and not file.is_file():
         return None
     calibration = read_calibration(file)
@@ -138,9 +147,10 @@ def find_calibration(which: str | os.PathLike[str], model: FindingsModel) -> Cal
     return calibration
 
 
-def beside(artifact: Path) -> Path:
+def beside(artifact: Path, adapter: str | None = None) -> Path:
     """Return where a calibration is looked for: no file of the artifact, as it is made after it."""
-    return artifact.resolve().with_name(f"{artifact.resolve().name}.confidence.json")
+    own = "" if adapter is None else f".{adapter}"
+    return artifact.resolve().with_name(f"{artifact.resolve().name}{own}.confidence.json")
 
 
 def read_calibration(file: Path) -> Calibration:
@@ -167,7 +177,11 @@ def with_sentences(findings: Findings, tokenizer: Tokenizer, calibration: Calibr
         findings: with `token_logprobs` and the `TOP` most probable tokens; perhaps with samples.
         tokenizer: the one that made them.
         calibration: of the same artifact and settings; None: the scores are contrasts, and mean nothing by themselves.
+            One of another adapter is not used.
     """
+    if calibration is not None and calibration.adapter != findings.adapter:
+        _tell_of_other(calibration.id, calibration.adapter, findings.adapter)
+        calibration = None
     found = stated(findings, tokenizer)
     numbers = [(one.contrast, None) for one in found] if calibration is None else calibration.numbers(found)
     parts = (
@@ -183,6 +197,13 @@ def with_sentences(findings: Findings, tokenizer: Tokenizer, calibration: Calibr
     return dataclasses.replace(
         findings, sentences=tuple(parts), calibration=None if calibration is None else calibration.id
     )
+
+
+@functools.cache
+def _tell_of_other(calibration: str, *adapters: str | None) -> None:
+    """Say it once of each."""
+    of, expected = (f"the adapter {name}" if name else "no adapter" for name in adapters)
+    _LOG.warning("sentences are uncalibrated: got calibration %s of %s · expected %s", calibration, of, expected)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -280,6 +301,7 @@ def learn(judged: Sequence[Judged], *, with_samples: bool, settings: Mapping[str
         scores = held_out_scores(judged, with_samples=samples)
         scales.append(dataclasses.replace(scale, levels=isotonic(scores, true)))
     own = {name: settings[name] for name in SETTINGS}
+    own |= {"adapter": settings.get("adapter")}
     return Calibration(**own, data=data, num_studies=len(studies), rates=rates, scales=(scales[0], scales[1]))
 
 

@@ -20,6 +20,7 @@ from lite._version import __version__
 from lite.memory.process import rss_bytes
 from lite.serve import findings, openai
 from lite.serve.guard import HEALTH, Door, Guard
+from lite.serve.models import model_names
 from lite.serve.refusal import Refusal, json_response
 from lite.studies.results import SHORT_NOTICE
 
@@ -120,6 +121,7 @@ def about(model: FindingsModel, service: Service) -> dict[str, Any]:
     dicom = importlib.util.find_spec("pydicom") is not None
     return {
         "model": manifest.model,
+        "adapters": model_names(model)[1:],
         "version": __version__,
         **model.settings,
         "backend": model.decoder.backend,

@@ -21,6 +21,7 @@ from lite.eval.confidence import TOP
 from lite.image.files import load_image
 from lite.image.film import Rendering
 from lite.serve.images import film_of
+from lite.serve.models import adapter_of, asked_model, model_names
 from lite.serve.refusal import Refusal, json_response
 from lite.serve.service import Live, event, streamed, unless_gone
 from lite.studies.report import encoded_report, header_of
@@ -50,6 +51,7 @@ class Asked:
     """What one of these routes is asked for."""
 
     film: bytes
+    model: str | None = None  # its name, or an adapter's
     reason: str | None = None
     query: str | None = None
     max_new_tokens: int | None = None
@@ -70,7 +72,8 @@ async def findings(request: Request, service: Service) -> Response:
     model = service.model_or_refuse()  # here and not later: what has begun may end while the server stops
 
     def submit() -> tuple[Asked, Draft]:
-        asked = _asked(fields, service)
+        asked, names = _asked(fields, service), model_names(model)
+        record.model = asked_model(asked.model, names)
         fields.clear()  # it holds the film
         if asked.sr:
             header_of(asked.film)  # refused before the work, not behind it
@@ -85,6 +88,7 @@ async def findings(request: Request, service: Service) -> Response:
             samples=asked.samples,
             timeout_s=service.settings.timeout_s,
             request_id=record.id,
+            adapter=adapter_of(record.model, names),
         )
 
     asked, draft = await unless_gone(request, service.in_thread(submit))
@@ -108,7 +112,7 @@ async def _finished(
 ) -> dict[str, Any]:
     """Return the object of a draft that has ended."""
     drafted = draft.result()
-    scored = await service.in_thread(lambda: with_sentences(drafted, tokenizer, service.calibration))
+    scored = await service.in_thread(lambda: with_sentences(drafted, tokenizer, service.calibration_of(drafted)))
     made = dataclasses.replace(scored, top_logprobs=None)
     record.queued_s = made.timings.queued_s
     record.texts["text"] = made.text

@@ -23,6 +23,7 @@ class Record:
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     started: float = dataclasses.field(default_factory=time.perf_counter)
     status: int | None = None
+    model: str | None = None  # one of those that there are
     tokens: int | None = None  # drafted
     queued_s: float | None = None
     ttft_s: float | None = None  # from the first byte of the request to the first token
@@ -68,7 +69,7 @@ class Log:
             "status": record.status,
             "seconds": round(record.seconds, 4),
         }
-        for name in ("tokens", "queued_s", "ttft_s", "failure", "fault"):
+        for name in ("model", "tokens", "queued_s", "ttft_s", "failure", "fault"):
             if (value := getattr(record, name)) is not None:
                 line[name] = round(value, 4) if isinstance(value, float) else value
         if self._with_texts:

@@ -22,6 +22,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         name, registry = "llava_rad_lite", self.registry
         self._requests = Counter(f"{name}_requests", "Requests", ["route", "status"], registry=registry)
+        by_model = "Requests for findings"
+        self._by_model = Counter(f"{name}_model_requests", by_model, ["model"], registry=registry)
         self._failures = Counter(f"{name}_failures", "Requests that failed", ["kind"], registry=registry)
         self._tokens = Counter(f"{name}_tokens", "Drafted tokens", registry=registry)
         self._seconds = Histogram(f"{name}_request_seconds", "Requests", ["route"], buckets=_SECONDS, registry=registry)
@@ -42,6 +44,8 @@ class Metrics:
         """Count a request that has ended."""
         self._requests.labels(record.route, str(record.status)).inc()
         self._seconds.labels(record.route).observe(record.seconds)
+        if record.model is not None:
+            self._by_model.labels(record.model).inc()
         if record.failure is not None:
             self._failures.labels(record.failure).inc()
         if record.tokens:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lite.serve.findings import json_body
 from lite.serve.images import film_of
+from lite.serve.models import adapter_of, entries, model_names
 from lite.serve.protocol import Chat, read_chat
 from lite.serve.refusal import Refusal, json_response
 from lite.serve.service import Live, event, streamed, unless_gone
@@ -35,19 +36,18 @@ if TYPE_CHECKING:
 
 async def models(_: Request, service: Service) -> Response:
     """Answer `GET /v1/models`."""
-    model = service.model_or_refuse()
-    entry = {"id": model.artifact.manifest.model, "object": "model", "created": 0, "owned_by": "llava-rad-lite"}
-    return json_response({"object": "list", "data": [entry]})
+    return json_response({"object": "list", "data": entries(model_names(service.model_or_refuse()))})
 
 
 async def chat_completions(request: Request, service: Service) -> Response:
     """Answer `POST /v1/chat/completions`."""
     record: Record = request.state.record
     model, settings = service.model_or_refuse(), service.settings
-    value = await json_body(request)
+    value, names = await json_body(request), model_names(model)
 
     def submit() -> tuple[Chat, list[Draft]]:
-        chat = read_chat(value, model=model.artifact.manifest.model, max_drafts=settings.max_drafts)
+        chat = read_chat(value, models=names, max_drafts=settings.max_drafts)
+        record.model = chat.model
         film = film_of(chat.film, settings, param="messages")
         return chat, model.submit_each(
             film,
@@ -58,6 +58,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
             top_logprobs=chat.top_logprobs,
             timeout_s=settings.timeout_s,
             request_id=record.id,
+            adapter=adapter_of(chat.model, names),
         )
 
     chat, drafts = await unless_gone(request, service.in_thread(submit))
@@ -152,7 +153,7 @@ class _Answer:
             "id": f"chatcmpl-{self._record.id}",
             "object": kind,
             "created": self._created,
-            "model": self._model.artifact.manifest.model,
+            "model": self._chat.model,
             "system_fingerprint": self._model.artifact.id,
             "choices": choices,
         }
@@ -189,6 +190,7 @@ class _Answer:
         return {
             "notice": SHORT_NOTICE,
             "artifact_id": first.artifact_id,
+            "adapter": first.adapter,
             "asked": chat.asked,
             "left_out": chat.left_out,
             "seed": chat.seed if chat.temperature else None,

@@ -21,10 +21,11 @@ import secrets
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from lite.engines.protocol import MAX_TOP, Sampling
+from lite.serve.models import asked_model
 from lite.serve.refusal import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 _REASON: Final = re.compile(
     r"\s*((reason|indication)( for (the )?exam(ination)?)?|clinical (indication|history|information)|history)\s*:\s*",
@@ -38,6 +39,7 @@ _SEEDS: Final = 1 << 63
 class Chat:
     """What is asked for."""
 
+    model: str  # one of those that there are
     film: str  # a URI
     reason: str | None
     query: str | None
@@ -63,16 +65,19 @@ class Chat:
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=seed)
 
 
-def read_chat(value: dict[str, Any], *, model: str, max_drafts: int) -> Chat:
+def read_chat(value: dict[str, Any], *, models: Sequence[str], max_drafts: int) -> Chat:
     """Read a request; unknown fields are ignored, and so is null.
+
+    Args:
+        value: the object that was sent.
+        models: the names of those that there are; a request without one means the first.
+        max_drafts: the most that a request may ask for.
 
     Raises:
         Refusal: it cannot be answered; what is wrong is named.
     """
     value = {name: item for name, item in value.items() if item is not None}
-    if value.get("model", model) != model:
-        msg = f"got another model · expected {model} · see GET /v1/models"
-        raise Refusal(404, msg, code="model_not_found", param="model")
+    model = asked_model(value.get("model"), models)
     film, text, left_out = _read_messages(value.get("messages"))
     reason, query = _read(value, "reason", str), _read(value, "query", str)
     if reason is None and query is None:
@@ -88,6 +93,7 @@ def read_chat(value: dict[str, Any], *, model: str, max_drafts: int) -> Chat:
     temperature, top_p = _number(value, "temperature", 0, 2), _number(value, "top_p", 0, 1)
     seed = _count(value, "seed", -_SEEDS, _SEEDS - 1)
     return Chat(
+        model=model,
         film=film,
         reason=reason,
         query=query,

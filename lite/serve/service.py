@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lite.serve.settings import Settings
     from lite.session.draft import Draft
     from lite.session.request import Token
+    from lite.studies.results import Findings
 
 T = TypeVar("T")
 _SEND_S: Final = 60  # a client that reads nothing for so long is gone
@@ -52,7 +53,7 @@ class Service:
         self.log = Log(with_texts=settings.log_texts)
         self.metrics = Metrics()
         self.model: FindingsModel | None = None
-        self.calibration: Calibration | None = None
+        self._calibrations: dict[str | None, Calibration | None] = {}  # by adapter
         self.is_stopping = False
         self.under_way: collections.Counter[str] = collections.Counter()  # requests that take work, by address
         self._films = anyio.CapacityLimiter(_FILM_THREADS)
@@ -63,7 +64,9 @@ class Service:
         Raises:
             LiteError: the calibration cannot be used.
         """
-        self.calibration = find_calibration(self.settings.confidence, model)
+        own = model.artifact.manifest.parts.default_adapter
+        for adapter in dict.fromkeys((own, *model.decoder.adapters)):
+            self._calibrations[adapter] = find_calibration(self.settings.confidence, model, adapter)
         model.session.max_queue = self.settings.max_queue
         self.model = model
 
@@ -80,6 +83,10 @@ class Service:
             msg = "got a request while the model is being loaded · expected one after · ask again in a moment"
             raise Refusal(503, msg, code="loading")
         return self.model
+
+    def calibration_of(self, drafted: Findings) -> Calibration | None:
+        """Return what calibrates findings: what there is for their adapter."""
+        return self._calibrations.get(drafted.adapter)
 
     @property
     def max_under_way(self) -> int:

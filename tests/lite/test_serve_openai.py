@@ -66,7 +66,7 @@ def bytes_of(told: list[dict[str, Any]]) -> bytes:
 def test_a_text_is_a_reason_where_it_says_so_and_else_the_question(
     served: Served, text: str | None, fields: dict[str, Any], expected: tuple[str | None, str | None]
 ) -> None:
-    chat = read_chat({"messages": [user(text, IMAGE)]} | fields, model="m", max_drafts=2)
+    chat = read_chat({"messages": [user(text, IMAGE)]} | fields, models=("m",), max_drafts=2)
     assert (chat.reason, chat.query) == expected
     value = answer(served, user(text, IMAGE), **fields)
     assert (
@@ -271,11 +271,11 @@ def test_a_stop_is_found_across_tokens(sizes: tuple[int, ...], stops: tuple[str,
 
 
 def test_more_than_one_kind_of_number_of_tokens_may_be_asked_for() -> None:
-    chat = read_chat({"messages": [user(None, IMAGE)], "top_p": 0}, model="m", max_drafts=1)
+    chat = read_chat({"messages": [user(None, IMAGE)], "top_p": 0}, models=("m",), max_drafts=1)
     assert (chat.max_new_tokens, chat.temperature, chat.n, chat.top_logprobs) == (None, 0.0, 1, None)
     assert 0 < chat.top_p < 1e-6
     with pytest.raises(Refusal, match="whole number from 1 to 1"):
-        read_chat({"messages": [user(None, IMAGE)], "n": 2}, model="m", max_drafts=1)
+        read_chat({"messages": [user(None, IMAGE)], "n": 2}, models=("m",), max_drafts=1)
 
 
 def test_models_are_listed(served: Served) -> None:

@@ -13,7 +13,7 @@ export class Draft {
     this.paragraph = el("p", { class: "text" });
     this.status = quiet();
     this.rest = el("div");
-    const header = el("header", {}, el("h3", {}, `Draft ${number}`), el("p", {}, this.question || "without a reason"));
+    const header = el("header", {}, el("h3", {}, `Draft ${number}`), el("p", {}, this.told));
     const label = `Draft ${number} of ${name}`;
     this.node = el("article", { class: "draft busy", "aria-label": label }, header, this.paragraph, this.status, this.rest);
     this.tick();
@@ -21,6 +21,11 @@ export class Draft {
 
   get question() {
     return this.asked.query || this.asked.reason;
+  }
+
+  /** What was asked, and of which model where there are several. */
+  get told() {
+    return [this.asked.model, this.question || "without a reason"].filter(Boolean).join(" · ");
   }
 
   /** Say what goes on, and for how long: on a slow machine the first word takes most of it. */
@@ -89,7 +94,8 @@ export class Draft {
   asText() {
     const { result, asked } = this;
     const question = asked.query ? `Question: ${asked.query}` : `Reason for the exam: ${asked.reason || "none given"}`;
-    const made = `Artifact ${result.artifact_id}, ${result.engine} on ${result.device}`;
+    const adapter = result.adapter ? `, adapter ${result.adapter}` : "";
+    const made = `Artifact ${result.artifact_id}${adapter}, ${result.engine} on ${result.device}`;
     return [`Film: ${this.name}`, question, "", this.text, "", made, NOTICE, ""].join("\n");
   }
 }
@@ -147,6 +153,7 @@ function provenance(result) {
   const { engine, backend, device, dtype, cache_dtype: cache, image_method: method, memory } = result;
   return [
     ["Artifact", el("code", {}, result.artifact_id)],
+    ["Adapter", result.adapter],
     ["Decoder", `${engine} (${backend}) on ${device}, ${dtype}, cache ${cache}`],
     ["Tower", result.provider],
     ["Film rendered", result.rendering],

@@ -17,7 +17,7 @@ function show() {
   $("kept").replaceChildren(...kept.map(item));
 }
 
-export function keep({ name: film, question: asked, text, result: { artifact_id } }) {
+export function keep({ name: film, told: asked, text, result: { artifact_id } }) {
   if (!memory.get("keep", false)) return;
   const entry = { when: new Date().toISOString(), film, asked, text, artifact_id };
   memory.set("history", [entry, ...memory.get("history", [])].slice(0, MOST));

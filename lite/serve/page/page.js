@@ -107,9 +107,13 @@ function tell(about) {
   $("notice").replaceChildren(el("strong", {}, first), ` ${rest.join(" ")}`);
   $("max_new_tokens").max = limits.max_new_tokens;
   $("max_new_tokens").placeholder = `at most ${limits.max_new_tokens}`;
+  $("models").hidden = !about.adapters.length;
+  const models = [el("option", { value: "" }, about.model), ...about.adapters.map((name) => el("option", {}, name))];
+  $("model").replaceChildren(...models);
   studies.setMaxBytes(limits.max_body_bytes);
   const rows = [
     ["Artifact", el("code", {}, id)],
+    ["Adapters", about.adapters.join(", ")],
     ["Version", about.version],
     ["Decoder", `${engine} (${backend}) on ${device}, ${about.dtype}, cache ${about.cache_dtype}`],
     ["Rows", `${about.rows}: so many films are drafted at a time`],
