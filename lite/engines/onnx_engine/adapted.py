@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lite.engines.adapters import Adapters, Stack
 
     Array = np.ndarray[Any, np.dtype[Any]]
+    Place = slice[int, int, None]
 
 ADAPTER_INPUT: Final = "adapter"
 """The slot of each row's adapter, `NO_ADAPTER` for none: int64 [batch, 1, 1]."""
@@ -98,13 +99,12 @@ class Adapted:
         found, changed = dict(_ports(graph)), bytearray(graph)
         nodes = dict(self._nodes)
         for name in self._linears:
-            nowhere = slice(0), slice(0)
             # In a graph for prompts a linear is several nodes: this is the first, and the last has the linear's name.
-            x, _ = found.get(f"{name}.magnitudes", found.get(name, nowhere))
-            _, y = found.get(name, nowhere)
-            if not graph[y].endswith(_OUT):
+            first, last = found.get(f"{name}.magnitudes", found.get(name)), found.get(name)
+            if first is None or last is None or not graph[last[1]].endswith(_OUT):
                 msg = f"decoder.onnx: got no {name} · expected it, as an adapter changes it · export the artifact again"
                 raise ArtifactError(msg)
+            x, y = first[0], last[1]
             changed[y.stop - len(_OUT) : y.stop] = _OWN
             own, output = changed[y].decode(), graph[y].decode()
             nodes[f"{name}.x"] = _node("Identity", [graph[x].decode()], [f"{name}.x"])
@@ -153,7 +153,7 @@ class Adapted:
         self._add("Concat", *products, output=f"{name}.b", axis=2)
 
     def _product(self, x: str, weight: Array, output: str, block: int | None = None) -> str:
-        """Add x Wᵀ, of a weight float16 [N, K]; in 8 bits `block` of its inputs have one scale, None: as many as fit."""
+        """Add x Wᵀ, of a weight float16 [N, K]; a scale in 8 bits is of `block` inputs, None: of as many as fit."""
         if self._dtype == "float16":
             self._constants.add(f"{output}.values", weight.T)
             return self._add("MatMul", x, f"{output}.values", output=output)
@@ -182,7 +182,7 @@ class _Constants:
         self.entries: list[bytes] = []  # in a graph
         self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
         try:
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is mapped
         except OSError as error:
             raise _no_room(error) from error
 
@@ -237,7 +237,7 @@ def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attrib
     )
 
 
-def _ports(graph: bytes) -> Iterator[tuple[str, tuple[slice, slice]]]:
+def _ports(graph: bytes) -> Iterator[tuple[str, tuple[Place, Place]]]:
     """Yield where the names of each node's first input and first output stand, by its name."""
     for part in _within(graph, slice(0, len(graph)), _GRAPH):
         for node in _within(graph, part, _NODE):
@@ -246,6 +246,6 @@ def _ports(graph: bytes) -> Iterator[tuple[str, tuple[slice, slice]]]:
                 yield graph[of[_NAME]].decode(), (of[_INPUT], of[_OUTPUT])
 
 
-def _within(content: bytes, where: slice, wanted: int) -> Iterator[slice]:
+def _within(content: bytes, where: Place, wanted: int) -> Iterator[Place]:
     """Yield where the fields of one number stand in a message."""
     return (slice(at, to) for field, at, to in fields(content, where.start, where.stop) if field == wanted)

@@ -79,7 +79,7 @@ class OnnxDecoder:
                 cache at 7B widths, 1,450 tokens, AVX2, November 2026).
             int8_prompts: read prompts by the artifact's int8 weights for them (see `export.write.prompt_graphs`), on a
                 CPU that adds them up exactly (`adds_int8_exactly`).
-            adapters: names of adapters of the artifact that rows may use. Without any, graphs are as they were exported.
+            adapters: of the artifact, by name: those that rows may use. Without any the graphs are as exported.
             profile: for `end_profile`, how the name of its file begins; None writes none.
 
         Raises:
