@@ -77,7 +77,7 @@ def traffic_of(artifact: Artifact, runs: Sequence[Findings]) -> Traffic | Missin
         return Missing(why="not measured", todo=str(error))
     ranks = [] if first.adapter is None else [artifact.adapter_part(first.adapter).rank]
     if first.engine == "onnx" and part is not None:
-        weights = onnx_read_bytes(config, part) + onnx_adapter_bytes(config, ranks)
+        weights = onnx_read_bytes(config, part) + onnx_adapter_bytes(config, ranks, itemsize=ITEMSIZE[part.dtype])
     else:
         itemsize = ITEMSIZE[first.dtype]
         weights = decode_weight_bytes(config, itemsize=itemsize) + adapter_bytes(config, ranks, itemsize=itemsize)

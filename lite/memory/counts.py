@@ -170,6 +170,8 @@ def onnx_adapter_bytes(config: DecoderConfig, ranks: Sequence[int], *, itemsize:
         ranks: one for each.
         itemsize: of the activations; in float32 the factors have 8 bits.
     """
+    if itemsize == ITEMSIZE["float16"]:
+        return adapter_bytes(config, ranks, itemsize=itemsize)
     largest = max(ranks, default=0)
     block = onnx_adapter_block(largest)
     rank, values = -(-largest // block) * block, 0
@@ -178,8 +180,6 @@ def onnx_adapter_bytes(config: DecoderConfig, ranks: Sequence[int], *, itemsize:
         # As of the decoder's linears. 18.2 MiB were resident of each of rank 64 on 3 layers of a 7B model, and 17.8 are
         # counted (ONNX Runtime 1.32, AVX-512, December 2026).
         values += round(rank * (in_features + out_features + blocks * (4 + 4 + 4)))
-    if itemsize == ITEMSIZE["float16"]:
-        return adapter_bytes(config, [rank] * len(ranks), itemsize=itemsize)
     return config.num_hidden_layers * len(ranks) * values
 
 

@@ -195,13 +195,21 @@ def plan_memory(shapes: Shapes, workload: Workload) -> MemoryPlan:
         part, itemsize = shapes.onnx, ITEMSIZE[shapes.onnx.dtype]
         resident, decoder = ONNX_FIRST_USE_BYTES, onnx_decoder_bytes(config, part)
         decoder += onnx_prompt_bytes(config, part) if workload.int8_prompts else 0
-        factors = onnx_adapter_bytes(config, ranks) * (2 if workload.int8_prompts else 1)
+        factors = onnx_adapter_bytes(config, ranks, itemsize=itemsize) * (2 if workload.int8_prompts else 1)
         per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
         # The largest linear's integers as they are on the disk, beside what they were repacked into.
         load_work = max(onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config))
-        work = shapes.feature_bytes + rows * 2 * 4 * config.vocab_size + onnx_prefill_work_bytes(
-            config, num_tokens=workload.num_prompt_tokens, itemsize=itemsize, int8_cache=int8
-        )  # fmt: skip
+        work = (
+            shapes.feature_bytes
+            + rows * 2 * 4 * config.vocab_size
+            + onnx_prefill_work_bytes(
+                config,
+                num_tokens=workload.num_prompt_tokens,
+                itemsize=itemsize,
+                int8_cache=int8,
+                adapters=bool(ranks),
+            )
+        )
     else:
         itemsize = ITEMSIZE[workload.dtype or (config.dtype if workload.on_gpu else "float32")]
         resident, decoder = FIRST_USE_BYTES, decoder_bytes(config, itemsize=itemsize)
