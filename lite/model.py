@@ -221,12 +221,8 @@ class FindingsModel:
         This is teacher forcing: what a comparison of two artifacts on the same text needs.
 
         Args:
-            image: this, reason, query, rendering and adapter are as for `submit`.
+            image: this, and what is not described here, as for `submit`.
             token_ids: an answer, such as `Findings.token_ids` of a reference, with EOS if its end counts too.
-            reason: see there.
-            query: see there.
-            rendering: see there.
-            adapter: see there.
 
         Returns:
             logits, float32 [len(token_ids), vocab_size].

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS: Final = {
+    "adapters": ("benchmarks.speed.adapters", "what an adapter costs a token of the onnx engine"),
     "cohort": ("benchmarks.speed.cohort", "what lite run costs beside the bare loop, and whether its memory grows"),
     "depth": ("benchmarks.speed.depth", "random weights of the real widths, and what 32 layers take, from fewer"),
     "drafts": ("benchmarks.speed.drafts", "what drafting is worth: tokens per pass, the cost of a step, wall time"),

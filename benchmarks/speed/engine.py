@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.speed.weights import EMBEDDINGS
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
+from lite.engines.protocol import NO_ADAPTER
 from lite.engines.segments import divide, expand_image
 from lite.errors import LiteError
 from lite.memory.process import Peaks
@@ -85,11 +86,12 @@ class Rows:
         self.num_segments = 0  # that the last prompt was read in
         self._under_way: collections.deque[Any] = collections.deque()
 
-    def read(self, prompt: Prompt, row: int = 0) -> Any:  # noqa: ANN401 - logits, of either kind of array
+    def read(self, prompt: Prompt, row: int = 0, *, adapter: int = NO_ADAPTER) -> Any:  # noqa: ANN401 - logits, of either kind of array
         """Read a prompt, and choose its first token; wait for nothing. Return the logits behind it, [vocab_size]."""
         self.cache.release(row)
         ids = expand_image(prompt.input_ids, len(prompt.features))
-        parts = divide(ids, row=row, chunk_size=self.engine.chunk_size, image_features=prompt.features)
+        chunk_size, features = self.engine.chunk_size, prompt.features
+        parts = divide(ids, row=row, chunk_size=chunk_size, image_features=features, adapter=adapter)
         for self.num_segments, segment in enumerate(parts, start=1):
             chosen = self.engine.extend(segment, self.cache)
         self._under_way = collections.deque([chosen])

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lite.artifact.parts import CacheDtype
     from lite.engines.protocol import EngineName, Segment
     from lite.engines.torch_engine.cuda_graph import Capture
-    from lite.engines.torch_engine.linear import RowAdapters
 
     ImageFeatures = Tensor | NDArray[np.float32]
 
@@ -256,34 +255,17 @@ class LlamaDecoder(nn.Module):
         Raises:
             ContextLengthError: the cache is shorter.
         """
-        length = inputs_embeds.shape[1]
-        end = start + length
+        end = start + inputs_embeds.shape[1]
         cache.check_room(end)
         slots = torch.arange(start, end, device=self.device)[None]
         mask = None
-        if start and length > 1:
+        if 0 < start < end - 1:
             mask = torch.arange(end, device=self.device) <= slots[:, None, :, None]
-        return self._layers(inputs_embeds, cache, slots, slice(row, row + 1), kv_len=end, mask=mask,
-                            reads_cache=reads_cache, adapters=None if adapter < 0 else adapter)  # fmt: skip
+        tokens = Tokens(rows=slice(row, row + 1), slots=slots, angles=self._angles(slots), lengths=None, kv_len=end,
+                        mask=mask, reads_cache=reads_cache, adapters=None if adapter < 0 else adapter)  # fmt: skip
+        return self._layers(inputs_embeds, cache, tokens)
 
-    def _layers(
-        self,
-        x: Tensor,
-        cache: KVCache,
-        slots: Tensor,
-        rows: slice,
-        *,
-        lengths: Tensor | None = None,
-        kv_len: int = 0,
-        mask: Tensor | None = None,
-        reads_cache: bool = False,
-        adapters: RowAdapters = None,
-    ) -> tuple[Tensor, Tensor]:
-        cos, sin = self._rotary_table()
-        # The slot of a free row is -1, and that of a row that runs ahead may be one too many: neither is used.
-        angles = slots.clamp(0, cos.shape[0] - 1)
-        tokens = Tokens(rows=rows, slots=slots, cos=cos[angles], sin=sin[angles], lengths=lengths, kv_len=kv_len,
-                        mask=mask, reads_cache=reads_cache, adapters=adapters)  # fmt: skip
+    def _layers(self, x: Tensor, cache: KVCache, tokens: Tokens) -> tuple[Tensor, Tensor]:
         eps = self.config.rms_norm_eps
         layers = [layer for layer in self.model.layers if isinstance(layer, DecoderLayer)]
         norms = [*(layer.input_layernorm.weight for layer in layers), self.model.norm.weight]
@@ -294,17 +276,20 @@ class LlamaDecoder(nn.Module):
             x, normed = add_rms_norm(
                 layer.self_attn(normed, tokens, cache), x, layer.post_attention_layernorm.weight, eps
             )
-            x, normed = add_rms_norm(layer.mlp(normed, adapters), x, following, eps)
+            x, normed = add_rms_norm(layer.mlp(normed, tokens.adapters), x, following, eps)
         return x, normed
 
-    def _rotary_table(self) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of every place, float32 [max_position_embeddings, head_dim / 2]."""
+    def _angles(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of slots [B, T], float32 [B, T, head_dim / 2]."""
         if self._rotary is None or self._rotary[0].device != self.device:
             positions = torch.arange(self.config.max_position_embeddings, device=self.device)
             if self.positions is not None:
                 positions = torch.from_numpy(self.positions).float().to(self.device)
             self._rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        return self._rotary
+        cos, sin = self._rotary
+        # The slot of a free row is -1, and that of a row that runs ahead may be one too many: neither is used.
+        places = slots.clamp(0, cos.shape[0] - 1)
+        return cos[places], sin[places]
 
     def _step(self, cache: KVCache, *, num_drafts: int) -> TorchChosen:
         """Decode all active rows by a step that serves every token, captured if it can be."""
@@ -338,18 +323,16 @@ class LlamaDecoder(nn.Module):
         """Read and choose the newest tokens of the first rows: nothing here depends on a token, if kv_len is None."""
         first = slice(0, rows)
         newest, slots = cache.newest(first, num_drafts)
-        x = self.model.embed_tokens(newest)
         adapters = cache.adapters[first].repeat_interleave(1 + num_drafts) if uses_adapters else None
+        lengths = mask = None
         if kv_len is None:
-            _, normed = self._layers(x, cache, slots, first, lengths=slots + 1, adapters=adapters)
-        else:
-            mask = None
-            if num_drafts or any(cache.num_cached_tokens[row] + 1 != kv_len for row in range(rows)):
-                # A free row sees slot 0, as a row that sees none has no softmax.
-                mask = torch.arange(kv_len, device=self.device) <= slots.clamp(min=0)[:, None, :, None]
-            _, normed = self._layers(
-                x, cache, slots, first, kv_len=kv_len, mask=mask, reads_cache=True, adapters=adapters
-            )
+            lengths = slots + 1
+        elif num_drafts or any(cache.num_cached_tokens[row] + 1 != kv_len for row in range(rows)):
+            # A free row sees slot 0, as a row that sees none has no softmax.
+            mask = torch.arange(kv_len, device=self.device) <= slots.clamp(min=0)[:, None, :, None]
+        tokens = Tokens(rows=first, slots=slots, angles=self._angles(slots), lengths=lengths, kv_len=kv_len or 0,
+                        mask=mask, reads_cache=kv_len is not None, adapters=adapters)  # fmt: skip
+        _, normed = self._layers(self.model.embed_tokens(newest), cache, tokens)
         logits: Tensor = self.lm_head(normed)
         cache.choose(logits, first, num_top)
         return logits

@@ -19,7 +19,8 @@ from torch.nn import functional
 from kernels.decode_attention import decode_attention
 from kernels.rotary_and_cache import rotary_and_cache
 from kernels.silu_mul import silu_mul
-from lite.engines.torch_engine.linear import Linear, RowAdapters
+from lite.engines.torch_engine.linear import Linear
+from lite.engines.torch_engine.lora import RowAdapters
 
 if TYPE_CHECKING:
     from lite.config import DecoderConfig
@@ -32,8 +33,7 @@ class Tokens:
 
     rows: slice  # of the cache
     slots: Tensor  # int64 [B, T]
-    cos: Tensor  # float32 [B, T, head_dim / 2]
-    sin: Tensor
+    angles: tuple[Tensor, Tensor]  # cosines and sines, float32 [B, T, head_dim / 2]
     lengths: Tensor | None  # int64 [B, T], what each token sees; None: attend by torch, over kv_len slots
     kv_len: int  # slots that any of the tokens sees
     mask: Tensor | None  # bool [B, 1, T, kv_len]; None: a prompt's first chunk, or all of kv_len is seen
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x, tokens.adapters).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
         here = cache.layer(self.layer, tokens.rows)
-        q, k = rotary_and_cache(q, k, v, tokens.cos, tokens.sin, tokens.slots, **here._asdict())
+        q, k = rotary_and_cache(q, k, v, *tokens.angles, tokens.slots, **here._asdict())
         if tokens.lengths is not None:
             attended = decode_attention(q, lengths=tokens.lengths, **here._asdict())
         else:

@@ -10,13 +10,11 @@ Linears of one input (q, k and v; gate and up) are one module here, its *parts* 
 they are put side by side when they are loaded, and are one product: fewer launches, and a wider matrix fills the card
 better. On a CPU that would copy what is mapped from the disk, for nothing: there they stay apart, and only the products
 are put side by side.
-
-What adapters add to a product (`Lora`) is computed beside it, whatever the weights are stored as.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,6 @@ from torch.nn import functional
 
 from kernels.bnb import Int8Weight, Nf4Weight, int8_matmul, nf4_matmul
 from kernels.gptq import GptqWeight, gptq_matmul
-from kernels.lora_add import lora_add
 from kernels.quant_matmul import quant_matmul
 from kernels.quant_weight import QuantWeight
 from lite.errors import ArtifactError
@@ -33,37 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lite.config import Quantization
+    from lite.engines.torch_engine.lora import Lora, RowAdapters
 
-RowAdapters: TypeAlias = Tensor | int | None
-"""The adapter of each row: int64 [rows] on the device, negative for none; one for all rows; None: none at all."""
 Weight: TypeAlias = Tensor | GptqWeight | QuantWeight | Nf4Weight | Int8Weight
-
-
-class Lora(NamedTuple):
-    """The factors of all adapters for a linear, on its device and in its dtype: see `lite.engines.adapters.Stack`."""
-
-    a: Tensor  # [S, P * rank, in]
-    b: Tensor  # [S, out, rank]
-    parts: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all factors."""
-        return self.a.nbytes + self.b.nbytes
-
-    def add(self, y: Tensor, x: Tensor, adapters: Tensor | int) -> Tensor:
-        """Add to y [..., out] what the adapter of each row makes of x [..., in], in place."""
-        if isinstance(adapters, Tensor):
-            return lora_add(y, x, self.a, self.b, adapters, parts=self.parts)
-        # A prompt: many rows of one adapter, which is the host's to choose.
-        down = functional.linear(x, self.a[adapters])
-        rank, begin = self.b.shape[2], 0
-        for part, width in enumerate(self.parts):
-            rows = slice(begin, begin + width)
-            some = down[..., part * rank : (part + 1) * rank]
-            y[..., rows] += functional.linear(some, self.b[adapters, rows])
-            begin += width
-        return y
 
 
 class Linear(nn.Module):
@@ -82,7 +51,7 @@ class Linear(nn.Module):
         self.parts = dict(parts)
         self.quantization = quantization
         self.weights: tuple[Weight, ...] = ()
-        self.lora: Lora | None = None
+        self.lora: Lora | None = None  # is computed beside the product, whatever the weights are stored as
         self.fp16_accumulation = False
         """Whether cuBLAS may add up in float16 where many rows are multiplied: see `kernels.quant_matmul`."""
 
@@ -98,15 +67,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, adapters: RowAdapters = None) -> Tensor:
         """Apply the linear to x [..., in_features], each row with its adapter; return [..., all outputs]."""
-        y = self._base(x)
-        return y if adapters is None or self.lora is None else self.lora.add(y, x, adapters)
-
-    def _base(self, x: Tensor) -> Tensor:
         products = [self._product(x, weight) for weight in self.weights]
         if not products:
             msg = "got a linear without weights · expected load_decoder to have given it some · report this"
             raise ArtifactError(msg)
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        return y if adapters is None or self.lora is None else self.lora.add(y, x, adapters)
 
     def _product(self, x: Tensor, weight: Weight) -> Tensor:
         if isinstance(weight, Tensor):

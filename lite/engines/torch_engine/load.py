@@ -19,7 +19,8 @@ from lite.engines.cores import available_cores
 from lite.engines.torch_engine.cuda_graph import capture_cuda_graph
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.device import DTYPES, memory_explained
-from lite.engines.torch_engine.linear import Linear, Lora, linears_of
+from lite.engines.torch_engine.linear import Linear, linears_of
+from lite.engines.torch_engine.lora import Lora
 from lite.errors import ArtifactError, BackendUnavailable
 from lite.memory.counts import decoder_bytes
 
