@@ -5,6 +5,10 @@
                                        ▲
     adapter [batch,1,1] ─ Equal ───────┘   to the adapter that a column of h belongs to
 
+q, k and v are one linear of three parts, whose B are different: they stand side by side, and a row of h becomes three,
+of which each has the columns of its own part, and 0 elsewhere. So one product reads all of B once, and what it gives,
+one part behind the other, is in place. (A product for each, and what puts them together, took a quarter longer.)
+
 An artifact holds no such graph. Where adapters are loaded, nodes are put behind the bytes of one, in memory, and the
 outputs that they add to get other names. They stand behind their readers: ONNX Runtime sorts the nodes of a graph.
 
@@ -51,6 +55,8 @@ _LEVELS: Final = 127
 _ZERO: Final = 128
 """What stands for 0 in the 8 bits of MatMulNBits."""
 _ALIGNMENT: Final = 64
+_NOBODY: Final = -2
+"""No slot, and not `NO_ADAPTER`."""
 _TINY: Final = np.finfo(np.float32).tiny
 _OUT, _OWN = b".out", b".own"
 """How the name of a linear's output ends, and of what it is without adapters: of one length."""
@@ -79,7 +85,7 @@ class Adapted:
         self._dtype, self._constants = dtype, _Constants()
         self._nodes: dict[str, bytes] = {}  # by the name of their output
         self._linears: list[str] = []
-        self._constants.add("adapters.zero", np.zeros(1, dtype))
+        self._zero = self._constants.add("adapters.zero", np.zeros(1, dtype))
         shapes = layer_linear_shapes(config)
         for layer in range(config.num_hidden_layers):
             for name, parts in _LINEARS.items():
@@ -133,24 +139,29 @@ class Adapted:
         rank = -(-stack.rank // block) * block
         a = np.zeros((num_parts, slots, rank, stack.a.shape[2]), np.float16)
         a[:, :, : stack.rank] = stack.a.reshape(slots, num_parts, stack.rank, -1).swapaxes(0, 1)
-        b = np.zeros((sum(stack.parts), slots, rank), np.float16)
-        b[:, :, : stack.rank] = stack.b.swapaxes(0, 1)
-        owners = f"adapters.{num_parts}x{rank}"  # of the columns of h
-        self._constants.add(owners, np.tile(np.repeat(np.arange(slots), rank), num_parts))
-        self._add("Equal", owners, ADAPTER_INPUT, output=f"{owners}.mine")
         h = self._product(f"{name}.x", a.reshape(-1, a.shape[-1]), f"{name}.a")
-        h = self._add("Where", f"{owners}.mine", h, "adapters.zero", output=f"{name}.mine")
-        if num_parts == 1:
-            self._product(h, b.reshape(len(b), -1), f"{name}.b", block)
-            return
-        each = [f"{name}.mine.{place}" for place in range(num_parts)]
-        self._nodes[each[0]] = _node("Split", [h], each, axis=2, num_outputs=num_parts)
-        parts = np.split(b.reshape(len(b), -1), np.cumsum(stack.parts)[:-1])
-        products = [
-            self._product(h, part, f"{name}.b.{place}", block)
-            for place, (h, part) in enumerate(zip(each, parts, strict=True))
-        ]
-        self._add("Concat", *products, output=f"{name}.b", axis=2)
+        # The output in pieces of one width, each of one part: one product has them all, the pieces as its rows.
+        width = math.gcd(*stack.parts)
+        part_of = np.repeat(np.arange(num_parts), np.array(stack.parts) // width)
+        pieces = len(part_of)
+        b = np.zeros((width, pieces, slots, rank), np.float16)
+        b[..., : stack.rank] = stack.b.reshape(slots, pieces, width, -1).transpose(2, 1, 0, 3)
+        if pieces > num_parts:
+            columns = np.arange(num_parts * slots * rank).reshape(num_parts, -1)[part_of].reshape(-1)
+            h = self._add("Gather", h, self._constants.add(f"{name}.columns", columns), output=f"{name}.each", axis=2)
+        h = self._add("Reshape", h, self._constants.shape(0, 0, 1, -1), output=f"{name}.h")
+        h = self._add("Where", self._mine(pieces, slots, rank), h, self._zero, output=f"{name}.mine")
+        pieces_of_b = self._product(h, b.reshape(width, -1), f"{name}.pieces", block)
+        self._add("Reshape", pieces_of_b, self._constants.shape(0, 0, -1), output=f"{name}.b")
+
+    def _mine(self, pieces: int, slots: int, rank: int) -> str:
+        """Add what says which columns of h a piece of a row reads: bool [batch, 1, pieces, pieces * slots * rank]."""
+        owners = np.full((pieces, pieces, slots, rank), _NOBODY)
+        owners[range(pieces), range(pieces)] = np.arange(slots)[:, None]
+        name = f"adapters.{pieces}x{rank}"
+        constant = self._constants.add(name, owners.reshape(pieces, -1))
+        adapter = self._add("Reshape", ADAPTER_INPUT, self._constants.shape(0, 1, 1, 1), output="adapters.of")
+        return self._add("Equal", constant, adapter, output=f"{name}.mine")
 
     def _product(self, x: str, weight: Array, output: str, block: int | None = None) -> str:
         """Add x Wᵀ, of a weight float16 [N, K]; a scale in 8 bits is of `block` inputs, None: of as many as fit."""
@@ -180,16 +191,26 @@ class _Constants:
 
     def __init__(self) -> None:
         self.entries: list[bytes] = []  # in a graph
+        self._shapes: set[str] = set()
         self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
         try:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is mapped
         except OSError as error:
             raise _no_room(error) from error
 
-    def add(self, name: str, values: Array) -> None:
-        """Add an array, unless it is there."""
+    def shape(self, *sizes: int) -> str:
+        """Add a shape for Reshape, which a graph holds itself; return its name."""
+        name = "adapters.shape." + ".".join(map(str, sizes))
+        if name not in self._shapes:
+            self._shapes.add(name)
+            raw = np.array(sizes, "<i8").tobytes()
+            self.entries.append(message((1, len(sizes)), (2, _TYPES["int64"]), (8, name), (9, raw)))
+        return name
+
+    def add(self, name: str, values: Array) -> str:
+        """Add an array, unless it is there; return its name."""
         if name in self._places:
-            return
+            return name
         try:
             self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
             self._places[name] = self._file.tell(), values.shape, values.dtype
@@ -199,6 +220,7 @@ class _Constants:
         dims = ((1, size) for size in values.shape)
         place = message((1, "location"), (2, "adapters"))
         self.entries.append(message(*dims, (2, _TYPES[values.dtype.name]), (8, name), (13, place), (14, 1)))
+        return name
 
     def values(self) -> dict[str, Any]:
         """Return all as values of ONNX Runtime's."""
