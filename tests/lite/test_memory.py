@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -40,7 +42,7 @@ from lite.memory.plan import (
     check_memory,
     plan_memory,
 )
-from lite.memory.process import peak_rss_bytes, rss_bytes
+from lite.memory.process import peak_rss_bytes, rss_bytes, use_large_pages
 from lite.memory.sizes import parse_bytes, shown_bytes
 from lite.model import FindingsModel
 
@@ -309,3 +311,25 @@ print(rss_bytes() - before)
 """
     left = int(run_python("-c", code))
     assert left < 10_000_000 if mapped else left > 20_000_000
+
+
+def large_pages(held: ctypes.Array[ctypes.c_char]) -> int:
+    """Return the KiB on large pages of the mapping that something lies in."""
+    for mapping in re.split(r"^(?=\w+-\w+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]:
+        begin, end = (int(address, 16) for address in mapping.split()[0].split("-"))
+        if begin <= ctypes.addressof(held) < end:
+            return int(re.findall(r"AnonHugePages: +(\d+) kB", mapping)[0])
+    return 0
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this system has no large pages")
+def test_memory_moves_to_large_pages_and_stays_what_it_is() -> None:
+    size = 32 << 20
+    held, expected = ctypes.create_string_buffer(size), np.random.default_rng(0).bytes(size)
+    ctypes.memmove(held, expected, size)
+    if large_pages(held):
+        pytest.skip("this system gives large pages to whoever does not ask")
+    use_large_pages()
+    assert held.raw == expected
+    release = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+    assert large_pages(held) >= size // 2048 or release < (6, 1)
