@@ -125,7 +125,7 @@ def test_without_an_adapter_a_row_is_what_it_was(graphs: Any) -> None:
         for drafts in ({}, {0: TARGETS[:4]}, {1: TARGETS[:1]}, {}):
             decoder.decode(cache, drafts)
             logits.append(np.array(cache.last_logits))
-        found.append([*logits, *(buffer.numpy() for buffer in cache.buffers.values())])
+        found.append([*logits, *(buffer.numpy().copy() for buffer in cache.buffers.values())])
     for without, unused in zip(*found, strict=True):
         if (
             decoder.dtype == "float16"

@@ -41,6 +41,14 @@ class OnnxChosen:
         return self.tokens
 
 
+def _memory(shape: tuple[int, ...], dtype: np.dtype[Any], device: tuple[str, int]) -> Any:  # noqa: ANN401 - OrtValue
+    """Return memory that holds anything, on a CPU by NumPy, which asks for large pages: see `use_large_pages`."""
+    ort_value = import_onnxruntime().OrtValue
+    if device[0] == "cpu":
+        return ort_value.ortvalue_from_numpy(np.empty(shape, dtype))
+    return ort_value.ortvalue_from_shape_and_type(shape, dtype, *device)
+
+
 class OnnxCache:
     """Keys and values of every token so far, for several studies."""
 
@@ -48,7 +56,6 @@ class OnnxCache:
         self, config: DecoderConfig, *, num_rows: int, max_seq_len: int, dtype: CacheDtype, device: tuple[str, int]
     ) -> None:
         """Allocate room for `num_rows` rows of `max_seq_len` tokens."""
-        ort_value = import_onnxruntime().OrtValue
         self.shape = (num_rows, config.num_key_value_heads, max_seq_len, config.head_dim)
         self.dtype = DTYPES[dtype]
         self.device = device
@@ -59,7 +66,7 @@ class OnnxCache:
         self.adapters = [NO_ADAPTER] * num_rows  # what each row computes with
         self.last_logits: Array | None = None  # what the newest tokens were chosen from, [rows, T, vocab_size]
         self.buffers = {
-            f"{layer}.{kind}": ort_value.ortvalue_from_shape_and_type(self.shape, self.dtype, *device)
+            f"{layer}.{kind}": _memory(self.shape, self.dtype, device)
             for layer in range(config.num_hidden_layers)
             for kind in ("key", "value")
         }
