@@ -159,7 +159,7 @@ def onnx_block_size(in_features: int, group_size: int | None) -> int | None:
 
 def onnx_adapter_block(rank: int) -> int:
     """Return the ranks of an adapter that have one scale: the ranks of all are padded to whole blocks of them."""
-    return 16 if rank <= 16 else 32
+    return 16 if rank <= 16 else 32 if rank % 64 else 64
 
 
 def onnx_adapter_bytes(config: DecoderConfig, ranks: Sequence[int], *, itemsize: int = 4) -> int:
