@@ -114,6 +114,9 @@ def _check_name(artifact: Artifact, name: str, *, replace: bool) -> None:
     if name in adapters and not replace:
         msg = f"{artifact.path}: got an adapter {name}, which it has · expected a new name · choose another --name, or"
         raise ArtifactError(f"{msg} give --replace")
+    if name.lower() in {other.lower() for other in adapters.keys() - {name}}:  # one folder, on some systems
+        msg = f"{artifact.path}: got an adapter {name} beside {', '.join(sorted(adapters))} · expected a name that is"
+        raise ArtifactError(f"{msg} another in small letters, too · choose another --name")
 
 
 # -- What it was trained on ------------------------------------------------------------------------------------------

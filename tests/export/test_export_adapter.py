@@ -204,7 +204,11 @@ def test_an_adapter_is_replaced_only_where_that_is_asked_for(
     assert main(command) == 1
     assert "got an adapter north, which it has" in capsys.readouterr().err
     assert load_artifact(artifact).id == first.id
+    assert main([*command, "--name", "North", "--replace"]) == 1
+    assert "got an adapter North beside north · expected a name that is another in small" in capsys.readouterr().err
+    (tmp_path / ".artifact.0123.partial").mkdir()
     assert main([*command, "--replace", "--correction", "2"]) == 0
+    assert ".artifact.0123.partial is left from an export that was killed" in capsys.readouterr().err
     assert load_artifact(artifact).manifest.parts.adapters["north"].correction == 2
     assert main([*command[:1], str(tmp_path / "nowhere"), *command[2:], "--name", "other"]) == 1
     assert "got no folder · expected the folder of a LoRA" in capsys.readouterr().err
