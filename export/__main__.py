@@ -15,6 +15,7 @@ from lite.console import print_line, run_command, say
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+    from pathlib import Path
 
     from _typeshed import DataclassInstance
 
@@ -37,10 +38,16 @@ def _export(options: argparse.Namespace) -> int:
     from export import export_artifact
 
     artifact = export_artifact(options.checkpoint, options.base, options.out, _settings(options))
-    for left in sorted(options.out.absolute().parent.glob(f".{glob.escape(options.out.name)}.*.partial*")):
-        say(f"note: {left} is left from an export that was killed: remove it, unless one is running")
+    _name_what_is_left(artifact.path)
     print_line(export_summary(artifact))
     return 0
+
+
+def _name_what_is_left(out: Path) -> None:
+    """Name the unfinished folders beside an artifact."""
+    out = out.resolve()
+    for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial*")):
+        say(f"note: {left} is left from an export that was killed: remove it, unless one is running")
 
 
 def read_settings(options: Sequence[str]) -> ExportSettings:
@@ -93,6 +100,7 @@ def _export_onnx(options: argparse.Namespace) -> int:
     from export import add_onnx
 
     artifact = add_onnx(options.artifact, OnnxSettings(**_given(OnnxSettings, options)), out=options.out)
+    _name_what_is_left(artifact.path)
     print_line(onnx_summary(artifact))
     return 0
 
@@ -117,6 +125,7 @@ def _export_adapter(options: argparse.Namespace) -> int:
         settings=AdapterSettings(**_given(AdapterSettings, options)),
         out=options.out,
     )
+    _name_what_is_left(artifact.path)
     print_line(adapter_summary(artifact, options.name))
     return 0
 

@@ -109,11 +109,14 @@ def add_adapter(
 def _check_name(artifact: Artifact, name: str, *, replace: bool) -> None:
     adapters, model = artifact.manifest.parts.adapters, artifact.manifest.model
     if not ADAPTER_NAME.fullmatch(name) or name in (PUBLISHED, "base", "off", model, model.rpartition("/")[2]):
-        msg = f"got the name {name!r} · expected one of letters, digits, ., _ and -, and not the model's own ({model},"
-        raise ArtifactError(f"{msg} {PUBLISHED}, base, off) · choose another --name")
+        msg = f"got the name {name!r:.80} · expected at most 64 letters, digits, ., _ and -, and not the model's own"
+        raise ArtifactError(f"{msg} ({model}, {PUBLISHED}, base, off) · choose another --name")
     if name in adapters and not replace:
         msg = f"{artifact.path}: got an adapter {name}, which it has · expected a new name · choose another --name, or"
         raise ArtifactError(f"{msg} give --replace")
+    if name.lower() in {other.lower() for other in adapters.keys() - {name}}:  # one folder, on some systems
+        msg = f"{artifact.path}: got an adapter {name} beside {', '.join(sorted(adapters))} · expected a name that is"
+        raise ArtifactError(f"{msg} another in small letters, too · choose another --name")
 
 
 # -- What it was trained on ------------------------------------------------------------------------------------------

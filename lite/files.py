@@ -137,7 +137,7 @@ def link_or_copy(file: Path, target: Path) -> None:
     """Put a file at another place, too: as a hard link, or a copy where there are none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(file, target)
+        os.link(file.resolve(), target)  # of a symbolic link what it leads to: from elsewhere it may lead nowhere
     except OSError:
         shutil.copyfile(file, target)
 

@@ -31,8 +31,10 @@ MARK: Final = "hostile_input_has_run"
 _FORBIDDEN: Final = frozenset({
     *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn", "subprocess.Popen"),
     *("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request", "webbrowser.open"),
-    *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"),
+    *("os.symlink", "os.truncate", "os.chmod"),
 })  # fmt: skip
+# And what is done in the folder of the input alone, where a command that is given it may write.
+_CHANGES: Final = frozenset({"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link"})
 
 Ending: TypeAlias = Literal["read", "refused", "failure"]
 
@@ -49,8 +51,9 @@ class Watch:
     """Audit events of the children: what they may not do, with the folder that they may not open a file in."""
 
     def __init__(self, outside: Path) -> None:
-        """Watch from now on; nothing is refused before a child begins."""
+        """Watch from now on; nothing is refused before a child begins. The folder of the inputs is beside `outside`."""
         self.outside = str(outside.resolve())
+        self.inside = str(outside.resolve().with_name("input")) + os.sep
         self.seen: list[str] | None = None
         tempfile.gettempdir()  # is found out once, by writing
         sys.addaudithook(self._audit)
@@ -58,15 +61,23 @@ class Watch:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.seen is None:
             return
-        if event in _FORBIDDEN:
+        if event in _FORBIDDEN or (event in _CHANGES and not self._is_inside(arguments)):
             self.seen.append(f"{event}{arguments[:1]!r:.80}")
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path, flags = os.fsdecode(arguments[0]), arguments[2] or 0
             if os.path.realpath(path).startswith(self.outside):
                 self.seen.append(f"opened {path:.80}, which an input names")
             # What is opened in the name of a folder is a file without one, which is gone with the process.
-            elif flags & (os.O_WRONLY | os.O_RDWR) and path != os.devnull and not Path(path).is_dir():
+            elif flags & (os.O_WRONLY | os.O_RDWR) and not (
+                path == os.devnull or os.path.realpath(path).startswith(self.inside) or Path(path).is_dir()
+            ):
                 self.seen.append(f"opened {path:.80} to write")
+
+    def _is_inside(self, arguments: tuple[Any, ...]) -> bool:
+        """Say whether all paths of an event are in the folder of the input; the last argument is what they start at."""
+        paths = [os.fsdecode(path) for path in arguments if isinstance(path, str | bytes | os.PathLike)]
+        start = f"/proc/self/fd/{arguments[-1]}" if arguments[-1] >= 0 else ""
+        return all(os.path.realpath(os.path.join(start, path)).startswith(self.inside) for path in paths)  # noqa: PTH118
 
     def read(self, reading: Callable[[], object]) -> Outcome:
         """Fork, read in the child, and say how that ended."""

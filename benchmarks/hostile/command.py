@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import importlib
 import itertools
 import random
 import sys
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks.commands import command_line
 from benchmarks.exports import Recipe, Source, measured_run
+from benchmarks.hostile.checkpoints import BASE, CHECKPOINT, HOSPITAL
 from benchmarks.hostile.child import EXTRA_BYTES, SECONDS, Watch
 from benchmarks.hostile.kills import Cohort, Killed, exports
-from benchmarks.hostile.kinds import KINDS, Material, input_folder
+from benchmarks.hostile.kinds import KINDS, input_folder
+from benchmarks.hostile.material import Material
 from benchmarks.phantom.write import write_studies
 from lite.bench.table import markdown_table
 from lite.console import positive, print_line, run_command, say
@@ -32,7 +35,9 @@ from lite.memory.sizes import shown_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-_RTN: Final = Recipe(name="rtn", options=("--decoder", "gptq-int4", "--group-size", "64", "--method", "rtn"))
+_RTN: Final = Recipe(
+    name="rtn", options=("--decoder", "gptq-int4", "--group-size", "64", "--method", "rtn", "--engine", "onnx")
+)
 _SHOWN_FAILURES: Final = 20
 
 
@@ -121,6 +126,8 @@ def _load_modules() -> None:
     import torch
     from PIL import Image
 
+    for module in ("export.adapter", "lite.engines.onnx_engine.decoder", "lite.engines.torch_engine.load"):
+        importlib.import_module(module)
     Image.init()
     torch.set_num_threads(1)  # a fork has no other threads
     del onnx, onnxruntime, pydicom, safetensors
@@ -133,7 +140,21 @@ def _material(work: Path) -> Material:
     predictions = work / "predictions.jsonl"
     predict = [sys.executable, "-m", "lite", "run", str(work / "artifact"), str(studies), "--out", str(predictions)]
     measured_run([*predict, "--max-new-tokens", "4"])
-    return Material(artifact=work / "artifact", studies=studies, predictions=predictions)
+    add = [
+        sys.executable,
+        "-m",
+        "export",
+        "adapter",
+        str(HOSPITAL),
+        "--artifact",
+        str(work / "artifact"),
+        "--name",
+        "n",
+    ]
+    add += ["--base", str(BASE), "--published", str(CHECKPOINT), "--out", str(work / "adapted"), "--keep-anyway"]
+    measured_run([*add, "--verify-studies", "1", "--verify-tokens", "4", "--device", "cpu", "--quiet"])
+    artifacts = {name: work / name for name in ("artifact", "adapted")}
+    return Material(**artifacts, studies=studies, predictions=predictions)
 
 
 def _time_limit(minutes: float | None) -> Callable[[], bool]:
@@ -188,7 +209,7 @@ def _failures(counts: dict[str, Count], killed: Sequence[Killed]) -> Iterator[st
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks hostile",
-        description="Read spoilt films, artifacts, checkpoints and lists, each in a child that may take "
+        description="Read spoilt films, artifacts, checkpoints, adapters and lists, each in a child that may take "
         f"{SECONDS} s and {shown_bytes(EXTRA_BYTES)}; then kill exports and a cohort at random points. What is neither "
         "read nor refused with words is a failure.",
         epilog="exit status: 0 no failure, 1 there is one, 2 wrong use, 130 interrupted.",

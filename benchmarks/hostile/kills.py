@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks.demo import GPTQ_INT4
 from benchmarks.exports import PHANTOM
+from benchmarks.hostile.checkpoints import BASE, CHECKPOINT, HOSPITAL
 from benchmarks.hostile.child import alone
 from lite.artifact.open import load_artifact
 from lite.errors import LiteError
@@ -196,7 +197,7 @@ class Cohort(Program):
 
 
 def exports(work: Path, studies: Path) -> list[Export]:
-    """Make the exports that are to be killed: fp16, gptq-int4, and decoder.onnx for an artifact without.
+    """Make the exports that are to be killed: fp16, gptq-int4, and decoder.onnx and an adapter for an artifact without.
 
     Args:
         work: a folder of theirs.
@@ -223,4 +224,8 @@ def exports(work: Path, studies: Path) -> list[Export]:
     Export("rounded", without, rounded).run()
     out = work / "onnx" / "artifact"
     made.append(Export("onnx", ("onnx", str(out), *_QUICK), out, before=rounded))
+    out = work / "adapter" / "artifact"
+    sources = ("--base", str(BASE), "--published", str(CHECKPOINT), "--keep-anyway")
+    command = ("adapter", str(HOSPITAL), "--artifact", str(out), "--name", "north", *sources, *_QUICK)
+    made.append(Export("adapter", command, out, before=rounded))
     return made

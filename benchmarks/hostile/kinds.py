@@ -7,28 +7,19 @@ decides what is written, so that a seed names an input.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
 import random
 import shutil
-import sys
 import warnings
-import zipfile
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from PIL import Image
-
-from benchmarks.exports import PHANTOM
-from benchmarks.hostile.child import MARK
+from benchmarks.hostile.checkpoints import BASE, adapter, checkpoint, lora
+from benchmarks.hostile.material import Kind, saved
 from benchmarks.hostile.mutate import OUTSIDE, hostile_value, mutate_bytes, mutate_json
 from lite.artifact.open import load_artifact
 from lite.engines.onnx_session import open_session
-from lite.errors import LiteError
 from lite.image.files import load_image
 from lite.loading import prompt_of
 from lite.prompt import Tokenizer
@@ -37,29 +28,14 @@ from lite.studies.results import read_results
 from lite.studies.sources.listed import read_studies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+    from pathlib import Path
 
     from pydicom import Dataset
 
+    from benchmarks.hostile.material import Material, Reading
     from lite.image.film import Rendering
 
-Reading: TypeAlias = "Callable[[], object]"
-Kind: TypeAlias = "Callable[[Material, random.Random, Path], Reading]"
-
-CHECKPOINT: Final = PHANTOM / "llava-rad-phantom"
-BASE: Final = PHANTOM / "base"
-# What is stuck into a pickle: whoever runs it leaves a mark, or is seen by the audit.
-_PAYLOADS: Final = (
-    b"cbuiltins\nexec\n(V__import__('sys').modules['%s'] = 1\ntR." % MARK.encode(),
-    b"cbuiltins\neval\n(V__import__('sys').modules.__setitem__('%s', 1)\ntR." % MARK.encode(),
-    b"cos\nsystem\n(Vtrue\ntR.",
-    b"csubprocess\nPopen\n((lVtrue\natR.",
-    b"\x80\x04\x8c\x08builtins\x8c\x04open\x93\x8c%c%s\x8c\x01w\x86R." % (len(OUTSIDE), OUTSIDE.encode()),
-    b"ctorch.hub\nload\n(V../outside\nVx\ntR.",
-    b"(S'true'\nios\nsystem\n.",
-    b"cposix\nsystem\n(Vtrue\ntR.",
-    b"cnumpy.core.multiarray\n_reconstruct\n(cos\nsystem\n(I0\ntVb\ntR.",
-)
 _TAGS: Final = {
     "US": (0, 1, 2, 3, 7, 8, 12, 15, 16, 17, 32, 64, 255, 4096, 65535),
     "DS": ("", "0", "-1", "1e400", "nan", "4096", "0.0000001", "-99999999", "1\\2\\3"),
@@ -82,82 +58,6 @@ _KEYWORDS: Final = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Material:
-    """Good inputs of every kind."""
-
-    artifact: Path
-    studies: Path  # a list of phantoms with DICOM films
-    predictions: Path  # what was drafted for them
-
-    @cached_property
-    def pictures(self) -> tuple[bytes, ...]:
-        """A film in the formats and depths that Pillow writes."""
-        film = Image.open(next(self.studies.parent.rglob("*.png"))).convert("L").resize((64, 48))
-        deep = Image.fromarray(np.asarray(film).astype(np.uint16) * 16)
-        made = []
-        for picture, kind, options in (
-            (film, "PNG", {}),
-            (deep, "PNG", {}),
-            (film.convert("RGBA"), "PNG", {}),
-            (film.convert("P"), "PNG", {}),
-            (film, "JPEG", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}),
-            (film.convert("RGB"), "JPEG", {"progressive": True}),
-            (film, "TIFF", {}),
-            (deep, "TIFF", {"compression": "tiff_lzw"}),
-            (film, "TIFF", {"compression": "tiff_adobe_deflate"}),
-            (film, "JPEG2000", {}),
-            (film, "BMP", {}),
-            (film, "GIF", {}),
-            (film, "WEBP", {}),
-            (film, "PPM", {}),
-        ):
-            buffer = io.BytesIO()
-            picture.save(buffer, kind, **options)
-            made.append(buffer.getvalue())
-        return tuple(made)
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        """A phantom's DICOM film, small."""
-        import pydicom
-
-        film = pydicom.dcmread(next(self.studies.parent.rglob("*.dcm")))
-        values = np.ascontiguousarray(film.pixel_array[::8, ::8].astype("<u2"))
-        film.Rows, film.Columns, film.PixelData = *values.shape, values.tobytes()
-        return film
-
-    @cached_property
-    def films(self) -> tuple[bytes, ...]:
-        """The same in every transfer syntax that can be written here."""
-        import copy
-
-        from pydicom import uid
-
-        made = []
-        for syntax in (
-            uid.ExplicitVRLittleEndian,
-            uid.ImplicitVRLittleEndian,
-            uid.DeflatedExplicitVRLittleEndian,
-            uid.RLELossless,
-            uid.JPEGLSLossless,
-            uid.JPEG2000Lossless,
-        ):
-            film = copy.deepcopy(self.dataset)
-            with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):  # no encoder is installed
-                if syntax.is_compressed and not syntax.is_deflated:
-                    film.compress(syntax)
-                film.file_meta.TransferSyntaxUID = syntax
-                made.append(_saved(film))
-        return tuple(made)
-
-
-def _saved(film: Dataset) -> bytes:
-    buffer = io.BytesIO()
-    film.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
-
-
 # -- Films -----------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +78,7 @@ def dicom(material: Material, rng: random.Random, folder: Path) -> Reading:
             _spoil_tag(film, keyword, rng)
         # What pydicom refuses to write is spoilt as bytes below.
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-            data = _saved(film)
+            data = saved(film)
     if rng.random() < 0.5:
         data = mutate_bytes(rng, data, material.films)
     return _film(rng, folder / f"film{rng.choice(('.dcm', '.dcm', '.png', ''))}", data)
@@ -311,69 +211,23 @@ def predictions(material: Material, rng: random.Random, folder: Path) -> Reading
     return lambda: read_results(file)
 
 
-# -- Checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def checkpoint(material: Material, rng: random.Random, folder: Path) -> Reading:  # noqa: ARG001 - it has its own
-    """Spoil a file of a checkpoint or of its base, and let the exporter look at both."""
-    source = folder / "source"
-    for path in (CHECKPOINT, BASE):
-        shutil.copytree(path, source / path.name, copy_function=os.link)
-    file = rng.choice(sorted(path for path in source.rglob("*") if path.is_file()))
-    data = file.read_bytes()
-    file.unlink()
-    if file.suffix == ".json":
-        file.write_bytes(mutate_json(rng, data.decode()))
-    elif file.suffix in (".bin", ".pt") and rng.random() < 0.5:
-        file.write_bytes(_with_payload(rng, data))
-    elif file.suffix in (".bin", ".pt") and rng.random() < 0.3:
-        file.with_suffix(".safetensors").write_bytes(_safetensors(rng))
-    else:
-        file.write_bytes(mutate_bytes(rng, data))
-    return lambda: _check_checkpoint(source / CHECKPOINT.name, source / BASE.name)
-
-
-def _check_checkpoint(path: Path, base: Path) -> None:
-    """Run `python -m export check` in this process, as its command line."""
-    import runpy
-
-    sys.argv = ["export", "check", "--checkpoint", str(path), "--base", str(base)]
-    try:
-        sys.modules.pop("export.__main__", None)  # it is to run anew
-        runpy.run_module("export", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code:
-            raise LiteError(f"exit status {end.code}") from None
-
-
-def _with_payload(rng: random.Random, data: bytes) -> bytes:
-    """Put something to run into a checkpoint: in place of its pickle, in the midst of it, or as the whole file."""
-    payload = rng.choice(_PAYLOADS)
-    if rng.random() < 0.2:
-        return payload
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
-        for entry in old.infolist():
-            content = old.read(entry)
-            if entry.filename.endswith("data.pkl"):
-                at = rng.choice((0, 2, rng.randrange(len(content))))
-                content = content[:at] + payload[:-1] + content[at:] if rng.random() < 0.7 else payload
-            new.writestr(entry, content)
-    return buffer.getvalue()
-
-
-def _safetensors(rng: random.Random) -> bytes:
-    """Write a safetensors file whose header does not go with its bytes."""
-    header = json.dumps({"a": {"dtype": "F16", "shape": [2, 4], "data_offsets": [0, 16]}, "__metadata__": {"x": "y"}})
-    spoilt = mutate_json(rng, header)
-    length = len(spoilt) if rng.random() < 0.7 else rng.choice((0, 1, 2**31, 2**63, len(spoilt) + 9))
-    return length.to_bytes(8, "little") + spoilt + bytes(rng.choice((0, 15, 16, 4096)))
-
-
 KINDS: Final[dict[str, Kind]] = {
     kind.__name__: kind
     for kind in (
-        *(picture, dicom, manifest, decoder_config, graph, tokenizer, reason, studies, predictions, checkpoint),
+        *(
+            picture,
+            dicom,
+            manifest,
+            decoder_config,
+            graph,
+            tokenizer,
+            reason,
+            studies,
+            predictions,
+            checkpoint,
+            lora,
+            adapter,
+        ),
     )
 }
 

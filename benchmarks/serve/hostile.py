@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import httpx
 
-from benchmarks.hostile.kinds import Material
+from benchmarks.hostile.material import Material
 from benchmarks.serve.asking import CHAT, ROUTES, Answer, ask_all, at_a_time, body_of
 from benchmarks.serve.kinds import KEY, KINDS, MAX_BODY, MAY_BE_READ, Part, Target
 from benchmarks.serve.running import PATIENCE_S, Running
@@ -125,7 +125,7 @@ async def _attack(
 
     async with await asyncio.start_server(visited, "127.0.0.1", 0) as decoy:
         listed = studies[0].path.parent.parent / "studies.json"
-        material = Material(artifact=listed, studies=listed, predictions=listed)
+        material = Material(artifact=listed, adapted=listed, studies=listed, predictions=listed)
         target = Target(server.port, material, f"127.0.0.1:{decoy.sockets[0].getsockname()[1]}")
         return await at_a_time(clients, [ending_of(target, kind, seed) for kind, seed in inputs]), len(visits)
 

@@ -16,7 +16,7 @@ from benchmarks.hostile.mutate import hostile_value, mutate_bytes, mutate_json
 from benchmarks.serve.asking import CHAT, FINDINGS, ROUTES
 
 if TYPE_CHECKING:
-    from benchmarks.hostile.kinds import Material
+    from benchmarks.hostile.material import Material
 
 Part: TypeAlias = "bytes | float | None"
 """What a client does: it sends bytes, waits for seconds or an answer, or (None) says that nothing more comes."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from export.source.lora import AdapterConfig, LoraPair, side_by_side
 from export.source.shapes import ADAPTER_PREFIX, adapter_shapes, linear_shapes
-from export.source.tensors import TensorFiles, open_tensors, read_json
+from export.source.tensors import TensorEntry, TensorFiles, open_tensors, read_json
 from lite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def open_adapter(folder: Path, decoder: DecoderConfig, projector: Mapping[str, t
         rest, own = _named(open_tensors(folder, _PROJECTOR_STEM, what="the projector"))
         rest.require({})
         files += own.files
-    if own.entries:
+    if own.entries or config.saves_projector:
         own.require(projector)
     return AdapterSource(
         config=config, factors=factors, projector=own if own.entries else None, files=tuple(dict.fromkeys(files))
@@ -141,17 +141,16 @@ def open_adapter(folder: Path, decoder: DecoderConfig, projector: Mapping[str, t
 
 def _named(stored: TensorFiles) -> tuple[TensorFiles, TensorFiles]:
     """Give factors, and the projector among them, one name each, whichever PEFT has written them."""
-    factors, projector = {}, {}
+    factors: dict[str, TensorEntry] = {}
+    projector: dict[str, TensorEntry] = {}
     for name, entry in stored.entries.items():
-        own = name
+        named, own = factors, name
         if match := _FACTOR.fullmatch(name):
             own = f"{ADAPTER_PREFIX}model.{match[1]}.lora_{match[2]}.weight"
         elif match := _PROJECTOR.fullmatch(name):
-            own = f"{PROJECTOR_PREFIX}{match[1]}"
-            projector[own] = entry
-            continue
-        if own in factors:
-            msg = f"{entry.file}: got {name!r} and another name of the same factor · expected it once"
+            named, own = projector, f"{PROJECTOR_PREFIX}{match[1]}"
+        if own in named:
+            msg = f"{entry.file}: got {name!r} and another name of the same tensor · expected it once"
             raise CheckpointError(f"{msg} · the file holds two adapters: save the one that is meant")
-        factors[own] = entry
+        named[own] = entry
     return TensorFiles(factors, what=stored.what), TensorFiles(projector, what="the projector")

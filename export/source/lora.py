@@ -63,6 +63,7 @@ class AdapterConfig:
     lora_alpha: float
     target_modules: tuple[str, ...] | None  # None: those that there are tensors for
     base_model_name_or_path: str
+    saves_projector: bool = False  # beside the factors
     use_rslora: bool = False
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -110,7 +111,8 @@ class AdapterConfig:
             r=r,
             lora_alpha=float(lora_alpha),
             target_modules=_targets(config, where),
-            base_model_name_or_path=str(config.get("base_model_name_or_path", "")),
+            base_model_name_or_path=str(config.get("base_model_name_or_path") or ""),
+            saves_projector=bool(config.get("modules_to_save")),
             use_rslora=bool(config.get("use_rslora")),
             rank_pattern={name: int(rank) for name, rank in ranks.items()},
             alpha_pattern=alphas,
@@ -124,6 +126,8 @@ def _refuse_features(config: dict[str, Any], where: str) -> None:
             msg = f"{where}: got {name}={config[name]!r} · expected a plain LoRA: beside what it is made of, only "
             msg += f"{', '.join(sorted(_HARMLESS))} may be set"
             raise CheckpointError(f"{msg} · merging it as a plain one would be wrong: merge it with PEFT first")
+    if (rslora := config.get("use_rslora")) not in (None, True, False):
+        raise CheckpointError(f"{where}: got use_rslora={rslora!r} · expected true or false · fetch the file again")
     if (saved := config.get("modules_to_save")) not in _PROJECTORS:
         msg = f"{where}: got modules_to_save={saved!r} · expected none, or mm_projector alone · other weights than"
         raise CheckpointError(f"{msg} the projector's are not taken from an adapter: merge it with PEFT first")

@@ -19,6 +19,7 @@ NOTICE: Final = (
     "Research draft, not for clinical use. Findings written by a language model can be wrong or incomplete: "
     "do not use them for diagnosis or care."
 )
+_MAX_RANK: Final = 1 << 16  # as many inputs as no decoder has
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -85,6 +86,13 @@ def _check_files(parts: Parts, where: str) -> None:
     if wrong := [name for name in parts.adapters if not ADAPTER_NAME.fullmatch(name)]:
         msg = f"{where}: got an adapter named {wrong[0]!r} · expected letters, digits, ., _ and - · export it again"
         raise ArtifactError(msg)
+    for name, adapter in parts.adapters.items():
+        if not 0 < adapter.rank <= _MAX_RANK or adapter.files.keys() != {*adapter.named()}:
+            msg = f"{where}: got an adapter {name} of rank {adapter.rank} with {', '.join(adapter.files) or 'no file'}"
+            raise ArtifactError(f"{msg} · expected a rank, its factors and perhaps its projector · export it again")
+    if len(default := [name for name, adapter in parts.adapters.items() if adapter.is_default]) > 1:
+        msg = f"{where}: got the adapters {' and '.join(default)} for requests that name none · expected one at most"
+        raise ArtifactError(f"{msg} · export the artifact again")
     owners: dict[str, str] = {}
     for owner, part in parts.by_name().items():
         if not part.files or (isinstance(part, OneFilePart) and len(part.files) > 1):

@@ -49,14 +49,16 @@ class Adapters:
         """Look at their files.
 
         Raises:
-            ArtifactError: a file cannot be read, or its tensors do not belong to this decoder.
+            ArtifactError: a file cannot be read, or its tensors do not belong to this decoder, or are of another rank
+                than the manifest says.
             BackendUnavailable: safetensors is not installed.
             LiteError: there is no such adapter.
         """
         self.names = tuple(names)
-        self._files = [artifact.file(artifact.adapter_part(name).factors) for name in names]
+        parts = [artifact.adapter_part(name) for name in names]
+        self._files = [artifact.file(part.factors) for part in parts]
         linears = dict(_linears(artifact.decoder_config()))
-        self._has = [_check(file, linears) for file in self._files]
+        self._has = [_check(file, linears, part.rank) for file, part in zip(self._files, parts, strict=True)]
 
     def stack(self, parts: Mapping[str, int], in_features: int) -> Stack | None:
         """Return the factors of a linear.
@@ -67,6 +69,9 @@ class Adapters:
 
         Returns:
             The stack; None where no adapter changes the linear.
+
+        Raises:
+            ArtifactError: a factor has NaN or infinity.
         """
         found: dict[tuple[int, int], tuple[Array, Array]] = {}
         for slot, (file, has) in enumerate(zip(self._files, self._has, strict=True)):
@@ -74,6 +79,8 @@ class Adapters:
                 with _opened(file) as tensors:
                     for place, part in wanted:
                         a, b = (tensors.get_tensor(f"{part}.{factor}") for factor in FACTORS)
+                        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                            raise _damaged(file, f"NaN or infinity in the factors of {part}", "numbers")
                         found[slot, place] = a, b
         if not found:
             return None
@@ -111,7 +118,7 @@ def _linears(config: DecoderConfig) -> Iterator[tuple[str, tuple[int, int]]]:
             yield f"model.layers.{layer}.{block}.{name}", shape
 
 
-def _check(file: Path, linears: Mapping[str, tuple[int, int]]) -> frozenset[str]:
+def _check(file: Path, linears: Mapping[str, tuple[int, int]], rank: int) -> frozenset[str]:
     """Return the linears that a file has factors for, or refuse it."""
     shapes: dict[str, tuple[int, ...]] = {}
     with _opened(file) as tensors:
@@ -129,6 +136,8 @@ def _check(file: Path, linears: Mapping[str, tuple[int, int]]) -> frozenset[str]
                            f"[{out_features}, rank]" if in_features else "a linear of the decoder")  # fmt: skip
     if len(shapes) != 2 * len(owners) or not owners:
         raise _damaged(file, f"{len(shapes)} tensors", "lora_A and lora_B of some linears")
+    if rank != (largest := max(shapes[f"{owner}.lora_A"][0] for owner in owners)):  # memory is planned by it
+        raise _damaged(file, f"factors of rank {largest}", f"rank {rank}, as the manifest says")
     return frozenset(owners)
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,12 +19,14 @@ import pytest
 import random_checkpoint
 from exported import made_once
 
+import export.adapter
 import export.pipeline  # noqa: F401 - in this process, so that no fork of it has to
 from benchmarks.hostile import child
 from benchmarks.hostile.child import MARK, Watch
 from benchmarks.hostile.command import main, spoil
 from benchmarks.hostile.kills import Cohort, Export
-from benchmarks.hostile.kinds import KINDS, Material, input_folder
+from benchmarks.hostile.kinds import KINDS, input_folder
+from benchmarks.hostile.material import Material
 from benchmarks.phantom.write import write_studies
 from lite.artifact.open import Artifact
 from lite.errors import LiteError
@@ -37,11 +40,16 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Watch:
 
 
 @pytest.fixture(scope="module")
-def material(demo_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Material:
+def material(demo_artifact: Artifact, adapted_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Material:
     folder = tmp_path_factory.mktemp("hostile")
     studies = write_studies(folder / "studies", count=2, seed=1, dicom=True)
     (folder / "predictions.jsonl").write_text('{"id": "1", "query": "What?", "prediction": "Clear lungs."}\n')
-    return Material(artifact=demo_artifact.path, studies=studies, predictions=folder / "predictions.jsonl")
+    return Material(
+        artifact=demo_artifact.path,
+        adapted=adapted_artifact.path,
+        studies=studies,
+        predictions=folder / "predictions.jsonl",
+    )
 
 
 def refuse() -> None:
@@ -64,6 +72,8 @@ HARM: dict[str, Callable[[Watch], object]] = {
     "socket": lambda watch: socket.getaddrinfo("127.0.0.1", 9),  # noqa: ARG005
     "names": lambda watch: Path(watch.outside, "secret").read_text(),
     "to write": lambda watch: Path(watch.outside).with_name("new").write_text(""),
+    "os.mkdir": lambda watch: Path(watch.outside).with_name("made").mkdir(),
+    "os.link": lambda watch: Path(watch.outside, "link").hardlink_to(Path(watch.outside, "secret")),
     "was run": lambda watch: sys.modules.setdefault(MARK, sys),  # noqa: ARG005
 }
 
@@ -88,6 +98,14 @@ def test_harm_that_is_done_in_secret_is_a_failure_all_the_same(watch: Watch) -> 
 
 def test_what_is_read_or_refused_is_none(watch: Watch) -> None:
     assert watch.read(lambda: 1).ending == "read"
+
+    def make_and_remove() -> None:
+        Path(watch.inside, "made").mkdir()
+        Path(watch.inside, "made", "file").write_text("")
+        shutil.rmtree(Path(watch.inside, "made"))
+
+    Path(watch.inside).mkdir()
+    assert watch.read(make_and_remove) == child.Outcome("read")
     outcome = watch.read(refuse)
     assert (outcome.ending, outcome.why) == ("refused", "got this · expected that · do so")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.hostile.kinds import Material
+from benchmarks.hostile.material import Material
 from benchmarks.phantom.write import write_studies
 from benchmarks.serve import hostile
 from benchmarks.serve.asking import ROUTES, Answer, ask, at_a_time
@@ -39,7 +39,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> list[Study]:
 
 def target(port: int, studies: list[Study]) -> Target:
     listed = studies[0].path.parent.parent / "studies.json"
-    return Target(port, Material(artifact=listed, studies=listed, predictions=listed), "127.0.0.1:9")
+    return Target(port, Material(artifact=listed, adapted=listed, studies=listed, predictions=listed), "127.0.0.1:9")
 
 
 def beside(answer: str | None, use: Callable[[int], Awaitable[object]]) -> object:

@@ -105,6 +105,17 @@ def test_a_projector_is_found_wherever_it_lies(
     if inside:
         with pytest.raises(CheckpointError, match="a projector among the factors and one in non_lora_trainables"):
             opened(source, folder)
+    twice = projector | {name.removeprefix(hospital.PREFIX): tensor for name, tensor in projector.items()}
+    with pytest.raises(CheckpointError, match=r"'model.mm_projector.0.weight' and another name of the same tensor"):
+        opened(source, hospital.write_folder(tmp_path / "b", factors, projector=copied(twice)))
+
+
+def test_a_projector_that_was_trained_and_is_not_there_is_missed(
+    source: Checkpoint, factors: Factors, tmp_path: Path
+) -> None:
+    folder = hospital.write_folder(tmp_path / "a", factors, modules_to_save=["mm_projector"])
+    with pytest.raises(CheckpointError, match=r"the projector: got no tensor '.*mm_projector.0.weight' \(and 3 more\)"):
+        opened(source, folder)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,7 @@ def test_a_projector_is_found_wherever_it_lies(
         (lambda f: {**f, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, "'base_model.model.lm_head.weight' "),
         (lambda f: {**f, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 2)}, "layers.9"),
         (lambda f: {k: v for k, v in f.items() if "0.mlp.up_proj.lora_B" not in k}, "got no tensor .*up_proj.lora_B"),
-        (lambda f: f | renamed(copied(f), FORMS["PEFT in memory"]), "another name of the same factor .* two adapters"),
+        (lambda f: f | renamed(copied(f), FORMS["PEFT in memory"]), "another name of the same tensor .* two adapters"),
         (lambda f: {k: v.int() for k, v in f.items()}, "as I32 · expected floating point"),
         (lambda f: {k: v[:, :3].contiguous() for k, v in f.items()}, r"expected \["),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -166,11 +167,13 @@ def test_another_published_lora_is_told_by_its_hash(
         added(northside, small("fp16"), own, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../a", "base", "off", PUBLISHED, "llava-rad-phantom", "x" * 65])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "../a", "base", "off", PUBLISHED, "llava-rad-phantom", "n\n", "ſ", "x" * 65]
+)
 def test_a_name_that_clients_could_not_use_is_refused(
     northside: Path, small: Small, folders: Folders, name: str
 ) -> None:
-    with pytest.raises(ArtifactError, match=f"got the name '{name}' · expected"):
+    with pytest.raises(ArtifactError, match=re.escape(f"got the name {name!r} · expected at most 64 letters")):
         add_adapter(
             northside, small("fp16").path, name, base=folders[1], published=folders[0], settings=QUICK, out="unused"
         )
@@ -201,7 +204,11 @@ def test_an_adapter_is_replaced_only_where_that_is_asked_for(
     assert main(command) == 1
     assert "got an adapter north, which it has" in capsys.readouterr().err
     assert load_artifact(artifact).id == first.id
+    assert main([*command, "--name", "North", "--replace"]) == 1
+    assert "got an adapter North beside north · expected a name that is another in small" in capsys.readouterr().err
+    (tmp_path / ".artifact.0123.partial").mkdir()
     assert main([*command, "--replace", "--correction", "2"]) == 0
+    assert ".artifact.0123.partial is left from an export that was killed" in capsys.readouterr().err
     assert load_artifact(artifact).manifest.parts.adapters["north"].correction == 2
     assert main([*command[:1], str(tmp_path / "nowhere"), *command[2:], "--name", "other"]) == 1
     assert "got no folder · expected the folder of a LoRA" in capsys.readouterr().err

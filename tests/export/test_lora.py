@@ -65,6 +65,7 @@ def test_config_gives_scale_and_linears() -> None:
     ("change", "named"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"use_rslora": "no"}, "use_rslora='no' · expected true or false"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 4.5}}, "rank_pattern={'q_proj': 4.5} · expected whole numbers"),
@@ -140,3 +141,8 @@ def test_where_not_all_layers_are_adapted_the_tensors_tell_which(change: dict[st
 )
 def test_settings_that_change_no_merge_are_taken(change: dict[str, Any]) -> None:
     assert AdapterConfig.from_json({**PLAIN, **change}, where="adapter_config.json").r == 8
+
+
+def test_a_base_without_a_name_is_called_nothing() -> None:
+    config = AdapterConfig.from_json({**PLAIN, "base_model_name_or_path": None}, where="adapter_config.json")
+    assert config.base_name == ""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lite.errors import ArtifactError, LiteError
-from lite.files import check_writable, staged_folder, whole_file, write_whole
+from lite.files import check_writable, link_or_copy, staged_folder, whole_file, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -89,3 +89,11 @@ def test_a_full_disk_ends_a_folder_with_the_error_asked_for(tmp_path: Path) -> N
     with pytest.raises(ArtifactError, match="out: got a full disk"):
         fill()
     assert names(tmp_path) == []
+
+
+def test_of_a_symbolic_link_the_file_is_put_at_the_other_place(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("content")
+    (tmp_path / "link").symlink_to("blob")
+    link_or_copy(tmp_path / "link", tmp_path / "deep" / "er" / "file")
+    assert not (tmp_path / "deep" / "er" / "file").is_symlink()
+    assert (tmp_path / "deep" / "er" / "file").read_text() == "content"

@@ -118,10 +118,10 @@ class LlamaDecoder(nn.Module):
     @property
     def overflow(self) -> str:
         """What to say where logits are not finite."""
-        return (
-            f"got logits that are not finite in {self.dtype} · expected numbers · the computation overflowed: "
-            "load with dtype='float32' (or 'bfloat16' on a GPU that has it)"
-        )
+        todo = "the artifact may be damaged: load it with verify=True"
+        if self.dtype != torch.float32:
+            todo = "the computation overflowed: load with dtype='float32' (or 'bfloat16' on a GPU that has it)"
+        return f"got logits that are not finite in {self.dtype} · expected numbers · {todo}"
 
     @property
     def run_ahead(self) -> int:
