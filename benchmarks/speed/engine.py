@@ -134,7 +134,7 @@ class Rows:
         """Why a step was not captured; None if it was, or should not have been."""
         if getattr(self.engine, "capture", None) is None:
             return None
-        step = self.cache.steps.get((self.num_rows, 0, 0))
+        step = self.cache.steps.get((self.num_rows, 0, 0, self.cache.uses_adapters))
         if step is None:
             return "it has not run"
         return None if step.is_captured else step.problem or "it ran only once"

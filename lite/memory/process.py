@@ -15,8 +15,8 @@ _M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
 _MADV_COLLAPSE: Final = 25  # of Linux 6.1
 _LARGE_PAGE: Final = 2 << 20
 _FEW_PAGES: Final = 2
-_PRIVATE_MEMORY: Final = re.compile(r"^(\w+)-(\w+) rw-p 00000000 00:00 0\s*$", re.MULTILINE)
-"""A line of /proc/self/maps: memory that no file is behind, neither heap nor stack."""
+_PRIVATE_MEMORY: Final = re.compile(r"^(\w+)-(\w+) rw-p 00000000 00:00 0 *(?:\[heap\])?$", re.MULTILINE)
+"""A line of /proc/self/maps: memory that no file is behind, and no stack."""
 _CGROUP_MEMORY_MAX: Final = Path("/sys/fs/cgroup/memory.max")
 
 

@@ -16,7 +16,7 @@ from benchmarks.quality import command
 from benchmarks.quality.command import CALIBRATION_SEED, main
 from benchmarks.quality.compare import Row, format_table
 from benchmarks.quality.recipes import FORMATS, TRICKS, ablation
-from export.__main__ import _parser
+from export.options import export_parser
 from lite.artifact.open import load_artifact
 from lite.errors import LiteError
 from lite.studies.sources.listed import read_studies
@@ -60,7 +60,7 @@ def test_every_row_is_one_command_of_the_exporter(tmp_path: Path) -> None:
         command = source.command(recipe, tmp_path / "out")
         assert command[:3] == [PYTHON, "-m", "export"]
         assert command[3 : 3 + len(recipe.options)] == list(recipe.options)
-        _parser().parse_args(command[3:])  # exits when the exporter does not know it
+        export_parser().parse_args(command[3:])  # exits when the exporter does not know it
         named = dict(pairwise(command))
         assert (named["--checkpoint"], named["--base"]) == (str(tmp_path / "checkpoint"), str(tmp_path / "base"))
         assert named["--out"] == str(tmp_path / "out")

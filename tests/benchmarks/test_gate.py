@@ -21,7 +21,7 @@ from benchmarks.gates.baselines import Judged, read_gates
 from benchmarks.gates.gate import SUBJECTS, main
 from benchmarks.quality.compare import draft
 from benchmarks.quality.engines import compare_engines
-from export.__main__ import _parser
+from export.options import export_parser
 from lite.artifact.open import Artifact, load_artifact
 from lite.errors import LiteError
 from lite.loading import load
@@ -132,7 +132,7 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_candidates_are_commands_of_the_exporter(tmp_path: Path) -> None:
     source = Source(verify=tmp_path, calibration=tmp_path, device="cpu")
     for name, recipe in gate.CANDIDATES.items():
-        options = _parser().parse_args(source.command(recipe, tmp_path / name)[3:])
+        options = export_parser().parse_args(source.command(recipe, tmp_path / name)[3:])
         assert (options.vision, options.decoder) == (("int8", "fp16") if name == "vision-int8" else ("fp32", name))
         assert options.engine == ("onnx" if name == "gptq-int4" else "torch")
         assert recipe.calibrated == name.startswith("gptq") == (options.calibration_data is not None)

@@ -143,7 +143,7 @@ def test_a_cache_that_does_not_fit_beside_our_int4_is_timed_alone(monkeypatch: p
 
 def test_a_linear_of_a_peer_that_raises_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fails(nn.Module):
-        def forward(self, _: torch.Tensor) -> torch.Tensor:
+        def forward(self, *_: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("no kernel image is available")
 
     monkeypatch.setitem(PEERS, "tinygemm int4", (lambda _: Fails(), torch.float16))

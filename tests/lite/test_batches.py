@@ -90,9 +90,9 @@ class Tower:
     def writes_to(self, device: object) -> bool:
         return self.vision.writes_to(device)
 
-    def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
+    def __call__(self, pixel_values: np.ndarray, out: Any, **about: Any) -> Any:
         self.threads.append(threading.current_thread().name)
-        return self.vision(pixel_values, out)
+        return self.vision(pixel_values, out, **about)
 
 
 class BlindFor(Tower):
@@ -102,8 +102,8 @@ class BlindFor(Tower):
         super().__init__(vision)
         self.pixel_values = pixel_values
 
-    def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
-        features = super().__call__(pixel_values, out)
+    def __call__(self, pixel_values: np.ndarray, out: Any, **about: Any) -> Any:
+        features = super().__call__(pixel_values, out, **about)
         if np.array_equal(pixel_values[0], self.pixel_values):
             features[0] = float("nan")
         return features
@@ -208,8 +208,8 @@ def test_results_come_in_order_although_later_studies_end_first(
 class FullOnce(Tower):
     """The third time there is no memory for it."""
 
-    def __call__(self, pixel_values: np.ndarray, out: Any) -> Any:
-        features = super().__call__(pixel_values, out)
+    def __call__(self, pixel_values: np.ndarray, out: Any, **about: Any) -> Any:
+        features = super().__call__(pixel_values, out, **about)
         if len(self.threads) == 3:
             raise MemoryBudgetError("got no memory")
         return features

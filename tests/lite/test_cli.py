@@ -118,9 +118,9 @@ def test_an_overflow_ends_its_line_and_the_rest_goes_on(
 ) -> None:
     run_tower, seen = VisionEncoder.__call__, []
 
-    def blind_for_the_second(self: VisionEncoder, pixel_values: np.ndarray, out: Any) -> Any:
+    def blind_for_the_second(self: VisionEncoder, pixel_values: np.ndarray, out: Any, **about: Any) -> Any:
         seen.append(pixel_values)
-        return run_tower(self, pixel_values, out) * (np.nan if len(seen) == 2 else 1.0)
+        return run_tower(self, pixel_values, out, **about) * (np.nan if len(seen) == 2 else 1.0)
 
     monkeypatch.setattr(VisionEncoder, "__call__", blind_for_the_second)
     assert run(*generate, *films[:3], "--max-new-tokens", "2") == 1

@@ -158,7 +158,7 @@ def test_rows_are_decoded_by_powers_of_two_or_all(artifact: Artifact) -> None:
         read_prompt(decoder, *STUDIES[1], cache, row)
         found.append(len(decode_token(decoder, cache)))
     assert found == [1, 2, 4, 4, 6, 6]
-    assert sorted(cache.steps) == [(1, 0, 0), (2, 0, 0), (4, 0, 0), (6, 0, 0)]
+    assert sorted(cache.steps) == [(rows, 0, 0, False) for rows in (1, 2, 4, 6)]
 
 
 def test_a_capture_that_fails_is_seen_and_the_text_is_the_same(artifact: Artifact) -> None:

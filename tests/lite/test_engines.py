@@ -80,7 +80,7 @@ def test_cached_is_uncached(engine: Any) -> None:
     close(engine, np.stack(logits), scored)
     assert len({int(row.argmax()) for row in scored}) > 3, "rows that are all alike would prove nothing"
     if getattr(engine, "capture", None) is not None:
-        assert [key for key, graphed in cache.steps.items() if graphed.is_captured] == [(1, 0, 0)]
+        assert [key for key, graphed in cache.steps.items() if graphed.is_captured] == [(1, 0, 0, False)]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 7])
@@ -290,10 +290,10 @@ def test_rows_with_drafts_and_without_are_decoded_together(kind: str, tiny_onnx_
     for row, others in ((1, right[0]), (2, right[1])):
         assert said[row] == others[: len(said[row])]
     if "captured" in kind:
-        assert cache.steps[3, 3, 0].is_captured
+        assert cache.steps[3, 3, 0, False].is_captured
         # A step without drafts is another graph.
         decode(engine, cache, 2)
-        assert set(cache.steps) == {(3, 3, 0), (3, 0, 0)}
+        assert set(cache.steps) == {(3, 3, 0, False), (3, 0, 0, False)}
 
 
 def test_a_prefix_that_was_copied_is_a_prefix_that_was_read(engine: Any) -> None:

@@ -215,7 +215,7 @@ def test_a_gpu_is_never_waited_for(grouped: tuple[FakeGpu, LlamaDecoder], cache_
         gpu.copies.clear()
         for _ in range(3):
             chosen = decoder.decode(cache)
-        assert cache.steps[2, 0, 0].is_captured
+        assert cache.steps[2, 0, 0, False].is_captured
         # Decoding takes nothing from the host, and the host does not wait for what it is told.
         assert [(copy.source, copy.target, copy.waits) for copy in gpu.copies] == [("cuda", "cpu", False)] * 3
     assert chosen._event is not None
