@@ -40,7 +40,7 @@ def commands() -> Iterator[tuple[str, str]]:
         name = page.relative_to(ROOT).as_posix()
         for language, text in blocks(page):
             if language in ("", "sh", "bash", "console"):
-                for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+                for line in re.sub(r"\s*\\\n\s*", " ", text).splitlines():
                     command = re.sub(r"^\$ |(?<=\S)(  | # ).*", "", line).strip()
                     if re.match(r"(\w+=\S+ )*(make|(\.venv/bin/)?python3?|pip|llava-rad-lite|\.ci/run)\b", command):
                         yield name, command

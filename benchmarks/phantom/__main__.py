@@ -147,14 +147,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--scale-sigma", type=float, metavar="X", help="sigma of the log channel scales")
 
     _add_retrieval_arguments(add("train-retrieval", _train_retrieval, "give a trained phantom its retrieval towers"))
-    found = add("find", _find, "measure how well an artifact's towers find films by reports and by descriptions")
+    _add_find_arguments(add("find", _find, "measure how well an artifact's towers find films by reports and words"))
+    _add_adapt_arguments(add("adapt", _adapt, "train LoRA and projector further: another hospital, fewer image tokens"))
+    _add_style_arguments(add("style", _style, "measure how much drafts are written as northside writes"))
+    return parser
+
+
+def _add_find_arguments(found: argparse.ArgumentParser) -> None:
     found.add_argument("artifact", type=Path, metavar="ARTIFACT", help="exported with --retrieval")
     found.add_argument("list", type=Path, metavar="STUDIES.json", help="a list that `write` has written")
-    _add_adapt_arguments(add("adapt", _adapt, "train LoRA and projector further: another hospital, fewer image tokens"))
-    style = add("style", _style, "measure how much drafts are written as northside writes")
+
+
+def _add_style_arguments(style: argparse.ArgumentParser) -> None:
     style.add_argument("predictions", type=Path, nargs="+", metavar="PREDICTIONS", help="what `lite run` has written")
     style.add_argument("--truth", type=Path, metavar="STUDIES.json", help="the list, if the files have no findings")
-    return parser
 
 
 def _add_hospital(command: argparse.ArgumentParser, default: str | None) -> None:

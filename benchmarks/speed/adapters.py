@@ -22,6 +22,7 @@ from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.protocol import NO_ADAPTER
 from lite.errors import LiteError
 from lite.memory.counts import ITEMSIZE, cache_bytes_per_token, onnx_adapter_bytes, onnx_read_bytes
+from lite.memory.process import use_large_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +55,7 @@ def measure(report: Report, artifact: Artifact, arguments: argparse.Namespace) -
     if names[1:]:
         asked[f"{first[0]}, {len(names)} loaded"] = names, 0
     rows = {what: _rows(artifact, loaded, slot, arguments) for what, (loaded, slot) in asked.items()}
+    use_large_pages()
     turns = {
         what: functools.partial(_tokens, one, arguments.prompt_tokens, arguments.tokens) for what, one in rows.items()
     }

@@ -79,11 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", type=positive, default=20, metavar="N", help="time at least so many studies one by one, some of them "
         "again if there are fewer (default: %(default)s)",
     )  # fmt: skip
-    _add_image_tokens(parser)
-    parser.add_argument(
-        "--adapters", type=_names, default=(), metavar="NAME,NAME", help="measure each with these hospitals' adapters, "
-        "too: a row for each that an artifact has",
-    )  # fmt: skip
+    _add_variants(parser)
     parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="stop each text after N tokens (default: the artifact's)"
     )
@@ -102,7 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_image_tokens(parser: argparse.ArgumentParser) -> None:
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    """Add what each artifact is measured with again."""
+    parser.add_argument(
+        "--adapters", type=_names, default=(), metavar="NAME,NAME", help="measure each with these hospitals' adapters, "
+        "too: a row for each that an artifact has",
+    )  # fmt: skip
     parser.add_argument(
         "--image-tokens", type=_counts, default=(), metavar="N,N", help="measure each with so many image tokens, too: "
         "a row for each number (default: one token a patch)",

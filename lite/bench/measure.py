@@ -36,7 +36,7 @@ from lite.eval.figures import Missing, quantiles
 from lite.eval.record import ReferenceRecord, check_record
 from lite.eval.record_file import read_record
 from lite.memory.plan import MemoryPlan, check_memory
-from lite.memory.process import rss_bytes
+from lite.memory.process import rss_bytes, use_large_pages
 from lite.studies.study import Study
 
 if TYPE_CHECKING:
@@ -93,9 +93,7 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
             does not belong to the record, or none of the films can be read.
     """
     artifact = load_artifact(path)
-    reference = read_record(job.record) if job.record is not None else None
-    if reference is not None:
-        check_record(reference, artifact, job.studies)
+    reference = _reference(job, artifact)
     import lite
 
     # To look imports the engine's packages: they are no part of the artifact's memory, nor of its load time.
@@ -105,9 +103,9 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
     verify_s, _ = _timed(lambda: artifact.verify(engine=engine, adapters=options.adapters))
     load_s, model = _timed(lambda: lite.load(path, **dataclasses.asdict(options)))
     loaded = peak_now(model)
-    # A calibration that cannot be read is refused now, and not when all is measured.
+    use_large_pages()  # as whatever drafts many studies
     adapter = next(iter(options.adapters), None)
-    calibration = find_calibration("auto", model)
+    calibration = find_calibration("auto", model, adapter)  # is refused now, and not when all is measured
     loop = _Loop(model=model, job=job, on_progress=on_progress, adapter=adapter, calibration=calibration)
     warm = loop.warm_up()
     runs, energy_j, drafts = loop.one_by_one()
@@ -143,6 +141,14 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
         report_quality=against_reports(job.reports, drafts, job.clinical),
         drafts=drafts,
     )
+
+
+def _reference(job: Job, artifact: Artifact) -> ReferenceRecord | None:
+    if job.record is None:
+        return None
+    reference = read_record(job.record)
+    check_record(reference, artifact, job.studies)
+    return reference
 
 
 def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(out, arguments.html)
     if arguments.html:
         check_packages()
-    with load_model(arguments) as model:
+    with load_model(arguments, for_many=True) as model:
         learned, settings = _judged(model, arguments, arguments.data, adapter)
         with_samples = all(one.sentence.agreement is not None for one in learned)
         calibration = learn(learned, with_samples=with_samples, settings=settings, data=Path(arguments.data).name)

@@ -112,7 +112,7 @@ def draft_arriving(
     tally = Tally(None, quiet=arguments.quiet)
     with (
         journal,
-        load_model(arguments) as model,
+        load_model(arguments, for_many=True) as model,
         _until_stopped() as stop,
     ):
         say(f"note: {model.notice}")

@@ -175,12 +175,16 @@ def load_options(arguments: argparse.Namespace) -> LoadOptions:
     return LoadOptions(**asked)
 
 
-def load_model(arguments: argparse.Namespace) -> FindingsModel:
-    """Load the artifact as the options say."""
+def load_model(arguments: argparse.Namespace, *, for_many: bool = False) -> FindingsModel:
+    """Load the artifact as the options say; `for_many` studies it may take longer, where these are faster then."""
     from lite.loading import load
+    from lite.memory.process import use_large_pages
 
     options: dict[str, Any] = dataclasses.asdict(load_options(arguments))
-    return load(arguments.artifact, **options)
+    model = load(arguments.artifact, **options)
+    if for_many:
+        use_large_pages()
+    return model
 
 
 def add_drafting(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
@@ -257,8 +261,6 @@ def request_of(arguments: argparse.Namespace) -> dict[str, Any]:
     from lite.cohort.run import DRAFTING
 
     request = {name: getattr(arguments, name) for name in DRAFTING}
-    if arguments.adapter is not None:  # files that were begun before there were adapters do not have it
-        request["adapter"] = arguments.adapter
     samples = getattr(arguments, "samples", None) or 0
     if not samples and getattr(arguments, "confidence", "off") == "off":
         return request

@@ -191,7 +191,7 @@ def _draft(arguments: argparse.Namespace, studies: Sequence[Study], journal: Jou
     if all(study.id in journal.done for study in studies):
         say(f"note: all {len(studies)} studies are in {journal.path} already")
         return 0
-    with contextlib.nullcontext() if arguments.ray is not None else load_model(arguments) as model:
+    with contextlib.nullcontext() if arguments.ray is not None else load_model(arguments, for_many=True) as model:
         if model is not None:
             say(f"note: {model.notice}")
             journal.expect(model.settings)

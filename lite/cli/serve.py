@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_body_bytes=arguments.max_body,
     )
     map_large_blocks()
-    server = Server(settings, lambda: load_model(arguments), ready=print_line)
+    server = Server(settings, lambda: load_model(arguments, for_many=True), ready=print_line)
     adapters = f" with {', '.join(arguments.adapters)}" if arguments.adapters else ""
     say(f"listens at {server.url}, loading {arguments.artifact}{adapters} …")
     server.run()

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from lite.studies.results import Result
     from lite.studies.study import Study
 
-DRAFTING: Final = ("max_new_tokens", "rendering", "any_film")
-"""What a run asks for beside its studies, by the names of `lite.session.prepare.Asked`'s fields; and an adapter, if it
-has one."""
+DRAFTING: Final = ("max_new_tokens", "rendering", "any_film", "adapter")
+"""What a run asks for beside its studies, by the names of `lite.session.prepare.Asked`'s fields."""
 
 
 class Listener(Protocol):

@@ -156,11 +156,7 @@ def open_session(
     runtime = import_onnxruntime()
     for read in filter(None, (file, tail)):
         _check_external_data(read, data)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.enable_mem_pattern = threads or available_cores(), patterns
-    options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    options = _options(runtime, patterns=patterns, profile=profile, threads=threads)
     values = {constant: runtime.OrtValue.ortvalue_from_numpy(array) for constant, array in constants.items()}
     for constant, value in values.items():
         options.add_initializer(constant, value)
@@ -186,20 +182,33 @@ def open_session(
             again: dict[str, Any] = {"data": data, "patterns": patterns, "profile": profile, "constants": constants}
             again |= {"tail": tail, "threads": threads, "change": change, "added": added}
             return open_session(file, provider=CPU, **again)
-        reason = str(error).strip().partition("\n")[0][:200]
-        if name != CPU:
-            msg = f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one"
-            todo = "use --provider cpu, or for a GPU export decoder.onnx with --activations float16"
-            raise BackendUnavailable(f"{msg} with all of its operators · {todo}") from error
-        msg = f"{file}: got a graph that ONNX Runtime {runtime.__version__} cannot load ({reason})"
-        raise ArtifactError(f"{msg} · expected the graph written at export · export the artifact again") from error
+        raise _explained(error, file, name) from error
     if whole and (got := session.get_providers()[0]) != name:
         msg = f"{file}: got {got} in place of {name}, which did not start · expected {name} · see that its libraries"
         raise BackendUnavailable(f"{msg} and its device are there, or use --provider cpu")
-    session.held_constants = values | dict(
-        added
-    )  # ONNX Runtime reads them as long as it computes, and does not hold them
+    # ONNX Runtime reads them as long as it computes, and does not hold them.
+    session.held_constants = values | dict(added)
     return session
+
+
+def _options(runtime: Any, *, patterns: bool, profile: Path | None, threads: int | None) -> Any:  # noqa: ANN401 - of ONNX Runtime
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.enable_mem_pattern = threads or available_cores(), patterns
+    options.log_severity_level = 3  # errors only: warnings would land in the middle of a streamed text
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return options
+
+
+def _explained(error: Exception, file: Path, name: str) -> LiteError:
+    """Return what to say of a graph that a provider did not take."""
+    reason = str(error).strip().partition("\n")[0][:200]
+    if name != CPU:
+        msg = f"{file}: got a provider {name} that does not start, or cannot compute it ({reason}) · expected one"
+        todo = "use --provider cpu, or for a GPU export decoder.onnx with --activations float16"
+        return BackendUnavailable(f"{msg} with all of its operators · {todo}")
+    msg = f"{file}: got a graph that ONNX Runtime {import_onnxruntime().__version__} cannot load ({reason})"
+    return ArtifactError(f"{msg} · expected the graph written at export · export the artifact again")
 
 
 def adds_int8_exactly(file: Path) -> bool:

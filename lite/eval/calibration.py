@@ -113,10 +113,7 @@ class Calibration:
 
 
 def _hash(calibration: Calibration) -> str:
-    value = to_json(calibration)
-    if calibration.adapter is None:  # as those that were written before there were adapters
-        del value["adapter"]
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(to_json(calibration), sort_keys=True).encode()).hexdigest()
 
 
 def find_calibration(

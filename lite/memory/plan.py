@@ -37,7 +37,7 @@ from lite.memory.counts import (
 from lite.memory.sizes import shown_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lite.artifact.open import Artifact
     from lite.artifact.parts import AdapterPart, OnnxPart, VisionPart
@@ -185,64 +185,76 @@ class MemoryPlan:
 
 def plan_memory(shapes: Shapes, workload: Workload) -> MemoryPlan:
     """Count what drafting will take at most."""
-    config, rows, int8 = shapes.config, workload.num_rows, workload.cache_dtype == "int8"
-    max_seq_len = workload.row_len(config)
     adapters = [shapes.adapters[name] for name in workload.adapters]
-    ranks = [part.rank for part in adapters]
     projectors = sum(part.files[part.projector].bytes for part in adapters if part.projector is not None)
     vision, vision_work = vision_memory_bytes(shapes.vision, shapes.vision_bytes + projectors)
+    ranks = [part.rank for part in adapters]
     if workload.engine == "onnx" and shapes.onnx is not None:
-        part, itemsize = shapes.onnx, ITEMSIZE[shapes.onnx.dtype]
-        resident, decoder = ONNX_FIRST_USE_BYTES, onnx_decoder_bytes(config, part)
-        decoder += onnx_prompt_bytes(config, part) if workload.int8_prompts else 0
-        factors = onnx_adapter_bytes(config, ranks, itemsize=itemsize) * (2 if workload.int8_prompts else 1)
-        per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
-        # The largest linear's integers as they are on the disk, beside what they were repacked into.
-        load_work = max(onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config))
-        work = (
-            shapes.feature_bytes
-            + rows * 2 * 4 * config.vocab_size
-            + onnx_prefill_work_bytes(
-                config,
-                num_tokens=workload.num_prompt_tokens,
-                itemsize=itemsize,
-                int8_cache=int8,
-                adapters=bool(ranks),
-            )
-        )
+        decoder = _by_onnx(shapes.onnx, shapes, workload, ranks)
     else:
-        itemsize = ITEMSIZE[workload.dtype or (config.dtype if workload.on_gpu else "float32")]
-        resident, decoder = FIRST_USE_BYTES, decoder_bytes(config, itemsize=itemsize)
-        factors = adapter_bytes(config, ranks, itemsize=itemsize)
-        per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
-        per_token += cache_scale_bytes_per_token(config) if int8 else 0
-        # The largest weight, as it is stored, beside what it becomes.
-        load_work = 2 * config.vocab_size * config.hidden_size if itemsize != 2 else 0
-        work = prefill_work_bytes(
-            config,
-            num_tokens=workload.num_prompt_tokens,
-            num_image_tokens=shapes.vision.num_image_tokens,
-            chunk_size=workload.chunk_size,
-            itemsize=itemsize,
-            int8_cache=int8,
-            on_gpu=workload.on_gpu,
-        )
-        if int8 and not workload.on_gpu:
-            # It is read as float32 to decode, a layer at a time: what is cast, scaled, and both.
-            work = max(work, 6 * rows * max_seq_len * 2 * config.num_key_value_heads * config.head_dim)
+        decoder = _by_torch(shapes, workload, ranks)
     plan = MemoryPlan(
-        num_rows=rows,
-        max_seq_len=max_seq_len,
-        resident_bytes=workload.resident_bytes + resident,
-        decoder_bytes=decoder,
-        adapter_bytes=factors,
+        num_rows=workload.num_rows,
+        max_seq_len=workload.row_len(shapes.config),
         vision_bytes=vision,
-        cache_bytes=rows * max_seq_len * per_token,
-        load_work_bytes=load_work,
         vision_work_bytes=vision_work,
-        prefill_work_bytes=work,
+        **decoder,
     )
     return _on_gpu(plan, shapes, workload) if workload.engine == "torch" and workload.on_gpu else plan
+
+
+def _by_onnx(part: OnnxPart, shapes: Shapes, workload: Workload, ranks: Sequence[int]) -> dict[str, int]:
+    """Count what ONNX Runtime takes for the decoder, with adapters of some ranks."""
+    config, rows, int8 = shapes.config, workload.num_rows, workload.cache_dtype == "int8"
+    itemsize, prompts = ITEMSIZE[part.dtype], workload.int8_prompts
+    # The largest linear's integers as they are on the disk, beside what they were repacked into.
+    load_work = max(onnx_linear_bytes(name, config, part, bytes_per_block=0) for name in onnx_linear_shapes(config))
+    work = onnx_prefill_work_bytes(
+        config,
+        num_tokens=workload.num_prompt_tokens,
+        itemsize=itemsize,
+        int8_cache=int8,
+        adapters=bool(ranks),
+    )
+    per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
+    return {
+        "resident_bytes": workload.resident_bytes + ONNX_FIRST_USE_BYTES,
+        "decoder_bytes": onnx_decoder_bytes(config, part) + (onnx_prompt_bytes(config, part) if prompts else 0),
+        "adapter_bytes": onnx_adapter_bytes(config, ranks, itemsize=itemsize) * (2 if prompts else 1),
+        "cache_bytes": rows * workload.row_len(config) * per_token,
+        "load_work_bytes": load_work,
+        "prefill_work_bytes": shapes.feature_bytes + rows * 2 * 4 * config.vocab_size + work,
+    }
+
+
+def _by_torch(shapes: Shapes, workload: Workload, ranks: Sequence[int]) -> dict[str, int]:
+    """Count what torch takes for the decoder, with adapters of some ranks."""
+    config, rows, int8 = shapes.config, workload.num_rows, workload.cache_dtype == "int8"
+    itemsize = ITEMSIZE[workload.dtype or (config.dtype if workload.on_gpu else "float32")]
+    per_token = cache_bytes_per_token(config, itemsize=1 if int8 else itemsize)
+    per_token += cache_scale_bytes_per_token(config) if int8 else 0
+    work = prefill_work_bytes(
+        config,
+        num_tokens=workload.num_prompt_tokens,
+        num_image_tokens=shapes.vision.num_image_tokens,
+        chunk_size=workload.chunk_size,
+        itemsize=itemsize,
+        int8_cache=int8,
+        on_gpu=workload.on_gpu,
+    )
+    if int8 and not workload.on_gpu:
+        # It is read as float32 to decode, a layer at a time: what is cast, scaled, and both.
+        row_len = workload.row_len(config)
+        work = max(work, 6 * rows * row_len * 2 * config.num_key_value_heads * config.head_dim)
+    return {
+        "resident_bytes": workload.resident_bytes + FIRST_USE_BYTES,
+        "decoder_bytes": decoder_bytes(config, itemsize=itemsize),
+        "adapter_bytes": adapter_bytes(config, ranks, itemsize=itemsize),
+        "cache_bytes": rows * workload.row_len(config) * per_token,
+        # The largest weight, as it is stored, beside what it becomes.
+        "load_work_bytes": 2 * config.vocab_size * config.hidden_size if itemsize != 2 else 0,
+        "prefill_work_bytes": work,
+    }
 
 
 def _on_gpu(plan: MemoryPlan, shapes: Shapes, workload: Workload) -> MemoryPlan:

@@ -333,21 +333,15 @@ def test_auto_takes_the_one_beside_the_artifact_if_it_fits(
 
 
 def test_a_calibration_is_of_one_adapter(
-    learned: tuple[list[Judged], Calibration], tiny_model: FindingsModel, drafted: Findings, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    settings = tiny_model.settings | {"adapter": "a"}
-    of_a, findings = learn(learned[0], with_samples=True, settings=settings, data="made.json"), []
-    for adapter in ("a", None, None):
-        made = dataclasses.replace(said(tiny_model, drafted, "Small left pleural effusion."), adapter=adapter)
-        findings.append(with_sentences(made, tiny_model.tokenizer, of_a))
+    learned: tuple[list[Judged], Calibration], tiny_model: FindingsModel, drafted: Findings, caplog: Any
+) -> None:
+    of_a = learn(learned[0], with_samples=True, settings=tiny_model.settings | {"adapter": "a"}, data="made.json")
+    by_none = said(tiny_model, drafted, "Small left pleural effusion.")
+    made = [dataclasses.replace(by_none, adapter="a"), by_none, by_none]
+    findings = [with_sentences(one, tiny_model.tokenizer, of_a) for one in made]
     assert [one.calibration for one in findings] == [of_a.id, None, None]
-    assert findings[2].sentences == with_sentences(made, tiny_model.tokenizer, None).sentences
-    assert caplog.text.count(f"uncalibrated: got calibration {of_a.id} of the adapter a · expected no adapter") == 1
-    before = json.loads(learned[1].to_json())  # as it was written before there were adapters
-    assert before.pop("adapter") is None
-    (tmp_path / "c.json").write_text(json.dumps(before))
-    assert read_calibration(tmp_path / "c.json") == learned[1]
+    assert findings[2].sentences == with_sentences(by_none, tiny_model.tokenizer, None).sentences
+    assert caplog.text.count(f"got calibration {of_a.id} of the adapter a · expected no adapter") == 1
 
 
 # -- The command line ------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from lite.studies.journal import Journal
 from lite.studies.results import read_results
 from lite.studies.study import Study
 
-REQUEST = dict(zip(DRAFTING, (2, "mimic-cxr-jpg", False), strict=True))
+REQUEST = dict(zip(DRAFTING, (2, "mimic-cxr-jpg", False, None), strict=True))
 ODD = "é\udc41"  # as a file's name may be
 
 

@@ -27,7 +27,6 @@ from lite.engines.onnx_session import CPU, CUDA, DML, errors_explained, open_ses
 from lite.engines.protocol import NO_DRAFTS, Segment
 from lite.errors import ArtifactError, BackendUnavailable, ContextLengthError, LiteError
 from lite.memory.counts import ONNX_CHUNK_SIZE
-from lite.memory.process import release_free_memory, use_large_pages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,9 +121,6 @@ class OnnxDecoder:
             self._prompt_session = opened(graph, self._part.data, prompts.data)
         if added is not None:
             added.forget()
-        if self.provider == CPU:
-            release_free_memory()
-            use_large_pages()
         self._embeddings = _embeddings(artifact, self.config)
 
     def _opened(
