@@ -35,7 +35,7 @@ from export.source.shapes import base_shapes
 from kernels.backend import Card, Selection
 from lite.artifact.open import Artifact
 from lite.config import IMAGE_TOKEN_ID, DecoderConfig
-from lite.engines.protocol import ChosenTokens
+from lite.engines.protocol import NO_ADAPTER, ChosenTokens
 from lite.engines.segments import expand_image
 from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.load import load_decoder
@@ -303,7 +303,7 @@ def prompt_of(num_prompt_tokens: int, num_image_tokens: int) -> list[int]:
 
 def draft(
     decoder: LlamaDecoder, *, num_rows: int, num_prompt_tokens: int, max_seq_len: int, num_image_tokens: int = 1369,
-    max_new_tokens: int = 3, tower_on_gpu: bool = True,
+    max_new_tokens: int = 3, tower_on_gpu: bool = True, adapter: int = NO_ADAPTER,
 ) -> None:  # fmt: skip
     """Draft as a session does, in this thread: all rows, and the features of the studies that come next.
 
@@ -328,7 +328,7 @@ def draft(
     )
     asked = Request(
         id="", input_ids=input_ids, film=None, see=see,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens, adapter=adapter,
     )  # fmt: skip
     studies = [Progress(asked) for _ in range(num_rows + ahead)]
     waiting = list(studies)

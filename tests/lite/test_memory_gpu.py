@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from driving import read_prompt
 from fake_cuda import H100, RTX_3060, T4, TOKEN, Allocator, FakeGpu, draft, load_on, prompt_of
+from hospital import stored_factors
+from safetensors.torch import save_file
 from tiny import cache_fidelity, tiny_llama_config, tiny_manifest, tiny_parts
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
@@ -18,7 +21,7 @@ from kernels.backend import Card
 from kernels.packing import _CHUNK_VALUES
 from kernels.quant_matmul import SCRATCH_VALUES
 from lite.artifact.open import Artifact
-from lite.artifact.parts import FileRecord, TowerShape, VisionPart
+from lite.artifact.parts import AdapterPart, FileRecord, TowerShape, VisionPart, unhashed
 from lite.engines.machine import Gpu, Machine
 from lite.engines.options import LoadOptions
 from lite.engines.plan import RunPlan
@@ -186,6 +189,28 @@ def test_loading_takes_what_is_planned(on_card: Any, shape: str, stored: str) ->
     assert plan.weight_bytes + plan.load_work_bytes == pytest.approx(
         loaded.peak, rel=0.01 if shape.startswith("7B") else 0.02
     )
+
+
+def test_adapters_are_in_a_gpu_plan(shaped: Any, on_card: Any, tmp_path: Path) -> None:
+    """Two of rank 64: their weights are more, and no more passes in a prompt."""
+    without, bare = on_card(RTX_3060, "7B, 4 layers", "gptq-int4"), shaped("7B, 4 layers", "gptq-int4")
+    file = tmp_path / "factors.safetensors"
+    save_file(stored_factors(bare.decoder_config(), rank=64, size=0.0), file)
+    part = AdapterPart(factors=str(file), on="base", rank=64, files=unhashed(str(file)))
+    artifact, gpu = bare.with_parts(adapters={"north": part, "south": part}), FakeGpu(RTX_3060)
+    with gpu.active():
+        decoder = load_on(gpu, artifact, adapters=("north", "south"))
+        allocated = gpu.allocator.allocated
+        draft(decoder, num_rows=1, num_prompt_tokens=32, num_image_tokens=16, max_seq_len=64, adapter=1)
+        gpu.start_over(decoder)
+        max_seq_len = NUM_PROMPT_TOKENS + MAX_NEW_TOKENS
+        draft(decoder, num_rows=1, num_prompt_tokens=NUM_PROMPT_TOKENS, max_seq_len=max_seq_len, adapter=1)
+    loaded = Loaded(gpu, artifact, decoder, 0, allocated)
+    counted = loaded.plan(adapters=("north", "south")).adapter_bytes
+    assert counted == 2 * 4 * 64 * 2 * 78_080
+    assert loaded.allocated - without.allocated == pytest.approx(counted, rel=0.03)
+    more = gpu.allocator.pop_peak() - without.drafting(1, None, CHUNK_SIZES[0])[0]
+    assert more == pytest.approx(counted, rel=0.03)
 
 
 def test_the_plan_knows_what_is_expanded_at_a_time() -> None:

@@ -42,7 +42,14 @@ from lite.engines.torch_engine.decoder import LlamaDecoder
 from lite.engines.torch_engine.linear import linears_of
 from lite.engines.torch_engine.load import fill_linear
 from lite.errors import ArtifactError
-from lite.memory.counts import cache_bytes_per_token, decode_weight_bytes, decoder_bytes, layer_linear_shapes
+from lite.memory.counts import (
+    adapter_bytes,
+    cache_bytes_per_token,
+    decode_weight_bytes,
+    decoder_bytes,
+    layer_linear_shapes,
+    onnx_adapter_bytes,
+)
 from lite.memory.plan import REASON_TOKENS, Shapes
 from lite.model import FindingsModel
 
@@ -93,6 +100,15 @@ def test_bytes_of_the_7b_model_are_the_known_ones() -> None:
     # Engines that compute in float32 hold in it what is not quantised: here the head.
     assert decode_weight_bytes(W4, itemsize=4) - decode_weight_bytes(W4, itemsize=2) == 2 * 32000 * 4096
     assert cache_bytes_per_token(DECODER, itemsize=2) == 524_288
+
+
+def test_an_adapter_of_rank_64_is_a_fourteenth_of_what_a_token_reads() -> None:
+    token = decode_weight_bytes(W4, itemsize=2) + NUM_PROMPT_TOKENS * cache_bytes_per_token(W4, itemsize=2)
+    assert adapter_bytes(W4, [64], itemsize=2) / token == pytest.approx(1 / 14, rel=0.05)
+    assert adapter_bytes(W4, [64, 16], itemsize=2) == 2 * adapter_bytes(W4, [64], itemsize=2)
+    assert adapter_bytes(W4, [], itemsize=2) == onnx_adapter_bytes(W4, []) == 0
+    # 8 bits, and scales.
+    assert onnx_adapter_bytes(W4, [64]) / adapter_bytes(W4, [64], itemsize=1) == pytest.approx(1.14, rel=0.01)
 
 
 def test_weight_bytes_are_those_of_a_loaded_decoder(tiny_model: FindingsModel) -> None:

@@ -30,11 +30,10 @@ class Lora(NamedTuple):
         if isinstance(adapters, Tensor):
             return lora_add(y, x, self.a, self.b, adapters, parts=self.parts)
         # A prompt: many rows of one adapter, which is the host's to choose.
-        down = functional.linear(x, self.a[adapters])
-        rank, begin = self.b.shape[2], 0
+        down, up = functional.linear(x, self.a[adapters]), self.b[adapters]
+        rank, begin = up.shape[1], 0
         for part, width in enumerate(self.parts):
-            rows = slice(begin, begin + width)
-            some = down[..., part * rank : (part + 1) * rank]
-            y[..., rows] += functional.linear(some, self.b[adapters, rows])
+            some = down.narrow(-1, part * rank, rank)
+            y.narrow(-1, begin, width).add_(functional.linear(some, up.narrow(0, begin, width)))
             begin += width
         return y
