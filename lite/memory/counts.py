@@ -177,7 +177,7 @@ def onnx_adapter_bytes(config: DecoderConfig, ranks: Sequence[int], *, itemsize:
     rank, values = -(-largest // block) * block, 0
     for out_features, in_features in layer_linear_shapes(config).values():
         blocks = math.ceil(in_features / (onnx_block_size(in_features, None) or 16)) + out_features / block
-        # As of the decoder's linears. 18.2 MiB were resident of each of rank 64 on 3 layers of a 7B model, and 17.8 are
+        # As of the decoder's linears. 47 MiB were resident of one of rank 64 on 8 layers of a 7B model, and 44 are
         # counted (ONNX Runtime 1.32, AVX-512, December 2026).
         values += round(rank * (in_features + out_features + blocks * (4 + 4 + 4)))
     return config.num_hidden_layers * len(ranks) * values
@@ -323,8 +323,8 @@ def onnx_prefill_work_bytes(
     # gate and up side by side, then each, and silu(gate): 5. Queries, keys and values side by side and each by itself,
     # turned, and what comes of them; the residual stream before and after, its norm. As wide as q, one is for both.
     widths = 5 * inner + 4 * q + 6 * kv + (3 if q == hidden else 4) * hidden
-    # With adapters what they add to gate and up, too, each and side by side: 131 MiB more were measured, 129 counted.
-    widths += 4 * inner if adapters else 0
+    # With adapters what they add to gate and up, too, and the sum: 158 to 164 MiB more were measured, 161 are counted.
+    widths += 5 * inner if adapters else 0
     chunk = min(num_tokens, ONNX_CHUNK_SIZE)
     work = round(_ONNX_HELD * chunk * widths * itemsize)
     if int8_cache and itemsize == ITEMSIZE["float32"]:
