@@ -14,7 +14,6 @@ from typing import Final
 _M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
 _MADV_COLLAPSE: Final = 25  # of Linux 6.1
 _LARGE_PAGE: Final = 2 << 20
-_FEW_PAGES: Final = 2
 _PRIVATE_MEMORY: Final = re.compile(r"^(\w+)-(\w+) rw-p 00000000 00:00 0 *(?:\[heap\])?$", re.MULTILINE)
 """A line of /proc/self/maps: memory that no file is behind, and no stack."""
 _CGROUP_MEMORY_MAX: Final = Path("/sys/fs/cgroup/memory.max")
@@ -79,12 +78,17 @@ def use_large_pages() -> None:
         maps = Path("/proc/self/maps").read_text(encoding="ascii", errors="replace")
     except OSError:
         return
-    madvise = ctypes.CDLL(None).madvise
     for begin, end in _PRIVATE_MEMORY.findall(maps):
-        start, stop = -(-int(begin, 16) // _LARGE_PAGE), int(end, 16) // _LARGE_PAGE
-        if stop - start >= _FEW_PAGES:
-            # What it says is no matter: older systems refuse it, and a part without memory stays as it is.
-            madvise(ctypes.c_void_p(start * _LARGE_PAGE), ctypes.c_size_t((stop - start) * _LARGE_PAGE), _MADV_COLLAPSE)
+        _collapse(-(-int(begin, 16) // _LARGE_PAGE), int(end, 16) // _LARGE_PAGE)
+
+
+def _collapse(first: int, end: int) -> None:
+    """Make large pages of some places of theirs; Linux ends at one without memory, and older ones refuse all."""
+    place, size = ctypes.c_void_p(first * _LARGE_PAGE), ctypes.c_size_t((end - first) * _LARGE_PAGE)
+    if first < end and ctypes.CDLL(None).madvise(place, size, _MADV_COLLAPSE) and end - first > 1:
+        middle = (first + end) // 2
+        _collapse(first, middle)
+        _collapse(middle, end)
 
 
 def memory_of_machine() -> int | None:
