@@ -96,8 +96,7 @@ def stated(findings: Findings, tokenizer: Tokenizer) -> list[Stated]:
     text = findings.text
     if not text:
         return []
-    letters = (_NOT_SPACE.search(text, *span) for span in sentences(text))
-    starts = [0, *[letter.start() for letter in letters if letter is not None][1:]]
+    starts = _starts(text)
     tokens: list[list[Token]] = [[] for _ in starts]
     for token in _tokens(findings, tokenizer):
         place = bisect_right(starts, token.start) - 1
@@ -111,6 +110,14 @@ def stated(findings: Findings, tokenizer: Tokenizer) -> list[Stated]:
         agree = [not one.is_false(others) for others in drawn if mine]
         found.append(replace(one, agreement=sum(agree) / len(agree) if agree else None))
     return found
+
+
+def _starts(text: str) -> list[int]:
+    """Return where sentences begin, the first at 0; the number of an item is not one by itself."""
+    letters = [(_NOT_SPACE.search(text, begin, end), end) for begin, end in sentences(text)]
+    starts = [(letter.start(), end) for letter, end in letters if letter is not None]
+    items = [text[start:end].isdigit() for start, end in starts]
+    return [0, *(start for (start, _), in_item in zip(starts[1:], items, strict=False) if not in_item)]
 
 
 def _tokens(findings: Findings, tokenizer: Tokenizer) -> Iterator[Token]:
