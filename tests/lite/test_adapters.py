@@ -132,6 +132,7 @@ def test_rows_of_one_batch_may_use_different_adapters(adapted: Artifact, drafts:
     decoder.capture = capture
     slots = [0, NO_ADAPTER, 1, 0]
     together = decoded(decoder, slots, drafts)
+    decoder.capture = None
     for row, slot in enumerate(slots):
         alone = decoded(decoder, [slot if place == row else NO_ADAPTER for place in range(len(slots))], drafts)
         assert together[row] == alone[row]
@@ -173,14 +174,15 @@ def test_a_default_adapter_is_loaded_unasked_and_used_where_none_is_named(adapte
     assert plan.choices["adapters"][1] == "asked for; south is for requests that name none"
 
 
+def divergence(mean: float) -> Divergence:
+    return Divergence(studies=1, tokens=1, mean_kl=mean, max_kl=mean, same_top=1.0, perplexity_ratio=1.0,
+                      first_divergent_token=None, studies_without_divergence=1.0)  # fmt: skip
+
+
 @pytest.mark.parametrize(("kl", "cache"), [(1e-5, "int8"), (0.5, "float32"), (None, "float32")])
 def test_an_int8_cache_is_taken_unasked_where_it_loses_little_with_the_adapter_too(
     adapted: Artifact, kl: float | None, cache: str
 ) -> None:
-    def divergence(mean: float) -> Divergence:
-        return Divergence(studies=1, tokens=1, mean_kl=mean, max_kl=mean, same_top=1.0, perplexity_ratio=1.0,
-                          first_divergent_token=None, studies_without_divergence=1.0)  # fmt: skip
-
     onnx = dataclasses.replace(
         tiny_onnx_part(int8_cache=True),
         fidelity=DecoderFidelity(data="", divergence=divergence(0.0), int8_cache=divergence(1e-5)),
@@ -193,6 +195,24 @@ def test_an_int8_cache_is_taken_unasked_where_it_loses_little_with_the_adapter_t
     assert plan.cache_dtype == cache
     assert resolve(LoadOptions(engine="onnx"), artifact, MACHINE).cache_dtype == "int8"
     assert plan.losses["with north, from the checkpoint"] == 0.1
+    # The decoder's own figures are those of the default one, asked for or not.
+    default = artifact.with_parts(adapters={"north": dataclasses.replace(part, fidelity=None, is_default=True)})
+    plan = resolve(LoadOptions(engine="onnx", adapters=["north"]), default, MACHINE)
+    assert plan.cache_dtype == "int8"
+    assert "with north, from the checkpoint" not in plan.losses
+
+
+def test_an_adapter_that_loses_much_is_warned_of_where_it_is_loaded(
+    adapted: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    factors = hospital.stored_factors(adapted.decoder_config())
+    artifact = hospital.artifact_with_adapters(adapted.with_parts(adapters={}), tmp_path / "a", north=factors)
+    spoilt = AdapterFidelity(data="list.json", divergence=divergence(0.3), without=divergence(0.3))
+    north = dataclasses.replace(artifact.manifest.parts.adapters["north"], fidelity=spoilt)
+    (artifact.path / "manifest.json").write_text(artifact.manifest.with_parts(adapters={"north": north}).to_json())
+    for names, times in (([], 0), (["north"], 1)):
+        with lite.load(artifact.path, engine="torch", device="cpu", adapters=names):
+            assert caplog.text.count("the decoder with north has lost 0.3 nats a token, more than 4 bits") == times
 
 
 def test_what_onnx_takes_for_adapters_is_in_the_plan(adapted: Artifact) -> None:
