@@ -72,9 +72,10 @@ def adapter_summary(artifact: Artifact, name: str) -> str:
 def _lines(artifact: Artifact, rows: list[tuple[str, str]], flags: str = "") -> str:
     lines = [f"{artifact.path}: artifact {artifact.id} of {artifact.manifest.model}"]
     lines += [f"  {name:<20} {value}" for name, value in rows]
-    warnings = [f"warning: {warning}" for warning in warnings_of(artifact.manifest)]
+    manifest = artifact.manifest
+    warnings = [f"warning: {warning}" for warning in warnings_of(manifest, manifest.parts.adapters)]
     lines += ["", *warnings] if warnings else []
-    lines += ["", artifact.manifest.notice, "", "next:", f"  python -m lite generate {artifact.path} FILM.png{flags}"]
+    lines += ["", manifest.notice, "", "next:", f"  python -m lite generate {artifact.path} FILM.png{flags}"]
     return "\n".join(lines)
 
 

@@ -59,7 +59,7 @@ def load(path: str | os.PathLike[str], **options: Unpack[LoadArguments]) -> Find
     check_names(options, LoadArguments.__annotations__)
     chosen = LoadOptions(**options)
     artifact = as_asked(load_artifact(path), chosen)
-    for warning in warnings_of(artifact.manifest):
+    for warning in warnings_of(artifact.manifest, chosen.adapters):
         _LOG.warning("%s: %s", artifact.path, warning)
     tokenizer, prompt = prompt_of(artifact)
     plan = plan_run(artifact, prompt, chosen, look(chosen, artifact))

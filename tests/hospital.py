@@ -12,7 +12,7 @@ from torch import Tensor
 
 from export.source.shapes import linear_shapes
 from lite.artifact.open import Artifact
-from lite.artifact.parts import AdapterPart, unhashed
+from lite.artifact.parts import PUBLISHED, AdapterPart, unhashed
 from lite.artifact.write import staged_artifact
 from lite.config import DecoderConfig
 from lite.files import link_or_copy
@@ -76,7 +76,8 @@ def artifact_with_adapters(artifact: Artifact, out: Path, **adapters: dict[str, 
             (staged.path / file).parent.mkdir(parents=True)
             save_file(factors, staged.path / file)
             rank = max(factor.shape[0] for key, factor in factors.items() if key.endswith("lora_A"))
-            parts[name] = AdapterPart(factors=file, on="base", rank=rank, files=unhashed(file))
+            own = {"files": unhashed(file), "is_default": name == PUBLISHED}
+            parts[name] = AdapterPart(factors=file, on="base", rank=rank, **own)
         return staged.finish(artifact.manifest.with_parts(adapters=parts))
 
 

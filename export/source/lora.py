@@ -164,12 +164,13 @@ def _pattern(config: dict[str, Any], name: str, where: str) -> dict[str, float]:
     if odd := [key for key in pattern if not _MODULE.fullmatch(key)]:
         msg = f"{where}: got {name} for {odd[0]!r} · expected names of modules, as regular expressions are not run"
         raise CheckpointError(f"{msg} · name each module, or merge it with PEFT first")
-    return {key.strip("^$").replace("\\.", "."): float(value) for key, value in pattern.items()}
+    return {key.rstrip("$").replace("\\.", "."): float(value) for key, value in pattern.items()}
 
 
 def _of_module(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
-    """Return the first value whose key is the module, or the end of its name; so does PEFT."""
-    return next((value for key, value in pattern.items() if f".{module}".endswith(f".{key}")), otherwise)
+    """Return the first value whose key is the end of the module's name, or behind a ^ all of it; so does PEFT."""
+    keys = (key for key in pattern if f".{module}".endswith(f".{key}") or key == f"^{module}")
+    return next((pattern[key] for key in keys), otherwise)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,10 @@ import math
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
     from lite.artifact.manifest import Manifest
-    from lite.artifact.parts import DecoderFidelity
+    from lite.artifact.parts import AdapterFidelity, DecoderFidelity
 
 USUAL_KL: Final = 0.1
 UNUSABLE_KL: Final = 0.5
@@ -61,18 +61,23 @@ def judge(mean_kl: float, same_top: float) -> Judgement:
     return Judgement(text=text, is_warning=not mean_kl <= USUAL_KL)
 
 
-def judged(fidelity: DecoderFidelity) -> Judgement:
-    """Say what a decoder's own divergence means."""
+def judged(fidelity: DecoderFidelity | AdapterFidelity) -> Judgement:
+    """Say what the divergence of a decoder means, alone or with an adapter."""
     return judge(fidelity.divergence.mean_kl, fidelity.divergence.same_top)
 
 
-def warnings_of(manifest: Manifest) -> Iterator[str]:
-    """Say what whoever runs an artifact must not overlook: how much it has lost, and that it was kept all the same."""
+def warnings_of(manifest: Manifest, adapters: Container[str]) -> Iterator[str]:
+    """Say what whoever runs an artifact with adapters must not overlook: that it was refused, how much it has lost."""
     for refusal in manifest.refused:
         yield f"kept at the export though it was refused: {refusal}"
     parts = manifest.parts
     of_onnx = parts.decoder_onnx.fidelity if parts.decoder_onnx is not None else None
-    for name, fidelity in (("the decoder", parts.decoder.fidelity), ("decoder.onnx", of_onnx)):
+    measured: dict[str, DecoderFidelity | AdapterFidelity | None] = {
+        "the decoder": parts.decoder.fidelity,
+        "decoder.onnx": of_onnx,
+        **{f"the decoder with {name}": part.fidelity for name, part in parts.adapters.items() if name in adapters},
+    }
+    for name, fidelity in measured.items():
         if fidelity is not None and (found := judged(fidelity)).is_warning:
             why = f" · {_BUILT_IN}" if fidelity.data == "built-in" else ""
             yield f"{name} has lost {fidelity.divergence.mean_kl:.2g} nats a token, {found.text}{why}"

@@ -67,20 +67,21 @@ def memory_use(before: int, loaded: Peaks, first: Findings) -> MemoryUse:
     )
 
 
-def traffic_of(artifact: Artifact, runs: Sequence[Findings]) -> Traffic | Missing:
-    """Count what a token reads, and measure what the memory it is in can deliver."""
+def traffic_of(artifact: Artifact, runs: Sequence[Findings], adapters: Sequence[str] = ()) -> Traffic | Missing:
+    """Count what a token reads with these adapters loaded, and measure what the memory it is in can deliver."""
     config, part, first = artifact.decoder_config(), artifact.manifest.parts.decoder_onnx, runs[0]
     try:
         # Of a GPU torch asks it, for the onnx engine too: by now no figure is left that torch would change.
         bandwidth = streaming_read_bandwidth(first.device)
     except BackendUnavailable as error:
         return Missing(why="not measured", todo=str(error))
-    ranks = [] if first.adapter is None else [artifact.adapter_part(first.adapter).rank]
+    ranks = [artifact.adapter_part(name).rank for name in adapters]
     if first.engine == "onnx" and part is not None:
         weights = onnx_read_bytes(config, part) + onnx_adapter_bytes(config, ranks, itemsize=ITEMSIZE[part.dtype])
     else:
         itemsize = ITEMSIZE[first.dtype]
-        weights = decode_weight_bytes(config, itemsize=itemsize) + adapter_bytes(config, ranks, itemsize=itemsize)
+        used = [] if first.adapter is None else [max(ranks)]  # of all that are stacked a row reads its own
+        weights = decode_weight_bytes(config, itemsize=itemsize) + adapter_bytes(config, used, itemsize=itemsize)
     context = np.median([findings.num_prompt_tokens + findings.num_new_tokens / 2 for findings in runs])
     cache = int(context * cache_bytes_per_token(config, itemsize=ITEMSIZE[first.cache_dtype]))
     token_s = latency_of(runs).decode_token.p50

@@ -97,10 +97,11 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
     import lite
 
     # To look imports the engine's packages: they are no part of the artifact's memory, nor of its load time.
-    engine = resolve(options, artifact, look(options, artifact)).engine
+    found = resolve(options, artifact, look(options, artifact))
+    engine, adapters = found.engine, found.adapters
     before = rss_bytes() or 0
     on_progress("loading", 0, 1)
-    verify_s, _ = _timed(lambda: artifact.verify(engine=engine, adapters=options.adapters))
+    verify_s, _ = _timed(lambda: artifact.verify(engine=engine, adapters=adapters))
     load_s, model = _timed(lambda: lite.load(path, **dataclasses.asdict(options)))
     loaded = peak_now(model)
     use_large_pages()  # as whatever drafts many studies
@@ -113,14 +114,14 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
     usable = [study for study, draft in zip(job.studies, drafts, strict=True) if draft.error is None]
     batches = tuple(loop.batches(usable, longest))
     on_progress("bandwidth", 0, 1)
-    traffic = traffic_of(artifact, runs)
+    traffic = traffic_of(artifact, runs, adapters)
     plan = loop.planned(1, longest)
     quality: RecordQuality | Missing = NO_REFERENCE
     if reference is not None:
         quality = against_record(reference, drafts, loop.scores(reference))
     on_progress("judging the texts", 0, 1)
     return Row(
-        **_what_ran(artifact, engine, warm[0]),
+        **_what_ran(artifact, engine, adapters, warm[0]),
         name=name,
         path=str(path),
         weight_bytes=plan.decoder_bytes + plan.adapter_bytes + plan.vision_bytes,
@@ -151,7 +152,7 @@ def _reference(job: Job, artifact: Artifact) -> ReferenceRecord | None:
     return reference
 
 
-def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[str, Any]:
+def _what_ran(artifact: Artifact, engine: EngineName, adapters: Sequence[str], first: Findings) -> dict[str, Any]:
     """Return what a row says of the artifact and its settings."""
     parts = artifact.manifest.parts
     names = (
@@ -172,7 +173,7 @@ def _what_ran(artifact: Artifact, engine: EngineName, first: Findings) -> dict[s
         "vision_format": parts.vision.format,
         "image_tokens": f"{first.num_image_tokens}{f' by {first.image_method}' if first.image_method else ''}",
         "provider": first.provider.removesuffix("ExecutionProvider"),
-        "disk_bytes": disk_bytes(artifact, engine, () if first.adapter is None else (first.adapter,)),
+        "disk_bytes": disk_bytes(artifact, engine, adapters),
     }
 
 

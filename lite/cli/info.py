@@ -70,7 +70,7 @@ def _summary(artifact: Artifact) -> Iterator[tuple[str, str]]:
         yield "", f"{record.bytes:>14,} bytes  {record.sha256[:16]}…  {name}"
     yield from _adapters(manifest.parts)
     yield from _fidelity(manifest.parts)
-    for warning in warnings_of(manifest):
+    for warning in warnings_of(manifest, manifest.parts.adapters):
         yield "warning", warning
     yield "notice", manifest.notice
 

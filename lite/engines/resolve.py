@@ -132,6 +132,9 @@ class _Resolver:
         self.adapters, why = adapters_to_load(options.adapters, artifact)
         if self.adapters:
             self.choices["adapters"] = ", ".join(self.adapters), why
+        own = artifact.manifest.parts.adapters
+        # What was measured of each; of the default one the decoder's own figures speak.
+        self.hospitals = {name: own[name].fidelity for name in self.adapters if not own[name].is_default}
         self.loss = self._int8_loss()
         self.small_loss = self.loss is not None and self.loss <= MAX_CACHE_KL
         self.place()
@@ -143,7 +146,7 @@ class _Resolver:
         """Return what an int8 cache loses, in nats a token, with the adapter that it is worst for; None: unknown."""
         found: list[DecoderFidelity | AdapterFidelity | None] = [_fidelity(self.artifact, self.engine)]
         if self.engine == "onnx":  # whose scales were found without the adapters; torch finds them for each token
-            found += [self.artifact.adapter_part(name).fidelity for name in self.options.adapters]
+            found += self.hospitals.values()
         losses = [one.int8_cache.mean_kl if one is not None and one.int8_cache is not None else None for one in found]
         return None if None in losses else max(lost for lost in losses if lost is not None)
 
@@ -296,8 +299,7 @@ class _Resolver:
             losses["int8 cache, from a float one"] = self.loss
         if chosen.int8_prompts and self.shapes.onnx is not None and (part := self.shapes.onnx.prompts) is not None:
             losses["int8 prompts, from stored ones"] = part.divergence.mean_kl if part.divergence is not None else None
-        for name in self.options.adapters:
-            lost = self.artifact.adapter_part(name).fidelity
+        for name, lost in self.hospitals.items():
             losses[f"with {name}, from the checkpoint"] = lost.divergence.mean_kl if lost is not None else None
         return losses
 

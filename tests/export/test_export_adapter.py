@@ -148,6 +148,21 @@ def test_a_lora_that_is_kept_is_what_everybody_gets(
     assert part.fidelity.divergence.mean_kl < 0.5 * part.fidelity.without.mean_kl
 
 
+def test_beside_a_lora_that_is_kept_one_on_top_of_it_is_what_it_is_beside_a_merged_one(
+    northside: Path, folders: Folders, listed: Path, tmp_path: Path, small: Small
+) -> None:
+    kept = export_artifact(*folders, tmp_path / "kept", dataclasses.replace(settings_for(listed), keep_lora=True))
+    on = dataclasses.replace(QUICK, on="published", correction=8)
+    made = [added(northside, small("gptq-int4"), folders, tmp_path / "a", on)[1]]
+    made.append(added(northside, kept, folders, tmp_path / "b", on)[1])
+    assert [part.rank for part in made] == [4 + 8, 4 + 8 + 8]
+    merged, beside = (part.fidelity for part in made)
+    assert merged is not None
+    assert beside is not None
+    assert beside.divergence.mean_kl == pytest.approx(merged.divergence.mean_kl, rel=0.5)
+    assert beside.without.mean_kl == pytest.approx(merged.without.mean_kl, rel=0.05)
+
+
 # -- Refused, with everything as it was ------------------------------------------------------------------------------
 
 

@@ -104,6 +104,7 @@ def test_other_adapters_are_refused_by_name(change: dict[str, Any], named: str) 
         ({"rank_pattern": {"v_proj": 4}}, 8, 2.0),
         ({"rank_pattern": {"0.self_attn.q_proj": 4}, "use_rslora": True}, 4, 8.0),
         ({"rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj$": 2}}, 2, 8.0),
+        ({"rank_pattern": {"^q_proj": 4}}, 8, 2.0),  # of a name that begins so
         ({"rank_pattern": {"1.self_attn.q_proj": 4}}, 8, 2.0),
         ({"rank_pattern": {"proj": 4}}, 8, 2.0),  # the end of a name, and whole words of it
         ({"alpha_pattern": {"self_attn.q_proj": 4}}, 8, 0.5),

@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from recording import record
 from tiny import film, tiny_onnx_part
 
 import lite
 from lite.artifact.manifest import Manifest
 from lite.artifact.open import Artifact, load_artifact
-from lite.artifact.parts import AdapterFidelity, DecoderFidelity, Divergence, FileRecord, unhashed
+from lite.artifact.parts import PUBLISHED, AdapterFidelity, DecoderFidelity, Divergence, FileRecord, unhashed
 from lite.engines.adapters import Adapters
 from lite.engines.machine import Machine
 from lite.engines.options import LoadOptions
@@ -26,7 +27,10 @@ from lite.engines.segments import divide, score
 from lite.engines.torch_engine.linear import linears_of
 from lite.engines.torch_engine.load import load_decoder
 from lite.errors import ArtifactError, LiteError
-from lite.memory.counts import adapter_bytes
+from lite.eval.calibration import beside, find_calibration
+from lite.memory.counts import adapter_bytes, onnx_adapter_bytes
+from lite.memory.plan import plan_memory
+from lite.serve.models import model_names
 from lite.vision import VisionEncoder
 
 IDS = (1, 5, 9, 11, 30, 17)
@@ -121,11 +125,14 @@ def decoded(decoder: Any, adapters: list[int], drafts: int = 0) -> list[list[int
     return tokens
 
 
+@pytest.mark.parametrize("capture", [None, record])
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_rows_of_one_batch_may_use_different_adapters(adapted: Artifact, drafts: int) -> None:
+def test_rows_of_one_batch_may_use_different_adapters(adapted: Artifact, drafts: int, capture: Any) -> None:
     decoder = load_decoder(adapted, device="cpu", adapters=NAMES)
+    decoder.capture = capture
     slots = [0, NO_ADAPTER, 1, 0]
     together = decoded(decoder, slots, drafts)
+    decoder.capture = None
     for row, slot in enumerate(slots):
         alone = decoded(decoder, [slot if place == row else NO_ADAPTER for place in range(len(slots))], drafts)
         assert together[row] == alone[row]
@@ -167,14 +174,15 @@ def test_a_default_adapter_is_loaded_unasked_and_used_where_none_is_named(adapte
     assert plan.choices["adapters"][1] == "asked for; south is for requests that name none"
 
 
+def divergence(mean: float) -> Divergence:
+    return Divergence(studies=1, tokens=1, mean_kl=mean, max_kl=mean, same_top=1.0, perplexity_ratio=1.0,
+                      first_divergent_token=None, studies_without_divergence=1.0)  # fmt: skip
+
+
 @pytest.mark.parametrize(("kl", "cache"), [(1e-5, "int8"), (0.5, "float32"), (None, "float32")])
 def test_an_int8_cache_is_taken_unasked_where_it_loses_little_with_the_adapter_too(
     adapted: Artifact, kl: float | None, cache: str
 ) -> None:
-    def divergence(mean: float) -> Divergence:
-        return Divergence(studies=1, tokens=1, mean_kl=mean, max_kl=mean, same_top=1.0, perplexity_ratio=1.0,
-                          first_divergent_token=None, studies_without_divergence=1.0)  # fmt: skip
-
     onnx = dataclasses.replace(
         tiny_onnx_part(int8_cache=True),
         fidelity=DecoderFidelity(data="", divergence=divergence(0.0), int8_cache=divergence(1e-5)),
@@ -187,6 +195,41 @@ def test_an_int8_cache_is_taken_unasked_where_it_loses_little_with_the_adapter_t
     assert plan.cache_dtype == cache
     assert resolve(LoadOptions(engine="onnx"), artifact, MACHINE).cache_dtype == "int8"
     assert plan.losses["with north, from the checkpoint"] == 0.1
+    # The decoder's own figures are those of the default one, asked for or not.
+    default = artifact.with_parts(adapters={"north": dataclasses.replace(part, fidelity=None, is_default=True)})
+    plan = resolve(LoadOptions(engine="onnx", adapters=["north"]), default, MACHINE)
+    assert plan.cache_dtype == "int8"
+    assert "with north, from the checkpoint" not in plan.losses
+
+
+def test_an_adapter_that_loses_much_is_warned_of_where_it_is_loaded(
+    adapted: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    factors = hospital.stored_factors(adapted.decoder_config())
+    artifact = hospital.artifact_with_adapters(adapted.with_parts(adapters={}), tmp_path / "a", north=factors)
+    spoilt = AdapterFidelity(data="list.json", divergence=divergence(0.3), without=divergence(0.3))
+    north = dataclasses.replace(artifact.manifest.parts.adapters["north"], fidelity=spoilt)
+    (artifact.path / "manifest.json").write_text(artifact.manifest.with_parts(adapters={"north": north}).to_json())
+    for names, times in (([], 0), (["north"], 1)):
+        with lite.load(artifact.path, engine="torch", device="cpu", adapters=names):
+            assert caplog.text.count("the decoder with north has lost 0.3 nats a token, more than 4 bits") == times
+
+
+def test_what_onnx_takes_for_adapters_is_in_the_plan(adapted: Artifact) -> None:
+    config, parts = adapted.decoder_config(), adapted.manifest.parts
+    own = parts.adapters["north"]
+    own = dataclasses.replace(own, projector="own", files=own.files | {"own": FileRecord(bytes=1 << 20, sha256="")})
+    artifact = adapted.with_parts(decoder_onnx=tiny_onnx_part(), adapters=parts.adapters | {"own": own})
+    asked = ((), NAMES, ("own", "south"))
+    none, both, projected = (resolve(LoadOptions(engine="onnx", adapters=names), artifact, MACHINE) for names in asked)
+    taken = onnx_adapter_bytes(config, [4, 6])
+    assert none.memory.adapter_bytes == 0
+    assert both.memory.adapter_bytes == projected.memory.adapter_bytes == taken == 2 * onnx_adapter_bytes(config, [6])
+    # They are in the graph for prompts once more.
+    twice = plan_memory(both.shapes, dataclasses.replace(both.workload, int8_prompts=True))
+    assert twice.adapter_bytes == 2 * taken
+    assert both.memory.prefill_work_bytes > none.memory.prefill_work_bytes
+    assert projected.memory.vision_bytes - both.memory.vision_bytes >= 1 << 20
 
 
 # -- By the façade ---------------------------------------------------------------------------------------------------
@@ -226,6 +269,41 @@ def test_scoring_takes_an_adapter(model: Any) -> None:
     plain, north = (model.score(film(3), [40, 41], adapter=name) for name in (None, "north"))
     assert plain.shape == north.shape
     assert np.abs(plain - north).max() > 0.1
+
+
+def test_a_film_is_seen_by_the_projector_of_its_adapter(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, see = [], VisionEncoder.__call__
+
+    def noted(self: VisionEncoder, *given: Any, adapter: int) -> Any:
+        seen.append(adapter)
+        return see(self, *given, adapter=adapter)
+
+    monkeypatch.setattr(VisionEncoder, "__call__", noted)
+    for name in (None, "south", "north"):
+        model.findings(film(78), max_new_tokens=1, adapter=name)
+    assert seen == [NO_ADAPTER, 1, 0]
+
+
+def test_whoever_names_none_gets_the_lora_that_was_kept(
+    adapted: Artifact, tiny_gptq_artifact: Artifact, tmp_path: Path
+) -> None:
+    north, published = (hospital.stored_factors(adapted.decoder_config(), seed=seed) for seed in (1, 2))
+    out = tmp_path / "kept"
+    hospital.artifact_with_adapters(tiny_gptq_artifact, out, north=north, published=published)
+    with lite.load(out, engine="torch", device="cpu", adapters=["north"]) as model:
+        asked = (None, PUBLISHED, "north")
+        found = [model.findings(film(79), max_new_tokens=6, reuse=False, adapter=name) for name in asked]
+        assert [one.adapter for one in found] == [PUBLISHED, PUBLISHED, "north"]
+        assert found[0].token_ids == found[1].token_ids != found[2].token_ids
+        assert model_names(model) == (model.artifact.manifest.model, "north")
+        beside(out, PUBLISHED).write_text("{}")
+        with pytest.raises(LiteError, match=r"kept\.published\.confidence\.json"):
+            find_calibration("auto", model)
+        assert find_calibration("auto", model, "north") is None
+    file = out / "adapters/published/factors.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ArtifactError, match="factors.safetensors: got sha256"):
+        lite.load(out, engine="torch", device="cpu")
 
 
 def test_what_is_not_loaded_and_what_is_not_there_are_named(model: Any, adapted: Artifact) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import hospital
 import pytest
+from bench_command import write_list
 
 from lite.__main__ import main
 from lite.artifact.open import Artifact
@@ -51,6 +54,22 @@ def test_generate_and_run_use_it_and_a_file_is_of_one(
     assert "got drafts with the adapter a · expected no adapter" in run("confidence", results, *ON)[2]
     assert "0 sentences that state something" in run("confidence", results, "--adapter", "a", *ON)[2]
     assert "0 sentences that state something" in run("confidence", listed, "--adapter", "b", *ON)[2]
+
+
+def test_confidence_is_of_the_adapter_that_is_named_or_of_the_artifacts_own(
+    run: Run, adapted_artifact: Artifact, films: list[Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("lite.eval.calibration.find_calibration", lambda *given: asked.append(given[2]))
+    for name in ([], ["--adapter", "b"]):
+        assert run("generate", films[0], *ON, *name, "--confidence", "auto")[0] == 0
+    assert asked == [None, "b"]
+    own = tmp_path / "own"
+    factors = hospital.stored_factors(adapted_artifact.decoder_config())
+    hospital.artifact_with_adapters(adapted_artifact.with_parts(adapters={}), own, published=factors)
+    listed = write_list(tmp_path, films[:1])
+    assert main(["confidence", str(own), str(listed), *ON]) == 1
+    assert "0 sentences that state something" in capsys.readouterr().err
 
 
 def test_a_worker_of_a_cluster_uses_it(adapted_artifact: Artifact, films: list[Path]) -> None:

@@ -151,7 +151,7 @@ def test_an_adapter_is_what_its_factors_say(graphs: Any, artifact: Artifact, slo
             )
             dense = dense + torch.from_numpy(np.concatenate([np.float32(b) @ np.float32(a) for b, a in each]))
         linear.weights = (dense,)
-    decoder = graphs(adapters=NAMES)
+    decoder = graphs(adapters=NAMES[: slot + 1])  # without the wide one linears have different ranks
     for study in range(3):
         image, ids = IMAGES[study], PROMPTS[study]
         expected = np.array(score(exact, ids, TARGETS, torch.from_numpy(image), num_image_tokens=len(image)))
