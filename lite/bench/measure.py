@@ -24,7 +24,7 @@ from lite.artifact.open import load_artifact
 from lite.bench.costs import counted, disk_bytes, latency_of, memory_use, out_of_memory, peak_now, traffic_of
 from lite.bench.machine import energy_meter
 from lite.bench.quality import NO_REFERENCE, Clinical, against_record, against_reports
-from lite.bench.results import Draft, NotRun, RecordQuality, Row, Throughput
+from lite.bench.results import Draft, NotRun, Row, Throughput
 from lite.engines.machine import look
 from lite.engines.options import LoadOptions
 from lite.engines.protocol import EngineName
@@ -116,9 +116,7 @@ def measure(job: Job, path: Path, options: LoadOptions, *, name: str, on_progres
     on_progress("bandwidth", 0, 1)
     traffic = traffic_of(artifact, runs, adapters)
     plan = loop.planned(1, longest)
-    quality: RecordQuality | Missing = NO_REFERENCE
-    if reference is not None:
-        quality = against_record(reference, drafts, loop.scores(reference))
+    quality = NO_REFERENCE if reference is None else against_record(reference, drafts, loop.scores(reference))
     on_progress("judging the texts", 0, 1)
     return Row(
         **_what_ran(artifact, engine, adapters, warm[0]),

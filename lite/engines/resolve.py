@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lite.artifact.open import Artifact
-    from lite.artifact.parts import AdapterFidelity, DecoderFidelity
+    from lite.artifact.parts import DecoderFidelity
     from lite.engines.machine import Gpu, Machine
     from lite.engines.options import LoadOptions
     from lite.engines.protocol import EngineName
@@ -132,8 +132,7 @@ class _Resolver:
         self.adapters, why = adapters_to_load(options.adapters, artifact)
         if self.adapters:
             self.choices["adapters"] = ", ".join(self.adapters), why
-        own = artifact.manifest.parts.adapters
-        # What was measured of each; of the default one the decoder's own figures speak.
+        own = artifact.manifest.parts.adapters  # of the default one the decoder's own figures speak
         self.hospitals = {name: own[name].fidelity for name in self.adapters if not own[name].is_default}
         self.loss = self._int8_loss()
         self.small_loss = self.loss is not None and self.loss <= MAX_CACHE_KL
@@ -144,9 +143,8 @@ class _Resolver:
 
     def _int8_loss(self) -> float | None:
         """Return what an int8 cache loses, in nats a token, with the adapter that it is worst for; None: unknown."""
-        found: list[DecoderFidelity | AdapterFidelity | None] = [_fidelity(self.artifact, self.engine)]
-        if self.engine == "onnx":  # whose scales were found without the adapters; torch finds them for each token
-            found += self.hospitals.values()
+        # Of onnx the scales were found without the adapters; torch finds them for each token.
+        found = _fidelity(self.artifact, self.engine), *(self.hospitals.values() if self.engine == "onnx" else ())
         losses = [one.int8_cache.mean_kl if one is not None and one.int8_cache is not None else None for one in found]
         return None if None in losses else max(lost for lost in losses if lost is not None)
 
