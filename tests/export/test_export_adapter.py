@@ -122,7 +122,8 @@ def test_a_projector_of_its_own_is_written_and_the_published_one_is_not(
     published = source.projector.read(source.projector.entries)
     factors = hospital.random_factors(source.decoder)
     same = hospital.write_folder(tmp_path / "same", factors, projector=published)
-    changed = {name: tensor * 1.5 for name, tensor in published.items()}
+    name = max(published)
+    changed = published | {name: published[name] + 0.5}  # one tensor is enough
     other = hospital.write_folder(tmp_path / "other", factors, projector=changed)
     assert added(same, small("fp16"), folders, tmp_path / "a")[1].projector is None
     _, part = added(other, small("fp16"), folders, tmp_path / "b")
@@ -152,7 +153,7 @@ def test_beside_a_lora_that_is_kept_one_on_top_of_it_is_what_it_is_beside_a_merg
     northside: Path, folders: Folders, listed: Path, tmp_path: Path, small: Small
 ) -> None:
     kept = export_artifact(*folders, tmp_path / "kept", dataclasses.replace(settings_for(listed), keep_lora=True))
-    on = dataclasses.replace(QUICK, on="published", correction=8)
+    on = dataclasses.replace(QUICK, on="published", correction=8, verify_data=listed)
     made = [added(northside, small("gptq-int4"), folders, tmp_path / "a", on)[1]]
     made.append(added(northside, kept, folders, tmp_path / "b", on)[1])
     assert [part.rank for part in made] == [4 + 8, 4 + 8 + 8]
@@ -161,6 +162,7 @@ def test_beside_a_lora_that_is_kept_one_on_top_of_it_is_what_it_is_beside_a_merg
     assert beside is not None
     assert beside.divergence.mean_kl == pytest.approx(merged.divergence.mean_kl, rel=0.5)
     assert beside.without.mean_kl == pytest.approx(merged.without.mean_kl, rel=0.05)
+    assert beside.label_f1_without is not None
 
 
 # -- Refused, with everything as it was ------------------------------------------------------------------------------

@@ -104,7 +104,12 @@ def test_a_fold_is_taken_only_if_it_is_worth_it(tmp_path: Path, worth: bool, mon
     settings = ExportSettings(
         decoder_format="gptq-int8", gptq=GptqSettings(group_size=-1, calibration_data="list.json"), device="cpu"
     )
-    quantizer = LayerQuantizer("layer", layer(0), CONFIG, settings)
+    lora = {name: torch.ones_like(weight) for name, weight in layer(0).items() if "proj" in name}
+    quantizer = LayerQuantizer("layer", layer(0), CONFIG, settings, beside=lora)
     quantizer.quantize(states, states.beside(tmp_path / "out"), KINDS, IMPORTANCE)
+    # What is beside a weight is scaled with it: its columns twice, and in v and up its rows half again.
+    for name, beside in quantizer.beside.items():
+        expected = 2.0 if worth and not name.startswith(("self_attn.v_", "mlp.up_")) else 1.0
+        torch.testing.assert_close(beside, torch.full_like(beside, expected))
     for norm in quantizer.norms.values():
         torch.testing.assert_close(norm, torch.full_like(norm, 0.5 if worth else 1.0))
