@@ -8,7 +8,7 @@ from lite.engines.onnx_session import CPU
 from lite.errors import LiteError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from lite.artifact.open import Artifact
     from lite.artifact.parts import PromptWeights
@@ -21,7 +21,7 @@ MAX_PROMPT_SHARE: Final = 0.1
 
 
 def prompt_ways(
-    asked: PromptWeights | None, artifact: Artifact, provider: str | None, machine: Machine
+    asked: PromptWeights | None, artifact: Artifact, provider: str | None, machine: Machine, adapters: Collection[str]
 ) -> Iterator[tuple[bool, str]]:
     """Yield whether prompts may be read by int8 weights, the preferred way first, each with the reason.
 
@@ -30,6 +30,7 @@ def prompt_ways(
         artifact: a checked one with `decoder.onnx`.
         provider: that will compute it.
         machine: what there is.
+        adapters: of hospitals, that are loaded: what int8 prompts lose with them is not measured.
 
     Raises:
         LiteError: int8 ones are asked for, and something that they take is not there.
@@ -43,7 +44,8 @@ def prompt_ways(
     elif asked == "stored":
         yield False, "asked for"
     else:
-        against = problem or _lost_too_much(artifact)
+        unknown = f"what int8 ones lose with {', '.join(adapters)} was not measured" if adapters else None
+        against = problem or _lost_too_much(artifact) or unknown
         if against is None:
             yield True, "the artifact has them: a prompt takes 0.6 of its time"
         yield False, against or "int8 ones do not fit the memory"

@@ -397,4 +397,4 @@ class _Onnx(_Resolver):
             yield "int8", f"1.4 times as fast on a CPU, a quarter of the memory; {self.int8_reason}"
 
     def prompts(self) -> Iterator[tuple[bool, str]]:
-        yield from prompt_ways(self.options.prompt_weights, self.artifact, self.provider, self.machine)
+        yield from prompt_ways(self.options.prompt_weights, self.artifact, self.provider, self.machine, self.hospitals)

@@ -22,7 +22,7 @@ from export.write.decoder_onnx import DATA_NAME, external_tensor
 from export.write.onnx_graph import CONTRIB
 from export.write.prompt_graphs import EXACTNESS_NAME, write_prompt_graphs
 from lite.artifact.open import Artifact, load_artifact
-from lite.artifact.parts import Divergence
+from lite.artifact.parts import AdapterPart, Divergence, unhashed
 from lite.engines.machine import Machine, look
 from lite.engines.onnx_engine.decoder import OnnxDecoder
 from lite.engines.onnx_session import CPU, adds_int8_exactly, open_session
@@ -205,13 +205,15 @@ def test_what_excludes_them(tmp_path: Path, tiny_gptq_artifact: Artifact, capsys
 
 
 def test_they_are_taken_unasked_where_there_is_all_they_take(artifact: Artifact) -> None:
-    measured = with_divergence(artifact, 1e-4)
+    measured, north = with_divergence(artifact, 1e-4), AdapterPart(factors="f", on="base", rank=4, files=unhashed("f"))
+    adapted = measured.with_parts(adapters={"north": north})
     small = dataclasses.replace(EXACT, adds_int8_exactly=False)
-    assert plan(measured).prompt_weights == "int8"
+    assert plan(measured).prompt_weights == plan(adapted).prompt_weights == "int8"
     cases: list[tuple[Artifact, Machine, dict[str, Any], str]] = [
         (measured, EXACT, {"prompt_weights": "stored"}, "asked for"),
         (measured, small, {}, "does not add int8 products up exactly"),
         (measured, dataclasses.replace(EXACT, memory_bytes=1), {}, "do not fit the memory"),
+        (adapted, EXACT, {"adapters": ("north",)}, "what int8 ones lose with north was not measured"),
         (with_divergence(artifact, None), EXACT, {}, "was not measured"),
         (with_divergence(artifact, 5.0), EXACT, {}, "lost 5 nats a token at export"),
     ]

@@ -24,9 +24,9 @@ def counted(model: FindingsModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts[0] += len(segment.input_ids)
         return extend(segment, cache)
 
-    def seen(*arguments: Any) -> Any:
+    def seen(*arguments: Any, **about: Any) -> Any:
         counts[1] += 1
-        return see(*arguments)
+        return see(*arguments, **about)
 
     monkeypatch.setattr(model.decoder, "extend", extended)
     monkeypatch.setattr(type(model.vision), "__call__", seen)
