@@ -36,7 +36,7 @@ def test_the_decoder_on_the_kernels_is_the_decoder_without(interpreted: Any, nam
     assert got["tiled"] == [True] * 8 + [False]
     assert expected["tiled"] == [False] * (2 * 7 + 1)
     # The steps are those that a graph would hold: all three rows, whichever are free.
-    assert (got["steps"], expected["steps"]) == ([[3, 0, 0]], [])
+    assert (got["steps"], expected["steps"]) == ([[3, 0, 0, False]], [])
     assert got["num_cached_tokens"] == expected["num_cached_tokens"]
     assert len(got["logits"]) == len(expected["logits"]) == 3 + 2 + 3
     for ours, theirs in zip(map(torch.tensor, got["logits"]), map(torch.tensor, expected["logits"]), strict=True):

@@ -172,6 +172,6 @@ def test_the_page_lets_choose_where_there_are_several(
     page.locator("#list .open").nth(1).click()
     page.wait_for_selector("#draft:not(:disabled)")
     assert choice.input_value() == "b"
-    page.goto(plain.url)
+    page = open_page(width, url=plain.url)
     page.wait_for_selector("#server:has-text('torch')")
-    assert not choice.is_visible()
+    assert not page.get_by_label("Model", exact=True).is_visible()
