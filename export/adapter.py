@@ -130,7 +130,7 @@ def _open_sources(folder: Path, base: Path, published: Path, artifact: Artifact,
             raise CheckpointError(f"{option} {given}: got {got} · expected the folder of a LoRA · check the path")
     source = open_checkpoint(published, base, other_base=True)
     adapter = open_adapter(folder, source.decoder, projector_shapes(source.decoder, source.tower))
-    on = settings.on or _trained_on(adapter, base, published, artifact)
+    on = _trained_on(adapter, base, published, artifact, settings.on)
     is_merged = PUBLISHED not in artifact.manifest.parts.adapters
     own: tuple[HasPairs, ...] = (adapter,) if on == "base" else (source.adapter, adapter)
     taken_out: tuple[HasPairs, ...] = (Undone(source.adapter),) if is_merged and on == "base" else ()
@@ -144,16 +144,24 @@ def _open_sources(folder: Path, base: Path, published: Path, artifact: Artifact,
     )
 
 
-def _trained_on(adapter: AdapterSource, base: Path, published: Path, artifact: Artifact) -> TrainedOn:
-    """Read from its configuration on which of the two the adapter was trained."""
+def _trained_on(
+    adapter: AdapterSource, base: Path, published: Path, artifact: Artifact, asked: TrainedOn | None
+) -> TrainedOn:
+    """Read from its configuration on which of the two the adapter was trained, unless that is said."""
     said = adapter.config.base_name.lower()
     of_base = {base.resolve().name.lower(), "vicuna-7b-v1.5"}
     of_published = {published.resolve().name.lower(), artifact.manifest.model.rpartition("/")[2].lower()}
-    if said in of_base - of_published:
-        return "base"
-    if said in of_published - of_base:
-        return "published"
+    found: TrainedOn | None = "base" if said in of_base - of_published else None
+    found = "published" if said in of_published - of_base else found
     named = adapter.config.base_model_name_or_path
+    if asked is not None:
+        if found not in (None, asked):
+            _LOG.warning(
+                "got --on %s of an adapter whose configuration names %s · see that its texts are right", asked, named
+            )
+        return asked
+    if found is not None:
+        return found
     msg = f"got an adapter whose configuration names {named!r} as its base · expected {base.resolve().name}, or "
     msg += f"{artifact.manifest.model}, into which the published LoRA was merged"
     raise CheckpointError(f"{msg} · say which it was trained on: --on base, or --on published")

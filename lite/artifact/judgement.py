@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lite.artifact.parts import AdapterFidelity, DecoderFidelity
 
 USUAL_KL: Final = 0.1
+_WORSE_F1: Final = 0.05
 UNUSABLE_KL: Final = 0.5
 _GRADES: Final = (
     (1e-4, "no more than noise (float16 against bfloat16: 2.5e-5)"),
@@ -81,3 +82,8 @@ def warnings_of(manifest: Manifest, adapters: Container[str]) -> Iterator[str]:
         if fidelity is not None and (found := judged(fidelity)).is_warning:
             why = f" · {_BUILT_IN}" if fidelity.data == "built-in" else ""
             yield f"{name} has lost {fidelity.divergence.mean_kl:.2g} nats a token, {found.text}{why}"
+    for name, part in parts.adapters.items():
+        if name in adapters and part.fidelity is not None:
+            own, without = part.fidelity.label_f1, part.fidelity.label_f1_without
+            if own is not None and without is not None and own < without - _WORSE_F1:
+                yield f"with {name} texts had label F1 {own:.3f} at the export, without it {without:.3f}"

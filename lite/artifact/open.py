@@ -74,8 +74,10 @@ class Artifact:
         """
         adapters = self.manifest.parts.adapters
         if name not in adapters:
-            known = f"one of {', '.join(adapters)}" if adapters else "none, as the artifact has no adapters"
-            msg = f"{self.path}: got the adapter {name!r} · expected {known} · choose one of them, or add it"
+            known, choose = "none, as the artifact has no adapters", ""
+            if adapters:
+                known, choose = f"one of {', '.join(adapters)}", "choose one of them, or "
+            msg = f"{self.path}: got the adapter {name!r} · expected {known} · {choose}add it"
             raise LiteError(f"{msg} with `python -m export adapter`")
         return adapters[name]
 

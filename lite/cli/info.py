@@ -85,6 +85,8 @@ def _adapters(parts: Parts) -> Iterator[tuple[str, str]]:
             continue
         along = f"along the reports of {found.divergence.studies} studies ({found.data})"
         yield "  with it", f"{found.divergence} from the checkpoint with it, {along}"
+        others = {"  decoder.onnx": found.onnx, "  int8 cache": found.int8_cache}
+        yield from ((what, f"{lost} more, with it") for what, lost in others.items() if lost is not None)
         if found.label_f1 is not None:
             without = "" if found.label_f1_without is None else f", {found.label_f1_without:.3f} without it"
             yield "  its texts", f"label F1 {found.label_f1:.3f}{without}"

@@ -82,7 +82,9 @@ def basic_text_sr(film: Path | bytes, findings: Findings, *, created: datetime, 
                 SeriesDescription=SHORT_NOTICE,
                 ReferencedPerformedProcedureStepSequence=[],
                 Manufacturer=NAME,
-                ManufacturerModelName=model.replace("\\", "/")[:64],
+                ManufacturerModelName=(f"{findings.adapter}, {model}" if findings.adapter else model).replace(
+                    "\\", "/"
+                )[:64],
                 DeviceSerialNumber=findings.artifact_id[:64],
                 SoftwareVersions=__version__,
             )

@@ -197,7 +197,7 @@ def test_a_name_that_clients_could_not_use_is_refused(
 
 
 def test_what_it_was_trained_on_has_to_be_said_where_the_configuration_does_not(
-    source: Checkpoint, small: Small, folders: Folders, tmp_path: Path
+    source: Checkpoint, small: Small, folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     factors = hospital.random_factors(source.decoder)
     folder = hospital.write_folder(tmp_path / "a", factors, base="/home/someone/llava-merged")
@@ -205,6 +205,10 @@ def test_what_it_was_trained_on_has_to_be_said_where_the_configuration_does_not(
         added(folder, small("fp16"), folders, tmp_path / "out")
     on = hospital.write_folder(tmp_path / "b", factors, base="somewhere/llava-rad-phantom")
     assert added(on, small("fp16"), folders, tmp_path / "out")[1].on == "published"
+    assert "got --on" not in caplog.text
+    other = dataclasses.replace(QUICK, on="base")
+    assert added(on, small("fp16"), folders, tmp_path / "other", other)[1].on == "base"
+    assert "got --on base of an adapter whose configuration names somewhere/llava-rad-phantom" in caplog.text
 
 
 def test_an_adapter_is_replaced_only_where_that_is_asked_for(

@@ -206,12 +206,14 @@ def test_an_adapter_that_loses_much_is_warned_of_where_it_is_loaded(
 ) -> None:
     factors = hospital.stored_factors(adapted.decoder_config())
     artifact = hospital.artifact_with_adapters(adapted.with_parts(adapters={}), tmp_path / "a", north=factors)
-    spoilt = AdapterFidelity(data="list.json", divergence=divergence(0.3), without=divergence(0.3))
+    spoilt = AdapterFidelity(data="list.json", divergence=divergence(0.3), without=divergence(0.3), label_f1=0.6,
+                             label_f1_without=0.8)  # fmt: skip
     north = dataclasses.replace(artifact.manifest.parts.adapters["north"], fidelity=spoilt)
     (artifact.path / "manifest.json").write_text(artifact.manifest.with_parts(adapters={"north": north}).to_json())
     for names, times in (([], 0), (["north"], 1)):
         with lite.load(artifact.path, engine="torch", device="cpu", adapters=names):
             assert caplog.text.count("the decoder with north has lost 0.3 nats a token, more than 4 bits") == times
+            assert caplog.text.count("with north texts had label F1 0.600 at the export, without it 0.800") == times
 
 
 def test_what_onnx_takes_for_adapters_is_in_the_plan(adapted: Artifact) -> None:

@@ -63,7 +63,7 @@ def tree(item: Any) -> list[tuple[str, str, Any]]:
 def test_a_report_has_the_films_patient_and_says_what_it_is(findings: Findings, case: str, tmp_path: Path) -> None:
     attributes, text = CASES[case]
     source = film_at(tmp_path / "film.dcm", **attributes)
-    cut = dataclasses.replace(findings, text=text, finish_reason="length")
+    cut = dataclasses.replace(findings, text=text, finish_reason="length", adapter="north")
     out = tmp_path / "report.dcm"
     basic_text_sr(source, cut, created=CREATED, model="a model").save_as(out, enforce_file_format=True)
     report, original = pydicom.dcmread(out), pydicom.dcmread(source)
@@ -74,7 +74,7 @@ def test_a_report_has_the_films_patient_and_says_what_it_is(findings: Findings, 
     assert (report.ReferringPhysicianName, report.SOPClassUID.name) == ("", "Basic Text SR Storage")
     assert (report.CompletionFlag, report.CompletionFlagDescription) == ("PARTIAL", "cut after 3 tokens")
     assert (report.VerificationFlag, report.PreliminaryFlag) == ("UNVERIFIED", "PRELIMINARY")
-    assert (report.Manufacturer, report.ManufacturerModelName) == ("llava-rad-lite", "a model")
+    assert (report.Manufacturer, report.ManufacturerModelName) == ("llava-rad-lite", "north, a model")
     assert (report.DeviceSerialNumber, report.SoftwareVersions) == (findings.artifact_id, __version__)
     assert (report.ContentDate, report.ContentTime, report.Modality) == ("20260301", "123005", "SR")
     assert not report.PerformedProcedureCodeSequence

@@ -13,7 +13,8 @@ An artifact holds no such graph. Where adapters are loaded, nodes are put behind
 outputs that they add to get other names. They stand behind their readers: ONNX Runtime sorts the nodes of a graph.
 
 The columns of h that are another adapter's are 0, whatever they were, and each block of them is rounded by itself: they
-add exactly 0. So a row is what it would be with no other adapter loaded, and one without what it would be with none.
+add exactly 0. So a row without an adapter is what it would be with none loaded, to the last bit. One with an adapter is
+what it would be with no other, but for the order of sums, which the rounding of activations to 8 bits may make larger.
 
 In float32 the factors are rounded to 8 bits. A token waits for memory: those of rank 64 are 4 % of a 7B model's 4 bits,
 and would be 17 % in float32; float16 has no fast product on a CPU. In float16, on a GPU, they are what they are.

@@ -108,7 +108,7 @@ function tell(about) {
   $("max_new_tokens").max = limits.max_new_tokens;
   $("max_new_tokens").placeholder = `at most ${limits.max_new_tokens}`;
   $("models").hidden = !about.adapters.length;
-  const models = [el("option", { value: "" }, about.model), ...about.adapters.map((name) => el("option", {}, name))];
+  const models = [el("option", {}, about.model), ...about.adapters.map((name) => el("option", {}, name))];
   $("model").replaceChildren(...models);
   studies.setMaxBytes(limits.max_body_bytes);
   const rows = [

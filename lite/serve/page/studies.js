@@ -155,7 +155,7 @@ function arrange() {
 /** Draft one film; it raises nothing: what goes wrong is told where the text would be. */
 async function draft(study) {
   const { reason, query, ...settings } = study.settings;
-  const asked = { ...settings, ...(query ? { query } : { reason }), model: $("model").value, sr: study.film.film.format === "DICOM" };
+  const asked = { ...settings, ...(query ? { query } : { reason }), model: $("models").hidden ? "" : $("model").value, sr: study.film.film.format === "DICOM" };
   const made = new Draft(study.file.name, study.drafts.length + 1, asked);
   study.controller = new AbortController();
   study.drafts.unshift(made);
