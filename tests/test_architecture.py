@@ -47,7 +47,7 @@ LITE = (
 
 MAX_FILE, MAX_FUNCTION = 400, 50
 # What each weighs today. A capability that needs more raises its line in the commit that brings it, and says why.
-MAX_LINES = {"lite": 28_480, "export": 7_860, "kernels": 2_650, "benchmarks": 15_830, "tests": 33_540}
+MAX_LINES = {"lite": 28_480, "export": 7_860, "kernels": 2_650, "benchmarks": 15_830, "tests": 33_560}
 MAX_REQUEST_LINES, MAX_REQUEST_FILES = 1_800, 9
 # What one request goes through, from the command line to the kernel.
 REQUEST_PATH = (

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from lite.artifact.parts import AdapterFidelity, DecoderFidelity
 
 USUAL_KL: Final = 0.1
-_WORSE_F1: Final = 0.05
 UNUSABLE_KL: Final = 0.5
+_WORSE_F1: Final = 0.05
+"""A loss of label F1 by an adapter that is said: what an export measures on shows no smaller one."""
 _GRADES: Final = (
     (1e-4, "no more than noise (float16 against bfloat16: 2.5e-5)"),
     (2e-3, "as little as 8 bits usually lose (q8_0 of 7B: 4e-4)"),

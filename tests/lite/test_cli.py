@@ -54,6 +54,18 @@ def test_several_films_are_named(
     assert err.count(NOTICE) == 1
 
 
+def test_what_drafts_many_studies_moves_to_large_pages_and_what_drafts_one_does_not(
+    generate: list[str], films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    monkeypatch.setattr("lite.memory.process.use_large_pages", lambda: moved.append("moved"))
+    assert run(*generate, films[0], "--max-new-tokens", "2") == 0
+    assert moved == []
+    command = ("run", *generate[1:], films[0].parent, "--out", tmp_path / "out.jsonl", "--max-new-tokens", "2")
+    run(*command)
+    assert moved == ["moved"]
+
+
 @pytest.mark.parametrize("batch_size", ["1", "2"])
 def test_json(
     generate: list[str], films: list[Path], tiny_model: FindingsModel, capsys: pytest.CaptureFixture[str],

@@ -159,7 +159,9 @@ def test_the_page_lets_choose_where_there_are_several(
     choice.wait_for()
     assert choice.locator("option").all_inner_texts() == [base, *NAMES]
     choose(page, film)
-    assert text_of(ask(page, "Cough.")) == expected(served, 0, None)
+    draft = ask(page, "Cough.")
+    assert text_of(draft) == expected(served, 0, None)
+    assert f"{base} · Cough." in draft.locator("header").inner_text()
     choice.focus()
     page.keyboard.press("b")
     draft = ask(page, "Cough.")

@@ -7,7 +7,7 @@
 
 q, k and v are one linear of three parts, whose B are different: they stand side by side, and a row of h becomes three,
 of which each has the columns of its own part, and 0 elsewhere. So one product reads all of B once, and what it gives,
-one part behind the other, is in place. (A product for each, and what puts them together, took a quarter longer.)
+one part behind the other, is in place. (A product for each, and what puts them together, took half as long again.)
 
 An artifact holds no such graph. Where adapters are loaded, nodes are put behind the bytes of one, in memory, and the
 outputs that they add to get other names. They stand behind their readers: ONNX Runtime sorts the nodes of a graph.
